@@ -1,0 +1,66 @@
+"""fastlora: low-rank adapters for linear layers, with less time and memory. See the README for a first example."""
+
+from fastlora.checkpoint import (
+    LoadResult,
+    get_lora_state_dict,
+    load_adapter,
+    load_lora_state_dict,
+    save_adapter,
+)
+from fastlora.config import LoRAConfig
+from fastlora.dispatch import Choice
+from fastlora.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FastLoRAError,
+    InjectionError,
+    MergeError,
+    TrainingError,
+)
+from fastlora.inject import (
+    count_parameters,
+    freeze_base_params,
+    get_lora_params,
+    inject_lora,
+    named_lora_layers,
+    print_trainable_parameters,
+    setup_lora_for_medical_finetuning,
+)
+from fastlora.layer import LoRALinear, explain
+from fastlora.merge import merge_lora_weights, merged_model
+from fastlora.ops import lora_linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "Choice",
+    "ConfigError",
+    "DataError",
+    "FastLoRAError",
+    "InjectionError",
+    "LoRAConfig",
+    "LoRALinear",
+    "LoadResult",
+    "MergeError",
+    "TrainingError",
+    "__version__",
+    "count_parameters",
+    "explain",
+    "freeze_base_params",
+    "get_lora_params",
+    "get_lora_state_dict",
+    "inject_lora",
+    "load_adapter",
+    "load_lora_state_dict",
+    "lora_linear",
+    "merge_lora_weights",
+    "merged_model",
+    "named_lora_layers",
+    "print_trainable_parameters",
+    "save_adapter",
+    "setup_lora_for_medical_finetuning",
+]

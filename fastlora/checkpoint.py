@@ -1,0 +1,207 @@
+"""Adapter state: dicts, strict loading with hints, and files that cannot run code."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastlora.errors import CheckpointError
+from fastlora.inject import named_lora_layers
+
+_METADATA_KEY = "fastlora"
+
+
+class LoadResult(NamedTuple):
+    """What `load_lora_state_dict` did: the keys it loaded, those it missed, those it did not know."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+
+def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> dict[str, Tensor]:
+    """The adapter's tensors by name: `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R), detached, sharing storage.
+
+    include_trainable: also every other parameter that trains (unfrozen heads), under its own name.
+    A merged or adapter-free model gives an empty dict.
+    """
+    return {name: parameter.detach() for name, parameter in _adapter_parameters(model).items()} | (
+        {name: p.detach() for name, p in _other_parameters(model).items() if p.requires_grad}
+        if include_trainable
+        else {}
+    )
+
+
+def load_lora_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
+) -> LoadResult:
+    """Copy adapter tensors, and heads saved with them, into a model that already has its adapters.
+
+    Keys are those of `get_lora_state_dict`. Values are cast to the dtype and moved to the device of the parameter.
+    strict: every adapter parameter must be there with the right shape, and nothing unknown; if the state holds any head,
+        it must hold every parameter that trains. On failure nothing is changed.
+        False loads what fits and warns about the rest.
+
+    Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also when
+    strict is False but nothing at all would be loaded.
+    """
+    adapters, others = _adapter_parameters(model), _other_parameters(model)
+    known = adapters | others
+    if not adapters:
+        raise CheckpointError(
+            "model: has no LoRALinear; call inject_lora with the saved rank first"
+        )
+    bad_type = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if bad_type:
+        raise CheckpointError(
+            f"state: expected tensors, got {type(state[bad_type[0]]).__name__} at {bad_type[0]!r}"
+        )
+    wanted = dict(adapters)
+    if any(key in others for key in state):
+        wanted |= {name: p for name, p in others.items() if p.requires_grad}
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in known]
+    misshapen = [k for k, v in state.items() if k in known and v.shape != known[k].shape]
+    loadable = [k for k in state if k in known and k not in misshapen]
+    problems = (
+        [f"missing {key}{_hint(key, unexpected)}" for key in missing]
+        + [f"unexpected {key}{_hint(key, missing or list(adapters))}" for key in unexpected]
+        + [
+            f"{key}: expected shape {tuple(known[key].shape)}, got {tuple(state[key].shape)}"
+            for key in misshapen
+        ]
+    )
+    if problems and (strict or not loadable):
+        summary = f"{len(problems)} problems, nothing was changed:\n  "
+        raise CheckpointError("state does not fit the model: " + summary + "\n  ".join(problems))
+    if not loadable:
+        raise CheckpointError("state: is empty, so nothing would be loaded")
+    if problems:
+        warnings.warn(
+            f"load_lora_state_dict: loaded {len(loadable)} tensors, and not:\n  "
+            + "\n  ".join(problems),
+            stacklevel=2,
+        )
+    with torch.no_grad():
+        for key in loadable:
+            known[key].copy_(state[key])
+    return LoadResult(loadable, missing, unexpected)
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], include_trainable: bool = True
+) -> None:
+    """Write the adapter (and by default the trained heads) to one safetensors file, atomically.
+
+    Rank, alpha and dropout of every layer go into the file's metadata, so that loading can check them.
+
+    Raises: CheckpointError if the model has no adapters or the file cannot be written; an older file is left as it was.
+    """
+    layers = {
+        layer_path: {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout}
+        for layer_path, layer in named_lora_layers(model)
+    }
+    if not layers:
+        raise CheckpointError("model: has no LoRALinear, so there is no adapter to save")
+    state = get_lora_state_dict(model, include_trainable)
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
+    try:
+        save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial, metadata)
+        os.replace(partial, target)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"path: cannot write {target}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadResult:
+    """Load an adapter file into a model that already has its adapters.
+
+    path: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file holding a state dict (read with weights_only=True).
+    strict: as in `load_lora_state_dict`. Rank and alpha stored in the file must equal the model's; not strict warns.
+
+    Raises: CheckpointError if the file is missing, unreadable or does not fit. The model is unchanged then.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"path: no such file: {file}")
+    state, layers = (
+        _read_safetensors(file) if file.suffix == ".safetensors" else (_read_torch(file), {})
+    )
+    problems = []
+    for layer_path, layer in named_lora_layers(model):
+        for name, mine in (("rank", layer.rank), ("alpha", layer.alpha)):
+            saved = layers.get(layer_path, {}).get(name, mine)
+            if saved != mine:
+                problems.append(f"{layer_path}: {name} is {saved} in the file, {mine} in the model")
+    if problems and strict:
+        raise CheckpointError(f"{file.name} does not fit the model:\n  " + "\n  ".join(problems))
+    if problems:
+        warnings.warn(f"load_adapter: {file.name}:\n  " + "\n  ".join(problems), stacklevel=2)
+    return load_lora_state_dict(model, state, strict)
+
+
+def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{path}.{name}".lstrip("."): parameter
+        for path, layer in named_lora_layers(model)
+        for name, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+    }
+
+
+def _other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    adapters = _adapter_parameters(model)
+    return {name: p for name, p in model.named_parameters() if name not in adapters}
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+    if _METADATA_KEY not in metadata:
+        return state, {}
+    try:
+        layers = json.loads(metadata[_METADATA_KEY])["layers"]
+        return state, {path: dict(values) for path, values in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
+
+
+def _read_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        ImportError,
+        pickle.UnpicklingError,
+    ) as error:
+        first_line = str(error).splitlines()[0] if str(error) else repr(error)
+        raise CheckpointError(f"{file}: not a readable state dict: {first_line}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: expected a state dict, got {type(state).__name__}")
+    return state
+
+
+def _hint(key: str, candidates: list[str]) -> str:
+    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
+    return f" (nearest: {close[0]})" if close else ""

@@ -1,0 +1,35 @@
+"""The exceptions of fastlora: one small tree, so that a caller can catch all of it or one kind."""
+
+from __future__ import annotations
+
+
+class FastLoRAError(Exception):
+    """Base of every error that fastlora raises on purpose."""
+
+
+class ConfigError(FastLoRAError, ValueError):
+    """An argument or a configuration field has a value that cannot work."""
+
+
+class InjectionError(FastLoRAError, ValueError):
+    """A model cannot be given adapters as asked (nothing matched, a layer is unsuitable)."""
+
+
+class CheckpointError(FastLoRAError, RuntimeError):
+    """A state dict or a file does not fit the model, or cannot be read."""
+
+
+class MergeError(FastLoRAError, RuntimeError):
+    """Adapters cannot be folded into the base weights without being wrong."""
+
+
+class BackendError(FastLoRAError, RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+class DataError(FastLoRAError, ValueError):
+    """A dataset, a volume or a mask is missing, unreadable or inconsistent."""
+
+
+class TrainingError(FastLoRAError, RuntimeError):
+    """Training cannot go on (a non-finite loss, a run folder in use)."""

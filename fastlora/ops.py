@@ -1,0 +1,203 @@
+"""Autograd glue: `lora_linear`, the function behind `LoRALinear`.
+
+What autograd would save for `x Wᵀ + scaling · (D(x) Aᵀ) Bᵀ` is x, D(x) and the dropout mask, besides the small S. The
+function here saves x (which the caller holds anyway), S (M, R) and a seed of 8 bytes, and makes the mask again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlora import reference
+from fastlora.dispatch import choose
+from fastlora.errors import ConfigError
+
+# Dropout is applied to this many elements of x at a time, so that the Philox words and the masked copy stay in cache.
+# Measured on 2 cores: 4096×768 takes 7 ms in such blocks against 40 ms at once.
+_BLOCK_ELEMENTS = 768 * 1024
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ, differentiable in every tensor argument.
+
+    x: (..., K), any float dtype, any strides, empty allowed. weight: (N, K) and bias: (N,) or None, of x's dtype.
+    lora_a: (R, K) and lora_b: (N, R), any float dtype: they are cast to x's dtype, x never is.
+    scaling: the applied factor, alpha / rank. p: dropout probability, 0 ≤ p < 1, used only if `seed` is given.
+    seed: 0-d int64 tensor on x's device or the CPU; the mask is `reference.keep_mask(seed, p, M, K)`.
+    Returns y (..., N) in x's dtype, newly allocated. Under autocast all of them take the autocast dtype.
+
+    Raises: ConfigError if shapes, dtypes or devices do not fit; BackendError if `backend` cannot run.
+    """
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    _check(x, weight, bias, lora_a, lora_b)
+    if seed is not None and reference.dropout_threshold(p) == 0:
+        seed = None
+    choice = choose(x, backend=backend)
+    if choice.plan == "composed":
+        flat, _ = reference.forward(
+            x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, p, seed
+        )
+        return flat.view(*x.shape[:-1], weight.shape[0])
+    y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, lora_a, lora_b, scaling, p, seed
+    )
+    return y
+
+
+def lora_update(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y + scaling · (dropout(x) Aᵀ) Bᵀ for a base output y (..., N) that another module computed; arguments as in `lora_linear`."""
+    lora_a, lora_b = lora_a.to(y.dtype), lora_b.to(y.dtype)
+    flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
+    s = reference.apply_dropout(flat, p, seed) @ lora_a.T  # [M, K] @ [K, R] -> [M, R]
+    return y + (scaling * (s @ lora_b.T)).view(y.shape)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """Plan `in_place`. `forward(ctx, …)` rather than `setup_context`, which costs tens of microseconds a call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # [M, K]
+        s = _down_project(flat, lora_a, p, seed)  # [M, R]
+        y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
+        y.addmm_(s, lora_b.T, alpha=scaling)  # [M, R] @ [R, N] -> [M, N]
+        ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed)
+        ctx.scaling, ctx.p = scaling, p
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        scaling, p = ctx.scaling, ctx.p
+        flat = x.reshape(-1, x.shape[-1])
+        dy = dy.reshape(-1, dy.shape[-1])
+        if 0 in dy.stride():
+            dy = dy.contiguous()  # an expanded gradient would be copied by each GEMM below
+        dx = dlora_a = dlora_b = None
+        if torch.is_grad_enabled():
+            # Double backward: every product must be seen by autograd, S included, which was made out of its sight.
+            s = reference.apply_dropout(flat, p, seed) @ lora_a.T
+            dx, dlora_a, dlora_b = reference.backward(
+                dy, flat, weight, lora_a, lora_b, s, scaling, p, seed
+            )
+        else:
+            if needs_b:
+                dlora_b = (s.T @ dy).T.mul_(scaling)  # ([R, M] @ [M, N])ᵀ -> [N, R]
+            if needs_x:
+                dx = dy @ weight  # [M, N] @ [N, K] -> [M, K]
+            if needs_x or needs_a:
+                ds = (dy @ lora_b).mul_(scaling)  # [M, N] @ [N, R] -> [M, R]
+                dlora_a = _up_project(ds, flat, lora_a, p, seed, dx, needs_a)
+        dweight = dy.T @ flat if needs_weight else None  # [N, M] @ [M, K] -> [N, K]
+        dbias = dy.sum(0) if needs_bias else None
+        dx = dx.view(x.shape) if dx is not None else None
+        return dx, dweight, dbias, dlora_a, dlora_b, None, None, None
+
+
+def _down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """S = D(x) Aᵀ, [M, K] @ [K, R] -> [M, R]."""
+    if seed is None:
+        return x @ lora_a.T
+    s = x.new_empty(x.shape[0], lora_a.shape[0])
+    for first, rows in _row_blocks(x):
+        keep = reference.keep_mask(seed, p, rows, x.shape[1], first, x.device)
+        block = slice(first, first + rows)
+        s[block] = torch.where(keep, x[block], 0.0) @ lora_a.T
+    return s.mul_(reference.keep_scale(p))
+
+
+def _up_project(
+    ds: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    p: float,
+    seed: Tensor | None,
+    dx: Tensor | None,
+    needs_a: bool,
+) -> Tensor | None:
+    """Add keep ∘ (dS A) / (1 − p') into dx (unless None) and return dA = dSᵀ D(x) (or None), one mask for both."""
+    if seed is None:
+        if dx is not None:
+            dx.addmm_(ds, lora_a)  # [M, R] @ [R, K] -> [M, K]
+        return ds.T @ x if needs_a else None  # [R, M] @ [M, K] -> [R, K]
+    ds = ds * reference.keep_scale(p)
+    dlora_a = torch.zeros_like(lora_a) if needs_a else None
+    for first, rows in _row_blocks(x):
+        block = slice(first, first + rows)
+        keep = reference.keep_mask(seed, p, rows, x.shape[1], first, x.device)
+        if dx is not None:
+            dx[block] += torch.where(keep, ds[block] @ lora_a, 0.0)
+        if dlora_a is not None:
+            dlora_a.addmm_(ds[block].T, torch.where(keep, x[block], 0.0))
+    return dlora_a
+
+
+def _row_blocks(x: Tensor) -> list[tuple[int, int]]:
+    """(first row, number of rows) of the blocks that dropout works in: cache-sized on a CPU, one block elsewhere."""
+    rows = x.shape[0]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(0, rows)]
+    step = max(1, _BLOCK_ELEMENTS // max(1, x.shape[1]))
+    return [(first, min(step, rows - first)) for first in range(0, rows, step)]
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to an argument of a matrix product: float64 and integers are left alone."""
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+    n, k = weight.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ConfigError(f"x: expected (..., K={k}), got {tuple(x.shape)}")
+    if x.dtype != weight.dtype:
+        raise ConfigError(f"x: expected the weight's dtype {weight.dtype}, got {x.dtype}")
+    if x.device != weight.device:
+        raise ConfigError(f"x: expected the weight's device {weight.device}, got {x.device}")
+    if lora_a.ndim != 2 or lora_a.shape[1] != k:
+        raise ConfigError(f"lora_a: expected (R, K={k}), got {tuple(lora_a.shape)}")
+    if lora_b.shape != (n, lora_a.shape[0]):
+        raise ConfigError(
+            f"lora_b: expected (N={n}, R={lora_a.shape[0]}), got {tuple(lora_b.shape)}"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ConfigError(f"bias: expected (N={n},), got {tuple(bias.shape)}")

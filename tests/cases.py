@@ -1,0 +1,86 @@
+"""The table of shapes that every implementation of the linear layer is tested on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """x has the shape `lead + (k,)`; `strided` makes it a transposed view."""
+
+    lead: tuple[int, ...]
+    k: int
+    n: int
+    rank: int
+    p: float = 0.0
+    bias: bool = True
+    strided: bool = False
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, (*self.lead, self.k)))
+        flags = f"{'-bias' if self.bias else ''}{'-strided' if self.strided else ''}"
+        return f"{shape}-n{self.n}-r{self.rank}-p{self.p}{flags}"
+
+    @property
+    def m(self) -> int:
+        return int(torch.Size(self.lead).numel())
+
+
+CASES = [
+    Case((1,), 16, 16, 1),
+    Case((33,), 24, 40, 8, p=0.1),
+    Case((33,), 17, 31, 4, p=0.5, bias=False),
+    Case((128,), 64, 96, 16),
+    Case((70,), 65, 129, 64, p=0.3),
+    Case((2, 5), 32, 48, 8, p=0.1),
+    Case((2, 3, 4), 20, 12, 4, bias=False),
+    Case((31,), 48, 64, 8, p=0.1, strided=True),
+    Case((4, 6), 48, 64, 8, strided=True),
+    Case((), 16, 24, 4, p=0.2),
+    Case((0,), 16, 24, 4, p=0.1),
+    Case((2, 0), 16, 24, 4),
+]
+
+
+@dataclass
+class Tensors:
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    dy: Tensor
+    scaling: float = 1.75
+
+    def to(self, dtype: torch.dtype) -> Tensors:
+        """The same values (already representable in every 16-bit dtype) in another dtype, strides kept."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Tensors(
+            self.x.to(dtype),
+            self.weight.to(dtype),
+            bias,
+            self.lora_a.to(dtype),
+            self.lora_b.to(dtype),
+            self.dy.to(dtype),
+            self.scaling,
+        )
+
+
+def make(case: Case, seed: int = 0) -> Tensors:
+    """float32 inputs of the case, rounded so that bfloat16 and float16 hold them exactly."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().float()
+
+    if case.strided:
+        x = draw(case.k, *case.lead).movedim(0, -1)
+        dy = draw(case.n, *case.lead).movedim(0, -1)
+    else:
+        x, dy = draw(*case.lead, case.k), draw(*case.lead, case.n)
+    bias = draw(case.n) if case.bias else None
+    return Tensors(x, draw(case.n, case.k), bias, draw(case.rank, case.k), draw(case.n, case.rank), dy)

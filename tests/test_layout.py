@@ -1,0 +1,156 @@
+"""The house rules that a machine can check: import directions, the kernels link, what the wheel holds, the public names."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import fastlora
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# module of fastlora -> the modules of fastlora it may import
+MAY_IMPORT = {
+    "errors": set(),
+    "reference": set(),
+    "dispatch": {"errors"},
+    "ops": {"dispatch", "reference", "errors", "kernels"},
+    "layer": {"ops", "dispatch", "errors"},
+    "config": {"layer", "errors"},
+    "inject": {"config", "layer", "errors"},
+    "merge": {"layer", "errors"},
+    "checkpoint": {"inject", "errors"},
+}
+
+PUBLIC = [
+    "BackendError",
+    "CheckpointError",
+    "Choice",
+    "ConfigError",
+    "DataError",
+    "FastLoRAError",
+    "InjectionError",
+    "LoRAConfig",
+    "LoRALinear",
+    "LoadResult",
+    "MergeError",
+    "TrainingError",
+    "__version__",
+    "count_parameters",
+    "explain",
+    "freeze_base_params",
+    "get_lora_params",
+    "get_lora_state_dict",
+    "inject_lora",
+    "load_adapter",
+    "load_lora_state_dict",
+    "lora_linear",
+    "merge_lora_weights",
+    "merged_model",
+    "named_lora_layers",
+    "print_trainable_parameters",
+    "save_adapter",
+    "setup_lora_for_medical_finetuning",
+]
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of everything the file imports, at any depth of nesting."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_core_imports_downward_only():
+    core = {file.stem: file for file in (ROOT / "fastlora").glob("*.py") if file.stem != "__init__"}
+    assert set(core) == set(MAY_IMPORT)
+    for name, file in core.items():
+        used = {i.split(".")[1] for i in imports(file) if i.startswith("fastlora.")}
+        assert used <= MAY_IMPORT[name], f"{name} imports {used - MAY_IMPORT[name]}"
+
+
+def test_medical_uses_only_public_names_and_nothing_uses_medical():
+    for file in (ROOT / "fastlora" / "medical").rglob("*.py"):
+        for name in imports(file):
+            if not name.startswith("fastlora.") or name.startswith("fastlora.medical"):
+                continue
+            public = name.removeprefix("fastlora.").removeprefix("errors.")
+            assert public in fastlora.__all__, f"{file.name} imports {name}"
+
+
+def test_kernels_import_nothing_of_fastlora_and_are_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert os.readlink(ROOT / "fastlora" / "kernels") == os.path.join("..", "kernels")
+    for file in (ROOT / "kernels").glob("*.py"):
+        assert not any(name.startswith("fastlora") for name in imports(file)), file
+
+
+def test_import_needs_neither_triton_nor_the_medical_extras():
+    program = """
+import sys
+for name in ("triton", "scipy", "nibabel", "matplotlib", "yaml"):
+    sys.modules[name] = None
+import fastlora
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
+
+
+def test_transformers_imports_from_the_projects_root():
+    # transformers looks for a package called `kernels`; a folder with an __init__.py here would be taken for it.
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import transformers"],
+        check=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+
+
+def test_the_wheel_holds_the_kernels_the_types_and_the_weights(tmp_path):
+    copy = tmp_path / "copy"
+    ignore = ("--exclude=.git", "--exclude=.venv", "--exclude=build", "--exclude=*.egg-info")
+    copy.mkdir()
+    tar = subprocess.run(
+        ["tar", "-c", *ignore, "pyproject.toml", "README.md", "LICENSE", "fastlora", "kernels"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run(["tar", "-x"], cwd=copy, input=tar.stdout, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(copy),
+    ]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {
+        f"fastlora/{f.relative_to(ROOT / 'fastlora')}" for f in (ROOT / "fastlora").glob("*.py")
+    }
+    kernels = {f"fastlora/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")}
+    medical = {f"fastlora/medical/{f.name}" for f in (ROOT / "fastlora" / "medical").glob("*.py")}
+    assert modules | kernels | medical | {"fastlora/py.typed"} <= names
+    assert {
+        "fastlora/medical/weights/base.safetensors",
+        "fastlora/medical/weights/base.json",
+    } <= names
+    assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
+
+
+def test_the_public_names_are_these():
+    assert sorted(fastlora.__all__) == sorted(PUBLIC)
+    assert all(hasattr(fastlora, name) for name in PUBLIC)

@@ -1,0 +1,19 @@
+"""The one rule by which results are compared with a float64 reference."""
+
+import torch
+from torch import Tensor
+
+
+def assert_close(got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str = "") -> None:
+    """max|got − ref64| ≤ 2·max|same_dtype − ref64| + 4·eps·max|ref64|, where eps belongs to got's dtype.
+
+    same_dtype: plain torch's result in got's dtype, which says how much error the dtype itself costs.
+    """
+    assert got.shape == reference64.shape, f"{name}: {tuple(got.shape)} != {tuple(reference64.shape)}"
+    assert got.dtype == same_dtype.dtype, f"{name}: {got.dtype} != {same_dtype.dtype}"
+    if got.numel() == 0:
+        return
+    error = (got.double() - reference64).abs().max().item()
+    allowed = 2 * (same_dtype.double() - reference64).abs().max().item()
+    allowed += 4 * torch.finfo(got.dtype).eps * reference64.abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3e} > allowed {allowed:.3e}"
