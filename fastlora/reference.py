@@ -17,11 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_KEY_STEP_0, _KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
-_ROUNDS = 10
-_LANES = 8  # one Philox call gives four 32-bit words, that is eight 16-bit lanes
+# Philox-4x32-10.
+MASK32 = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+LANES = 8  # one call gives four 32-bit words, that is eight 16-bit lanes
+
+Key = tuple[Tensor | int, Tensor | int]
 
 
 def dropout_threshold(p: float) -> int:
@@ -42,17 +45,23 @@ def philox_4x32(
     c0, c1: int64 tensors with values in [0, 2³²), broadcast against each other.
     Returns four int64 tensors whose low 32 bits are the random words; the bits above are undefined.
     """
+    return philox_rounds(c0, c1, (seed & MASK32, (seed >> 32) & MASK32), ROUNDS)[:4]
+
+
+def philox_rounds(
+    c0: Tensor, c1: Tensor, key: Key, rounds: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Key]:
+    """The first `rounds` rounds from the counter (c0, c1, 0, 0): the four words, and the key of the next round."""
     # 32-bit unsigned words live in int64. A product of two of them wraps to the right 64 bits, and `>>` being an
-    # arithmetic shift only soils bits that the next `& _MASK32` clears. Early rounds stay small by broadcasting.
+    # arithmetic shift only soils bits that the next `& MASK32` clears. Early rounds stay small by broadcasting.
     c2 = c3 = torch.zeros_like(c0)
-    key_0, key_1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(_ROUNDS):
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0 = ((product_1 >> 32) ^ c1 ^ key_0) & _MASK32
-        c2 = ((product_0 >> 32) ^ c3 ^ key_1) & _MASK32
+    for _ in range(rounds):
+        product_0, product_1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0 = ((product_1 >> 32) ^ c1 ^ key[0]) & MASK32
+        c2 = ((product_0 >> 32) ^ c3 ^ key[1]) & MASK32
         c1, c3 = product_1, product_0
-        key_0, key_1 = (key_0 + _KEY_STEP_0) & _MASK32, (key_1 + _KEY_STEP_1) & _MASK32
-    return c0, c1, c2, c3
+        key = ((key[0] + KEY_STEPS[0]) & MASK32, (key[1] + KEY_STEPS[1]) & MASK32)
+    return c0, c1, c2, c3, key
 
 
 def keep_mask(
@@ -72,14 +81,14 @@ def keep_mask(
     rows, cols: the shape of the part wanted; it starts at row `first_row` of x.
     Returns (rows, cols) bool on `device`.
     """
-    groups = -(-cols // _LANES)
+    groups = -(-cols // LANES)
     column_group = torch.arange(groups, device=device)[None, :]
     row = torch.arange(first_row, first_row + rows, device=device)[:, None]
     words = philox_4x32(seed, column_group, row)
     # A conversion to int32 keeps the low 32 bits; viewing the words as int16 splits each into its two lanes, low half
     # first on the little-endian machines that torch runs on.
     lanes = torch.stack([word.to(torch.int32) for word in words], dim=-1).view(torch.int16)
-    return (lanes.view(rows, groups * _LANES) >= dropout_threshold(p) - 32768)[:, :cols]
+    return (lanes.view(rows, groups * LANES) >= dropout_threshold(p) - 32768)[:, :cols]
 
 
 def apply_dropout(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:

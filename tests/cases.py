@@ -83,4 +83,6 @@ def make(case: Case, seed: int = 0) -> Tensors:
     else:
         x, dy = draw(*case.lead, case.k), draw(*case.lead, case.n)
     bias = draw(case.n) if case.bias else None
-    return Tensors(x, draw(case.n, case.k), bias, draw(case.rank, case.k), draw(case.n, case.rank), dy)
+    return Tensors(
+        x, draw(case.n, case.k), bias, draw(case.rank, case.k), draw(case.n, case.rank), dy
+    )

@@ -41,10 +41,15 @@ def unchanged(model, before):
 def test_state_dict_holds_the_adapters_and_on_request_the_heads():
     model = Decoder()
     setup_lora_for_medical_finetuning(model)
-    keys = {f"blocks.{i}.attn.{n}.lora_{s}" for i in (0, 1) for n in ("to_qkv", "to_out") for s in "AB"}
+    keys = {
+        f"blocks.{i}.attn.{n}.lora_{s}" for i in (0, 1) for n in ("to_qkv", "to_out") for s in "AB"
+    }
     state = get_lora_state_dict(model)
     assert set(state) == keys and not any(v.requires_grad for v in state.values())
-    assert set(get_lora_state_dict(model, include_trainable=True)) == keys | {"out_layer.weight", "out_layer.bias"}
+    assert set(get_lora_state_dict(model, include_trainable=True)) == keys | {
+        "out_layer.weight",
+        "out_layer.bias",
+    }
     assert get_lora_state_dict(Decoder()) == {}
 
 
@@ -78,7 +83,9 @@ def test_not_strict_loads_what_fits_warns_and_never_applies_nothing():
     state = get_lora_state_dict(source)
     del state["blocks.0.attn.to_qkv.lora_B"]
     state["other"] = torch.zeros(1)
-    with pytest.warns(UserWarning, match=r"loaded 7 tensors, and not:\n  missing blocks.0.attn.to_qkv.lora_B"):
+    with pytest.warns(
+        UserWarning, match=r"loaded 7 tensors, and not:\n  missing blocks.0.attn.to_qkv.lora_B"
+    ):
         result = load_lora_state_dict(model, state, strict=False)
     assert result.missing == ["blocks.0.attn.to_qkv.lora_B"] and result.unexpected == ["other"]
     assert torch.equal(model.blocks[1].attn.to_out.lora_B, source.blocks[1].attn.to_out.lora_B)
@@ -126,7 +133,9 @@ def test_rank_and_alpha_travel_with_the_file(tmp_path):
     save_adapter(adapted(alpha=16.0), file)
     model = adapted(alpha=8.0)
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"blocks.0.attn.to_qkv: alpha is 16.0 in the file, 8.0 in the model"):
+    with pytest.raises(
+        CheckpointError, match=r"blocks.0.attn.to_qkv: alpha is 16.0 in the file, 8.0 in the model"
+    ):
         load_adapter(model, file)
     assert unchanged(model, before)
     with pytest.warns(UserWarning, match="alpha is 16.0 in the file"):
@@ -151,7 +160,15 @@ def test_bad_files_give_one_clear_error(tmp_path):
         tmp_path / "meta.safetensors",
         {"fastlora": "[]"},
     )
-    for name in ("cut.safetensors", "empty.safetensors", "noise.pt", "empty.pt", "list.pt", "meta.safetensors", "none.safetensors"):
+    for name in (
+        "cut.safetensors",
+        "empty.safetensors",
+        "noise.pt",
+        "empty.pt",
+        "list.pt",
+        "meta.safetensors",
+        "none.safetensors",
+    ):
         with pytest.raises(CheckpointError, match=name):
             load_adapter(model, tmp_path / name)
     assert unchanged(model, before)

@@ -58,10 +58,22 @@ def test_the_children_of_a_module_dict_are_found():
         (["out_layer"], ["upsample.0.out_layers", "out_layer"]),
         (re.compile(r".*\.to_(qkv|out)"), ["blocks.0.attn.to_qkv", "blocks.0.attn.to_out"]),
         (LoRAConfig("out_layer", match="exact"), ["out_layer"]),
-        (LoRAConfig(["to_qkv", "mlp.0"], match="exact"), ["blocks.0.attn.to_qkv", "blocks.0.mlp.mlp.0"]),
-        (LoRAConfig("blocks.*.to_*", match="glob"), ["blocks.0.attn.to_qkv", "blocks.0.attn.to_out"]),
-        (LoRAConfig(r"blocks\.\d+\.mlp.*", match="regex"), ["blocks.0.mlp.mlp.0", "blocks.0.mlp.mlp.2"]),
-        (LoRAConfig(["to_", "mlp"], exclude=["to_out", "mlp.2"]), ["blocks.0.attn.to_qkv", "blocks.0.mlp.mlp.0"]),
+        (
+            LoRAConfig(["to_qkv", "mlp.0"], match="exact"),
+            ["blocks.0.attn.to_qkv", "blocks.0.mlp.mlp.0"],
+        ),
+        (
+            LoRAConfig("blocks.*.to_*", match="glob"),
+            ["blocks.0.attn.to_qkv", "blocks.0.attn.to_out"],
+        ),
+        (
+            LoRAConfig(r"blocks\.\d+\.mlp.*", match="regex"),
+            ["blocks.0.mlp.mlp.0", "blocks.0.mlp.mlp.2"],
+        ),
+        (
+            LoRAConfig(["to_", "mlp"], exclude=["to_out", "mlp.2"]),
+            ["blocks.0.attn.to_qkv", "blocks.0.mlp.mlp.0"],
+        ),
         (lambda path, module: module.out_features == 5, ["out_layer"]),
     ],
     ids=str,
@@ -96,8 +108,13 @@ def test_rank_alpha_and_dropout_by_pattern_and_by_callback():
     layers = dict(named_lora_layers(model))
     assert layers["blocks.0.attn.to_qkv"].rank == 2
     assert layers["blocks.1.attn.to_qkv"].rank == 8  # the first pattern that matches wins
-    assert layers["blocks.0.mlp.mlp.0"].alpha == 32.0 and layers["blocks.0.attn.to_out"].alpha == 8.0
-    assert layers["blocks.0.attn.to_out"].dropout == 0.5 and layers["blocks.0.mlp.mlp.0"].dropout == 0.0
+    assert (
+        layers["blocks.0.mlp.mlp.0"].alpha == 32.0 and layers["blocks.0.attn.to_out"].alpha == 8.0
+    )
+    assert (
+        layers["blocks.0.attn.to_out"].dropout == 0.5
+        and layers["blocks.0.mlp.mlp.0"].dropout == 0.0
+    )
     model = Decoder()
     inject_lora(model, lambda path, module: LoRAConfig(rank=3) if "mlp" in path else False, rank=5)
     assert {layer.rank for _, layer in named_lora_layers(model)} == {3}
@@ -107,7 +124,10 @@ def test_nothing_matched_warns_when_plain_and_raises_under_a_config():
     model = Decoder()
     with pytest.warns(UserWarning, match="no linear layer matches.*to_kqv.*Nearest names: to_qkv"):
         assert inject_lora(model, ["to_kqv"]) == 0
-    with pytest.raises(InjectionError, match="target_modules: 'to_kqv' matches none of the 11 linear layers. Nearest names: to_qkv"):
+    with pytest.raises(
+        InjectionError,
+        match="target_modules: 'to_kqv' matches none of the 11 linear layers. Nearest names: to_qkv",
+    ):
         inject_lora(model, LoRAConfig(["to_out", "to_kqv"]))
     for field in ("exclude", "rank_pattern", "alpha_pattern", "dropout_pattern"):
         value = ["typo"] if field == "exclude" else {"typo": 1 if field == "rank_pattern" else 0.5}
@@ -124,7 +144,9 @@ def test_a_second_injection_raises_and_changes_nothing():
     with pytest.raises(InjectionError, match="already has 2 LoRALinear layers"):
         inject_lora(model, ["to_out"])
     assert len(paths(model)) == 2
-    with pytest.raises(InjectionError, match="already has 1 LoRALinear layers .first: the model itself"):
+    with pytest.raises(
+        InjectionError, match="already has 1 LoRALinear layers .first: the model itself"
+    ):
         inject_lora(LoRALinear(nn.Linear(2, 2)), "all-linear")
 
 
@@ -142,7 +164,9 @@ def test_a_shared_module_is_wrapped_once_under_all_its_names():
 def test_an_unsuitable_layer_is_named_and_nothing_is_changed():
     model = Decoder()
     model.blocks[1].attn.to_out = nn.LazyLinear(16)
-    with pytest.raises(InjectionError, match=r"cannot adapt blocks.1.attn.to_out: LazyLinear has no weight yet"):
+    with pytest.raises(
+        InjectionError, match=r"cannot adapt blocks.1.attn.to_out: LazyLinear has no weight yet"
+    ):
         inject_lora(model)
     assert paths(model) == []
     with pytest.raises(InjectionError, match="is itself a linear layer"):
@@ -153,8 +177,14 @@ def test_an_unsuitable_layer_is_named_and_nothing_is_changed():
     ("make", "message"),
     [
         (lambda: LoRAConfig([]), "target_modules: expected at least one pattern, got none"),
-        (lambda: LoRAConfig([""]), "target_modules: expected non-empty strings or patterns, got ''"),
-        (lambda: LoRAConfig(["a"], match="fuzzy"), "match: expected one of contains, exact, glob, regex, got 'fuzzy'"),
+        (
+            lambda: LoRAConfig([""]),
+            "target_modules: expected non-empty strings or patterns, got ''",
+        ),
+        (
+            lambda: LoRAConfig(["a"], match="fuzzy"),
+            "match: expected one of contains, exact, glob, regex, got 'fuzzy'",
+        ),
         (lambda: LoRAConfig(["a*"]), "looks like a glob or a regex"),
         (lambda: LoRAConfig("(", match="regex"), r"target_modules: '\(' is no regex"),
         (lambda: LoRAConfig(exclude="to_q"), "exclude: expected a list of patterns, got 'to_q'"),
@@ -162,7 +192,10 @@ def test_an_unsuitable_layer_is_named_and_nothing_is_changed():
         (lambda: LoRAConfig(alpha_pattern={"a": float("inf")}), "alpha: expected a finite number"),
         (lambda: LoRAConfig(dropout_pattern={"a": 1}), "dropout: expected a probability"),
         (lambda: inject_lora(Decoder(), LoRAConfig(), rank=8), "give them in the LoRAConfig"),
-        (lambda: inject_lora(Decoder(), lambda *_: 1), "the callback must return a bool or a LoRAConfig, got 1 for input_layer"),
+        (
+            lambda: inject_lora(Decoder(), lambda *_: 1),
+            "the callback must return a bool or a LoRAConfig, got 1 for input_layer",
+        ),
     ],
 )
 def test_bad_configurations_are_named(make, message):
@@ -214,14 +247,18 @@ def test_medical_setup_adapts_freezes_and_opens_the_head():
     counts = setup_lora_for_medical_finetuning(model, rank=2, alpha=4.0, dropout=0.1)
     assert counts == count_parameters(model)
     assert counts["trainable"] == counts["lora"] + 16 * 5 + 5
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    trainable = {
+        name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name
+    }
     assert trainable == {"out_layer.weight", "out_layer.bias"}  # not upsample.0.out_layers
     assert {layer.dropout for _, layer in named_lora_layers(model)} == {0.1}
 
 
 def test_medical_setup_options():
     model = Decoder()
-    counts = setup_lora_for_medical_finetuning(model, unfreeze_output_layers=False, include_ffn=True)
+    counts = setup_lora_for_medical_finetuning(
+        model, unfreeze_output_layers=False, include_ffn=True
+    )
     assert counts["trainable"] == counts["lora"]
     assert len(paths(model)) == 8
     model = Decoder()
@@ -232,8 +269,14 @@ def test_medical_setup_options():
 def test_medical_setup_refuses_before_it_changes_anything():
     model = Decoder()
     for arguments, message in (
-        ({"output_layer_names": ["out_layr"]}, "'out_layr' is no module of the model. Nearest names: out_layer"),
-        ({"output_layer_names": ["blocks"]}, "blocks.0.attn.to_out would get an adapter and be unfrozen"),
+        (
+            {"output_layer_names": ["out_layr"]},
+            "'out_layr' is no module of the model. Nearest names: out_layer",
+        ),
+        (
+            {"output_layer_names": ["blocks"]},
+            "blocks.0.attn.to_out would get an adapter and be unfrozen",
+        ),
         ({"output_layer_names": ["to_out"]}, "would get an adapter and be unfrozen"),
     ):
         with pytest.raises(InjectionError, match=message):

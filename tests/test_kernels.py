@@ -14,7 +14,15 @@ from fastlora.kernels.tiles import keep_block
 
 
 @triton.jit
-def _write_mask(out_ptr, seed_ptr, threshold, first_row, first_group, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
+def _write_mask(
+    out_ptr,
+    seed_ptr,
+    threshold,
+    first_row,
+    first_group,
+    BLOCK_M: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
     o_row, o_group = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_G)
     keep = keep_block(tl.load(seed_ptr), threshold, first_row + o_row, first_group + o_group)
     o_col = tl.arange(0, 8 * BLOCK_G)
@@ -28,7 +36,13 @@ def test_the_mask_is_the_references_bit_for_bit(seed, p):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = torch.empty(rows, 8 * groups, dtype=torch.int8, device=device)
     _write_mask[(1,)](
-        out, torch.tensor(seed, device=device), reference.dropout_threshold(p), first_row, first_group, rows, groups
+        out,
+        torch.tensor(seed, device=device),
+        reference.dropout_threshold(p),
+        first_row,
+        first_group,
+        rows,
+        groups,
     )
     whole = reference.keep_mask(seed, p, rows, 8 * (first_group + groups), first_row)
     assert torch.equal(out.bool().cpu(), whole[:, 8 * first_group :])
@@ -54,7 +68,10 @@ def test_the_mask_compiles_for_real_devices_without_spilling(capability):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "spills 0"

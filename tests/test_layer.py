@@ -43,7 +43,9 @@ def trained(linear: nn.Linear, **kwargs) -> LoRALinear:
 
 
 def expected(layer: LoRALinear, x, dtype=torch.float64):
-    w, a, b = (v.detach().to(dtype) for v in (layer.original_linear.weight, layer.lora_A, layer.lora_B))
+    w, a, b = (
+        v.detach().to(dtype) for v in (layer.original_linear.weight, layer.lora_A, layer.lora_B)
+    )
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     return F.linear(x.to(dtype), w, bias) + layer.scaling * (x.to(dtype) @ a.T @ b.T)
 
@@ -89,7 +91,14 @@ def test_dropout_acts_in_training_only_follows_the_generator_and_can_be_reproduc
     torch.manual_seed(3)
     seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
     y, _ = reference.forward(
-        x, layer.original_linear.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, 0.5, seed
+        x,
+        layer.original_linear.weight,
+        layer.bias,
+        layer.lora_A,
+        layer.lora_B,
+        layer.scaling,
+        0.5,
+        seed,
     )
     torch.testing.assert_close(first, y)
     layer.eval()
@@ -141,7 +150,9 @@ def test_anything_else_is_refused():
 
 def test_explain_names_backend_plan_and_reason():
     layer = LoRALinear(nn.Linear(2, 2))
-    assert str(explain(layer, torch.zeros(1, 2))).startswith("torch/in_place: torch runs this on the CPU")
+    assert str(explain(layer, torch.zeros(1, 2))).startswith(
+        "torch/in_place: torch runs this on the CPU"
+    )
     forced = LoRALinear(nn.Linear(2, 2), backend="triton")
     with pytest.raises(BackendError, match="cannot run"):
         forced(torch.zeros(1, 2))

@@ -35,7 +35,9 @@ def test_merged_equals_unmerged():
     assert_close(merged(x), unmerged, exact)
     assert has_adapters(model) and not has_adapters(merged)
     assert set(merged.state_dict()) == keys
-    assert not {p.data_ptr() for p in merged.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert not {p.data_ptr() for p in merged.parameters()} & {
+        p.data_ptr() for p in model.parameters()
+    }
     assert merge_lora_weights(model) is model
     assert_close(model(x), unmerged, exact)
     assert set(model.state_dict()) == keys
@@ -96,5 +98,12 @@ def test_merged_is_unmerged_for_any_layer(k, n, rank, alpha, seed):
     weight = layer.merge_weights().weight
     rounded = nn.functional.linear(x, weight, layer.bias)
     assert_close(layer.merge_weights()(x), rounded, exact)
-    slack = 2**-22 * (x.abs() @ (layer.original_linear.weight.abs().T + (layer.lora_B.abs() @ layer.lora_A.abs()).T * abs(layer.scaling)) + 1)
+    slack = 2**-22 * (
+        x.abs()
+        @ (
+            layer.original_linear.weight.abs().T
+            + (layer.lora_B.abs() @ layer.lora_A.abs()).T * abs(layer.scaling)
+        )
+        + 1
+    )
     assert ((layer(x).double() - rounded.double()).abs() <= slack * 4).all()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import lora_linear, ops, reference
+from fastlora import cpu_dropout, lora_linear, ops, reference
 from fastlora.errors import BackendError, ConfigError
 from tests.cases import CASES, Case, Tensors, make
 from tests.tolerance import assert_close
@@ -18,14 +18,18 @@ SEED = torch.tensor(-1234567890123)
 
 def _run(function, t: Tensors, case: Case) -> list[Tensor]:
     names = ("x", "lora_a", "lora_b", "weight", "bias")
-    leaves = [getattr(t, name).detach().requires_grad_() for name in names if getattr(t, name) is not None]
+    leaves = [
+        getattr(t, name).detach().requires_grad_() for name in names if getattr(t, name) is not None
+    ]
     x, lora_a, lora_b, weight, *bias = leaves
     y = function(x, weight, bias[0] if bias else None, lora_a, lora_b, t.scaling, case.p, SEED)
     return [y, *torch.autograd.grad(y, leaves, t.dy)]
 
 
 def _reference(x, weight, bias, lora_a, lora_b, scaling, p, seed):
-    y, _ = reference.forward(x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, p, seed)
+    y, _ = reference.forward(
+        x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, p, seed
+    )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -36,14 +40,16 @@ def test_forward_and_backward_match_the_reference(case, dtype):
     got = _run(lora_linear, t.to(dtype), case)
     same = _run(_reference, t.to(dtype), case)
     exact = _run(_reference, t.to(torch.float64), case)
-    for name, g, s, e in zip(("y", "dx", "dA", "dB", "dW", "dbias"), got, same, exact, strict=False):
+    for name, g, s, e in zip(
+        ("y", "dx", "dA", "dB", "dW", "dbias"), got, same, exact, strict=False
+    ):
         assert_close(g, s, e, name)
 
 
 def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
     case = Case((70,), 24, 16, 4, p=0.3)
     whole = _run(lora_linear, make(case).to(torch.float64), case)
-    monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", 24 * 9)
+    monkeypatch.setattr(cpu_dropout, "_BLOCK_ELEMENTS", 24 * 9)
     blocks = _run(lora_linear, make(case).to(torch.float64), case)
     for a, b in zip(whole, blocks, strict=True):
         torch.testing.assert_close(a, b)
@@ -112,7 +118,10 @@ def test_autocast_behaves_as_for_linear():
     assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
     with torch.autocast("cpu", torch.bfloat16):
         wide = t.to(torch.float64)
-        assert lora_linear(wide.x, wide.weight, None, wide.lora_a, wide.lora_b, 1.0).dtype == torch.float64
+        assert (
+            lora_linear(wide.x, wide.weight, None, wide.lora_a, wide.lora_b, 1.0).dtype
+            == torch.float64
+        )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -178,7 +187,10 @@ def _double(t: Tensors):
     [
         ({"x": torch.zeros(3, 5)}, r"x: expected \(\.\.\., K=16\), got \(3, 5\)"),
         ({"x": torch.tensor(1.0)}, r"x: expected \(\.\.\., K=16\), got \(\)"),
-        ({"x": torch.zeros(3, 16).double()}, "x: expected the weight's dtype torch.float32, got torch.float64"),
+        (
+            {"x": torch.zeros(3, 16).double()},
+            "x: expected the weight's dtype torch.float32, got torch.float64",
+        ),
         ({"x": torch.zeros(3, 16, device="meta")}, "x: expected the weight's device cpu, got meta"),
         ({"lora_a": torch.zeros(1, 5)}, r"lora_a: expected \(R, K=16\), got \(1, 5\)"),
         ({"lora_b": torch.zeros(16, 2)}, r"lora_b: expected \(N=16, R=1\), got \(16, 2\)"),
@@ -187,14 +199,20 @@ def _double(t: Tensors):
 )
 def test_bad_arguments_are_named(change, message):
     t = make(CASES[0])
-    arguments = {name: getattr(t, name) for name in ("x", "weight", "bias", "lora_a", "lora_b")} | change
+    arguments = {
+        name: getattr(t, name) for name in ("x", "weight", "bias", "lora_a", "lora_b")
+    } | change
     with pytest.raises(ConfigError, match=message):
         lora_linear(**arguments, scaling=1.0)
 
 
 def test_a_forced_backend_that_cannot_run_raises_with_the_reason():
     t = make(CASES[0])
-    with pytest.raises(BackendError, match="backend='triton' cannot run: torch runs this on the CPU"):
+    with pytest.raises(
+        BackendError, match="backend='triton' cannot run: torch runs this on the CPU"
+    ):
         lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, 1.0, backend="triton")
-    with pytest.raises(ConfigError, match="backend: expected one of auto, torch, triton, got 'cuda'"):
+    with pytest.raises(
+        ConfigError, match="backend: expected one of auto, torch, triton, got 'cuda'"
+    ):
         lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, 1.0, backend="cuda")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora import reference
+from fastlora import cpu_dropout, reference
 from tests.cases import CASES, Case, make
 
 
@@ -85,9 +85,7 @@ def test_backward_equals_autograd(case: Case):
     leaves = [v.requires_grad_() for v in (t.x, t.lora_a, t.lora_b)]
     y, s = reference.forward(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, case.p, 11)
     expected = torch.autograd.grad(y, leaves, t.dy)
-    got = reference.backward(
-        t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, t.scaling, case.p, 11
-    )
+    got = reference.backward(t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, t.scaling, case.p, 11)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -98,3 +96,11 @@ def test_forward_is_the_formula_without_dropout():
     merged = t.weight + t.scaling * t.lora_b @ t.lora_a
     torch.testing.assert_close(y, t.x @ merged.T + t.bias)
     torch.testing.assert_close(s, t.x @ t.lora_a.T)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 8), (70, 21), (0, 8), (33, 768), (2500, 768)])
+@pytest.mark.parametrize("seed", [3, -1, -(2**63)])
+def test_the_blockwise_mask_of_the_cpu_is_the_same(shape, seed):
+    blocks = [keep.clone() for _, keep in cpu_dropout.keep_blocks(seed, 0.3, *shape)]
+    whole = torch.cat(blocks) if blocks else torch.empty(shape, dtype=torch.bool)
+    assert torch.equal(whole, reference.keep_mask(seed, 0.3, *shape))

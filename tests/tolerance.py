@@ -9,7 +9,9 @@ def assert_close(got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str
 
     same_dtype: plain torch's result in got's dtype, which says how much error the dtype itself costs.
     """
-    assert got.shape == reference64.shape, f"{name}: {tuple(got.shape)} != {tuple(reference64.shape)}"
+    assert got.shape == reference64.shape, (
+        f"{name}: {tuple(got.shape)} != {tuple(reference64.shape)}"
+    )
     assert got.dtype == same_dtype.dtype, f"{name}: {got.dtype} != {same_dtype.dtype}"
     if got.numel() == 0:
         return
