@@ -44,7 +44,8 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    if lora_a.dtype != x.dtype or lora_b.dtype != x.dtype:
+        lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     _check(x, weight, bias, lora_a, lora_b)
     if seed is not None and reference.dropout_threshold(p) == 0:
         seed = None
@@ -54,6 +55,8 @@ def lora_linear(
             x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, p, seed
         )
         return flat.view(*x.shape[:-1], weight.shape[0])
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)[0]
     y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, lora_a, lora_b, scaling, p, seed
     )
@@ -91,13 +94,10 @@ class _LoRALinear(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [M, K]
-        s = _down_project(flat, lora_a, p, seed)  # [M, R]
-        y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-        y.addmm_(s, lora_b.T, alpha=scaling)  # [M, R] @ [R, N] -> [M, N]
+        y, s = _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)
         ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed)
         ctx.scaling, ctx.p = scaling, p
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,6 +127,24 @@ class _LoRALinear(torch.autograd.Function):
         dbias = dy.sum(0) if needs_bias else None
         dx = dx.view(x.shape) if dx is not None else None
         return dx, dweight, dbias, dlora_a, dlora_b, None, None, None
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y (..., N) and S (M, R)."""
+    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    s = _down_project(flat, lora_a, p, seed)  # [M, R]
+    y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
+    y.addmm_(s, lora_b.T, alpha=scaling)  # [M, R] @ [R, N] -> [M, N]
+    return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
 def _down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
