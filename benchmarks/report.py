@@ -1,0 +1,135 @@
+"""Make the README's tables from the records in `benchmarks/results/`, and from nothing else.
+
+python benchmarks/report.py            # rewrite the tables between their markers
+python benchmarks/report.py --check    # exit 1 if the README does not hold what the records say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+METHODS = {
+    "baseline": "upsampled coarse structure",
+    "base": "frozen base",
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+}
+
+
+def cpu_table(record: dict[str, Any]) -> str:
+    """Forward + backward of each case: milliseconds and ratios, and what is kept for the backward pass."""
+    facts = record["environment"]
+    rows = {}
+    for result in record["results"]:
+        if result["mode"] == "forward+backward":
+            rows.setdefault(result["case"], {})[result["backend"]] = result
+    lines = [
+        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT | PEFT / fastlora | kept: fastlora / PEFT |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    ratios = []
+    for case, row in rows.items():
+        ratios.append(row["peft"]["ms_p50"] / row["fastlora"]["ms_p50"])
+        times = " | ".join(
+            f"{row[name]['ms_p50']:.1f} ms" for name in ("linear", "fastlora", "peft")
+        )
+        kept = row["fastlora"]["saved_bytes"] / row["peft"]["saved_bytes"]
+        lines.append(f"| {case.replace('x', '×')} | {times} | {ratios[-1]:.2f}× | {kept:.0%} |")
+    lines.append(
+        f"\nMedian {statistics.median(ratios):.2f}× over PEFT {facts['peft']}; float32, {facts['threads']} threads, "
+        f"{facts['cpu']}, torch {facts['torch']}, medians of {facts['reps']} interleaved runs "
+        f"(`{facts['command']}`, `benchmarks/results/cpu.json`)."
+    )
+    return "\n".join(lines)
+
+
+def medical_table(records: list[dict[str, Any]]) -> str:
+    """Held-out means of each method and group, averaged over the seeds, with the lowest and highest Dice."""
+    groups = [group for group in records[0]["means"]["base"] if group != "all"]
+    lines = [
+        "| held out | method | trained parameters | Dice (lowest–highest seed) | HD95 mm | NSD@2 mm | volume error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for group in groups:
+        for method, label in METHODS.items():
+            means = [record["means"][method][group] for record in records]
+            dice = [mean["dice"] for mean in means]
+            hd95, nsd, volume = (
+                statistics.fmean(mean[key] for mean in means)
+                for key in ("hd95_mm", "nsd", "volume_error")
+            )
+            run = records[0]["runs"].get(method)
+            trained = f"{run['counts']['trainable']:,}" if run else "–"
+            lines.append(
+                f"| {group} | {label} | {trained} | {statistics.fmean(dice):.3f} ({min(dice):.3f}–{max(dice):.3f}) "
+                f"| {hd95:.2f} | {nsd:.3f} | {volume:+.1%} |"
+            )
+    worse = [
+        f"seed {record['seed']}: {', '.join(record['lora_worse_than']['base']['structures']) or 'none'}"
+        for record in records
+    ]
+    lines.append(
+        f"\nStructures where LoRA lost to the frozen base in Dice, HD95 or NSD: {'; '.join(worse)}."
+    )
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """Marker -> table, for every record there is."""
+    found = {"cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text()))}
+    medical = [
+        json.loads(path.read_text())
+        for path in sorted(RESULTS.glob("medical-structure-seed*.json"))
+    ]
+    found["medical"] = medical_table(medical)
+    return found
+
+
+def fill(text: str, found: dict[str, str]) -> str:
+    """The text with each table put between `<!-- table: name -->` and `<!-- end -->`.
+
+    Raises: ValueError if a marker is missing.
+    """
+    for name, table in found.items():
+        start, end = f"<!-- table: {name} -->", "<!-- end -->"
+        before, found_start, rest = text.partition(start)
+        _, found_end, after = rest.partition(end)
+        if not found_start or not found_end:
+            raise ValueError(f"README.md: expected the markers {start} and {end}")
+        text = f"{before}{start}\n{table}\n{end}{after}"
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing, exit 1 if the README is not up to date",
+    )
+    arguments = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = fill(old, tables())
+    if arguments.check:
+        if old != new:
+            print(
+                "README.md: a table differs from the records; run python benchmarks/report.py",
+                file=sys.stderr,
+            )
+        return int(old != new)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The medical application: data, model, losses, metrics and training (``pip install fastlora[medical]``)."""

@@ -1,0 +1,239 @@
+"""Volumes, signed distances, meshes and the affines between them.
+
+A volume is an array (X, Y, Z); its affine (4, 4) maps a voxel's index to millimetres, ``[x, y, z,
+1] = affine @ [i, j, k, 1]``, voxel centres at whole indices. A signed distance field (SDF) is
+negative inside. An affine may be oblique, anisotropic and of either handedness, but not sheared: a
+distance computed per axis would be wrong then.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import trimesh
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+from skimage import measure
+
+from fastlora.errors import ConfigError, DataError
+
+FloatArray = NDArray[np.float64]
+SHEAR_TOLERANCE = 1e-3  # largest cosine between two axes that still counts as a right angle
+
+
+def check_affine(affine: ArrayLike, name: str = "affine") -> FloatArray:
+    """The affine as float64 (4, 4), refused unless it is finite, invertible and without shear.
+
+    Raises: DataError, naming ``name`` and what came.
+    """
+    matrix = np.asarray(affine, dtype=np.float64)
+    if matrix.shape != (4, 4):
+        raise DataError(f"{name}: expected a (4, 4) matrix, got {matrix.shape}")
+    if not np.isfinite(matrix).all() or not np.array_equal(matrix[3], (0.0, 0.0, 0.0, 1.0)):
+        raise DataError(
+            f"{name}: expected finite numbers, the last row 0 0 0 1, got {matrix.tolist()}"
+        )
+    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
+    if (lengths <= 0).any():
+        raise DataError(
+            f"{name}: expected a positive spacing on each axis, got {lengths.tolist()} mm"
+        )
+    axes = matrix[:3, :3] / lengths
+    shear = np.abs(axes.T @ axes - np.eye(3)).max()
+    if shear > SHEAR_TOLERANCE:
+        raise DataError(
+            f"{name}: expected axes at right angles, got a cosine of {shear:.3g} between two "
+            "(a sheared volume, such as a CT with gantry tilt, has to be resampled first)"
+        )
+    return matrix
+
+
+def spacing_of(affine: ArrayLike) -> FloatArray:
+    """Millimetres between neighbouring voxels along each axis, (3,)."""
+    lengths: FloatArray = np.linalg.norm(np.asarray(affine, dtype=np.float64)[:3, :3], axis=0)
+    return lengths
+
+
+def apply_affine(affine: ArrayLike, points: ArrayLike) -> FloatArray:
+    """Map points (..., 3) by an affine (4, 4), in float64."""
+    matrix = np.asarray(affine, dtype=np.float64)
+    moved: FloatArray = np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+    return moved
+
+
+def sdf_from_mask(mask: NDArray[np.bool_], spacing: ArrayLike) -> NDArray[np.float32]:
+    """Signed distance in mm to a mask's surface, negative inside, its zero level between voxels.
+
+    A distance transform measures from a voxel's centre to the nearest centre on the other side, so
+    it never gets below one voxel and has no zero level. The surface lies half a voxel before that
+    centre: n voxels away (the length of the offset in indices), ``± d (1 − ½ / n)``.
+
+    mask: (X, Y, Z) bool. spacing: (3,) mm. What lies beyond the array counts as neither side.
+    Raises: DataError if the mask is empty or full (there is no surface then).
+    """
+    mask = np.asarray(mask)
+    steps = np.asarray(spacing, dtype=np.float64)
+    if mask.ndim != 3 or mask.dtype != np.bool_:
+        raise DataError(f"mask: expected (X, Y, Z) bool, got {mask.shape} {mask.dtype}")
+    if steps.shape != (3,) or not (np.isfinite(steps) & (steps > 0)).all():
+        raise DataError(f"spacing: expected three positive lengths in mm, got {steps.tolist()}")
+    if not mask.any():
+        raise DataError("mask: expected a surface, got an empty mask")
+    if mask.all():
+        raise DataError("mask: expected a surface, got a mask that fills the whole array")
+    if np.ptp(steps) <= 1e-4 * steps.max():  # the same, without the indices
+        outside = ndimage.distance_transform_edt(~mask, sampling=steps)
+        distance = outside + ndimage.distance_transform_edt(mask, sampling=steps)
+        distance -= 0.5 * steps.mean()
+    else:
+        distance = _corrected_distance(mask, steps) + _corrected_distance(~mask, steps)
+    signed: NDArray[np.float32] = np.where(mask, -distance, distance).astype(np.float32)
+    return signed
+
+
+def _corrected_distance(inside: NDArray[np.bool_], steps: FloatArray) -> FloatArray:
+    """Of each inside voxel, to half a voxel before the nearest outside centre; 0 outside."""
+    nearest = ndimage.distance_transform_edt(
+        inside, sampling=steps, return_distances=False, return_indices=True
+    )
+    result: FloatArray = np.zeros(inside.shape)
+    offset = nearest[:, inside] - np.stack(np.nonzero(inside))  # (3, N) voxels
+    distance = np.linalg.norm(offset * steps[:, None], axis=0)
+    result[inside] = distance * (1 - 0.5 / np.linalg.norm(offset, axis=0))
+    return result
+
+
+def mesh_from_sdf(
+    sdf: NDArray[np.floating], affine: ArrayLike, level: float = 0.0
+) -> trimesh.Trimesh:
+    """Surface of ``sdf < level`` in mm, closed, winding outwards whatever the affine's handedness.
+
+    sdf: (X, Y, Z), negative inside, any unit. affine: (4, 4) voxel index to mm. A shape that
+    reaches the border of the array is closed half a voxel outside it, where the border voxels end,
+    so its volume is kept.
+    Raises: DataError if nothing lies below ``level``, or on values that are not finite.
+    """
+    matrix = check_affine(affine)
+    field = np.asarray(sdf, dtype=np.float32)
+    if field.ndim != 3:
+        raise DataError(f"sdf: expected (X, Y, Z), got {field.shape}")
+    if not np.isfinite(field).all():
+        raise DataError(
+            f"sdf: expected finite values, got {np.count_nonzero(~np.isfinite(field))} that are not"
+        )
+    field = field - np.float32(level)
+    # A vertex on a voxel's centre would collapse triangles: no value may be exactly zero.
+    tiny = np.float32(1e-5) * max(float(np.abs(field).max()), 1e-6)
+    field = np.where(np.abs(field) < tiny, tiny, field)
+    if not (field < 0).any():
+        raise DataError(
+            f"sdf: expected a surface at level {level:g}, got no value below it (an empty shape)"
+        )
+    # A layer of mirrored values, outside everywhere: the surface crosses half way to it.
+    padded = np.abs(np.pad(field, 1, mode="edge"))
+    padded[1:-1, 1:-1, 1:-1] = field
+    vertices, faces, _, _ = measure.marching_cubes(padded, 0.0)
+    if np.linalg.det(matrix[:3, :3]) < 0:
+        faces = faces[:, ::-1]
+    return trimesh.Trimesh(apply_affine(matrix, vertices - 1.0), faces, process=False)
+
+
+def pointmap(
+    affine: ArrayLike, shape: tuple[int, int, int], axis: int, index: int
+) -> NDArray[np.float32]:
+    """Position in mm of each pixel of a slice: ``affine @ (i, j, k, 1)``, (H, W, 3) float32.
+
+    shape: of the volume. axis: 0, 1 or 2, the one that is sliced; H and W are the other two in
+    their order, so that entry [h, w] belongs to ``volume.take(index, axis)[h, w]``.
+    Raises: ConfigError if axis or index lie outside the volume.
+    """
+    matrix = check_affine(affine)
+    if axis not in (0, 1, 2):
+        raise ConfigError(f"axis: expected 0, 1 or 2, got {axis}")
+    if not 0 <= index < shape[axis]:
+        raise ConfigError(f"index: expected 0 to {shape[axis] - 1} on axis {axis}, got {index}")
+    ranges = [np.arange(n) for n in shape]
+    ranges[axis] = np.array([index])
+    grid = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).squeeze(axis)
+    return apply_affine(matrix, grid).astype(np.float32)
+
+
+def regrid(
+    affine: ArrayLike, shape: tuple[int, int, int], spacing: float
+) -> tuple[FloatArray, tuple[int, int, int]]:
+    """Affine and shape of an isotropic grid of ``spacing`` mm over the same box, axes kept.
+
+    The two boxes share the outer corner of voxel (0, 0, 0); the far side is rounded up to whole
+    voxels.
+    Raises: ConfigError if the spacing is not positive.
+    """
+    matrix = check_affine(affine)
+    if not spacing > 0:
+        raise ConfigError(f"spacing: expected a positive length in mm, got {spacing}")
+    scale = spacing / spacing_of(matrix)
+    target = matrix.copy()
+    target[:3, :3] = matrix[:3, :3] * scale
+    target[:3, 3] = apply_affine(matrix, 0.5 * scale - 0.5)  # the corners at −½ coincide
+    x, y, z = (int(np.ceil(round(n / s, 6))) for n, s in zip(shape, scale, strict=True))
+    return target, (x, y, z)
+
+
+def resample(
+    volume: NDArray[np.generic],
+    affine: ArrayLike,
+    target_affine: ArrayLike,
+    target_shape: tuple[int, int, int],
+    order: int = 1,
+    cval: float | None = None,
+) -> NDArray[np.float32]:
+    """The volume read at the voxel centres of another grid, float32 (target_shape).
+
+    volume: (X, Y, Z). order: 0 nearest, 1 linear, 3 cubic. cval: value outside the volume; None
+    repeats the nearest border voxel. Nothing is smoothed: a grid much coarser than the volume
+    aliases.
+    """
+    to_source = np.linalg.inv(check_affine(affine)) @ check_affine(target_affine, "target_affine")
+    sampled: NDArray[np.float32] = ndimage.affine_transform(
+        np.asarray(volume, dtype=np.float32),
+        to_source[:3, :3],
+        to_source[:3, 3],
+        output_shape=target_shape,
+        order=order,
+        mode="nearest" if cval is None else "constant",
+        cval=0.0 if cval is None else cval,
+    )
+    return sampled
+
+
+def voxelise(
+    mesh: trimesh.Trimesh, affine: ArrayLike, shape: tuple[int, int, int]
+) -> NDArray[np.bool_]:
+    """Which voxel centres lie inside a closed mesh, (X, Y, Z) bool: odd crossings from below."""
+    to_index = np.linalg.inv(check_affine(affine))
+    # Shifted by an irregular sliver, no column of the grid runs through an edge or a vertex.
+    sliver = (1.93e-6, 2.71e-6, 0.0)
+    corners = apply_affine(to_index, mesh.vertices)[mesh.faces] - sliver  # (F, 3, 3)
+    low = np.clip(np.ceil(corners[:, :, :2].min(1)), 0, None).astype(np.int64)
+    high = np.minimum(np.floor(corners[:, :, :2].max(1)).astype(np.int64), np.array(shape[:2]) - 1)
+    extent = np.clip(high - low + 1, 0, None)
+    count = extent.prod(1)  # grid columns in the box of each triangle
+    triangle = np.repeat(np.arange(len(count)), count)
+    rank = np.arange(len(triangle)) - np.repeat(np.cumsum(count) - count, count)
+    column = low[triangle] + np.stack(np.divmod(rank, extent[triangle, 1]), axis=1)
+    a, b, c = (corners[triangle, n] for n in range(3))
+    wa, wb, wc = _cross(b, c, column), _cross(c, a, column), _cross(a, b, column)
+    area = wa + wb + wc
+    hit = (area != 0) & (np.minimum(np.minimum(wa * area, wb * area), wc * area) >= 0)
+    height = (wa * a[:, 2] + wb * b[:, 2] + wc * c[:, 2])[hit] / area[hit]
+    first_above = np.clip(np.ceil(height), 0, shape[2]).astype(np.int64)
+    crossings = np.zeros((shape[0], shape[1], shape[2] + 1), dtype=np.int32)
+    np.add.at(crossings, (column[hit, 0], column[hit, 1], first_above), 1)
+    inside: NDArray[np.bool_] = np.cumsum(crossings, axis=2)[:, :, :-1] % 2 == 1
+    return inside
+
+
+def _cross(a: FloatArray, b: FloatArray, point: NDArray[np.int64]) -> FloatArray:
+    """Twice the signed area of the triangles (point, a, b) seen along the third axis, (N,)."""
+    area: FloatArray = (a[:, 0] - point[:, 0]) * (b[:, 1] - point[:, 1]) - (
+        b[:, 0] - point[:, 0]
+    ) * (a[:, 1] - point[:, 1])
+    return area

@@ -1,0 +1,284 @@
+"""What a training run can be told, in one table.
+
+Each field of `TrainConfig` declares its group, its help, its unit and the rule its value keeps. The command line, the YAML
+file and the checks are all made from that table, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastlora.errors import ConfigError
+
+# Fields that may differ between a run and its continuation: none of them changes what one epoch computes, except that
+# `epochs` stretches the cosine schedule of the epochs still to come.
+RESUMABLE_CHANGES = frozenset(
+    {
+        "data_root",
+        "checkpoint_dir",
+        "resume",
+        "overwrite",
+        "epochs",
+        "save_every",
+        "early_stopping",
+        "num_workers",
+        "threads",
+        "device",
+        "progress",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on a value and the words that state it in an error."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule("> 0", lambda value: value > 0)
+NOT_NEGATIVE = Rule(">= 0", lambda value: value >= 0)
+AT_LEAST_ONE = Rule(">= 1", lambda value: value >= 1)
+PROBABILITY = Rule(">= 0 and < 1", lambda value: 0 <= value < 1)
+NOT_EMPTY = Rule("not empty", lambda value: len(value) > 0)
+
+
+def one_of(*names: str) -> Rule:
+    return Rule("one of " + ", ".join(names), lambda value: value in names)
+
+
+def option(default: Any, group: str, text: str, rule: Rule | None = None, unit: str = "") -> Any:
+    """Declares a field: `group` and `text` for --help, `rule` for its check, `unit` for both."""
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": text, "rule": rule, "unit": unit}
+    )
+
+
+PEAK_LR = {"lora": 2e-3, "full": 1e-3}
+
+DATA, MODEL, OPTIMISATION, RUN = "data", "model", "optimisation", "run"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run of `MedicalTrainer`.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its rule, or two fields that contradict each other; the message
+            names the field, what was expected and what came.
+    """
+
+    use_dataset: bool = option(
+        False, DATA, "train on the volumes under --data_root (which implies it)"
+    )
+    data_root: str | None = option(
+        None,
+        DATA,
+        "folder of one sub-folder per subject (image and segmentations as NIfTI); "
+        "without it the bundled cases are built in data/bundled",
+        NOT_EMPTY,
+    )
+    demo: str | None = option(None, DATA, "train on made-up data instead", one_of("synthetic"))
+    classes: tuple[str, ...] | None = option(
+        None, DATA, "structures to train on, by name; all without it", NOT_EMPTY
+    )
+    modality: str = option("ct", DATA, "of the images named *-image.nii.gz", one_of("ct", "mr"))
+    split: str = option(
+        "auto",
+        DATA,
+        "what is held out for the test; auto: structure for the bundled cases, else patient",
+        one_of("auto", "structure", "patient", "file"),
+    )
+    augment: bool = option(
+        True, DATA, "random shifts, flips, brightness, contrast and noise of the training samples"
+    )
+    samples_per_region: int = option(
+        4, DATA, "augmented samples of each training region in an epoch", AT_LEAST_ONE
+    )
+    num_workers: int = option(
+        0, DATA, "loader processes; the result does not depend on it", NOT_NEGATIVE
+    )
+
+    finetune: str = option("lora", MODEL, "what is trained", one_of("lora", "full"))
+    lora_rank: int = option(4, MODEL, "rank of the LoRA update", AT_LEAST_ONE)
+    lora_alpha: float = option(8.0, MODEL, "LoRA scaling is alpha / rank", POSITIVE)
+    lora_dropout: float = option(0.0, MODEL, "dropout on the LoRA path", PROBABILITY, "probability")
+    lora_ffn: bool = option(True, MODEL, "adapt the feed-forward layers beside the attention")
+    base_weights: str | None = option(
+        None, MODEL, "base model's safetensors; the packaged one without it", NOT_EMPTY
+    )
+
+    epochs: int = option(16, OPTIMISATION, "passes over the training samples", AT_LEAST_ONE)
+    batch_size: int = option(8, OPTIMISATION, "regions per micro-batch", AT_LEAST_ONE, "regions")
+    grad_accum: int = option(1, OPTIMISATION, "micro-batches per optimizer step", AT_LEAST_ONE)
+    lr: float | None = option(
+        None,
+        OPTIMISATION,
+        "AdamW's peak learning rate; without it 2e-3 for lora, 1e-3 for full",
+        POSITIVE,
+    )
+    weight_decay: float = option(0.01, OPTIMISATION, "AdamW's decay", NOT_NEGATIVE)
+    warmup: float = option(
+        0.05,
+        OPTIMISATION,
+        "part of all steps with a rising rate, before the cosine",
+        PROBABILITY,
+        "fraction",
+    )
+    clip_norm: float = option(
+        1.0, OPTIMISATION, "largest gradient norm; 0 does not clip", NOT_NEGATIVE
+    )
+    early_stopping: int = option(
+        0,
+        OPTIMISATION,
+        "stop after this long without a better validation; 0 never",
+        NOT_NEGATIVE,
+        "epochs",
+    )
+    loss_sdf: float = option(
+        1.0, OPTIMISATION, "weight of the distance error near the surface", NOT_NEGATIVE
+    )
+    loss_occupancy: float = option(
+        0.2, OPTIMISATION, "weight of the inside / outside error", NOT_NEGATIVE
+    )
+    loss_normal: float = option(
+        0.05, OPTIMISATION, "weight of the error of the distance's gradient", NOT_NEGATIVE
+    )
+    amp: str = option(
+        "off", OPTIMISATION, "mixed precision, on CUDA only", one_of("off", "bf16", "fp16")
+    )
+    seed: int = option(
+        0, OPTIMISATION, "seed of weights, data order, dropout and augmentation", NOT_NEGATIVE
+    )
+
+    checkpoint_dir: str = option("runs/medical", RUN, "the run's folder", NOT_EMPTY)
+    save_every: int = option(
+        0, RUN, "also keep checkpoints/epoch_NNN.pt this often; 0 never", NOT_NEGATIVE, "epochs"
+    )
+    resume: str | None = option(
+        None,
+        RUN,
+        "continue from a checkpoint or run folder; 'auto': from the last one in --checkpoint_dir, if any",
+        NOT_EMPTY,
+    )
+    overwrite: bool = option(False, RUN, "replace the run that lies in --checkpoint_dir")
+    device: str = option("auto", RUN, "auto, cpu, cuda or cuda:N", NOT_EMPTY)
+    threads: int = option(0, RUN, "torch's CPU threads; 0 leaves them as they are", NOT_NEGATIVE)
+    progress: bool = option(True, RUN, "show the progress bar on a terminal")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = _coerce(spec.name, getattr(self, spec.name))
+            rule: Rule | None = spec.metadata["rule"]
+            if rule is not None and value is not None and not rule.holds(value):
+                raise ConfigError(f"{spec.name}: expected {rule.text}, got {value!r}")
+            object.__setattr__(self, spec.name, value)
+        if self.resume is not None and self.overwrite:
+            raise ConfigError("resume, overwrite: expected at most one of them, got both")
+        if self.demo and (self.data_root or self.use_dataset):
+            raise ConfigError(
+                "demo: expected neither data_root nor use_dataset beside it, got both"
+            )
+
+        if self.split == "auto":
+            own = self.data_root or self.demo
+            object.__setattr__(self, "split", "patient" if own else "structure")
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, or the default of the kind of fine-tuning."""
+        return self.lr if self.lr is not None else PEAK_LR[self.finetune]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Builds a config from field names and values.
+
+        Raises:
+            ConfigError: a name that is no field (the nearest one is given), or what the class raises.
+        """
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"{name}: unknown key{nearest(str(name), known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as values that YAML, JSON and `torch.load(weights_only=True)` hold."""
+        values = dataclasses.asdict(self)
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+        }
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a file of `name: value` lines.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or holds something other than a mapping of names.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config: cannot read {path}: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"config: {path}: expected lines 'name: value', got {type(values).__name__}"
+        )
+    return values
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x', 'y'?"` out of the closest known names, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
+def value_type(name: str) -> type:
+    """The type of a field's value (int, float, bool, str or tuple), leaving out None."""
+    hint = typing.get_type_hints(TrainConfig)[name]
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    plain = kinds[0] if type(None) in typing.get_args(hint) else hint
+    return typing.cast(type, typing.get_origin(plain) or plain)
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """Brings a value that means the right thing to the field's type: YAML reads `1e-3` as text, and gives lists."""
+    hint = typing.get_type_hints(TrainConfig)[name]
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    kind = value_type(name)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif (
+        kind is tuple
+        and isinstance(value, (list, tuple))
+        and all(isinstance(v, str) for v in value)
+    ):
+        return tuple(value)
+    elif kind is bool and isinstance(value, bool):
+        return value
+    elif kind is str and isinstance(value, (str, Path)):
+        return str(value)
+    wanted = {float: "a finite number", int: "a whole number", tuple: "a list of names"}
+    wanted |= {bool: "true or false", str: "text"}
+    raise ConfigError(f"{name}: expected {wanted[kind]}, got {value!r}")

@@ -1,0 +1,420 @@
+"""Fine-tuning of the mesh decoder on region samples: LoRA or all weights, resumable bit for bit on a CPU.
+
+What one epoch computes depends only on the checkpoint before it: the order of the regions and their augmentation are
+pure functions of (seed, epoch), and dropout follows torch's generator, whose state the checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from fastlora import count_parameters, save_adapter
+from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
+from fastlora.medical import checkpointing
+from fastlora.medical.finetuned import (
+    load_finetuned,
+    load_tensors,
+    make_trainable,
+    trainable_parameters,
+)
+from fastlora.medical.losses import LossWeights, mesh_losses
+from fastlora.medical.model import SparseMeshDecoder, load_base_model
+from fastlora.medical.regions import RegionBatch, collate_regions
+from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.train_config import RESUMABLE_CHANGES, TrainConfig
+from fastlora.medical.train_data import load_train_data
+
+__all__ = ["MedicalTrainer", "TrainConfig", "load_finetuned", "resolve_device"]
+
+SELECT_BY = "dice"
+"""The validation figure that chooses `best`; higher is better."""
+
+
+class RegionData(Protocol):
+    """What the trainer asks of a dataset; `RegionDataset` has it."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class MedicalTrainer:
+    """Trains `model` as `config` says and keeps the run folder `config.checkpoint_dir`.
+
+    The constructor checks everything (values, data, model, the checkpoint to resume from) and writes nothing there.
+
+    Args:
+        config: what to do.
+        model: the base to fine-tune, in place; default: `load_base_model(config.base_weights)`.
+        train_data, val_data: both or neither; default: what `config` names. `val_data` chooses `best`, so it must not be
+            the data that a report is made on.
+
+    Raises:
+        FastLoRAError: ConfigError, DataError or CheckpointError, naming what is wrong.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: SparseMeshDecoder | None = None,
+        train_data: RegionData | None = None,
+        val_data: RegionData | None = None,
+    ) -> None:
+        self.config = config
+        self.device = resolve_device(config)
+        self.folder = RunFolder(config.checkpoint_dir)
+        resume = self.folder.resume_from(config.resume)
+        self.folder.check_free(resume, config.resume == "auto", config.overwrite)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if train_data is None or val_data is None:
+            train_data, val_data = load_train_data(config)
+        for name, data in (("train_data", train_data), ("val_data", val_data)):
+            if len(data) == 0:
+                raise DataError(f"{name}: expected at least one region, got none")
+        self.train_data, self.val_data = train_data, val_data
+
+        checkpointing.seed_everything(config.seed)
+        self.model = load_base_model(config.base_weights) if model is None else model
+        self.base_sha256 = checkpointing.model_sha256(self.model)
+        self.counts = self._setup_lora()
+        self.model.to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            trainable_parameters(self.model).values(),
+            lr=config.peak_lr,
+            weight_decay=config.weight_decay,
+        )
+        batches = math.ceil(len(train_data) / config.batch_size)
+        self.steps_per_epoch = math.ceil(batches / config.grad_accum)
+        self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
+        self.scaler = torch.amp.GradScaler(enabled=config.amp == "fp16")
+
+        self.loss_weights = LossWeights(config.loss_sdf, config.loss_occupancy, config.loss_normal)
+
+        self.epoch = 0  # finished epochs
+        self.history: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+        self.best: dict[str, Any] | None = None
+        self.rng = checkpointing.rng_state()  # where `train` goes on, whatever draws in between
+        if resume is not None:
+            self.load_checkpoint(resume)
+
+    def _setup_lora(self) -> dict[str, int]:
+        """Makes trainable what `config.finetune` says; returns the parameter counts."""
+        make_trainable(self.model, self.config)
+        return count_parameters(self.model)
+
+    # -- training
+
+    def train(self) -> list[dict[str, Any]]:
+        """Trains to the last epoch or the early stop; returns the history, one record an epoch, 0 (untrained) first.
+
+        After every epoch the run folder holds all of it, so a run killed at any moment loses only the epoch it was in.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite; the message names the regions. The folder keeps the
+                last finished epoch.
+        """
+        self.folder.open(self._saved_config(), self.config.overwrite)
+        checkpointing.set_rng_state(self.rng)
+        resumed = bool(self.history)
+        board = SummaryWriter(
+            str(self.folder.board), purge_step=self.epoch + 1 if resumed else None
+        )
+        bar = tqdm(
+            total=self.config.epochs * self.steps_per_epoch,
+            initial=self.epoch * self.steps_per_epoch,
+            desc=f"{self.config.finetune} fine-tuning",
+            unit="step",
+            disable=None if self.config.progress else True,  # None: shown on a terminal only
+        )
+        with board, bar:
+            if resumed:
+                self._write(best_changed=True)
+            else:
+                self._finish_epoch({"epoch": 0}, time.perf_counter(), board)
+            while self.epoch < self.config.epochs and not self._stalled():
+                start = time.perf_counter()
+                record = self._train_epoch(bar)
+                self.epoch += 1
+                self._finish_epoch({"epoch": self.epoch, **record}, start, board)
+        return self.history
+
+    def _train_epoch(self, bar: tqdm[Any]) -> dict[str, Any]:
+        """One pass over the training regions: mean loss terms over regions, mean gradient norm over steps."""
+        config, total = self.config, len(self.train_data)
+        epoch = self.epoch + 1
+        self.model.train()
+        self.train_data.set_epoch(epoch)
+        order = epoch_order(config.seed, epoch, total)
+        group = config.batch_size * config.grad_accum
+        sums: defaultdict[str, float] = defaultdict(float)
+        norms: list[float] = []
+        rate = self.optimizer.param_groups[0]["lr"]  # of the epoch's first step
+        seen = 0
+        for batch in self._loader(self.train_data, order):
+            _, losses = self._forward(batch, f"epoch {epoch}, step {len(norms) + 1}")
+            count = len(batch)
+            # A step's loss is the mean over all its regions, whatever the sizes of its micro-batches.
+            in_step = min(group, total - seen // group * group)
+            step_loss = losses["total"] * (count / in_step)
+            self.scaler.scale(step_loss).backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.items():
+                sums[name] += value.item() * count
+            seen += count
+            if seen % group == 0 or seen == total:
+                norms.append(self._step(batch))
+                bar.set_postfix(epoch=epoch, loss=f"{losses['total'].item():.4f}")
+                bar.update()
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        return {
+            "lr": rate,
+            "grad_norm": sum(finite) / max(1, len(finite)),
+            "train": {name: value / total for name, value in sums.items()},
+        }
+
+    def _step(self, batch: RegionBatch) -> float:
+        """Clips, steps optimizer and schedule, clears the gradients; returns their norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(trainable_parameters(self.model).values(), limit).item()
+        if (
+            not math.isfinite(norm) and not self.scaler.is_enabled()
+        ):  # fp16's scaler skips such a step
+            raise TrainingError(
+                f"gradient is not finite in epoch {self.epoch + 1}: {regions_of(batch)}"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return norm
+
+    def _forward(self, batch: RegionBatch, where: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Prediction (B, X, Y, Z) and loss terms. Raises TrainingError, naming the batch, if one is not finite."""
+        batch = batch.to(self.device)
+        kind = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype=kind, enabled=self.config.amp != "off"):
+            pred = self.model(batch.tokens, batch.base_vox)
+        losses = mesh_losses(pred, batch, self.loss_weights)
+        bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
+        if bad:
+            raise TrainingError(
+                f"loss is not finite ({', '.join(bad)}) in {where}: {regions_of(batch)}"
+            )
+        return pred, losses
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean loss terms and mean Dice of the inside (distance < 0) over the validation regions."""
+        self.model.eval()
+        sums: defaultdict[str, float] = defaultdict(float)
+        for batch in self._loader(self.val_data, range(len(self.val_data))):
+            pred, losses = self._forward(batch, f"validation after epoch {self.epoch}")
+            losses["dice"] = inside_dice(pred.cpu(), batch.sdf_vox).mean()
+            for name, value in losses.items():
+                sums[name] += value.item() * len(batch)
+        return {name: value / len(self.val_data) for name, value in sums.items()}
+
+    def _loader(self, data: RegionData, order: Iterable[int]) -> DataLoader[Any]:
+        return DataLoader(
+            data,  # type: ignore[arg-type]
+            sampler=order,
+            batch_size=self.config.batch_size,
+            collate_fn=collate_regions,
+            num_workers=self.config.num_workers,
+            generator=torch.Generator(),  # its draw for the workers must not move the global generator
+        )
+
+    def _lr_factor(self, step: int) -> float:
+        """Part of the peak rate at an optimizer step: a linear rise, then half a cosine down."""
+        total = self.config.epochs * self.steps_per_epoch
+        rise = math.ceil(self.config.warmup * total)
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
+
+    def _stalled(self) -> bool:
+        """Whether the validation has not improved for `early_stopping` epochs."""
+        best_epoch = 0 if self.best is None else self.best["epoch"]
+        return 0 < self.config.early_stopping <= self.epoch - best_epoch
+
+    # -- what is kept
+
+    def _finish_epoch(self, record: dict[str, Any], start: float, board: SummaryWriter) -> None:
+        """Validates, then puts the epoch on the disk, on the board and on stdout."""
+        record["val"] = self.validate()
+        self.history.append(record)
+        self.rng = checkpointing.rng_state()
+        self.seconds.append(round(time.perf_counter() - start, 3))
+        best_score = -math.inf if self.best is None else self.best["history"][-1]["val"][SELECT_BY]
+        improved = record["val"][SELECT_BY] > best_score
+        if improved:
+            self.best = self._snapshot()
+        self._write(improved)
+        every = self.config.save_every
+        if every and self.epoch and self.epoch % every == 0:
+            self.save_checkpoint(self.folder.checkpoint(f"epoch_{self.epoch:03d}"))
+        figures = {
+            f"{part}/{k}": v for part in ("train", "val") for k, v in record.get(part, {}).items()
+        }
+        figures |= {name: record[name] for name in ("lr", "grad_norm") if name in record}
+        for name, value in figures.items():
+            board.add_scalar(name, value, self.epoch)
+        board.flush()
+        losses = (
+            f"train {record['train']['total']:.4f}  " if "train" in record else "before training  "
+        )
+        tqdm.write(
+            f"epoch {self.epoch:>3}/{self.config.epochs}  {losses}val {record['val']['total']:.4f}  "
+            f"{SELECT_BY} {record['val'][SELECT_BY]:.4f}  {self.seconds[-1]:.1f} s{'  best' if improved else ''}",
+            file=sys.stdout,
+        )
+
+    def _write(self, best_changed: bool) -> None:
+        """Writes `last`, history.json, and where they changed `best` and the adapter made from it."""
+        best = self.best if best_changed else None
+        self.folder.write(
+            self._content(),
+            best and {**best, "best": None},
+            {
+                "epochs": self.history,
+                "seconds": self.seconds,
+                "best_epoch": self.best and self.best["epoch"],
+                "counts": self.counts,
+            },
+        )
+        if best is not None and self.config.finetune == "lora":
+            adapted = copy.deepcopy(self.model).cpu()
+            load_tensors(adapted, best["model"])
+            save_adapter(adapted, self.folder.adapter)
+
+    def _snapshot(self) -> dict[str, Any]:
+        """The state of the run at the end of an epoch, as copies, without `best`."""
+        return {
+            "format": checkpointing.FORMAT,
+            "model": {
+                name: p.detach().cpu().clone()
+                for name, p in trainable_parameters(self.model).items()
+            },
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "history": copy.deepcopy(self.history),
+            "seconds": list(self.seconds),
+            "rng": self.rng,
+            "config": self._saved_config(),
+            "base_sha256": self.base_sha256,
+            "samples": len(self.train_data),
+        }
+
+    def _saved_config(self) -> dict[str, Any]:
+        return replace(self.config, resume=None, overwrite=False).to_dict()
+
+    def _content(self) -> dict[str, Any]:
+        """A checkpoint: the snapshot, and the best one so far if it is another."""
+        other = self.best is not None and self.best["epoch"] != self.epoch
+        return {**self._snapshot(), "best": self.best if other else None}
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Saves the run's state, whole or not at all: only trainable weights, and all that resuming needs.
+
+        The best state so far is in it too, so that one file continues a run anywhere.
+        """
+        checkpointing.write_checkpoint(Path(path), self._content())
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Continues from a checkpoint of the same run.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another model, base, rank, dataset or configuration; names and
+                shapes are in the message, and nothing was changed.
+        """
+        content = checkpointing.read_checkpoint(path)
+        best = content["best"] or content
+        for state in (content, best):
+            checkpointing.check_tensors(state["model"], trainable_parameters(self.model), str(path))
+        self._check_same_run(content, path)
+        load_tensors(self.model, content["model"])
+        # A copy: the optimizer would go on changing the very tensors that `best` may hold.
+        self.optimizer.load_state_dict(copy.deepcopy(content["optimizer"]))
+        self.scheduler.load_state_dict(content["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = rate * self._lr_factor(
+                self.scheduler.last_epoch
+            )  # differs if `epochs` changed
+        self.scaler.load_state_dict(content["scaler"])
+        self.epoch = content["epoch"]
+        self.history, self.seconds = list(content["history"]), list(content["seconds"])
+        self.best = {key: value for key, value in best.items() if key != "best"}
+        self.rng = content["rng"]
+
+    def _check_same_run(self, content: dict[str, Any], path: str | Path) -> None:
+        if content["base_sha256"] != self.base_sha256:
+            raise CheckpointError(f"{path}: was trained on another base model (its weights differ)")
+        if content["samples"] != len(self.train_data):
+            raise CheckpointError(
+                f"{path}: was trained on {content['samples']} samples, the data now has {len(self.train_data)}"
+            )
+        now = self.config.to_dict()
+        for name, value in content["config"].items():
+            if name not in RESUMABLE_CHANGES and now[name] != value:
+                raise CheckpointError(
+                    f"{path}: {name} was {value!r} in this run, got {now[name]!r}"
+                )
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    """The order of `size` regions in an epoch: a permutation that is a pure function of the arguments."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def inside_dice(pred_vox: Tensor, true_vox: Tensor) -> Tensor:
+    """Dice (B,) of the voxels with a negative distance, of two (B, X, Y, Z); 1 where both have none."""
+    pred, true = (pred_vox < 0).flatten(1), (true_vox < 0).flatten(1)
+    both, either = (pred & true).sum(1), pred.sum(1) + true.sum(1)
+    return torch.where(either > 0, 2 * both / either.clamp(min=1), 1.0)
+
+
+def regions_of(batch: RegionBatch) -> str:
+    """The regions of a batch in words, for an error."""
+    return ", ".join(f"{m['subject']}/{m['structure']} ({m['region']})" for m in batch.meta)
+
+
+def resolve_device(config: TrainConfig) -> torch.device:
+    """The device that `config.device` means. Raises ConfigError if it is not here, or not for `config.amp`."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices)"
+        )
+    if config.amp != "off" and device.type != "cuda":
+        raise ConfigError(
+            f"amp: expected 'off' on {name} (mixed precision is for CUDA), got {config.amp!r}"
+        )
+    return device

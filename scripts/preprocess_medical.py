@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Check a data set of medical volumes and prepare it for slice training.
+
+Without a source it builds the three bundled cases out of installed packages. Each structure is
+checked (readable, three-dimensional, finite, mask not empty and on the image's grid), cut out,
+measured and kept in the cache. Exit code 2 and one line on stderr if something cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastlora.errors import FastLoRAError
+from fastlora.medical.bundled import build_bundled
+from fastlora.medical.phantom import write_phantom_dataset
+from fastlora.medical.prepared import SliceConfig
+from fastlora.medical.preprocess import Outcome, Plan, preprocess
+from fastlora.medical.slices import AXES, parse_axes, select_structures
+from fastlora.medical.train_data import BUNDLED, SYNTHETIC
+from fastlora.medical.volumes import Case, find_cases
+
+HEADER = f"{'subject':16} {'structure':34} {'box':12} {'spacing mm':15} {'volume ml':>10} "
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    source = parser.add_argument_group("data").add_mutually_exclusive_group()
+    source.add_argument(
+        "--data_root",
+        "--original_nifti_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of cases: <subject>/{ct,mri}.nii.gz + segmentations/<structure>.nii.gz, or "
+        "<case>/*-image.nii.gz + *-label.nii.gz (default: the bundled cases)",
+    )
+    source.add_argument("--demo", choices=["synthetic"], help="write and use the phantom instead")
+    what = parser.add_argument_group("what to prepare")
+    what.add_argument(
+        "--modality", choices=["ct", "mr"], default="ct", help="of *-image.nii.gz (%(default)s)"
+    )
+    what.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="structures, or kinds of them (all)"
+    )
+    what.add_argument(
+        "--axes",
+        nargs="+",
+        metavar="AXIS",
+        default=list(AXES),
+        help="directions of the slices that are counted: sagittal, coronal, axial or 0, 1, 2 (all)",
+    )
+    what.add_argument(
+        "--spacing", type=float, metavar="MM", help="resample to this (the image's own)"
+    )
+    what.add_argument(
+        "--preprocess_crop_size",
+        type=int,
+        metavar="VOXELS",
+        default=SliceConfig.crop_size,
+        help="least side of the box that is cut out around a structure (%(default)s)",
+    )
+    what.add_argument(
+        "--extract_mesh", action="store_true", help="also write the surfaces, as PLY in mm"
+    )
+    what.add_argument(
+        "--skip_invalid", action="store_true", help="leave out what cannot be used, and say so"
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--cache_dir",
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("data/cache"),
+        help="where prepared structures go (%(default)s)",
+    )
+    run.add_argument(
+        "--num_workers",
+        type=int,
+        metavar="N",
+        default=0,
+        help="processes, each with a case at a time; 0: this one (%(default)s)",
+    )
+    run.add_argument("--seed", type=int, default=0, help="of the phantom (%(default)s)")
+    return parser
+
+
+def load_cases(args: argparse.Namespace, problems: list[str]) -> list[Case]:
+    if args.demo == "synthetic":
+        return write_phantom_dataset(SYNTHETIC, seed=args.seed)
+    if args.data_root is None:
+        return build_bundled(BUNDLED)
+    return find_cases(args.data_root, args.modality, problems if args.skip_invalid else None)
+
+
+def row(outcome: Outcome) -> str:
+    name = f"{outcome.subject:16} {outcome.structure:34}"
+    if outcome.problem:
+        return f"{name} skipped: {outcome.problem}"
+    shape = "×".join(str(n) for n in outcome.shape)
+    spacing = "×".join(f"{s:.2f}" for s in outcome.spacing)
+    slices = "/".join(str(n) for n in outcome.slices)
+    return f"{name} {shape:12} {spacing:15} {outcome.volume_ml:10.1f} {slices}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        axes = parse_axes(args.axes)
+        config = SliceConfig(spacing=args.spacing, crop_size=args.preprocess_crop_size)
+        problems: list[str] = []
+        cases = load_cases(args, problems)
+        selected = select_structures(cases, args.classes)
+        meshes = args.cache_dir / "meshes" if args.extract_mesh else None
+        plan = Plan(axes, config, args.cache_dir, meshes, args.skip_invalid)
+        names = "/".join(name for name, axis in AXES.items() if axis in axes)
+        print(HEADER + names)
+        outcomes = []
+        for outcome in preprocess(selected, plan, args.num_workers):
+            print(row(outcome), flush=True)
+            outcomes.append(outcome)
+    except (FastLoRAError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for problem in problems:
+        print(f"skipped: {problem}")
+    ready = [outcome for outcome in outcomes if outcome.problem is None]
+    if not ready:
+        print("error: expected a structure that can be used, got none", file=sys.stderr)
+        return 2
+    subjects = {outcome.subject for outcome in ready}
+    left_out = len(outcomes) - len(ready) + len(problems)
+    print(f"{len(ready)} structures of {len(subjects)} subjects ready, {left_out} skipped")
+    print(f"cache: {args.cache_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Preprocess, train LoRA, train all weights, compare both on held-out data: one command, one report.
+#
+#   bash scripts/run_medical_pipeline.sh [--out DIR] [--seed N] [flags of train_medical.py]
+#
+#   --out DIR    where runs and report go (default: runs/pipeline)
+#   --seed N     seed of both trainings (default: 0)
+#
+# Every other flag goes to both trainings; those that choose the data (--data_root, --original_nifti_dir, --demo,
+# --modality, --classes) to the preprocessing too, and --device to the evaluation too. Without any, the bundled
+# cases are used. A pipeline that was stopped goes on where it was when run again; --overwrite starts anew.
+# The environment variable PYTHON picks the interpreter (default: python3).
+set -euo pipefail
+
+usage() { sed -n '2,/^set -e/{/^set -e/d; s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+
+python=${PYTHON:-python3}
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=runs/pipeline
+seed=0
+preprocess=()
+train=()
+evaluate=()
+continue=(--resume auto)
+
+while (($#)); do
+  flag=$1
+  shift
+  case $flag in
+    -h | --help) usage; exit 0 ;;
+    --out | --seed | --device | --data_root | --original_nifti_dir | --demo | --modality)
+      if ((!$#)); then
+        echo "error: $flag: expected a value" >&2
+        exit 2
+      fi ;;&
+    --out) out=$1; shift ;;
+    --seed) seed=$1; shift ;;
+    --device) train+=("$flag" "$1"); evaluate+=("$flag" "$1"); shift ;;
+    --data_root | --original_nifti_dir | --demo | --modality)
+      preprocess+=("$flag" "$1"); train+=("$flag" "$1"); shift ;;
+    --classes)
+      names=("$flag")
+      while (($#)) && [[ $1 != --* ]]; do names+=("$1"); shift; done
+      preprocess+=("${names[@]}"); train+=("${names[@]}") ;;
+    --overwrite) train+=("$flag"); continue=() ;;
+    *) train+=("$flag") ;;
+  esac
+done
+
+step() { printf '\n== %s\n' "$1"; }
+
+step "1/4 preprocess"
+"$python" "$scripts/preprocess_medical.py" --seed "$seed" --cache_dir "$out/cache" ${preprocess[@]+"${preprocess[@]}"}
+for kind in lora full; do
+  step "$([[ $kind == lora ]] && echo 2/4 || echo 3/4) train $kind"
+  "$python" "$scripts/train_medical.py" ${train[@]+"${train[@]}"} ${continue[@]+"${continue[@]}"} \
+    --seed "$seed" --finetune "$kind" --checkpoint_dir "$out/$kind"
+done
+step "4/4 evaluate"
+"$python" "$scripts/eval_medical.py" --checkpoint "$out/lora" --full "$out/full" --output_dir "$out/eval" \
+  --save_predictions --visualize ${evaluate[@]+"${evaluate[@]}"}
+printf '\nreport: %s\n' "$out/eval/report.html"

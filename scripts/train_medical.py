@@ -1,0 +1,130 @@
+"""Fine-tune the mesh decoder on medical volumes: with no arguments, LoRA on the bundled cases, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastlora.errors import ConfigError, FastLoRAError
+from fastlora.medical.checkpointing import read_checkpoint
+from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.train_config import TrainConfig, nearest, read_yaml, value_type
+from fastlora.medical.trainer import MedicalTrainer
+
+# What argparse has to know of a field beyond its type.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "resume": {"nargs": "?", "const": "auto", "metavar": "PATH|auto"},
+    "amp": {"nargs": "?", "const": "bf16"},
+    "device": {"metavar": "NAME"},
+    "classes": {"nargs": "+", "metavar": "NAME"},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other error: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists all flags)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag per field of `TrainConfig`, in its groups."""
+    parser = Parser(
+        usage="%(prog)s [flags]",
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        epilog="A flag overrides --config, which overrides the checkpoint of --resume, which overrides the defaults.",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of 'name: value' lines, the names being the flags",
+    )
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        about = field.metadata
+        group = groups.get(about["group"]) or groups.setdefault(
+            about["group"], parser.add_argument_group(about["group"])
+        )
+        kind = value_type(field.name)
+        rule = about["rule"].text if about["rule"] else ""
+        details = [about["unit"]] if about["unit"] else []
+        if field.default is not None and field.default is not False:
+            details.append(f"default: {'on' if field.default is True else field.default}")
+        options: dict[str, Any] = {
+            "help": about["help"] + (f" ({'; '.join(details)})" if details else "")
+        }
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        elif rule.startswith("one of "):
+            options["metavar"] = "|".join(rule.removeprefix("one of ").split(", "))
+        else:
+            options["metavar"] = {int: "N", float: "X"}.get(kind, "PATH")
+        if kind in (int, float):
+            options["type"] = kind
+        names = [f"--{field.name}"] + (
+            ["--original_nifti_dir"] if field.name == "data_root" else []
+        )
+        group.add_argument(*names, **options | EXTRAS.get(field.name, {}))
+    return parser
+
+
+def read_config(argv: Sequence[str] | None) -> TrainConfig:
+    """The defaults, overridden by the checkpoint to resume, the YAML file and the flags, in this order.
+
+    Raises:
+        ConfigError, CheckpointError: naming the flag, the key or the file that is wrong.
+    """
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise ConfigError(
+            f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}"
+        )
+    given = vars(known)
+    path = given.pop("config", None)
+    given = {**(read_yaml(path) if path else {}), **given}
+    folder = RunFolder(given.get("checkpoint_dir", TrainConfig.checkpoint_dir))
+    resume = folder.resume_from(given.get("resume"))
+    if resume is None:
+        return TrainConfig.from_dict(given)
+    saved = read_checkpoint(resume)["config"]
+    if resume.parent.name == "checkpoints":
+        saved["checkpoint_dir"] = str(resume.parent.parent)
+    return TrainConfig.from_dict({**saved, **given})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
+    try:
+        config = read_config(argv)
+        trainer = MedicalTrainer(config)
+        counts = trainer.counts
+        print(
+            f"{config.finetune} fine-tuning of {counts['trainable']:,} of {counts['total']:,} parameters on "
+            f"{len(trainer.train_data)} samples ({len(trainer.val_data)} regions choose the best epoch), "
+            f"{config.epochs} epochs of {trainer.steps_per_epoch} steps on {trainer.device} -> {config.checkpoint_dir}",
+            flush=True,
+        )
+        trainer.train()
+    except FastLoRAError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: continue after the last finished epoch with --resume", file=sys.stderr)
+        return 130
+    best = trainer.best["epoch"] if trainer.best else 0
+    print(
+        f"finished after epoch {trainer.epoch}; best epoch {best}: {Path(config.checkpoint_dir, 'checkpoints/best.pt')}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
