@@ -119,9 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: continue after the last finished epoch with --resume", file=sys.stderr)
         return 130
+    ended = "finished" if trainer.epoch >= config.epochs else "stopped early"
     best = trainer.best["epoch"] if trainer.best else 0
     print(
-        f"finished after epoch {trainer.epoch}; best epoch {best}: {Path(config.checkpoint_dir, 'checkpoints/best.pt')}"
+        f"{ended} after epoch {trainer.epoch}; best epoch {best}: {Path(config.checkpoint_dir, 'checkpoints/best.pt')}"
     )
     return 0
 

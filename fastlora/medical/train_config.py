@@ -19,11 +19,14 @@ import yaml
 
 from fastlora.errors import ConfigError
 
-# Fields that may differ between a run and its continuation: none of them changes what one epoch computes, except that
-# `epochs` stretches the cosine schedule of the epochs still to come.
+# Fields that may differ between a run and its continuation. None changes what an epoch computes (another number of samples
+# or another base is refused on its own), except that `epochs` stretches the schedule of the epochs still to come and that
+# `threads` and `device` change the rounding.
 RESUMABLE_CHANGES = frozenset(
     {
         "data_root",
+        "use_dataset",
+        "base_weights",
         "checkpoint_dir",
         "resume",
         "overwrite",

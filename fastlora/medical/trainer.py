@@ -103,7 +103,6 @@ class MedicalTrainer:
         self.steps_per_epoch = math.ceil(batches / config.grad_accum)
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
         self.scaler = torch.amp.GradScaler(enabled=config.amp == "fp16")
-
         self.loss_weights = LossWeights(config.loss_sdf, config.loss_occupancy, config.loss_normal)
 
         self.epoch = 0  # finished epochs
@@ -124,7 +123,8 @@ class MedicalTrainer:
     def train(self) -> list[dict[str, Any]]:
         """Trains to the last epoch or the early stop; returns the history, one record an epoch, 0 (untrained) first.
 
-        After every epoch the run folder holds all of it, so a run killed at any moment loses only the epoch it was in.
+        After every epoch the run folder holds all of it, so a run killed at any moment loses only the epoch it was in:
+        a new trainer with `resume="auto"` goes on from there.
 
         Raises:
             TrainingError: a loss or a gradient is not finite; the message names the regions. The folder keeps the
@@ -193,9 +193,8 @@ class MedicalTrainer:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(trainable_parameters(self.model).values(), limit).item()
-        if (
-            not math.isfinite(norm) and not self.scaler.is_enabled()
-        ):  # fp16's scaler skips such a step
+        skipped = self.scaler.is_enabled()  # fp16's scaler leaves out a step that overflows
+        if not math.isfinite(norm) and not skipped:
             raise TrainingError(
                 f"gradient is not finite in epoch {self.epoch + 1}: {regions_of(batch)}"
             )
@@ -355,10 +354,9 @@ class MedicalTrainer:
         # A copy: the optimizer would go on changing the very tensors that `best` may hold.
         self.optimizer.load_state_dict(copy.deepcopy(content["optimizer"]))
         self.scheduler.load_state_dict(content["scheduler"])
+        factor = self._lr_factor(self.scheduler.last_epoch)  # another one if `epochs` changed
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = rate * self._lr_factor(
-                self.scheduler.last_epoch
-            )  # differs if `epochs` changed
+            group["lr"] = rate * factor
         self.scaler.load_state_dict(content["scaler"])
         self.epoch = content["epoch"]
         self.history, self.seconds = list(content["history"]), list(content["seconds"])
@@ -374,9 +372,9 @@ class MedicalTrainer:
             )
         now = self.config.to_dict()
         for name, value in content["config"].items():
-            if name not in RESUMABLE_CHANGES and now[name] != value:
+            if name not in RESUMABLE_CHANGES and now.get(name) != value:
                 raise CheckpointError(
-                    f"{path}: {name} was {value!r} in this run, got {now[name]!r}"
+                    f"{path}: {name} was {value!r} in this run, got {now.get(name)!r}"
                 )
 
 
