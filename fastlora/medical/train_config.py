@@ -67,7 +67,7 @@ def option(default: Any, group: str, text: str, rule: Rule | None = None, unit: 
     )
 
 
-PEAK_LR = {"lora": 2e-3, "full": 1e-3}
+PEAK_LR = {"lora": 5e-3, "full": 1e-3}
 
 DATA, MODEL, OPTIMISATION, RUN = "data", "model", "optimisation", "run"
 
@@ -127,7 +127,7 @@ class TrainConfig:
     lr: float | None = option(
         None,
         OPTIMISATION,
-        "AdamW's peak learning rate; without it 2e-3 for lora, 1e-3 for full",
+        "AdamW's peak learning rate; without it 5e-3 for lora, 1e-3 for full",
         POSITIVE,
     )
     weight_decay: float = option(0.01, OPTIMISATION, "AdamW's decay", NOT_NEGATIVE)
