@@ -103,7 +103,7 @@ class TrainConfig:
         one_of("auto", "structure", "patient", "file"),
     )
     augment: bool = option(
-        True, DATA, "random shifts, flips, brightness, contrast and noise of the training samples"
+        True, DATA, "window shifts, mirroring and small intensity changes of the training samples"
     )
     samples_per_region: int = option(
         4, DATA, "augmented samples of each training region in an epoch", AT_LEAST_ONE
