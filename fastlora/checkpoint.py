@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError
@@ -118,10 +118,11 @@ def save_adapter(
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     metadata = {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
+    tensors = {key: value.contiguous().cpu() for key, value in state.items()}
     try:
-        save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial, metadata)
+        partial.write_bytes(save(tensors, metadata))
         os.replace(partial, target)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(f"path: cannot write {target}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
