@@ -66,7 +66,7 @@ def medical_table(records: list[dict[str, Any]]) -> str:
                 for key in ("hd95_mm", "nsd", "volume_error")
             )
             run = records[0]["runs"].get(method)
-            trained = f"{run['counts']['trainable']:,}" if run else "–"
+            trained = f"{run['trainable']:,}" if run else "–"
             lines.append(
                 f"| {group} | {label} | {trained} | {statistics.fmean(dice):.3f} ({min(dice):.3f}–{max(dice):.3f}) "
                 f"| {hd95:.2f} | {nsd:.3f} | {volume:+.1%} |"
