@@ -124,7 +124,7 @@ class LoRALinear(nn.Module):
 
     def choose(self, x: Tensor) -> Choice:
         """The backend and plan that a call with the tensor `x` takes, and the reason."""
-        return choose(x, plain_base=self._is_plain(), backend=self.backend)
+        return self._choose(x, self.training and self.dropout > 0.0)
 
     def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A fresh layer of the wrapped class whose weight is W + scaling · B A; this layer is left as it is.
@@ -162,7 +162,7 @@ class LoRALinear(nn.Module):
     def _forward_tensor(self, x: Tensor) -> Tensor:
         if self._is_plain():
             return self._fused(x)
-        choose(x, plain_base=False, backend=self.backend)  # raises if a backend is forced
+        self._choose(x, False)  # raises if a backend is forced
         return self._update(self.original_linear(x), x)
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -189,6 +189,16 @@ class LoRALinear(nn.Module):
         if not self.training or self.dropout == 0.0:
             return None
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+
+    def _choose(self, x: Tensor, dropout: bool) -> Choice:
+        return choose(
+            x,
+            self.original_linear.weight,
+            self.rank,
+            dropout=dropout,
+            plain_base=self._is_plain(),
+            backend=self.backend,
+        )
 
     def _is_plain(self) -> bool:
         return type(self.original_linear).forward is nn.Linear.forward and not self._has_hooks()

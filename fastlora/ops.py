@@ -44,21 +44,22 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    if lora_a.dtype != x.dtype or lora_b.dtype != x.dtype:
-        lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     _check(x, weight, bias, lora_a, lora_b)
     if seed is not None and reference.dropout_threshold(p) == 0:
         seed = None
-    choice = choose(x, backend=backend)
+    choice = choose(x, weight, lora_a.shape[0], dropout=seed is not None, backend=backend)
+    triton = choice.backend == "triton"
+    if not triton and (lora_a.dtype != x.dtype or lora_b.dtype != x.dtype):
+        lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # kernels cast as they load
     if choice.plan == "composed":
         flat, _ = reference.forward(
             x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, p, seed
         )
         return flat.view(*x.shape[:-1], weight.shape[0])
     if not torch.is_grad_enabled():
-        return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)[0]
+        return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed, triton)[0]
     y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, lora_a, lora_b, scaling, p, seed
+        x, weight, bias, lora_a, lora_b, scaling, p, seed, triton
     )
     return y
 
@@ -93,10 +94,11 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float,
         p: float,
         seed: Tensor | None,
+        triton: bool,
     ) -> Tensor:
-        y, s = _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)
+        y, s = _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed, triton)
         ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed)
-        ctx.scaling, ctx.p = scaling, p
+        ctx.scaling, ctx.p, ctx.triton = scaling, p, triton
         return y
 
     @staticmethod
@@ -111,10 +113,19 @@ class _LoRALinear(torch.autograd.Function):
         dx = dlora_a = dlora_b = None
         if torch.is_grad_enabled():
             # Double backward: every product must be seen by autograd, S included, which was made out of its sight.
-            s = reference.apply_dropout(flat, p, seed) @ lora_a.T
+            a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+            s = reference.apply_dropout(flat, p, seed) @ a.T
             dx, dlora_a, dlora_b = reference.backward(
-                dy, flat, weight, lora_a, lora_b, s, scaling, p, seed
+                dy, flat, weight, a, b, s, scaling, p, seed
             )
+        elif ctx.triton:
+            needs = (needs_x, needs_a, needs_b)
+            made = iter(
+                _triton().lora_backward(
+                    dy, flat, weight, lora_a, lora_b, s, scaling, p, seed, *needs
+                )
+            )
+            dx, dlora_a, dlora_b = (next(made) if needed else None for needed in needs)
         else:
             if needs_b:
                 dlora_b = (s.T @ dy).T.mul_(scaling)  # ([R, M] @ [M, N])ᵀ -> [N, R]
@@ -126,7 +137,7 @@ class _LoRALinear(torch.autograd.Function):
         dweight = dy.T @ flat if needs_weight else None  # [N, M] @ [M, K] -> [N, K]
         dbias = dy.sum(0) if needs_bias else None
         dx = dx.view(x.shape) if dx is not None else None
-        return dx, dweight, dbias, dlora_a, dlora_b, None, None, None
+        return dx, dweight, dbias, dlora_a, dlora_b, None, None, None, None
 
 
 def _forward(
@@ -138,13 +149,24 @@ def _forward(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., N) and S (M, R)."""
+    """y (..., N) and S (M, R); the kernels' S holds every factor, torch's none."""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    if triton:
+        y, s = _triton().lora_forward(flat, weight, bias, lora_a, lora_b, scaling, p, seed)
+        return y.view(*x.shape[:-1], weight.shape[0]), s
     s = _down_project(flat, lora_a, p, seed)  # [M, R]
     y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
     y.addmm_(s, lora_b.T, alpha=scaling)  # [M, R] @ [R, N] -> [M, N]
     return y.view(*x.shape[:-1], weight.shape[0]), s
+
+
+def _triton() -> Any:
+    """The namespace of the Triton operators; Triton is imported when they are first wanted."""
+    import fastlora.triton_ops  # noqa: F401
+
+    return torch.ops.fastlora
 
 
 def _down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:

@@ -1,0 +1,264 @@
+"""Compile every kernel ahead of time for GPUs that need not be there, and read what the compiler made.
+
+    python benchmarks/compile_kernels.py --arch 90            compile, check the limits, compare with the record
+    python benchmarks/compile_kernels.py --arch 90 --write    and replace benchmarks/results/compile-sm90.json
+
+The launchers run as they would on the device, on tensors without storage, under a driver that names the architecture and
+stops each launch after its compilation. So what is compiled here is what would run there, specialisation included.
+
+It fails on a register spill, on shared or tensor memory above the device's, on a matrix kernel without tensor-core
+instructions, on 64-bit multiplications inside a loop, and on more than 3 % more instructions than the record holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+ARCHES = (80, 90, 100)
+TOLERANCE = 1.03
+# What a tensor core does is called differently in every generation's assembly.
+_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer whose kernels are compiled: the sizes, dtype, dropout and the forward plan."""
+
+    plan: str
+    m: int
+    k: int
+    n: int
+    rank: int
+    dtype: str = "bfloat16"
+    p: float = 0.0
+    adapters: str = "float32"
+    precision: str = "ieee"
+    aligned: bool = True
+
+    @property
+    def name(self) -> str:
+        notes = [self.dtype if self.dtype != "float32" else f"float32/{self.precision}"]
+        notes += [f"p{self.p:g}"] if self.p else []
+        notes += [f"adapters {self.adapters}"] if self.adapters != "float32" else []
+        notes += [] if self.aligned else ["unaligned"]
+        return f"{self.plan} {self.m}x{self.k}->{self.n} r{self.rank} {' '.join(notes)}"
+
+
+PROBLEMS = (
+    Problem("split", 8192, 4096, 4096, 16, p=0.1),
+    Problem("split", 8192, 4096, 4096, 16, adapters="bfloat16"),
+    Problem("split", 8192, 4096, 4096, 64, p=0.1),
+    Problem("split", 8192, 4096, 4096, 256, p=0.1),
+    Problem("fused", 32768, 1024, 1024, 16),
+    Problem("fused", 8192, 4096, 4096, 64, dtype="float16"),
+    Problem("fused", 4096, 768, 768, 4),
+    Problem("in_place", 8192, 4096, 14336, 16, dtype="float16", p=0.1),
+    Problem("decode", 1, 4096, 4096, 16),
+    Problem("decode", 32, 4096, 4096, 16, p=0.1),
+    Problem("split", 4095, 1023, 1025, 12, p=0.1, aligned=False),
+    Problem("split", 4096, 768, 2304, 8, dtype="float32", p=0.1, precision="tf32"),
+    Problem("split", 4096, 768, 2304, 8, dtype="float32", precision="tf32x3"),
+    Problem("split", 4096, 768, 2304, 8, dtype="float32", p=0.1),
+    Problem("decode", 16, 4096, 4096, 8, dtype="float32"),
+)
+
+
+def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
+    """A record for each kernel that one forward and backward pass of the problem launches on sm_<arch>."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from fastlora import dispatch, triton_ops
+    from fastlora.kernels.config import ARCHITECTURES
+
+    class Named:
+        """A driver that says which GPU to compile for, and can do nothing else."""
+
+        get_current_device = staticmethod(lambda: arch)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
+
+    driver.set_active(Named())
+    row = ARCHITECTURES[arch]
+    dispatch.device_architecture = lambda device: row
+    dispatch.float32_precision = lambda: problem.precision
+    records: dict[str, dict[str, Any]] = {}
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        compiled = launch(self, *arguments, grid=grid, warmup=True, **named)
+        record = read(compiled)
+        record["tiles"] = {k: v for k, v in named.items() if k.startswith(("BLOCK", "SUB", "num_"))}
+        flags = sorted(key for key, value in named.items() if value is True)
+        records[" ".join([self.fn.__name__.strip("_").removesuffix("_kernel"), *flags])] = record
+        return compiled
+
+    JITFunction.run = compile_only
+    dtype, adapters = getattr(torch, problem.dtype), getattr(torch, problem.adapters)
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=of, device="meta")
+
+    m, n, k, r = problem.m, problem.n, problem.k, problem.rank
+    x, weight, bias, dy = empty(m, k), empty(n, k), empty(n), empty(m, n)
+    lora_a, lora_b = empty(r, k, of=adapters), empty(n, r, of=adapters)
+    seed = torch.empty((), dtype=torch.int64, device="meta") if problem.p else None
+    low_rank = (lora_a, lora_b)
+    _, s = triton_ops._forward(x, weight, bias, *low_rank, 2.0, problem.p, seed, problem.plan)
+    triton_ops._backward(
+        dy, x, weight, *low_rank, s, 2.0, problem.p, seed, True, True, True, problem.plan
+    )
+    JITFunction.run = launch
+    return [{"kernel": name, **record} for name, record in records.items()]
+
+
+def read(compiled: Any) -> dict[str, Any]:
+    """Registers, spills, memory and instruction counts of a compiled kernel."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [knobs.nvidia.cuobjdump.path, option, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
+    return {
+        "registers": numbers["REG"],
+        "spills": sum(bool(re.search(r"\b(STL|LDL)\b", i)) for i in instructions),
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "instructions": len(instructions),
+        "tensor_core": sum(bool(_TENSOR_CORE.search(i)) for i in instructions),
+        "bulk_copies": sum("UTMALDG" in i or "UTMASTG" in i for i in instructions),
+        "async_copies": sum("LDGSTS" in i for i in instructions),
+        "wide_multiplications_in_loops": wide_multiplications(sass),
+    }
+
+
+def wide_multiplications(sass: str) -> int:
+    """How many 64-bit address multiplications stand between a backward branch and its target (an innermost loop)."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    addresses = [int(address, 16) for address, _ in lines]
+    loops = []
+    for address, (_, text) in zip(addresses, lines, strict=True):
+        target = re.search(r"\bBRA(?:\.\w+)*\s+(?:`\(\.\w+\)|.*?)(0x[0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < address:
+            loops.append((int(target.group(1), 16), address))
+    innermost = [
+        (a, b) for a, b in loops if not any(c >= a and d <= b and (c, d) != (a, b) for c, d in loops)
+    ]
+    return sum(
+        "IMAD.WIDE" in text and any(a <= address <= b for a, b in innermost)
+        for address, (_, text) in zip(addresses, lines, strict=True)
+    )
+
+
+def failures(arch: int, problem: Problem, record: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled kernel by the device's limits alone."""
+    from fastlora.kernels.config import ARCHITECTURES
+
+    row = ARCHITECTURES[arch]
+    exact = problem.dtype == "float32" and problem.precision == "ieee"
+    found = []
+    if record["spills"]:
+        found.append(f"{record['spills']} spill instructions")
+    if record["shared"] > row.shared:
+        found.append(f"{record['shared']} bytes of shared memory, the device has {row.shared}")
+    if record["tensor_memory"] > row.tensor_memory:
+        found.append(f"{record['tensor_memory']} columns of tensor memory")
+    if record["kernel"] != "sum" and not exact and not record["tensor_core"]:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What got worse than the record by more than the tolerance."""
+    return [
+        f"{field}: {new[field]}, the record has {old[field]}"
+        for field in ("instructions", "registers", "shared")
+        if new[field] > TOLERANCE * old[field]
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, choices=ARCHES, nargs="+", default=ARCHES)
+    parser.add_argument("--write", action="store_true", help="replace the committed records")
+    parser.add_argument("--only", default="", help="only problems whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: cores)")
+    arguments = parser.parse_args(argv)
+    problems = [p for p in PROBLEMS if arguments.only in p.name]
+    bad = 0
+    for arch in arguments.arch:
+        with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
+            made = list(pool.map(compile_problem, [arch] * len(problems), problems))
+        records = {p.name: {r.pop("kernel"): r for r in rs} for p, rs in zip(problems, made, strict=True)}
+        bad += report(arch, problems, records)
+        if arguments.write:
+            file(arch).write_text(json.dumps(envelope(arch, records), indent=1) + "\n")
+    return 1 if bad else 0
+
+
+def report(arch: int, problems: list[Problem], records: dict[str, dict[str, Any]]) -> int:
+    """Print a table and what fails; the number of failures."""
+    import triton
+
+    old: dict[str, Any] = {}
+    if file(arch).is_file():
+        stored = json.loads(file(arch).read_text())
+        if stored["triton"] == triton.__version__:  # another compiler's counts say nothing
+            old = stored["kernels"]
+    bad = 0
+    print(f"sm_{arch}: registers, spills, shared memory, instructions, tensor-core instructions")
+    for problem in problems:
+        print(f"  {problem.name}")
+        for kernel, record in records[problem.name].items():
+            row = (record[f] for f in ("registers", "spills", "shared", "instructions", "tensor_core"))
+            print(f"    {kernel:50s}" + "".join(f"{value:9d}" for value in row), flush=True)
+            wrong = failures(arch, problem, {"kernel": kernel, **record})
+            before = old.get(problem.name, {}).get(kernel)
+            wrong += compare(before, record) if before else []
+            for line in wrong:
+                print(f"      FAILED: {line}")
+            bad += len(wrong)
+    return bad
+
+
+def envelope(arch: int, records: dict[str, Any]) -> dict[str, Any]:
+    import triton
+
+    return {"architecture": f"sm_{arch}", "triton": triton.__version__, "kernels": records}
+
+
+def file(arch: int) -> Path:
+    return RESULTS / f"compile-sm{arch}.json"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    raise SystemExit(main())

@@ -1,0 +1,47 @@
+"""What each plan should cost on a GPU, from bytes and FLOPs: the default choice until a plan has been measured.
+
+A product of (m, k) and (k, n) takes the longer of its arithmetic and its traffic; a pass takes its traffic; a launch
+takes a fixed time. `eta` is the speed of our product over cuBLAS's. docs/design.md derives the formulas and shows where a
+measurement corrected one.
+"""
+
+from __future__ import annotations
+
+from fastlora.kernels.config import DECODE_ROWS, FUSED_RANK, Architecture, Problem, rank_block
+
+_LAUNCH = 2e-6  # seconds between dependent kernels
+# Speed of a float32 product relative to a 16-bit one on tensor cores: (cuBLAS, ours).
+_FLOAT_SPEED = {"ieee": (0.08, 0.04), "tf32": (0.5, 0.45), "tf32x3": (0.08, 0.15)}
+
+
+def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
+    """Predicted seconds of y by each forward plan that can run the problem."""
+    base, ours = _gemm(arch, q, q.m, q.n, q.k)
+    low = _bytes(arch, q, q.m * q.k + q.m * q.rank) + _LAUNCH
+    update = _bytes(arch, q, 2 * q.m * q.n + q.m * q.rank) + _LAUNCH
+    seconds = {"in_place": low + base + update, "split": low + ours}
+    if not q.dropout and q.rank <= FUSED_RANK:
+        seconds["fused"] = ours * (1 + rank_block(q.rank) / 256)
+    if q.m <= DECODE_ROWS:
+        partial = 8 * 4 * q.m * q.n / (arch.tbps * 1e12)  # float32, about four splits, written and read
+        seconds["decode"] = _bytes(arch, q, q.n * q.k) + partial + 2 * _LAUNCH
+    return seconds
+
+
+def dx_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
+    """Predicted seconds of dx = dy W + keep ∘ (dS A): our product, or cuBLAS's and an update in place."""
+    base, ours = _gemm(arch, q, q.m, q.k, q.n)
+    update = _bytes(arch, q, 2 * q.m * q.k + q.m * q.rank) + _LAUNCH
+    return {"in_place": base + update, "split": ours}
+
+
+def _gemm(arch: Architecture, q: Problem, m: int, n: int, k: int) -> tuple[float, float]:
+    """Seconds of a product in cuBLAS and in our kernel."""
+    cublas, ours = (1.0, arch.eta) if q.itemsize == 2 else _FLOAT_SPEED[q.precision]
+    arithmetic = 2 * m * n * k / (arch.tflops * 1e12)
+    traffic = _bytes(arch, q, m * k + n * k + m * n)
+    return max(arithmetic / cublas, traffic) + _LAUNCH, max(arithmetic / ours, traffic) + _LAUNCH
+
+
+def _bytes(arch: Architecture, q: Problem, elements: int) -> float:
+    return q.itemsize * elements / (arch.tbps * 1e12)

@@ -1,0 +1,172 @@
+"""The two torch operators behind the Triton path: each launches all kernels of one direction.
+
+    fastlora::lora_forward    (y, S)            S holds every factor of the low-rank path, see `kernels.forward`
+    fastlora::lora_backward   [dx, dA, dB]      only those that are asked for
+
+torch.compile sees an operator, not kernels, so it neither breaks the graph nor compiles again for another shape: plan and
+tiles are chosen inside, when the sizes are known. Importing this module imports Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlora import dispatch, reference
+from fastlora.kernels.backward import dy_pass, x_pass
+from fastlora.kernels.forward import decode, down_project
+from fastlora.kernels.gemm import rank_gemm, rank_update_
+
+_LIBRARY = torch.library.Library("fastlora", "DEF")
+_LIBRARY.define(
+    "lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float p, "
+    "Tensor? seed, str? plan=None) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lora_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, float scaling, float p, "
+    "Tensor? seed, bool needs_x, bool needs_a, bool needs_b, str? plan=None) -> Tensor[]"
+)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    plan: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), for x (M, K). plan: one of `dispatch.TRITON_PLANS`, or None to choose."""
+    choice = dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None, plan)
+    scale, mask = _factors(x, scaling, p, seed)
+    if choice.config is None:  # a shape or device without kernels
+        s = (_kept(x, p, seed) @ lora_a.to(x.dtype).T) * scale
+        return F.linear(x, weight, bias) + s @ lora_b.to(x.dtype).T, s
+    config = choice.config
+    precision = _precision(x)
+    if choice.plan == "decode":
+        return decode(
+            x, weight, bias, lora_a, lora_b, config.decode, scale=scale, precision=precision, **mask
+        )
+    if choice.plan == "fused":
+        s = x.new_empty(x.shape[0], lora_a.shape[0])
+        y = rank_gemm(
+            x, weight, bias, s, lora_b, config.fused, lora_a=lora_a, scale=scale, precision=precision
+        )
+        return y, s
+    s = down_project(x, lora_a, config.down, scale=scale, precision=precision, **mask)
+    if choice.plan == "split":
+        return rank_gemm(x, weight, bias, s, lora_b, config.split, precision=precision), s
+    y = F.linear(x, weight, bias)
+    return rank_update_(y, s, lora_b, config.update, precision=precision), s
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+    plan: str | None = None,
+) -> list[Tensor]:
+    """Those of dx (M, K), dA (R, K), dB (N, R) that are needed, in this order; `s` is what `_forward` returned."""
+    choice = dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None, plan, dy)
+    scale, mask = _factors(x, scaling, p, seed)
+    gradients: list[Tensor] = []
+    if choice.config is None:  # a shape or device without kernels
+        ds = (dy @ lora_b.to(dy.dtype)) * scale
+        if needs_x:
+            gradients.append(dy @ weight + _kept(ds @ lora_a.to(dy.dtype), p, seed))
+        if needs_a:
+            gradients.append((ds.T @ _kept(x, p, seed)).to(lora_a.dtype))
+        if needs_b:
+            gradients.append((dy.T @ s).to(lora_b.dtype))
+        return gradients
+    config = choice.config
+    precision = _precision(x)
+    ds, dlora_b = dy_pass(
+        dy,
+        lora_b,
+        s,
+        config.dy,
+        scale=scale,
+        needs_ds=needs_x or needs_a,
+        needs_db=needs_b,
+        precision=precision,
+    )
+    if needs_x and choice.dx_plan == "split":
+        # dx = dy @ W + keep ∘ (dS @ A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]
+        gradients.append(rank_gemm(dy, weight.T, None, ds, lora_a.T, config.dx, precision=precision, **mask))
+    elif needs_x:
+        dx = dy @ weight
+        gradients.append(rank_update_(dx, ds, lora_a.T, config.update, precision=precision, **mask))
+    if needs_a:
+        gradients.append(x_pass(x, ds, lora_a.dtype, config.x, precision=precision, **mask))
+    if needs_b:
+        gradients.append(dlora_b)
+    return gradients
+
+
+def _factors(x: Tensor, scaling: float, p: float, seed: Tensor | None) -> tuple[float, dict[str, Any]]:
+    """The factor of the low-rank path, and the arguments that make kernels drop elements out."""
+    if seed is None:
+        return scaling, {}
+    mask = {"seed": seed.to(x.device), "threshold": reference.dropout_threshold(p)}
+    return scaling * reference.keep_scale(p), mask
+
+
+def _kept(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """keep ∘ x, without the factor 1 / (1 − p')."""
+    if seed is None:
+        return x
+    keep = reference.keep_mask(seed.to(x.device), p, x.shape[0], x.shape[1], device=x.device)
+    return torch.where(keep, x, 0.0)
+
+
+def _precision(x: Tensor) -> str:
+    return dispatch.float32_precision() if x.dtype == torch.float32 else "ieee"
+
+
+def _forward_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, *others: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
+def _backward_shapes(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+    plan: str | None = None,
+) -> list[Tensor]:
+    wanted = ((needs_x, x), (needs_a, lora_a), (needs_b, lora_b))
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for needed, t in wanted if needed]
+
+
+for _key in ("CUDA", "CPU"):  # the CPU only under Triton's interpreter, which `dispatch` sees to
+    _LIBRARY.impl("lora_forward", _forward, _key)
+    _LIBRARY.impl("lora_backward", _backward, _key)
+_LIBRARY.impl("lora_forward", _forward_shapes, "Meta")
+_LIBRARY.impl("lora_backward", _backward_shapes, "Meta")

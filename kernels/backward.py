@@ -1,0 +1,183 @@
+"""The two passes of the backward pass that are not a large product (that one is `gemm.rank_gemm`).
+
+    dy_pass   dS = scale · dy B   and   dB = dyᵀ S        one pass over dy
+    x_pass    dA = dSᵀ (keep ∘ x)                         one pass over x, the dropout mask made again
+
+S and dS come with every factor already in them (see `forward`). Sums over many rows are split into float32 parts, which
+`sum_partials` adds in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.config import PassConfig
+from fastlora.kernels.reduce import sum_partials
+from fastlora.kernels.tiles import drop
+
+
+@triton.jit(do_not_specialize=["M"])
+def _dy_kernel(
+    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, M, N, R, n_chunk, scale, stride_dm, stride_dn, stride_bn, stride_br,
+    NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (m, split): BLOCK_M rows and one chunk of the columns of dy.
+
+    ds_ptr: (splits, M, R), summed over the chunk. db_ptr: (tiles of M, N, R), each over BLOCK_M rows.
+    """
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    tile, split = tl.program_id(0), tl.program_id(1)
+    o_m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_R)
+    m_m, m_r = o_m < M, o_r < R
+    o_row = o_m[:, None] * R + o_r[None, :]
+    m_row = m_m[:, None] & m_r[None, :]
+    ds = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if NEEDS_DB:
+        s = tl.load(s_ptr + o_row, mask=m_row, other=0.0)  # [BLOCK_M, BLOCK_R]
+        db_ptr += tile.to(tl.int64) * N * R
+    first_n = split * n_chunk
+    for n in range(first_n, min(first_n + n_chunk, N), BLOCK_N):
+        o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+        m_n = o_n < N
+        p_dy = dy_ptr + o_m[:, None] * stride_dm + o_n[None, :] * stride_dn
+        m_dy = m_m[:, None] if EVEN_N else m_m[:, None] & m_n[None, :]
+        dy = tl.load(p_dy, mask=m_dy, other=0.0)  # [BLOCK_M, BLOCK_N]
+        if NEEDS_DS:
+            p_b = b_ptr + o_n[:, None] * stride_bn + o_r[None, :] * stride_br
+            b = tl.load(p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
+            ds = tl.dot(dy, b.to(DTYPE), ds, input_precision=PRECISION)
+        if NEEDS_DB:
+            db = tl.dot(tl.trans(dy), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
+            p_db = db_ptr + o_n[:, None] * R + o_r[None, :]
+            tl.store(p_db, db.to(db_ptr.dtype.element_ty), mask=m_n[:, None] & m_r[None, :])
+    if NEEDS_DS:
+        ds_ptr += split.to(tl.int64) * M * R
+        tl.store(ds_ptr + o_row, (ds * scale).to(ds_ptr.dtype.element_ty), mask=m_row)
+
+
+def dy_pass(
+    dy: torch.Tensor,
+    lora_b: torch.Tensor,
+    s: torch.Tensor,
+    config: PassConfig,
+    *,
+    scale: float,
+    needs_ds: bool = True,
+    needs_db: bool = True,
+    precision: str = "ieee",
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dS = scale · dy B (M, R) in dy's dtype, and dB = dyᵀ S (N, R) in lora_b's; None for what is not needed.
+
+    dy: (M, N), any strides. lora_b: (N, R), any strides, any float dtype, cast to dy's. s: (M, R), contiguous, dy's dtype.
+    config.splits cuts N.
+    """
+    (m, n), r = dy.shape, s.shape[1]
+    chunk = triton.cdiv(triton.cdiv(n, config.splits), config.block_n) * config.block_n
+    splits, tiles = triton.cdiv(n, chunk), triton.cdiv(m, config.block_m)
+    ds_dtype = dy.dtype if splits == 1 else torch.float32
+    db_dtype = lora_b.dtype if tiles == 1 else torch.float32
+    ds = torch.empty(splits, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
+    db = torch.empty(tiles, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
+    _dy_kernel[(tiles, splits)](
+        dy_ptr=dy,
+        b_ptr=lora_b,
+        s_ptr=s,
+        ds_ptr=s if ds is None else ds,
+        db_ptr=s if db is None else db,
+        M=m,
+        N=n,
+        R=r,
+        n_chunk=chunk,
+        scale=scale,
+        stride_dm=dy.stride(0),
+        stride_dn=dy.stride(1),
+        stride_bn=lora_b.stride(0),
+        stride_br=lora_b.stride(1),
+        NEEDS_DS=needs_ds,
+        NEEDS_DB=needs_db,
+        EVEN_N=n % config.block_n == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return (
+        None if ds is None else sum_partials(ds, dy.dtype),
+        None if db is None else sum_partials(db, lora_b.dtype),
+    )
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _x_kernel(
+    x_ptr, ds_ptr, da_ptr, seed_ptr, M, K, R, m_chunk, threshold, stride_xm, stride_xk,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (k, split): BLOCK_K columns of dA from one chunk of the rows of x. da_ptr: (splits, R, K)."""
+    first_k, split = tl.program_id(0) * BLOCK_K, tl.program_id(1)
+    o_k = (first_k + tl.arange(0, BLOCK_K)).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_R)
+    m_k, m_r = o_k < K, o_r < R
+    da = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    first_m = split * m_chunk
+    for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M):
+        o_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        m_m = o_m < M
+        m_x = m_m[:, None] if EVEN_K else m_m[:, None] & m_k[None, :]
+        p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
+        x = tl.load(p_x, mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_K]
+        m_ds = m_r[:, None] & m_m[None, :]
+        ds_t = tl.load(ds_ptr + o_m[None, :] * R + o_r[:, None], mask=m_ds, other=0.0)  # [BLOCK_R, BLOCK_M]
+        if DROPOUT:
+            x = drop(x, tl.load(seed_ptr), threshold, m, first_k)
+        da = tl.dot(ds_t, x, da, input_precision=PRECISION)
+    p_da = da_ptr + split.to(tl.int64) * R * K + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
+    tl.store(p_da, da.to(da_ptr.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
+
+
+def x_pass(
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    dtype: torch.dtype,
+    config: PassConfig,
+    *,
+    seed: torch.Tensor | None = None,
+    threshold: int = 0,
+    precision: str = "ieee",
+) -> torch.Tensor:
+    """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`.
+
+    x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits cuts M.
+    seed, threshold, precision: as in `rank_gemm`.
+    """
+    (m, k), r = x.shape, ds.shape[1]
+    chunk = triton.cdiv(triton.cdiv(m, config.splits), config.block_m) * config.block_m
+    splits = triton.cdiv(m, chunk)
+    da_dtype = dtype if splits == 1 else torch.float32
+    da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
+    _x_kernel[(triton.cdiv(k, config.block_k), splits)](
+        x_ptr=x,
+        ds_ptr=ds,
+        da_ptr=da,
+        seed_ptr=x if seed is None else seed,
+        M=m,
+        K=k,
+        R=r,
+        m_chunk=chunk,
+        threshold=threshold,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        DROPOUT=seed is not None,
+        EVEN_K=k % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return sum_partials(da, dtype)

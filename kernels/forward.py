@@ -1,0 +1,257 @@
+"""The small kernels of the forward pass.
+
+    down_project   S = scale · (keep ∘ x) Aᵀ              one pass over x, which is where dropout happens
+    decode         y = x Wᵀ + bias + S Bᵀ, and S          for few rows: W streams once, split along K, two launches
+
+`scale` holds every factor of the low-rank path (alpha / rank, and 1 / (1 − p') of the dropout), so that S is rounded
+once and no later product has a factor of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.config import PassConfig
+from fastlora.kernels.reduce import sum_partials
+from fastlora.kernels.tiles import drop
+
+
+@triton.jit
+def _times_rows(
+    x_ptr, rows_ptr, seed_ptr, M, N, first_k, last_k, threshold, stride_xm, stride_xk, stride_n, stride_k, first_m, first_n,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(keep ∘ x) rowsᵀ over the columns first_k … last_k: float32 [BLOCK_M, BLOCK_N]. rows: (N, K)."""
+    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    o_k = (first_k + tl.arange(0, BLOCK_K)).to(tl.int64)
+    p_x = x_ptr + tl.where(o_m < M, o_m, 0)[:, None] * stride_xm + o_k[None, :] * stride_xk
+    p_rows = rows_ptr + tl.where(o_n < N, o_n, 0)[None, :] * stride_n + o_k[:, None] * stride_k
+    step = tl.full([], BLOCK_K, tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(first_k, last_k, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(p_x)  # [BLOCK_M, BLOCK_K]
+            rows = tl.load(p_rows)  # [BLOCK_K, BLOCK_N]
+        else:
+            m_k = k + tl.arange(0, BLOCK_K) < last_k
+            x = tl.load(p_x, mask=m_k[None, :], other=0.0)
+            rows = tl.load(p_rows, mask=m_k[:, None], other=0.0)
+        if DROPOUT:
+            x = drop(x, tl.load(seed_ptr), threshold, first_m, k)
+        acc = tl.dot(x, rows.to(x.dtype), acc, input_precision=PRECISION)
+        p_x += step * stride_xk
+        p_rows += step * stride_k
+    return acc
+
+
+@triton.jit
+def _store_rows(out_ptr, block, M, N, first_m, first_n):
+    """Store `block` at (first_m, first_n) of a row-major (M, N)."""
+    o_m = (first_m + tl.arange(0, block.shape[0])).to(tl.int64)
+    o_n = first_n + tl.arange(0, block.shape[1])
+    mask = (o_m < M)[:, None] & (o_n < N)[None, :]
+    tl.store(out_ptr + o_m[:, None] * N + o_n[None, :], block.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _down_kernel(
+    x_ptr, a_ptr, s_ptr, seed_ptr, M, K, R, k_chunk, scale, threshold, stride_xm, stride_xk, stride_ar, stride_ak,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (m, split): rows of S from one chunk of K. s_ptr: (splits, M, R)."""
+    first_m, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    first_k = split * k_chunk
+    last_k = min(first_k + k_chunk, K)
+    s = _times_rows(
+        x_ptr, a_ptr, seed_ptr, M, R, first_k, last_k, threshold, stride_xm, stride_xk, stride_ar, stride_ak, first_m, 0,
+        DROPOUT, EVEN_K, PRECISION, BLOCK_M, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+    _store_rows(s_ptr + split.to(tl.int64) * M * R, s * scale, M, R, first_m, 0)
+
+
+def down_project(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    config: PassConfig,
+    *,
+    scale: float = 1.0,
+    seed: torch.Tensor | None = None,
+    threshold: int = 0,
+    precision: str = "ieee",
+) -> torch.Tensor:
+    """S = scale · (keep ∘ x) Aᵀ, newly allocated (M, R), in x's dtype.
+
+    x: (M, K), any strides. lora_a: (R, K), any strides, any float dtype, cast to x's. config.splits cuts K.
+    seed, threshold, precision: as in `rank_gemm`.
+    """
+    (m, k), r = x.shape, lora_a.shape[0]
+    chunk = triton.cdiv(triton.cdiv(k, config.splits), config.block_k) * config.block_k
+    splits = triton.cdiv(k, chunk)
+    s = torch.empty(splits, m, r, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    _down_kernel[(triton.cdiv(m, config.block_m), splits)](
+        x_ptr=x,
+        a_ptr=lora_a,
+        s_ptr=s,
+        seed_ptr=x if seed is None else seed,
+        M=m,
+        K=k,
+        R=r,
+        k_chunk=chunk,
+        scale=scale,
+        threshold=threshold,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_ar=lora_a.stride(0),
+        stride_ak=lora_a.stride(1),
+        DROPOUT=seed is not None,
+        EVEN_K=k % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return s[0] if splits == 1 else sum_partials(s, x.dtype)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _stream_kernel(
+    x_ptr, w_ptr, a_ptr, base_ptr, s_ptr, seed_ptr, M, N, K, R, k_chunk, threshold,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, split): one chunk of K of x Wᵀ, or, for the tiles after the last of W, of (keep ∘ x) Aᵀ.
+
+    base_ptr: (splits, M, N) and s_ptr: (splits, M, R), float32.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    first_k = split * k_chunk
+    last_k = min(first_k + k_chunk, K)
+    w_tiles = tl.cdiv(N, BLOCK_N)
+    if tile < w_tiles:
+        base = _times_rows(
+            x_ptr, w_ptr, seed_ptr, M, N, first_k, last_k, threshold, stride_xm, stride_xk, stride_wn, stride_wk,
+            0, tile * BLOCK_N, False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        _store_rows(base_ptr + split.to(tl.int64) * M * N, base, M, N, 0, tile * BLOCK_N)
+    else:
+        first_r = (tile - w_tiles) * BLOCK_N
+        s = _times_rows(
+            x_ptr, a_ptr, seed_ptr, M, R, first_k, last_k, threshold, stride_xm, stride_xk, stride_ar, stride_ak,
+            0, first_r, DROPOUT, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        _store_rows(s_ptr + split.to(tl.int64) * M * R, s, M, R, 0, first_r)
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def _combine_kernel(
+    base_ptr, s_part_ptr, bias_ptr, b_ptr, y_ptr, s_ptr, M, N, R, splits, scale, stride_bn, stride_br,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Sum the partial results of a tile of columns, then add the rank-R term and the bias."""
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    first_n = tl.program_id(0) * BLOCK_N
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_R)
+    m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
+    m_s = (o_m < M)[:, None] & (o_r < R)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for _ in range(splits):
+        acc += tl.load(base_ptr + o_m[:, None] * N + o_n[None, :], mask=m_y, other=0.0)
+        s += tl.load(s_part_ptr + o_m[:, None] * R + o_r[None, :], mask=m_s, other=0.0)
+        base_ptr += M * N
+        s_part_ptr += M * R
+    low = (s * scale).to(DTYPE)
+    if tl.program_id(0) == 0:
+        _store_rows(s_ptr, low, M, R, 0, 0)
+    m_b = (o_r < R)[:, None] & (o_n < N)[None, :]
+    p_b = b_ptr + o_n[None, :] * stride_bn + o_r[:, None] * stride_br
+    b = tl.load(p_b, mask=m_b, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+    acc = tl.dot(low, b, acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    _store_rows(y_ptr, acc, M, N, 0, first_n)
+
+
+def decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    config: PassConfig,
+    *,
+    scale: float = 1.0,
+    seed: torch.Tensor | None = None,
+    threshold: int = 0,
+    precision: str = "ieee",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x Wᵀ + bias + S Bᵀ (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), in x's dtype, in two launches.
+
+    x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R): any strides; the adapters in any
+    float dtype. config.splits cuts K. seed, threshold, precision: as in `rank_gemm`.
+    """
+    (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
+    chunk = triton.cdiv(triton.cdiv(k, config.splits), config.block_k) * config.block_k
+    splits = triton.cdiv(k, chunk)
+    base_part = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+    s_part = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
+    y, s = x.new_empty(m, n), x.new_empty(m, r)
+    tiles = triton.cdiv(n, config.block_n) + triton.cdiv(r, config.block_n)
+    _stream_kernel[(tiles, splits)](
+        x_ptr=x,
+        w_ptr=weight,
+        a_ptr=lora_a,
+        base_ptr=base_part,
+        s_ptr=s_part,
+        seed_ptr=x if seed is None else seed,
+        M=m,
+        N=n,
+        K=k,
+        R=r,
+        k_chunk=chunk,
+        threshold=threshold,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_ar=lora_a.stride(0),
+        stride_ak=lora_a.stride(1),
+        DROPOUT=seed is not None,
+        EVEN_K=k % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    _combine_kernel[(triton.cdiv(n, config.block_n),)](
+        base_ptr=base_part,
+        s_part_ptr=s_part,
+        bias_ptr=x if bias is None else bias,
+        b_ptr=lora_b,
+        y_ptr=y,
+        s_ptr=s,
+        M=m,
+        N=n,
+        R=r,
+        splits=splits,
+        scale=scale,
+        stride_bn=lora_b.stride(0),
+        stride_br=lora_b.stride(1),
+        HAS_BIAS=bias is not None,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+    )
+    return y, s

@@ -1,0 +1,329 @@
+"""The large product of both directions, with the rank-R term added before the result leaves the registers:
+
+    out = x Wᵀ + bias + keep ∘ (low upᵀ)
+
+Forward: low = S, up = B. Gradient of x: x is dy, W is read transposed, low = dS, up = Aᵀ, and `keep` is the dropout mask.
+With FUSED the kernel makes S itself, S = scale · x Aᵀ, beside the base tile: x is read once, and the products of S are
+repeated for every tile of columns.
+
+Both kernels accumulate in float32 and round once. `_pointer_kernel` takes any strides and sizes. `_descriptor_kernel`
+is for Hopper and newer: persistent, its tiles fetched by the tensor memory accelerator.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.tiles import drop, halves, tile_of
+
+
+@triton.jit
+def _rank_term(
+    acc, s, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+    DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n)."""
+    o_m = (first_m + tl.arange(0, acc.shape[0])).to(tl.int64)
+    o_n = (first_n + tl.arange(0, acc.shape[1])).to(tl.int64)
+    if DROPOUT:
+        term = tl.zeros(acc.shape, tl.float32)
+    else:
+        term = acc
+    for first_r in range(0, R, BLOCK_R):
+        o_r = first_r + tl.arange(0, BLOCK_R)
+        m_r = o_r < R
+        if FUSED:
+            low = s
+        else:
+            m_low = (o_m < M)[:, None] & m_r[None, :]
+            low = tl.load(low_ptr + o_m[:, None] * R + o_r[None, :], mask=m_low, other=0.0)
+        m_up = m_r[:, None] & (o_n < N)[None, :]
+        p_up = up_ptr + o_n[None, :] * stride_un + o_r[:, None] * stride_ur
+        up = tl.load(p_up, mask=m_up, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+        term = tl.dot(low, up, term, input_precision=PRECISION)
+    if DROPOUT:
+        return acc + drop(term, tl.load(seed_ptr), threshold, first_m, first_n)
+    return term
+
+
+@triton.jit
+def _add_bias(acc, bias_ptr, N, first_n):
+    o_n = first_n + tl.arange(0, acc.shape[1])
+    return acc + tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store_s(s_ptr, s, M, R, first_m, BLOCK_R: tl.constexpr):
+    o_m = (first_m + tl.arange(0, s.shape[0])).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_R)
+    m_s = (o_m < M)[:, None] & (o_r < R)[None, :]
+    tl.store(s_ptr + o_m[:, None] * R + o_r[None, :], s, mask=m_s)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _pointer_kernel(
+    x_ptr, w_ptr, bias_ptr, a_ptr, low_ptr, up_ptr, out_ptr, seed_ptr,
+    M, N, K, R, scale, threshold,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_un, stride_ur,
+    HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_M, BLOCK_N] of out per program; operands by pointers, pipelined with asynchronous copies."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_m, tile_n = tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
+    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    # Rows past the end read row 0 and are never stored, so the loop needs no mask for them.
+    p_x = x_ptr + tl.where(o_m < M, o_m, 0)[:, None] * stride_xm + o_k[None, :] * stride_xk
+    p_w = w_ptr + o_n[None, :] * stride_wn + o_k[:, None] * stride_wk
+    p_a = a_ptr + o_r[None, :] * stride_ar + o_k[:, None] * stride_ak
+    step = tl.full([], BLOCK_K, tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for first_k in range(0, K, BLOCK_K):
+        m_k = o_k < K - first_k
+        if EVEN_K:
+            x = tl.load(p_x)  # [BLOCK_M, BLOCK_K]
+        else:
+            x = tl.load(p_x, mask=m_k[None, :], other=0.0)
+        if EVEN_N and EVEN_K:
+            w = tl.load(p_w)  # [BLOCK_K, BLOCK_N]
+        else:
+            w = tl.load(p_w, mask=m_k[:, None] & (o_n < N)[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if FUSED:
+            a = tl.load(p_a, mask=m_k[:, None] & (o_r < R)[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
+            s = tl.dot(x, a.to(DTYPE), s, input_precision=PRECISION)
+            p_a += step * stride_ak
+        p_x += step * stride_xk
+        p_w += step * stride_wk
+    s_low = (s * scale).to(DTYPE)
+    if FUSED and tile_n == 0:
+        _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
+    acc = _rank_term(
+        acc, s_low, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+        DTYPE, FUSED, DROPOUT, PRECISION, BLOCK_R,
+    )  # fmt: skip
+    if HAS_BIAS:
+        acc = _add_bias(acc, bias_ptr, N, first_n)
+    p_out = out_ptr + o_m[:, None] * N + o_n[None, :]
+    tl.store(p_out, acc.to(DTYPE), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+
+
+@triton.jit
+def _finish(
+    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+    DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """Add the rank-R term and the bias to `acc` and store it, in SUBTILES column strips one after the other."""
+    if SUBTILES > 1:
+        left, right = halves(acc)
+        _finish(
+            out_desc, left, s, bias_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur,
+            first_m, first_n, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES // 2,
+        )  # fmt: skip
+        _finish(
+            out_desc, right, s, bias_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur,
+            first_m, first_n + acc.shape[1] // 2, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES // 2,
+        )  # fmt: skip
+    else:
+        out = _rank_term(
+            acc, s, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+            DTYPE, FUSED, DROPOUT, PRECISION, BLOCK_R,
+        )  # fmt: skip
+        if HAS_BIAS:
+            out = _add_bias(out, bias_ptr, N, first_n)
+        out_desc.store([first_m, first_n], out.to(DTYPE))
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _descriptor_kernel(
+    x_desc, w_desc, a_ptr, out_desc, bias_ptr, low_ptr, up_ptr, seed_ptr,
+    M, N, K, R, scale, threshold, stride_ar, stride_ak, stride_un, stride_ur,
+    HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """Tiles [BLOCK_M, BLOCK_N] of out, each program taking every P-th of them. TRANSPOSED: W is (K, N), not (N, K)."""
+    DTYPE: tl.constexpr = x_desc.dtype
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    o_k, o_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile, num_m, num_n, GROUP_M)
+        first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for first_k in range(0, K, BLOCK_K):
+            x = x_desc.load([first_m, first_k])  # [BLOCK_M, BLOCK_K]
+            if TRANSPOSED:
+                w = w_desc.load([first_k, first_n])  # [BLOCK_K, BLOCK_N]
+            else:
+                w = w_desc.load([first_n, first_k]).T
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            if FUSED:
+                m_a = (first_k + o_k < K)[:, None] & (o_r < R)[None, :]
+                o_a = (first_k + o_k).to(tl.int64)[:, None] * stride_ak + o_r.to(tl.int64)[None, :] * stride_ar
+                a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)  # [BLOCK_K, BLOCK_R]
+                s = tl.dot(x, a.to(DTYPE), s, input_precision=PRECISION)
+        s_low = (s * scale).to(DTYPE)
+        if FUSED and tile_n == 0:
+            _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
+        _finish(
+            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur,
+            first_m, first_n, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _update_kernel(
+    out_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of out is read, given its rank-R term, and written back."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = first_n + tl.arange(0, BLOCK_N)
+    p_out = out_ptr + o_m[:, None] * N + o_n[None, :]
+    mask = (o_m < M)[:, None] & (o_n < N)[None, :]
+    acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
+    acc = _rank_term(
+        acc, acc, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+        DTYPE, False, DROPOUT, PRECISION, BLOCK_R,
+    )  # fmt: skip
+    tl.store(p_out, acc.to(DTYPE), mask=mask)
+
+
+def rank_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: torch.Tensor,
+    up: torch.Tensor,
+    config: GemmConfig,
+    *,
+    lora_a: torch.Tensor | None = None,
+    scale: float = 1.0,
+    seed: torch.Tensor | None = None,
+    threshold: int = 0,
+    precision: str = "ieee",
+) -> torch.Tensor:
+    """out = x Wᵀ + bias + keep ∘ (low upᵀ), newly allocated (M, N), row-major, in x's dtype.
+
+    x: (M, K), any strides. weight: (N, K), any strides, x's dtype; a transposed view for the gradient of x.
+    bias: (N,) or None. low: (M, R), contiguous, x's dtype. up: (N, R), any strides, any float dtype.
+    config: tiles. With `config.descriptor`, x, out and weight (or its transpose) must suit the tensor memory accelerator:
+        rows contiguous, 16-byte aligned, their pitch a multiple of 16 bytes.
+    lora_a: (R, K). If given, low is not read but written: low = scale · x Aᵀ (R ≤ config.block_r).
+    seed: 0-d int64 on x's device, or None for no dropout; threshold: p in units of 2⁻¹⁶.
+    precision: of float32 products, "ieee", "tf32" or "tf32x3".
+    """
+    (m, k), n, r = x.shape, weight.shape[0], low.shape[1]
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    fused, dropout = lora_a is not None, seed is not None
+    a = x if lora_a is None else lora_a
+    shared = {
+        "bias_ptr": x if bias is None else bias,
+        "a_ptr": a,
+        "low_ptr": low,
+        "up_ptr": up,
+        "seed_ptr": x if seed is None else seed,
+        "M": m,
+        "N": n,
+        "K": k,
+        "R": r,
+        "scale": scale,
+        "threshold": threshold,
+        "stride_ar": a.stride(0),
+        "stride_ak": a.stride(1),
+        "stride_un": up.stride(0),
+        "stride_ur": up.stride(1),
+        "HAS_BIAS": bias is not None,
+        "FUSED": fused,
+        "DROPOUT": dropout,
+        "PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": config.block_r,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    if not config.descriptor:
+        _pointer_kernel[(tiles,)](
+            x_ptr=x,
+            w_ptr=weight,
+            out_ptr=out,
+            stride_xm=x.stride(0),
+            stride_xk=x.stride(1),
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            EVEN_N=n % config.block_n == 0,
+            EVEN_K=k % config.block_k == 0,
+            **shared,
+        )
+        return out
+    transposed = weight.stride(1) != 1
+    stored = weight.T if transposed else weight
+    w_block = [config.block_n, config.block_k]
+    out_block = [config.block_m, config.block_n // config.subtiles]
+    programs = min(tiles, config.programs)
+    _descriptor_kernel[(programs,)](
+        x_desc=TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+        w_desc=TensorDescriptor.from_tensor(stored, w_block[::-1] if transposed else w_block),
+        out_desc=TensorDescriptor.from_tensor(out, out_block),
+        TRANSPOSED=transposed,
+        SUBTILES=config.subtiles,
+        **shared,
+    )
+    return out
+
+
+def rank_update_(
+    out: torch.Tensor,
+    low: torch.Tensor,
+    up: torch.Tensor,
+    config: GemmConfig,
+    *,
+    seed: torch.Tensor | None = None,
+    threshold: int = 0,
+    precision: str = "ieee",
+) -> torch.Tensor:
+    """out += keep ∘ (low upᵀ), in place, for a base product that another library made.
+
+    out: (M, N), contiguous; changed. low: (M, R), contiguous, out's dtype. up: (N, R), any strides, any float dtype.
+    config: block_m, block_n, block_r and the launch numbers. seed, threshold, precision: as in `rank_gemm`.
+    """
+    (m, n), r = out.shape, low.shape[1]
+    _update_kernel[(triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))](
+        out_ptr=out,
+        low_ptr=low,
+        up_ptr=up,
+        seed_ptr=out if seed is None else seed,
+        M=m,
+        N=n,
+        R=r,
+        threshold=threshold,
+        stride_un=up.stride(0),
+        stride_ur=up.stride(1),
+        DROPOUT=seed is not None,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
