@@ -168,7 +168,9 @@ def wide_multiplications(sass: str) -> int:
         if target and int(target.group(1), 16) < address:
             loops.append((int(target.group(1), 16), address))
     innermost = [
-        (a, b) for a, b in loops if not any(c >= a and d <= b and (c, d) != (a, b) for c, d in loops)
+        (a, b)
+        for a, b in loops
+        if not any(c >= a and d <= b and (c, d) != (a, b) for c, d in loops)
     ]
     return sum(
         "IMAD.WIDE" in text and any(a <= address <= b for a, b in innermost)
@@ -210,14 +212,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=ARCHES, nargs="+", default=ARCHES)
     parser.add_argument("--write", action="store_true", help="replace the committed records")
     parser.add_argument("--only", default="", help="only problems whose name contains this")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes (default: cores)"
+    )
     arguments = parser.parse_args(argv)
     problems = [p for p in PROBLEMS if arguments.only in p.name]
     bad = 0
     for arch in arguments.arch:
         with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
             made = list(pool.map(compile_problem, [arch] * len(problems), problems))
-        records = {p.name: {r.pop("kernel"): r for r in rs} for p, rs in zip(problems, made, strict=True)}
+        records = {
+            p.name: {r.pop("kernel"): r for r in rs} for p, rs in zip(problems, made, strict=True)
+        }
         bad += report(arch, problems, records)
         if arguments.write:
             file(arch).write_text(json.dumps(envelope(arch, records), indent=1) + "\n")
@@ -238,7 +244,9 @@ def report(arch: int, problems: list[Problem], records: dict[str, dict[str, Any]
     for problem in problems:
         print(f"  {problem.name}")
         for kernel, record in records[problem.name].items():
-            row = (record[f] for f in ("registers", "spills", "shared", "instructions", "tensor_core"))
+            row = (
+                record[f] for f in ("registers", "spills", "shared", "instructions", "tensor_core")
+            )
             print(f"    {kernel:50s}" + "".join(f"{value:9d}" for value in row), flush=True)
             wrong = failures(arch, problem, {"kernel": kernel, **record})
             before = old.get(problem.name, {}).get(kernel)

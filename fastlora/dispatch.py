@@ -56,6 +56,7 @@ _CPU = Choice("torch", "in_place", "torch runs this on the CPU; Triton kernels a
 _OTHER = Choice("torch", "in_place", "the device is neither a CPU nor CUDA")
 _ASKED = Choice("torch", "in_place", "torch was asked for")
 _FUNCTORCH = Choice("torch", "composed", "a functorch transform (vmap, grad, jvp) is active")
+_COMPILING = Choice("triton", "operator", "the plan is chosen inside the operator, at run time")
 _AROUND = Choice("torch", "around", "the wrapped layer has hooks or a forward of its own")
 
 
@@ -88,6 +89,8 @@ def choose(
     reason = why_not_triton(x.device.type, x.dtype, rank, forced=wanted == "triton")
     if reason is not None:
         return _or_raise(reason, wanted)
+    if torch.compiler.is_compiling():
+        return _COMPILING
     return _or_raise(launch_choice(x, weight, rank, dropout), wanted)
 
 
@@ -119,7 +122,7 @@ def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) 
         return _torch("Triton's interpreter multiplies bfloat16 wrongly")
     if rank > MAX_RANK:
         return _torch(f"rank {rank} is above {MAX_RANK}, the most that a kernel holds")
-    if not _has_triton():
+    if not _HAS_TRITON:
         return _torch(f"needs Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer")
     return None
 
@@ -158,12 +161,16 @@ def _plan(device: torch.device, problem: Problem, descriptor: bool, forced: str 
     config = tiles(arch, problem, descriptor)
     if forced is not None:
         if forced not in forward:
-            raise BackendError(f"plan={forced!r} cannot run {problem}: expected one of {sorted(forward)}")
+            raise BackendError(
+                f"plan={forced!r} cannot run {problem}: expected one of {sorted(forward)}"
+            )
         dx_plan = "split" if forced in ("split", "fused") else "in_place"
         return Choice("triton", forced, "the plan was asked for", dx_plan, config)
     measured = tuned.lookup(device, problem) if device.type == "cuda" else None
     if measured is not None:
-        return Choice("triton", measured.plan, "measured by fastlora.tune", measured.dx_plan, measured.config)
+        return Choice(
+            "triton", measured.plan, "measured by fastlora.tune", measured.dx_plan, measured.config
+        )
     ranking = sorted(forward, key=forward.__getitem__)
     times = ", ".join(f"{plan} {1e6 * forward[plan]:.0f}" for plan in ranking)
     reason = f"least predicted time, not measured (microseconds: {times})"
@@ -173,7 +180,9 @@ def _plan(device: torch.device, problem: Problem, descriptor: bool, forced: str 
 def float32_precision() -> str:
     """How float32 products are made, following torch's switch: "tf32" if it allows that, else "ieee"."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; there the old switch may not be read after the new one was set
+    if hasattr(
+        matmul, "fp32_precision"
+    ):  # torch 2.9; there the old switch may not be read after the new one was set
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
 
@@ -199,13 +208,6 @@ def _describable(matrix: torch.Tensor) -> bool:
     )
 
 
-@functools.lru_cache
-def _has_triton() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return tuple(int(part) for part in version("triton").split(".")[:2]) >= _OLDEST_TRITON
-
-
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -220,4 +222,12 @@ def _or_raise(choice: Choice, wanted: str) -> Choice:
     return choice
 
 
+def _has_triton() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return tuple(int(part) for part in version("triton").split(".")[:2]) >= _OLDEST_TRITON
+
+
+# Read once: a compiler can trace a constant, not a look at the file system or the environment.
+_HAS_TRITON = _has_triton()
 _ENVIRONMENT = os.environ.get("FASTLORA_BACKEND", "auto")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora import ops
+from fastlora import ops, reference
 from fastlora.dispatch import BACKENDS, Choice, choose
 from fastlora.errors import ConfigError, InjectionError, MergeError
 
@@ -124,7 +124,8 @@ class LoRALinear(nn.Module):
 
     def choose(self, x: Tensor) -> Choice:
         """The backend and plan that a call with the tensor `x` takes, and the reason."""
-        return self._choose(x, self.training and self.dropout > 0.0)
+        dropout = self.training and reference.dropout_threshold(self.dropout) > 0
+        return self._choose(ops.autocast(x) if ops.autocasts(x) else x, dropout)
 
     def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A fresh layer of the wrapped class whose weight is W + scaling · B A; this layer is left as it is.
@@ -223,7 +224,7 @@ class LoRALinear(nn.Module):
 
 
 def explain(layer: LoRALinear, x: Tensor) -> Choice:
-    """Which backend and plan `layer` takes for the tensor `x` (only its device is looked at), and why.
+    """Which backend and plan `layer` takes for the tensor `x` (..., in_features), and why. Nothing is computed.
 
     Raises: BackendError if the layer forces a backend that cannot run.
     """

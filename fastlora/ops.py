@@ -40,10 +40,9 @@ def lora_linear(
 
     Raises: ConfigError if shapes, dtypes or devices do not fit; BackendError if `backend` cannot run.
     """
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    if autocasts(x):
+        x, weight = autocast(x), autocast(weight)
+        bias = None if bias is None else autocast(bias)
     _check(x, weight, bias, lora_a, lora_b)
     if seed is not None and reference.dropout_threshold(p) == 0:
         seed = None
@@ -115,9 +114,7 @@ class _LoRALinear(torch.autograd.Function):
             # Double backward: every product must be seen by autograd, S included, which was made out of its sight.
             a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
             s = reference.apply_dropout(flat, p, seed) @ a.T
-            dx, dlora_a, dlora_b = reference.backward(
-                dy, flat, weight, a, b, s, scaling, p, seed
-            )
+            dx, dlora_a, dlora_b = reference.backward(dy, flat, weight, a, b, s, scaling, p, seed)
         elif ctx.triton:
             needs = (needs_x, needs_a, needs_b)
             made = iter(
@@ -224,10 +221,15 @@ def _in_blocks(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def autocast(tensor: Tensor) -> Tensor:
     """What autocast does to an argument of a matrix product: float64 and integers are left alone."""
     eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if eligible else tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if eligible else tensor
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:

@@ -20,12 +20,12 @@ from fastlora.kernels.backward import dy_pass, x_pass
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
 
-_LIBRARY = torch.library.Library("fastlora", "DEF")
-_LIBRARY.define(
+_LIBRARY = torch.library.Library("fastlora", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float p, "
     "Tensor? seed, str? plan=None) -> (Tensor, Tensor)"
 )
-_LIBRARY.define(
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "lora_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, float scaling, float p, "
     "Tensor? seed, bool needs_x, bool needs_a, bool needs_b, str? plan=None) -> Tensor[]"
 )
@@ -51,13 +51,22 @@ def _forward(
     config = choice.config
     precision = _precision(x)
     if choice.plan == "decode":
-        return decode(
+        y, s = decode(
             x, weight, bias, lora_a, lora_b, config.decode, scale=scale, precision=precision, **mask
         )
+        return y, s
     if choice.plan == "fused":
         s = x.new_empty(x.shape[0], lora_a.shape[0])
         y = rank_gemm(
-            x, weight, bias, s, lora_b, config.fused, lora_a=lora_a, scale=scale, precision=precision
+            x,
+            weight,
+            bias,
+            s,
+            lora_b,
+            config.fused,
+            lora_a=lora_a,
+            scale=scale,
+            precision=precision,
         )
         return y, s
     s = down_project(x, lora_a, config.down, scale=scale, precision=precision, **mask)
@@ -109,7 +118,9 @@ def _backward(
     )
     if needs_x and choice.dx_plan == "split":
         # dx = dy @ W + keep ∘ (dS @ A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]
-        gradients.append(rank_gemm(dy, weight.T, None, ds, lora_a.T, config.dx, precision=precision, **mask))
+        gradients.append(
+            rank_gemm(dy, weight.T, None, ds, lora_a.T, config.dx, precision=precision, **mask)
+        )
     elif needs_x:
         dx = dy @ weight
         gradients.append(rank_update_(dx, ds, lora_a.T, config.update, precision=precision, **mask))
@@ -120,7 +131,9 @@ def _backward(
     return gradients
 
 
-def _factors(x: Tensor, scaling: float, p: float, seed: Tensor | None) -> tuple[float, dict[str, Any]]:
+def _factors(
+    x: Tensor, scaling: float, p: float, seed: Tensor | None
+) -> tuple[float, dict[str, Any]]:
     """The factor of the low-rank path, and the arguments that make kernels drop elements out."""
     if seed is None:
         return scaling, {}
@@ -166,7 +179,7 @@ def _backward_shapes(
 
 
 for _key in ("CUDA", "CPU"):  # the CPU only under Triton's interpreter, which `dispatch` sees to
-    _LIBRARY.impl("lora_forward", _forward, _key)
-    _LIBRARY.impl("lora_backward", _backward, _key)
-_LIBRARY.impl("lora_forward", _forward_shapes, "Meta")
-_LIBRARY.impl("lora_backward", _backward_shapes, "Meta")
+    _LIBRARY.impl("lora_forward", _forward, _key)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("lora_backward", _backward, _key)  # type: ignore[no-untyped-call]
+_LIBRARY.impl("lora_forward", _forward_shapes, "Meta")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("lora_backward", _backward_shapes, "Meta")  # type: ignore[no-untyped-call]

@@ -1,12 +1,13 @@
 """What `python -m fastlora.tune` measured: a JSON file that `dispatch` looks plans and tiles up in.
 
 The file is at $FASTLORA_TUNING, or else `fastlora/tuning.json` in the user's cache folder. An entry counts only on the
-GPU and under the versions of torch, Triton and fastlora that it was measured with.
+GPU, under the versions of torch and Triton, and for the very kernels that it was measured with.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -61,12 +62,18 @@ def store(device_name: str, problem: Problem, tuned: Tuned) -> None:
 
 def key(device_name: str, q: Problem) -> str:
     """One line that names the GPU, the versions and the bucket of problems."""
-    from fastlora import __version__
-
     rows = 1 << (q.m - 1).bit_length()
-    versions = f"torch {torch.__version__}, triton {version('triton')}, fastlora {__version__}"
+    versions = f"torch {torch.__version__}, triton {version('triton')}, kernels {_kernels()}"
     flags = f"{q.itemsize} bytes, {q.precision}{', dropout' if q.dropout else ''}"
     return f"{device_name} | {versions} | m<={rows} n={q.n} k={q.k} r={q.rank} | {flags}"
+
+
+@functools.lru_cache
+def _kernels() -> str:
+    """A digest of the kernels' source: what was measured says nothing about other kernels."""
+    folder = Path(__file__).parent / "kernels"
+    source = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
+    return hashlib.sha256(source).hexdigest()[:12]
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,10 +91,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _parse(entry: dict[str, Any]) -> Tuned:
     try:
-        config = {
+        config: dict[str, Any] = {
             name: (GemmConfig if name in _GEMMS else PassConfig)(**fields)
             for name, fields in entry["config"].items()
         }
         return Tuned(entry["plan"], entry["dx_plan"], Tiles(**config))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path()}: an entry is not what fastlora.tune writes: {error!r}") from None
+        raise ConfigError(
+            f"{path()}: an entry is not what fastlora.tune writes: {error!r}"
+        ) from None

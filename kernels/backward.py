@@ -131,7 +131,9 @@ def _x_kernel(
         p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
         x = tl.load(p_x, mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_K]
         m_ds = m_r[:, None] & m_m[None, :]
-        ds_t = tl.load(ds_ptr + o_m[None, :] * R + o_r[:, None], mask=m_ds, other=0.0)  # [BLOCK_R, BLOCK_M]
+        ds_t = tl.load(
+            ds_ptr + o_m[None, :] * R + o_r[:, None], mask=m_ds, other=0.0
+        )  # [BLOCK_R, BLOCK_M]
         if DROPOUT:
             x = drop(x, tl.load(seed_ptr), threshold, m, first_k)
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)

@@ -140,14 +140,23 @@ def gemm_config(
     if q.itemsize == 4:
         return _float_gemm(arch, block_r, q.precision)
     wave = -(-q.m // 128) * -(-columns // 256)
-    if arch.capability < 90 or not descriptor:
+    if not descriptor and arch.capability >= 90:
+        return GemmConfig(128, 64, 32, block_r, 8, 4)
+    if arch.capability < 90:
+        if not descriptor:
+            return GemmConfig(64, 64, 32, block_r, 8, 3)
         stages = 4 if arch.shared > 150_000 else 3
-        config = GemmConfig(128, 128, 32, block_r, 4 if arch.capability == 80 else 8, stages)
-        return replace(config, num_warps=8) if dropout or block_r > 32 else config
-    if wave < arch.sms or arch.capability >= 100:
+        plain = arch.capability == 80 and block_r <= 32 and not (dropout or fused)
+        return GemmConfig(128, 128, 32, block_r, 4 if plain else 8, stages)
+    if arch.capability >= 100:
+        config = GemmConfig(128, 128, 64, block_r, 8, 3, descriptor=True, subtiles=2)
+    elif wave < arch.sms:
         # Less than one wave of large tiles would leave processors idle.
-        config = GemmConfig(128, 128, 64, block_r, 8, 4, descriptor=True, subtiles=2)
+        config = GemmConfig(128, 128, 64, block_r, 8, 4, descriptor=True, subtiles=4)
     else:
+        block_r = (
+            min(block_r, 32) if dropout else block_r
+        )  # the masked product has an accumulator of its own
         config = GemmConfig(128, 256, 64, block_r, 8, 4, descriptor=True, subtiles=4)
     if fused:
         config = replace(config, num_stages=3 if block_r <= 32 else 2)
@@ -158,13 +167,14 @@ def _float_gemm(arch: Architecture, block_r: int, precision: str) -> GemmConfig:
     if precision == "ieee":
         # No tensor core multiplies float32 exactly: plain multiply-adds, whose operands live in registers.
         return GemmConfig(64, 64, 16, min(block_r, 16), 8, 2)
-    return GemmConfig(128, 64, 32, min(block_r, 32), 8, 3 if arch.shared > 150_000 else 2)
+    block_m = 128 if arch.capability < 100 else 64
+    return GemmConfig(block_m, 64, 32, min(block_r, 32), 8, 3 if arch.shared > 150_000 else 2)
 
 
 def update_config(rank: int, itemsize: int) -> GemmConfig:
     """Tiles of `gemm.rank_update_`, which moves bytes and little else."""
     block_r = rank_block(rank, 64 if itemsize == 2 else 16)
-    return GemmConfig(64, 128 if itemsize == 2 else 64, 0, block_r, 8, 2)
+    return GemmConfig(64, 128 if itemsize == 2 else 32, 0, block_r, 8, 2)
 
 
 def down_config(
@@ -184,19 +194,27 @@ def down_config(
     return PassConfig(block_m, 0, block_k, block_r, 8 if block_r > 32 else 4, 3, splits)
 
 
-def decode_config(arch: Architecture, m: int, n: int, k: int, rank: int, itemsize: int) -> PassConfig:
+def decode_config(
+    arch: Architecture, m: int, n: int, k: int, rank: int, itemsize: int
+) -> PassConfig:
     """Tiles of the decode kernel: one tile of rows, W split along K until every processor streams a part of it."""
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64
     block_n, block_k = 64, 128 * 2 // itemsize
     tiles = -(-n // block_n)
     splits = max(1, min(k // (2 * block_k), -(-2 * arch.sms // tiles), 16))
-    return PassConfig(block_m, block_n, block_k, rank_block(rank), 4, 4 if arch.shared > 150_000 else 3, splits)
+    return PassConfig(
+        block_m, block_n, block_k, rank_block(rank), 4, 4 if arch.shared > 150_000 else 3, splits
+    )
 
 
 def dy_config(arch: Architecture, m: int, n: int, rank: int, itemsize: int) -> PassConfig:
     """Tiles of the pass over dy. Few tiles of rows keep the partial dB small; the columns are split to fill the machine."""
     block_r = rank_block(rank)
-    block_m = (128 if block_r <= 64 else 64) * 2 // itemsize
+    # dS [block_m, block_r] lives in registers; before sm_90 so do the operands of its products.
+    block_m = 128 if block_r <= 32 else 64 if block_r <= 128 else 32
+    if arch.capability >= 90 and block_r > 32:
+        block_m *= 2
+    block_m = block_m * 2 // itemsize
     tiles = -(-m // block_m)
     splits = max(1, min(n // 256, -(-2 * arch.sms // tiles), 16))
     return PassConfig(block_m, 64 if block_r <= 128 else 32, 0, block_r, 8, 3, splits)

@@ -52,7 +52,9 @@ def _store_rows(out_ptr, block, M, N, first_m, first_n):
     o_m = (first_m + tl.arange(0, block.shape[0])).to(tl.int64)
     o_n = first_n + tl.arange(0, block.shape[1])
     mask = (o_m < M)[:, None] & (o_n < N)[None, :]
-    tl.store(out_ptr + o_m[:, None] * N + o_n[None, :], block.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + o_m[:, None] * N + o_n[None, :], block.to(out_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

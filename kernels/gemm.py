@@ -99,7 +99,9 @@ def _pointer_kernel(
             w = tl.load(p_w, mask=m_k[:, None] & (o_n < N)[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         if FUSED:
-            a = tl.load(p_a, mask=m_k[:, None] & (o_r < R)[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
+            a = tl.load(
+                p_a, mask=m_k[:, None] & (o_r < R)[None, :], other=0.0
+            )  # [BLOCK_K, BLOCK_R]
             s = tl.dot(x, a.to(DTYPE), s, input_precision=PRECISION)
             p_a += step * stride_ak
         p_x += step * stride_xk
@@ -170,7 +172,9 @@ def _descriptor_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             if FUSED:
                 m_a = (first_k + o_k < K)[:, None] & (o_r < R)[None, :]
-                o_a = (first_k + o_k).to(tl.int64)[:, None] * stride_ak + o_r.to(tl.int64)[None, :] * stride_ar
+                o_a = (first_k + o_k).to(tl.int64)[:, None] * stride_ak + o_r.to(tl.int64)[
+                    None, :
+                ] * stride_ar
                 a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)  # [BLOCK_K, BLOCK_R]
                 s = tl.dot(x, a.to(DTYPE), s, input_precision=PRECISION)
         s_low = (s * scale).to(DTYPE)

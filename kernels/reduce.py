@@ -25,6 +25,11 @@ def sum_partials(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
     grid = (triton.cdiv(out.numel(), _BLOCK),)
     _sum_kernel[grid](
-        part_ptr=part, out_ptr=out, size=out.numel(), splits=part.shape[0], BLOCK=_BLOCK, num_warps=4
+        part_ptr=part,
+        out_ptr=out,
+        size=out.numel(),
+        splits=part.shape[0],
+        BLOCK=_BLOCK,
+        num_warps=4,
     )
     return out

@@ -148,7 +148,8 @@ def test_anything_else_is_refused():
         LoRALinear(nn.Linear(2, 2))([1.0, 2.0])
 
 
-def test_explain_names_backend_plan_and_reason():
+def test_explain_names_backend_plan_and_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     layer = LoRALinear(nn.Linear(2, 2))
     assert str(explain(layer, torch.zeros(1, 2))).startswith(
         "torch/in_place: torch runs this on the CPU"

@@ -206,7 +206,8 @@ def test_bad_arguments_are_named(change, message):
         lora_linear(**arguments, scaling=1.0)
 
 
-def test_a_forced_backend_that_cannot_run_raises_with_the_reason():
+def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     t = make(CASES[0])
     with pytest.raises(
         BackendError, match="backend='triton' cannot run: torch runs this on the CPU"
