@@ -130,7 +130,7 @@ def _both(times: dict[tuple[str, ...], float], case: str, mode: str, name: str) 
         if ms is None:
             cells.append("–")
         elif name == BASELINE:
-            cells.append(f"{ms:.3f}")
+            cells.append(f"{ms:.4g}")
         else:
             cells.append(f"{ms / times[case, mode, timing, BASELINE]:.2f}")
     return " / ".join(cells)

@@ -283,7 +283,7 @@ def print_case(name: str, record: Record) -> None:
         if row["case"] == name:
             kept = row["saved_bytes"]
             saved = "" if kept is None else f", keeps {kept / 2**20:.2f} MiB"
-            cell = f"{row['backend']} {row['ms_p50']:.3f} ms ({row['ratio_to_linear']:.2f}x{saved})"
+            cell = f"{row['backend']} {row['ms_p50']:.4g} ms ({row['ratio_to_linear']:.2f}x{saved})"
             lines.setdefault((row["mode"], row["timing"]), []).append(cell)
     for row in record["call_overhead"]:
         if row["case"] == name:

@@ -14,6 +14,7 @@ from cases import FORWARD, STEP, Case
 from torch import Tensor, nn
 
 STEP_LAYERS = 3
+MIN_COPIES, MAX_COPIES = 4, 64
 Round = Callable[[], None]
 
 
@@ -24,9 +25,9 @@ def torch_dtype(case: Case) -> torch.dtype:
 
 
 def copies_needed(case: Case, cache_bytes: int) -> int:
-    """How many copies read four times the cache in a forward pass; at least four, which also makes three layers of a step."""
+    """How many copies read four times the cache in a forward pass, within bounds; four also make three layers of a step."""
     read = (case.m * case.k + case.n * case.k) * torch_dtype(case).itemsize
-    return max(4, -(-4 * cache_bytes // read))
+    return min(max(MIN_COPIES, -(-4 * cache_bytes // read)), MAX_COPIES)
 
 
 @dataclass

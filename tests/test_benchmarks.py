@@ -435,7 +435,7 @@ def test_every_case_of_a_gpu_record_has_a_row(bench):
     tables = bench.gpu_tables.case_tables([invented_record(bench)])
     assert tables.startswith("### Invented GPU")
     assert (
-        "| 4096×768->768 r4 p0 bfloat16 | training step | 1.000 / 1.000 | 1.05 / 1.05 |" in tables
+        "| 4096×768->768 r4 p0 bfloat16 | training step | 1 / 1 | 1.05 / 1.05 |" in tables
     )
     assert "| 1×64->64 r4 p0 bfloat16 | forward | linear 5 |" in tables
     assert "- unsloth, 1 case: absent: its fast path has no dropout" in tables
