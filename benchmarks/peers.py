@@ -204,10 +204,17 @@ def _linear(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn
     return frozen
 
 
-def _fastlora(backend: str) -> Builder:
+def _fastlora(backend: str, *, float32_adapters: bool = True) -> Builder:
     def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-        alpha = ALPHA_PER_RANK * case.rank
-        layer = fastlora.LoRALinear(frozen, case.rank, alpha, case.p, backend=backend)
+        _refuse_the_same_twice(float32_adapters, frozen, "fastlora")
+        layer = fastlora.LoRALinear(
+            frozen,
+            case.rank,
+            ALPHA_PER_RANK * case.rank,
+            case.p,
+            adapter_dtype=torch.float32 if float32_adapters else frozen.weight.dtype,
+            backend=backend,
+        )
         with torch.no_grad():
             layer.lora_A.copy_(lora_a)
             layer.lora_B.copy_(lora_b)
@@ -222,8 +229,7 @@ def _fastlora(backend: str) -> Builder:
 
 def _peft(*, float32_adapters: bool, compiled: bool = False) -> Builder:
     def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-        if not float32_adapters and not compiled and frozen.weight.dtype == torch.float32:
-            raise Absent("the weight is float32: this is the contestant peft")
+        _refuse_the_same_twice(float32_adapters or compiled, frozen, "peft")
         model = nn.ModuleDict({"adapted": frozen})
         config = LoraConfig(
             r=case.rank,
@@ -232,13 +238,18 @@ def _peft(*, float32_adapters: bool, compiled: bool = False) -> Builder:
             target_modules=["adapted"],
         )
         get_peft_model(model, config, autocast_adapter_dtype=float32_adapters)
-        layer = model["adapted"]
+        layer: Any = model["adapted"]
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(lora_a)
             layer.lora_B["default"].weight.copy_(lora_b)
         return torch.compile(layer, dynamic=False) if compiled else layer
 
     return build
+
+
+def _refuse_the_same_twice(float32_adapters: bool, frozen: nn.Linear, other: str) -> None:
+    if not float32_adapters and frozen.weight.dtype == torch.float32:
+        raise Absent(f"the weight is float32: this is the contestant {other}")
 
 
 def _hand_written(function: type[torch.autograd.Function]) -> Builder:
@@ -259,6 +270,7 @@ def _unsloth(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> n
 CONTESTANTS: dict[str, Builder] = {
     BASELINE: _linear,
     "fastlora": _fastlora("auto"),
+    "fastlora-bf16": _fastlora("auto", float32_adapters=False),
     "fastlora-torch": _fastlora("torch"),
     "fastlora-triton": _fastlora("triton"),
     "peft": _peft(float32_adapters=True),

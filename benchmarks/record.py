@@ -44,8 +44,11 @@ class Budget:
         self._case_began = self._clock()
         return self._end is None or self._case_began + self._slowest < self._end
 
-    def end_case(self) -> None:
-        self._slowest = max(self._slowest, self._clock() - self._case_began)
+    def end_case(self) -> float:
+        """The seconds that the case took."""
+        took = self._clock() - self._case_began
+        self._slowest = max(self._slowest, took)
+        return took
 
 
 def new_record(
@@ -54,7 +57,8 @@ def new_record(
     """A record in which no case has run.
 
     results: a row for each case, mode, timing and backend. absent: what has no row, and the reason. call_overhead: CPU
-    time to issue a call. eta: the frozen layer's time over forced Triton's. not_run: the cases that have not ended.
+    time to issue a call. eta: the frozen layer's time over forced Triton's. seconds: what each case took, compilation and
+    checks included. not_run: the cases that have not ended.
     """
     return {
         "environment": environment(device, reps, git_sha),
@@ -62,6 +66,7 @@ def new_record(
         "absent": [],
         "call_overhead": [],
         "eta": [],
+        "seconds": {},
         "not_run": case_names,
     }
 

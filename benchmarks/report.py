@@ -28,7 +28,7 @@ METHODS = {
 def cpu_table(record: dict[str, Any]) -> str:
     """Forward + backward of each case: milliseconds and ratios, and what is kept for the backward pass."""
     facts = record["environment"]
-    rows = {}
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
     for result in record["results"]:
         if result["mode"] == "forward+backward":
             rows.setdefault(result["case"], {})[result["backend"]] = result

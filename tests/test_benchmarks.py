@@ -16,7 +16,18 @@ from torch import nn
 import fastlora
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("cases", "checks", "gpu_tables", "peers", "record", "report", "run", "timing", "workload")
+NAMES = (
+    "case_run",
+    "cases",
+    "checks",
+    "gpu_tables",
+    "peers",
+    "record",
+    "report",
+    "run",
+    "timing",
+    "workload",
+)
 CPU = torch.device("cpu")
 
 
@@ -37,7 +48,7 @@ def quick_compile(monkeypatch):
 
 def run_one(bench, case, contestants, reps=1):
     record = bench.record.new_record(CPU, reps, [case.name], None)
-    bench.run.run_case(case, CPU, contestants, reps, record)
+    bench.case_run.run_case(case, CPU, contestants, reps, record)
     return record
 
 
@@ -83,6 +94,7 @@ CASES = {
 CONTESTANTS = [
     "linear",
     "fastlora",
+    "fastlora-bf16",
     "fastlora-torch",
     "fastlora-triton",
     "peft",
@@ -109,7 +121,8 @@ def test_a_contestant_is_right_or_says_why_it_is_absent(bench, quick_compile, na
     except bench.peers.Absent as absent:
         allowed = {
             "fastlora-triton": "backend='triton' cannot run: ",
-            "peft-bf16": "the weight is float32",
+            "fastlora-bf16": "the weight is float32: this is the contestant fastlora",
+            "peft-bf16": "the weight is float32: this is the contestant peft",
             "unsloth": "its fast path has no ",
         }
         assert str(absent).startswith(allowed[name])
@@ -123,8 +136,8 @@ def test_a_contestant_is_right_or_says_why_it_is_absent(bench, quick_compile, na
 def test_each_contestant_adapts_the_same_frozen_layer_with_the_dtype_it_promises(bench):
     case = bench.cases.Case(4, 24, 40, 2, dtype="bfloat16", bias=False)
     work = bench.workload.Workload(case, CPU)
-    expected = {"fastlora": torch.float32, "peft": torch.float32, "peft-bf16": torch.bfloat16}
-    expected |= dict.fromkeys(("addmm", "lorafusion", "unsloth"), torch.float32)
+    expected = dict.fromkeys(("fastlora-bf16", "peft-bf16"), torch.bfloat16)
+    expected |= dict.fromkeys(("fastlora", "peft", "addmm", "lorafusion", "unsloth"), torch.float32)
     for name, dtype in expected.items():
         layer = bench.peers.CONTESTANTS[name](case, work.frozen[0], work.lora_a, work.lora_b)
         lora_a, lora_b = bench.workload.trainable(layer)
@@ -221,14 +234,14 @@ def test_a_contestant_that_fails_does_not_take_the_others_with_it(bench, monkeyp
 def test_who_cannot_be_captured_is_absent_from_graphs_only(bench, monkeypatch):
     record = bench.record.new_record(CPU, 1, [], None)
     work = bench.workload.Workload(bench.cases.Case(16, 8, 12, 2), CPU)
-    run = bench.run.CaseRun(work, ("linear", "fastlora"), record)
+    run = bench.case_run.CaseRun(work, ("linear", "fastlora"), record)
 
     def capture(run):
         if run == "fastlora":
             raise RuntimeError("operation not permitted when stream is capturing")
         return run
 
-    monkeypatch.setattr(bench.run, "capture", capture)
+    monkeypatch.setattr(bench.case_run, "capture", capture)
     runs = {"linear": "linear", "fastlora": "fastlora"}
     assert run._keep_running(runs, capture, "forward") == {"linear": "linear"}
     (absent,) = record["absent"]
@@ -258,7 +271,7 @@ def test_a_step_trains_the_adapters_of_three_layers_and_nothing_else(bench):
 def test_tf32_is_allowed_for_its_case_only(bench, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        bench.run.CaseRun,
+        bench.case_run.CaseRun,
         "time_all",
         lambda self, reps: seen.append(torch.backends.cuda.matmul.allow_tf32),
     )
@@ -346,7 +359,7 @@ def test_a_run_out_of_time_writes_what_it_has_and_names_the_rest(
     command = ["--budget-seconds", "10", "--reps", "1", "--output", str(output)]
     assert bench.run.main([*command, "--contestants", "fastlora,peft"]) == 0
     record = json.loads(output.read_text())
-    assert record["not_run"] == [cases[1].name]
+    assert record["not_run"] == [cases[1].name] and record["seconds"] == {cases[0].name: 6.0}
     assert {row["case"] for row in record["results"]} == {cases[0].name}
     assert {row["backend"] for row in record["results"]} == {"linear", "fastlora", "peft"}
     assert f"no time left for {cases[1].name}" in capsys.readouterr().err
@@ -434,9 +447,7 @@ def test_the_targets_stand_beside_what_was_measured(bench):
 def test_every_case_of_a_gpu_record_has_a_row(bench):
     tables = bench.gpu_tables.case_tables([invented_record(bench)])
     assert tables.startswith("### Invented GPU")
-    assert (
-        "| 4096×768->768 r4 p0 bfloat16 | training step | 1 / 1 | 1.05 / 1.05 |" in tables
-    )
+    assert "| 4096×768->768 r4 p0 bfloat16 | training step | 1 / 1 | 1.05 / 1.05 |" in tables
     assert "| 1×64->64 r4 p0 bfloat16 | forward | linear 5 |" in tables
     assert "- unsloth, 1 case: absent: its fast path has no dropout" in tables
     assert "no-bias: 0.90." in tables
