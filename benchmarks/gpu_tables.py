@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from cases import BASELINE, FORWARD, FORWARD_BACKWARD, TARGETS, Case, Target
 
 Record = dict[str, Any]
+Times = dict[tuple[str, ...], float]  # (case, mode, timing, backend) -> milliseconds a call
 TIMINGS = ("graph", "eager")
 EAGER_PEFT = ("peft", "peft-bf16")
+AT_MOST, AT_LEAST = "≤", "≥"
 NOT_MEASURED = "not measured"
 
 
@@ -19,7 +20,7 @@ def targets_table(records: list[Record]) -> str:
     Of a target's cases the worst one counts. Of PEFT's two dtypes of adapters the faster one counts. "missed" stands where
     either timing is outside the target.
     """
-    return "\n\n".join(_targets_of(record) for record in records or [None])
+    return "\n\n".join(_targets_of(record) for record in records) or _targets_of(None)
 
 
 def case_tables(records: list[Record]) -> str:
@@ -29,7 +30,7 @@ def case_tables(records: list[Record]) -> str:
     return "\n\n".join(
         "\n\n".join(
             [f"### {record['environment']['gpu']}", _cases(record), _overhead(record)]
-            + [part for part in (_eta(record), _absent(record)) if part]
+            + [part for part in (_eta(record), _absent(record["absent"])) if part]
             + [_origin(record)]
         )
         for record in records
@@ -45,64 +46,58 @@ def _targets_of(record: Record | None) -> str:
     for target in TARGETS:
         lines.append(f"| {target.label} | {' | '.join(_target_cells(target, times))} |")
     if record is not None:
-        lines += ["", _origin(record)]
+        ours = [r for r in record["absent"] if r["backend"] == "fastlora"]
+        lines += ["", _origin(record), *(["", _absent(ours)] if ours else [])]
     return "\n".join(lines)
 
 
-def _target_cells(target: Target, times: dict[tuple[str, ...], float]) -> list[str]:
-    trained = target.forward_backward is not None
-    versus = FORWARD_BACKWARD if trained else FORWARD
-
-    def over_linear(mode: str) -> Callable[[Case, str], float | None]:
-        return lambda case, timing: _ratio(times, case, mode, timing, ("fastlora",), BASELINE)
-
-    def over_fastlora(names: tuple[str, ...]) -> Callable[[Case, str], float | None]:
-        return lambda case, timing: _ratio(times, case, versus, timing, names, "fastlora")
-
-    cells = [_cell(target, target.forward, over_linear(FORWARD), at_most=True)]
-    if target.forward_backward is None:
-        cells.append("–")
-    else:
-        measured = over_linear(FORWARD_BACKWARD)
-        cells.append(_cell(target, target.forward_backward, measured, at_most=True))
-    cells.append(_cell(target, target.over_peft, over_fastlora(EAGER_PEFT), at_most=False))
-    compiled = over_fastlora(("peft-compiled",))
-    cells.append(_cell(target, target.over_compiled, compiled, at_most=False))
-    return cells
+def _target_cells(target: Target, times: Times) -> list[str]:
+    versus = FORWARD if target.forward_backward is None else FORWARD_BACKWARD
+    asked = (
+        (AT_MOST, target.forward, FORWARD, ("fastlora",), BASELINE),
+        (AT_MOST, target.forward_backward, FORWARD_BACKWARD, ("fastlora",), BASELINE),
+        (AT_LEAST, target.over_peft, versus, EAGER_PEFT, "fastlora"),
+        (AT_LEAST, target.over_compiled, versus, ("peft-compiled",), "fastlora"),
+    )
+    return [
+        "–" if bound is None else _cell(times, target.cases, sign, bound, mode, above, below)
+        for sign, bound, mode, above, below in asked
+    ]
 
 
 def _cell(
-    target: Target, bound: float, measure: Callable[[Case, str], float | None], *, at_most: bool
+    times: Times,
+    cases: tuple[Case, ...],
+    sign: str,
+    bound: float,
+    mode: str,
+    above: tuple[str, ...],
+    below: str,
 ) -> str:
-    """`≤ 1.08: 1.05 graph, 1.12 eager, missed`."""
-    asked = f"≤ {bound:.2f}" if at_most else f"≥ {bound:.2f}"
+    """`≤ 1.08: 1.05 graph, 1.12 eager, missed`: the worst case's time of the fastest of `above` over that of `below`."""
     found = []
     missed = False
     for timing in TIMINGS:
-        values = [measure(case, timing) for case in target.cases]
-        if any(value is None for value in values):
+        ratios = [_ratio(times, case, mode, timing, above, below) for case in cases]
+        known = [ratio for ratio in ratios if ratio is not None]
+        if len(known) < len(cases):
             continue
-        worst = max(v for v in values if v) if at_most else min(v for v in values if v)
-        missed |= worst > bound if at_most else worst < bound
+        worst = max(known) if sign == AT_MOST else min(known)
+        missed |= worst > bound if sign == AT_MOST else worst < bound
         found.append(f"{worst:.2f} {timing}")
-    return f"{asked}: {', '.join(found) or NOT_MEASURED}{', missed' if missed else ''}"
+    measured = ", ".join(found) or NOT_MEASURED
+    return f"{sign} {bound:.2f}: {measured}{', missed' if missed else ''}"
 
 
 def _ratio(
-    times: dict[tuple[str, ...], float],
-    case: Case,
-    mode: str,
-    timing: str,
-    above: tuple[str, ...],
-    below: str,
+    times: Times, case: Case, mode: str, timing: str, above: tuple[str, ...], below: str
 ) -> float | None:
-    """The fastest of `above` over `below`, or None if either has no time."""
     known = [times[key] for name in above if (key := (case.name, mode, timing, name)) in times]
     divisor = times.get((case.name, mode, timing, below))
     return min(known) / divisor if known and divisor is not None else None
 
 
-def _times(record: Record) -> dict[tuple[str, ...], float]:
+def _times(record: Record) -> Times:
     return {
         (row["case"], row["mode"], row["timing"], row["backend"]): row["ms_p50"]
         for row in record["results"]
@@ -123,7 +118,7 @@ def _cases(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _both(times: dict[tuple[str, ...], float], case: str, mode: str, name: str) -> str:
+def _both(times: Times, case: str, mode: str, name: str) -> str:
     cells = []
     for timing in TIMINGS:
         ms = times.get((case, mode, timing, name))
@@ -157,12 +152,12 @@ def _eta(record: Record) -> str:
     return f"Frozen linear / forced Triton, forward, LoRA's work included: {each}."
 
 
-def _absent(record: Record) -> str:
+def _absent(rows: list[dict[str, Any]]) -> str:
     """One line for each contestant and reason, with the number of cases."""
     cases: dict[tuple[str, str, str], set[str]] = {}
-    for row in record["absent"]:
+    for row in rows:
         where = f" ({row['mode']}, {row['timing']})" if row["mode"] else ""
-        reason = row["reason"].splitlines()[0] if row["reason"] else ""
+        reason = row["reason"].partition("\n")[0]
         cases.setdefault((row["backend"] + where, row["kind"], reason), set()).add(row["case"])
     lines = [
         f"- {backend}, {len(names)} case{'s' if len(names) > 1 else ''}: {kind}: {reason}"

@@ -440,7 +440,12 @@ def test_the_targets_stand_beside_what_was_measured(bench):
     # Decoding is judged by its worst M, and by the forward pass alone.
     assert "≤ 1.08: 1.05 graph, 1.50 eager, missed | – | ≥ 2.50: 2.00 graph, 1.40 eager" in table[5]
     assert "commit 000000000000 with changes" in table[7] and "Not run: another." in table[7]
+    assert "Without a time" not in "\n".join(table)
     record["results"] = [r for r in record["results"] if not r["case"].startswith("8x")]
+    wrong = {"kind": "wrong", "reason": "fastlora: y is off by 1, allowed 0\nmore"}
+    record["absent"].append(record["absent"][0] | {"backend": "fastlora"} | wrong)
+    lines = bench.gpu_tables.targets_table([record]).splitlines()
+    assert lines[-1] == "- fastlora, 1 case: wrong: fastlora: y is off by 1, allowed 0"
     assert "≤ 1.08: not measured" in bench.gpu_tables.targets_table([record]).splitlines()[5]
 
 
