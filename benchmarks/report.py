@@ -1,7 +1,7 @@
-"""Make the README's tables from the records in `benchmarks/results/`, and from nothing else.
+"""Make the tables of README.md and docs/benchmarks.md from the records in `benchmarks/results/`, and from nothing else.
 
 python benchmarks/report.py            # rewrite the tables between their markers
-python benchmarks/report.py --check    # exit 1 if the README does not hold what the records say
+python benchmarks/report.py --check    # exit 1 if a file does not hold what the records say
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from gpu_tables import case_tables, targets_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -26,7 +28,7 @@ METHODS = {
 def cpu_table(record: dict[str, Any]) -> str:
     """Forward + backward of each case: milliseconds and ratios, and what is kept for the backward pass."""
     facts = record["environment"]
-    rows = {}
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
     for result in record["results"]:
         if result["mode"] == "forward+backward":
             rows.setdefault(result["case"], {})[result["backend"]] = result
@@ -47,6 +49,13 @@ def cpu_table(record: dict[str, Any]) -> str:
         f"{facts['cpu']}, torch {facts['torch']}, medians of {facts['reps']} interleaved runs "
         f"(`{facts['command']}`, `benchmarks/results/cpu.json`)."
     )
+    calls = ", ".join(
+        f"{row['backend']} {row['us_p50']:.0f}"
+        for row in record.get("call_overhead", [])  # records before this field have none
+        if row["mode"] == "forward+backward" and row["case"].endswith("p0")
+    )
+    if calls:
+        lines.append(f"\nOne tiny layer, forward and backward, microseconds a call: {calls}.")
     return "\n".join(lines)
 
 
@@ -81,18 +90,23 @@ def medical_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tables() -> dict[str, str]:
-    """Marker -> table, for every record there is."""
-    found = {"cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text()))}
-    medical = [
-        json.loads(path.read_text())
-        for path in sorted(RESULTS.glob("medical-structure-seed*.json"))
-    ]
-    found["medical"] = medical_table(medical)
-    return found
+def tables() -> dict[Path, dict[str, str]]:
+    """File -> marker -> table, for every record there is."""
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    kinds: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [], "medical": []}
+    for record in records:
+        kinds[record["environment"]["device"] if "results" in record else "medical"].append(record)
+    return {
+        ROOT / "README.md": {
+            "targets": targets_table(kinds["cuda"]),
+            "cpu": cpu_table(*kinds["cpu"]),
+            "medical": medical_table(kinds["medical"]),
+        },
+        ROOT / "docs" / "benchmarks.md": {"gpu": case_tables(kinds["cuda"])},
+    }
 
 
-def fill(text: str, found: dict[str, str]) -> str:
+def fill(text: str, found: dict[str, str], file: str = "README.md") -> str:
     """The text with each table put between `<!-- table: name -->` and `<!-- end -->`.
 
     Raises: ValueError if a marker is missing.
@@ -102,7 +116,7 @@ def fill(text: str, found: dict[str, str]) -> str:
         before, found_start, rest = text.partition(start)
         _, found_end, after = rest.partition(end)
         if not found_start or not found_end:
-            raise ValueError(f"README.md: expected the markers {start} and {end}")
+            raise ValueError(f"{file}: expected the markers {start} and {end}")
         text = f"{before}{start}\n{table}\n{end}{after}"
     return text
 
@@ -114,21 +128,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="change nothing, exit 1 if the README is not up to date",
+        help="change nothing, exit 1 if a file is not up to date",
     )
     arguments = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = fill(old, tables())
-    if arguments.check:
+    stale = []
+    for path, found in tables().items():
+        old = path.read_text()
+        new = fill(old, found, path.name)
         if old != new:
-            print(
-                "README.md: a table differs from the records; run python benchmarks/report.py",
-                file=sys.stderr,
-            )
-        return int(old != new)
-    readme.write_text(new)
-    return 0
+            stale.append(path.name)
+            if not arguments.check:
+                path.write_text(new)
+    if arguments.check and stale:
+        print(
+            f"{', '.join(stale)}: a table differs from the records; run python benchmarks/report.py",
+            file=sys.stderr,
+        )
+    return int(arguments.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,236 +1,152 @@
-"""Time `LoRALinear` against PEFT and against the frozen layer alone, and write one JSON record.
+"""Time `LoRALinear` against PEFT and other ways to the same result, and write one JSON record.
 
     python benchmarks/run.py --device cpu [--reps 30] [--output benchmarks/results/cpu.json]
+    python benchmarks/run.py --device cuda [--quick]        # writes benchmarks/results/<gpu>.json and fills the tables
 
-Correctness comes first: a layer whose output or gradients are wrong gets no time. The contestants run interleaved, one
-after the other in every repetition, so that a slow spell of the machine meets all of them; ratios are of medians.
+Correctness comes first: a contestant whose output or gradients are wrong gets no time, and the record says so. The
+contestants run interleaved, one after the other in every repetition, so that a slow spell of the machine meets all of them;
+ratios are of medians. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import report
 import torch
-from cases import CPU_CASES, Case
-from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora.config import LoraConfig as PeftConfig
-from torch import Tensor, nn
+from case_run import run_case
+from cases import BASELINE, CPU_CASES, CUDA_CASES, FORWARD_BACKWARD, Case
+from gpu_tables import targets_table
+from peers import CONTESTANTS
+from record import Budget, Record, gpu_file_name, new_record, nvidia_smi, write
 
-from fastlora import LoRALinear, reference
-
-MODES = ("forward", "forward+backward")
-BASELINE = "linear"
-
-
-def build(case: Case) -> dict[str, nn.Module]:
-    """The frozen layer, and the same layer under fastlora and under PEFT with equal adapter weights."""
-    torch.manual_seed(0)
-    frozen = nn.Linear(case.k, case.n).requires_grad_(False)
-    fast = LoRALinear(frozen, case.rank, alpha=2.0 * case.rank, dropout=case.p)
-    nn.init.normal_(fast.lora_B, std=0.02)
-    config = PeftConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.p)
-    peft = PeftLinear(frozen, "default", config=config, r=case.rank, lora_alpha=2 * case.rank)
-    with torch.no_grad():
-        peft.lora_A["default"].weight.copy_(fast.lora_A)
-        peft.lora_B["default"].weight.copy_(fast.lora_B)
-    return {BASELINE: frozen, "fastlora": fast, "peft": peft}
-
-
-def check(layers: dict[str, nn.Module], x: Tensor, dy: Tensor) -> None:
-    """Output and gradients of fastlora's layer against the reference in float64, without dropout.
-
-    The bound is that of the tests: twice the error of plain torch in float32 plus four units in the last place.
-    Raises: RuntimeError naming what is wrong.
-    """
-    fast = layers["fastlora"].eval()
-    names = ("x", "lora_a", "lora_b")
-    frozen = fast.original_linear
-
-    def results(
-        function: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, fast.lora_A, fast.lora_B)]
-        y = function(*leaves)
-        gradients = torch.autograd.grad(y, leaves, dy.to(dtype))
-        return {
-            "y": y.detach(),
-            **{f"d{name}": g for name, g in zip(names, gradients, strict=True)},
-        }
-
-    def formula(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        weight, bias = frozen.weight.to(x.dtype), frozen.bias.to(x.dtype)
-        return reference.forward(x, weight, bias, lora_a, lora_b, fast.scaling)[0]
-
-    def layer(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        return torch.func.functional_call(fast, {"lora_A": lora_a, "lora_B": lora_b}, (x,))
-
-    exact, plain = results(formula, torch.float64), results(formula, torch.float32)
-    for name, got in results(layer, torch.float32).items():
-        error = (got.double() - exact[name]).abs().max().item()
-        allowed = 2 * (plain[name].double() - exact[name]).abs().max().item()
-        allowed += 4 * torch.finfo(got.dtype).eps * exact[name].abs().max().item()
-        if not error <= allowed:
-            raise RuntimeError(f"fastlora: {name} is off by {error:.3e}, allowed {allowed:.3e}")
-    fast.train()
-
-
-def step(layer: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Callable[[], None]:
-    if mode == "forward":
-
-        def forward() -> None:
-            with torch.no_grad():
-                layer(x)
-
-        return forward
-
-    def forward_backward() -> None:
-        layer(x).backward(dy)
-        x.grad = None
-        for parameter in layer.parameters():
-            parameter.grad = None
-
-    return forward_backward
-
-
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes of distinct storage that one forward pass keeps for the backward pass, parameters not counted."""
-    owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
-    del y
-    return sum(storages.values())
-
-
-def measure(case: Case, reps: int) -> list[dict[str, Any]]:
-    layers = build(case)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(case.m, case.k, generator=generator, requires_grad=True)
-    dy = torch.randn(case.m, case.n, generator=generator)
-    check(layers, x.detach(), dy)
-    memory = {name: saved_bytes(layer, x) for name, layer in layers.items()}
-    records = []
-    for mode in MODES:
-        steps = {name: step(layer, x, dy, mode) for name, layer in layers.items()}
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for repetition in range(reps + 3):
-            for name, run in steps.items():
-                start = time.perf_counter()
-                run()
-                if repetition >= 3:  # the first rounds warm caches and allocators
-                    times[name].append(1e3 * (time.perf_counter() - start))
-        baseline = statistics.median(times[BASELINE])
-        for name, values in times.items():
-            p20, p50, p80 = (sorted(values)[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
-            records.append(
-                {
-                    "op": "lora_linear",
-                    "case": case.name,
-                    "mode": mode,
-                    "backend": name,
-                    "ms_p20": round(p20, 4),
-                    "ms_p50": round(p50, 4),
-                    "ms_p80": round(p80, 4),
-                    "ratio_to_linear": round(statistics.median(values) / baseline, 4),
-                    "saved_bytes": memory[name] if mode == "forward+backward" else None,
-                }
-            )
-    return records
-
-
-def environment(reps: int) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-        return run.stdout.strip()
-
-    model = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "device": "cpu",
-        "cpu": model[0] if model else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "peft")},
-        "git_sha": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "reps": reps,
-        "baseline": BASELINE,
-        "command": "python " + " ".join(sys.argv),
-    }
+CPU_CONTESTANTS = (BASELINE, "fastlora", "peft")
+QUICK_BUDGET_SECONDS = 450.0
 
 
 def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    cases = [case for case in _cases(on_gpu, arguments.quick) if arguments.only in case.name]
+    names = arguments.contestants or (tuple(CONTESTANTS) if on_gpu else CPU_CONTESTANTS)
+    seconds = arguments.budget_seconds
+    if seconds is None and on_gpu and arguments.quick:
+        seconds = QUICK_BUDGET_SECONDS
+    budget = Budget(seconds)
+    record = new_record(device, arguments.reps, [c.name for c in cases], arguments.git_sha)
+    output = arguments.output
+    if output is None and on_gpu:
+        output = report.RESULTS / gpu_file_name(record["environment"]["gpu"])
+    if output is not None:
+        write(record, output)
+    for case in cases:
+        if not budget.begin_case():
+            print(f"no time left for {', '.join(record['not_run'])}", file=sys.stderr)
+            break
+        run_case(case, device, names, arguments.reps, record)
+        record["seconds"][case.name] = round(budget.end_case(), 1)
+        record["not_run"].remove(case.name)
+        if on_gpu:
+            record["environment"]["clocks_after"] = nvidia_smi()
+        if output is not None:
+            write(record, output)
+        print_case(case.name, record)
+    if on_gpu:
+        print(targets_table([record]))
+        if arguments.output is None:
+            report.main([])
+    else:
+        print(cpu_summary(record))
+    wrong = [a for a in record["absent"] if a["backend"].startswith("fastlora")]
+    return int(any(a["kind"] != "absent" for a in wrong))
+
+
+def _cases(on_gpu: bool, quick: bool) -> list[Case]:
+    return [c for c in CUDA_CASES if c.quick or not quick] if on_gpu else list(CPU_CASES)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where to run")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="on a GPU: the cases of the targets and a few others, "
+        f"within {QUICK_BUDGET_SECONDS:g} seconds unless --budget-seconds says otherwise",
+    )
     parser.add_argument(
         "--reps",
         type=int,
         default=30,
         help="counted repetitions of each case and mode (default 30)",
     )
-    parser.add_argument("--output", type=Path, help="write the record here as JSON")
-    arguments = parser.parse_args(argv)
-    record = {"environment": environment(arguments.reps), "results": []}
-    for case in CPU_CASES:
-        record["results"] += measure(case, arguments.reps)
-        print_case(case, record["results"])
-    ratios = speedups(record["results"])
-    print(
-        f"forward+backward, PEFT / fastlora: median {statistics.median(ratios):.2f}, {[round(r, 2) for r in ratios]}"
+    parser.add_argument(
+        "--budget-seconds", type=float, help="begin no case that would not end within this time"
     )
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cases whose name contains this"
+    )
+    parser.add_argument(
+        "--contestants",
+        type=_contestants,
+        metavar="A,B",
+        help=f"beside {BASELINE}, from: {', '.join(CONTESTANTS)}",
+    )
+    parser.add_argument("--git-sha", help="the commit, where git cannot be asked for it")
+    parser.add_argument("--output", type=Path, help="write the record here as JSON")
+    return parser.parse_args(argv)
 
 
-def speedups(results: list[dict[str, Any]], mode: str = "forward+backward") -> list[float]:
-    """PEFT's median time over fastlora's, case by case."""
-    times = {(r["case"], r["backend"]): r["ms_p50"] for r in results if r["mode"] == mode}
-    return [
-        times[case, "peft"] / ms for (case, backend), ms in times.items() if backend == "fastlora"
-    ]
-
-
-def print_case(case: Case, results: list[dict[str, Any]]) -> None:
-    for mode in MODES:
-        rows = {r["backend"]: r for r in results if r["case"] == case.name and r["mode"] == mode}
-        cells = [
-            f"{name} {r['ms_p50']:8.2f} ms ({r['ratio_to_linear']:.2f}x)"
-            for name, r in rows.items()
-        ]
-        saved = {name: r["saved_bytes"] for name, r in rows.items() if r["saved_bytes"] is not None}
-        kept = (
-            "  saved "
-            + ", ".join(f"{n} {b / 2**20:.2f} MiB" for n, b in saved.items() if n != BASELINE)
-            if saved
-            else ""
+def _contestants(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys((BASELINE, *text.split(","))))
+    unknown = set(names) - set(CONTESTANTS)
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(CONTESTANTS)}, got {', '.join(sorted(unknown))}"
         )
-        print(f"{case.name:28s} {mode:17s} {'  '.join(cells)}{kept}", flush=True)
+    return names
+
+
+def cpu_summary(record: Record) -> str:
+    """PEFT's median time over fastlora's in forward + backward, case by case."""
+    times = {
+        (row["case"], row["backend"]): row["ms_p50"]
+        for row in record["results"]
+        if row["mode"] == FORWARD_BACKWARD
+    }
+    cases = dict.fromkeys(case for case, _ in times)
+    ratios = [
+        times[case, "peft"] / times[case, "fastlora"]
+        for case in cases
+        if {(case, "peft"), (case, "fastlora")} <= times.keys()
+    ]
+    if not ratios:
+        return "forward+backward, PEFT / fastlora: not measured"
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return f"forward+backward, PEFT / fastlora: median {statistics.median(ratios):.2f} of {each}"
+
+
+def print_case(name: str, record: Record) -> None:
+    """One line for each mode and timing."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in record["results"]:
+        if row["case"] == name:
+            kept = row["saved_bytes"]
+            saved = "" if kept is None else f", keeps {kept / 2**20:.2f} MiB"
+            cell = f"{row['backend']} {row['ms_p50']:.4g} ms ({row['ratio_to_linear']:.2f}x{saved})"
+            lines.setdefault((row["mode"], row["timing"]), []).append(cell)
+    for row in record["call_overhead"]:
+        if row["case"] == name:
+            cell = f"{row['backend']} {row['us_p50']:.1f} µs"
+            lines.setdefault((row["mode"], "call"), []).append(cell)
+    for (mode, timing), cells in lines.items():
+        print(f"{name}  {mode}, {timing}:  {'  '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""One case: who takes part, who is right, and the rows that each gives to the record."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import BASELINE, FORWARD, FORWARD_BACKWARD, Case
+from checks import Oracle, Wrong
+from peers import CONTESTANTS, Absent
+from record import Record
+from timing import call_overhead, capture, interleave, quantiles, rounds_for, sampler
+from torch import nn
+from triton.errors import TritonError
+from workload import (
+    Round,
+    Workload,
+    calls_in_round,
+    copies_needed,
+    peak_bytes,
+    round_of,
+    saved_bytes,
+)
+
+import fastlora
+
+# What a contestant may die of without taking the run with it: torch's and CUDA's errors are RuntimeErrors, and a kernel that
+# cannot be built may raise any of the others.
+FAILURES = (
+    RuntimeError,
+    TritonError,
+    fastlora.FastLoRAError,
+    AssertionError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+
+class CaseRun:
+    """One case: its contestants are built and checked, then timed in every mode; all of it goes into the record."""
+
+    def __init__(self, work: Workload, names: tuple[str, ...], record: Record) -> None:
+        self.work = work
+        self.record = record
+        self.layers: dict[str, list[nn.Module]] = {}
+        self.saved: dict[str, int] = {}
+        oracle = Oracle(work)
+        for name in names:
+            try:
+                layers = [
+                    CONTESTANTS[name](work.case, frozen, work.lora_a, work.lora_b)
+                    for frozen in work.frozen
+                ]
+                oracle.check(name, layers[0])
+                self.saved[name] = saved_bytes(layers[0], work.x[0])
+            except (Absent, Wrong, *FAILURES) as error:
+                self._absent(name, error)
+            else:
+                self.layers[name] = layers
+
+    def time_all(self, reps: int) -> None:
+        """Rows for every mode, run eagerly, and on a GPU also as CUDA graphs."""
+        for mode in self.work.case.modes:
+            runs = {name: round_of(mode, each, self.work) for name, each in self.layers.items()}
+            peaks = self._keep_running(runs, lambda run: peak_bytes(run, self.work.device), mode)
+            self._time({name: runs[name] for name in peaks}, mode, "eager", reps, peaks)
+            if self.work.device.type == "cuda":
+                graphs = self._keep_running({name: runs[name] for name in peaks}, capture, mode)
+                self._time(graphs, mode, "graph", reps, peaks)
+
+    def time_calls(self, reps: int) -> None:
+        """The CPU's time to issue a call, in microseconds."""
+        for mode in (FORWARD, FORWARD_BACKWARD):
+            runs = {name: round_of(mode, each, self.work) for name, each in self.layers.items()}
+            for name, values in call_overhead(runs, reps, self.work.device).items():
+                p20, p50, p80 = (round(value, 2) for value in quantiles(values))
+                row: dict[str, Any] = {"case": self.work.case.name, "mode": mode, "backend": name}
+                row |= {"us_p20": p20, "us_p50": p50, "us_p80": p80}
+                self.record["call_overhead"].append(row)
+
+    def _time(
+        self, runs: dict[str, Round], mode: str, timing: str, reps: int, peaks: dict[str, Any]
+    ) -> None:
+        case, sample = self.work.case, sampler(self.work.device)
+        on_gpu = self.work.device.type == "cuda"
+        rounds = rounds_for(runs[BASELINE], sample) if on_gpu else 1
+        calls = calls_in_round(mode, self.work)
+        rows = {}
+        for name, values in interleave(runs, reps, sample, rounds).items():
+            p20, p50, p80 = (value / calls for value in quantiles(values))
+            rows[name] = {
+                "op": "lora_linear",
+                "case": case.name,
+                "mode": mode,
+                "timing": timing,
+                "backend": name,
+                "ms_p20": round(p20, 6),
+                "ms_p50": round(p50, 6),
+                "ms_p80": round(p80, 6),
+                "saved_bytes": self.saved[name] if mode == FORWARD_BACKWARD else None,
+                "peak_bytes": peaks[name],
+                "choice": self._choice(name),
+            }
+        for row in rows.values():
+            row["ratio_to_linear"] = round(row["ms_p50"] / rows[BASELINE]["ms_p50"], 4)
+        self.record["results"] += rows.values()
+        if mode == FORWARD and "fastlora-triton" in rows:
+            triton = rows["fastlora-triton"]
+            eta = round(rows[BASELINE]["ms_p50"] / triton["ms_p50"], 4)
+            row = {"case": case.name, "timing": timing, "eta": eta, "choice": triton["choice"]}
+            self.record["eta"].append(row)
+
+    def _choice(self, name: str) -> str | None:
+        layer = self.layers[name][0]
+        if not isinstance(layer, fastlora.LoRALinear):
+            return None
+        return str(fastlora.explain(layer, self.work.x[0]))
+
+    def _keep_running(
+        self, runs: dict[str, Round], action: Callable[[Round], Any], mode: str
+    ) -> dict[str, Any]:
+        """`action` of each run; one that fails goes to the absent ones of this mode."""
+        done = {}
+        for name, run in runs.items():
+            try:
+                done[name] = action(run)
+            except FAILURES as error:
+                self._absent(name, error, mode, "graph" if action is capture else "eager")
+        return done
+
+    def _absent(
+        self, name: str, error: Exception, mode: str | None = None, timing: str | None = None
+    ) -> None:
+        kind = {Absent: "absent", Wrong: "wrong"}.get(type(error), type(error).__name__)
+        # The first lines say what happened; a compiler's error can go on for pages.
+        reason = "\n".join(str(error).splitlines()[:5])
+        row = {"case": self.work.case.name, "mode": mode, "timing": timing, "backend": name}
+        self.record["absent"].append({**row, "kind": kind, "reason": reason})
+        if kind != "absent":
+            print(f"{self.work.case.name}: {name} gets no time: {kind}: {reason}", file=sys.stderr)
+
+
+def run_case(
+    case: Case, device: torch.device, names: tuple[str, ...], reps: int, record: Record
+) -> None:
+    """Run one case and add what it gives to the record."""
+    on_gpu = device.type == "cuda"
+    tf32_before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    copies = 1
+    if on_gpu and not case.overhead:
+        copies = copies_needed(case, torch.cuda.get_device_properties(device).L2_cache_size)
+    run = CaseRun(Workload(case, device, copies), names, record)
+    if case.overhead:
+        run.time_calls(reps)
+    else:
+        run.time_all(reps)
+    torch.backends.cuda.matmul.allow_tf32 = tf32_before
+    if on_gpu:
+        del run
+        torch.compiler.reset()  # each case compiles for its own shape; nothing is left for the next
+        torch.cuda.empty_cache()

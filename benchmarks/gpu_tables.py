@@ -1,0 +1,177 @@
+"""Markdown tables of GPU records: the targets beside what was measured, and every case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cases import BASELINE, FORWARD, FORWARD_BACKWARD, TARGETS, Case, Target
+
+Record = dict[str, Any]
+Times = dict[tuple[str, ...], float]  # (case, mode, timing, backend) -> milliseconds a call
+TIMINGS = ("graph", "eager")
+EAGER_PEFT = ("peft", "peft-bf16")
+AT_MOST, AT_LEAST = "≤", "≥"
+NOT_MEASURED = "not measured"
+
+
+def targets_table(records: list[Record]) -> str:
+    """For each record, or once without any, the four targets and the measured figures under CUDA graphs and eagerly.
+
+    Of a target's cases the worst one counts. Of PEFT's two dtypes of adapters the faster one counts. "missed" stands where
+    either timing is outside the target.
+    """
+    return "\n\n".join(_targets_of(record) for record in records) or _targets_of(None)
+
+
+def case_tables(records: list[Record]) -> str:
+    """For each record: all cases, the time to issue a call, Triton's GEMM against cuBLAS, and what has no time and why."""
+    if not records:
+        return f"No GPU record: {NOT_MEASURED}."
+    return "\n\n".join(
+        "\n\n".join(
+            [f"### {record['environment']['gpu']}", _cases(record), _overhead(record)]
+            + [part for part in (_eta(record), _absent(record["absent"])) if part]
+            + [_origin(record)]
+        )
+        for record in records
+    )
+
+
+def _targets_of(record: Record | None) -> str:
+    lines = [
+        "| bf16 | forward / frozen linear | forward + backward / frozen linear | PEFT / fastlora | compiled PEFT / fastlora |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    times = {} if record is None else _times(record)
+    for target in TARGETS:
+        lines.append(f"| {target.label} | {' | '.join(_target_cells(target, times))} |")
+    if record is not None:
+        ours = [r for r in record["absent"] if r["backend"] == "fastlora"]
+        lines += ["", _origin(record), *(["", _absent(ours)] if ours else [])]
+    return "\n".join(lines)
+
+
+def _target_cells(target: Target, times: Times) -> list[str]:
+    versus = FORWARD if target.forward_backward is None else FORWARD_BACKWARD
+    asked = (
+        (AT_MOST, target.forward, FORWARD, ("fastlora",), BASELINE),
+        (AT_MOST, target.forward_backward, FORWARD_BACKWARD, ("fastlora",), BASELINE),
+        (AT_LEAST, target.over_peft, versus, EAGER_PEFT, "fastlora"),
+        (AT_LEAST, target.over_compiled, versus, ("peft-compiled",), "fastlora"),
+    )
+    return [
+        "–" if bound is None else _cell(times, target.cases, sign, bound, mode, above, below)
+        for sign, bound, mode, above, below in asked
+    ]
+
+
+def _cell(
+    times: Times,
+    cases: tuple[Case, ...],
+    sign: str,
+    bound: float,
+    mode: str,
+    above: tuple[str, ...],
+    below: str,
+) -> str:
+    """`≤ 1.08: 1.05 graph, 1.12 eager, missed`: the worst case's time of the fastest of `above` over that of `below`."""
+    found = []
+    missed = False
+    for timing in TIMINGS:
+        ratios = [_ratio(times, case, mode, timing, above, below) for case in cases]
+        known = [ratio for ratio in ratios if ratio is not None]
+        if len(known) < len(cases):
+            continue
+        worst = max(known) if sign == AT_MOST else min(known)
+        missed |= worst > bound if sign == AT_MOST else worst < bound
+        found.append(f"{worst:.2f} {timing}")
+    measured = ", ".join(found) or NOT_MEASURED
+    return f"{sign} {bound:.2f}: {measured}{', missed' if missed else ''}"
+
+
+def _ratio(
+    times: Times, case: Case, mode: str, timing: str, above: tuple[str, ...], below: str
+) -> float | None:
+    known = [times[key] for name in above if (key := (case.name, mode, timing, name)) in times]
+    divisor = times.get((case.name, mode, timing, below))
+    return min(known) / divisor if known and divisor is not None else None
+
+
+def _times(record: Record) -> Times:
+    return {
+        (row["case"], row["mode"], row["timing"], row["backend"]): row["ms_p50"]
+        for row in record["results"]
+    }
+
+
+def _cases(record: Record) -> str:
+    """A row for each case and mode: the frozen layer's time, the others' ratios to it; graph / eager."""
+    times = _times(record)
+    others = [name for name in dict.fromkeys(name for *_, name in times) if name != BASELINE]
+    lines = [
+        f"| M×K → N, rank, dropout | mode | {BASELINE}, ms | {' | '.join(others)} |",
+        "| --- | --- | --- |" + " --- |" * len(others),
+    ]
+    for case, mode in dict.fromkeys((case, mode) for case, mode, _, _ in times):
+        cells = [_both(times, case, mode, name) for name in (BASELINE, *others)]
+        lines.append(f"| {case.replace('x', '×')} | {mode} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _both(times: Times, case: str, mode: str, name: str) -> str:
+    cells = []
+    for timing in TIMINGS:
+        ms = times.get((case, mode, timing, name))
+        if ms is None:
+            cells.append("–")
+        elif name == BASELINE:
+            cells.append(f"{ms:.4g}")
+        else:
+            cells.append(f"{ms / times[case, mode, timing, BASELINE]:.2f}")
+    return " / ".join(cells)
+
+
+def _overhead(record: Record) -> str:
+    lines = ["| call | mode | CPU time to issue it, µs |", "| --- | --- | --- |"]
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in record["call_overhead"]:
+        cell = f"{row['backend']} {row['us_p50']:.0f}"
+        cells.setdefault((row["case"], row["mode"]), []).append(cell)
+    lines += [
+        f"| {case.replace('x', '×')} | {mode} | {', '.join(row)} |"
+        for (case, mode), row in cells.items()
+    ]
+    return "\n".join(lines)
+
+
+def _eta(record: Record) -> str:
+    graphs = [row for row in record["eta"] if row["timing"] == "graph"]
+    if not graphs:
+        return ""
+    each = "; ".join(f"{row['case']}: {row['eta']:.2f}" for row in graphs)
+    return f"Frozen linear / forced Triton, forward, LoRA's work included: {each}."
+
+
+def _absent(rows: list[dict[str, Any]]) -> str:
+    """One line for each contestant and reason, with the number of cases."""
+    cases: dict[tuple[str, str, str], set[str]] = {}
+    for row in rows:
+        where = f" ({row['mode']}, {row['timing']})" if row["mode"] else ""
+        reason = row["reason"].partition("\n")[0]
+        cases.setdefault((row["backend"] + where, row["kind"], reason), set()).add(row["case"])
+    lines = [
+        f"- {backend}, {len(names)} case{'s' if len(names) > 1 else ''}: {kind}: {reason}"
+        for (backend, kind, reason), names in cases.items()
+    ]
+    return "\n".join(["Without a time:", "", *lines]) if lines else ""
+
+
+def _origin(record: Record) -> str:
+    facts = record["environment"]
+    left = record["not_run"]
+    return (
+        f"{facts['gpu']}, driver {facts['driver']}, CUDA {facts['cuda']}, torch {facts['torch']}, Triton {facts['triton']}, "
+        f"PEFT {facts['peft']}, medians of {facts['reps']} interleaved runs, commit {str(facts['git_sha'])[:12]}"
+        f"{' with changes' if facts['dirty'] else ''}, {facts['date'][:10]} (`{facts['command']}`)."
+        + (f" Not run: {', '.join(left)}." if left else "")
+    )

@@ -1,0 +1,282 @@
+"""The contestants: the frozen layer, fastlora's backends, and what else there is, each as a module built by one function.
+
+A builder takes the case, the frozen `nn.Linear` and the adapter weights, which it copies, and raises `Absent` with the
+reason where the contestant does not exist. Every module has its trainable parameters in the order A, B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import BASELINE, Case
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastlora
+
+ALPHA_PER_RANK = 2.0  # alpha = 2 · rank, so every contestant scales its update by 2
+
+
+class Absent(Exception):
+    """A contestant that does not exist for a case; the message is the reason."""
+
+
+Builder = Callable[[Case, nn.Linear, Tensor, Tensor], nn.Module]
+
+
+class _Addmm(torch.autograd.Function):
+    """cuBLAS base, then the rank-R product added into y by `addmm_`; saves x, S and the dropout mask, a byte an element.
+
+    The best that plain torch can do: no temporary of y's size, one pass of dropout, its result not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        dropped, mask = _dropout(x, p)
+        y, s = _base_and_update(x, dropped, weight, bias, lora_a, lora_b, scaling)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, s, mask)
+        ctx.scaling, ctx.p = scaling, p
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_a, lora_b, s, mask = ctx.saved_tensors
+        dropped = _masked(x, mask, ctx.p)
+        return _gradients(dy, dropped, weight, lora_a, lora_b, s, mask, ctx.scaling, ctx.p)
+
+
+class _LoRAFusion(torch.autograd.Function):
+    """LoRAFusion's split of the work: dropout(x) is written out and saved, with its mask and S.
+
+    Its passes are three kernels forward (dropout, S, base GEMM with rank-R epilogue) and three backward (dS with dB, dA,
+    dx with a masked rank-R epilogue). Here each is what torch has, so the memory is theirs and the time is not: their
+    Triton GEMM may be slower or faster than cuBLAS and `addmm_`.
+    Source: LoRAFusion (2510.00206).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        dropped, mask = _dropout(x, p)
+        y, s = _base_and_update(x, dropped, weight, bias, lora_a, lora_b, scaling)
+        ctx.save_for_backward(dropped, weight, lora_a, lora_b, s, mask)
+        ctx.scaling, ctx.p = scaling, p
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dropped, weight, lora_a, lora_b, s, mask = ctx.saved_tensors
+        return _gradients(dy, dropped, weight, lora_a, lora_b, s, mask, ctx.scaling, ctx.p)
+
+
+class _Unsloth(torch.autograd.Function):
+    """Unsloth's order of products: only x is saved, so x Aᵀ is computed again, and dy B twice. No dropout, no bias.
+
+    Source: the published description of Unsloth's LoRA layers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        y, _ = _base_and_update(x, x, weight, bias, lora_a, lora_b, scaling)
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_a, lora_b = ctx.saved_tensors
+        scaling = ctx.scaling
+        dlora_a = ((dy @ lora_b).T @ x).mul_(scaling)  # ([M, N] @ [N, R])ᵀ @ [M, K] -> [R, K]
+        dlora_b = (dy.T @ (x @ lora_a.T)).mul_(scaling)  # [N, M] @ [M, R] -> [N, R]
+        dx = dy @ weight  # [M, N] @ [N, K] -> [M, K]
+        dx.addmm_(dy @ lora_b, lora_a, alpha=scaling)  # [M, R] @ [R, K] -> [M, K]
+        return dx, None, None, dlora_a, dlora_b, None, None
+
+
+class HandWritten(nn.Module):
+    """A module around one of the functions above. Adapters are cast to x's dtype in the computation, as fastlora's are."""
+
+    def __init__(
+        self,
+        function: type[torch.autograd.Function],
+        frozen: nn.Linear,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        p: float,
+    ) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(lora_a.clone())
+        self.lora_B = nn.Parameter(lora_b.clone())
+        self.frozen = frozen
+        self.function = function
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.function.apply(
+            x,
+            self.frozen.weight,
+            self.frozen.bias,
+            self.lora_A.to(x.dtype),
+            self.lora_B.to(x.dtype),
+            ALPHA_PER_RANK,
+            self.p if self.training else 0.0,
+        )
+        return y
+
+
+def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    return torch.native_dropout(x, p, True) if p > 0 else (x, None)
+
+
+def _masked(tensor: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """mask ∘ tensor / (1 − p), in one pass."""
+    if mask is None:
+        return tensor
+    return torch.ops.aten.native_dropout_backward(tensor, mask, 1 / (1 - p))
+
+
+def _base_and_update(
+    x: Tensor,
+    dropped: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    s = dropped @ lora_a.T  # [M, K] @ [K, R] -> [M, R]
+    y = F.linear(x, weight, bias)  # [M, K] @ [K, N] -> [M, N]
+    return y.addmm_(s, lora_b.T, alpha=scaling), s  # [M, R] @ [R, N] -> [M, N]
+
+
+def _gradients(
+    dy: Tensor,
+    dropped: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    p: float,
+) -> tuple[Tensor | None, ...]:
+    ds = (dy @ lora_b).mul_(scaling)  # [M, N] @ [N, R] -> [M, R]
+    dlora_b = (dy.T @ s).mul_(scaling)  # [N, M] @ [M, R] -> [N, R]
+    dlora_a = ds.T @ dropped  # [R, M] @ [M, K] -> [R, K]
+    dx = dy @ weight  # [M, N] @ [N, K] -> [M, K]
+    if mask is None:
+        dx.addmm_(ds, lora_a)  # [M, R] @ [R, K] -> [M, K]
+    else:
+        dx += _masked(ds @ lora_a, mask, p)
+    return dx, None, None, dlora_a, dlora_b, None, None
+
+
+def _linear(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+    return frozen
+
+
+def _fastlora(backend: str, *, float32_adapters: bool = True) -> Builder:
+    def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+        _refuse_the_same_twice(float32_adapters, frozen, "fastlora")
+        layer = fastlora.LoRALinear(
+            frozen,
+            case.rank,
+            ALPHA_PER_RANK * case.rank,
+            case.p,
+            adapter_dtype=torch.float32 if float32_adapters else frozen.weight.dtype,
+            backend=backend,
+        )
+        with torch.no_grad():
+            layer.lora_A.copy_(lora_a)
+            layer.lora_B.copy_(lora_b)
+        try:
+            fastlora.explain(layer, frozen.weight.new_empty(case.m, case.k))
+        except fastlora.BackendError as error:
+            raise Absent(str(error)) from error
+        return layer
+
+    return build
+
+
+def _peft(*, float32_adapters: bool, compiled: bool = False) -> Builder:
+    def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+        _refuse_the_same_twice(float32_adapters or compiled, frozen, "peft")
+        model = nn.ModuleDict({"adapted": frozen})
+        config = LoraConfig(
+            r=case.rank,
+            lora_alpha=int(ALPHA_PER_RANK * case.rank),
+            lora_dropout=case.p,
+            target_modules=["adapted"],
+        )
+        get_peft_model(model, config, autocast_adapter_dtype=float32_adapters)
+        layer: Any = model["adapted"]
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(lora_a)
+            layer.lora_B["default"].weight.copy_(lora_b)
+        return torch.compile(layer, dynamic=False) if compiled else layer
+
+    return build
+
+
+def _refuse_the_same_twice(float32_adapters: bool, frozen: nn.Linear, other: str) -> None:
+    if not float32_adapters and frozen.weight.dtype == torch.float32:
+        raise Absent(f"the weight is float32: this is the contestant {other}")
+
+
+def _hand_written(function: type[torch.autograd.Function]) -> Builder:
+    def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+        return HandWritten(function, frozen, lora_a, lora_b, case.p)
+
+    return build
+
+
+def _unsloth(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+    if case.p > 0:
+        raise Absent("its fast path has no dropout")
+    if case.bias:
+        raise Absent("its fast path has no bias")
+    return HandWritten(_Unsloth, frozen, lora_a, lora_b, case.p)
+
+
+CONTESTANTS: dict[str, Builder] = {
+    BASELINE: _linear,
+    "fastlora": _fastlora("auto"),
+    "fastlora-bf16": _fastlora("auto", float32_adapters=False),
+    "fastlora-torch": _fastlora("torch"),
+    "fastlora-triton": _fastlora("triton"),
+    "peft": _peft(float32_adapters=True),
+    "peft-bf16": _peft(float32_adapters=False),
+    "peft-compiled": _peft(float32_adapters=False, compiled=True),
+    "addmm": _hand_written(_Addmm),
+    "lorafusion": _hand_written(_LoRAFusion),
+    "unsloth": _unsloth,
+}

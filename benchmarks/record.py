@@ -1,0 +1,148 @@
+"""The JSON record of a run: where it ran, what came out, what did not run and why; written anew after every case."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import BASELINE
+
+NVIDIA_SMI = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "clocks_throttle_reasons.active",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+)
+Record = dict[str, Any]
+
+
+class Budget:
+    """Whether another case may begin: only if the slowest so far would still end in time. `seconds` None is no bound."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = None if seconds is None else clock() + seconds
+        self._case_began = clock()
+        self._slowest = 0.0
+
+    def begin_case(self) -> bool:
+        self._case_began = self._clock()
+        return self._end is None or self._case_began + self._slowest < self._end
+
+    def end_case(self) -> float:
+        """The seconds that the case took."""
+        took = self._clock() - self._case_began
+        self._slowest = max(self._slowest, took)
+        return took
+
+
+def new_record(
+    device: torch.device, reps: int, case_names: list[str], git_sha: str | None
+) -> Record:
+    """A record in which no case has run.
+
+    results: a row for each case, mode, timing and backend. absent: what has no row, and the reason. call_overhead: CPU
+    time to issue a call. eta: the frozen layer's time over forced Triton's. seconds: what each case took, compilation and
+    checks included. not_run: the cases that have not ended.
+    """
+    return {
+        "environment": environment(device, reps, git_sha),
+        "results": [],
+        "absent": [],
+        "call_overhead": [],
+        "eta": [],
+        "seconds": {},
+        "not_run": case_names,
+    }
+
+
+def write(record: Record, path: Path) -> None:
+    """Write the record beside `path` and move it there, so that a killed run leaves the record of its last case whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def gpu_file_name(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+def environment(device: torch.device, reps: int, git_sha: str | None = None) -> dict[str, Any]:
+    """Everything needed to trust a record or to make it again. git_sha: for a copy of the sources without git's folder."""
+    status = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return {
+        "device": device.type,
+        **(_gpu(device) if device.type == "cuda" else {}),
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        **({"capability": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {}),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "triton", "peft")},
+        "git_sha": git_sha or _output("git", "rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "reps": reps,
+        "baseline": BASELINE,
+        "command": "python " + " ".join(sys.argv),
+    }
+
+
+def nvidia_smi() -> dict[str, str] | None:
+    """Driver, clocks, power and temperature as nvidia-smi prints them, or None where it does not run."""
+    query = f"--query-gpu={','.join(NVIDIA_SMI)}"
+    printed = _output("nvidia-smi", query, "--format=csv,noheader", f"--id={_gpu_index()}")
+    if printed is None:
+        return None
+    return dict(zip(NVIDIA_SMI, printed.split(", "), strict=False))
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    facts = nvidia_smi() or {}
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "driver": facts.get("driver_version"),
+        "clocks_before": facts or None,
+    }
+
+
+def _gpu_index() -> str:
+    """The device that torch calls 0, in nvidia-smi's own terms."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _output(*command: str) -> str | None:
+    """What the command prints, or None if it is not there or fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()

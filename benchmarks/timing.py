@@ -1,0 +1,105 @@
+"""How time is taken: interleaved samples of all contestants, under eager execution or as CUDA graphs, and quantiles of them."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+from workload import Round
+
+WARM_UP = 3
+SAMPLE_MS = (
+    2.0  # a sample of a GPU lasts at least about this long, so that its first launch does not weigh
+)
+MAX_ROUNDS = 64
+OVERHEAD_CALLS = 100
+Sampler = Callable[[Round, int], float]
+
+
+def wall_clock(run: Round, rounds: int) -> float:
+    """Milliseconds of `rounds` runs on the CPU's clock."""
+    start = time.perf_counter()
+    for _ in range(rounds):
+        run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def cuda_events(run: Round, rounds: int) -> float:
+    """Milliseconds of `rounds` runs between two events. It starts on an idle GPU: no one hides behind another's queue."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(rounds):
+        run()
+    end.record()
+    end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds
+
+
+def sampler(device: torch.device) -> Sampler:
+    return cuda_events if device.type == "cuda" else wall_clock
+
+
+def interleave(
+    runs: dict[str, Round], reps: int, sample: Sampler, rounds: int = 1
+) -> dict[str, list[float]]:
+    """`reps` samples of each run in milliseconds a round. Each repetition runs all of them, every second one backwards.
+
+    Three more repetitions go before, uncounted. The garbage collector waits.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    gc.collect()
+    gc.disable()
+    try:
+        for repetition in range(-WARM_UP, reps):
+            names = list(runs) if repetition % 2 == 0 else list(reversed(runs))
+            for name in names:
+                milliseconds = sample(runs[name], rounds) / rounds
+                if repetition >= 0:
+                    times[name].append(milliseconds)
+    finally:
+        gc.enable()
+    return times
+
+
+def rounds_for(run: Round, sample: Sampler) -> int:
+    """How many rounds of this run make a sample of the least length."""
+    sample(run, 1)
+    return min(max(1, round(SAMPLE_MS / sample(run, 1))), MAX_ROUNDS)
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    ordered = sorted(values)
+    p20, p50, p80 = (ordered[int(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+    return p20, p50, p80
+
+
+def capture(run: Round) -> Round:
+    """The run as a CUDA graph: three runs on a side stream, then the capture. Returns its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def call_overhead(
+    runs: dict[str, Round], reps: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Microseconds of CPU time to issue one call of each run, never waiting for the GPU within a sample."""
+
+    def sample(run: Round, rounds: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * wall_clock(run, rounds)
+
+    return interleave(runs, reps, sample, OVERHEAD_CALLS)

@@ -1,0 +1,149 @@
+"""What is run: the tensors of a case, and one round of calls of a contestant over all copies of them.
+
+Copies are separate layers with separate weights, inputs and output gradients, called one after the other as in a model,
+so that no weight waits in the cache for its next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from cases import FORWARD, STEP, Case
+from torch import Tensor, nn
+
+STEP_LAYERS = 3
+MIN_COPIES, MAX_COPIES = 4, 64
+Round = Callable[[], None]
+
+
+def torch_dtype(case: Case) -> torch.dtype:
+    name = "float32" if case.dtype == "tf32" else case.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def copies_needed(case: Case, cache_bytes: int) -> int:
+    """How many copies read four times the cache in a forward pass, within bounds; four also make three layers of a step."""
+    read = (case.m * case.k + case.n * case.k) * torch_dtype(case).itemsize
+    return min(max(MIN_COPIES, -(-4 * cache_bytes // read)), MAX_COPIES)
+
+
+@dataclass
+class Workload:
+    """The tensors of a case, drawn from a normal distribution: zeros take less power, and so less time.
+
+    frozen: layers, x: (M, K), requiring gradients, dy: (M, N), of each there are `copies`. lora_a: (R, K) and
+    lora_b: (N, R), float32, with values that the case's dtype holds exactly, so that a cast of them changes nothing.
+    """
+
+    case: Case
+    device: torch.device
+    copies: int = 1
+    frozen: list[nn.Linear] = field(init=False)
+    x: list[Tensor] = field(init=False)
+    dy: list[Tensor] = field(init=False)
+    lora_a: Tensor = field(init=False)
+    lora_b: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        case, dtype = self.case, torch_dtype(self.case)
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            self.frozen = [
+                nn.Linear(case.k, case.n, bias=case.bias, dtype=dtype).requires_grad_(False)
+                for _ in range(self.copies)
+            ]
+            self.x = [
+                torch.randn(case.m, case.k, dtype=dtype).requires_grad_()
+                for _ in range(self.copies)
+            ]
+            self.dy = [torch.randn(case.m, case.n, dtype=dtype) for _ in range(self.copies)]
+            # The update is then about as large as the base output, so that a wrong one cannot pass for rounding.
+            self.lora_a = torch.randn(case.rank, case.k, dtype=dtype).float() / 64
+            self.lora_b = torch.randn(case.n, case.rank, dtype=dtype).float() / 8
+
+
+def trainable(layer: nn.Module) -> list[nn.Parameter]:
+    """A and B of a contestant, in this order; nothing for the frozen layer."""
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+
+def round_of(mode: str, layers: Sequence[nn.Module], work: Workload) -> Round:
+    """One round: a call for each copy; in a training step one call of a stack of three layers, and of AdamW."""
+    if mode == FORWARD:
+
+        def forward() -> None:
+            with torch.no_grad():
+                for layer, x in zip(layers, work.x, strict=True):
+                    layer(x)
+
+        return forward
+    if mode == STEP:
+        return _training_step(layers[:STEP_LAYERS], work)
+    leaves = [[x, *trainable(layer)] for layer, x in zip(layers, work.x, strict=True)]
+
+    def forward_backward() -> None:
+        for layer, wanted, dy in zip(layers, leaves, work.dy, strict=True):
+            torch.autograd.grad(layer(wanted[0]), wanted, dy)
+
+    return forward_backward
+
+
+def calls_in_round(mode: str, work: Workload) -> int:
+    return 1 if mode == STEP else work.copies
+
+
+def _training_step(layers: Sequence[nn.Module], work: Workload) -> Round:
+    """Three layers with GELU between them, their backward pass and AdamW; the frozen stack has no optimizer."""
+    model = nn.Sequential(*[part for layer in layers for part in (layer, nn.GELU())][:-1])
+    parameters = trainable(model)
+    x, dy = work.x[0], work.dy[0]
+    on_gpu = (
+        work.device.type == "cuda"
+    )  # there capturable and fused, so that a CUDA graph can hold the step
+    optimizer = (
+        torch.optim.AdamW(parameters, lr=1e-5, capturable=on_gpu, fused=on_gpu)
+        if parameters
+        else None
+    )
+
+    def step() -> None:
+        _, *gradients = torch.autograd.grad(model(x), [x, *parameters], dy)
+        if optimizer is not None:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+
+    return step
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Bytes of distinct storage that one forward pass keeps for the backward pass, parameters not counted."""
+    owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    del y
+    return sum(storages.values())
+
+
+def peak_bytes(run: Round, device: torch.device) -> int | None:
+    """The most that one run allocates on the GPU beyond what is allocated before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    run()  # what is made once, as an optimizer's state, does not count
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
