@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora import dispatch, reference
+from fastlora.dispatch import Choice
 from fastlora.kernels.backward import dy_pass, x_pass
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
@@ -44,6 +45,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), for x (M, K). plan: one of `dispatch.TRITON_PLANS`, or None to choose."""
     choice = dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None, plan)
+    return run_forward(choice, x, weight, bias, lora_a, lora_b, scaling, p, seed)
+
+
+def run_forward(
+    choice: Choice,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y (M, N) and S (M, R) by the plan and the tiles of `choice`."""
     scale, mask = _factors(x, scaling, p, seed)
     if choice.config is None:  # a shape or device without kernels
         s = (_kept(x, p, seed) @ lora_a.to(x.dtype).T) * scale
@@ -93,6 +109,25 @@ def _backward(
 ) -> list[Tensor]:
     """Those of dx (M, K), dA (R, K), dB (N, R) that are needed, in this order; `s` is what `_forward` returned."""
     choice = dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None, plan, dy)
+    needs = (needs_x, needs_a, needs_b)
+    return run_backward(choice, dy, x, weight, lora_a, lora_b, s, scaling, p, seed, needs)
+
+
+def run_backward(
+    choice: Choice,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> list[Tensor]:
+    """Those of dx, dA and dB that `needs` asks for, by the plan and the tiles of `choice`."""
+    needs_x, needs_a, needs_b = needs
     scale, mask = _factors(x, scaling, p, seed)
     gradients: list[Tensor] = []
     if choice.config is None:  # a shape or device without kernels
@@ -116,16 +151,18 @@ def _backward(
         needs_db=needs_b,
         precision=precision,
     )
+    if needs_a:
+        dlora_a, packed = x_pass(x, ds, lora_a.dtype, config.x, precision=precision, **mask)
+        mask = mask and {"packed": packed}  # so that dx need not make the mask once more
     if needs_x and choice.dx_plan == "split":
         # dx = dy @ W + keep ∘ (dS @ A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]
-        gradients.append(
-            rank_gemm(dy, weight.T, None, ds, lora_a.T, config.dx, precision=precision, **mask)
-        )
+        dx = rank_gemm(dy, weight.T, None, ds, lora_a.T, config.dx, precision=precision, **mask)
     elif needs_x:
-        dx = dy @ weight
-        gradients.append(rank_update_(dx, ds, lora_a.T, config.update, precision=precision, **mask))
+        dx = rank_update_(dy @ weight, ds, lora_a.T, config.update, precision=precision, **mask)
+    if needs_x:
+        gradients.append(dx)
     if needs_a:
-        gradients.append(x_pass(x, ds, lora_a.dtype, config.x, precision=precision, **mask))
+        gradients.append(dlora_a)
     if needs_b:
         gradients.append(dlora_b)
     return gradients

@@ -2,6 +2,7 @@
 
     dy_pass   dS = scale · dy B   and   dB = dyᵀ S        one pass over dy
     x_pass    dA = dSᵀ (keep ∘ x)                         one pass over x, the dropout mask made again
+                                                         and left in bits for the product that makes dx
 
 S and dS come with every factor already in them (see `forward`). Sums over many rows are split into float32 parts, which
 `sum_partials` adds in a fixed order.
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from fastlora.kernels.config import PassConfig
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import drop
+from fastlora.kernels.tiles import drop_bits, keep_bits
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -113,7 +114,7 @@ def dy_pass(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _x_kernel(
-    x_ptr, ds_ptr, da_ptr, seed_ptr, M, K, R, m_chunk, threshold, stride_xm, stride_xk,
+    x_ptr, ds_ptr, da_ptr, seed_ptr, packed_ptr, M, K, R, m_chunk, threshold, stride_xm, stride_xk,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +136,13 @@ def _x_kernel(
             ds_ptr + o_m[None, :] * R + o_r[:, None], mask=m_ds, other=0.0
         )  # [BLOCK_R, BLOCK_M]
         if DROPOUT:
-            x = drop(x, tl.load(seed_ptr), threshold, m, first_k)
+            o_byte = first_k // 8 + tl.arange(0, BLOCK_K // 8)
+            bits = keep_bits(tl.load(seed_ptr), threshold, m + tl.arange(0, BLOCK_M), o_byte)
+            x = drop_bits(x, bits)
+            p_byte = packed_ptr + o_m[:, None] * tl.cdiv(K, 8) + o_byte[None, :]
+            tl.store(
+                p_byte, bits.to(tl.uint8), mask=m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
+            )
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)
     p_da = da_ptr + split.to(tl.int64) * R * K + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
     tl.store(p_da, da.to(da_ptr.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
@@ -150,8 +157,8 @@ def x_pass(
     seed: torch.Tensor | None = None,
     threshold: int = 0,
     precision: str = "ieee",
-) -> torch.Tensor:
-    """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask (M, ⌈K / 8⌉) uint8, None without dropout.
 
     x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits cuts M.
     seed, threshold, precision: as in `rank_gemm`.
@@ -161,11 +168,15 @@ def x_pass(
     splits = triton.cdiv(m, chunk)
     da_dtype = dtype if splits == 1 else torch.float32
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
+    packed = None
+    if seed is not None:
+        packed = torch.empty(m, triton.cdiv(k, 8), dtype=torch.uint8, device=x.device)
     _x_kernel[(triton.cdiv(k, config.block_k), splits)](
         x_ptr=x,
         ds_ptr=ds,
         da_ptr=da,
         seed_ptr=x if seed is None else seed,
+        packed_ptr=x if packed is None else packed,
         M=m,
         K=k,
         R=r,
@@ -182,4 +193,4 @@ def x_pass(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return sum_partials(da, dtype)
+    return sum_partials(da, dtype), packed

@@ -2,7 +2,8 @@
 
     out = x Wᵀ + bias + keep ∘ (low upᵀ)
 
-Forward: low = S, up = B. Gradient of x: x is dy, W is read transposed, low = dS, up = Aᵀ, and `keep` is the dropout mask.
+Forward: low = S, up = B. Gradient of x: x is dy, W is read transposed, low = dS, up = Aᵀ, and `keep` is the dropout mask,
+read as bits that the pass over x has left, or made again from the seed if that pass was not needed.
 With FUSED the kernel makes S itself, S = scale · x Aᵀ, beside the base tile: x is read once, and the products of S are
 repeated for every tile of columns.
 
@@ -16,13 +17,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.tiles import drop, halves, tile_of
+from fastlora.kernels.tiles import drop, drop_bits, halves, tile_of
 
 
 @triton.jit
 def _rank_term(
-    acc, s, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-    DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    acc, s, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+    DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """acc + keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n)."""
     o_m = (first_m + tl.arange(0, acc.shape[0])).to(tl.int64)
@@ -43,8 +44,13 @@ def _rank_term(
         p_up = up_ptr + o_n[None, :] * stride_un + o_r[:, None] * stride_ur
         up = tl.load(p_up, mask=m_up, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
         term = tl.dot(low, up, term, input_precision=PRECISION)
-    if DROPOUT:
-        return acc + drop(term, tl.load(seed_ptr), threshold, first_m, first_n)
+    if PACKED:
+        o_byte = first_n // 8 + tl.arange(0, acc.shape[1] // 8)
+        m_byte = (o_m < M)[:, None] & (o_byte < tl.cdiv(N, 8))[None, :]
+        p_byte = mask_ptr + o_m[:, None] * tl.cdiv(N, 8) + o_byte[None, :]
+        term = acc + drop_bits(term, tl.load(p_byte, mask=m_byte, other=0))
+    elif DROPOUT:
+        term = acc + drop(term, tl.load(mask_ptr), threshold, first_m, first_n)
     return term
 
 
@@ -64,10 +70,10 @@ def _store_s(s_ptr, s, M, R, first_m, BLOCK_R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _pointer_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, low_ptr, up_ptr, out_ptr, seed_ptr,
+    x_ptr, w_ptr, bias_ptr, a_ptr, low_ptr, up_ptr, out_ptr, mask_ptr,
     M, N, K, R, scale, threshold,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_un, stride_ur,
-    HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +116,8 @@ def _pointer_kernel(
     if FUSED and tile_n == 0:
         _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
     acc = _rank_term(
-        acc, s_low, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-        DTYPE, FUSED, DROPOUT, PRECISION, BLOCK_R,
+        acc, s_low, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+        DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc = _add_bias(acc, bias_ptr, N, first_n)
@@ -121,25 +127,25 @@ def _pointer_kernel(
 
 @triton.jit
 def _finish(
-    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-    DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
+    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+    DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """Add the rank-R term and the bias to `acc` and store it, in SUBTILES column strips one after the other."""
     if SUBTILES > 1:
         left, right = halves(acc)
         _finish(
-            out_desc, left, s, bias_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur,
-            first_m, first_n, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES // 2,
+            out_desc, left, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur,
+            first_m, first_n, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
         )  # fmt: skip
         _finish(
-            out_desc, right, s, bias_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur,
-            first_m, first_n + acc.shape[1] // 2, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES // 2,
+            out_desc, right, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur,
+            first_m, first_n + acc.shape[1] // 2, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
         )  # fmt: skip
     else:
         out = _rank_term(
-            acc, s, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-            DTYPE, FUSED, DROPOUT, PRECISION, BLOCK_R,
+            acc, s, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+            DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
             out = _add_bias(out, bias_ptr, N, first_n)
@@ -148,9 +154,9 @@ def _finish(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _descriptor_kernel(
-    x_desc, w_desc, a_ptr, out_desc, bias_ptr, low_ptr, up_ptr, seed_ptr,
+    x_desc, w_desc, a_ptr, out_desc, bias_ptr, low_ptr, up_ptr, mask_ptr,
     M, N, K, R, scale, threshold, stride_ar, stride_ak, stride_un, stride_ur,
-    HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):  # fmt: skip
@@ -181,15 +187,15 @@ def _descriptor_kernel(
         if FUSED and tile_n == 0:
             _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
         _finish(
-            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur,
-            first_m, first_n, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES,
+            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur,
+            first_m, first_n, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _update_kernel(
-    out_ptr, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    out_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur,
+    DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of out is read, given its rank-R term, and written back."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -200,8 +206,8 @@ def _update_kernel(
     mask = (o_m < M)[:, None] & (o_n < N)[None, :]
     acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
     acc = _rank_term(
-        acc, acc, low_ptr, up_ptr, seed_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-        DTYPE, False, DROPOUT, PRECISION, BLOCK_R,
+        acc, acc, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
+        DTYPE, False, DROPOUT, PACKED, PRECISION, BLOCK_R,
     )  # fmt: skip
     tl.store(p_out, acc.to(DTYPE), mask=mask)
 
@@ -218,6 +224,7 @@ def rank_gemm(
     scale: float = 1.0,
     seed: torch.Tensor | None = None,
     threshold: int = 0,
+    packed: torch.Tensor | None = None,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """out = x Wᵀ + bias + keep ∘ (low upᵀ), newly allocated (M, N), row-major, in x's dtype.
@@ -228,20 +235,20 @@ def rank_gemm(
         rows contiguous, 16-byte aligned, their pitch a multiple of 16 bytes.
     lora_a: (R, K). If given, low is not read but written: low = scale · x Aᵀ (R ≤ config.block_r).
     seed: 0-d int64 on x's device, or None for no dropout; threshold: p in units of 2⁻¹⁶.
+    packed: (M, ⌈N / 8⌉) uint8, the mask as `backward.x_pass` leaves it; then seed and threshold are not used.
     precision: of float32 products, "ieee", "tf32" or "tf32x3".
     """
     (m, k), n, r = x.shape, weight.shape[0], low.shape[1]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    fused, dropout = lora_a is not None, seed is not None
     a = x if lora_a is None else lora_a
     shared = {
         "bias_ptr": x if bias is None else bias,
         "a_ptr": a,
         "low_ptr": low,
         "up_ptr": up,
-        "seed_ptr": x if seed is None else seed,
+        "mask_ptr": _mask(seed, packed, x),
         "M": m,
         "N": n,
         "K": k,
@@ -253,8 +260,9 @@ def rank_gemm(
         "stride_un": up.stride(0),
         "stride_ur": up.stride(1),
         "HAS_BIAS": bias is not None,
-        "FUSED": fused,
-        "DROPOUT": dropout,
+        "FUSED": lora_a is not None,
+        "DROPOUT": seed is not None or packed is not None,
+        "PACKED": packed is not None,
         "PRECISION": precision,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -295,6 +303,13 @@ def rank_gemm(
     return out
 
 
+def _mask(
+    seed: torch.Tensor | None, packed: torch.Tensor | None, unused: torch.Tensor
+) -> torch.Tensor:
+    """What the kernels' mask_ptr points to: the bits, the seed, or any tensor where there is no dropout."""
+    return unused if seed is None and packed is None else seed if packed is None else packed
+
+
 def rank_update_(
     out: torch.Tensor,
     low: torch.Tensor,
@@ -303,26 +318,28 @@ def rank_update_(
     *,
     seed: torch.Tensor | None = None,
     threshold: int = 0,
+    packed: torch.Tensor | None = None,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """out += keep ∘ (low upᵀ), in place, for a base product that another library made.
 
     out: (M, N), contiguous; changed. low: (M, R), contiguous, out's dtype. up: (N, R), any strides, any float dtype.
-    config: block_m, block_n, block_r and the launch numbers. seed, threshold, precision: as in `rank_gemm`.
+    config: block_m, block_n, block_r and the launch numbers. seed, threshold, packed, precision: as in `rank_gemm`.
     """
     (m, n), r = out.shape, low.shape[1]
     _update_kernel[(triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))](
         out_ptr=out,
         low_ptr=low,
         up_ptr=up,
-        seed_ptr=out if seed is None else seed,
+        mask_ptr=_mask(seed, packed, out),
         M=m,
         N=n,
         R=r,
         threshold=threshold,
         stride_un=up.stride(0),
         stride_ur=up.stride(1),
-        DROPOUT=seed is not None,
+        DROPOUT=seed is not None or packed is not None,
+        PACKED=packed is not None,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -10,21 +10,33 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_block(seed, threshold, o_row, o_group):
-    """The mask of a tile.
+def keep_bits(seed, threshold, o_row, o_group):
+    """The mask of a tile, eight columns to a number.
 
     seed: int64. threshold: int32, dropout probability in units of 2^-16.
     o_row: [BLOCK_M] row numbers. o_group: [BLOCK_G] column numbers divided by 8.
-    Returns int1 [BLOCK_M, 8 * BLOCK_G].
+    Returns int32 [BLOCK_M, BLOCK_G], bit j for column 8 * o_group + j.
     """
     zero = tl.zeros([o_row.shape[0], o_group.shape[0]], tl.uint32)
     c0 = zero + o_group.to(tl.uint32)[None, :]  # [BLOCK_M, BLOCK_G]
     c1 = zero + o_row.to(tl.uint32)[:, None]  # [BLOCK_M, BLOCK_G]
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero)
-    # join adds a last axis, so w[a, b] below is word 2a + b, and with the halves the lane is 4a + 2b + h.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
-    lanes = tl.join((words << 16) >> 16, words >> 16)  # sign-extended low and high halves
-    return tl.reshape(lanes >= threshold - 32768, [o_row.shape[0], 8 * o_group.shape[0]])
+    least = threshold - 32768
+    return _two(w0, least) | _two(w1, least) << 2 | _two(w2, least) << 4 | _two(w3, least) << 6
+
+
+@triton.jit
+def _two(word, least):
+    """Bits 0 and 1: whether the low and the high half of `word`, as signed numbers, reach `least`."""
+    word = word.to(tl.int32, bitcast=True)
+    return ((word << 16) >> 16 >= least).to(tl.int32) | ((word >> 16 >= least).to(tl.int32) << 1)
+
+
+@triton.jit
+def drop_bits(block, bits):
+    """`block` [BLOCK_M, BLOCK_N] with 0 where the bit is 0; bits: [BLOCK_M, BLOCK_N / 8], as of `keep_bits`."""
+    eights = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.where(tl.reshape(eights, block.shape) != 0, block, 0.0)
 
 
 @triton.jit
@@ -32,7 +44,7 @@ def drop(block, seed, threshold, first_row, first_col):
     """`block` [BLOCK_M, BLOCK_N] with every dropped element 0; its top left corner is (first_row, first_col)."""
     o_row = first_row + tl.arange(0, block.shape[0])
     o_group = first_col // 8 + tl.arange(0, block.shape[1] // 8)
-    return tl.where(keep_block(seed, threshold, o_row, o_group), block, 0.0)
+    return drop_bits(block, keep_bits(seed, threshold, o_row, o_group))
 
 
 @triton.jit

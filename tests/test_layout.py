@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "triton_ops": {"dispatch", "reference", "kernels"},
     "cpu_dropout": {"reference"},
     "ops": {"cpu_dropout", "dispatch", "reference", "errors", "triton_ops"},
+    "tune": {"cost", "dispatch", "errors", "kernels", "reference", "triton_ops", "tuned"},
     "layer": {"ops", "dispatch", "reference", "errors"},
     "config": {"layer", "errors"},
     "inject": {"config", "layer", "errors"},

@@ -1,0 +1,175 @@
+"""Break the kernels on purpose, one place at a time, and see that a test fails each time.
+
+    python scripts/mutate_kernels.py [--jobs 2] [--only TEXT]
+
+Every mutant is a copy of the project with one piece of source replaced; the kernel tests run on it in Triton's interpreter.
+A mutant is caught if they fail. Exit code 0 means that all were caught, 1 that some survived, 2 that the unbroken project fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("tests/test_kernels.py", "tests/test_dispatch.py", "tests/test_triton_glue.py")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file`, `old` (which must be there, at its `nth` place) becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    nth: int = 0
+
+    def apply(self, root: Path) -> None:
+        path = root / self.file
+        parts = path.read_text().split(self.old)
+        if len(parts) < self.nth + 2:
+            raise SystemExit(f"{self.name}: {self.old!r} is not in {self.file}")
+        path.write_text(
+            self.old.join(parts[: self.nth + 1]) + self.new + self.old.join(parts[self.nth + 1 :])
+        )
+
+
+TILES, GEMM, FORWARD = "kernels/tiles.py", "kernels/gemm.py", "kernels/forward.py"
+BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/config.py"
+OPS, GLUE = "fastlora/triton_ops.py", "fastlora/ops.py"
+
+MUTANTS = (
+    # the mask
+    Mutant("philox: nine rounds", TILES, "zero, zero)", "zero, zero, n_rounds=9)"),
+    Mutant("philox: row and column swapped", TILES, "seed, c0, c1", "seed, c1, c0"),
+    Mutant("philox: another key", TILES, "tl.philox(seed,", "tl.philox(seed ^ 1,"),
+    Mutant("mask: words in another order", TILES, "_two(w0, least) | _two(w1, least) << 2", "_two(w1, least) | _two(w0, least) << 2"),
+    Mutant("mask: a word in another place", TILES, "_two(w3, least) << 6", "_two(w3, least) << 5"),
+    Mutant("mask: unsigned low half", TILES, "((word << 16) >> 16 >= least)", "((word & 0xFFFF) >= least)"),
+    Mutant("mask: halves swapped", TILES, "((word << 16) >> 16 >= least).to(tl.int32) | ((word >> 16", "(word >> 16 >= least).to(tl.int32) | ((word << 16 >> 16"),
+    Mutant("mask: > for >=", TILES, "(word << 16) >> 16 >= least", "(word << 16) >> 16 > least"),
+    Mutant("mask: the threshold's offset", TILES, "threshold - 32768", "threshold - 32767"),
+    Mutant("mask: the next group of columns", TILES, "first_col // 8 +", "first_col // 8 + 1 +"),
+    Mutant("mask: the tile's row is forgotten", TILES, "o_row = first_row +", "o_row = 0 * first_row +"),
+    Mutant("mask: dropped by multiplication", TILES, "tl.where(tl.reshape(eights, block.shape) != 0, block, 0.0)",
+           "tl.reshape(eights, block.shape).to(block.dtype) * block"),
+    Mutant("bits: another order", TILES, ">> tl.arange(0, 8)", ">> (7 - tl.arange(0, 8))"),
+    # the order of tiles
+    Mutant("tiles: group width", TILES, "(pid // width) * GROUP_M", "(pid // width)"),
+    Mutant("tiles: rows of the last group", TILES, "min(num_m - first_m, GROUP_M)", "GROUP_M"),
+    Mutant("tiles: halves interleaved", TILES, "[block.shape[0], 2, block.shape[1] // 2]", "[block.shape[0], block.shape[1] // 2, 2]"),
+    # the large product
+    Mutant("gemm: stride of x", GEMM, "[None, :] * stride_xk", "[None, :] * stride_xm"),
+    Mutant("gemm: step of W", GEMM, "p_w += step * stride_wk", "p_w += step * stride_wn"),
+    Mutant("gemm: inner dimension unmasked", GEMM, "x = tl.load(p_x, mask=m_k[None, :], other=0.0)", "x = tl.load(p_x)"),
+    Mutant("gemm: rows past the end stored", GEMM, "mask=(o_m < M)[:, None] & (o_n < N)[None, :]", "mask=(o_m < M + 1)[:, None] & (o_n < N)[None, :]", 0),
+    Mutant("gemm: first block of ranks only", GEMM, "for first_r in range(0, R, BLOCK_R)", "for first_r in range(0, BLOCK_R, BLOCK_R)"),
+    Mutant("gemm: ranks unmasked", GEMM, "m_r = o_r < R", "m_r = o_r < R + 1"),
+    Mutant("gemm: no mask on the rank term", GEMM, "term = acc + drop(term, tl.load(mask_ptr), threshold, first_m, first_n)", "term = acc + term"),
+    Mutant("gemm: bits of another row", GEMM, "mask_ptr + o_m[:, None] * tl.cdiv(N, 8)", "mask_ptr + o_m[:, None] * (N // 8)"),
+    Mutant("gemm: bits of other columns", GEMM, "o_byte = first_n // 8 +", "o_byte = 0 * first_n +"),
+    Mutant("bits: written at the first block's place", BACKWARD, "o_byte = first_k // 8 +", "o_byte = 0 * first_k +"),
+    Mutant("gemm: mask from another column", GEMM, "threshold, first_m, first_n)", "threshold, first_m, first_n + 8)"),
+    Mutant("gemm: S without its factor", GEMM, "s_low = (s * scale)", "s_low = (s)", 0),
+    Mutant("gemm: S without its factor, descriptors", GEMM, "s_low = (s * scale)", "s_low = (s)", 1),
+    Mutant("gemm: S not stored", GEMM, "if FUSED and tile_n == 0", "if FUSED and tile_n == 1", 0),
+    Mutant("gemm: S not stored, descriptors", GEMM, "if FUSED and tile_n == 0", "if FUSED and tile_n == 1", 1),
+    Mutant("gemm: no bias", GEMM, "HAS_BIAS\": bias is not None", "HAS_BIAS\": False"),
+    Mutant("gemm: bias of the first columns", GEMM, "o_n = first_n + tl.arange(0, acc.shape[1])\n    return", "o_n = tl.arange(0, acc.shape[1])\n    return"),
+    Mutant("gemm: second strip at the first's place", GEMM, "first_n + acc.shape[1] // 2", "first_n"),
+    Mutant("gemm: persistent stride", GEMM, "tl.num_programs(0)", "tl.num_programs(0) + 1"),
+    Mutant("gemm: update forgets what was there", GEMM, "acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)", "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"),
+    # the forward passes
+    Mutant("S: factor", FORWARD, "s_ptr + split.to(tl.int64) * M * R, s * scale", "s_ptr + split.to(tl.int64) * M * R, s"),
+    Mutant("S: chunk starts at 0", FORWARD, "first_k = split * k_chunk", "first_k = 0", 0),
+    Mutant("S: mask column of the first block", FORWARD, "threshold, first_m, k)", "threshold, first_m, first_k)"),
+    Mutant("S: step of A", FORWARD, "p_rows += step * stride_k", "p_rows += step"),
+    Mutant("decode: one split is lost", FORWARD, "for _ in range(splits)", "for _ in range(splits - 1)"),
+    Mutant("decode: S without its factor", FORWARD, "low = (s * scale)", "low = (s)"),
+    Mutant("decode: W dropped out too", FORWARD, "0, tile * BLOCK_N, False,", "0, tile * BLOCK_N, DROPOUT,"),
+    Mutant("decode: tiles of A", FORWARD, "first_r = (tile - w_tiles) * BLOCK_N", "first_r = (tile - w_tiles + 1) * BLOCK_N"),
+    # the backward passes
+    Mutant("dS: factor", BACKWARD, "(ds * scale)", "(ds)"),
+    Mutant("dS: columns of one block", BACKWARD, "for n in range(first_n,", "for n in range(first_n + BLOCK_N,"),
+    Mutant("dB: partial of another tile", BACKWARD, "db_ptr += tile.to(tl.int64) * N * R", "db_ptr += 0 * N * R"),
+    Mutant("dB: rows past the end", BACKWARD, "m_m, m_r = o_m < M, o_r < R", "m_m, m_r = o_m < M - 1, o_r < R"),
+    Mutant("dA: chunk of rows", BACKWARD, "first_m = split * m_chunk", "first_m = 0"),
+    Mutant("dA: mask row", BACKWARD, "threshold, m, first_k)", "threshold, first_m, first_k)"),
+    Mutant("dA: no dropout", BACKWARD, "DROPOUT=seed is not None", "DROPOUT=False"),
+    Mutant("sums: a part is left out", REDUCE, "for _ in range(splits)", "for _ in range(splits - 1)"),
+    Mutant("sums: the wrong stride", REDUCE, "part_ptr += size", "part_ptr += size - 1"),
+    # what holds them together
+    Mutant("ops: keep scale", OPS, "return scaling * reference.keep_scale(p), mask", "return scaling, mask"),
+    Mutant("ops: gradients in another order", OPS, "wanted = ((needs_x, x), (needs_a, lora_a)", "wanted = ((needs_a, lora_a), (needs_x, x)"),
+    Mutant("ops: dB always made", OPS, "needs_db=needs_b", "needs_db=True"),
+    Mutant("glue: gradients in another order", GLUE, "needs = (needs_x, needs_a, needs_b)", "needs = (needs_x, needs_b, needs_a)"),
+    Mutant("config: S of ranks that do not fit", CONFIG, "max(16, 1 << (rank - 1).bit_length())", "max(16, 1 << (rank.bit_length() - 1))"),
+)  # fmt: skip
+
+
+def run(root: Path) -> bool:
+    """Whether the kernel tests pass on the project at `root`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
+    environment = dict(os.environ, PYTHONPATH=str(root), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    outcome = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if outcome.returncode not in (0, 1):  # neither passed nor failed
+        raise SystemExit(f"pytest could not run:\n{outcome.stdout}{outcome.stderr}")
+    return outcome.returncode == 0
+
+
+def copy_to(folder: Path) -> Path:
+    """The parts of the project that the kernel tests need."""
+    for name in ("fastlora", "kernels", "tests"):
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__", "medical"),
+        )
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def caught(mutant: Mutant) -> tuple[bool, float]:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        root = copy_to(Path(folder))
+        mutant.apply(root)
+        return not run(root), time.perf_counter() - start
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants tested at a time")
+    parser.add_argument("--only", default="", help="only mutants whose name contains this")
+    arguments = parser.parse_args(argv)
+    mutants = [m for m in MUTANTS if arguments.only in m.name]
+    with tempfile.TemporaryDirectory() as folder:
+        if not run(copy_to(Path(folder))):
+            print("the unbroken project fails its kernel tests")
+            return 2
+    survivors = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for mutant, (was_caught, seconds) in zip(mutants, pool.map(caught, mutants), strict=True):
+            print(
+                f"{'caught  ' if was_caught else 'SURVIVED'} {seconds:6.1f} s  {mutant.name}",
+                flush=True,
+            )
+            survivors += [] if was_caught else [mutant.name]
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,251 @@
+"""What holds the kernels to torch: autograd, autocast, compilation, checkpointing, and on a device CUDA graphs and sizes.
+
+Everything not marked `gpu` runs the kernels in Triton's interpreter where there is no device.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import LoRALinear, lora_linear, reference
+from tests.cases import Case, Tensors, make
+from tests.tolerance import assert_close
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SEED = torch.tensor(-1234567890123)
+
+
+def _inputs(case: Case, dtype: torch.dtype = torch.float32) -> Tensors:
+    t = make(case).to(dtype)
+    moved = (
+        None if v is None else v.to(DEVICE)
+        for v in (t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.dy)
+    )
+    return Tensors(*moved, t.scaling)
+
+
+def _run(function, t: Tensors, p: float, **named) -> list[torch.Tensor]:
+    x, a, b = (v.detach().requires_grad_() for v in (t.x, t.lora_a, t.lora_b))
+    y = function(x, t.weight, t.bias, a, b, t.scaling, p, SEED, backend="triton", **named)
+    return [y, *torch.autograd.grad(y, (x, a, b), t.dy)]
+
+
+def _same(got, expected) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_compile_fullgraph_is_one_graph_for_every_number_of_rows(backend, p):
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own compiler imports deprecated modules
+        compiled = torch.compile(lora_linear, fullgraph=True, backend=backend, dynamic=True)
+        graphs = torch._dynamo.utils.counters["stats"]
+        before = None
+        for rows in (9, 70, 33, 128):
+            t = _inputs(Case((2, rows), 16, 24, 4, p=p))
+            _same(_run(compiled, t, p), _run(lora_linear, t, p))
+            before = graphs["unique_graphs"] if before is None else before
+        assert graphs["unique_graphs"] == before, "another number of rows compiled another graph"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_mask(reentrant):
+    layer = LoRALinear(nn.Linear(16, 24), 4, dropout=0.5, backend="triton").to(DEVICE)
+    nn.init.normal_(layer.lora_B)
+    t = _inputs(Case((9,), 16, 24, 4))
+    x = t.x.requires_grad_()
+    results = []
+    for run in (layer, lambda v: checkpoint(layer, v, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        results.append(torch.autograd.grad(run(x), (x, *layer.parameters()), t.dy, allow_unused=True)
+                       if run is layer else _backward(run(x), x, layer, t.dy))  # fmt: skip
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def _backward(y, x, layer, dy):
+    y.backward(dy)
+    return [x.grad, *(p.grad for p in layer.parameters())]
+
+
+def test_autocast_computes_in_its_dtype_and_leaves_float32_gradients():
+    t = _inputs(Case((8,), 16, 24, 4, p=0.1))
+    leaves = [v.requires_grad_() for v in (t.x, t.lora_a, t.lora_b)]
+    with torch.autocast(DEVICE, torch.float16):
+        y = lora_linear(
+            t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.1, SEED, backend="triton"
+        )
+    half = _inputs(Case((8,), 16, 24, 4, p=0.1), torch.float16)
+    assert y.dtype == torch.float16 and torch.equal(y, _run(lora_linear, half, 0.1)[0])
+    y.backward(t.dy.half())
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_saves_x_itself_s_and_a_seed(p):
+    t = _inputs(Case((64,), 48, 32, 4))
+    t.x.requires_grad_(), t.lora_a.requires_grad_(), t.lora_b.requires_grad_()
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+        lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, 1.0, p, SEED, backend="triton")
+    given = {v.untyped_storage().data_ptr() for v in (t.x, t.weight, t.lora_a, t.lora_b)}
+    new = [v for v in saved if v.untyped_storage().data_ptr() not in given]
+    assert sum(v.numel() * v.element_size() for v in new) == 64 * 4 * 4 + (8 if p else 0)
+
+
+def test_double_backward_differentiates_the_gradients():
+    t = _inputs(Case((5,), 8, 6, 2))
+
+    def second(backend):
+        x, a, b = (v.detach().double().float().requires_grad_() for v in (t.x, t.lora_a, t.lora_b))
+        y = lora_linear(x, t.weight, t.bias, a, b, t.scaling, 0.25, SEED, backend=backend)
+        first = torch.autograd.grad(y.square().sum(), (x, a, b), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, a, b))
+
+    for got, expected in zip(second("triton"), second("torch"), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_trainable_base_gets_its_gradients():
+    t = _inputs(Case((7,), 16, 24, 4))
+    weight, bias = (v.detach().requires_grad_() for v in (t.weight, t.bias))
+    results = []
+    for backend in ("triton", "torch"):
+        y = lora_linear(t.x, weight, bias, t.lora_a, t.lora_b, t.scaling, backend=backend)
+        results.append(torch.autograd.grad(y, (weight, bias), t.dy))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_without_gradients_nothing_is_saved_and_the_result_is_the_same():
+    t = _inputs(Case((7,), 16, 24, 4))
+    arguments = (t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling)
+    with torch.no_grad():
+        y = lora_linear(*arguments, backend="triton")
+    assert y.grad_fn is None
+    t.lora_a.requires_grad_()
+    assert torch.equal(y, lora_linear(*arguments, backend="triton"))
+
+
+def test_one_x_under_q_k_and_v_gets_the_sum_of_their_gradients():
+    t = _inputs(Case((33,), 32, 32, 4))
+    x = t.x.requires_grad_()
+    parts = []
+    total = 0.0
+    for scale in (1.0, 0.5, 0.25):
+        y = lora_linear(x, t.weight, t.bias, t.lora_a, t.lora_b, scale, 0.2, SEED, backend="triton")
+        parts.append(torch.autograd.grad(y, x, t.dy, retain_graph=True)[0])
+        total = total + y
+    (together,) = torch.autograd.grad(total, x, t.dy)
+    torch.testing.assert_close(together, sum(parts))
+
+
+def test_a_model_trains_the_same_on_both_backends():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 5)).to(DEVICE)
+    x, target = torch.randn(30, 12, device=DEVICE), torch.randn(30, 5, device=DEVICE)
+
+    def losses(backend):
+        wrapped = copy.deepcopy(model)
+        for index in (0, 2):
+            torch.manual_seed(index)
+            wrapped[index] = LoRALinear(wrapped[index], 4, dropout=0.1, backend=backend).to(DEVICE)
+        optimizer = torch.optim.AdamW(
+            [p for n, p in wrapped.named_parameters() if "lora" in n], lr=1e-2
+        )
+        torch.manual_seed(7)
+        history = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(wrapped(x), target)
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        return history
+
+    triton, torch_ = losses("triton"), losses("torch")
+    assert triton == pytest.approx(torch_, rel=1e-5) and triton[-1] < triton[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_cuda_graph_replays_forward_and_backward(dtype, p):
+    layer = LoRALinear(nn.Linear(256, 384, dtype=dtype), 8, dropout=p, backend="triton").cuda()
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(512, 256, dtype=dtype, device="cuda", requires_grad=True)
+    dy = torch.randn(512, 384, dtype=dtype, device="cuda")
+    parameters = (x, layer.lora_A, layer.lora_B)
+
+    def step():
+        y = layer(x)
+        return (y, *torch.autograd.grad(y, parameters, dy))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    masks = []
+    for _ in range(2):
+        with torch.no_grad():
+            x.normal_()
+        graph.replay()
+        if p == 0:
+            _same(captured, step())
+        masks.append(captured[0].clone())
+    assert not torch.equal(*masks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_inductor_gives_the_eager_result(p):
+    t = _inputs(Case((64,), 128, 96, 8, p=p), torch.bfloat16)
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _same(_run(torch.compile(lora_linear, fullgraph=True), t, p), _run(lora_linear, t, p))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["split", "in_place"])
+def test_offsets_beyond_32_bits(plan):
+    """x holds more than 2³¹ elements: its last rows must come out as they would alone."""
+    from fastlora import triton_ops
+
+    m, k, n, r = 2**31 // 4096 + 1024, 4096, 64, 8
+    x = torch.randn(1024, k, dtype=torch.bfloat16, device="cuda").repeat(m // 1024 + 1, 1)[:m]
+    weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") / 64
+    a = torch.randn(r, k, dtype=torch.bfloat16, device="cuda") / 64
+    b = torch.randn(n, r, dtype=torch.bfloat16, device="cuda")
+    seed = SEED.cuda()
+    y, s = triton_ops._forward(x, weight, None, a, b, 1.0, 0.1, seed, plan)
+    dy = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")
+    dy[-128:] = torch.randn(128, n, device="cuda")
+    dx, da, _ = triton_ops._backward(dy, x, weight, a, b, s, 1.0, 0.1, seed, True, True, True, plan)
+    tail = slice(m - 128, m)
+    keep = reference.keep_mask(SEED, 0.1, 128, k, first_row=m - 128).cuda()
+    kept = torch.where(keep, x[tail], 0.0) * reference.keep_scale(0.1)
+
+    def formula(dtype):
+        s = kept.to(dtype) @ a.to(dtype).T
+        y = x[tail].to(dtype) @ weight.to(dtype).T + s @ b.to(dtype).T
+        ds = dy[tail].to(dtype) @ b.to(dtype)
+        dx = torch.where(keep, ds @ a.to(dtype), 0.0) * reference.keep_scale(0.1)
+        return y, dx + dy[tail].to(dtype) @ weight.to(dtype), ds.T @ kept.to(dtype)
+
+    for got, same, exact in zip(
+        (y[tail], dx[tail], da), formula(torch.bfloat16), formula(torch.float64), strict=True
+    ):
+        assert_close(got, same, exact)
