@@ -31,10 +31,12 @@ from fastlora.inject import (
 from fastlora.layer import LoRALinear, explain
 from fastlora.merge import merge_lora_weights, merged_model
 from fastlora.ops import lora_linear
+from fastlora.peft import AccelerationReport, accelerate, restore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationReport",
     "BackendError",
     "CheckpointError",
     "Choice",
@@ -48,6 +50,7 @@ __all__ = [
     "MergeError",
     "TrainingError",
     "__version__",
+    "accelerate",
     "count_parameters",
     "explain",
     "freeze_base_params",
@@ -61,6 +64,7 @@ __all__ = [
     "merged_model",
     "named_lora_layers",
     "print_trainable_parameters",
+    "restore",
     "save_adapter",
     "setup_lora_for_medical_finetuning",
 ]

@@ -23,9 +23,12 @@ MAY_IMPORT = {
     "inject": {"config", "layer", "errors"},
     "merge": {"layer", "errors"},
     "checkpoint": {"inject", "errors"},
+    "peft_layer": {"ops"},
+    "peft": {"peft_layer", "errors"},
 }
 
 PUBLIC = [
+    "AccelerationReport",
     "BackendError",
     "CheckpointError",
     "Choice",
@@ -39,6 +42,7 @@ PUBLIC = [
     "MergeError",
     "TrainingError",
     "__version__",
+    "accelerate",
     "count_parameters",
     "explain",
     "freeze_base_params",
@@ -52,6 +56,7 @@ PUBLIC = [
     "merged_model",
     "named_lora_layers",
     "print_trainable_parameters",
+    "restore",
     "save_adapter",
     "setup_lora_for_medical_finetuning",
 ]
@@ -96,7 +101,7 @@ def test_kernels_import_nothing_of_fastlora_and_are_no_package():
 def test_import_needs_neither_triton_nor_the_medical_extras():
     program = """
 import sys
-for name in ("triton", "scipy", "nibabel", "matplotlib", "yaml"):
+for name in ("triton", "scipy", "nibabel", "matplotlib", "yaml", "peft", "transformers"):
     sys.modules[name] = None
 import fastlora
 """
