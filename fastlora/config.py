@@ -38,7 +38,7 @@ class LoRAConfig:
         A compiled `re.Pattern` is always matched in full against the path.
     exclude: patterns of layers to leave alone, compared in the same way.
     rank_pattern, alpha_pattern, dropout_pattern: pattern → value for the layers that match; the first match wins.
-    adapter_dtype, backend: as in `LoRALinear`.
+    adapter_dtype, backend, use_rslora: as in `LoRALinear`.
 
     Under a config every pattern must match at least one layer; `inject_lora` raises otherwise.
 
@@ -56,9 +56,12 @@ class LoRAConfig:
     dropout_pattern: Mapping[str, float] = field(default_factory=dict)
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.rank, self.alpha, self.dropout)
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora: expected True or False, got {self.use_rslora!r}")
         if self.match not in _MODES:
             raise ConfigError(f"match: expected one of {', '.join(_MODES)}, got {self.match!r}")
         if not callable(self.target_modules):
