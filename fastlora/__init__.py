@@ -32,6 +32,7 @@ from fastlora.layer import LoRALinear, explain
 from fastlora.merge import merge_lora_weights, merged_model
 from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
+from fastlora.peft_format import from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "count_parameters",
     "explain",
     "freeze_base_params",
+    "from_pretrained",
     "get_lora_params",
     "get_lora_state_dict",
     "inject_lora",
@@ -66,5 +68,6 @@ __all__ = [
     "print_trainable_parameters",
     "restore",
     "save_adapter",
+    "save_pretrained",
     "setup_lora_for_medical_finetuning",
 ]

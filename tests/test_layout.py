@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "checkpoint": {"inject", "errors"},
     "peft_layer": {"ops"},
     "peft": {"peft_layer", "errors"},
+    "peft_format": {"checkpoint", "config", "inject", "layer", "errors"},
 }
 
 PUBLIC = [
@@ -46,6 +47,7 @@ PUBLIC = [
     "count_parameters",
     "explain",
     "freeze_base_params",
+    "from_pretrained",
     "get_lora_params",
     "get_lora_state_dict",
     "inject_lora",
@@ -58,6 +60,7 @@ PUBLIC = [
     "print_trainable_parameters",
     "restore",
     "save_adapter",
+    "save_pretrained",
     "setup_lora_for_medical_finetuning",
 ]
 
