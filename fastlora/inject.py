@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets
+from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, layer_index
 from fastlora.errors import ConfigError, InjectionError
+from fastlora.initialise import initialise
 from fastlora.layer import LoRALinear, check_hyperparameters, why_unsuitable
 
 DEFAULT_OUTPUT_LAYERS = ("out_layer",)
@@ -68,6 +69,8 @@ def inject_lora(
         )
         for linear, (_, chosen) in plan.items()
     }
+    for linear, layer in wrapped.items():
+        initialise(layer, plan[linear][1].init_lora_weights)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if (
@@ -177,7 +180,9 @@ def _plan(model: nn.Module, config: LoRAConfig) -> dict[nn.Linear, tuple[str, Lo
     plan: dict[nn.Linear, tuple[str, LoRAConfig]] = {}
     for path, module in _linears(model):
         # A layer under several names is taken if any of them matches, as the first that does.
-        if module in plan or any(config.matches(pattern, path) for pattern in config.exclude):
+        if module in plan or not config.takes_index(path):
+            continue
+        if any(config.matches(pattern, path) for pattern in config.exclude):
             continue
         chosen = _select(config, path, module, head)
         if chosen is not None:
@@ -239,6 +244,12 @@ def _check_every_pattern_matched(
                     f"{name}: {shown!r} matches none of the {len(paths)} "
                     f"{'adapted' if paths is taken else 'linear'} layers. {nearest_names(shown, paths)}"
                 )
+    numbers = {index for path in taken if (index := layer_index(path)) is not None}
+    unused = [i for i in config.indices if i not in numbers]
+    if unused:
+        raise InjectionError(
+            f"layers_to_transform: no adapted layer has the index {unused[0]}; there are {sorted(numbers)}"
+        )
     if not plan:
         raise InjectionError(f"target_modules: no layer was selected. {_suggest(config, model)}")
 
