@@ -216,8 +216,9 @@ def test_copies_are_fast_and_independent(duplicate, fused):
     assert not torch.equal(twin(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
 def test_it_compiles_as_one_graph():
+    torch.compiler.reset()
     model = peft_model(lora_dropout=0.25)
     accelerate(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -233,6 +234,13 @@ def test_it_compiles_as_one_graph():
         torch.testing.assert_close(eager, graph)
     model.eval()
     torch.testing.assert_close(compiled(x), model(x))
+    with model.disable_adapter():  # later changes of state are seen by the compiled model
+        plain = compiled(x)
+        assert torch.equal(plain, model(x)) and not torch.equal(plain, compiled(x + 1))
+    torch.testing.assert_close(compiled(x), model(x))
+    model.merge_adapter()
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(compiled(x), plain, atol=1e-4)
 
 
 def test_gradient_checkpointing_draws_the_same_mask_again(fused):
