@@ -51,7 +51,7 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
 
     peft_model: a `PeftModel`, or any module that holds PEFT's LoRA layers.
 
-    Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed.
+    Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed or too old.
     """
     layers = _lora_layers(peft_model)
     from peft.tuners.lora import Linear
@@ -74,7 +74,7 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
 def restore(peft_model: nn.Module) -> int:
     """Undo `accelerate`: every changed layer is exactly PEFT's `lora.Linear` again. Returns how many were changed back.
 
-    Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed.
+    Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed or too old.
     """
     layers = _lora_layers(peft_model)
     from peft.tuners.lora import Linear
@@ -89,6 +89,7 @@ def restore(peft_model: nn.Module) -> int:
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     try:
+        import peft
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise InjectionError(
@@ -101,5 +102,9 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         raise InjectionError(
             "peft_model: expected a model with peft's LoRA layers (peft.get_peft_model makes one), "
             f"got a {type(model).__name__} without any"
+        )
+    if not hasattr(found[0][1], "lora_variant"):
+        raise InjectionError(
+            f"peft_model: needs peft 0.16 or newer, whose layers say which variant they compute; got {peft.__version__}"
         )
     return found

@@ -125,6 +125,17 @@ def test_without_peft_the_error_says_so(monkeypatch):
         accelerate(Decoder())
 
 
+def test_a_peft_without_variants_is_too_old():
+    model = peft_model()
+    for module in model.modules():
+        if isinstance(module, lora.Linear):
+            del module.lora_variant
+    with pytest.raises(
+        InjectionError, match=f"needs peft 0.16 or newer, .* got {peft.__version__}"
+    ):
+        accelerate(model)
+
+
 def test_adapters_are_switched_disabled_added_and_deleted_as_in_peft(fused):
     mine, theirs = peft_model(), peft_model()
     for model in (mine, theirs):
