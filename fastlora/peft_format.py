@@ -191,6 +191,9 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadRes
         raise CheckpointError(
             "model: already has LoRALinear layers; load into the plain base model"
         )
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
     source = Path(folder)
     config = _read_config(source / CONFIG_FILE)
     if not (source / WEIGHTS_FILE).is_file():
@@ -214,6 +217,7 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadRes
             raise CheckpointError(f"modules_to_save: {path} holds or is part of the target {both}")
     linears = {path: m for path, m in targets.items() if isinstance(m, nn.Linear)}
     _check_keys(model, state, linears, plan, heads)
+    _check_ties(model, state, heads)
     inject_lora(model, lambda path, _: plan.get(path, False))
     freeze_base_params(model)
     for head in heads.values():
@@ -252,6 +256,27 @@ def _check_keys(
         raise CheckpointError(
             f"{WEIGHTS_FILE} does not fit the model: {summary}" + "\n  ".join(problems)
         )
+
+
+def _check_ties(
+    model: nn.Module, state: Mapping[str, Tensor], heads: Mapping[str, nn.Module]
+) -> None:
+    """A head that PEFT trained was cut loose from the parameters it was tied to; here it is still tied to them."""
+    own = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    for path, head in heads.items():
+        for name in (f"{path}.{key}" for key in head.state_dict()):
+            for other in names[id(own[name])]:
+                value = state.get(PREFIX + other)
+                if other == name:
+                    continue
+                if value is None or not torch.equal(value, state[PREFIX + name]):
+                    raise CheckpointError(
+                        f"modules_to_save: {name} is tied to {other}, which the file gives another "
+                        "value; untie them in the model first"
+                    )
 
 
 def _describe(model: nn.Module, layers: dict[str, LoRALinear], heads: list[str]) -> PeftConfig:

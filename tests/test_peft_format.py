@@ -242,6 +242,19 @@ def test_tied_heads_are_saved_under_both_names(tmp_path):
     assert torch.equal(mine(X), model(X))
 
 
+@pytest.mark.parametrize("heads", [["head"], ["head", "embed"]], ids=str)
+def test_heads_that_peft_untied_are_not_loaded_into_tied_ones(heads, tmp_path):
+    theirs = peft_adapted(Tied, target_modules=["body"], modules_to_save=heads)
+    theirs.save_pretrained(tmp_path)
+    tied = base(make=Tied)
+    with pytest.raises(CheckpointError, match=r"modules_to_save: \w+.weight is tied to \w+.weight"):
+        from_pretrained(tied, tmp_path)
+    assert not any(isinstance(module, LoRALinear) for module in tied.modules())
+    tied.head.weight = nn.Parameter(tied.head.weight.detach().clone())
+    from_pretrained(tied, tmp_path)
+    torch.testing.assert_close(tied(X), theirs(X))
+
+
 def test_what_the_format_cannot_say_is_refused_when_saving(tmp_path):
     cases = []
     with_base = adapted()
@@ -504,6 +517,8 @@ def test_a_model_with_adapters_or_a_shared_target_is_refused(tmp_path):
     good(tmp_path)
     with pytest.raises(CheckpointError, match="already has LoRALinear layers"):
         from_pretrained(adapted(), tmp_path / "good")
+    with pytest.raises(CheckpointError, match="input_layer.weight is on the meta device"):
+        from_pretrained(base().to("meta"), tmp_path / "good")
     shared = base()
     shared.blocks[1].attn.to_qkv = shared.blocks[0].attn.to_qkv
     with pytest.raises(CheckpointError, match="are one module"):
