@@ -31,10 +31,13 @@ from fastlora.inject import (
 from fastlora.layer import LoRALinear, explain
 from fastlora.merge import merge_lora_weights, merged_model
 from fastlora.ops import lora_linear
+from fastlora.peft import AccelerationReport, accelerate, restore
+from fastlora.peft_format import from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationReport",
     "BackendError",
     "CheckpointError",
     "Choice",
@@ -48,9 +51,11 @@ __all__ = [
     "MergeError",
     "TrainingError",
     "__version__",
+    "accelerate",
     "count_parameters",
     "explain",
     "freeze_base_params",
+    "from_pretrained",
     "get_lora_params",
     "get_lora_state_dict",
     "inject_lora",
@@ -61,6 +66,8 @@ __all__ = [
     "merged_model",
     "named_lora_layers",
     "print_trainable_parameters",
+    "restore",
     "save_adapter",
+    "save_pretrained",
     "setup_lora_for_medical_finetuning",
 ]

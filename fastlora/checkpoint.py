@@ -70,18 +70,8 @@ def load_lora_state_dict(
     wanted = dict(adapters)
     if any(key in others for key in state):
         wanted |= {name: p for name, p in others.items() if p.requires_grad}
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in known]
-    misshapen = [k for k, v in state.items() if k in known and v.shape != known[k].shape]
-    loadable = [k for k in state if k in known and k not in misshapen]
-    problems = (
-        [f"missing {key}{_hint(key, unexpected)}" for key in missing]
-        + [f"unexpected {key}{_hint(key, missing or list(adapters))}" for key in unexpected]
-        + [
-            f"{key}: expected shape {tuple(known[key].shape)}, got {tuple(state[key].shape)}"
-            for key in misshapen
-        ]
-    )
+    shapes = {name: parameter.shape for name, parameter in known.items()}
+    loadable, missing, unexpected, problems = compare(state, list(wanted), shapes)
     if problems and (strict or not loadable):
         summary = f"{len(problems)} problems, nothing was changed:\n  "
         raise CheckpointError("state does not fit the model: " + summary + "\n  ".join(problems))
@@ -99,40 +89,90 @@ def load_lora_state_dict(
     return LoadResult(loadable, missing, unexpected)
 
 
+def compare(
+    state: Mapping[str, Tensor], wanted: list[str], shapes: Mapping[str, torch.Size]
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """(loadable, missing, unexpected, problems): what fits, and a line with the nearest candidate for each key that does not.
+
+    wanted: the keys that must be there. shapes: every key that may be there.
+    """
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in shapes]
+    misshapen = [k for k, v in state.items() if k in shapes and v.shape != shapes[k]]
+    loadable = [k for k in state if k in shapes and k not in misshapen]
+    problems = (
+        [f"missing {key}{_hint(key, unexpected)}" for key in missing]
+        + [f"unexpected {key}{_hint(key, missing or wanted)}" for key in unexpected]
+        + [
+            f"{key}: expected shape {tuple(shapes[key])}, got {tuple(state[key].shape)}"
+            for key in misshapen
+        ]
+    )
+    return loadable, missing, unexpected, problems
+
+
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], include_trainable: bool = True
 ) -> None:
     """Write the adapter (and by default the trained heads) to one safetensors file, atomically.
 
-    Rank, alpha and dropout of every layer go into the file's metadata, so that loading can check them.
+    Rank, alpha, dropout and use_rslora of every layer go into the file's metadata, so that loading can check them.
 
     Raises: CheckpointError if the model has no adapters or the file cannot be written; an older file is left as it was.
     """
     layers = {
-        layer_path: {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout}
+        layer_path: {
+            "rank": layer.rank,
+            "alpha": layer.alpha,
+            "dropout": layer.dropout,
+            "use_rslora": layer.use_rslora,
+        }
         for layer_path, layer in named_lora_layers(model)
     }
     if not layers:
         raise CheckpointError("model: has no LoRALinear, so there is no adapter to save")
     state = get_lora_state_dict(model, include_trainable)
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     metadata = {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
-    tensors = {key: value.contiguous().cpu() for key, value in state.items()}
+    write_files({Path(path): safetensors_bytes(state, metadata)})
+
+
+def safetensors_bytes(state: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The safetensors file of `state`. Tensors that share storage are written once for each name."""
+    owners: dict[int, str] = {}
+    tensors = {}
+    for key, value in state.items():
+        value = value.contiguous().cpu()
+        if owners.setdefault(value.untyped_storage().data_ptr(), key) != key:
+            value = value.clone()
+        tensors[key] = value
+    return bytes(save(tensors, metadata))
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write all files beside their places, then put each in its place.
+
+    Raises: CheckpointError if one cannot be written; older files are left as they were.
+    """
+    partials = {t: t.with_name(f".{t.name}.{os.getpid()}.partial") for t in contents}
+    target = None
     try:
-        partial.write_bytes(save(tensors, metadata))
-        os.replace(partial, target)
+        for target, data in contents.items():
+            partials[target].write_bytes(data)
+        for target, partial in partials.items():
+            os.replace(partial, target)
     except OSError as error:
         raise CheckpointError(f"path: cannot write {target}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadResult:
     """Load an adapter file into a model that already has its adapters.
 
     path: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file holding a state dict (read with weights_only=True).
-    strict: as in `load_lora_state_dict`. Rank and alpha stored in the file must equal the model's; not strict warns.
+    strict: as in `load_lora_state_dict`. Rank, alpha and use_rslora stored in the file must equal the model's;
+        not strict warns.
 
     Raises: CheckpointError if the file is missing, unreadable or does not fit. The model is unchanged then.
     """
@@ -140,12 +180,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     if not file.is_file():
         raise CheckpointError(f"path: no such file: {file}")
     state, layers = (
-        _read_safetensors(file) if file.suffix == ".safetensors" else (_read_torch(file), {})
+        read_safetensors(file) if file.suffix == ".safetensors" else (_read_torch(file), {})
     )
     problems = []
     for layer_path, layer in named_lora_layers(model):
-        for name, mine in (("rank", layer.rank), ("alpha", layer.alpha)):
-            saved = layers.get(layer_path, {}).get(name, mine)
+        if layer_path not in layers:
+            continue
+        stored = {"use_rslora": False} | layers[layer_path]
+        for name in ("rank", "alpha", "use_rslora"):
+            mine = getattr(layer, name)
+            saved = stored.get(name, mine)
             if saved != mine:
                 problems.append(f"{layer_path}: {name} is {saved} in the file, {mine} in the model")
     if problems and strict:
@@ -168,7 +212,8 @@ def _other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name not in adapters}
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """(tensors, what fastlora's metadata says of each layer). Raises: CheckpointError if it is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118

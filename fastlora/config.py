@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
+import functools
+import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from fastlora.dispatch import BACKENDS
 from fastlora.errors import ConfigError
 from fastlora.layer import check_hyperparameters
 
@@ -18,10 +24,19 @@ DEFAULT_TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")
 ALL_LINEAR = "all-linear"
 
 Match = Literal["contains", "exact", "glob", "regex"]
+Initialisation = Literal["kaiming", "gaussian", "orthogonal"]
 Selector = Callable[[str, nn.Module], "bool | LoRAConfig"]
 Targets = str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | Selector
 
 _MODES = ("contains", "exact", "glob", "regex")
+_INITIALISATIONS = ("kaiming", "gaussian", "orthogonal")
+_PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
+_ALIASES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "exclude_modules": "exclude",
+}
 
 
 @dataclass(frozen=True)
@@ -38,9 +53,16 @@ class LoRAConfig:
         A compiled `re.Pattern` is always matched in full against the path.
     exclude: patterns of layers to leave alone, compared in the same way.
     rank_pattern, alpha_pattern, dropout_pattern: pattern → value for the layers that match; the first match wins.
-    adapter_dtype, backend: as in `LoRALinear`.
+    adapter_dtype, backend, use_rslora: as in `LoRALinear`.
+    layers_to_transform: an index or indices; only layers whose path has one of them as its first number are taken
+        (`blocks.0.attn.to_qkv` has 0). None takes all, with or without a number.
+    init_lora_weights: how lora_A and lora_B start. The output of a new layer is that of the wrapped one under each.
+        "kaiming"     lora_A Kaiming-uniform, lora_B zero
+        "gaussian"    lora_A normal with standard deviation 1 / rank, lora_B zero
+        "orthogonal"  both random with B A = 0; the rank must be even
 
-    Under a config every pattern must match at least one layer; `inject_lora` raises otherwise.
+    PEFT's names r, lora_alpha, lora_dropout and exclude_modules are accepted for rank, alpha, dropout and exclude.
+    Under a config every pattern and index must match at least one layer; `inject_lora` raises otherwise.
 
     Raises: ConfigError that names the field.
     """
@@ -56,24 +78,39 @@ class LoRAConfig:
     dropout_pattern: Mapping[str, float] = field(default_factory=dict)
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
+    use_rslora: bool = False
+    layers_to_transform: int | Sequence[int] | None = None
+    init_lora_weights: Initialisation = "kaiming"
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.rank, self.alpha, self.dropout)
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora: expected True or False, got {self.use_rslora!r}")
         if self.match not in _MODES:
             raise ConfigError(f"match: expected one of {', '.join(_MODES)}, got {self.match!r}")
+        if self.backend not in BACKENDS:
+            raise ConfigError(
+                f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}"
+            )
+        dtype = self.adapter_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"adapter_dtype: expected a float dtype or None, got {dtype!r}")
         if not callable(self.target_modules):
+            if not isinstance(self.target_modules, (str, re.Pattern)):
+                self._freeze("target_modules", self.target_modules)
             self._check_patterns("target_modules", self.targets)
-        if isinstance(self.exclude, str):
-            raise ConfigError(f"exclude: expected a list of patterns, got {self.exclude!r}")
+        self._freeze("exclude", self.exclude)
         self._check_patterns("exclude", self.exclude)
-        for name in ("rank_pattern", "alpha_pattern", "dropout_pattern"):
-            self._check_patterns(name, tuple(getattr(self, name)))
-        for rank in self.rank_pattern.values():
-            check_hyperparameters(rank, self.alpha, self.dropout)
-        for alpha in self.alpha_pattern.values():
-            check_hyperparameters(self.rank, alpha, self.dropout)
-        for dropout in self.dropout_pattern.values():
-            check_hyperparameters(self.rank, self.alpha, dropout)
+        for name in _PATTERNS:
+            self._check_pattern_values(name)
+        self._check_indices()
+        if self.init_lora_weights not in _INITIALISATIONS:
+            raise ConfigError(
+                f"init_lora_weights: expected one of {', '.join(_INITIALISATIONS)}, "
+                f"got {self.init_lora_weights!r}"
+            )
+        if self.init_lora_weights == "orthogonal" and self.rank % 2:
+            raise ConfigError(f"init_lora_weights: orthogonal needs an even rank, got {self.rank}")
 
     @property
     def targets(self) -> tuple[str | re.Pattern[str], ...]:
@@ -98,6 +135,126 @@ class LoRAConfig:
             return f".{pattern}." in f".{path}."
         return any(pattern in component for component in path.split("."))
 
+    def takes_index(self, path: str) -> bool:
+        """Whether the first number in `path` is one of `layers_to_transform`, or that is None."""
+        return self.layers_to_transform is None or layer_index(path) in self.indices
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """`layers_to_transform` as a tuple; empty for None."""
+        wanted = self.layers_to_transform or ()
+        return (wanted,) if isinstance(wanted, int) else tuple(wanted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON has it: a dtype by its name, a compiled pattern as {"regex": …}.
+
+        Raises: ConfigError for what cannot be written: a callback, or a compiled pattern with flags.
+        """
+        if callable(self.target_modules):
+            raise ConfigError("target_modules: a callback cannot be written to a file")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("target_modules", "exclude"):
+            value = values[name]
+            many = isinstance(value, tuple)
+            values[name] = [_plain(name, v) for v in value] if many else _plain(name, value)
+        for name in _PATTERNS:
+            compiled = [key for key in values[name] if not isinstance(key, str)]
+            if compiled:
+                raise ConfigError(f"{name}: the compiled pattern {compiled[0]!r} cannot be written")
+            values[name] = dict(values[name])
+        if self.adapter_dtype is not None:
+            values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
+        values["layers_to_transform"] = list(self.indices) or None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
+        """The config whose `to_dict` is `values`; fields that are not there keep their defaults, PEFT's names are accepted.
+
+        Raises: ConfigError that names a field that does not exist (with the nearest that does) or has a bad value.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"values: expected a mapping of fields, got {type(values).__name__}")
+        known = [f.name for f in fields(cls)] + list(_ALIASES)
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+                raise ConfigError(
+                    f"{name}: no such field" + (f"; nearest: {close[0]}" if close else "")
+                )
+        given = dict(values)
+        for name in ("target_modules", "exclude", "exclude_modules"):
+            value = given.get(name)
+            if isinstance(value, list):
+                given[name] = [_compiled(name, v) for v in value]
+            elif isinstance(value, Mapping):
+                given[name] = _compiled(name, value)
+        dtype = given.get("adapter_dtype")
+        if isinstance(dtype, str):
+            given["adapter_dtype"] = getattr(torch, dtype, dtype)
+        return cls(**given)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` to a .json, .yaml or .yml file. Raises: ConfigError for another suffix, or without pyyaml."""
+        if _format(path) == "yaml":
+            text = str(_yaml().safe_dump(self.to_dict(), sort_keys=False))
+        else:
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LoRAConfig:
+        """Read what `save` wrote, or a file written by hand.
+
+        Raises: ConfigError if it is neither JSON nor YAML by its suffix, is damaged, or holds a bad field.
+        """
+        kind, data = _format(path), Path(path).read_bytes()
+        parse: Callable[[bytes], Any] = json.loads
+        errors: tuple[type[Exception], ...] = (ValueError, RecursionError)
+        if kind == "yaml":
+            yaml = _yaml()
+            parse, errors = yaml.safe_load, (*errors, yaml.YAMLError)
+        try:
+            values = parse(data)
+        except errors as error:
+            first_line = str(error).splitlines()[0]
+            raise ConfigError(f"{path}: not readable as {kind}: {first_line}") from None
+        return cls.from_dict(values)
+
+    def _freeze(self, name: str, value: Any) -> None:
+        """Keep the sequence as a tuple: a config does not change when the caller's list does."""
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+            raise ConfigError(f"{name}: expected a list of patterns, got {value!r}")
+        object.__setattr__(self, name, tuple(value))
+
+    def _check_pattern_values(self, name: str) -> None:
+        patterns = getattr(self, name)
+        if not isinstance(patterns, Mapping):
+            raise ConfigError(f"{name}: expected a mapping of pattern → value, got {patterns!r}")
+        object.__setattr__(self, name, dict(patterns))
+        self._check_patterns(name, tuple(patterns))
+        field_name = name.removesuffix("_pattern")
+        for pattern, value in patterns.items():
+            own: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+            try:
+                check_hyperparameters(**own | {field_name: value})
+            except ConfigError as error:
+                raise ConfigError(f"{name}[{pattern!r}]: {error}") from None
+
+    def _check_indices(self) -> None:
+        wanted = self.layers_to_transform
+        if wanted is None:
+            return
+        many = [wanted] if isinstance(wanted, int) else wanted
+        if (
+            isinstance(many, (str, bytes))
+            or not isinstance(many, Sequence)
+            or not many
+            or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in many)
+        ):
+            raise ConfigError(f"layers_to_transform: expected indices ≥ 0 or None, got {wanted!r}")
+        object.__setattr__(self, "layers_to_transform", tuple(many))
+
     def _check_patterns(self, name: str, patterns: Sequence[str | re.Pattern[str]]) -> None:
         if name == "target_modules" and not patterns:
             raise ConfigError("target_modules: expected at least one pattern, got none")
@@ -117,3 +274,62 @@ class LoRAConfig:
                 raise ConfigError(
                     f'{name}: {pattern!r} looks like a glob or a regex; say so with match="glob" or "regex"'
                 )
+
+
+def layer_index(path: str) -> int | None:
+    """The first number among the path's components, or None: 3 for `blocks.3.mlp.0`."""
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
+def _with_aliases(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: LoRAConfig, *args: Any, **kwargs: Any) -> None:
+        for alias, name in _ALIASES.items():
+            if alias not in kwargs:
+                continue
+            position = [f.name for f in fields(LoRAConfig)].index(name)
+            if name in kwargs or position < len(args):
+                raise ConfigError(f"{alias}: is another name of {name}; give one of them")
+            kwargs[name] = kwargs.pop(alias)
+        init(self, *args, **kwargs)
+
+    return __init__
+
+
+LoRAConfig.__init__ = _with_aliases(LoRAConfig.__init__)  # type: ignore[method-assign]
+
+
+def _plain(name: str, pattern: str | re.Pattern[str]) -> str | dict[str, str]:
+    if isinstance(pattern, str):
+        return pattern
+    if pattern.flags != re.compile(pattern.pattern).flags:
+        raise ConfigError(f"{name}: the flags of {pattern!r} cannot be written; use (?i) and such")
+    return {"regex": pattern.pattern}
+
+
+def _compiled(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) != {"regex"} or not isinstance(value["regex"], str):
+        raise ConfigError(f'{name}: expected strings or {{"regex": …}}, got {value!r}')
+    try:
+        return re.compile(value["regex"])
+    except re.error as error:
+        raise ConfigError(f"{name}: {value['regex']!r} is no regex: {error}") from None
+
+
+def _format(path: str | os.PathLike[str]) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", ".yaml", ".yml"):
+        raise ConfigError(f"path: expected a .json, .yaml or .yml file, got {os.fspath(path)!r}")
+    return "json" if suffix == ".json" else "yaml"
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConfigError(
+            f"path: YAML needs the package pyyaml (pip install 'fastlora[yaml]'): {error}"
+        ) from error
+    return yaml

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets
+from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, layer_index
 from fastlora.errors import ConfigError, InjectionError
+from fastlora.initialise import initialise
 from fastlora.layer import LoRALinear, check_hyperparameters, why_unsuitable
 
 DEFAULT_OUTPUT_LAYERS = ("out_layer",)
@@ -64,9 +65,12 @@ def inject_lora(
             chosen.dropout,
             adapter_dtype=chosen.adapter_dtype,
             backend=chosen.backend,
+            use_rslora=chosen.use_rslora,
         )
         for linear, (_, chosen) in plan.items()
     }
+    for linear, layer in wrapped.items():
+        initialise(layer, plan[linear][1].init_lora_weights)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if (
@@ -172,11 +176,13 @@ def _plan(model: nn.Module, config: LoRAConfig) -> dict[nn.Linear, tuple[str, Lo
             f"model: already has {len(existing)} LoRALinear layers (first: {existing[0]}); "
             "merge them before injecting again"
         )
-    head = _output_embeddings(model) if ALL_LINEAR in config.targets else None
+    head = output_embeddings(model) if ALL_LINEAR in config.targets else None
     plan: dict[nn.Linear, tuple[str, LoRAConfig]] = {}
     for path, module in _linears(model):
         # A layer under several names is taken if any of them matches, as the first that does.
-        if module in plan or any(config.matches(pattern, path) for pattern in config.exclude):
+        if module in plan or not config.takes_index(path):
+            continue
+        if any(config.matches(pattern, path) for pattern in config.exclude):
             continue
         chosen = _select(config, path, module, head)
         if chosen is not None:
@@ -236,8 +242,14 @@ def _check_every_pattern_matched(
                 shown = pattern.pattern if hasattr(pattern, "pattern") else pattern
                 raise InjectionError(
                     f"{name}: {shown!r} matches none of the {len(paths)} "
-                    f"{'adapted' if paths is taken else 'linear'} layers. {_nearest(shown, paths)}"
+                    f"{'adapted' if paths is taken else 'linear'} layers. {nearest_names(shown, paths)}"
                 )
+    numbers = {index for path in taken if (index := layer_index(path)) is not None}
+    unused = [i for i in config.indices if i not in numbers]
+    if unused:
+        raise InjectionError(
+            f"layers_to_transform: no adapted layer has the index {unused[0]}; there are {sorted(numbers)}"
+        )
     if not plan:
         raise InjectionError(f"target_modules: no layer was selected. {_suggest(config, model)}")
 
@@ -252,7 +264,7 @@ def _output_parameters(
         if not paths:
             components = {c for path, _ in model.named_modules() for c in path.split(".") if c}
             raise InjectionError(
-                f"output_layer_names: {name!r} is no module of the model. {_nearest(name, components)}"
+                f"output_layer_names: {name!r} is no module of the model. {nearest_names(name, components)}"
             )
         both = sorted(adapted.intersection(paths))
         if both:
@@ -269,7 +281,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The output head, where the model follows Hugging Face's convention and names one."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
@@ -278,10 +290,10 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 def _suggest(config: LoRAConfig, model: nn.Module) -> str:
     paths = [path for path, _ in _linears(model)]
     first = next((t for t in config.targets if isinstance(t, str)), "")
-    return _nearest(first, paths)
+    return nearest_names(first, paths)
 
 
-def _nearest(wanted: str, paths: Sequence[str] | set[str]) -> str:
+def nearest_names(wanted: str, paths: Sequence[str] | set[str]) -> str:
     """A hint: the path components most like `wanted`."""
     components = sorted({part for path in paths for part in path.split(".") if not part.isdigit()})
     if not components:

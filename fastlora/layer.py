@@ -16,7 +16,7 @@ from fastlora.errors import ConfigError, InjectionError, MergeError
 
 
 class LoRALinear(nn.Module):
-    """y = x Wᵀ + bias + (alpha / rank) · (dropout(x) Aᵀ) Bᵀ around an `nn.Linear` or a subclass of it.
+    """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ around an `nn.Linear` or a subclass of it.
 
     The wrapped layer is kept as `original_linear`, its weight shared and never changed. `lora_A` (rank, in_features)
     starts Kaiming-uniform and `lora_B` (out_features, rank) at zero, so a new layer computes what the wrapped one does.
@@ -29,11 +29,14 @@ class LoRALinear(nn.Module):
     product is added to its output. `fastlora.explain(layer, x)` says which of these runs.
 
     original_linear: the layer to adapt; its weight must be a floating-point (out_features, in_features).
-    rank: 1 or more. alpha: the update is scaled by alpha / rank. dropout: probability in [0, 1) on the LoRA path's input,
+    rank: 1 or more. alpha: the update is scaled by alpha / rank, or by alpha / √rank
+    if use_rslora (rank-stabilised LoRA). dropout: probability in [0, 1) on the LoRA path's input,
     in training mode only; quantised to multiples of 2⁻¹⁶.
     adapter_dtype: dtype of lora_A and lora_B. None takes the weight's, but float32 for a 16-bit weight, because small
     updates vanish in 16 bits. They are cast to the input's dtype in the computation.
     backend: "auto", "torch" or "triton".
+
+    Source: rsLoRA, arXiv 2312.03732.
 
     Raises: ConfigError for a value that cannot work, InjectionError if the layer cannot be adapted.
     """
@@ -47,9 +50,12 @@ class LoRALinear(nn.Module):
         *,
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        use_rslora: bool = False,
     ) -> None:
         super().__init__()
         check_hyperparameters(rank, alpha, dropout)
+        if not isinstance(use_rslora, bool):
+            raise ConfigError(f"use_rslora: expected True or False, got {use_rslora!r}")
         if backend not in BACKENDS:
             raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         reason = why_unsuitable(original_linear)
@@ -65,6 +71,7 @@ class LoRALinear(nn.Module):
         self.alpha = float(alpha)
         self.dropout = float(dropout)
         self.backend = backend
+        self.use_rslora = use_rslora
         self.lora_A = nn.Parameter(
             torch.empty(rank, self.in_features, dtype=adapter_dtype, device=weight.device)
         )
@@ -91,8 +98,8 @@ class LoRALinear(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """The applied factor, alpha / rank."""
-        return self.alpha / self.rank
+        """The applied factor: alpha / rank, or alpha / √rank under rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property
     def weight(self) -> Tensor:
@@ -158,6 +165,7 @@ class LoRALinear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, r={self.rank}, alpha={self.alpha:g}, "
             f"dropout={self.dropout:g}, bias={self.bias is not None}, backend={self.backend}"
+            + (", use_rslora=True" if self.use_rslora else "")
         )
 
     def _forward_tensor(self, x: Tensor) -> Tensor:

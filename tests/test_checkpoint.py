@@ -1,5 +1,6 @@
 """State dicts and files: round trips, strictness with hints, and nothing half-done."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from fastlora import (
     CheckpointError,
+    LoRAConfig,
     get_lora_state_dict,
     inject_lora,
     load_adapter,
@@ -22,10 +24,10 @@ from fastlora import (
 from tests.models import Decoder, randomise_adapters
 
 
-def adapted(rank=4, alpha=8.0, seed=1):
+def adapted(rank=4, alpha=8.0, seed=1, use_rslora=False):
     torch.manual_seed(7)
     model = Decoder()
-    inject_lora(model, rank=rank, alpha=alpha)
+    inject_lora(model, LoRAConfig(["to_"], rank=rank, alpha=alpha, use_rslora=use_rslora))
     randomise_adapters(model, seed)
     return model.eval()
 
@@ -142,6 +144,23 @@ def test_rank_and_alpha_travel_with_the_file(tmp_path):
         load_adapter(model, file, strict=False)
     with pytest.raises(CheckpointError, match="rank is 4 in the file, 2 in the model"):
         load_adapter(adapted(rank=2, alpha=16.0), file)
+
+
+def test_rslora_travels_with_the_file_and_is_checked(tmp_path):
+    file = tmp_path / "a.safetensors"
+    source = adapted(use_rslora=True)
+    save_adapter(source, file)
+    with pytest.raises(CheckpointError, match="use_rslora is True in the file, False in the model"):
+        load_adapter(adapted(), file)
+    twin = adapted(seed=2, use_rslora=True)
+    load_adapter(twin, file)
+    x = torch.randn(3, 8)
+    assert torch.equal(twin(x), source(x)) and not torch.equal(adapted()(x), source(x))
+    layers = {"blocks.0.attn.to_qkv": {"rank": 4, "alpha": 8.0}}  # a file older than rsLoRA
+    metadata = {"fastlora": json.dumps({"version": 1, "layers": layers})}
+    save_file(get_lora_state_dict(source), file, metadata)
+    with pytest.raises(CheckpointError, match="use_rslora is False in the file, True in the model"):
+        load_adapter(twin, file)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch, about the damaged file

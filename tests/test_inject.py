@@ -188,6 +188,7 @@ def test_an_unsuitable_layer_is_named_and_nothing_is_changed():
         (lambda: LoRAConfig(["a*"]), "looks like a glob or a regex"),
         (lambda: LoRAConfig("(", match="regex"), r"target_modules: '\(' is no regex"),
         (lambda: LoRAConfig(exclude="to_q"), "exclude: expected a list of patterns, got 'to_q'"),
+        (lambda: LoRAConfig(use_rslora=None), "use_rslora: expected True or False, got None"),
         (lambda: LoRAConfig(rank_pattern={"a": 0}), "rank: expected an integer"),
         (lambda: LoRAConfig(alpha_pattern={"a": float("inf")}), "alpha: expected a finite number"),
         (lambda: LoRAConfig(dropout_pattern={"a": 1}), "dropout: expected a probability"),

@@ -159,7 +159,9 @@ def test_a_persistent_program_makes_several_tiles(plan, descriptor):
     ours = tiles(ARCHITECTURES[90], Problem(m, n, k, r, 2, False), descriptor)
     config = getattr(ours, plan)
     config = replace(config, programs=1, group_m=2)
-    assert -(-m // config.block_m) > 2 * config.group_m, "the last group of tile rows must be a partial one"
+    assert -(-m // config.block_m) > 2 * config.group_m, (
+        "the last group of tile rows must be a partial one"
+    )
     s = (half.x.float() @ half.lora_a.float().T).half()
     arguments = {"lora_a": half.lora_a} if plan == "fused" else {}
     low = torch.empty_like(s) if plan == "fused" else s

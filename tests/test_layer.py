@@ -69,6 +69,17 @@ def test_the_update_is_scaled_by_alpha_over_rank():
     assert_close(layer(x), expected(layer, x, torch.float32), expected(layer, x))
 
 
+def test_rslora_divides_by_the_root_of_the_rank():
+    layer = trained(nn.Linear(3, 5), rank=4, alpha=6.0, use_rslora=True)
+    assert layer.scaling == 3.0 and "use_rslora=True" in repr(layer)
+    x = torch.randn(2, 3)
+    y, exact = layer(x).detach(), expected(layer, x)
+    assert_close(y, expected(layer, x, torch.float32), exact)
+    assert_close(layer.merge_weights()(x).detach(), expected(layer, x, torch.float32), exact)
+    with pytest.raises(ConfigError, match="use_rslora: expected True or False, got 1"):
+        LoRALinear(nn.Linear(3, 5), use_rslora=1)
+
+
 def test_repr_says_what_is_there():
     text = repr(LoRALinear(nn.Linear(3, 5, bias=False), rank=2, alpha=16, dropout=0.25))
     assert "3, 5, r=2, alpha=16, dropout=0.25, bias=False, backend=auto" in text

@@ -23,13 +23,18 @@ MAY_IMPORT = {
     "ops": {"cpu_dropout", "dispatch", "reference", "errors", "triton_ops"},
     "tune": {"cost", "dispatch", "errors", "kernels", "reference", "triton_ops", "tuned"},
     "layer": {"ops", "dispatch", "reference", "errors"},
-    "config": {"layer", "errors"},
-    "inject": {"config", "layer", "errors"},
+    "config": {"layer", "dispatch", "errors"},
+    "initialise": {"layer"},
+    "inject": {"config", "initialise", "layer", "errors"},
     "merge": {"layer", "errors"},
     "checkpoint": {"inject", "errors"},
+    "peft_layer": {"ops"},
+    "peft": {"peft_layer", "errors"},
+    "peft_format": {"checkpoint", "config", "inject", "layer", "errors"},
 }
 
 PUBLIC = [
+    "AccelerationReport",
     "BackendError",
     "CheckpointError",
     "Choice",
@@ -43,9 +48,11 @@ PUBLIC = [
     "MergeError",
     "TrainingError",
     "__version__",
+    "accelerate",
     "count_parameters",
     "explain",
     "freeze_base_params",
+    "from_pretrained",
     "get_lora_params",
     "get_lora_state_dict",
     "inject_lora",
@@ -56,7 +63,9 @@ PUBLIC = [
     "merged_model",
     "named_lora_layers",
     "print_trainable_parameters",
+    "restore",
     "save_adapter",
+    "save_pretrained",
     "setup_lora_for_medical_finetuning",
 ]
 
@@ -101,7 +110,7 @@ def test_kernels_import_nothing_of_fastlora_and_are_no_package():
 def test_import_needs_neither_triton_nor_the_medical_extras():
     program = """
 import sys
-for name in ("triton", "scipy", "nibabel", "matplotlib", "yaml"):
+for name in ("triton", "scipy", "nibabel", "matplotlib", "yaml", "peft", "transformers"):
     sys.modules[name] = None
 import fastlora
 """

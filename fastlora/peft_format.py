@@ -1,0 +1,511 @@
+"""PEFT's folder format both ways, without peft: `save_pretrained` and `from_pretrained`.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.<path>.lora_A.weight`,
+`….lora_B.weight`, and `base_model.model.<path>.<name>` for whole modules that train (`modules_to_save`). The rules by which
+the config finds layers are PEFT's, not those of `inject_lora`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.checkpoint import (
+    LoadResult,
+    compare,
+    read_safetensors,
+    safetensors_bytes,
+    write_files,
+)
+from fastlora.config import ALL_LINEAR, LoRAConfig
+from fastlora.errors import CheckpointError, ConfigError
+from fastlora.inject import (
+    freeze_base_params,
+    inject_lora,
+    named_lora_layers,
+    nearest_names,
+    output_embeddings,
+)
+from fastlora.layer import LoRALinear, check_hyperparameters, why_unsuitable
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Fields that say nothing about what the saved adapter computes.
+_IGNORED = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "eva_config",
+        "inference_mode",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    )
+)
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that leave W alone
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The fields of `adapter_config.json` that fastlora acts on, under PEFT's names and with PEFT's defaults."""
+
+    target_modules: str | list[str]
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that PEFT would adapt, by path."""
+        paths = dict(_base_modules(model))
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            head = output_embeddings(model)
+            return {
+                path: module
+                for path, module in paths.items()
+                if isinstance(module, nn.Linear) and module is not head and not self._excludes(path)
+            }
+        return {path: module for path, module in paths.items() if self._takes(path)}
+
+    def layer(self, path: str) -> LoRAConfig:
+        """What the layer at `path` gets."""
+        rank = _by_pattern(self.rank_pattern, path, self.r)
+        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return LoRAConfig(
+            rank=int(rank), alpha=alpha, dropout=self.lora_dropout, use_rslora=self.use_rslora
+        )
+
+    def heads(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that PEFT would train whole: those whose path ends with a name, dot or no dot before it."""
+        names = tuple(self.modules_to_save or ())
+        return {path: module for path, module in _base_modules(model) if path.endswith(names)}
+
+    def _takes(self, path: str) -> bool:
+        if self._excludes(path):
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, path) is not None
+        return _has_suffix(path, self.target_modules) and self._takes_index(path)
+
+    def _excludes(self, path: str) -> bool:
+        excluded = self.exclude_modules or []
+        if isinstance(excluded, str):
+            by_name = re.fullmatch(excluded, path) is not None
+        else:
+            by_name = _has_suffix(path, excluded)
+        heads = self.modules_to_save or []
+        return by_name or any(re.match(rf"(^|.*\.){head}($|\..*)", path) for head in heads)
+
+    def _takes_index(self, path: str) -> bool:
+        """Whether the first index in the path (or the first after a pattern) is one of layers_to_transform."""
+        indices = self.layers_to_transform
+        if indices is None or indices == []:
+            return True
+        patterns = self.layers_pattern or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            anywhere = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
+            match = re.match(rf"{anywhere}{pattern}\.(?P<index>\d+)\.", path)
+            if match:
+                wanted = [indices] if isinstance(indices, int) else indices
+                return int(match["index"]) in wanted
+        return False
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | os.PathLike[str], include_trainable: bool = True
+) -> None:
+    """Write the adapters, and by default the trained heads, as a folder that PEFT and `from_pretrained` load.
+
+    Layers may differ in rank, alpha and use_rslora; PEFT holds one dropout, so where layers differ the highest is written,
+    with a warning. Other files in the folder are left alone. Both files are written before the first takes its place.
+
+    model: with LoRALinear layers. folder: made if it is not there.
+    include_trainable: also save every module that has a trained parameter of its own (`modules_to_save`), whole.
+
+    Raises: CheckpointError if there is nothing to save, if a trained parameter cannot be said in this format (it belongs
+    to an adapted layer or to the model itself), or if a file cannot be written.
+    """
+    layers = dict(named_lora_layers(model))
+    if not layers:
+        raise CheckpointError("model: has no LoRALinear, so there is no adapter to save")
+    if "" in layers:
+        raise CheckpointError(
+            "model: is itself a LoRALinear; PEFT's format needs it to have a name"
+        )
+    _refuse_shared(model, layers.values())
+    heads = _trained_modules(model, layers) if include_trainable else []
+    config = _describe(model, layers, heads)
+    state = {
+        f"{PREFIX}{path}.{name}.weight": getattr(layer, name).detach()
+        for path, layer in layers.items()
+        for name in ("lora_A", "lora_B")
+    }
+    for path, module in config.heads(model).items():
+        _refuse_adapted(path, layers)
+        state |= {f"{PREFIX}{path}.{name}": v for name, v in module.state_dict().items()}
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"folder: cannot make {target}: {error}") from error
+    text = json.dumps(_as_json(config, model), indent=2, sort_keys=True) + "\n"
+    weights = safetensors_bytes(state, {"format": "pt"})
+    write_files({target / WEIGHTS_FILE: weights, target / CONFIG_FILE: text.encode()})
+
+
+def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadResult:
+    """Give a plain `model` the adapters and heads of a folder in PEFT's format, in place.
+
+    Afterwards the adapters and the saved heads train and everything else is frozen. Parameters of the base that the file
+    holds besides (PEFT adds resized embeddings) are loaded too.
+
+    model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it; only safetensors are read.
+    Returns the keys that were loaded, as they stand in the file.
+
+    Raises: CheckpointError if a file is missing or damaged, if the config asks for what fastlora does not do (DoRA, biases,
+    Conv1D, …, by name), or if names or shapes do not fit, with the nearest candidates. The model is unchanged then.
+    """
+    if any(True for _ in named_lora_layers(model)):
+        raise CheckpointError(
+            "model: already has LoRALinear layers; load into the plain base model"
+        )
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
+    source = Path(folder)
+    config = _read_config(source / CONFIG_FILE)
+    if not (source / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"folder: no such file: {source / WEIGHTS_FILE}; only safetensors are read"
+        )
+    state, _ = read_safetensors(source / WEIGHTS_FILE)
+    targets = config.targets(model)
+    if not targets:
+        raise CheckpointError(f"target_modules: {_no_match(config, model)}")
+    reasons = {path: why_unsuitable(module) for path, module in targets.items()}
+    refused = [f"{path}: {reason}" for path, reason in reasons.items() if reason is not None]
+    if refused:
+        raise CheckpointError("target_modules: cannot adapt " + "; ".join(refused[:3]))
+    _refuse_shared(model, targets.values())
+    plan = {path: config.layer(path) for path in targets}
+    heads = config.heads(model)
+    for path in heads:
+        both = _overlap(path, plan)
+        if both:
+            raise CheckpointError(f"modules_to_save: {path} holds or is part of the target {both}")
+    linears = {path: m for path, m in targets.items() if isinstance(m, nn.Linear)}
+    _check_keys(model, state, linears, plan, heads)
+    _check_ties(model, state, heads)
+    inject_lora(model, lambda path, _: plan.get(path, False))
+    freeze_base_params(model)
+    for head in heads.values():
+        head.requires_grad_(True)
+    own = model.state_dict(keep_vars=True)
+    for path, layer in named_lora_layers(model):
+        own |= {f"{path}.lora_A.weight": layer.lora_A, f"{path}.lora_B.weight": layer.lora_B}
+    with torch.no_grad():
+        for key, value in state.items():
+            own[key.removeprefix(PREFIX)].copy_(value)
+    return LoadResult(list(state), [], [])
+
+
+def _check_keys(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    linears: Mapping[str, nn.Linear],
+    plan: Mapping[str, LoRAConfig],
+    heads: Mapping[str, nn.Module],
+) -> None:
+    shapes = {}
+    for path, linear in linears.items():
+        rank = plan[path].rank
+        shapes[f"{PREFIX}{path}.lora_A.weight"] = torch.Size([rank, linear.in_features])
+        shapes[f"{PREFIX}{path}.lora_B.weight"] = torch.Size([linear.out_features, rank])
+    wanted = list(shapes)
+    for path, head in heads.items():
+        wanted += [f"{PREFIX}{path}.{name}" for name in head.state_dict()]
+    adapted = tuple(f"{path}." for path in plan)
+    for name, value in model.state_dict().items():
+        if not name.startswith(adapted):
+            shapes[PREFIX + name] = value.shape
+    _, _, _, problems = compare(state, wanted, shapes)
+    if problems:
+        summary = f"{len(problems)} problems, nothing was changed:\n  "
+        raise CheckpointError(
+            f"{WEIGHTS_FILE} does not fit the model: {summary}" + "\n  ".join(problems)
+        )
+
+
+def _check_ties(
+    model: nn.Module, state: Mapping[str, Tensor], heads: Mapping[str, nn.Module]
+) -> None:
+    """A head that PEFT trained was cut loose from the parameters it was tied to; here it is still tied to them."""
+    own = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    for path, head in heads.items():
+        for name in (f"{path}.{key}" for key in head.state_dict()):
+            for other in names[id(own[name])]:
+                value = state.get(PREFIX + other)
+                if other == name:
+                    continue
+                if value is None or not torch.equal(value, state[PREFIX + name]):
+                    raise CheckpointError(
+                        f"modules_to_save: {name} is tied to {other}, which the file gives another "
+                        "value; untie them in the model first"
+                    )
+
+
+def _describe(model: nn.Module, layers: dict[str, LoRALinear], heads: list[str]) -> PeftConfig:
+    """The config from which PEFT's rules find exactly these layers with these ranks and alphas."""
+    stabilised = {layer.use_rslora for layer in layers.values()}
+    use_rslora = stabilised == {True}
+    alphas = {
+        path: layer.alpha if len(stabilised) == 1 else layer.scaling * layer.rank
+        for path, layer in layers.items()
+    }
+    ranks = {path: layer.rank for path, layer in layers.items()}
+    dropouts = {layer.dropout for layer in layers.values()}
+    if len(dropouts) > 1:
+        warnings.warn(
+            f"save_pretrained: layers have the dropouts {sorted(dropouts)}, PEFT's format holds one; "
+            f"{max(dropouts)} is written",
+            stacklevel=3,
+        )
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    names = sorted({path.rpartition(".")[2] for path in layers})
+    regex = "|".join(re.escape(path) for path in layers)
+    for targets in (names, sorted(layers), regex):
+        config = PeftConfig(
+            targets,
+            r=int(rank),
+            lora_alpha=alpha,
+            lora_dropout=max(dropouts),
+            use_rslora=use_rslora,
+            modules_to_save=heads or None,
+            rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
+            alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
+        )
+        if config.targets(model).keys() == layers.keys():
+            return config
+    missed = layers.keys() - config.targets(model).keys()
+    raise CheckpointError(
+        f"model: {min(missed)} lies in a part of the model that is saved whole; "
+        "PEFT's format cannot say that, use save_adapter"
+    )
+
+
+def _as_json(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
+    name = getattr(model, "name_or_path", None)
+
+    def whole(value: float) -> float:
+        return int(value) if float(value).is_integer() else value
+
+    return vars(config) | {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": name if isinstance(name, str) and name else None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "lora_alpha": whole(config.lora_alpha),
+        "alpha_pattern": {key: whole(value) for key, value in config.alpha_pattern.items()},
+    }
+
+
+def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
+    """Paths of the modules that own a trained parameter besides the adapters, without those inside another of them."""
+    adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    owners: dict[str, None] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad or id(parameter) in adapters:
+            continue
+        owner = name.rpartition(".")[0]
+        if not owner:
+            raise CheckpointError(
+                f"model: {name} trains and belongs to the model itself, which PEFT's format cannot "
+                "say; use save_adapter"
+            )
+        _refuse_adapted(owner, layers)
+        module = model.get_submodule(owner)
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+            raise CheckpointError(
+                f"model: {name} trains and belongs to a {type(module).__name__}, which PEFT cannot "
+                "save whole; use save_adapter"
+            )
+        owners[owner] = None
+    return [p for p in owners if not any(p.startswith(f"{outer}.") for outer in owners)]
+
+
+def _refuse_adapted(path: str, layers: Mapping[str, LoRALinear]) -> None:
+    adapted = _overlap(path, layers)
+    if adapted:
+        raise CheckpointError(
+            f"model: {path} would be saved whole and holds or is part of the adapted {adapted}. "
+            "Freeze the base first (freeze_base_params), use include_trainable=False, or save_adapter"
+        )
+
+
+def _overlap(path: str, adapted: Iterable[str]) -> str | None:
+    """The first adapted layer that is, holds, or is held by the module at `path`."""
+    for other in adapted:
+        if f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}."):
+            return other
+    return None
+
+
+def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """A module under two names: PEFT adapts it under the first, fastlora under both."""
+    wanted = {id(module) for module in modules}
+    places: dict[int, str] = {}
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            here = f"{path}.{name}".lstrip(".")
+            if id(child) in wanted and places.setdefault(id(child), here) != here:
+                raise CheckpointError(
+                    f"model: {here} and {places[id(child)]} are one module; PEFT adapts it under one "
+                    "of its names only"
+                )
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) as in the plain model: what is inside a LoRALinear is left out."""
+    inside: str | None = None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        inside = f"{path}." if isinstance(module, LoRALinear) else None
+        if path:
+            yield path, module
+
+
+def _has_suffix(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _most_common(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _no_match(config: PeftConfig, model: nn.Module) -> str:
+    wanted = config.target_modules
+    first = wanted if isinstance(wanted, str) else wanted[0]
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return f"{wanted!r} matches no layer of the model. {nearest_names(first, paths)}"
+
+
+def _read_config(file: Path) -> PeftConfig:
+    """Raises: CheckpointError with one line that names the file and the field."""
+    if not file.is_file():
+        raise CheckpointError(f"folder: no such file: {file}")
+    try:
+        raw = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not a readable JSON file: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(raw).__name__}")
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{file}: peft_type: expected 'LORA', got {raw.get('peft_type')!r}")
+    fields = PeftConfig.__dataclass_fields__
+    for key, value in raw.items():
+        if key in _IGNORED or key in fields or value in (None, False, [], {}, ""):
+            continue
+        if key == "bias" and value == "none":
+            continue
+        if key == "init_lora_weights" and value in _INITIALISATIONS:
+            continue
+        raise CheckpointError(f"{file}: {key}={value!r} is not supported by fastlora")
+    for key, (expected, fits) in _CHECKS.items():
+        if key in raw and not fits(raw[key]):
+            raise CheckpointError(f"{file}: {key}: expected {expected}, got {raw[key]!r}")
+    if raw.get("target_modules") is None:
+        raise CheckpointError(f"{file}: target_modules: expected a list or a regex, got None")
+    known = {key: raw[key] for key in fields if raw.get(key) is not None}
+    config = PeftConfig(**known)
+    _check_values(file, config)
+    return config
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_pattern(value: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, kind) for v in value.values())
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target_modules": (
+        "a list or a regex",
+        lambda v: v is None or (bool(v) and (isinstance(v, str) or _is_names(v))),
+    ),
+    "exclude_modules": (
+        "a list or a regex",
+        lambda v: v is None or isinstance(v, str) or _is_names(v),
+    ),
+    "modules_to_save": ("a list of names", lambda v: v is None or _is_names(v)),
+    "layers_pattern": ("names", lambda v: v is None or isinstance(v, str) or _is_names(v)),
+    "layers_to_transform": (
+        "indices",
+        lambda v: (
+            v is None or _is_index(v) or (isinstance(v, list) and all(_is_index(i) for i in v))
+        ),
+    ),
+    "rank_pattern": ("pattern → rank", lambda v: v is None or _is_pattern(v, int)),
+    "alpha_pattern": ("pattern → alpha", lambda v: v is None or _is_pattern(v, (int, float))),
+    "use_rslora": ("true or false", lambda v: v is None or isinstance(v, bool)),
+}
+
+
+def _check_values(file: Path, config: PeftConfig) -> None:
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        raise CheckpointError(f"{file}: layers_to_transform: needs a list of target_modules")
+    try:
+        for rank in (config.r, *config.rank_pattern.values()):
+            check_hyperparameters(rank, config.lora_alpha, config.lora_dropout)
+        for alpha in config.alpha_pattern.values():
+            check_hyperparameters(config.r, alpha, config.lora_dropout)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    regexes = [v for v in (config.target_modules, config.exclude_modules) if isinstance(v, str)]
+    layers = config.layers_pattern or []
+    regexes += [*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or [])]
+    regexes += [layers] if isinstance(layers, str) else layers
+    for regex in regexes:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise CheckpointError(f"{file}: {regex!r} is no regex: {error}") from None

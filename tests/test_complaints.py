@@ -1,0 +1,270 @@
+"""What users of LoRA libraries complain about, one test for each complaint, numbered as in a survey of their issue trackers.
+
+Rows without a test are not satisfied yet: 4 (a preview of what matches), 8 (a merge that verifies itself), 13 (reentrant
+checkpointing behind a frozen embedding), 16 (keys of the base model stay as they were).
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import (
+    CheckpointError,
+    InjectionError,
+    LoRAConfig,
+    LoRALinear,
+    MergeError,
+    explain,
+    freeze_base_params,
+    from_pretrained,
+    get_lora_params,
+    get_lora_state_dict,
+    inject_lora,
+    load_adapter,
+    load_lora_state_dict,
+    merge_lora_weights,
+    save_adapter,
+    setup_lora_for_medical_finetuning,
+)
+from tests.models import Decoder, randomise_adapters
+
+X = torch.linspace(-1, 1, 24).view(3, 8)
+
+
+def adapted(**options):
+    torch.manual_seed(7)
+    model = Decoder()
+    inject_lora(model, LoRAConfig(["to_qkv", "to_out"], **options))
+    freeze_base_params(model)
+    randomise_adapters(model)
+    return model
+
+
+def test_row_01_loading_never_applies_nothing_silently():
+    model = adapted()
+    renamed = {f"module.{k}": v for k, v in get_lora_state_dict(model).items()}
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=r"nearest: blocks\.0\.attn\.to_qkv\.lora_A"):
+            load_lora_state_dict(model, renamed, strict=strict)
+
+
+@pytest.mark.parametrize("field", [{"alpha": 16.0}, {"rank": 2}, {"use_rslora": True}], ids=str)
+def test_row_02_rank_alpha_and_rslora_travel_with_the_weights(field, tmp_path):
+    save_adapter(adapted(), tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=f"{next(iter(field))} is .* in the file"):
+        load_adapter(adapted(**field), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "exclude", "target_modules"])
+def test_row_03_a_pattern_that_matches_nothing_is_an_error(field):
+    value = {"to_qvk": 2} if field.endswith("pattern") else ["to_qkv", "to_qvk"]
+    with pytest.raises(
+        InjectionError, match=f"{field}: 'to_qvk' matches none .* Nearest names: to_qkv"
+    ):
+        inject_lora(Decoder(), LoRAConfig(**{"target_modules": ["to_qkv"], field: value}))
+
+
+def test_row_05_a_module_under_two_names_is_wrapped_once_and_tied_weights_are_not_merged():
+    model = Decoder()
+    model.alias = model.blocks[0].attn.to_qkv
+    inject_lora(model)
+    assert isinstance(model.alias, LoRALinear) and model.alias is model.blocks[0].attn.to_qkv
+    tied = Decoder()
+    tied.blocks[1].attn.to_out.weight = tied.blocks[0].attn.to_out.weight
+    inject_lora(tied, ["to_out"])
+    with pytest.raises(MergeError, match="the weight is tied to blocks.1.attn.to_out"):
+        merge_lora_weights(tied)
+
+
+def test_row_06_attention_that_reads_weights_directly_sees_the_adapter():
+    encoder = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    attention = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    for model, call in ((encoder, lambda: encoder(x)), (attention, lambda: attention(x, x, x)[0])):
+        before = call()
+        inject_lora(model, "all-linear")
+        randomise_adapters(model)
+        with torch.no_grad():
+            fast = call()
+        assert not torch.allclose(before, fast, atol=1e-4)
+        torch.testing.assert_close(fast, call())
+
+
+def test_row_07_a_16_bit_merge_rounds_once_and_float32_is_offered():
+    layer = LoRALinear(nn.Linear(64, 64, dtype=torch.bfloat16), rank=4)
+    nn.init.normal_(layer.lora_B, std=1e-3)
+    original = layer.original_linear.weight.double()
+    exact = original + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    assert torch.equal(layer.merge_weights().weight, exact.to(torch.bfloat16))
+    wide = layer.merge_weights(torch.float32).weight
+    assert wide.dtype == torch.float32
+    assert (wide.double() - exact).abs().max() <= torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+def saved_for_backward(layer, x):
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return kept
+
+
+def test_row_09_float32_adapters_do_not_upcast_the_input():
+    layer = LoRALinear(nn.Linear(32, 32, dtype=torch.bfloat16), rank=4)
+    assert layer.lora_A.dtype == torch.float32
+    x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept = saved_for_backward(layer, x)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in kept)
+    assert layer(x).dtype == torch.bfloat16
+
+
+def test_row_10_dropout_saves_the_input_once_s_and_a_seed():
+    layer = LoRALinear(nn.Linear(32, 32), rank=4, dropout=0.5)
+    layer.original_linear.requires_grad_(False)
+    x = torch.randn(64, 32, requires_grad=True)
+    weights = {id(p) for p in layer.parameters()}
+    kept = [tensor for tensor in saved_for_backward(layer, x) if id(tensor) not in weights]
+    sizes = sorted(tensor.numel() for tensor in kept if tensor.data_ptr() != x.data_ptr())
+    assert sizes == [1, 64 * 4] and len(kept) == 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_row_11_dropout_and_bias_stay_on_the_fused_plan_and_every_layer_gives_its_reason(
+    bias, dropout
+):
+    choice = explain(LoRALinear(nn.Linear(8, 8, bias=bias), dropout=dropout), X)
+    assert choice == explain(LoRALinear(nn.Linear(8, 8)), X) and choice.plan != "around"
+    assert choice.reason
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
+def test_row_12_one_graph_and_right_recomputation():
+    torch.compiler.reset()
+    model = adapted(dropout=0.5)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    results = []
+    for call in (model, compiled, lambda x: checkpoint(model, x, use_reentrant=False)):
+        torch.manual_seed(3)
+        model.zero_grad()
+        y = call(X)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in get_lora_params(model))])
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_row_12_ddp_finds_no_unused_parameter(one_process):
+    model, twin = adapted(), adapted()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):  # an unused parameter would fail in the second step
+        parallel(X).square().sum().backward()
+        twin(X).square().sum().backward()
+    for got, want in zip(get_lora_params(model), get_lora_params(twin), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_row_12_fsdp_takes_float32_adapters_on_a_16_bit_base(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(7)
+    model = Decoder().to(torch.bfloat16)
+    inject_lora(model)
+    freeze_base_params(model)
+    randomise_adapters(model)
+    twin = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x = X.to(torch.bfloat16)
+    for m in (model, twin):
+        m(x).float().square().sum().backward()
+    for got, want in zip(get_lora_params(model), get_lora_params(twin), strict=True):
+        assert got.grad.dtype == torch.float32
+        torch.testing.assert_close(got.grad.full_tensor(), want.grad)
+
+
+def test_row_14_unfrozen_heads_are_saved_by_name(tmp_path):
+    model, twin = Decoder(), Decoder()
+    for m in (model, twin):
+        setup_lora_for_medical_finetuning(m)
+    with torch.no_grad():
+        model.out_layer.weight.fill_(3.0)
+    save_adapter(model, tmp_path / "a.safetensors")
+    result = load_adapter(twin, tmp_path / "a.safetensors")
+    assert "out_layer.weight" in result.loaded
+    assert torch.equal(twin.out_layer.weight, model.out_layer.weight)
+
+
+def test_row_15_a_second_injection_raises():
+    model = adapted()
+    with pytest.raises(InjectionError, match="already has 4 LoRALinear layers"):
+        inject_lora(model, ["mlp"])
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_row_17_copies_work(duplicate):
+    model = adapted(dropout=0.5).eval()
+    twin = duplicate(model)
+    assert torch.equal(twin(X), model(X))
+    randomise_adapters(twin, seed=2)
+    assert not torch.equal(twin(X), model(X))
+
+
+def test_row_18_parametrised_weights_are_not_merged_and_convolutions_are_refused_by_name(tmp_path):
+    model = Decoder()
+    parametrizations.weight_norm(model.blocks[0].attn.to_qkv)
+    inject_lora(model)
+    with pytest.raises(MergeError, match="blocks.0.attn.to_qkv: the weight is parametrised"):
+        merge_lora_weights(model)
+    import peft
+
+    root = nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2))
+    peft.get_peft_model(root, peft.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match="cannot adapt 0: expected an nn.Linear .* got Conv1d"
+    ):
+        from_pretrained(nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2)), tmp_path)
+
+
+class Sparse:
+    """A token object: values and coordinates."""
+
+    def __init__(self, feats, coords):
+        self.feats, self.coords = feats, coords
+
+    def replace(self, feats):
+        return Sparse(feats, self.coords)
+
+
+def test_row_19_sparse_inputs_take_dropout_on_their_values():
+    layer = LoRALinear(nn.Linear(8, 4), dropout=0.5)
+    nn.init.normal_(layer.lora_B)
+    torch.manual_seed(1)
+    out = layer(Sparse(X, "coordinates"))
+    torch.manual_seed(1)
+    assert torch.equal(out.feats, layer(X)) and out.coords == "coordinates"
+    assert not torch.equal(layer(X), layer.eval()(X))
