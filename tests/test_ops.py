@@ -49,7 +49,7 @@ def test_forward_and_backward_match_the_reference(case, dtype):
 def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
     case = Case((70,), 24, 16, 4, p=0.3)
     whole = _run(lora_linear, make(case).to(torch.float64), case)
-    monkeypatch.setattr(cpu_dropout, "_BLOCK_ELEMENTS", 24 * 9)
+    monkeypatch.setattr(cpu_dropout, "_BLOCK_CALLS", 3 * 9)
     blocks = _run(lora_linear, make(case).to(torch.float64), case)
     for a, b in zip(whole, blocks, strict=True):
         torch.testing.assert_close(a, b)
