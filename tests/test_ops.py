@@ -194,6 +194,11 @@ def _double(t: Tensors):
         ({"x": torch.zeros(3, 16, device="meta")}, "x: expected the weight's device cpu, got meta"),
         ({"lora_a": torch.zeros(1, 5)}, r"lora_a: expected \(R, K=16\), got \(1, 5\)"),
         ({"lora_b": torch.zeros(16, 2)}, r"lora_b: expected \(N=16, R=1\), got \(16, 2\)"),
+        ({"bias": torch.zeros(16, device="meta")}, "bias: expected x's device cpu, got meta"),
+        (
+            {"lora_a": torch.zeros(1, 16, device="meta")},
+            "lora_a: expected x's device cpu, got meta",
+        ),
         ({"bias": torch.zeros(3)}, r"bias: expected \(N=16,\), got \(3,\)"),
     ],
 )
