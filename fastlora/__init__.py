@@ -14,11 +14,13 @@ from fastlora.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    ExportError,
     FastLoRAError,
     InjectionError,
     MergeError,
     TrainingError,
 )
+from fastlora.exporter import export
 from fastlora.inject import (
     count_parameters,
     freeze_base_params,
@@ -43,6 +45,7 @@ __all__ = [
     "Choice",
     "ConfigError",
     "DataError",
+    "ExportError",
     "FastLoRAError",
     "InjectionError",
     "LoRAConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "accelerate",
     "count_parameters",
     "explain",
+    "export",
     "freeze_base_params",
     "from_pretrained",
     "get_lora_params",
