@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from typing import Any
 
 import torch
@@ -243,7 +244,11 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float) -> None:
     """Raises: ConfigError that names the argument, what was expected and what came."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"rank: expected an integer ≥ 1, got {rank!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, (int, float))
+        or not abs(alpha) <= sys.float_info.max
+    ):
         raise ConfigError(f"alpha: expected a finite number, got {alpha!r}")
     if (
         isinstance(dropout, bool)

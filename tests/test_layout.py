@@ -32,6 +32,9 @@ MAY_IMPORT = {
     "peft_layer": {"ops"},
     "peft": {"peft_layer", "errors"},
     "peft_format": {"checkpoint", "config", "inject", "layer", "errors"},
+    "adapter_files": {"checkpoint", "config", "layer", "peft_format", "errors"},
+    "cli": {"adapter_files", "errors"},
+    "__main__": {"cli"},
 }
 
 PUBLIC = [
