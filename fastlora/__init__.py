@@ -35,6 +35,7 @@ from fastlora.merge import merge_lora_weights, merged_model
 from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
 from fastlora.peft_format import from_pretrained, save_pretrained
+from fastlora.switch import disable_adapter
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "count_parameters",
+    "disable_adapter",
     "explain",
     "export",
     "freeze_base_params",

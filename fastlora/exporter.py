@@ -55,7 +55,7 @@ def export(
     dynamic_shapes: as `torch.export.export` takes it, instead of dynamic_batch.
     Returns a `torch.export.ExportedProgram`, a `torch.onnx.ONNXProgram` or a `torch.jit.ScriptModule`.
 
-    Raises: ExportError for an unknown format, a missing package, an unsuitable example, accelerated PEFT layers or a file
+    Raises: ExportError for an unknown format, a missing package, an unsuitable example, accelerated PEFT layers, disabled adapters or a file
     that cannot be written; MergeError if an adapter cannot be merged. What torch cannot export raises torch's own error.
     """
     if format not in FORMATS:
@@ -116,6 +116,8 @@ def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
     """A copy in evaluation mode that shares every parameter and buffer, its adapters merged or written out plainly."""
     if any(type(module).__module__ == "fastlora.peft_layer" for module in model.modules()):
         raise ExportError("model: has accelerated PEFT layers; call fastlora.restore(model) first")
+    if any(isinstance(module, LoRALinear) and module.disabled for module in model.modules()):
+        raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     plain = copy.deepcopy(model, shared).eval()
     if merged:
