@@ -68,10 +68,16 @@ def export(
     if format == "torchscript":
         if dynamic_shapes is not None:
             raise ExportError("dynamic_shapes: a trace has no fixed shapes; leave it out")
+        if args and named:
+            raise ExportError("kwargs: a trace takes args or kwargs, not both")
     elif dynamic_shapes is None and dynamic_batch:
         by_place = [_first_dimension(value, f"args[{i}]") for i, value in enumerate(args)]
         by_name = {key: _first_dimension(value, f"kwargs[{key!r}]") for key, value in named.items()}
-        dynamic_shapes = dict(inspect.signature(model.forward).bind(*by_place, **by_name).arguments)
+        try:
+            bound = inspect.signature(model.forward).bind(*by_place, **by_name)
+        except TypeError as error:
+            raise ExportError(f"args, kwargs: do not fit the model's forward: {error}") from None
+        dynamic_shapes = dict(bound.arguments)
     plain = _plain_copy(model, merged)
     save: Callable[[Path], object]
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -78,6 +78,13 @@ def test_an_exported_program_is_plain_and_names_what_it_holds(merged):
     assert any(key.endswith("to_qkv.lora_A") for key in program.state_dict) is not merged
 
 
+def test_a_trace_takes_named_inputs():
+    model = adapted()
+    x = torch.randn(3, 7, 8)
+    script = export(model, (), format="torchscript", kwargs={"x": x + 1}, merged=False)
+    torch.testing.assert_close(script(x), model.eval()(x).detach())
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_trace_holds_no_autograd_function_and_warns_of_nothing(grad):
     with torch.set_grad_enabled(grad), warnings.catch_warnings():
@@ -123,6 +130,8 @@ def test_a_transformer_encoder_uses_no_fused_operator(tmp_path, format):
     result = export(model, (x,), tmp_path / "m", format=format, merged=False)
     if format == "torch.export":
         assert "_transformer_encoder_layer_fwd" not in str(result.graph)
+    if format == "torchscript":
+        assert "_transformer_encoder_layer_fwd" not in str(result.inlined_graph)
     assert torch.backends.mha.get_fastpath_enabled()
     torch.testing.assert_close(runner(tmp_path / "m", format)(x), model.eval()(x).detach())
 
@@ -165,6 +174,29 @@ def test_nested_and_named_inputs_have_a_dynamic_batch(merged):
     call = export(model, (x,), kwargs=named, merged=merged).module()
     x, named = inputs(6)
     torch.testing.assert_close(call(x, **named), model.eval()(x, **named))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("format", ["torch.export", pytest.param("onnx", marks=ONNX)])
+def test_a_language_model_of_transformers(tmp_path, format):
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.LlamaConfig(
+        vocab_size=64, num_key_value_heads=2, use_cache=False, **shape
+    )
+    model = transformers.LlamaForCausalLM(config)
+    inject_lora(model, ["q_proj", "v_proj"], rank=4)
+    randomise_adapters(model)
+    tokens = torch.randint(0, 64, (2, 12))
+    file = tmp_path / "m.pt2"
+    export(model, (), file, format=format, merged=False, kwargs={"input_ids": tokens})
+    tokens = torch.randint(0, 64, (5, 12))
+    expected = model.eval()(input_ids=tokens).logits.detach()
+    if format == "onnx":
+        got = runner(file, format)(tokens)
+    else:
+        got = runner(file, format)(input_ids=tokens).logits
+    torch.testing.assert_close(got, expected)
 
 
 def test_dynamic_shapes_and_a_fixed_batch():
@@ -215,6 +247,8 @@ assert torch.export.load("model.pt2").module()(x).shape == torch.jit.load("m.pt"
             {"args": (), "kwargs": {"x": [torch.ones(0, 8)]}},
             r"kwargs\['x'\]\[0\]: expected a first",
         ),
+        ({"kwargs": {"x": torch.ones(2, 7, 8)}}, "do not fit the model's forward: multiple values"),
+        ({"format": "torchscript", "kwargs": {"x": 1}}, "kwargs: a trace takes args or kwargs"),
         ({"format": "torchscript", "dynamic_shapes": ({},)}, "dynamic_shapes: a trace has no"),
     ],
 )

@@ -160,7 +160,10 @@ def test_the_wheel_holds_the_kernels_the_types_and_the_weights(tmp_path):
     ]
     subprocess.run(command, check=True, timeout=300, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
+    (entries,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "fastlora = fastlora.cli:main" in archive.read(entries).decode()
     modules = {
         f"fastlora/{f.relative_to(ROOT / 'fastlora')}" for f in (ROOT / "fastlora").glob("*.py")
     }
