@@ -48,7 +48,7 @@ examples:
 _MERGE = """\
 W + scaling * B A goes to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in
 the adapter replace those of the base. Everything else is copied byte by byte. The share of the update that rounding
-lost is printed: in bfloat16 it may be large.
+lost is printed: in bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
 
 examples:
   fastlora merge model.safetensors adapter.safetensors merged.safetensors
