@@ -14,11 +14,13 @@ from fastlora.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    ExportError,
     FastLoRAError,
     InjectionError,
     MergeError,
     TrainingError,
 )
+from fastlora.exporter import export
 from fastlora.inject import (
     count_parameters,
     freeze_base_params,
@@ -33,6 +35,7 @@ from fastlora.merge import merge_lora_weights, merged_model
 from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
 from fastlora.peft_format import from_pretrained, save_pretrained
+from fastlora.switch import disable_adapter
 
 __version__ = "0.1.0"
 
@@ -43,6 +46,7 @@ __all__ = [
     "Choice",
     "ConfigError",
     "DataError",
+    "ExportError",
     "FastLoRAError",
     "InjectionError",
     "LoRAConfig",
@@ -53,7 +57,9 @@ __all__ = [
     "__version__",
     "accelerate",
     "count_parameters",
+    "disable_adapter",
     "explain",
+    "export",
     "freeze_base_params",
     "from_pretrained",
     "get_lora_params",
