@@ -80,7 +80,12 @@ PROBLEMS = (
 
 
 def problems_of(arch: int) -> list[Problem]:
-    return [p for p in PROBLEMS if p.everywhere or arch == 90]
+    from fastlora.kernels.config import ARCHITECTURES
+
+    rows = ARCHITECTURES[arch].decode_rows
+    return [
+        p for p in PROBLEMS if (p.everywhere or arch == 90) and (p.plan != "decode" or p.m <= rows)
+    ]
 
 
 def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:

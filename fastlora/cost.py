@@ -8,7 +8,6 @@ measurement corrected one.
 from __future__ import annotations
 
 from fastlora.kernels.config import (
-    DECODE_ROWS,
     Architecture,
     Problem,
     fused_rank,
@@ -29,7 +28,7 @@ def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
     all_ranks = q.rank <= fused_rank(q.itemsize, q.precision)
     if not q.dropout and all_ranks:
         seconds["fused"] = ours * (1 + rank_block(q.rank) / 256)
-    if q.m <= DECODE_ROWS and all_ranks:
+    if q.m <= arch.decode_rows and all_ranks:
         partial = (
             8 * 4 * q.m * q.n / (arch.tbps * 1e12)
         )  # float32, about four splits, written and read

@@ -149,6 +149,8 @@ def run_backward(
         return gradients
     config = choice.config
     precision = _precision(x)
+    ds: Tensor | None = None
+    dlora_b: Tensor | None = None
     if lora_a.shape[0] <= DY_RANK:
         ds, dlora_b = dy_pass(
             dy,
@@ -161,7 +163,6 @@ def run_backward(
             precision=precision,
         )
     else:  # two products of cuBLAS read dy twice, which is less than the parts of one pass would be
-        ds, dlora_b = None, None
         if needs_x or needs_a:
             # dS = scale * dy @ B  # [M, N] @ [N, R] -> [M, R]; with beta=0 what `s` holds is not read
             ds = torch.addmm(s, dy, lora_b.to(dy.dtype), beta=0, alpha=scale)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 MAX_RANK = 256
-# Decode keeps all rows in one tile; above this many the general plans win.
-DECODE_ROWS = 64
 # A fused kernel holds a tile of S beside the base tile; wider ranks would spill or lose a pipeline stage.
 FUSED_RANK = 64
 # One pass over dy leaves float32 parts of dS and dB; beyond this rank they outweigh the second pass that they save.
@@ -22,6 +20,7 @@ class Architecture:
     """What the tables and the cost model know of a GPU generation.
 
     shared: bytes of shared memory a block may use. tensor_memory: columns (sm_100), else 0. sms: of the usual part.
+    decode_rows: the most rows that the plan `decode` takes, all in one tile; 64 leave scalars on the stack on sm_100.
     tflops, tbps: dense 16-bit TFLOP/s and TB/s that real kernels reach. eta: our product's speed over cuBLAS's, assumed
     from published Triton kernels until measured.
     """
@@ -30,16 +29,17 @@ class Architecture:
     shared: int
     tensor_memory: int
     sms: int
+    decode_rows: int
     tflops: float
     tbps: float
     eta: float
 
 
 ARCHITECTURES = {
-    80: Architecture(80, 166_912, 0, 108, 250.0, 1.6, 0.85),
-    89: Architecture(89, 101_376, 0, 128, 280.0, 0.9, 0.85),
-    90: Architecture(90, 232_448, 0, 132, 650.0, 3.0, 0.90),
-    100: Architecture(100, 232_448, 512, 148, 1500.0, 7.0, 0.85),
+    80: Architecture(80, 166_912, 0, 108, 64, 250.0, 1.6, 0.85),
+    89: Architecture(89, 101_376, 0, 128, 64, 280.0, 0.9, 0.85),
+    90: Architecture(90, 232_448, 0, 132, 64, 650.0, 3.0, 0.90),
+    100: Architecture(100, 232_448, 512, 148, 32, 1500.0, 7.0, 0.85),
 }
 
 

@@ -22,7 +22,6 @@ from fastlora import (
 )
 from fastlora.kernels.config import (
     ARCHITECTURES,
-    DECODE_ROWS,
     Problem,
     architecture,
     rank_block,
@@ -168,11 +167,11 @@ def test_a_tensor_subclass_keeps_its_own_operators():
         _forced(torch.zeros(3, 16).as_subclass(Own))
 
 
-@pytest.mark.parametrize("m", [1, 15, 16, 17, 63, 64, 65, 1000, 8191, 8192, 100_003])
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 32, 33, 63, 64, 65, 1000, 8191, 8192, 100_003])
 def test_rows_are_rounded_up_to_few_sizes(m):
     rounded = dispatch._bucket(m)
     assert m <= rounded < 1.125 * m + 1 and dispatch._bucket(rounded) == rounded
-    assert (rounded <= DECODE_ROWS) == (m <= DECODE_ROWS)
+    assert (rounded <= 64) == (m <= 64) and (rounded <= 32) == (m <= 32)
 
 
 def test_triton_is_found_under_both_names(monkeypatch):
@@ -267,9 +266,9 @@ def test_the_cost_model_offers_only_plans_that_run():
     assert set(cost.forward_seconds(H100, LLM)) == {"in_place", "split"}
     assert "fused" in cost.forward_seconds(H100, replace(LLM, dropout=False))
     assert "fused" not in cost.forward_seconds(H100, replace(LLM, dropout=False, rank=128))
-    few = replace(LLM, m=DECODE_ROWS)
+    few = replace(LLM, m=H100.decode_rows)
     assert "decode" in cost.forward_seconds(H100, few)
-    assert "decode" not in cost.forward_seconds(H100, replace(few, m=DECODE_ROWS + 1))
+    assert "decode" not in cost.forward_seconds(H100, replace(few, m=H100.decode_rows + 1))
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])

@@ -16,7 +16,6 @@ from fastlora.dispatch import TRITON_PLANS
 from fastlora.kernels.backward import dy_pass, x_pass
 from fastlora.kernels.config import (
     ARCHITECTURES,
-    DECODE_ROWS,
     DY_RANK,
     Problem,
     fused_rank,
@@ -106,7 +105,7 @@ def _by_reference(case):
 def _runs(plan: str, case: Case, dtype: torch.dtype) -> bool:
     if plan not in ("fused", "decode"):
         return True
-    fits = case.p == 0 if plan == "fused" else case.m <= DECODE_ROWS
+    fits = case.p == 0 if plan == "fused" else case.m <= 64
     return fits and case.rank <= fused_rank(dtype.itemsize, "ieee")
 
 
