@@ -138,6 +138,7 @@ def run_backward(
     needs_x, needs_a, needs_b = needs
     scale, mask = _factors(x, scaling, p, seed)
     gradients: list[Tensor] = []
+    ds: Tensor | None = None
     if choice.config is None:  # a shape or device without kernels
         ds = (dy @ lora_b.to(dy.dtype)) * scale
         if needs_x:
@@ -149,7 +150,8 @@ def run_backward(
         return gradients
     config = choice.config
     precision = _precision(x)
-    ds: Tensor | None = None
+    dx: Tensor | None = None
+    dlora_a: Tensor | None = None
     dlora_b: Tensor | None = None
     if lora_a.shape[0] <= DY_RANK:
         ds, dlora_b = dy_pass(
@@ -176,13 +178,8 @@ def run_backward(
         dx = rank_gemm(dy, weight.T, None, ds, lora_a.T, config.dx, precision=precision, **mask)
     elif needs_x:
         dx = rank_update_(dy @ weight, ds, lora_a.T, config.update, precision=precision, **mask)
-    if needs_x:
-        gradients.append(dx)
-    if needs_a:
-        gradients.append(dlora_a)
-    if needs_b:
-        gradients.append(dlora_b)
-    return gradients
+    made = ((needs_x, dx), (needs_a, dlora_a), (needs_b, dlora_b))
+    return [gradient for needed, gradient in made if needed and gradient is not None]
 
 
 def _current(x: Tensor) -> AbstractContextManager[object]:

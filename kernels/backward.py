@@ -38,25 +38,21 @@ def _dy_kernel(
     ).to(DTYPE)
     db = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     first_m = split * m_chunk
-    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
-    p_dy = dy_ptr + o_m[:, None] * stride_dm + o_n[None, :] * stride_dn
-    p_s = s_ptr + o_m[:, None] * R + o_r[None, :]
-    p_ds = ds_ptr + tile.to(tl.int64) * M * R + o_m[:, None] * R + o_r[None, :]
-    step = tl.full([], BLOCK_M, tl.int64)
+    ds_ptr += tile.to(tl.int64) * M * R
     for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M):
-        m_m = m + tl.arange(0, BLOCK_M) < M
+        o_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        o_row = o_m[:, None] * R + o_r[None, :]
+        m_m = o_m < M
         m_row = m_m[:, None] & m_r[None, :]
         m_dy = m_m[:, None] if EVEN_N else m_m[:, None] & m_n[None, :]
+        p_dy = dy_ptr + o_m[:, None] * stride_dm + o_n[None, :] * stride_dn
         dy = tl.load(p_dy, mask=m_dy, other=0.0)  # [BLOCK_M, BLOCK_N]
         if NEEDS_DS:
             ds = tl.dot(dy, b, input_precision=PRECISION)  # [BLOCK_M, BLOCK_R]
-            tl.store(p_ds, (ds * scale).to(ds_ptr.dtype.element_ty), mask=m_row)
+            tl.store(ds_ptr + o_row, (ds * scale).to(ds_ptr.dtype.element_ty), mask=m_row)
         if NEEDS_DB:
-            s = tl.load(p_s, mask=m_row, other=0.0)  # [BLOCK_M, BLOCK_R]
+            s = tl.load(s_ptr + o_row, mask=m_row, other=0.0)  # [BLOCK_M, BLOCK_R]
             db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
-        p_dy += step * stride_dm
-        p_s += BLOCK_M * R
-        p_ds += BLOCK_M * R
     if NEEDS_DB:
         p_db = db_ptr + split.to(tl.int64) * N * R + o_n[:, None] * R + o_r[None, :]
         tl.store(p_db, db.to(db_ptr.dtype.element_ty), mask=m_nr)
@@ -130,25 +126,21 @@ def _x_kernel(
     m_k, m_r = o_k < K, o_r < R
     da = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     first_m = split * m_chunk
-    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
-    p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
-    p_ds = ds_ptr + o_m[None, :] * R + o_r[:, None]
-    p_byte = packed_ptr + o_m[:, None] * stride_pm + o_byte[None, :]
-    step = tl.full([], BLOCK_M, tl.int64)
     for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M):
-        m_m = m + tl.arange(0, BLOCK_M) < M
+        o_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        m_m = o_m < M
+        p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
+        p_ds = ds_ptr + o_m[None, :] * R + o_r[:, None]
         m_x = m_m[:, None] if EVEN_K else m_m[:, None] & m_k[None, :]
         x = tl.load(p_x, mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_K]
         ds_t = tl.load(p_ds, mask=m_r[:, None] & m_m[None, :], other=0.0)  # [BLOCK_R, BLOCK_M]
         if DROPOUT:
             bits = keep_bits(tl.load(seed_ptr), threshold, m + tl.arange(0, BLOCK_M), o_byte)
             x = drop_bits(x, bits)
+            p_byte = packed_ptr + o_m[:, None] * stride_pm + o_byte[None, :]
             m_byte = m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
             tl.store(p_byte, bits.to(tl.uint8), mask=m_byte)
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)
-        p_x += step * stride_xm
-        p_ds += BLOCK_M * R
-        p_byte += step * stride_pm
     p_da = da_ptr + split.to(tl.int64) * R * K + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
     tl.store(p_da, da.to(da_ptr.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
 

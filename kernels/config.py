@@ -204,7 +204,7 @@ def decode_config(arch: Architecture, q: Problem) -> PassConfig:
     block_r = rank_block(q.rank, fused_rank(q.itemsize, q.precision))
     columns = _tiles(q.n, block_n) + _tiles(block_r, block_n)
     splits = max(1, min(q.k // (2 * block_k), 2 * arch.sms // columns, 16))
-    return PassConfig(block_m, block_n, block_k, block_r, 8 if block_m == 64 else 4, stages, splits)
+    return PassConfig(block_m, block_n, block_k, block_r, 8 if block_m >= 32 else 4, stages, splits)
 
 
 def dy_config(arch: Architecture, q: Problem) -> PassConfig:
