@@ -24,7 +24,6 @@ from fastlora.inject import (
     freeze_base_params,
     get_lora_params,
     inject_lora,
-    named_lora_layers,
     print_trainable_parameters,
     setup_lora_for_medical_finetuning,
 )
@@ -33,6 +32,7 @@ from fastlora.merge import merge_lora_weights, merged_model
 from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
 from fastlora.peft_format import from_pretrained, save_pretrained
+from fastlora.selection import named_lora_layers
 
 __version__ = "0.1.0"
 

@@ -69,6 +69,11 @@ def test_row_03_a_pattern_that_matches_nothing_is_an_error(field):
         inject_lora(Decoder(), LoRAConfig(**{"target_modules": ["to_qkv"], field: value}))
 
 
+def test_row_03_the_plain_list_form_says_so_too():
+    with pytest.warns(UserWarning, match="'to_qvk' matches none .* Nearest names: to_qkv"):
+        inject_lora(Decoder(), ["to_qkv", "to_qvk"])
+
+
 def test_row_05_a_module_under_two_names_is_wrapped_once_and_tied_weights_are_not_merged():
     model = Decoder()
     model.alias = model.blocks[0].attn.to_qkv

@@ -25,12 +25,13 @@ MAY_IMPORT = {
     "layer": {"ops", "dispatch", "reference", "errors"},
     "config": {"layer", "dispatch", "errors"},
     "initialise": {"layer"},
-    "inject": {"config", "initialise", "layer", "errors"},
+    "selection": {"config", "layer", "errors"},
+    "inject": {"config", "initialise", "layer", "selection", "errors"},
     "merge": {"layer", "errors"},
-    "checkpoint": {"inject", "errors"},
+    "checkpoint": {"selection", "errors"},
     "peft_layer": {"ops"},
     "peft": {"peft_layer", "errors"},
-    "peft_format": {"checkpoint", "config", "inject", "layer", "errors"},
+    "peft_format": {"checkpoint", "config", "inject", "layer", "selection", "errors"},
 }
 
 PUBLIC = [
