@@ -27,12 +27,14 @@ from fastlora.inject import (
     print_trainable_parameters,
     setup_lora_for_medical_finetuning,
 )
-from fastlora.layer import LoRALinear, explain
+from fastlora.layer import LoRALinear
+from fastlora.memory import MemoryEstimate, estimate
 from fastlora.merge import merge_lora_weights, merged_model
 from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
 from fastlora.peft_format import from_pretrained, save_pretrained
 from fastlora.selection import named_lora_layers
+from fastlora.survey import LayerTable, explain, preview
 
 __version__ = "0.1.0"
 
@@ -46,13 +48,16 @@ __all__ = [
     "FastLoRAError",
     "InjectionError",
     "LoRAConfig",
+    "LayerTable",
     "LoRALinear",
     "LoadResult",
+    "MemoryEstimate",
     "MergeError",
     "TrainingError",
     "__version__",
     "accelerate",
     "count_parameters",
+    "estimate",
     "explain",
     "freeze_base_params",
     "from_pretrained",
@@ -65,6 +70,7 @@ __all__ = [
     "merge_lora_weights",
     "merged_model",
     "named_lora_layers",
+    "preview",
     "print_trainable_parameters",
     "restore",
     "save_adapter",

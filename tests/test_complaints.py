@@ -1,6 +1,6 @@
 """What users of LoRA libraries complain about, one test for each complaint, numbered as in a survey of their issue trackers.
 
-Rows without a test are not satisfied yet: 4 (a preview of what matches), 8 (a merge that verifies itself), 13 (reentrant
+Rows without a test are not satisfied yet: 8 (a merge that verifies itself), 13 (reentrant
 checkpointing behind a frozen embedding), 16 (keys of the base model stay as they were).
 """
 
@@ -28,6 +28,7 @@ from fastlora import (
     load_adapter,
     load_lora_state_dict,
     merge_lora_weights,
+    preview,
     save_adapter,
     setup_lora_for_medical_finetuning,
 )
@@ -72,6 +73,18 @@ def test_row_03_a_pattern_that_matches_nothing_is_an_error(field):
 def test_row_03_the_plain_list_form_says_so_too():
     with pytest.warns(UserWarning, match="'to_qvk' matches none .* Nearest names: to_qkv"):
         inject_lora(Decoder(), ["to_qkv", "to_qvk"])
+
+
+def test_row_04_a_preview_shows_every_match_with_counts_and_explain_says_why_not():
+    model = Decoder()
+    table = preview(model, LoRAConfig(["out", "to_qkv"], exclude=["upsample"]))
+    taken = {row.path: row.pattern for row in table.where("selected")}
+    assert taken.pop("out_layer") == "out"  # the head that nobody meant, seen before it is wrapped
+    assert table.counts == {"out": 3, "to_qkv": 2, "upsample": 1}
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    inject_lora(model, ["to_qkv"])
+    why = {row.path: row.reason for row in explain(model, config=["to_qkv"]).rows}
+    assert why["out_layer"] == "no target matches its path"
 
 
 def test_row_05_a_module_under_two_names_is_wrapped_once_and_tied_weights_are_not_merged():
