@@ -11,6 +11,7 @@ from fastlora.config import LoRAConfig
 from fastlora.dispatch import Choice
 from fastlora.errors import (
     BackendError,
+    CheckError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -34,6 +35,7 @@ from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
 from fastlora.peft_format import from_pretrained, save_pretrained
 from fastlora.selection import named_lora_layers
+from fastlora.selftest import CheckReport, check
 from fastlora.survey import LayerTable, explain, preview
 
 __version__ = "0.1.0"
@@ -41,6 +43,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AccelerationReport",
     "BackendError",
+    "CheckError",
+    "CheckReport",
     "CheckpointError",
     "Choice",
     "ConfigError",
@@ -56,6 +60,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "accelerate",
+    "check",
     "count_parameters",
     "estimate",
     "explain",

@@ -1,7 +1,6 @@
 """What users of LoRA libraries complain about, one test for each complaint, numbered as in a survey of their issue trackers.
 
-Rows without a test are not satisfied yet: 8 (a merge that verifies itself), 13 (reentrant
-checkpointing behind a frozen embedding), 16 (keys of the base model stay as they were).
+Rows without a test are not satisfied yet: 8 (a merge that verifies itself), 16 (keys of the base model stay as they were).
 """
 
 import copy
@@ -14,11 +13,13 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import (
+    CheckError,
     CheckpointError,
     InjectionError,
     LoRAConfig,
     LoRALinear,
     MergeError,
+    check,
     explain,
     freeze_base_params,
     from_pretrained,
@@ -28,6 +29,7 @@ from fastlora import (
     load_adapter,
     load_lora_state_dict,
     merge_lora_weights,
+    merged_model,
     preview,
     save_adapter,
     setup_lora_for_medical_finetuning,
@@ -111,6 +113,35 @@ def test_row_06_attention_that_reads_weights_directly_sees_the_adapter():
             fast = call()
         assert not torch.allclose(before, fast, atol=1e-4)
         torch.testing.assert_close(fast, call())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+def test_row_06_the_encoders_eval_fast_path_computes_what_the_merged_encoder_does(masked):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    inject_lora(model, "all-linear")
+    freeze_base_params(model)
+    randomise_adapters(model)
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[:, 3:] = masked
+    slow = model(x, src_key_padding_mask=padding)  # adapters that train switch the fast path off
+    assert slow.requires_grad
+    with torch.inference_mode():
+        fast = model(x, src_key_padding_mask=padding)
+        merged = merged_model(model)(x, src_key_padding_mask=padding)
+    real = slice(None, 3 if masked else None)
+    torch.testing.assert_close(fast[:, real], merged[:, real])
+    torch.testing.assert_close(fast[:, real], slow.detach()[:, real])
+
+
+def test_row_06_a_self_test_finds_adapters_that_change_nothing():
+    model = adapted()
+    assert check(model, X).ok
+    out = model.blocks[1].attn.to_out
+    out.forward = out.original_linear.forward  # what code that bypasses an adapter amounts to
+    with pytest.raises(CheckError, match=r"blocks\.1\.attn\.to_out: does not change the output"):
+        check(model, X).raise_if_failed()
 
 
 def test_row_07_a_16_bit_merge_rounds_once_and_float32_is_offered():
@@ -221,6 +252,27 @@ def test_row_12_fsdp_takes_float32_adapters_on_a_16_bit_base(one_process):
     for got, want in zip(get_lora_params(model), get_lora_params(twin), strict=True):
         assert got.grad.dtype == torch.float32
         torch.testing.assert_close(got.grad.full_tensor(), want.grad)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_row_13_checkpointing_behind_a_frozen_embedding_is_detected():
+    class Model(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.table, self.body, self.reentrant = nn.Embedding(5, 8), Decoder(), reentrant
+
+        def forward(self, tokens):
+            return checkpoint(self.body, self.table(tokens), use_reentrant=self.reentrant)
+
+    for reentrant in (False, True):
+        model = Model(reentrant)
+        inject_lora(model)
+        freeze_base_params(model)
+        report = check(model, torch.arange(5))
+        assert report.ok != reentrant
+    assert len(report.findings) == 4
+    with pytest.raises(CheckError, match="reentrant checkpointing whose inputs need none"):
+        report.raise_if_failed()
 
 
 def test_row_14_unfrozen_heads_are_saved_by_name(tmp_path):
