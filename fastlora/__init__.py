@@ -30,7 +30,7 @@ from fastlora.inject import (
 )
 from fastlora.layer import LoRALinear
 from fastlora.memory import MemoryEstimate, estimate
-from fastlora.merge import merge_lora_weights, merged_model
+from fastlora.merge import MergeReport, merge_lora_weights, merge_report, merged_model
 from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
 from fastlora.peft_format import from_pretrained, save_pretrained
@@ -57,6 +57,7 @@ __all__ = [
     "LoadResult",
     "MemoryEstimate",
     "MergeError",
+    "MergeReport",
     "TrainingError",
     "__version__",
     "accelerate",
@@ -73,6 +74,7 @@ __all__ = [
     "load_lora_state_dict",
     "lora_linear",
     "merge_lora_weights",
+    "merge_report",
     "merged_model",
     "named_lora_layers",
     "preview",
