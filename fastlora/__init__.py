@@ -1,5 +1,6 @@
 """fastlora: low-rank adapters for linear layers, with less time and memory. See the README for a first example."""
 
+from fastlora.base_state import base_state_dict, load_base_state_dict
 from fastlora.checkpoint import (
     LoadResult,
     get_lora_state_dict,
@@ -61,6 +62,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "accelerate",
+    "base_state_dict",
     "check",
     "count_parameters",
     "estimate",
@@ -71,6 +73,7 @@ __all__ = [
     "get_lora_state_dict",
     "inject_lora",
     "load_adapter",
+    "load_base_state_dict",
     "load_lora_state_dict",
     "lora_linear",
     "merge_lora_weights",

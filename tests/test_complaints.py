@@ -1,7 +1,4 @@
-"""What users of LoRA libraries complain about, one test for each complaint, numbered as in a survey of their issue trackers.
-
-Rows without a test are not satisfied yet: 16 (keys of the base model stay as they were).
-"""
+"""What users of LoRA libraries complain about, one test for each complaint, numbered as in a survey of their issue trackers."""
 
 import copy
 import pickle
@@ -19,6 +16,7 @@ from fastlora import (
     LoRAConfig,
     LoRALinear,
     MergeError,
+    base_state_dict,
     check,
     explain,
     freeze_base_params,
@@ -27,6 +25,7 @@ from fastlora import (
     get_lora_state_dict,
     inject_lora,
     load_adapter,
+    load_base_state_dict,
     load_lora_state_dict,
     merge_lora_weights,
     merge_report,
@@ -309,6 +308,19 @@ def test_row_15_a_second_injection_raises():
     model = adapted()
     with pytest.raises(InjectionError, match="already has 4 LoRALinear layers"):
         inject_lora(model, ["mlp"])
+
+
+def test_row_16_the_base_models_checkpoints_load_and_save_under_their_own_keys():
+    torch.manual_seed(3)
+    original = Decoder().state_dict()
+    model = adapted()
+    load_base_state_dict(model, original)
+    assert list(base_state_dict(model)) == list(original)
+    plain = Decoder()
+    plain.load_state_dict(base_state_dict(model), strict=True)
+    assert all(torch.equal(value, original[key]) for key, value in plain.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"nearest: blocks\.0\.attn\.to_qkv\.weight"):
+        load_base_state_dict(model, {f"module.{k}": v for k, v in original.items()})
 
 
 @pytest.mark.parametrize(
