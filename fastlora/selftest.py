@@ -19,6 +19,7 @@ from fastlora.selection import named_lora_layers
 
 Modes = list[tuple[nn.Module, bool]]
 
+_SHOWN = 4  # paths in a line of the report
 _SHARE = 0.1  # norm of a tried update relative to the weight's
 
 
@@ -29,13 +30,12 @@ class Finding:
     path: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"{self.path or 'the layer'}: {self.reason}"
-
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found. layers: the paths of all adapters. findings: at most one for each; none means that all is well."""
+    """What `check` found. layers: the paths of all adapters. findings: at most one for each; none means that all is well.
+    `str(report)` has a line for each reason.
+    """
 
     layers: tuple[str, ...]
     findings: tuple[Finding, ...]
@@ -54,7 +54,16 @@ class CheckReport:
         if self.ok:
             return f"all {len(self.layers)} adapters change the output and get a gradient"
         head = f"{len(self.findings)} of {len(self.layers)} adapters do not work as they should"
-        return "\n  ".join([head, *map(str, self.findings)])
+        alike: dict[str, list[str]] = {}
+        for finding in self.findings:
+            alike.setdefault(finding.reason, []).append(finding.path or "the layer")
+        lines = [
+            ", ".join(paths[:_SHOWN])
+            + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+            + f": {reason}"
+            for reason, paths in alike.items()
+        ]
+        return "\n  ".join([head, *lines])
 
 
 def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:

@@ -239,6 +239,29 @@ def test_the_model_its_gradients_modes_buffers_and_random_states_are_untouched(t
     assert x.grad is None and torch.equal(x, X)
 
 
+def test_the_text_has_one_line_for_each_reason():
+    model = adapted(Decoder(blocks=3), "to_qkv", "mlp")
+    for block in model.blocks:
+        block.mlp.mlp.requires_grad_(False)
+    model.blocks[0].attn.to_qkv.alpha = 0.0
+    text = str(check(model, X)).splitlines()
+    assert text[0] == "7 of 9 adapters do not work as they should"
+    assert text[1] == "  blocks.0.attn.to_qkv: alpha is 0, so the update is scaled to nothing"
+    paths = [f"blocks.{i}.mlp.mlp.{j}" for i in (0, 1) for j in (0, 2)]
+    assert text[2].startswith(f"  {', '.join(paths)} and 2 more: lora_A and lora_B are frozen")
+    assert len(text) == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
+def test_a_compiled_model_is_checked_as_it_runs():
+    torch.compiler.reset()
+    model = adapted(Two())
+    assert check(torch.compile(model, backend="eager"), X).ok
+    torch.compiler.reset()
+    dead = adapted(Two(lambda m, x: x + m.second(x).detach()))
+    assert not check(torch.compile(dead, backend="eager"), X).ok
+
+
 def test_noise_in_eval_mode_does_not_hide_or_invent_anything():
     model = adapted(Two(lambda m, x: m.second(x) + torch.randn(3, 8)))
     assert check(model, X).ok
