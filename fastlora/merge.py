@@ -198,19 +198,19 @@ def _report(path: str, layer: LoRALinear, dtype: torch.dtype | None) -> LayerMer
     norm = float(update.norm())
     unchanged = float(stayed.sum()) / max(1, int(touched.sum()))
     lost = float(rounding.norm()) / norm if norm > 0 else 0.0
-    error, allowed, skipped = _compare(layer, fresh, rounding)
+    error, allowed, skipped = _compare(layer, fresh, wide)
     return LayerMerge(path, merged.dtype, unchanged, lost, error, allowed, skipped)
 
 
 def _compare(
-    layer: LoRALinear, fresh: nn.Linear, rounding: Tensor
+    layer: LoRALinear, fresh: nn.Linear, wide: torch.dtype
 ) -> tuple[float | None, float | None, str | None]:
     """(largest error of the merged output, what rounding explains where that is exceeded most, why it was not called).
 
-    rounding: (N, K), what was rounded away. An output may differ by |x| |rounding|ᵀ for the weight, by 16 units in the last place
-    for the two computations' own roundings, and by 4 √K units of the sum's precision, all relative to the sum of magnitudes.
+    wide: the dtype of the comparison. Outputs may differ by 16 units in the last place, for the merged weight's rounding (half a
+    unit) and those of the two computations, and by 4 √K units of the sum's precision, relative to the sum of magnitudes.
     """
-    weight, wide = layer.original_linear.weight, rounding.dtype
+    weight = layer.original_linear.weight
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(_ROWS, layer.in_features, generator=generator).to(weight)
     modes = [(module, module.training) for module in (*layer.modules(), *fresh.modules())]
@@ -241,7 +241,7 @@ def _compare(
     if weight.device.type == "cuda" and want.dtype == torch.float32:
         summed = 2**-10  # TF32 may be allowed
     share = 16 * unit + 4 * layer.in_features**0.5 * summed
-    allowed = x @ rounding.abs().T + share * magnitude
+    allowed = share * magnitude
     difference = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=float("inf"))
     if difference.numel() == 0:
         return 0.0, 0.0, None

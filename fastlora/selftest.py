@@ -150,15 +150,10 @@ def _unseen(run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALin
     A layer with a gradient in eval mode changes the output there. If the run without gradients gives the same output bit for bit,
     it changes that one too; if not, or without a gradient, the layer is tried by itself.
     """
-    flags = [(p, p.requires_grad) for _, layer in layers for p in (layer.lora_A, layer.lora_B)]
-    for parameter, _ in flags:
-        parameter.requires_grad_(True)
     with_gradients = run(True)
     _backward(with_gradients)
     doubtful = {path for path, layer in layers if not _has_gradient(layer)}
     _forget_gradients(layer for _, layer in layers)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
     base = run(False)
     if _difference(base, with_gradients) > 0:
         doubtful = {path for path, _ in layers}

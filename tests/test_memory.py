@@ -141,6 +141,29 @@ def test_a_plan_counts_as_the_injected_model_does(device, dtype):
     assert listed.layers == 2
 
 
+class Own(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_plan_knows_wrapped_calls_and_weights_that_are_read():
+    config = LoRAConfig("all-linear", dropout=0.5)
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    for model in (nn.Sequential(Own(8, 8)), nn.Sequential(hooked), nn.MultiheadAttention(8, 2)):
+        planned = estimate(model, M, config)
+        if isinstance(model, nn.MultiheadAttention):
+            with pytest.warns(UserWarning, match="dropout has no effect"):
+                inject_lora(model, config)
+        else:
+            inject_lora(model, config)
+        freeze_base_params(model)
+        assert estimate(model, M).saved_bytes == planned.saved_bytes
+        assert (
+            planned.saved_bytes != estimate(nn.Sequential(nn.Linear(8, 8)), M, config).saved_bytes
+        )
+
+
 def test_the_text_names_every_part():
     model = Decoder()
     text = str(estimate(model, 4096, ["to_qkv"], "sgd"))

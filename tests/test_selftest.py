@@ -139,12 +139,15 @@ def test_checkpointing_behind_a_frozen_embedding(reentrant):
             x = self.table(tokens)
             if self.open:
                 x = x.requires_grad_(True)  # as a hook of enable_input_require_grads does
+            if not self.training:
+                return self.head(self.body(x))
             return self.head(checkpoint(self.body, x, use_reentrant=reentrant))
 
     model = adapted(Model())
     tokens = torch.arange(10)
-    report = check(model, tokens)
-    assert report.ok != reentrant
+    for training in (False, True):
+        report = check(model.train(training), tokens)
+        assert report.ok != reentrant
     if reentrant:
         assert [f.path for f in report.findings] == ["body.0"]
         assert "reentrant checkpointing" in report.findings[0].reason
@@ -195,6 +198,7 @@ class Stateful(nn.Module):
     def forward(self, x, noise):
         self.steps = self.steps + random.random() + np.random.rand()
         x.add_(noise)
+        noise.zero_()
         return {"y": self.head(self.lstm(self.norm(self.body(x))[None])[0][0])}
 
 
@@ -236,7 +240,7 @@ def test_the_model_its_gradients_modes_buffers_and_random_states_are_untouched(t
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
-    assert x.grad is None and torch.equal(x, X)
+    assert x.grad is None and torch.equal(x, X) and (noise == 1).all()
 
 
 def test_the_text_has_one_line_for_each_reason():
@@ -262,6 +266,16 @@ def test_a_compiled_model_is_checked_as_it_runs():
     assert not check(torch.compile(dead, backend="eager"), X).ok
 
 
+def test_a_part_held_in_eval_stays_there_while_the_model_trains():
+    model = adapted(Stateful(), "body")
+    model.train().norm.eval()
+    assert check(model, X[:1], torch.ones(1, 8)).ok
+    model.norm.train()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        check(model, X[:1], torch.ones(1, 8))
+    assert model.norm.training
+
+
 def test_noise_in_eval_mode_does_not_hide_or_invent_anything():
     model = adapted(Two(lambda m, x: m.second(x) + torch.randn(3, 8)))
     assert check(model, X).ok
@@ -279,6 +293,8 @@ def test_other_contexts_shared_layers_and_kinds_of_output():
         assert check(model, X).layers == ("first", "second")
     with torch.inference_mode():
         assert check(model, X).ok
+    model.use = lambda m, x: (m.second(x), -m.second(x))
+    assert check(model, X).ok
     model.use = lambda m, x: [{"ids": x.long()}, (torch.softmax(m.second(x), -1),)]
     assert check(model, X).ok
     assert check(LoRALinear(nn.Linear(8, 4)), X).ok

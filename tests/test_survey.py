@@ -146,6 +146,23 @@ def test_explain_with_the_config_tells_not_targeted_from_excluded():
     assert table.counts == {"to_qkv": 2, "mlp": 2, "mlp.2": 2}
 
 
+def test_only_what_could_have_an_adapter_is_judged_or_listed():
+    class LinearAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Linear(2, 2)
+
+    class PackedLinear(nn.Module):
+        """A linear layer whose weight is no parameter, as quantised ones are."""
+
+    model = nn.ModuleList([LinearAttention(), PackedLinear()])
+    assert [row.path for row in explain(model).rows] == ["0.to_q", "1"]
+    inject_lora(model, ["to_q"])
+    asked = []
+    explain(model, config=lambda path, _: bool(asked.append(path)))
+    assert asked == []
+
+
 def test_explain_of_one_layer_keeps_its_two_forms():
     layer = LoRALinear(nn.Linear(8, 8))
     assert isinstance(explain(layer, torch.zeros(2, 8)), Choice)
