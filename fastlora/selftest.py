@@ -70,9 +70,9 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     """Run `model(*args, **kwargs)` and find adapters that do not change the output or get no gradient.
 
     Three runs: forward and backward in training mode (in the model's own mode if it is in training), the same in eval mode,
-    and eval without gradients, where fast paths are taken. lora_B stands at its value, or at random values if it is zero; all
-    parameters that train are replaced for the time by others on the same storage. A run for each layer follows only where
-    these leave a doubt. It finds an adapter
+    and eval without gradients, where fast paths are taken. All parameters that train are replaced for the time by others on
+    the same storage, and lora_B by itself plus random values that make the update a tenth of the weight. A run for each
+    layer follows only where these leave a doubt. It finds an adapter
         whose weight is read elsewhere, so that its forward is not called or its result is not used;
         that a fast path leaves out in eval mode;
         behind reentrant checkpointing whose inputs need no gradient (a frozen embedding), torch.no_grad() or detach();
@@ -82,8 +82,8 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     Parameters, their gradients and hooks, buffers, training modes and the random states of torch, Python and numpy are as before
     afterwards, also if the model raises. Attributes that a forward sets are not undone, and module hooks run.
 
-    args, kwargs: what the model is called with; tensors in lists, tuples and dicts are copied before each run. The output may be a tensor, or tensors in mappings,
-        sequences, dataclasses or objects with `.feats`.
+    args, kwargs: what the model is called with; tensors in lists, tuples and dicts are copied before each run. The output
+        may be a tensor, or tensors in mappings, sequences, dataclasses or objects with `.feats`.
 
     Raises: InjectionError if the model has no adapters or is wrapped for distributed training; CheckError if the output holds no
     floating-point tensor; whatever the model raises.
@@ -245,28 +245,27 @@ def _restored(model: nn.Module, modes: Modes) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _stand_ins(model: nn.Module, layers: list[tuple[str, LoRALinear]]) -> Iterator[None]:
-    """Put a leaf of its own in the place of every parameter that trains, and of every lora_A and lora_B; zeros get values.
+    """Put a leaf of its own in the place of every parameter that trains, and of every lora_A and lora_B. Random values are
+    added to lora_B, so that an update which is small, or zero by its start, can be seen; a zero lora_A gets random values.
 
     Gradients, gradient hooks and `.grad` of the real parameters are out of reach of a backward pass then. A module that holds
     parameters in other ways too (an LSTM does) gets its `.grad` back.
     """
-    zeros: dict[int, Tensor] = {}
-    adapters: set[int] = set()
+    tried: dict[int, Tensor] = {}
     for _, layer in layers:
-        adapters |= {id(layer.lora_A), id(layer.lora_B)}
-        for parameter, values in zip((layer.lora_A, layer.lora_B), _tried(layer), strict=True):
-            if not parameter.any():
-                zeros[id(parameter)] = values
+        a, b = _tried(layer)
+        tried[id(layer.lora_A)] = layer.lora_A.detach() if layer.lora_A.any() else a
+        tried[id(layer.lora_B)] = layer.lora_B.detach() + b
     places = [
         (module, name, parameter, parameter.grad)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and (parameter.requires_grad or id(parameter) in adapters)
+        if parameter is not None and (parameter.requires_grad or id(parameter) in tried)
     ]
     others: dict[int, nn.Parameter] = {}
     for _, _, parameter, _ in places:
         if id(parameter) not in others:
-            value = zeros.get(id(parameter), parameter.detach())
+            value = tried.get(id(parameter), parameter.detach())
             others[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
     try:
         for module, name, parameter, _ in places:

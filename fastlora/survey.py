@@ -147,8 +147,10 @@ def explain(
             raise ConfigError("rows, config: expected without x, which decides about one call")
         return model.choose(x)
     _check_rows(rows)
-    verdicts = {} if config is None else _verdicts(model, to_config(config))
-    return _table(model, verdicts, None if config is None else to_config(config), rows)
+    if config is None:
+        return _table(model, {}, None, rows)
+    settings = to_config(config)
+    return _table(model, _verdicts(model, settings), settings, rows)
 
 
 def preview(

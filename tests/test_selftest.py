@@ -94,6 +94,15 @@ def test_a_dead_adapter_is_found_with_the_reason(case, training, trained):
     assert finding.path == "second"
 
 
+@pytest.mark.parametrize("start", ["orthogonal", "tiny"])
+def test_an_update_too_small_to_be_seen_hides_nothing(start):
+    options = {"init_lora_weights": "orthogonal"} if start == "orthogonal" else {}
+    model = adapted(Two(fast_path), **options)
+    if start == "tiny":
+        nn.init.constant_(model.second.lora_B, 1e-20)
+    assert [finding.path for finding in check(model, X).findings] == ["second"]
+
+
 @pytest.mark.parametrize("change", ["frozen", "zero", "alpha", "half frozen", "zero A"])
 def test_an_adapter_that_cannot_learn_is_found(change):
     model = adapted(Two())
