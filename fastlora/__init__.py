@@ -16,11 +16,13 @@ from fastlora.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    ExportError,
     FastLoRAError,
     InjectionError,
     MergeError,
     TrainingError,
 )
+from fastlora.exporter import export
 from fastlora.inject import (
     count_parameters,
     freeze_base_params,
@@ -38,6 +40,7 @@ from fastlora.peft_format import from_pretrained, save_pretrained
 from fastlora.selection import named_lora_layers
 from fastlora.selftest import CheckReport, check
 from fastlora.survey import LayerTable, explain, preview
+from fastlora.switch import disable_adapter
 
 __version__ = "0.1.0"
 
@@ -50,6 +53,7 @@ __all__ = [
     "Choice",
     "ConfigError",
     "DataError",
+    "ExportError",
     "FastLoRAError",
     "InjectionError",
     "LoRAConfig",
@@ -65,8 +69,10 @@ __all__ = [
     "base_state_dict",
     "check",
     "count_parameters",
+    "disable_adapter",
     "estimate",
     "explain",
+    "export",
     "freeze_base_params",
     "from_pretrained",
     "get_lora_params",

@@ -7,7 +7,12 @@ measurement corrected one.
 
 from __future__ import annotations
 
-from fastlora.kernels.config import DECODE_ROWS, FUSED_RANK, Architecture, Problem, rank_block
+from fastlora.kernels.config import (
+    Architecture,
+    Problem,
+    fused_rank,
+    rank_block,
+)
 
 _LAUNCH = 2e-6  # seconds between dependent kernels
 # Speed of a float32 product relative to a 16-bit one on tensor cores: (cuBLAS, ours).
@@ -20,9 +25,10 @@ def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
     low = _bytes(arch, q, q.m * q.k + q.m * q.rank) + _LAUNCH
     update = _bytes(arch, q, 2 * q.m * q.n + q.m * q.rank) + _LAUNCH
     seconds = {"in_place": low + base + update, "split": low + ours}
-    if not q.dropout and q.rank <= FUSED_RANK:
+    all_ranks = q.rank <= fused_rank(q.itemsize, q.precision)
+    if not q.dropout and all_ranks:
         seconds["fused"] = ours * (1 + rank_block(q.rank) / 256)
-    if q.m <= DECODE_ROWS:
+    if q.m <= arch.decode_rows and all_ranks:
         partial = (
             8 * 4 * q.m * q.n / (arch.tbps * 1e12)
         )  # float32, about four splits, written and read

@@ -16,10 +16,8 @@ dx has "split" or "in_place" of its own; the rest of the backward pass is the sa
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,8 +53,11 @@ class Choice:
 _CPU = Choice("torch", "in_place", "torch runs this on the CPU; Triton kernels are for CUDA")
 _OTHER = Choice("torch", "in_place", "the device is neither a CPU nor CUDA")
 _ASKED = Choice("torch", "in_place", "torch was asked for")
+_SUBCLASS = Choice(
+    "torch", "in_place", "a tensor subclass (DTensor, quantised) has operators of its own"
+)
 _FUNCTORCH = Choice("torch", "composed", "a functorch transform (vmap, grad, jvp) is active")
-_COMPILING = Choice("triton", "operator", "the plan is chosen inside the operator, at run time")
+_LATER = Choice("triton", "operator", "the plan is chosen inside the operator, at run time")
 _AROUND = Choice("torch", "around", "the wrapped layer has hooks or a forward of its own")
 
 
@@ -68,6 +69,7 @@ def choose(
     dropout: bool = False,
     plain_base: bool = True,
     backend: str = "auto",
+    with_plan: bool = True,
 ) -> Choice:
     """Choose how one call runs.
 
@@ -75,6 +77,7 @@ def choose(
     rank: R of the adapters. dropout: whether a mask will be applied.
     plain_base: whether the wrapped layer computes `F.linear` and nothing else.
     backend: "auto", "torch" or "triton". "auto" takes the environment's FASTLORA_BACKEND, if that is set.
+    with_plan: False leaves the plan to the operator, which chooses it again anyway, unless Triton is forced.
 
     Raises: ConfigError for an unknown backend, BackendError if "triton" is forced and cannot run.
     """
@@ -86,11 +89,13 @@ def choose(
         return _or_raise(_FUNCTORCH, wanted)
     if wanted == "torch":
         return _CPU if x.device.type == "cpu" else _ASKED
+    if not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight)):
+        return _or_raise(_SUBCLASS, wanted)
     reason = why_not_triton(x.device.type, x.dtype, rank, forced=wanted == "triton")
     if reason is not None:
         return _or_raise(reason, wanted)
-    if torch.compiler.is_compiling():
-        return _COMPILING
+    if torch.compiler.is_compiling() or (wanted == "auto" and not with_plan):
+        return _LATER
     return _or_raise(launch_choice(x, weight, rank, dropout), wanted)
 
 
@@ -122,6 +127,8 @@ def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) 
         return _torch("Triton's interpreter multiplies bfloat16 wrongly")
     if rank > MAX_RANK:
         return _torch(f"rank {rank} is above {MAX_RANK}, the most that a kernel holds")
+    if device == "cuda" and torch.version.hip is not None:
+        return _torch("the kernels were never compiled for ROCm")
     if not _HAS_TRITON:
         return _torch(f"needs Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer")
     return None
@@ -146,19 +153,25 @@ def launch_choice(
     if device_architecture(x.device) is None:
         return _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
     precision = float32_precision() if x.dtype == torch.float32 else "ieee"
-    problem = Problem(m, n, k, rank, x.element_size(), dropout, precision)
     # The large product reads x or dy, and its output has rows of n or k elements.
     large, width = (x, n) if dy is None else (dy, k)
-    aligned = width * x.element_size() % 16 == 0 and _describable(large) and _describable(weight)
-    return _plan(x.device, problem, aligned, plan)
+    aligned = width % 16 == 0 and _aligned(large) and _aligned(weight)
+    problem = Problem(_bucket(m), n, k, rank, x.element_size(), dropout, precision, aligned)
+    return _plan(x.device, problem, plan)
+
+
+def _bucket(m: int) -> int:
+    """m rounded up by less than an eighth, so that a stream of different lengths needs few choices; exact up to 16."""
+    step = 1 << max(0, m.bit_length() - 4)
+    return -(-m // step) * step
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(device: torch.device, problem: Problem, descriptor: bool, forced: str | None) -> Choice:
+def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
     arch = device_architecture(device)
     assert arch is not None  # the caller has looked
     forward, dx = cost.forward_seconds(arch, problem), cost.dx_seconds(arch, problem)
-    config = tiles(arch, problem, descriptor)
+    config = tiles(arch, problem)
     if forced is not None:
         if forced not in forward:
             raise BackendError(
@@ -188,8 +201,16 @@ def float32_precision() -> str:
 
 
 def device_architecture(device: torch.device) -> Architecture | None:
-    """The table row of a CUDA device; under the interpreter, on a CPU, that of sm_90."""
-    return architecture((9, 0) if device.type == "cpu" else _capability(device))
+    """The table row of a CUDA device, with its own number of processors; under the interpreter, on a CPU, that of sm_90."""
+    return architecture((9, 0)) if device.type == "cpu" else _cuda_architecture(device)
+
+
+@functools.lru_cache
+def _cuda_architecture(device: torch.device) -> Architecture | None:
+    row = architecture(_capability(device))
+    if row is None:
+        return None
+    return replace(row, sms=torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.lru_cache
@@ -197,14 +218,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _describable(matrix: torch.Tensor) -> bool:
-    """Whether tensor descriptors can read the rows of a tensor whose leading dimensions will be flattened."""
+def _aligned(matrix: torch.Tensor) -> bool:
+    """What `Problem.aligned` says, for a tensor whose leading dimensions will be flattened into rows."""
     pitch = matrix.stride(-2) if matrix.ndim > 1 else matrix.shape[-1]
     return (
         matrix.stride(-1) == 1
         and pitch >= matrix.shape[-1]
+        and pitch % 16 == 0
         and matrix.data_ptr() % 16 == 0
-        and pitch * matrix.element_size() % 16 == 0
     )
 
 
@@ -223,9 +244,8 @@ def _or_raise(choice: Choice, wanted: str) -> Choice:
 
 
 def _has_triton() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return tuple(int(part) for part in version("triton").split(".")[:2]) >= _OLDEST_TRITON
+    installed = tuned.triton_version()
+    return installed is not None and tuple(map(int, installed.split(".")[:2])) >= _OLDEST_TRITON
 
 
 # Read once: a compiler can trace a constant, not a look at the file system or the environment.

@@ -37,3 +37,7 @@ class DataError(FastLoRAError, ValueError):
 
 class TrainingError(FastLoRAError, RuntimeError):
     """Training cannot go on (a non-finite loss, a run folder in use)."""
+
+
+class ExportError(FastLoRAError, RuntimeError):
+    """A model cannot be exported as asked (a missing package, an unsuitable example, a file that cannot be written)."""

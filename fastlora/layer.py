@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class LoRALinear(nn.Module):
 
     Raises: ConfigError for a value that cannot work, InjectionError if the layer cannot be adapted.
     """
+
+    disabled: bool = False  # set by `fastlora.disable_adapter` for as long as it lasts
 
     def __init__(
         self,
@@ -107,7 +110,10 @@ class LoRALinear(nn.Module):
 
         Summed in float32 or wider and rounded once to the weight's dtype. Differentiable, so code that reads `.weight`
         and multiplies by itself (`nn.MultiheadAttention` does) still sees and trains the adapter, without dropout.
+        W itself while the adapter is disabled.
         """
+        if self.disabled:
+            return self.original_linear.weight
         return self._merged_weight().to(self.original_linear.weight.dtype)
 
     @property
@@ -118,12 +124,16 @@ class LoRALinear(nn.Module):
     def forward(self, input: Any) -> Any:
         """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Gives back the same kind."""
         if isinstance(input, Tensor):
-            return self._forward_tensor(input)
+            return self.original_linear(input) if self.disabled else self._forward_tensor(input)
         if not (hasattr(input, "feats") and hasattr(input, "replace")):
             raise TypeError(
                 "input: expected a tensor or an object with .feats and .replace, "
                 f"got {type(input).__name__}"
             )
+        if self.disabled:
+            if self._is_plain():
+                return input.replace(self.original_linear(input.feats))
+            return self.original_linear(input)
         if self._has_hooks():
             base = self.original_linear(input)
             return base.replace(self._update(base.feats, input.feats))
@@ -131,6 +141,8 @@ class LoRALinear(nn.Module):
 
     def choose(self, x: Tensor) -> Choice:
         """The backend and plan that a call with the tensor `x` takes, and the reason."""
+        if self.disabled:
+            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
         dropout = self.training and reference.dropout_threshold(self.dropout) > 0
         return self._choose(ops.autocast(x) if ops.autocasts(x) else x, dropout)
 
@@ -140,7 +152,7 @@ class LoRALinear(nn.Module):
         dtype: dtype of the merged weight; None keeps the wrapped weight's. The sum is made in float32 or wider and rounded
         once. Device, bias (a copy), training mode and requires_grad are kept.
 
-        Raises: MergeError if the wrapped weight is parametrised: the parametrisation would be lost.
+        Raises: MergeError if the wrapped weight is parametrised (the parametrisation would be lost) or the adapter is disabled.
         """
         reason = self.why_unmergeable()
         if reason is not None:
@@ -155,6 +167,8 @@ class LoRALinear(nn.Module):
 
     def why_unmergeable(self) -> str | None:
         """Why folding the update into the wrapped weight would be wrong, or None if it would not."""
+        if self.disabled:
+            return "the adapter is disabled; merge outside of disable_adapter"
         if parametrize.is_parametrized(self.original_linear, "weight"):
             return "the weight is parametrised; remove the parametrisation first"
         if "weight" not in self.original_linear._parameters:
@@ -166,7 +180,13 @@ class LoRALinear(nn.Module):
             f"{self.in_features}, {self.out_features}, r={self.rank}, alpha={self.alpha:g}, "
             f"dropout={self.dropout:g}, bias={self.bias is not None}, backend={self.backend}"
             + (", use_rslora=True" if self.use_rslora else "")
+            + (", disabled" if self.disabled else "")
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A copy made inside disable_adapter would never be enabled again.
+        self.__dict__.pop("disabled", None)
 
     def _forward_tensor(self, x: Tensor) -> Tensor:
         if self._is_plain():
@@ -244,7 +264,11 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float) -> None:
     """Raises: ConfigError that names the argument, what was expected and what came."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"rank: expected an integer ≥ 1, got {rank!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, (int, float))
+        or not abs(alpha) <= sys.float_info.max
+    ):
         raise ConfigError(f"alpha: expected a finite number, got {alpha!r}")
     if (
         isinstance(dropout, bool)

@@ -46,7 +46,9 @@ def lora_linear(
     _check(x, weight, bias, lora_a, lora_b)
     if seed is not None and reference.dropout_threshold(p) == 0:
         seed = None
-    choice = choose(x, weight, lora_a.shape[0], dropout=seed is not None, backend=backend)
+    choice = choose(
+        x, weight, lora_a.shape[0], dropout=seed is not None, backend=backend, with_plan=False
+    )
     triton = choice.backend == "triton"
     if not triton and (lora_a.dtype != x.dtype or lora_b.dtype != x.dtype):
         lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # kernels cast as they load
@@ -248,3 +250,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
         )
     if bias is not None and bias.shape != (n,):
         raise ConfigError(f"bias: expected (N={n},), got {tuple(bias.shape)}")
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ConfigError(f"{name}: expected x's device {x.device}, got {tensor.device}")

@@ -8,6 +8,7 @@ the config finds layers are PEFT's, not those of `inject_lora`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -165,7 +166,7 @@ def save_pretrained(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"folder: cannot make {target}: {error}") from error
-    text = json.dumps(_as_json(config, model), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(as_json(config, model), indent=2, sort_keys=True) + "\n"
     weights = safetensors_bytes(state, {"format": "pt"})
     write_files({target / WEIGHTS_FILE: weights, target / CONFIG_FILE: text.encode()})
 
@@ -190,7 +191,7 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadRes
     if meta is not None:
         raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
     source = Path(folder)
-    config = _read_config(source / CONFIG_FILE)
+    config = read_config(source / CONFIG_FILE)
     if not (source / WEIGHTS_FILE).is_file():
         raise CheckpointError(
             f"folder: no such file: {source / WEIGHTS_FILE}; only safetensors are read"
@@ -207,7 +208,7 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadRes
     plan = {path: config.layer(path) for path in targets}
     heads = config.heads(model)
     for path in heads:
-        both = _overlap(path, plan)
+        both = overlap(path, plan)
         if both:
             raise CheckpointError(f"modules_to_save: {path} holds or is part of the target {both}")
     linears = {path: m for path, m in targets.items() if isinstance(m, nn.Linear)}
@@ -276,13 +277,6 @@ def _check_ties(
 
 def _describe(model: nn.Module, layers: dict[str, LoRALinear], heads: list[str]) -> PeftConfig:
     """The config from which PEFT's rules find exactly these layers with these ranks and alphas."""
-    stabilised = {layer.use_rslora for layer in layers.values()}
-    use_rslora = stabilised == {True}
-    alphas = {
-        path: layer.alpha if len(stabilised) == 1 else layer.scaling * layer.rank
-        for path, layer in layers.items()
-    }
-    ranks = {path: layer.rank for path, layer in layers.items()}
     dropouts = {layer.dropout for layer in layers.values()}
     if len(dropouts) > 1:
         warnings.warn(
@@ -290,20 +284,10 @@ def _describe(model: nn.Module, layers: dict[str, LoRALinear], heads: list[str])
             f"{max(dropouts)} is written",
             stacklevel=3,
         )
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     names = sorted({path.rpartition(".")[2] for path in layers})
     regex = "|".join(re.escape(path) for path in layers)
     for targets in (names, sorted(layers), regex):
-        config = PeftConfig(
-            targets,
-            r=int(rank),
-            lora_alpha=alpha,
-            lora_dropout=max(dropouts),
-            use_rslora=use_rslora,
-            modules_to_save=heads or None,
-            rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
-            alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
-        )
+        config = config_for(targets, layers, heads)
         if config.targets(model).keys() == layers.keys():
             return config
     missed = layers.keys() - config.targets(model).keys()
@@ -313,7 +297,34 @@ def _describe(model: nn.Module, layers: dict[str, LoRALinear], heads: list[str])
     )
 
 
-def _as_json(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
+def config_for(
+    targets: str | list[str],
+    layers: Mapping[str, LoRALinear] | Mapping[str, LoRAConfig],
+    heads: list[str],
+) -> PeftConfig:
+    """The config that gives these layers, named by `targets`, their ranks and alphas; the highest dropout where they differ."""
+    stabilised = {layer.use_rslora for layer in layers.values()}
+    use_rslora = stabilised == {True}
+    alphas = {
+        path: layer.alpha * (math.sqrt(layer.rank) if layer.use_rslora and not use_rslora else 1)
+        for path, layer in layers.items()
+    }
+    ranks = {path: layer.rank for path, layer in layers.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return PeftConfig(
+        targets,
+        r=int(rank),
+        lora_alpha=alpha,
+        lora_dropout=max(layer.dropout for layer in layers.values()),
+        use_rslora=use_rslora,
+        modules_to_save=heads or None,
+        rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
+    )
+
+
+def as_json(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
+    """What `adapter_config.json` holds, with every field that PEFT expects."""
     name = getattr(model, "name_or_path", None)
 
     def whole(value: float) -> float:
@@ -358,7 +369,7 @@ def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list
 
 
 def _refuse_adapted(path: str, layers: Mapping[str, LoRALinear]) -> None:
-    adapted = _overlap(path, layers)
+    adapted = overlap(path, layers)
     if adapted:
         raise CheckpointError(
             f"model: {path} would be saved whole and holds or is part of the adapted {adapted}. "
@@ -366,7 +377,7 @@ def _refuse_adapted(path: str, layers: Mapping[str, LoRALinear]) -> None:
         )
 
 
-def _overlap(path: str, adapted: Iterable[str]) -> str | None:
+def overlap(path: str, adapted: Iterable[str]) -> str | None:
     """The first adapted layer that is, holds, or is held by the module at `path`."""
     for other in adapted:
         if f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}."):
@@ -418,7 +429,7 @@ def _no_match(config: PeftConfig, model: nn.Module) -> str:
     return f"{wanted!r} matches no layer of the model. {nearest_names(first, paths)}"
 
 
-def _read_config(file: Path) -> PeftConfig:
+def read_config(file: Path) -> PeftConfig:
     """Raises: CheckpointError with one line that names the file and the field."""
     if not file.is_file():
         raise CheckpointError(f"folder: no such file: {file}")

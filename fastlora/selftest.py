@@ -125,6 +125,8 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
 
 def _why_it_cannot_learn(layer: LoRALinear) -> str | None:
     a, b = layer.lora_A, layer.lora_B
+    if layer.disabled:
+        return "is disabled by disable_adapter"
     if not (a.requires_grad or b.requires_grad):
         return "lora_A and lora_B are frozen (requires_grad is False): nothing here trains"
     if layer.scaling == 0:

@@ -9,6 +9,7 @@ tiles are chosen inside, when the sizes are known. Importing this module imports
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from fastlora import dispatch, reference
 from fastlora.dispatch import Choice
 from fastlora.kernels.backward import dy_pass, x_pass
+from fastlora.kernels.config import DY_RANK
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
 
@@ -45,7 +47,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), for x (M, K). plan: one of `dispatch.TRITON_PLANS`, or None to choose."""
     choice = dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None, plan)
-    return run_forward(choice, x, weight, bias, lora_a, lora_b, scaling, p, seed)
+    with _current(x):
+        return run_forward(choice, x, weight, bias, lora_a, lora_b, scaling, p, seed)
 
 
 def run_forward(
@@ -66,6 +69,10 @@ def run_forward(
         return F.linear(x, weight, bias) + s @ lora_b.to(x.dtype).T, s
     config = choice.config
     precision = _precision(x)
+    bias = None if bias is None else bias.contiguous()
+    if choice.plan in ("decode", "fused"):
+        # A is read once for every tile of columns, next to W: cast before, it streams as W does.
+        lora_a = lora_a.to(x.dtype)
     if choice.plan == "decode":
         y, s = decode(
             x, weight, bias, lora_a, lora_b, config.decode, scale=scale, precision=precision, **mask
@@ -110,7 +117,8 @@ def _backward(
     """Those of dx (M, K), dA (R, K), dB (N, R) that are needed, in this order; `s` is what `_forward` returned."""
     choice = dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None, plan, dy)
     needs = (needs_x, needs_a, needs_b)
-    return run_backward(choice, dy, x, weight, lora_a, lora_b, s, scaling, p, seed, needs)
+    with _current(x):
+        return run_backward(choice, dy, x, weight, lora_a, lora_b, s, scaling, p, seed, needs)
 
 
 def run_backward(
@@ -141,16 +149,25 @@ def run_backward(
         return gradients
     config = choice.config
     precision = _precision(x)
-    ds, dlora_b = dy_pass(
-        dy,
-        lora_b,
-        s,
-        config.dy,
-        scale=scale,
-        needs_ds=needs_x or needs_a,
-        needs_db=needs_b,
-        precision=precision,
-    )
+    ds: Tensor | None = None
+    dlora_b: Tensor | None = None
+    if lora_a.shape[0] <= DY_RANK:
+        ds, dlora_b = dy_pass(
+            dy,
+            lora_b,
+            s,
+            config.dy,
+            scale=scale,
+            needs_ds=needs_x or needs_a,
+            needs_db=needs_b,
+            precision=precision,
+        )
+    else:  # two products of cuBLAS read dy twice, which is less than the parts of one pass would be
+        if needs_x or needs_a:
+            # dS = scale * dy @ B  # [M, N] @ [N, R] -> [M, R]; with beta=0 what `s` holds is not read
+            ds = torch.addmm(s, dy, lora_b.to(dy.dtype), beta=0, alpha=scale)
+        if needs_b:
+            dlora_b = (dy.T @ s).to(lora_b.dtype)  # [N, M] @ [M, R] -> [N, R]
     if needs_a:
         dlora_a, packed = x_pass(x, ds, lora_a.dtype, config.x, precision=precision, **mask)
         mask = mask and {"packed": packed}  # so that dx need not make the mask once more
@@ -166,6 +183,11 @@ def run_backward(
     if needs_b:
         gradients.append(dlora_b)
     return gradients
+
+
+def _current(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' device is: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _factors(

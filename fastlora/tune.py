@@ -161,7 +161,8 @@ def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tune
         "down": ("in_place", "in_place", None),
         "dy": ("in_place", "in_place", (False, True, True)),
         "x": ("in_place", "in_place", (False, True, False)),
-        "dx": ("in_place", "split", (True, False, False)),
+        # with dA, so that dx finds the mask in bits as it does in training
+        "dx": ("in_place", "split", (True, True, False)),
         "update": ("in_place", "in_place", None),
         **{
             plan: (plan, "in_place", None) for plan in ("split", "fused", "decode") if plan in plans
@@ -187,7 +188,7 @@ def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tune
     }
     dx = {
         plan: _seconds(
-            bench, Choice("triton", "in_place", "tuning", plan, best), (True, False, False), timer
+            bench, Choice("triton", "in_place", "tuning", plan, best), (True, True, False), timer
         )
         for plan in ("split", "in_place")
     }
@@ -204,7 +205,8 @@ def _seconds(
     bench: Bench, choice: Choice, needs: tuple[bool, bool, bool] | None, timer: Timer
 ) -> float:
     """Seconds of the forward pass, or of the backward pass for the gradients in `needs`; infinity if it cannot count."""
-    from triton.runtime.errors import OutOfResources
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     try:
         if not bench.is_right(choice):
@@ -213,7 +215,11 @@ def _seconds(
             return timer(lambda: bench.forward(choice))
         _, s = bench.forward(choice)
         return timer(lambda: bench.backward(choice, s, needs))
-    except OutOfResources:  # these tiles need more shared memory or registers than the device has
+    except (
+        OutOfResources,
+        CompilationError,
+        PTXASError,
+    ):  # tiles that the device or the compiler cannot do
         return math.inf
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +63,28 @@ def store(device_name: str, problem: Problem, tuned: Tuned) -> None:
 def key(device_name: str, q: Problem) -> str:
     """One line that names the GPU, the versions and the bucket of problems."""
     rows = 1 << (q.m - 1).bit_length()
-    versions = f"torch {torch.__version__}, triton {version('triton')}, kernels {_kernels()}"
     flags = f"{q.itemsize} bytes, {q.precision}{', dropout' if q.dropout else ''}"
-    return f"{device_name} | {versions} | m<={rows} n={q.n} k={q.k} r={q.rank} | {flags}"
+    flags += "" if q.aligned else ", unaligned"
+    return f"{device_name} | {_versions()} | m<={rows} n={q.n} k={q.k} r={q.rank} | {flags}"
+
+
+def triton_version() -> str | None:
+    """Triton's version, under either of the names by which it is distributed; None if it is not installed."""
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 @functools.lru_cache
-def _kernels() -> str:
-    """A digest of the kernels' source: what was measured says nothing about other kernels."""
+def _versions() -> str:
+    """torch, Triton and a digest of the kernels' source: what was measured says nothing about others."""
     folder = Path(__file__).parent / "kernels"
     source = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
-    return hashlib.sha256(source).hexdigest()[:12]
+    digest = hashlib.sha256(source).hexdigest()[:12]
+    return f"torch {torch.__version__}, triton {triton_version()}, kernels {digest}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,43 +19,47 @@ from fastlora.kernels.tiles import drop_bits, keep_bits
 
 @triton.jit(do_not_specialize=["M"])
 def _dy_kernel(
-    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, M, N, R, n_chunk, scale, stride_dm, stride_dn, stride_bn, stride_br,
-    NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, M, N, m_chunk, scale, stride_dm, stride_dn, stride_bn, stride_br,
+    R: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (m, split): BLOCK_M rows and one chunk of the columns of dy.
+    """Program (n, split): BLOCK_N columns and one chunk of the rows of dy; B and the sum of dB stay where they are.
 
-    ds_ptr: (splits, M, R), summed over the chunk. db_ptr: (tiles of M, N, R), each over BLOCK_M rows.
+    ds_ptr: (tiles of N, M, R), each over BLOCK_N columns. db_ptr: (splits, N, R), each over a chunk of rows.
     """
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     tile, split = tl.program_id(0), tl.program_id(1)
-    o_m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     o_r = tl.arange(0, BLOCK_R)
-    m_m, m_r = o_m < M, o_r < R
-    o_row = o_m[:, None] * R + o_r[None, :]
-    m_row = m_m[:, None] & m_r[None, :]
-    ds = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    if NEEDS_DB:
-        s = tl.load(s_ptr + o_row, mask=m_row, other=0.0)  # [BLOCK_M, BLOCK_R]
-        db_ptr += tile.to(tl.int64) * N * R
-    first_n = split * n_chunk
-    for n in range(first_n, min(first_n + n_chunk, N), BLOCK_N):
-        o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
-        m_n = o_n < N
-        p_dy = dy_ptr + o_m[:, None] * stride_dm + o_n[None, :] * stride_dn
+    m_n, m_r = o_n < N, o_r < R
+    m_nr = m_n[:, None] & m_r[None, :]
+    b = tl.load(
+        b_ptr + o_n[:, None] * stride_bn + o_r[None, :] * stride_br, mask=m_nr, other=0.0
+    ).to(DTYPE)
+    db = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    first_m = split * m_chunk
+    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    p_dy = dy_ptr + o_m[:, None] * stride_dm + o_n[None, :] * stride_dn
+    p_s = s_ptr + o_m[:, None] * R + o_r[None, :]
+    p_ds = ds_ptr + tile.to(tl.int64) * M * R + o_m[:, None] * R + o_r[None, :]
+    step = tl.full([], BLOCK_M, tl.int64)
+    for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M):
+        m_m = m + tl.arange(0, BLOCK_M) < M
+        m_row = m_m[:, None] & m_r[None, :]
         m_dy = m_m[:, None] if EVEN_N else m_m[:, None] & m_n[None, :]
         dy = tl.load(p_dy, mask=m_dy, other=0.0)  # [BLOCK_M, BLOCK_N]
         if NEEDS_DS:
-            p_b = b_ptr + o_n[:, None] * stride_bn + o_r[None, :] * stride_br
-            b = tl.load(p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-            ds = tl.dot(dy, b.to(DTYPE), ds, input_precision=PRECISION)
+            ds = tl.dot(dy, b, input_precision=PRECISION)  # [BLOCK_M, BLOCK_R]
+            tl.store(p_ds, (ds * scale).to(ds_ptr.dtype.element_ty), mask=m_row)
         if NEEDS_DB:
-            db = tl.dot(tl.trans(dy), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
-            p_db = db_ptr + o_n[:, None] * R + o_r[None, :]
-            tl.store(p_db, db.to(db_ptr.dtype.element_ty), mask=m_n[:, None] & m_r[None, :])
-    if NEEDS_DS:
-        ds_ptr += split.to(tl.int64) * M * R
-        tl.store(ds_ptr + o_row, (ds * scale).to(ds_ptr.dtype.element_ty), mask=m_row)
+            s = tl.load(p_s, mask=m_row, other=0.0)  # [BLOCK_M, BLOCK_R]
+            db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
+        p_dy += step * stride_dm
+        p_s += BLOCK_M * R
+        p_ds += BLOCK_M * R
+    if NEEDS_DB:
+        p_db = db_ptr + split.to(tl.int64) * N * R + o_n[:, None] * R + o_r[None, :]
+        tl.store(p_db, db.to(db_ptr.dtype.element_ty), mask=m_nr)
 
 
 def dy_pass(
@@ -72,15 +76,15 @@ def dy_pass(
     """dS = scale · dy B (M, R) in dy's dtype, and dB = dyᵀ S (N, R) in lora_b's; None for what is not needed.
 
     dy: (M, N), any strides. lora_b: (N, R), any strides, any float dtype, cast to dy's. s: (M, R), contiguous, dy's dtype.
-    config.splits cuts N.
+    R ≤ config.block_r. config.splits cuts M.
     """
     (m, n), r = dy.shape, s.shape[1]
-    chunk = triton.cdiv(triton.cdiv(n, config.splits), config.block_n) * config.block_n
-    splits, tiles = triton.cdiv(n, chunk), triton.cdiv(m, config.block_m)
-    ds_dtype = dy.dtype if splits == 1 else torch.float32
-    db_dtype = lora_b.dtype if tiles == 1 else torch.float32
-    ds = torch.empty(splits, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
-    db = torch.empty(tiles, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
+    chunk = triton.cdiv(triton.cdiv(m, config.splits), config.block_m) * config.block_m
+    splits, tiles = triton.cdiv(m, chunk), triton.cdiv(n, config.block_n)
+    ds_dtype = dy.dtype if tiles == 1 else torch.float32
+    db_dtype = lora_b.dtype if splits == 1 else torch.float32
+    ds = torch.empty(tiles, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
+    db = torch.empty(splits, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
     _dy_kernel[(tiles, splits)](
         dy_ptr=dy,
         b_ptr=lora_b,
@@ -89,13 +93,13 @@ def dy_pass(
         db_ptr=s if db is None else db,
         M=m,
         N=n,
-        R=r,
-        n_chunk=chunk,
+        m_chunk=chunk,
         scale=scale,
         stride_dm=dy.stride(0),
         stride_dn=dy.stride(1),
         stride_bn=lora_b.stride(0),
         stride_br=lora_b.stride(1),
+        R=r,
         NEEDS_DS=needs_ds,
         NEEDS_DB=needs_db,
         EVEN_N=n % config.block_n == 0,
@@ -114,36 +118,37 @@ def dy_pass(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _x_kernel(
-    x_ptr, ds_ptr, da_ptr, seed_ptr, packed_ptr, M, K, R, m_chunk, threshold, stride_xm, stride_xk,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, ds_ptr, da_ptr, seed_ptr, packed_ptr, M, K, m_chunk, threshold, stride_xm, stride_xk, stride_pm,
+    R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (k, split): BLOCK_K columns of dA from one chunk of the rows of x. da_ptr: (splits, R, K)."""
     first_k, split = tl.program_id(0) * BLOCK_K, tl.program_id(1)
     o_k = (first_k + tl.arange(0, BLOCK_K)).to(tl.int64)
+    o_byte = first_k // 8 + tl.arange(0, BLOCK_K // 8)
     o_r = tl.arange(0, BLOCK_R)
     m_k, m_r = o_k < K, o_r < R
     da = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     first_m = split * m_chunk
+    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
+    p_ds = ds_ptr + o_m[None, :] * R + o_r[:, None]
+    p_byte = packed_ptr + o_m[:, None] * stride_pm + o_byte[None, :]
+    step = tl.full([], BLOCK_M, tl.int64)
     for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M):
-        o_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
-        m_m = o_m < M
+        m_m = m + tl.arange(0, BLOCK_M) < M
         m_x = m_m[:, None] if EVEN_K else m_m[:, None] & m_k[None, :]
-        p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
         x = tl.load(p_x, mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_K]
-        m_ds = m_r[:, None] & m_m[None, :]
-        ds_t = tl.load(
-            ds_ptr + o_m[None, :] * R + o_r[:, None], mask=m_ds, other=0.0
-        )  # [BLOCK_R, BLOCK_M]
+        ds_t = tl.load(p_ds, mask=m_r[:, None] & m_m[None, :], other=0.0)  # [BLOCK_R, BLOCK_M]
         if DROPOUT:
-            o_byte = first_k // 8 + tl.arange(0, BLOCK_K // 8)
             bits = keep_bits(tl.load(seed_ptr), threshold, m + tl.arange(0, BLOCK_M), o_byte)
             x = drop_bits(x, bits)
-            p_byte = packed_ptr + o_m[:, None] * tl.cdiv(K, 8) + o_byte[None, :]
-            tl.store(
-                p_byte, bits.to(tl.uint8), mask=m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
-            )
+            m_byte = m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
+            tl.store(p_byte, bits.to(tl.uint8), mask=m_byte)
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)
+        p_x += step * stride_xm
+        p_ds += BLOCK_M * R
+        p_byte += step * stride_pm
     p_da = da_ptr + split.to(tl.int64) * R * K + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
     tl.store(p_da, da.to(da_ptr.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
 
@@ -158,7 +163,7 @@ def x_pass(
     threshold: int = 0,
     precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask (M, ⌈K / 8⌉) uint8, None without dropout.
+    """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask in bits (M, ⌈K / 8⌉) uint8, None without dropout.
 
     x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits cuts M.
     seed, threshold, precision: as in `rank_gemm`.
@@ -170,7 +175,9 @@ def x_pass(
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
     packed = None
     if seed is not None:
-        packed = torch.empty(m, triton.cdiv(k, 8), dtype=torch.uint8, device=x.device)
+        # Rows a multiple of 16 bytes apart can be read in wide pieces.
+        pitch = triton.cdiv(k, 128) * 16
+        packed = torch.empty(m, pitch, dtype=torch.uint8, device=x.device)[:, : triton.cdiv(k, 8)]
     _x_kernel[(triton.cdiv(k, config.block_k), splits)](
         x_ptr=x,
         ds_ptr=ds,
@@ -181,6 +188,7 @@ def x_pass(
         K=k,
         R=r,
         m_chunk=chunk,
+        stride_pm=0 if packed is None else packed.stride(0),
         threshold=threshold,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),

@@ -59,8 +59,8 @@ def _store_rows(out_ptr, block, M, N, first_m, first_n):
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _down_kernel(
-    x_ptr, a_ptr, s_ptr, seed_ptr, M, K, R, k_chunk, scale, threshold, stride_xm, stride_xk, stride_ar, stride_ak,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, a_ptr, s_ptr, seed_ptr, M, K, k_chunk, scale, threshold, stride_xm, stride_xk, stride_ar, stride_ak,
+    R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (m, split): rows of S from one chunk of K. s_ptr: (splits, M, R)."""
@@ -122,9 +122,9 @@ def down_project(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _stream_kernel(
-    x_ptr, w_ptr, a_ptr, base_ptr, s_ptr, seed_ptr, M, N, K, R, k_chunk, threshold,
+    x_ptr, w_ptr, a_ptr, base_ptr, s_ptr, seed_ptr, M, N, K, k_chunk, threshold,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, split): one chunk of K of x Wᵀ, or, for the tiles after the last of W, of (keep ∘ x) Aᵀ.
@@ -152,8 +152,8 @@ def _stream_kernel(
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def _combine_kernel(
-    base_ptr, s_part_ptr, bias_ptr, b_ptr, y_ptr, s_ptr, M, N, R, splits, scale, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    base_ptr, s_part_ptr, bias_ptr, b_ptr, y_ptr, s_ptr, M, N, splits, scale, stride_bn, stride_br,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Sum the partial results of a tile of columns, then add the rank-R term and the bias."""
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
@@ -197,8 +197,8 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x Wᵀ + bias + S Bᵀ (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), in x's dtype, in two launches.
 
-    x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R): any strides; the adapters in any
-    float dtype. config.splits cuts K. seed, threshold, precision: as in `rank_gemm`.
+    x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R), R ≤ config.block_r: any strides; the
+    adapters in any float dtype. config.splits cuts K. seed, threshold, precision: as in `rank_gemm`.
     """
     (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
     chunk = triton.cdiv(triton.cdiv(k, config.splits), config.block_k) * config.block_k

@@ -22,8 +22,8 @@ from fastlora.kernels.tiles import drop, drop_bits, halves, tile_of
 
 @triton.jit
 def _rank_term(
-    acc, s, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-    DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    acc, s, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+    R: tl.constexpr, DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """acc + keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n)."""
     o_m = (first_m + tl.arange(0, acc.shape[0])).to(tl.int64)
@@ -47,7 +47,7 @@ def _rank_term(
     if PACKED:
         o_byte = first_n // 8 + tl.arange(0, acc.shape[1] // 8)
         m_byte = (o_m < M)[:, None] & (o_byte < tl.cdiv(N, 8))[None, :]
-        p_byte = mask_ptr + o_m[:, None] * tl.cdiv(N, 8) + o_byte[None, :]
+        p_byte = mask_ptr + o_m[:, None] * stride_mask + o_byte[None, :]
         term = acc + drop_bits(term, tl.load(p_byte, mask=m_byte, other=0))
     elif DROPOUT:
         term = acc + drop(term, tl.load(mask_ptr), threshold, first_m, first_n)
@@ -71,9 +71,9 @@ def _store_s(s_ptr, s, M, R, first_m, BLOCK_R: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _pointer_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, low_ptr, up_ptr, out_ptr, mask_ptr,
-    M, N, K, R, scale, threshold,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_un, stride_ur,
-    HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    M, N, K, scale, threshold,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_un, stride_ur, stride_mask,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _pointer_kernel(
             a = tl.load(
                 p_a, mask=m_k[:, None] & (o_r < R)[None, :], other=0.0
             )  # [BLOCK_K, BLOCK_R]
-            s = tl.dot(x, a.to(DTYPE), s, input_precision=PRECISION)
+            s = tl.dot(x, a, s, input_precision=PRECISION)
             p_a += step * stride_ak
         p_x += step * stride_xk
         p_w += step * stride_wk
@@ -116,8 +116,8 @@ def _pointer_kernel(
     if FUSED and tile_n == 0:
         _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
     acc = _rank_term(
-        acc, s_low, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-        DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
+        acc, s_low, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+        R, DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc = _add_bias(acc, bias_ptr, N, first_n)
@@ -127,25 +127,25 @@ def _pointer_kernel(
 
 @triton.jit
 def _finish(
-    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-    DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+    R: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """Add the rank-R term and the bias to `acc` and store it, in SUBTILES column strips one after the other."""
     if SUBTILES > 1:
         left, right = halves(acc)
         _finish(
-            out_desc, left, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur,
-            first_m, first_n, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
+            out_desc, left, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
+            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
         )  # fmt: skip
         _finish(
-            out_desc, right, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur,
-            first_m, first_n + acc.shape[1] // 2, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
+            out_desc, right, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
+            first_m, first_n + acc.shape[1] // 2, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
         )  # fmt: skip
     else:
         out = _rank_term(
-            acc, s, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-            DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
+            acc, s, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+            R, DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
             out = _add_bias(out, bias_ptr, N, first_n)
@@ -155,8 +155,8 @@ def _finish(
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _descriptor_kernel(
     x_desc, w_desc, a_ptr, out_desc, bias_ptr, low_ptr, up_ptr, mask_ptr,
-    M, N, K, R, scale, threshold, stride_ar, stride_ak, stride_un, stride_ur,
-    HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    M, N, K, scale, threshold, stride_ar, stride_ak, stride_un, stride_ur, stride_mask,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):  # fmt: skip
@@ -182,20 +182,20 @@ def _descriptor_kernel(
                     None, :
                 ] * stride_ar
                 a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)  # [BLOCK_K, BLOCK_R]
-                s = tl.dot(x, a.to(DTYPE), s, input_precision=PRECISION)
+                s = tl.dot(x, a, s, input_precision=PRECISION)
         s_low = (s * scale).to(DTYPE)
         if FUSED and tile_n == 0:
             _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
         _finish(
-            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur,
-            first_m, first_n, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES,
+            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
+            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _update_kernel(
-    out_ptr, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur,
-    DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    out_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
+    R: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of out is read, given its rank-R term, and written back."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -206,8 +206,8 @@ def _update_kernel(
     mask = (o_m < M)[:, None] & (o_n < N)[None, :]
     acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
     acc = _rank_term(
-        acc, acc, low_ptr, up_ptr, mask_ptr, M, N, R, threshold, stride_un, stride_ur, first_m, first_n,
-        DTYPE, False, DROPOUT, PACKED, PRECISION, BLOCK_R,
+        acc, acc, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+        R, DTYPE, False, DROPOUT, PACKED, PRECISION, BLOCK_R,
     )  # fmt: skip
     tl.store(p_out, acc.to(DTYPE), mask=mask)
 
@@ -233,12 +233,16 @@ def rank_gemm(
     bias: (N,) or None. low: (M, R), contiguous, x's dtype. up: (N, R), any strides, any float dtype.
     config: tiles. With `config.descriptor`, x, out and weight (or its transpose) must suit the tensor memory accelerator:
         rows contiguous, 16-byte aligned, their pitch a multiple of 16 bytes.
-    lora_a: (R, K). If given, low is not read but written: low = scale · x Aᵀ (R ≤ config.block_r).
+    lora_a: (R, K), x's dtype. If given, low is not read but written: low = scale · x Aᵀ.
     seed: 0-d int64 on x's device, or None for no dropout; threshold: p in units of 2⁻¹⁶.
-    packed: (M, ⌈N / 8⌉) uint8, the mask as `backward.x_pass` leaves it; then seed and threshold are not used.
+    packed: (M, ⌈N / 8⌉) uint8, rows contiguous: the mask as `backward.x_pass` leaves it; then seed and threshold are not used.
     precision: of float32 products, "ieee", "tf32" or "tf32x3".
+
+    Raises: ValueError if lora_a has more ranks than config.block_r: a fused tile of S holds all of them.
     """
     (m, k), n, r = x.shape, weight.shape[0], low.shape[1]
+    if lora_a is not None and r > config.block_r:
+        raise ValueError(f"lora_a: expected at most {config.block_r} ranks, got {r}")
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -259,6 +263,7 @@ def rank_gemm(
         "stride_ak": a.stride(1),
         "stride_un": up.stride(0),
         "stride_ur": up.stride(1),
+        "stride_mask": 0 if packed is None else packed.stride(0),
         "HAS_BIAS": bias is not None,
         "FUSED": lora_a is not None,
         "DROPOUT": seed is not None or packed is not None,
@@ -338,6 +343,7 @@ def rank_update_(
         threshold=threshold,
         stride_un=up.stride(0),
         stride_ur=up.stride(1),
+        stride_mask=0 if packed is None else packed.stride(0),
         DROPOUT=seed is not None or packed is not None,
         PACKED=packed is not None,
         PRECISION=precision,

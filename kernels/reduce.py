@@ -4,31 +4,33 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 1024
+_SPLITS, _BLOCK = 32, 128
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _sum_kernel(part_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
+def _sum_kernel(part_ptr, out_ptr, size, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of the sum per program: SPLITS parts at a time are in flight, and are added as a fixed tree."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < size
+    o_split = tl.arange(0, SPLITS).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(splits):
-        total += tl.load(part_ptr + o, mask=m, other=0.0)
-        part_ptr += size
-    tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=m)
+    for first in range(0, splits, SPLITS):
+        m_part = (first + o_split < splits)[:, None] & (o < size)[None, :]
+        p_part = part_ptr + (first + o_split)[:, None] * size + o[None, :]
+        total += tl.sum(tl.load(p_part, mask=m_part, other=0.0), axis=0)
+    tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=o < size)
 
 
 def sum_partials(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """part.sum(0) in `dtype`; part: (splits, ...), float32, contiguous. One split is only converted."""
+    """part.sum(0) in `dtype`, newly allocated; part: (splits, ...), float32, contiguous. One split is only converted."""
     if part.shape[0] == 1:
         return part[0].to(dtype)
     out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
-    grid = (triton.cdiv(out.numel(), _BLOCK),)
-    _sum_kernel[grid](
+    _sum_kernel[(triton.cdiv(out.numel(), _BLOCK),)](
         part_ptr=part,
         out_ptr=out,
         size=out.numel(),
         splits=part.shape[0],
+        SPLITS=_SPLITS,
         BLOCK=_BLOCK,
         num_warps=4,
     )

@@ -22,7 +22,6 @@ from fastlora import (
 )
 from fastlora.kernels.config import (
     ARCHITECTURES,
-    DECODE_ROWS,
     Problem,
     architecture,
     rank_block,
@@ -160,6 +159,33 @@ def test_the_operators_compute_the_same_where_there_is_no_kernel(p, monkeypatch)
         torch.testing.assert_close(one, other)
 
 
+def test_a_tensor_subclass_keeps_its_own_operators():
+    class Own(torch.Tensor):
+        pass
+
+    with pytest.raises(BackendError, match="a tensor subclass"):
+        _forced(torch.zeros(3, 16).as_subclass(Own))
+
+
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 32, 33, 63, 64, 65, 1000, 8191, 8192, 100_003])
+def test_rows_are_rounded_up_to_few_sizes(m):
+    rounded = dispatch._bucket(m)
+    assert m <= rounded < 1.125 * m + 1 and dispatch._bucket(rounded) == rounded
+    assert (rounded <= 64) == (m <= 64) and (rounded <= 32) == (m <= 32)
+
+
+def test_triton_is_found_under_both_names(monkeypatch):
+    def version(name):
+        if name == "pytorch-triton":
+            return "3.6.0+git1"
+        raise tuned.PackageNotFoundError(name)
+
+    monkeypatch.setattr(tuned, "version", version)
+    assert tuned.triton_version() == "3.6.0+git1" and dispatch._has_triton()
+    monkeypatch.setattr(tuned, "version", lambda name: version("triton"))
+    assert tuned.triton_version() is None and not dispatch._has_triton()
+
+
 def test_functorch_and_unknown_names_are_refused_under_a_forced_backend():
     weight = torch.zeros(8, 16)
     with pytest.raises(BackendError, match="functorch"):
@@ -240,9 +266,9 @@ def test_the_cost_model_offers_only_plans_that_run():
     assert set(cost.forward_seconds(H100, LLM)) == {"in_place", "split"}
     assert "fused" in cost.forward_seconds(H100, replace(LLM, dropout=False))
     assert "fused" not in cost.forward_seconds(H100, replace(LLM, dropout=False, rank=128))
-    few = replace(LLM, m=DECODE_ROWS)
+    few = replace(LLM, m=H100.decode_rows)
     assert "decode" in cost.forward_seconds(H100, few)
-    assert "decode" not in cost.forward_seconds(H100, replace(few, m=DECODE_ROWS + 1))
+    assert "decode" not in cost.forward_seconds(H100, replace(few, m=H100.decode_rows + 1))
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])
@@ -268,7 +294,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_what_was_tuned_is_found_again_for_its_bucket_only(cache):
-    config = tiles(H100, LLM, True)
+    config = tiles(H100, LLM)
     entry = tuned.Tuned(
         "in_place", "split", replace(config, split=replace(config.split, num_stages=3))
     )
@@ -278,15 +304,20 @@ def test_what_was_tuned_is_found_again_for_its_bucket_only(cache):
     assert tuned.lookup(device, LLM) == entry
     assert tuned.lookup(device, replace(LLM, m=8191)) == entry
     others = [replace(LLM, **{f: getattr(LLM, f) + 1}) for f in ("m", "n", "k", "rank")]
-    for other in [*others, replace(LLM, dropout=False), replace(LLM, itemsize=4)]:
+    for other in [
+        *others,
+        replace(LLM, dropout=False),
+        replace(LLM, itemsize=4),
+        replace(LLM, aligned=False),
+    ]:
         assert tuned.lookup(device, other) is None
     tuned.store("Another GPU", LLM, entry)
     assert len(json.loads(cache.read_text())) == 2
 
 
 def test_the_cache_belongs_to_its_versions_and_kernels(cache, monkeypatch):
-    tuned.store("Some GPU", LLM, tuned.Tuned("split", "split", tiles(H100, LLM, True)))
-    monkeypatch.setattr(tuned, "_kernels", lambda: "other kernels")
+    tuned.store("Some GPU", LLM, tuned.Tuned("split", "split", tiles(H100, LLM)))
+    monkeypatch.setattr(tuned, "_versions", lambda: "other kernels")
     assert tuned.lookup(torch.device("cuda:0"), LLM) is None
 
 
@@ -306,18 +337,21 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(GPU, reason="pretends that a CPU is the device")
 def test_a_measured_plan_beats_the_predicted_one(cache, monkeypatch):
-    x, weight = torch.zeros(100, 16), torch.zeros(8, 16)
-    problem = Problem(100, 8, 16, 4, 4, False)
-    config = replace(
-        tiles(H100, problem, True), dy=replace(tiles(H100, problem, True).dy, splits=1)
-    )
+    x, weight = torch.zeros(100, 16), torch.zeros(16, 16)
+    problem = Problem(100, 16, 16, 4, 4, False)
+    config = replace(tiles(H100, problem), dy=replace(tiles(H100, problem).dy, splits=1))
     tuned.store("Some GPU", problem, tuned.Tuned("split", "in_place", config))
     monkeypatch.setattr(dispatch, "device_architecture", lambda device: H100)
+
+    dispatch._plan.cache_clear()
 
     class Cuda(torch.Tensor):
         device = torch.device("cuda:0")
 
     choice = dispatch.launch_choice(x.as_subclass(Cuda), weight, 4, False)
+    # The same call on rows that are not aligned must not get the tiles of aligned ones.
+    odd = torch.zeros(100, 17)[:, 1:].as_subclass(Cuda)
+    assert dispatch.launch_choice(odd, weight, 4, False).reason != choice.reason
     dispatch._plan.cache_clear()
     assert (choice.plan, choice.dx_plan, choice.config) == ("split", "in_place", config)
     assert choice.reason == "measured by fastlora.tune"

@@ -31,11 +31,16 @@ MAY_IMPORT = {
     "selection": {"config", "layer", "errors"},
     "inject": {"config", "initialise", "layer", "selection", "errors"},
     "merge": {"layer", "errors"},
+    "switch": {"selection", "errors"},
     "checkpoint": {"selection", "errors"},
     "base_state": {"checkpoint", "layer", "errors"},
+    "exporter": {"layer", "merge", "errors"},
     "peft_layer": {"ops"},
     "peft": {"peft_layer", "errors"},
     "peft_format": {"checkpoint", "config", "inject", "layer", "selection", "errors"},
+    "adapter_files": {"checkpoint", "config", "layer", "peft_format", "errors"},
+    "cli": {"adapter_files", "errors"},
+    "__main__": {"cli"},
 }
 
 PUBLIC = [
@@ -47,6 +52,7 @@ PUBLIC = [
     "Choice",
     "ConfigError",
     "DataError",
+    "ExportError",
     "FastLoRAError",
     "InjectionError",
     "LoRAConfig",
@@ -62,8 +68,10 @@ PUBLIC = [
     "base_state_dict",
     "check",
     "count_parameters",
+    "disable_adapter",
     "estimate",
     "explain",
+    "export",
     "freeze_base_params",
     "from_pretrained",
     "get_lora_params",
@@ -168,7 +176,10 @@ def test_the_wheel_holds_the_kernels_the_types_and_the_weights(tmp_path):
     ]
     subprocess.run(command, check=True, timeout=300, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
+    (entries,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "fastlora = fastlora.cli:main" in archive.read(entries).decode()
     modules = {
         f"fastlora/{f.relative_to(ROOT / 'fastlora')}" for f in (ROOT / "fastlora").glob("*.py")
     }

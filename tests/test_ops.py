@@ -49,7 +49,7 @@ def test_forward_and_backward_match_the_reference(case, dtype):
 def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
     case = Case((70,), 24, 16, 4, p=0.3)
     whole = _run(lora_linear, make(case).to(torch.float64), case)
-    monkeypatch.setattr(cpu_dropout, "_BLOCK_ELEMENTS", 24 * 9)
+    monkeypatch.setattr(cpu_dropout, "_BLOCK_CALLS", 3 * 9)
     blocks = _run(lora_linear, make(case).to(torch.float64), case)
     for a, b in zip(whole, blocks, strict=True):
         torch.testing.assert_close(a, b)
@@ -194,6 +194,11 @@ def _double(t: Tensors):
         ({"x": torch.zeros(3, 16, device="meta")}, "x: expected the weight's device cpu, got meta"),
         ({"lora_a": torch.zeros(1, 5)}, r"lora_a: expected \(R, K=16\), got \(1, 5\)"),
         ({"lora_b": torch.zeros(16, 2)}, r"lora_b: expected \(N=16, R=1\), got \(16, 2\)"),
+        ({"bias": torch.zeros(16, device="meta")}, "bias: expected x's device cpu, got meta"),
+        (
+            {"lora_a": torch.zeros(1, 16, device="meta")},
+            "lora_a: expected x's device cpu, got meta",
+        ),
         ({"bias": torch.zeros(3)}, r"bias: expected \(N=16,\), got \(3,\)"),
     ],
 )

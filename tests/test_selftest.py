@@ -103,7 +103,7 @@ def test_an_update_too_small_to_be_seen_hides_nothing(start):
     assert [finding.path for finding in check(model, X).findings] == ["second"]
 
 
-@pytest.mark.parametrize("change", ["frozen", "zero", "alpha", "half frozen", "zero A"])
+@pytest.mark.parametrize("change", ["disabled", "frozen", "zero", "alpha", "half frozen", "zero A"])
 def test_an_adapter_that_cannot_learn_is_found(change):
     model = adapted(Two())
     layer = model.second
@@ -111,6 +111,8 @@ def test_an_adapter_that_cannot_learn_is_found(change):
         layer.alpha = 0.0
     if change == "frozen":
         layer.requires_grad_(False)
+    if change == "disabled":
+        layer.disabled = True
     if change == "half frozen":
         layer.lora_A.requires_grad_(False)
     if change in ("zero", "zero A"):
@@ -119,6 +121,7 @@ def test_an_adapter_that_cannot_learn_is_found(change):
         nn.init.ones_(layer.lora_B)
     report = check(model, X)
     words = {"frozen": "requires_grad is False", "zero": "both zero", "alpha": "alpha is 0"}
+    words["disabled"] = "is disabled by disable_adapter"
     assert report.ok == (change not in words)
     if change in words:
         assert str(report).count("second: ") == 1 and words[change] in str(report)

@@ -30,7 +30,7 @@ def test_a_bad_shape_is_named(text):
 
 
 def test_candidates_start_from_the_table_and_are_distinct_and_sensible():
-    config = tiles(H100, Problem(8192, 4096, 4096, 16, 2, True), True)
+    config = tiles(H100, Problem(8192, 4096, 4096, 16, 2, True))
     for start in (config.split, config.down, config.dy, config.x, config.decode):
         tried = list(candidates(start))
         assert tried[0] == start and len(set(tried)) == len(tried) > 20
@@ -45,7 +45,7 @@ def small(monkeypatch):
     shape = Shape(24, 32, 48, 4, 0.2)
     bench = Bench(shape, torch.float32, DEVICE)
     monkeypatch.setattr(dispatch, "device_architecture", lambda device: H100)
-    return bench, tiles(H100, bench.problem, False)
+    return bench, tiles(H100, bench.problem)
 
 
 def _clock(times):

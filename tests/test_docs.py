@@ -1,0 +1,108 @@
+"""The code of docs/export.md and docs/integrations.md runs and says the truth."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlora
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def run(code, folder, monkeypatch, names=None):
+    """The names that the Python blocks of `code` leave behind, run in `folder`; skips if a package they import is not there."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", code, flags=re.M | re.S)
+    assert blocks
+    for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks), flags=re.M):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    monkeypatch.chdir(folder)
+    names = {} if names is None else names
+    for block in blocks:
+        exec(compile(block, "docs", "exec"), names)
+    return names
+
+
+def sections(page):
+    """Text by heading; what stands before the first is under ''."""
+    text = (DOCS / page).read_text()
+    first, *rest = re.split(r"^## ", text, flags=re.M)
+    return {"": first} | dict(section.split("\n", 1) for section in rest)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it exports
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
+def test_export(tmp_path, monkeypatch):
+    page = sections("export.md")
+    names = run(page[""], tmp_path, monkeypatch)
+    names = run(page["torch.export"], tmp_path, monkeypatch, names)
+    expected = names["model"](names["x"]).detach()
+    torch.testing.assert_close(names["y"], expected)
+    names = run(page["Merged or not"], tmp_path, monkeypatch, names)
+    names = run(page["TorchScript"], tmp_path, monkeypatch, names)
+    torch.testing.assert_close(names["from_script"], expected)
+    names = run(page["ONNX"], tmp_path, monkeypatch, names)
+    torch.testing.assert_close(torch.from_numpy(names["from_onnx"]), expected)
+
+
+INTEGRATIONS = sections("integrations.md")
+
+
+def train(section, folder, monkeypatch):
+    """Run a section of docs/integrations.md; its names, after a look at what its `model` learnt."""
+    names = run(INTEGRATIONS[""], folder, monkeypatch)
+    untrained = names["make_model"]().state_dict()
+    run(INTEGRATIONS[section], folder, monkeypatch, names)
+    trained = names["model"].state_dict()
+    assert trained.keys() == untrained.keys()
+    changed = {key for key in trained if not torch.equal(trained[key].cpu(), untrained[key])}
+    assert changed == fastlora.get_lora_state_dict(names["model"]).keys() and len(changed) == 8
+    return names
+
+
+def logits(model, tokens):
+    return model.cpu().eval()(input_ids=tokens).logits
+
+
+def test_every_integration_is_tested():
+    assert list(INTEGRATIONS) == ["", "Hugging Face Trainer", "accelerate", "Lightning"]
+
+
+@pytest.mark.filterwarnings("ignore")  # those of transformers and torch under the trainer
+def test_the_hugging_face_trainer(tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    names = train("Hugging Face Trainer", tmp_path, monkeypatch)
+    model, tokens = names["model"], names["tokens"]
+    plain = names["make_model"]()
+    base = LlamaForCausalLM(plain.config)
+    fastlora.merge_lora_weights(plain)  # untrained adapters change nothing
+    base.load_state_dict(plain.state_dict())
+    fastlora.from_pretrained(base, "adapter")
+    assert torch.equal(logits(base, tokens), logits(model, tokens))
+    assert names["trainer"].state.global_step == 3
+    torch.testing.assert_close(logits(names["resumed"], tokens), logits(model, tokens))
+
+
+def reload_adapter(names):
+    fresh = names["make_model"]()
+    fastlora.load_adapter(fresh, "adapter.safetensors")
+    assert torch.equal(logits(fresh, names["tokens"]), logits(names["model"], names["tokens"]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate(tmp_path, monkeypatch):
+    reload_adapter(train("accelerate", tmp_path, monkeypatch))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(tmp_path, monkeypatch):
+    names = train("Lightning", tmp_path, monkeypatch)
+    reload_adapter(names)
+    again = names["Module"].load_from_checkpoint("whole.ckpt")
+    assert torch.equal(
+        logits(again.model, names["tokens"]), logits(names["model"], names["tokens"])
+    )
