@@ -1,5 +1,6 @@
 """fastlora: low-rank adapters for linear layers, with less time and memory. See the README for a first example."""
 
+from fastlora.base_state import base_state_dict, load_base_state_dict
 from fastlora.checkpoint import (
     LoadResult,
     get_lora_state_dict,
@@ -11,6 +12,7 @@ from fastlora.config import LoRAConfig
 from fastlora.dispatch import Choice
 from fastlora.errors import (
     BackendError,
+    CheckError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -26,15 +28,18 @@ from fastlora.inject import (
     freeze_base_params,
     get_lora_params,
     inject_lora,
-    named_lora_layers,
     print_trainable_parameters,
     setup_lora_for_medical_finetuning,
 )
-from fastlora.layer import LoRALinear, explain
-from fastlora.merge import merge_lora_weights, merged_model
+from fastlora.layer import LoRALinear
+from fastlora.memory import MemoryEstimate, estimate
+from fastlora.merge import MergeReport, merge_lora_weights, merge_report, merged_model
 from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
 from fastlora.peft_format import from_pretrained, save_pretrained
+from fastlora.selection import named_lora_layers
+from fastlora.selftest import CheckReport, check
+from fastlora.survey import LayerTable, explain, preview
 from fastlora.switch import disable_adapter
 
 __version__ = "0.1.0"
@@ -42,6 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AccelerationReport",
     "BackendError",
+    "CheckError",
+    "CheckReport",
     "CheckpointError",
     "Choice",
     "ConfigError",
@@ -50,14 +57,20 @@ __all__ = [
     "FastLoRAError",
     "InjectionError",
     "LoRAConfig",
+    "LayerTable",
     "LoRALinear",
     "LoadResult",
+    "MemoryEstimate",
     "MergeError",
+    "MergeReport",
     "TrainingError",
     "__version__",
     "accelerate",
+    "base_state_dict",
+    "check",
     "count_parameters",
     "disable_adapter",
+    "estimate",
     "explain",
     "export",
     "freeze_base_params",
@@ -66,11 +79,14 @@ __all__ = [
     "get_lora_state_dict",
     "inject_lora",
     "load_adapter",
+    "load_base_state_dict",
     "load_lora_state_dict",
     "lora_linear",
     "merge_lora_weights",
+    "merge_report",
     "merged_model",
     "named_lora_layers",
+    "preview",
     "print_trainable_parameters",
     "restore",
     "save_adapter",

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError
-from fastlora.inject import named_lora_layers
+from fastlora.selection import named_lora_layers
 
 _METADATA_KEY = "fastlora"
 

@@ -23,6 +23,10 @@ class MergeError(FastLoRAError, RuntimeError):
     """Adapters cannot be folded into the base weights without being wrong."""
 
 
+class CheckError(FastLoRAError, RuntimeError):
+    """`check` found adapters that do not work, or could not look."""
+
+
 class BackendError(FastLoRAError, RuntimeError):
     """A backend was asked for by name and cannot run here."""
 

@@ -230,16 +230,10 @@ class LoRALinear(nn.Module):
         )
 
     def _is_plain(self) -> bool:
-        return type(self.original_linear).forward is nn.Linear.forward and not self._has_hooks()
+        return is_plain(self.original_linear)
 
     def _has_hooks(self) -> bool:
-        base = self.original_linear
-        return bool(
-            base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-        )
+        return has_hooks(self.original_linear)
 
     def _merged_weight(self) -> Tensor:
         weight = self.original_linear.weight
@@ -251,12 +245,19 @@ class LoRALinear(nn.Module):
         )
 
 
-def explain(layer: LoRALinear, x: Tensor) -> Choice:
-    """Which backend and plan `layer` takes for the tensor `x` (..., in_features), and why. Nothing is computed.
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether calling the layer is `F.linear` and nothing else."""
+    return type(linear).forward is nn.Linear.forward and not has_hooks(linear)
 
-    Raises: BackendError if the layer forces a backend that cannot run.
-    """
-    return layer.choose(x)
+
+def has_hooks(linear: nn.Linear) -> bool:
+    """Whether the layer has forward or backward hooks of its own."""
+    return bool(
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+    )
 
 
 def check_hyperparameters(rank: int, alpha: float, dropout: float) -> None:

@@ -1,46 +1,126 @@
-"""Fold adapters into the weights they adapt: in place, or in a copy."""
+"""Fold adapters into the weights they adapt, in place or in a copy, and say what the folding costs."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fastlora.errors import MergeError
+from fastlora.errors import ConfigError, MergeError
 from fastlora.layer import LoRALinear
 
+LOST_SHARE = 0.1  # of an update, by norm; a merge that loses more warns
+_ROWS = 8
 
-def merge_lora_weights(model: nn.Module, inplace: bool = True) -> nn.Module:
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """What merging one layer costs.
+
+    dtype: of the merged weight. unchanged: share of the weights that the update should change and rounding leaves as they
+    were. lost: norm of what rounding changes, relative to the norm of the update (0 if there is no update).
+    max_error: largest difference of the merged layer's output from the layer's own, for random x in eval mode. allowed: the
+    most that rounding explains. Both are None, and `skipped` says why, for a layer that could not be called.
+    """
+
+    path: str
+    dtype: torch.dtype
+    unchanged: float
+    lost: float
+    max_error: float | None
+    allowed: float | None
+    skipped: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the merged layer computes the same up to rounding, as far as it could be called."""
+        return self.max_error is None or self.allowed is None or self.max_error <= self.allowed
+
+    def __str__(self) -> str:
+        error = (
+            f"not called: {self.skipped}"
+            if self.max_error is None
+            else f"error {self.max_error:.2g}, of which rounding explains {self.allowed:.2g}"
+        )
+        return (
+            f"{self.path or 'the layer'}: {self.dtype}, {self.lost:.2%} of the update lost, "
+            f"{self.unchanged:.1%} of the weights unchanged, {error}"
+        )
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge costs, layer by layer. `str(report)` has a line for each."""
+
+    layers: tuple[LayerMerge, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every merged layer computes the same up to rounding."""
+        return all(layer.ok for layer in self.layers)
+
+    @property
+    def lossy(self) -> tuple[LayerMerge, ...]:
+        """The layers whose update loses more than `LOST_SHARE` to rounding."""
+        return tuple(layer for layer in self.layers if layer.lost > LOST_SHARE)
+
+    def __str__(self) -> str:
+        head = (
+            f"{len(self.layers)} layers to merge, {len(self.lossy)} lose more than {LOST_SHARE:.0%}"
+        )
+        return "\n  ".join([head, *map(str, self.layers)])
+
+
+def merge_lora_weights(
+    model: nn.Module, inplace: bool = True, *, dtype: torch.dtype | None = None
+) -> nn.Module:
     """Replace every `LoRALinear` by a plain layer of the wrapped class with W + scaling · B A.
 
-    The sum is made in float32 or wider and rounded once. All layers are checked before the first is replaced.
+    The sum is made in float32 or wider and rounded once. All layers are checked before the first is replaced, and each
+    merged layer is called on random rows beside its original. `merge_report` gives the figures without merging.
 
     inplace: True changes `model` and returns it. False leaves it as it is and returns a merged copy.
+    dtype: of the result; None keeps each weight's. Otherwise the whole model is cast to it, after merging, so that its
+        layers still fit each other: float32 keeps what a 16-bit weight would round away.
 
+    Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`).
     Raises: MergeError, naming the layers, if a weight is parametrised or shared with another module (merging would
-    change that one too, or cut the tie), or if `model` is itself a LoRALinear and inplace is True.
+    change that one too, or cut the tie), if a merged layer computes something else than its original, or if `model` is
+    itself a LoRALinear and inplace is True. ConfigError if dtype is no float dtype.
     """
-    if isinstance(model, LoRALinear):
-        if inplace:
-            raise MergeError("model: is itself a LoRALinear; use model.merge_weights()")
-        return model.merge_weights()
-    if not inplace:
-        return merged_model(model)
-    check_mergeable(model)
-    for layer, places in _layers_and_places(model):
-        fresh = layer.merge_weights()
-        for parent, name in places:
-            setattr(parent, name, fresh)
-    return model
+    if isinstance(model, LoRALinear) and inplace:
+        raise MergeError("model: is itself a LoRALinear; use model.merge_weights()")
+    _raise_or_warn(merge_report(model, dtype), "merge_lora_weights")
+    return _merge(model if inplace else copy.deepcopy(model), dtype)
 
 
-def merged_model(model: nn.Module) -> nn.Module:
-    """A deep copy of `model` with its adapters merged, sharing nothing with it. Raises: as `merge_lora_weights`."""
+def merged_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """A deep copy of `model` with its adapters merged, sharing nothing with it. As `merge_lora_weights` otherwise."""
+    _raise_or_warn(merge_report(model, dtype), "merged_model")
+    return _merge(copy.deepcopy(model), dtype)
+
+
+def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
+    """What merging would cost, each layer merged by itself and thrown away. The model is not changed.
+
+    dtype: as in `merge_lora_weights`. Random rows come from a generator of their own; forward hooks of the layers run.
+
+    Raises: MergeError, naming the layers, if a weight is parametrised or shared. ConfigError if dtype is no float dtype.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"dtype: expected a float dtype or None, got {dtype}")
     check_mergeable(model)
-    if isinstance(model, LoRALinear):
-        return model.merge_weights()
-    return merge_lora_weights(copy.deepcopy(model))
+    return MergeReport(
+        tuple(
+            _report(path, module, dtype)
+            for path, module in model.named_modules()
+            if isinstance(module, LoRALinear)
+        )
+    )
 
 
 def check_mergeable(model: nn.Module) -> None:
@@ -63,6 +143,110 @@ def check_mergeable(model: nn.Module) -> None:
             problems.append(f"{where}: {reason}")
     if problems:
         raise MergeError("cannot merge " + "; ".join(problems))
+
+
+class _Rows:
+    """The least that is a token object: for layers that take nothing else."""
+
+    def __init__(self, feats: Tensor) -> None:
+        self.feats = feats
+
+    def replace(self, feats: Tensor) -> _Rows:
+        return _Rows(feats)
+
+
+def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    if isinstance(model, LoRALinear):
+        model = model.merge_weights(dtype)
+    else:
+        for layer, places in _layers_and_places(model):
+            fresh = layer.merge_weights(dtype)
+            for parent, name in places:
+                setattr(parent, name, fresh)
+    return model if dtype is None else model.to(dtype)
+
+
+def _raise_or_warn(report: MergeReport, caller: str) -> None:
+    wrong = [str(layer) for layer in report.layers if not layer.ok]
+    if wrong:
+        raise MergeError(
+            "cannot merge; the merged layer computes something else: " + "; ".join(wrong)
+        )
+    if report.lossy:
+        worst = max(report.lossy, key=lambda layer: layer.lost)
+        warnings.warn(
+            f"{caller}: rounding loses more than {LOST_SHARE:.0%} of the update in {len(report.lossy)} of "
+            f"{len(report.layers)} layers; the worst: {worst}. Merge with dtype=torch.float32 to keep it",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def _report(path: str, layer: LoRALinear, dtype: torch.dtype | None) -> LayerMerge:
+    fresh = layer.merge_weights(dtype)
+    original, merged = layer.original_linear.weight, fresh.weight
+    if original.device.type == "meta":
+        return LayerMerge(path, merged.dtype, 0.0, 0.0, None, None, "the weight is on meta")
+    wide = torch.float32
+    for narrow in (original.dtype, merged.dtype, layer.lora_A.dtype):
+        wide = torch.promote_types(wide, narrow)
+    a, b = layer.lora_A.to(wide), layer.lora_B.to(wide)
+    update = layer.scaling * (b @ a)  # [N, R] @ [R, K] -> [N, K]
+    rounding = merged.to(wide) - torch.addmm(original.to(wide), b, a, alpha=layer.scaling)
+    touched = update != 0
+    stayed = touched & (merged.to(wide) == original.to(wide))
+    norm = float(update.norm())
+    unchanged = float(stayed.sum()) / max(1, int(touched.sum()))
+    lost = float(rounding.norm()) / norm if norm > 0 else 0.0
+    error, allowed, skipped = _compare(layer, fresh, wide)
+    return LayerMerge(path, merged.dtype, unchanged, lost, error, allowed, skipped)
+
+
+def _compare(
+    layer: LoRALinear, fresh: nn.Linear, wide: torch.dtype
+) -> tuple[float | None, float | None, str | None]:
+    """(largest error of the merged output, what rounding explains where that is exceeded most, why it was not called).
+
+    wide: the dtype of the comparison. Outputs may differ by 16 units in the last place, for the merged weight's rounding (half a
+    unit) and those of the two computations, and by 4 √K units of the sum's precision, relative to the sum of magnitudes.
+    """
+    weight = layer.original_linear.weight
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_ROWS, layer.in_features, generator=generator).to(weight)
+    modes = [(module, module.training) for module in (*layer.modules(), *fresh.modules())]
+    try:
+        for module, _ in modes:
+            module.training = False
+        fresh.to(fresh.weight.dtype)  # a bias in a narrower dtype would not go with the weight
+        merged_rows = rows.to(fresh.weight.dtype)
+        try:
+            got, want = fresh(merged_rows), layer(rows)
+        except (AttributeError, TypeError):  # a layer that takes token objects only
+            got, want = fresh(_Rows(merged_rows)).feats, layer(_Rows(rows)).feats
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        # What a forward of its own raises on an input that it is not made for, and a forced backend that is not here.
+        return None, None, f"random rows do not fit it: {type(error).__name__}: {error}"
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    x = rows.to(wide).abs()
+    low = (layer.lora_B.abs().to(wide) @ layer.lora_A.abs().to(wide)) * abs(layer.scaling)
+    magnitude = x @ (weight.abs().to(wide) + low).T  # [8, K] @ [K, N] -> [8, N]
+    if layer.bias is not None:
+        magnitude = magnitude + layer.bias.abs().to(wide)
+    unit = max(torch.finfo(want.dtype).eps, torch.finfo(fresh.weight.dtype).eps)
+    summed = torch.finfo(torch.promote_types(want.dtype, torch.float32)).eps
+    if weight.device.type == "cuda" and want.dtype == torch.float32:
+        summed = 2**-10  # TF32 may be allowed
+    share = 16 * unit + 4 * layer.in_features**0.5 * summed
+    allowed = share * magnitude
+    difference = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=float("inf"))
+    if difference.numel() == 0:
+        return 0.0, 0.0, None
+    worst = int((difference - allowed).argmax())
+    return float(difference.flatten()[worst]), float(allowed.flatten()[worst]), None
 
 
 def _layers_and_places(

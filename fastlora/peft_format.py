@@ -30,14 +30,9 @@ from fastlora.checkpoint import (
 )
 from fastlora.config import ALL_LINEAR, LoRAConfig
 from fastlora.errors import CheckpointError, ConfigError
-from fastlora.inject import (
-    freeze_base_params,
-    inject_lora,
-    named_lora_layers,
-    nearest_names,
-    output_embeddings,
-)
+from fastlora.inject import freeze_base_params, inject_lora
 from fastlora.layer import LoRALinear, check_hyperparameters, why_unsuitable
+from fastlora.selection import named_lora_layers, nearest_names, output_embeddings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

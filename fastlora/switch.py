@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastlora.errors import InjectionError
-from fastlora.inject import named_lora_layers
+from fastlora.selection import named_lora_layers
 
 
 @contextmanager

@@ -29,7 +29,7 @@ FORMATS = ["torch.export", "torchscript", pytest.param("onnx", marks=ONNX)]
 
 def adapted(dropout=0.5, model=None):
     model = Decoder() if model is None else model
-    inject_lora(model, ["to_", "mlp"], rank=4, dropout=dropout)
+    inject_lora(model, lambda path, _: "to_" in path or "mlp" in path, rank=4, dropout=dropout)
     randomise_adapters(model)
     return model
 

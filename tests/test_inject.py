@@ -298,3 +298,29 @@ def test_what_medical_setup_unfreezes_is_saved_and_restored():
     state = get_lora_state_dict(model, include_trainable=True)
     load_lora_state_dict(twin, state)
     assert torch.equal(twin.out_layer.weight, model.out_layer.weight)
+
+
+def test_one_unmatched_pattern_of_a_plain_list_warns_and_the_rest_is_wrapped():
+    model = Decoder()
+    with pytest.warns(
+        UserWarning, match="'to_qvk' matches none of the 11 .* Nearest names: to_qkv"
+    ):
+        assert inject_lora(model, ["to_out", "to_qvk"]) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert inject_lora(Decoder()) == 4  # the defaults name families that a model need not have
+        setup_lora_for_medical_finetuning(Decoder(), include_ffn=True)
+
+
+def test_dropout_that_multihead_attention_would_ignore_warns():
+    for adapt in (
+        lambda model: inject_lora(model, ["out_proj", "linear1"], dropout=0.1),
+        lambda model: inject_lora(model, LoRAConfig(["out_proj"], dropout=0.1)),
+    ):
+        model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        with pytest.warns(
+            UserWarning, match="dropout has no effect on self_attn.out_proj: nn.Multi"
+        ):
+            adapt(model)
+    inject_lora(nn.TransformerEncoderLayer(16, 4, 32), ["linear1", "linear2"], dropout=0.1)
+    inject_lora(nn.MultiheadAttention(16, 4), ["out_proj"])
