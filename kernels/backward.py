@@ -72,9 +72,13 @@ def dy_pass(
     """dS = scale · dy B (M, R) in dy's dtype, and dB = dyᵀ S (N, R) in lora_b's; None for what is not needed.
 
     dy: (M, N), any strides. lora_b: (N, R), any strides, any float dtype, cast to dy's. s: (M, R), contiguous, dy's dtype.
-    R ≤ config.block_r. config.splits cuts M.
+    config.splits cuts M.
+
+    Raises: ValueError for more ranks than the tiles hold.
     """
     (m, n), r = dy.shape, s.shape[1]
+    if r > config.block_r:
+        raise ValueError(f"s: expected at most {config.block_r} ranks, got {r}")
     chunk = triton.cdiv(triton.cdiv(m, config.splits), config.block_m) * config.block_m
     splits, tiles = triton.cdiv(m, chunk), triton.cdiv(n, config.block_n)
     ds_dtype = dy.dtype if tiles == 1 else torch.float32

@@ -199,8 +199,13 @@ def decode(
 
     x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R), R ≤ config.block_r: any strides; the
     adapters in any float dtype. config.splits cuts K. seed, threshold, precision: as in `rank_gemm`.
+
+    Raises: ValueError for more rows or ranks than the tiles hold.
     """
     (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
+    if m > config.block_m or r > config.block_r:
+        most = (config.block_m, config.block_r)
+        raise ValueError(f"x, lora_a: expected at most {most} rows and ranks, got {(m, r)}")
     chunk = triton.cdiv(triton.cdiv(k, config.splits), config.block_k) * config.block_k
     splits = triton.cdiv(k, chunk)
     base_part = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)

@@ -197,18 +197,10 @@ def test_every_place_that_drops_out_uses_the_references_bits(p):
     assert torch.equal(
         down_project(_ones(m, k), torch.eye(k, device=DEVICE), ours.down, **mask), keep
     )
-    few = keep[:33]
     zero = torch.zeros(k, k, device=DEVICE)
-    small = tiles(row, Problem(33, k, k, k, 4, True))
-    y, s = decode(
-        _ones(33, k),
-        zero,
-        None,
-        torch.eye(k, device=DEVICE),
-        torch.eye(k, device=DEVICE),
-        small.decode,
-        **mask,
-    )
+    few, unit = keep[:33].half(), torch.eye(k, dtype=torch.float16, device=DEVICE)
+    small = tiles(row, Problem(33, k, k, k, 2, True)).decode
+    y, s = decode(_ones(33, k).half(), zero.half(), None, unit, unit, small, **mask)
     assert torch.equal(s, few) and torch.equal(y, few)
     rows = tiles(row, Problem(m, k, k, m, 4, True))
     da, packed = x_pass(_ones(m, k), torch.eye(m, device=DEVICE), torch.float32, rows.x, **mask)
@@ -312,11 +304,19 @@ def test_float32_is_right_at_every_rank_under_the_plan_that_is_chosen(
     _check(None, case, torch.float32)
 
 
-def test_a_fused_kernel_refuses_ranks_that_its_tile_does_not_hold():
+def test_kernels_refuse_ranks_that_their_tiles_do_not_hold():
     config = tiles(ARCHITECTURES[90], Problem(16, 16, 16, 32, 4, False)).fused
     x, low = torch.zeros(16, 16, device=DEVICE), torch.zeros(16, 32, device=DEVICE)
     with pytest.raises(ValueError, match="lora_a: expected at most 16 ranks, got 32"):
         rank_gemm(x, x, None, low, low, config, lora_a=low.T.contiguous())
+    ours = tiles(ARCHITECTURES[90], Problem(16, 16, 16, 64, 4, False))
+    wide = torch.zeros(16, 64, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=r"expected at most \(16, 16\) rows and ranks, got \(16, 64\)"
+    ):
+        decode(x, x, None, wide.T.contiguous(), wide, ours.decode)
+    with pytest.raises(ValueError, match="s: expected at most 32 ranks, got 64"):
+        dy_pass(x, wide, wide, ours.dy, scale=1.0)
 
 
 def test_two_runs_give_the_same_bits(arch):
