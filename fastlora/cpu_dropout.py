@@ -17,8 +17,8 @@ from torch import Tensor
 from fastlora import reference
 from fastlora.reference import KEY_STEPS, LANES, MASK32, MULTIPLIERS, ROUNDS
 
-# Philox calls in a block: its six arrays of words take 3 MiB. Smaller blocks pay for more Python, larger ones leave the cache.
-_BLOCK_CALLS = 64 * 1024
+# Philox calls in a block: its six arrays of words take 1.5 MiB. Smaller blocks pay for more Python, larger ones leave the cache.
+_BLOCK_CALLS = 32 * 1024
 # In the first rounds the words depend on the row or the column alone, and are small.
 _BROADCAST_ROUNDS = 3
 
@@ -28,29 +28,60 @@ _HALF = np.uint64(32)
 _MULTIPLIERS = (np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1]))
 
 
-def block_rows(rows: int, cols: int) -> int:
-    """How many rows of a (rows, cols) mask are made at a time."""
-    return max(1, min(rows, _BLOCK_CALLS * LANES // max(1, cols)))
+class _Scratch:
+    """The buffers of a block. They outlive the call: fresh memory is handed out page by page, which costs more than the work in it."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+        self.words = np.empty((6, calls), np.uint64)
+        self.packed = np.empty((calls, 4), np.uint32)
+        self.keep = torch.empty(calls * LANES, dtype=torch.bool)
+        self.work = torch.empty(2 * calls * LANES * 8, dtype=torch.uint8)  # two blocks of any dtype
 
 
-def keep_blocks(seed: int, p: float, rows: int, cols: int) -> Iterator[tuple[slice, Tensor]]:
-    """(which rows, their mask) for consecutive blocks of `reference.keep_mask(seed, p, rows, cols)`.
+# Taken while a mask is made and given back, so that threads and nested calls never share one.
+_idle: list[_Scratch] = []
 
-    The mask (block, cols) bool is a view of a buffer that the next block overwrites.
+
+def keep_blocks(
+    seed: int, p: float, rows: int, cols: int, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(which rows, their mask, scratch) for consecutive blocks of `reference.keep_mask(seed, p, rows, cols)`.
+
+    The mask (block, cols) bool and the scratch (2, block, cols) of `dtype` are views of buffers that the next block, and
+    the next caller, overwrite.
     """
-    step, groups = block_rows(rows, cols), -(-cols // LANES)
+    groups = -(-cols // LANES)
+    step = max(1, min(rows, _BLOCK_CALLS // max(1, groups)))
+    scratch = _idle.pop() if _idle else _Scratch(_BLOCK_CALLS)
+    if scratch.calls < step * groups:
+        scratch = _Scratch(step * groups)
+    try:
+        yield from _blocks(scratch, seed, p, rows, cols, step, dtype)
+    finally:
+        _idle.append(scratch)
+
+
+def _blocks(
+    scratch: _Scratch, seed: int, p: float, rows: int, cols: int, step: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    groups = -(-cols // LANES)
     threshold = np.int16(reference.dropout_threshold(p) - 32768)
     keys = _round_keys(seed)
-    words = [np.empty((step, groups), np.uint64) for _ in range(6)]
-    packed = np.empty((step, groups, 4), np.uint32)
-    keep = np.empty((step, groups * LANES), np.bool_)
-    view = torch.from_numpy(keep)[:, :cols]
+    work = scratch.work.view(dtype)
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        _philox_into(packed[:count], [word[:count] for word in words], keys, first)
-        lanes = packed[:count].view(np.int16).reshape(count, groups * LANES)
-        np.greater_equal(lanes, threshold, out=keep[:count])
-        yield slice(first, first + count), view[:count]
+        calls, elements = count * groups, count * cols
+        words = [word[:calls].reshape(count, groups) for word in scratch.words]
+        packed = scratch.packed[:calls]
+        keep = scratch.keep[: calls * LANES]
+        _philox_into(packed.reshape(count, groups, 4), words, keys, first)
+        np.greater_equal(packed.view(np.int16).reshape(-1), threshold, out=keep.numpy())
+        yield (
+            slice(first, first + count),
+            keep.view(count, groups * LANES)[:, :cols],
+            work[: 2 * elements].view(2, count, cols),
+        )
 
 
 def _round_keys(seed: int) -> list[tuple[np.uint64, np.uint64]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora import reference
-from fastlora.cpu_dropout import block_rows, keep_blocks
+from fastlora.cpu_dropout import keep_blocks
 from fastlora.dispatch import choose
 from fastlora.errors import ConfigError
 
@@ -176,9 +176,8 @@ def _down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> T
         return reference.apply_dropout(x, p, seed) @ lora_a.T
     s = x.new_empty(x.shape[0], lora_a.shape[0])
     zero = x.new_zeros(())
-    buffer = x.new_empty(block_rows(*x.shape), x.shape[1])
-    for rows, keep in keep_blocks(int(seed), p, *x.shape):
-        kept = torch.where(keep, x[rows], zero, out=buffer[: len(keep)])
+    for rows, keep, (kept, _) in keep_blocks(int(seed), p, x.shape[0], x.shape[1], x.dtype):
+        torch.where(keep, x[rows], zero, out=kept)
         torch.mm(kept, lora_a.T, out=s[rows])
     return s.mul_(reference.keep_scale(p))
 
@@ -207,9 +206,7 @@ def _up_project(
     ds_t = ds_t * reference.keep_scale(p)
     dlora_a = torch.zeros_like(lora_a) if needs_a else None
     zero = x.new_zeros(())
-    buffer = x.new_empty(2, block_rows(*x.shape), x.shape[1])
-    for rows, keep in keep_blocks(int(seed), p, *x.shape):
-        product, kept = buffer[:, : len(keep)]
+    for rows, keep, (product, kept) in keep_blocks(int(seed), p, x.shape[0], x.shape[1], x.dtype):
         if dx is not None:
             torch.mm(ds_t[:, rows].T, lora_a, out=product)
             dx[rows] += torch.where(keep, product, zero, out=kept)

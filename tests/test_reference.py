@@ -101,6 +101,20 @@ def test_forward_is_the_formula_without_dropout():
 @pytest.mark.parametrize("shape", [(1, 1), (5, 8), (70, 21), (0, 8), (33, 768), (2500, 768)])
 @pytest.mark.parametrize("seed", [3, -1, -(2**63)])
 def test_the_blockwise_mask_of_the_cpu_is_the_same(shape, seed):
-    blocks = [keep.clone() for _, keep in cpu_dropout.keep_blocks(seed, 0.3, *shape)]
+    blocks = [keep.clone() for _, keep, _ in cpu_dropout.keep_blocks(seed, 0.3, *shape)]
     whole = torch.cat(blocks) if blocks else torch.empty(shape, dtype=torch.bool)
     assert torch.equal(whole, reference.keep_mask(seed, 0.3, *shape))
+
+
+def test_masks_made_at_the_same_time_do_not_share_buffers():
+    first, second = (cpu_dropout.keep_blocks(seed, 0.3, 90, 24) for seed in (1, 2))
+    for (_, one, work), (_, other, _) in zip(first, second, strict=True):
+        work.fill_(float("nan"))
+        assert torch.equal(one, reference.keep_mask(1, 0.3, 90, 24))
+        assert torch.equal(other, reference.keep_mask(2, 0.3, 90, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_scratch_of_a_block_has_its_shape_and_dtype(dtype):
+    ((_, keep, work),) = cpu_dropout.keep_blocks(1, 0.3, 5, 21, dtype)
+    assert keep.shape == (5, 21) and work.shape == (2, 5, 21) and work.dtype == dtype
