@@ -144,7 +144,9 @@ def launch_choice(
 ) -> Choice:
     """The plan and tiles of a call that `why_not_triton` lets pass, or torch where this device or shape has none.
 
-    plan: one of TRITON_PLANS to force it. dy: (M, N) in the backward pass, whose tiles depend on its alignment. Raises: BackendError if the forced plan cannot run this problem.
+    plan: one of TRITON_PLANS to force it. dy: (M, N) in the backward pass, whose tiles depend on its alignment.
+
+    Raises: BackendError if the forced plan cannot run this problem, ConfigError if the tuner's file is damaged.
     """
     n, k = weight.shape
     m = x.numel() // k if k else 0
@@ -193,9 +195,8 @@ def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
 def float32_precision() -> str:
     """How float32 products are made, following torch's switch: "tf32" if it allows that, else "ieee"."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(
-        matmul, "fp32_precision"
-    ):  # torch 2.9; there the old switch may not be read after the new one was set
+    # Since torch 2.9 there are two switches, and the old one may not be read once the new one was set.
+    if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
 

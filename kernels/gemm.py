@@ -105,9 +105,8 @@ def _pointer_kernel(
             w = tl.load(p_w, mask=m_k[:, None] & (o_n < N)[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         if FUSED:
-            a = tl.load(
-                p_a, mask=m_k[:, None] & (o_r < R)[None, :], other=0.0
-            )  # [BLOCK_K, BLOCK_R]
+            m_a = m_k[:, None] & (o_r < R)[None, :]
+            a = tl.load(p_a, mask=m_a, other=0.0)  # [BLOCK_K, BLOCK_R]
             s = tl.dot(x, a, s, input_precision=PRECISION)
             p_a += step * stride_ak
         p_x += step * stride_xk
