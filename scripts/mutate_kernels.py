@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/test_kernels.py", "tests/test_dispatch.py", "tests/test_triton_glue.py")
+TESTS = ("tests/test_kernels.py", "tests/test_triton_glue.py", "tests/test_dispatch.py")
 
 
 @dataclass(frozen=True)

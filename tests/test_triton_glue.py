@@ -125,6 +125,24 @@ def test_a_trainable_base_gets_its_gradients():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("lora_a",), ("lora_b",), ("x", "lora_b"), ("lora_a", "lora_b")]
+)
+def test_each_gradient_alone_is_the_same_as_among_all(wanted):
+    t = _inputs(Case((33,), 32, 24, 4))
+    everything = dict(zip(("x", "lora_a", "lora_b"), _run(lora_linear, t, 0.2)[1:], strict=True))
+    leaves = {name: getattr(t, name).detach().requires_grad_() for name in wanted}
+    given = {name: getattr(t, name).detach() for name in ("x", "lora_a", "lora_b")} | leaves
+    y = lora_linear(
+        weight=t.weight, bias=t.bias, scaling=t.scaling, p=0.2, seed=SEED, backend="triton", **given
+    )
+    y.backward(t.dy)
+    for name, leaf in leaves.items():
+        assert leaf.grad.shape == leaf.shape
+        torch.testing.assert_close(leaf.grad, everything[name])
+    assert all(given[name].grad is None for name in given if name not in wanted)
+
+
 def test_without_gradients_nothing_is_saved_and_the_result_is_the_same():
     t = _inputs(Case((7,), 16, 24, 4))
     arguments = (t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling)
