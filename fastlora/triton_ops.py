@@ -70,9 +70,6 @@ def run_forward(
     config = choice.config
     precision = _precision(x)
     bias = None if bias is None else bias.contiguous()
-    if choice.plan in ("decode", "fused"):
-        # A is read once for every tile of columns, next to W: cast before, it streams as W does.
-        lora_a = lora_a.to(x.dtype)
     if choice.plan == "decode":
         y, s = decode(
             x, weight, bias, lora_a, lora_b, config.decode, scale=scale, precision=precision, **mask
@@ -80,6 +77,8 @@ def run_forward(
         return y, s
     if choice.plan == "fused":
         s = x.new_empty(x.shape[0], lora_a.shape[0])
+        # A is read once for every tile of columns, next to W: cast before, it streams as W does.
+        lora_a = lora_a.to(x.dtype)
         y = rank_gemm(
             x,
             weight,

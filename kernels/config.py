@@ -195,9 +195,8 @@ def down_config(arch: Architecture, q: Problem) -> PassConfig:
 def decode_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the decode kernel: one tile of rows, W split along K while two programs to a processor hold a part each."""
     block_m = 16 if q.m <= 16 else 32 if q.m <= 32 else 64
-    block_n, block_k = (64, 128) if q.itemsize == 2 else (32, 64)
-    if block_m == 64:
-        block_k //= 2
+    # Narrow enough that float32 adapters over 16-bit weights leave room for two programs to a processor.
+    block_n, block_k = (64, 64) if q.itemsize == 2 else (32, 64 if block_m < 64 else 32)
     if not q.aligned:
         block_k //= 4
     stages = 4 if block_m <= 32 and arch.shared > 150_000 else 2
