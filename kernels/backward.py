@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.config import PassConfig
+from fastlora.kernels.config import PassConfig, chunks
 from fastlora.kernels.reduce import sum_partials
 from fastlora.kernels.tiles import drop_bits, keep_bits
 
@@ -79,8 +79,8 @@ def dy_pass(
     (m, n), r = dy.shape, s.shape[1]
     if r > config.block_r:
         raise ValueError(f"s: expected at most {config.block_r} ranks, got {r}")
-    chunk = triton.cdiv(triton.cdiv(m, config.splits), config.block_m) * config.block_m
-    splits, tiles = triton.cdiv(m, chunk), triton.cdiv(n, config.block_n)
+    chunk, splits = chunks(m, config.splits, config.block_m)
+    tiles = triton.cdiv(n, config.block_n)
     ds_dtype = dy.dtype if tiles == 1 else torch.float32
     db_dtype = lora_b.dtype if splits == 1 else torch.float32
     ds = torch.empty(tiles, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
@@ -165,8 +165,7 @@ def x_pass(
     seed, threshold, precision: as in `rank_gemm`.
     """
     (m, k), r = x.shape, ds.shape[1]
-    chunk = triton.cdiv(triton.cdiv(m, config.splits), config.block_m) * config.block_m
-    splits = triton.cdiv(m, chunk)
+    chunk, splits = chunks(m, config.splits, config.block_m)
     da_dtype = dtype if splits == 1 else torch.float32
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
     packed = None

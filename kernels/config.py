@@ -226,5 +226,11 @@ def x_config(arch: Architecture, q: Problem) -> PassConfig:
     return PassConfig(block_m, 0, block_k, block_r, 8, 3 if arch.shared > 150_000 else 2, splits)
 
 
+def chunks(size: int, splits: int, block: int) -> tuple[int, int]:
+    """(length of a chunk, how many): `size` cut into at most `splits` chunks of whole blocks."""
+    chunk = _tiles(_tiles(size, splits), block) * block
+    return chunk, _tiles(size, chunk)
+
+
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)

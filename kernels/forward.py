@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.config import PassConfig
+from fastlora.kernels.config import PassConfig, chunks
 from fastlora.kernels.reduce import sum_partials
 from fastlora.kernels.tiles import drop
 
@@ -90,8 +90,7 @@ def down_project(
     seed, threshold, precision: as in `rank_gemm`.
     """
     (m, k), r = x.shape, lora_a.shape[0]
-    chunk = triton.cdiv(triton.cdiv(k, config.splits), config.block_k) * config.block_k
-    splits = triton.cdiv(k, chunk)
+    chunk, splits = chunks(k, config.splits, config.block_k)
     s = torch.empty(splits, m, r, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     _down_kernel[(triton.cdiv(m, config.block_m), splits)](
         x_ptr=x,
@@ -206,8 +205,7 @@ def decode(
     if m > config.block_m or r > config.block_r:
         most = (config.block_m, config.block_r)
         raise ValueError(f"x, lora_a: expected at most {most} rows and ranks, got {(m, r)}")
-    chunk = triton.cdiv(triton.cdiv(k, config.splits), config.block_k) * config.block_k
-    splits = triton.cdiv(k, chunk)
+    chunk, splits = chunks(k, config.splits, config.block_k)
     base_part = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     s_part = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
     y, s = x.new_empty(m, n), x.new_empty(m, r)

@@ -1,6 +1,7 @@
 """The choice of backend, plan and tiles: `explain` must say what then really runs, and why."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -361,3 +362,21 @@ def test_a_measured_plan_beats_the_predicted_one(cache, monkeypatch):
     dispatch._plan.cache_clear()
     assert (choice.plan, choice.dx_plan, choice.config) == ("split", "in_place", config)
     assert choice.reason == "measured by fastlora.tune"
+
+
+def test_the_designs_table_of_predicted_times_is_what_the_cost_model_says():
+    text = (ROOT / "docs" / "design.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+), (\d+) → (\d+), (\d+), ([\d.]+) \| (.*) \| `(\w+)` \| not measured \|$",
+        text,
+        re.M,
+    )
+    assert len(rows) == 7
+    for m, k, n, rank, p, cells, chosen in rows:
+        problem = Problem(int(m), int(n), int(k), int(rank), 2, float(p) > 0)
+        seconds = cost.forward_seconds(H100, problem)
+        plans = ("in_place", "split", "fused", "decode")
+        assert cells.split(" | ") == [
+            f"{1e6 * seconds[q]:.0f}" if q in seconds else "–" for q in plans
+        ]
+        assert chosen == min(seconds, key=seconds.get)

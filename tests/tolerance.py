@@ -1,4 +1,4 @@
-"""The one rule by which results are compared with a float64 reference."""
+"""The one rule by which results are compared with a float64 reference, and the one by which they must differ."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,8 @@ def assert_close(got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str
     allowed = 2 * (same_dtype.double() - reference64).abs().max().item()
     allowed += 4 * torch.finfo(got.dtype).eps * reference64.abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3e} > allowed {allowed:.3e}"
+
+
+def assert_differs(one: Tensor, other: Tensor) -> None:
+    """Some |one − other| > 1e-4 + 1e-5·|other|: more than float32 rounding at the size of logits, so an adapter does something."""
+    assert not torch.allclose(one, other, rtol=1e-5, atol=1e-4), "the two are the same"
