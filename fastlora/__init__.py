@@ -9,7 +9,9 @@ from fastlora.checkpoint import (
     save_adapter,
 )
 from fastlora.config import LoRAConfig
+from fastlora.conv import LoRAConv
 from fastlora.dispatch import Choice
+from fastlora.embedding import LoRAEmbedding
 from fastlora.errors import (
     BackendError,
     CheckError,
@@ -31,7 +33,9 @@ from fastlora.inject import (
     print_trainable_parameters,
     setup_lora_for_medical_finetuning,
 )
-from fastlora.layer import LoRALinear
+from fastlora.layer import LoRALinear, LoRATransposedLinear
+from fastlora.lora_layer import LoRALayer
+from fastlora.loraplus import loraplus_groups
 from fastlora.memory import MemoryEstimate, estimate
 from fastlora.merge import MergeReport, merge_lora_weights, merge_report, merged_model
 from fastlora.ops import lora_linear
@@ -58,7 +62,11 @@ __all__ = [
     "InjectionError",
     "LoRAConfig",
     "LayerTable",
+    "LoRAConv",
+    "LoRAEmbedding",
+    "LoRALayer",
     "LoRALinear",
+    "LoRATransposedLinear",
     "LoadResult",
     "MemoryEstimate",
     "MergeError",
@@ -82,6 +90,7 @@ __all__ = [
     "load_base_state_dict",
     "load_lora_state_dict",
     "lora_linear",
+    "loraplus_groups",
     "merge_lora_weights",
     "merge_report",
     "merged_model",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastlora.checkpoint import _METADATA_KEY, read_safetensors, safetensors_bytes, write_files
 from fastlora.config import LoRAConfig
 from fastlora.errors import CheckpointError, ConfigError
-from fastlora.layer import check_hyperparameters
+from fastlora.lora_layer import check_hyperparameters
 from fastlora.peft_format import (
     CONFIG_FILE,
     PREFIX,
@@ -69,7 +69,12 @@ class AdapterLayer:
         """The applied factor. Raises: CheckpointError if alpha is unknown."""
         if self.alpha is None:
             raise CheckpointError("alpha: the file does not hold it; give it with --alpha")
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return self.alpha / self.alpha_divisor
+
+    @property
+    def alpha_divisor(self) -> float:
+        """What alpha is divided by: the rank, or its root under rsLoRA."""
+        return math.sqrt(self.rank) if self.use_rslora else self.rank
 
 
 @dataclass(frozen=True)
@@ -246,12 +251,32 @@ def _read_file(file: Path) -> Adapter:
                 f"{file}: metadata of {path}: expected rank={a.shape[0]} and use_rslora true or false, "
                 f"got {rank!r} and {stabilised!r}"
             )
-        layers[path] = AdapterLayer(a, b, float(values["alpha"]), stabilised, values["dropout"])
+        layer = AdapterLayer(a, b, float(values["alpha"]), stabilised, values["dropout"])
+        layers[path] = _with_start(file, path, layer, others)
     return Adapter(file, "fastlora" if metadata else "loralib", layers, others)
+
+
+def _with_start(
+    file: Path, path: str, layer: AdapterLayer, others: dict[str, Tensor]
+) -> AdapterLayer:
+    """The layer with the start that PiSSA or OLoRA takes off as part of its update, at twice the rank; it is taken out of `others`."""
+    keys = [f"{path}.initial_{factor}".lstrip(".") for factor in "AB"]
+    start = [others.pop(key) for key in keys if key in others]
+    if not start:
+        return layer
+    if [s.shape for s in start] != [layer.lora_a.shape, layer.lora_b.shape]:
+        raise CheckpointError(
+            f"{file}: {path}: expected initial_A and initial_B in the shapes of lora_A and lora_B"
+        )
+    a, b = torch.cat([layer.lora_a, start[0]]), torch.cat([layer.lora_b, -start[1]], 1)
+    doubled = math.sqrt(2) if layer.use_rslora else 2
+    return replace(layer, lora_a=a, lora_b=b, alpha=doubled * layer.scaling * layer.alpha_divisor)
 
 
 def _read_peft(folder: Path) -> Adapter:
     config = read_config(folder / CONFIG_FILE)
+    if config.use_dora:
+        raise CheckpointError(f"{folder}: use_dora=True: only fastlora.from_pretrained reads DoRA")
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise CheckpointError(f"no such file: {file}; only safetensors are read")
@@ -282,7 +307,8 @@ def _pairs(
         if not key.endswith(suffix) or name not in ("lora_A", "lora_B"):
             if "lora_" in key.rpartition(".")[2] or ".lora_" in key:
                 raise CheckpointError(
-                    f"{file}: {key} is of a kind of LoRA that fastlora does not do"
+                    f"{file}: {key} is of a kind of LoRA that these functions do not do: they take linear layers "
+                    "without DoRA; fastlora.from_pretrained and load_adapter take more"
                 )
             others[key] = value
             continue
@@ -351,7 +377,7 @@ def _peft_files(adapter: Adapter, folder: Path) -> dict[Path, bytes]:
     layers = {
         path: LoRAConfig(
             rank=layer.rank,
-            alpha=layer.scaling * (math.sqrt(layer.rank) if layer.use_rslora else layer.rank),
+            alpha=layer.scaling * layer.alpha_divisor,
             dropout=layer.dropout,
             use_rslora=layer.use_rslora,
         )

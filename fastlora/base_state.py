@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from fastlora.checkpoint import LoadResult, compare
 from fastlora.errors import CheckpointError
-from fastlora.layer import LoRALinear
-
-_WRAPPED = "original_linear"
+from fastlora.lora_layer import LoRALayer
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
-    """`model.state_dict()` with the keys of the model before injection: no adapters, and no `original_linear.`.
+    """`model.state_dict()` with the keys of the model before injection: no adapters, and no `original_linear.` or `original_layer.`.
 
     Tensors are detached and share storage. Loads strictly into the model as it was built. Without adapters it is
     `model.state_dict()`.
@@ -82,9 +80,9 @@ def load_base_state_dict(
 def _key_map(model: nn.Module) -> dict[str, str]:
     """Key before injection → key now, for all that is not an adapter, in the order of the state dict."""
     adapted = {
-        path
+        path: module.wrapped_name
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoRALinear)
+        if isinstance(module, LoRALayer)
     }
     found = {}
     for key in model.state_dict():
@@ -92,7 +90,7 @@ def _key_map(model: nn.Module) -> dict[str, str]:
         depth = next((i for i in range(len(parts)) if ".".join(parts[:i]) in adapted), None)
         if depth is None:
             found[key] = key
-        elif parts[depth] == _WRAPPED:
+        elif parts[depth] == adapted[".".join(parts[:depth])]:
             found[".".join(parts[:depth] + parts[depth + 1 :])] = key
     return found
 

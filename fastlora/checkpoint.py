@@ -33,10 +33,12 @@ class LoadResult(NamedTuple):
 def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> dict[str, Tensor]:
     """The adapter's tensors by name: `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R), detached, sharing storage.
 
+    Under DoRA also `<path>.lora_magnitude` (N,), and after PiSSA or OLoRA `<path>.initial_A` and `<path>.initial_B`, the start that
+    is taken off; without it the rest means nothing.
     include_trainable: also every other parameter that trains (unfrozen heads), under its own name.
     A merged or adapter-free model gives an empty dict.
     """
-    return {name: parameter.detach() for name, parameter in _adapter_parameters(model).items()} | (
+    return {name: tensor.detach() for name, tensor in _adapter_tensors(model).items()} | (
         {name: p.detach() for name, p in _other_parameters(model).items() if p.requires_grad}
         if include_trainable
         else {}
@@ -56,12 +58,10 @@ def load_lora_state_dict(
     Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also when
     strict is False but nothing at all would be loaded.
     """
-    adapters, others = _adapter_parameters(model), _other_parameters(model)
-    known = adapters | others
+    adapters, others = _adapter_tensors(model), _other_parameters(model)
+    known: dict[str, Tensor] = {**adapters, **others}
     if not adapters:
-        raise CheckpointError(
-            "model: has no LoRALinear; call inject_lora with the saved rank first"
-        )
+        raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
     bad_type = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if bad_type:
         raise CheckpointError(
@@ -116,7 +116,7 @@ def save_adapter(
 ) -> None:
     """Write the adapter (and by default the trained heads) to one safetensors file, atomically.
 
-    Rank, alpha, dropout and use_rslora of every layer go into the file's metadata, so that loading can check them.
+    Rank, alpha, dropout, use_rslora and use_dora of every layer go into the file's metadata, so that loading can check them.
 
     Raises: CheckpointError if the model has no adapters or the file cannot be written; an older file is left as it was.
     """
@@ -126,11 +126,12 @@ def save_adapter(
             "alpha": layer.alpha,
             "dropout": layer.dropout,
             "use_rslora": layer.use_rslora,
+            "use_dora": layer.lora_magnitude is not None,
         }
         for layer_path, layer in named_lora_layers(model)
     }
     if not layers:
-        raise CheckpointError("model: has no LoRALinear, so there is no adapter to save")
+        raise CheckpointError("model: has no adapters, so there is nothing to save")
     state = get_lora_state_dict(model, include_trainable)
     metadata = {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
     write_files({Path(path): safetensors_bytes(state, metadata)})
@@ -199,16 +200,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     return load_lora_state_dict(model, state, strict)
 
 
-def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
-        f"{path}.{name}".lstrip("."): parameter
+        f"{path}.{name}".lstrip("."): tensor
         for path, layer in named_lora_layers(model)
-        for name, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+        for name, tensor in layer.lora_state().items()
     }
 
 
 def _other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    adapters = _adapter_parameters(model)
+    adapters = _adapter_tensors(model)
     return {name: p for name, p in model.named_parameters() if name not in adapters}
 
 

@@ -18,18 +18,22 @@ from torch import nn
 
 from fastlora.dispatch import BACKENDS
 from fastlora.errors import ConfigError
-from fastlora.layer import check_hyperparameters
+from fastlora.lora_layer import check_hyperparameters
 
 DEFAULT_TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")
 ALL_LINEAR = "all-linear"
 
 Match = Literal["contains", "exact", "glob", "regex"]
-Initialisation = Literal["kaiming", "gaussian", "orthogonal"]
+Kind = Literal["linear", "conv", "embedding"]
+Bias = Literal["none", "all", "lora_only"]
 Selector = Callable[[str, nn.Module], "bool | LoRAConfig"]
 Targets = str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | Selector
 
 _MODES = ("contains", "exact", "glob", "regex")
-_INITIALISATIONS = ("kaiming", "gaussian", "orthogonal")
+KINDS: tuple[Kind, ...] = ("linear", "conv", "embedding")
+_BIASES = ("none", "all", "lora_only")
+_INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+_PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]{0,2}")
 _PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
 _ALIASES = {
     "r": "rank",
@@ -53,16 +57,27 @@ class LoRAConfig:
         A compiled `re.Pattern` is always matched in full against the path.
     exclude: patterns of layers to leave alone, compared in the same way.
     rank_pattern, alpha_pattern, dropout_pattern: pattern → value for the layers that match; the first match wins.
-    adapter_dtype, backend, use_rslora: as in `LoRALinear`.
+    adapter_dtype, backend, use_rslora, use_dora: as in `LoRALinear`.
+    kinds: the kinds of layers that patterns and callbacks are asked about: "linear" (`nn.Linear` and transformers' `Conv1D`), "conv"
+        (`nn.Conv1d` to `Conv3d`) and "embedding" (`nn.Embedding`). Others are left alone whatever their name.
     layers_to_transform: an index or indices; only layers whose path has one of them as its first number are taken
         (`blocks.0.attn.to_qkv` has 0). None takes all, with or without a number.
     init_lora_weights: how lora_A and lora_B start. The output of a new layer is that of the wrapped one under each.
         "kaiming"     lora_A Kaiming-uniform, lora_B zero
         "gaussian"    lora_A normal with standard deviation 1 / rank, lora_B zero
         "orthogonal"  both random with B A = 0; the rank must be even
+        "pissa"       the principal singular vectors of W; "pissa_niter_4" finds them by 4 subspace iterations, which is faster
+        "olora"       the first columns and rows of the QR decomposition of W
+        Under the last two the start B₀ A₀ is not subtracted from W, as PEFT does, but kept and taken off in the computation,
+        which then has twice the rank: W stays as it is, and disabling, merging and base checkpoints stay exact.
+    bias: which biases train besides: "none", "all" of the model, or "lora_only", those of adapted layers.
+    modules_to_save: names of modules that train whole besides, such as a new head: a path, or a dotted suffix of one. Like biases they
+        are marked by `inject_lora` and left trainable by `freeze_base_params`, and saved by `save_adapter` and `save_pretrained`.
 
     PEFT's names r, lora_alpha, lora_dropout and exclude_modules are accepted for rank, alpha, dropout and exclude.
-    Under a config every pattern and index must match at least one layer; `inject_lora` raises otherwise.
+    Under a config every pattern, index and name must match at least one layer; `inject_lora` raises otherwise.
+
+    Source: PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775.
 
     Raises: ConfigError that names the field.
     """
@@ -80,12 +95,17 @@ class LoRAConfig:
     backend: str = "auto"
     use_rslora: bool = False
     layers_to_transform: int | Sequence[int] | None = None
-    init_lora_weights: Initialisation = "kaiming"
+    init_lora_weights: str = "kaiming"
+    use_dora: bool = False
+    kinds: Sequence[Kind] = ("linear",)
+    bias: Bias = "none"
+    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.rank, self.alpha, self.dropout)
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora: expected True or False, got {self.use_rslora!r}")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.match not in _MODES:
             raise ConfigError(f"match: expected one of {', '.join(_MODES)}, got {self.match!r}")
         if self.backend not in BACKENDS:
@@ -104,13 +124,32 @@ class LoRAConfig:
         for name in _PATTERNS:
             self._check_pattern_values(name)
         self._check_indices()
-        if self.init_lora_weights not in _INITIALISATIONS:
+        start = self.init_lora_weights
+        if start not in _INITIALISATIONS and not (
+            isinstance(start, str) and _PISSA_STEPS.fullmatch(start)
+        ):
             raise ConfigError(
-                f"init_lora_weights: expected one of {', '.join(_INITIALISATIONS)}, "
-                f"got {self.init_lora_weights!r}"
+                f"init_lora_weights: expected one of {', '.join(_INITIALISATIONS)} or pissa_niter_<steps>, "
+                f"got {start!r}"
             )
         if self.init_lora_weights == "orthogonal" and self.rank % 2:
             raise ConfigError(f"init_lora_weights: orthogonal needs an even rank, got {self.rank}")
+        if self.takes_start_off and self.alpha == 0:
+            raise ConfigError(f"init_lora_weights: {start!r} needs an alpha other than 0")
+        self._check_kinds()
+        if self.bias not in _BIASES:
+            raise ConfigError(f"bias: expected one of {', '.join(_BIASES)}, got {self.bias!r}")
+        names = self.modules_to_save
+        if names is None:  # as PEFT writes it
+            names = ()
+        if isinstance(names, str) or not all(isinstance(n, str) and n for n in names):
+            raise ConfigError(f"modules_to_save: expected a list of names, got {names!r}")
+        object.__setattr__(self, "modules_to_save", tuple(names))
+
+    @property
+    def takes_start_off(self) -> bool:
+        """Whether lora_A and lora_B start at a product that is not zero, which is then taken off."""
+        return self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
     def targets(self) -> tuple[str | re.Pattern[str], ...]:
@@ -165,6 +204,8 @@ class LoRAConfig:
         if self.adapter_dtype is not None:
             values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
         values["layers_to_transform"] = list(self.indices) or None
+        for name in ("kinds", "modules_to_save"):
+            values[name] = list(values[name])
         return values
 
     @classmethod
@@ -240,6 +281,12 @@ class LoRAConfig:
                 check_hyperparameters(**own | {field_name: value})
             except ConfigError as error:
                 raise ConfigError(f"{name}[{pattern!r}]: {error}") from None
+
+    def _check_kinds(self) -> None:
+        kinds = self.kinds
+        if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
+            raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {kinds!r}")
+        object.__setattr__(self, "kinds", tuple(kinds))
 
     def _check_indices(self) -> None:
         wanted = self.layers_to_transform

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from fastlora.errors import ExportError
 from fastlora.layer import LoRALinear
+from fastlora.lora_layer import LoRALayer
 from fastlora.merge import merge_lora_weights
 
 FORMATS = ("torch.export", "onnx", "torchscript")
@@ -103,34 +104,34 @@ def export(
     return result
 
 
-class _PlainLoRALinear(LoRALinear):
-    """A `LoRALinear` that computes its update by plain expressions, in evaluation mode."""
+class _Plain(LoRALinear):
+    """Makes a `LoRALinear` compute its update by plain expressions, in evaluation mode."""
 
     def _forward_tensor(self, x: Tensor) -> Tensor:
         return self._update(self.original_linear(x), x)
 
     def _fused(self, x: Tensor) -> Tensor:
-        base = self.original_linear
-        return self._update(F.linear(x, base.weight, base.bias), x)
+        return self._update(F.linear(x, self.matrix, self.original_linear.bias), x)
 
-    def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        s = F.linear(x.to(y.dtype), self.lora_A.to(y.dtype))  # [..., K] @ [K, R] -> [..., R]
-        return y + self.scaling * F.linear(s, self.lora_B.to(y.dtype))
+    def _add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        a, b = self.factors()
+        s = F.linear(x.to(y.dtype), a.to(y.dtype))  # [..., K] @ [K, R] -> [..., R]
+        return y + self.scaling * F.linear(s, b.to(y.dtype))
 
 
 def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
     """A copy in evaluation mode that shares every parameter and buffer, its adapters merged or written out plainly."""
     if any(type(module).__module__ == "fastlora.peft_layer" for module in model.modules()):
         raise ExportError("model: has accelerated PEFT layers; call fastlora.restore(model) first")
-    if any(isinstance(module, LoRALinear) and module.disabled for module in model.modules()):
+    if any(isinstance(module, LoRALayer) and module.disabled for module in model.modules()):
         raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     plain = copy.deepcopy(model, shared).eval()
     if merged:
-        return merge_lora_weights(plain, inplace=not isinstance(plain, LoRALinear))
+        return merge_lora_weights(plain, inplace=not isinstance(plain, LoRALayer))
     for module in plain.modules():
         if isinstance(module, LoRALinear):
-            module.__class__ = _PlainLoRALinear
+            module.__class__ = type("Plain", (_Plain, type(module)), {})
     return plain
 
 

@@ -1,4 +1,4 @@
-"""Give linear layers their adapters; freeze, count and set up a model for fine-tuning."""
+"""Give layers their adapters; freeze, count and set up a model for fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets
 from fastlora.errors import InjectionError
 from fastlora.initialise import initialise
-from fastlora.layer import LoRALinear, check_hyperparameters
+from fastlora.kinds import wrap
+from fastlora.lora_layer import LoRALayer, check_hyperparameters
 from fastlora.selection import (
     Plan,
     attention_projections,
@@ -23,6 +24,7 @@ from fastlora.selection import (
 )
 
 DEFAULT_OUTPUT_LAYERS = ("out_layer",)
+_TRAINED = "_trained_beside_lora"  # on a module: names of its own parameters that `bias` and `modules_to_save` let train
 
 
 def inject_lora(
@@ -53,6 +55,7 @@ def inject_lora(
     config = to_config(target_modules, rank, alpha, dropout)
     plan = make_plan(model, config)
     problem = why_patterns_fail(model, config, plan)
+    trained = _trained_modules(model, config, {path for path, _ in plan.values()})
     if isinstance(target_modules, LoRAConfig):
         if problem is not None:
             raise InjectionError(problem)
@@ -64,25 +67,33 @@ def inject_lora(
         )
     elif problem is not None and target_modules is not None:  # the defaults name several families
         warnings.warn(f"inject_lora: {problem}", stacklevel=2)
-    return _wrap(model, plan)
+    count = _wrap(model, plan)
+    _mark_trained(model, config, plan, trained)
+    return count
 
 
 def freeze_base_params(model: nn.Module) -> tuple[int, int]:
-    """Let only lora_A and lora_B train. Returns (frozen, trainable), counted in parameters (elements)."""
+    """Let only the adapters train, and what `bias` and `modules_to_save` of the `LoRAConfig` that was injected name.
+
+    Returns (frozen, trainable), counted in parameters (elements).
+    """
     adapters = {id(parameter) for parameter in get_lora_params(model)}
     if not adapters:
-        warnings.warn(
-            "freeze_base_params: the model has no LoRALinear; all is frozen", stacklevel=2
-        )
+        warnings.warn("freeze_base_params: the model has no adapters; all is frozen", stacklevel=2)
+    kept = adapters | {
+        id(module._parameters[name])
+        for module in model.modules()
+        for name in getattr(module, _TRAINED, ())
+    }
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in adapters)
+        parameter.requires_grad_(id(parameter) in kept)
     counts = count_parameters(model)
     return counts["total"] - counts["trainable"], counts["trainable"]
 
 
 def get_lora_params(model: nn.Module) -> list[nn.Parameter]:
-    """Every lora_A and lora_B of the model, each once, in module order."""
-    return [p for _, layer in named_lora_layers(model) for p in (layer.lora_A, layer.lora_B)]
+    """Every lora_A, lora_B and, under DoRA, lora_magnitude of the model, each once, in module order."""
+    return [p for _, layer in named_lora_layers(model) for p in layer.lora_parameters().values()]
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -145,7 +156,7 @@ def setup_lora_for_medical_finetuning(
 
 
 def _wrap(model: nn.Module, plan: Plan) -> int:
-    """Put a LoRALinear in the place of every layer of the plan, under all its names. Returns how many there are."""
+    """Put an adapted layer in the place of every layer of the plan, under all its names. Returns how many there are."""
     projections = attention_projections(model)
     deaf = [
         path
@@ -158,29 +169,52 @@ def _wrap(model: nn.Module, plan: Plan) -> int:
             "the merged weight itself",
             stacklevel=3,
         )
-    wrapped = {
-        linear: LoRALinear(
-            linear,
-            chosen.rank,
-            chosen.alpha,
-            chosen.dropout,
-            adapter_dtype=chosen.adapter_dtype,
-            backend=chosen.backend,
-            use_rslora=chosen.use_rslora,
-        )
-        for linear, (_, chosen) in plan.items()
-    }
-    for linear, layer in wrapped.items():
-        initialise(layer, plan[linear][1].init_lora_weights)
+    wrapped = {module: wrap(module, chosen) for module, (_, chosen) in plan.items()}
+    for module, layer in wrapped.items():
+        initialise(layer, plan[module][1].init_lora_weights)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if (
-                isinstance(child, nn.Linear)
-                and child in wrapped
-                and not isinstance(parent, LoRALinear)
-            ):
+            if child is not None and child in wrapped and not isinstance(parent, LoRALayer):
                 setattr(parent, name, wrapped[child])
     return len(wrapped)
+
+
+def _trained_modules(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> list[nn.Module]:
+    """The modules that `modules_to_save` names. Raises: InjectionError if a name is no module's, or one gets an adapter."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for name in config.modules_to_save:
+        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+        if not paths:
+            raise InjectionError(
+                f"modules_to_save: {name!r} is no module of the model. {nearest_names(name, set(modules))}"
+            )
+        for path in paths:
+            inside = next((a for a in sorted(adapted) if f"{a}.".startswith(f"{path}.")), None)
+            if inside is not None:
+                raise InjectionError(
+                    f"modules_to_save: {path} is or holds {inside}, which gets an adapter"
+                )
+        found += [modules[path] for path in paths]
+    return found
+
+
+def _mark_trained(
+    model: nn.Module, config: LoRAConfig, plan: Plan, trained: list[nn.Module]
+) -> None:
+    """Note on each module which of its own parameters train beside the adapters, for `freeze_base_params`."""
+    for whole in trained:
+        for module in whole.modules():
+            setattr(
+                module, _TRAINED, tuple(n for n, p in module._parameters.items() if p is not None)
+            )
+    biased = [module for module, (_, own) in plan.items() if own.bias == "lora_only"]
+    if config.bias == "all":
+        biased = list(model.modules())
+    for module in biased:
+        if module._parameters.get("bias") is not None:
+            names = getattr(module, _TRAINED, ())
+            setattr(module, _TRAINED, tuple(dict.fromkeys((*names, "bias"))))
 
 
 def _output_parameters(

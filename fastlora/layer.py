@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import sys
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn import functional as F
 
 from fastlora import ops, reference
-from fastlora.dispatch import BACKENDS, Choice, choose
-from fastlora.errors import ConfigError, InjectionError, MergeError
+from fastlora.dispatch import Choice, choose
+from fastlora.errors import ConfigError, InjectionError
+from fastlora.lora_layer import LoRALayer, Shape, exactly, has_hooks
+from fastlora.quantised import quantisation
+
+_NORM_ROWS = 1024
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LoRALayer):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ around an `nn.Linear` or a subclass of it.
 
     The wrapped layer is kept as `original_linear`, its weight shared and never changed. `lora_A` (rank, in_features)
@@ -26,23 +28,28 @@ class LoRALinear(nn.Module):
     (as SAM 3D's SparseTensor); what comes back is of the same kind.
 
     A subclass with a forward of its own is trusted to be F.linear on `.feats` when it is given a token object. On a
-    plain tensor, and wherever the wrapped layer has forward or backward hooks, it is called as it is and the low-rank
-    product is added to its output. `fastlora.explain(layer, x)` says which of these runs.
+    plain tensor, wherever the wrapped layer has forward or backward hooks, and where its weight is quantised by bitsandbytes
+    or torchao, it is called as it is and the low-rank product is added to its output. `fastlora.explain(layer, x)` says
+    which of these runs.
 
-    original_linear: the layer to adapt; its weight must be a floating-point (out_features, in_features).
+    original_linear: the layer to adapt; its weight must be a floating-point (out_features, in_features), or quantised.
     rank: 1 or more. alpha: the update is scaled by alpha / rank, or by alpha / √rank
     if use_rslora (rank-stabilised LoRA). dropout: probability in [0, 1) on the LoRA path's input,
     in training mode only; quantised to multiples of 2⁻¹⁶.
-    adapter_dtype: dtype of lora_A and lora_B. None takes the weight's, but float32 for a 16-bit weight, because small
+    adapter_dtype: dtype of lora_A and lora_B. None takes the weight's, but float32 for a weight of 16 bits or fewer, because small
     updates vanish in 16 bits. They are cast to the input's dtype in the computation.
     backend: "auto", "torch" or "triton".
+    use_dora: weight-decomposed LoRA. `lora_magnitude` (out_features,) starts as the norms of the rows of W, and the layer computes
+    y = g ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias with g = lora_magnitude / ‖W + scaling · B A‖ by rows, the
+    norms taken as constants in the backward pass. Unlike in PEFT, dropout leaves the path through W alone.
 
-    Source: rsLoRA, arXiv 2312.03732.
+    Source: rsLoRA, arXiv 2312.03732. DoRA, arXiv 2402.09353, section 4.3 for the constant norms.
 
     Raises: ConfigError for a value that cannot work, InjectionError if the layer cannot be adapted.
     """
 
-    disabled: bool = False  # set by `fastlora.disable_adapter` for as long as it lasts
+    wrapped_name = "original_linear"
+    original_linear: nn.Linear
 
     def __init__(
         self,
@@ -54,40 +61,39 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
         use_rslora: bool = False,
+        use_dora: bool = False,
     ) -> None:
-        super().__init__()
-        check_hyperparameters(rank, alpha, dropout)
-        if not isinstance(use_rslora, bool):
-            raise ConfigError(f"use_rslora: expected True or False, got {use_rslora!r}")
-        if backend not in BACKENDS:
-            raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-        reason = why_unsuitable(original_linear)
+        reason = self.why_unsuitable(original_linear)
         if reason is not None:
             raise InjectionError(f"original_linear: {reason}")
-        weight = original_linear.weight
-        if adapter_dtype is None:
-            adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
-        if not adapter_dtype.is_floating_point:
-            raise ConfigError(f"adapter_dtype: expected a float dtype, got {adapter_dtype}")
-        self.original_linear = original_linear
-        self.rank = rank
-        self.alpha = float(alpha)
-        self.dropout = float(dropout)
-        self.backend = backend
-        self.use_rslora = use_rslora
-        self.lora_A = nn.Parameter(
-            torch.empty(rank, self.in_features, dtype=adapter_dtype, device=weight.device)
-        )
-        self.lora_B = nn.Parameter(
-            torch.empty(self.out_features, rank, dtype=adapter_dtype, device=weight.device)
-        )
-        self.reset_lora_parameters()
-        self.train(original_linear.training)
+        super().__init__(original_linear, rank, alpha, dropout, adapter_dtype, backend, use_rslora)
+        if not isinstance(use_dora, bool):
+            raise ConfigError(f"use_dora: expected True or False, got {use_dora!r}")
+        if use_dora:
+            self.lora_magnitude = nn.Parameter(self._row_norms().to(self.lora_A.dtype))
 
-    def reset_lora_parameters(self) -> None:
-        """Make lora_A Kaiming-uniform (as `nn.Linear` does its weight) and lora_B zero."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+    @classmethod
+    def why_unsuitable(cls, linear: object) -> str | None:
+        """Why a layer cannot be wrapped, or None if it can."""
+        kind = type(linear).__name__
+        if not isinstance(linear, nn.Linear):
+            return f"expected an nn.Linear or a subclass, got {kind}"
+        weight = linear.weight
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            return f"{kind} has no weight yet (lazy): run one forward pass first"
+        if quantisation(linear) is not None:
+            return None
+        if not weight.dtype.is_floating_point:
+            return f"{kind} holds a {weight.dtype} weight of a quantisation that is not known"
+        if weight.shape != (linear.out_features, linear.in_features):
+            expected = (linear.out_features, linear.in_features)
+            return f"{kind} holds a weight of shape {tuple(weight.shape)}, expected {expected}"
+        return None
+
+    @staticmethod
+    def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        linear = cast(nn.Linear, original)
+        return (rank, linear.in_features), (linear.out_features, rank)
 
     @property
     def in_features(self) -> int:
@@ -100,26 +106,13 @@ class LoRALinear(nn.Module):
         return self.original_linear.out_features
 
     @property
-    def scaling(self) -> float:
-        """The applied factor: alpha / rank, or alpha / √rank under rsLoRA."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+    def matrix(self) -> Tensor:
+        """The wrapped weight as (out_features, in_features)."""
+        return self._turned(self.original_linear.weight)
 
-    @property
-    def weight(self) -> Tensor:
-        """W + scaling · B A, (out_features, in_features), computed anew at each access.
-
-        Summed in float32 or wider and rounded once to the weight's dtype. Differentiable, so code that reads `.weight`
-        and multiplies by itself (`nn.MultiheadAttention` does) still sees and trains the adapter, without dropout.
-        W itself while the adapter is disabled.
-        """
-        if self.disabled:
-            return self.original_linear.weight
-        return self._merged_weight().to(self.original_linear.weight.dtype)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The wrapped layer's bias, (out_features,) or None."""
-        return self.original_linear.bias
+    def dequantised_matrix(self) -> Tensor:
+        """The wrapped weight as (out_features, in_features), in floating point also where it is quantised."""
+        return self._turned(self.wrapped_weight())
 
     def forward(self, input: Any) -> Any:
         """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Gives back the same kind."""
@@ -144,49 +137,41 @@ class LoRALinear(nn.Module):
         if self.disabled:
             return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
         dropout = self.training and reference.dropout_threshold(self.dropout) > 0
-        return self._choose(ops.autocast(x) if ops.autocasts(x) else x, dropout)
+        choice = self._choose(ops.autocast(x) if ops.autocasts(x) else x, dropout)
+        package = quantisation(self.original_linear)
+        if package is not None:
+            return replace(
+                choice, reason=f"the weight is quantised by {package}, whose product runs"
+            )
+        if self.lora_magnitude is not None:
+            return replace(
+                choice, reason=f"{choice.reason}; DoRA scales the output in another pass"
+            )
+        return choice
 
-    def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A fresh layer of the wrapped class whose weight is W + scaling · B A; this layer is left as it is.
+    def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
+        update = super().delta(dtype, magnitude=magnitude)
+        if self.lora_magnitude is None:
+            return update
+        weight = self.wrapped_weight().to(dtype)
+        scale = self._turned(self._dora_scale().to(dtype)[:, None])
+        if magnitude:
+            return (scale - 1).abs() * weight.abs() + scale.abs() * update
+        return (scale - 1) * weight + scale * update
 
-        dtype: dtype of the merged weight; None keeps the wrapped weight's. The sum is made in float32 or wider and rounded
-        once. Device, bias (a copy), training mode and requires_grad are kept.
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self._turned(weight), bias)
 
-        Raises: MergeError if the wrapped weight is parametrised (the parametrisation would be lost) or the adapter is disabled.
-        """
-        reason = self.why_unmergeable()
-        if reason is not None:
-            raise MergeError(f"cannot merge: {reason}")
-        original = self.original_linear.weight
-        with torch.no_grad():
-            merged = self._merged_weight().to(dtype or original.dtype)
-        parameter = nn.Parameter(merged, requires_grad=original.requires_grad)
-        # Telling deepcopy that the weight is already copied builds the new layer without a second copy of it.
-        fresh: nn.Linear = copy.deepcopy(self.original_linear, {id(original): parameter})
-        return fresh
-
-    def why_unmergeable(self) -> str | None:
-        """Why folding the update into the wrapped weight would be wrong, or None if it would not."""
-        if self.disabled:
-            return "the adapter is disabled; merge outside of disable_adapter"
-        if parametrize.is_parametrized(self.original_linear, "weight"):
-            return "the weight is parametrised; remove the parametrisation first"
-        if "weight" not in self.original_linear._parameters:
-            return "the weight is computed by a hook, not a parameter"
-        return None
+    def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(rows, self.in_features, generator=generator)
 
     def extra_repr(self) -> str:
+        features = f"{self.in_features}, {self.out_features}, "
         return (
-            f"{self.in_features}, {self.out_features}, r={self.rank}, alpha={self.alpha:g}, "
-            f"dropout={self.dropout:g}, bias={self.bias is not None}, backend={self.backend}"
-            + (", use_rslora=True" if self.use_rslora else "")
-            + (", disabled" if self.disabled else "")
+            features
+            + super().extra_repr()
+            + f", bias={self.bias is not None}, backend={self.backend}"
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # A copy made inside disable_adapter would never be enabled again.
-        self.__dict__.pop("disabled", None)
 
     def _forward_tensor(self, x: Tensor) -> Tensor:
         if self._is_plain():
@@ -195,23 +180,67 @@ class LoRALinear(nn.Module):
         return self._update(self.original_linear(x), x)
 
     def _fused(self, x: Tensor) -> Tensor:
-        base = self.original_linear
-        return ops.lora_linear(
+        bias = self.original_linear.bias
+        dora = self._parameters["lora_magnitude"] is not None
+        y = ops.lora_linear(
             x,
-            base.weight,
-            base.bias,
-            self.lora_A,
-            self.lora_B,
+            self.matrix,
+            None if dora else bias,
+            *self.factors(),
             self.scaling,
             self.dropout,
             self._draw_seed(x),
             backend=self.backend,
         )
+        if not dora:
+            return y
+        scale = self._dora_scale().to(y.dtype)
+        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output, from that of the wrapped layer, y."""
+        if self.lora_magnitude is None:
+            return self._add_product(y, x)
+        bias = self.original_linear.bias
+        scale = self._dora_scale().to(y.dtype)
+        if bias is None:
+            return scale * self._add_product(y, x)
+        return torch.addcmul(bias.to(y.dtype), self._add_product(y - bias.to(y.dtype), x), scale)
+
+    def _add_product(self, y: Tensor, x: Tensor) -> Tensor:
         return ops.lora_update(
-            y, x, self.lora_A, self.lora_B, self.scaling, self.dropout, self._draw_seed(x)
+            y, x, *self.factors(), self.scaling, self.dropout, self._draw_seed(x)
         )
+
+    def _dora_scale(self) -> Tensor:
+        """g (N,), in float32 or wider."""
+        assert self.lora_magnitude is not None
+        norms = self._row_norms()
+        return self.lora_magnitude.to(norms.dtype) / norms
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """‖W + scaling · B A‖ of each of the N rows, without the N×K product: ‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B."""
+        weight = self.dequantised_matrix()
+        wide = self._wide(weight)
+        a, b = (factor.to(wide) for factor in self.factors())
+        squares = []
+        with exactly(weight):
+            gram = a @ a.T  # [R, K] @ [K, R] -> [R, R]
+            for w, rows in zip(
+                torch.split(weight, _NORM_ROWS), torch.split(b, _NORM_ROWS), strict=True
+            ):
+                w, rows = w.to(wide), self.scaling * rows
+                update = 2 * w @ a.T + rows @ gram  # [rows, K] @ [K, R] + [rows, R] @ [R, R]
+                squares.append((w * w).sum(1) + (update * rows).sum(1))
+        return torch.cat(squares).clamp_(min=torch.finfo(wide).tiny).sqrt_()
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        """A matrix in the stored orientation as (N, K), or the other way round."""
+        return matrix
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._turned(b @ a)  # [N, R] @ [R, K] -> [N, K]
 
     def _draw_seed(self, x: Tensor) -> Tensor | None:
         # From torch's generator, outside the op: checkpointing, `torch.manual_seed` and compiled graphs all see it.
@@ -222,8 +251,8 @@ class LoRALinear(nn.Module):
     def _choose(self, x: Tensor, dropout: bool) -> Choice:
         return choose(
             x,
-            self.original_linear.weight,
-            self.rank,
+            self.matrix,
+            self.factors()[0].shape[0],
             dropout=dropout,
             plain_base=self._is_plain(),
             backend=self.backend,
@@ -235,62 +264,73 @@ class LoRALinear(nn.Module):
     def _has_hooks(self) -> bool:
         return has_hooks(self.original_linear)
 
-    def _merged_weight(self) -> Tensor:
-        weight = self.original_linear.weight
-        wide = torch.promote_types(
-            torch.promote_types(weight.dtype, self.lora_A.dtype), torch.float32
-        )
-        return torch.addmm(
-            weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling
-        )
+    def _merged_weight(self, weight: Tensor) -> Tensor:
+        if self.lora_magnitude is not None:
+            return super()._merged_weight(weight)
+        wide = self._wide(weight)
+        a, b = (factor.to(wide) for factor in self.factors())
+        return self._turned(torch.addmm(self._turned(weight.to(wide)), b, a, alpha=self.scaling))
 
 
-def is_plain(linear: nn.Linear) -> bool:
-    """Whether calling the layer is `F.linear` and nothing else."""
-    return type(linear).forward is nn.Linear.forward and not has_hooks(linear)
+class LoRATransposedLinear(LoRALinear):
+    """`LoRALinear` around Hugging Face's `Conv1D` (GPT-2), whose weight is stored as (in_features, out_features).
+
+    Its transpose is a view, which the products read as it lies, so nothing is copied. `weight` and the merged layer keep the
+    stored orientation. Arguments as in `LoRALinear`.
+    """
+
+    @classmethod
+    def why_unsuitable(cls, linear: object) -> str | None:
+        kind = type(linear).__name__
+        if not is_transposed_linear(linear):
+            return f"expected transformers' Conv1D or a subclass, got {kind}"
+        weight = cast(Tensor, linear.weight)
+        if quantisation(linear) is not None or not weight.dtype.is_floating_point:
+            return f"{kind} holds a quantised weight, which is not supported for this layer"
+        return None
+
+    @staticmethod
+    def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        k, n = cast(Tensor, original.weight).shape
+        return (rank, k), (n, rank)
+
+    @property
+    def in_features(self) -> int:
+        return self.original_linear.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.original_linear.weight.shape[1]
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
 
-def has_hooks(linear: nn.Linear) -> bool:
-    """Whether the layer has forward or backward hooks of its own."""
-    return bool(
-        linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
+def is_transposed_linear(module: object) -> TypeGuard[nn.Module]:
+    """Whether the module is transformers' `Conv1D` or a subclass, found without importing transformers."""
+    return isinstance(module, nn.Module) and _conv1d(type(module)) is not None
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether calling the layer is `F.linear` with its own weight and nothing else."""
+    return computes_linear(linear) and not has_hooks(linear) and quantisation(linear) is None
+
+
+def computes_linear(linear: nn.Module) -> bool:
+    """Whether the layer's class has no other forward than `nn.Linear` or transformers' `Conv1D`."""
+    kind = type(linear)
+    if kind.forward is nn.Linear.forward:
+        return True
+    conv1d = _conv1d(kind)
+    return conv1d is not None and kind.forward is conv1d.forward
+
+
+def _conv1d(kind: type) -> Any:
+    return next(
+        (
+            c
+            for c in kind.__mro__
+            if (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        ),
+        None,
     )
-
-
-def check_hyperparameters(rank: int, alpha: float, dropout: float) -> None:
-    """Raises: ConfigError that names the argument, what was expected and what came."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"rank: expected an integer ≥ 1, got {rank!r}")
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, (int, float))
-        or not abs(alpha) <= sys.float_info.max
-    ):
-        raise ConfigError(f"alpha: expected a finite number, got {alpha!r}")
-    if (
-        isinstance(dropout, bool)
-        or not isinstance(dropout, (int, float))
-        or not 0.0 <= dropout < 1.0
-    ):
-        raise ConfigError(f"dropout: expected a probability with 0 ≤ p < 1, got {dropout!r}")
-
-
-def why_unsuitable(linear: object) -> str | None:
-    """Why a layer cannot be wrapped, or None if it can."""
-    kind = type(linear).__name__
-    if isinstance(linear, LoRALinear):
-        return "already a LoRALinear"
-    if not isinstance(linear, nn.Linear):
-        return f"expected an nn.Linear or a subclass, got {kind}"
-    weight = linear.weight
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return f"{kind} has no weight yet (lazy): run one forward pass first"
-    if not weight.dtype.is_floating_point:
-        return f"{kind} holds a {weight.dtype} weight; quantised bases are not supported"
-    if weight.shape != (linear.out_features, linear.in_features):
-        expected = (linear.out_features, linear.in_features)
-        return f"{kind} holds a weight of shape {tuple(weight.shape)}, expected {expected}"
-    return None

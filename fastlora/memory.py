@@ -9,16 +9,21 @@ bytes (docs/design.md, Memory):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets
 from fastlora.errors import ConfigError, InjectionError
-from fastlora.layer import LoRALinear, is_plain
+from fastlora.kinds import kind_of, layer_class
+from fastlora.layer import LoRALinear
+from fastlora.lora_layer import default_adapter_dtype
+from fastlora.quantised import compute_dtype
 from fastlora.selection import (
     attention_projections,
     make_plan,
@@ -37,8 +42,9 @@ OPTIMIZERS: Mapping[str, tuple[int, int]] = MappingProxyType(
 class LayerShape:
     """What the count needs of one adapted layer.
 
-    adapter_dtype: of lora_A and lora_B. plain: the wrapped layer is F.linear and nothing else. weight_read: the layer is never
-    called, because its owner multiplies by the merged weight itself (`nn.MultiheadAttention`).
+    rank: that of the computation, twice that of lora_A after PiSSA or OLoRA. adapter_dtype: of lora_A and lora_B. weight_read: the
+    layer is never called, because its owner multiplies by the merged weight itself (`nn.MultiheadAttention`). dora: whether
+    the output is scaled.
     """
 
     in_features: int
@@ -48,13 +54,8 @@ class LayerShape:
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     device: str
-    plain: bool = True
     weight_read: bool = False
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes of lora_A and lora_B."""
-        return self.rank * (self.in_features + self.out_features) * self.adapter_dtype.itemsize
+    dora: bool = False
 
     def saved_bytes(self, rows: int) -> int:
         """Bytes that fastlora keeps for the backward pass of `rows` rows, parameters left out and x counted.
@@ -64,19 +65,20 @@ class LayerShape:
         return self.saved_input_bytes(rows) + self.saved_beyond_input_bytes(rows)
 
     def saved_input_bytes(self, rows: int) -> int:
-        """The part of `saved_bytes` that is x itself, which its owner may hold anyway; a wrapped call keeps D(x) instead."""
-        return 0 if self._copies_input else rows * self.in_features * self.dtype.itemsize
+        """The part of `saved_bytes` that is x itself, which its owner may hold anyway."""
+        return rows * self.in_features * self.dtype.itemsize
 
     def saved_beyond_input_bytes(self, rows: int) -> int:
-        """The part of `saved_bytes` that is not x: S, the seed, casts of the adapters, and D(x) with its mask if there is one."""
+        """The part of `saved_bytes` that is not x: S, the seed, casts of the adapters, and what DoRA scales."""
         cast = self.adapter_dtype != self.dtype
         size = self.dtype.itemsize
         if self.weight_read:
             return self.in_features * self.out_features * size  # the merged weight
         kept = rows * self.rank * size
         kept += self.rank * (self.in_features + self.out_features) * size if cast else 0
-        if self._copies_input:
-            return kept + rows * self.in_features * (size + 1)
+        if self.dora:  # the output before it is scaled, g, and the norms
+            wide = max(self.adapter_dtype.itemsize, 4)
+            kept += (rows + 1) * self.out_features * size + self.out_features * wide
         return kept + (8 if self.dropout else 0)
 
     def peft_saved_bytes(self, rows: int) -> int:
@@ -88,24 +90,19 @@ class LayerShape:
         mask = (size if self.device == "cpu" else 1) if self.dropout else 0
         return rows * (self.in_features * (size + mask) + self.rank * size)
 
-    @property
-    def _copies_input(self) -> bool:
-        return self.dropout and not self.plain and not self.weight_read
-
 
 def shape_of(layer: LoRALinear, weight_read: bool = False) -> LayerShape:
     """The shape of a LoRALinear, for training: its dropout counts in any mode."""
-    weight = layer.original_linear.weight
     return LayerShape(
         layer.in_features,
         layer.out_features,
-        layer.rank,
+        layer.rank if layer.initial_A is None else 2 * layer.rank,
         layer.dropout > 0,
-        weight.dtype,
+        compute_dtype(layer.original_linear),
         layer.lora_A.dtype,
-        weight.device.type,
-        is_plain(layer.original_linear),
+        layer.lora_A.device.type,
         weight_read,
+        layer.lora_magnitude is not None,
     )
 
 
@@ -113,7 +110,8 @@ def shape_of(layer: LoRALinear, weight_read: bool = False) -> LayerShape:
 class MemoryEstimate:
     """What `estimate` counted, in bytes. `str(estimate)` is a small table.
 
-    saved_bytes: kept for the backward pass by the adapted layers, each with an input of its own: an upper bound, since layers
+    layers: how many are adapted. uncounted: those of them that are convolutions or embeddings, of which only the parameters are counted.
+    saved_bytes: kept for the backward pass by the adapted linear layers, each with an input of its own: an upper bound, since layers
         that share their input (q, k and v) keep it once, which shapes cannot tell.
     saved_beyond_input_bytes: the same without any input: a lower bound, reached if every x is kept by its owner anyway.
     peft_saved_bytes: the upper bound for PEFT's layers, with float32 adapters on a 16-bit base as PEFT makes them.
@@ -121,6 +119,7 @@ class MemoryEstimate:
 
     rows: int
     layers: int
+    uncounted: int
     optimizer: str
     trainable_bytes: int
     frozen_bytes: int
@@ -143,7 +142,7 @@ class MemoryEstimate:
             ("gradients", self.gradient_bytes, ""),
             (f"optimizer ({self.optimizer})", self.optimizer_bytes, ""),
             (
-                f"saved by {self.layers} adapted layers, {self.rows:,} rows",
+                f"saved by {self.layers - self.uncounted} adapted layers, {self.rows:,} rows",
                 self.saved_bytes,
                 f"at most; {format_bytes(self.saved_beyond_input_bytes)} beyond their inputs; "
                 f"PEFT at most {format_bytes(self.peft_saved_bytes)}",
@@ -182,9 +181,13 @@ def estimate(
             )
     read = attention_projections(model)
     if config is None:
-        shapes = [shape_of(layer, layer in read) for _, layer in named_lora_layers(model)]
-        if not shapes:
-            raise InjectionError("model: has no LoRALinear; give the config that will be injected")
+        layers = [layer for _, layer in named_lora_layers(model)]
+        if not layers:
+            raise InjectionError("model: has no adapters; give the config that will be injected")
+        shapes = [
+            shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)
+        ]
+        adapted = len(layers)
         training = [p for p in model.parameters() if p.requires_grad]
         trainable = [p.nbytes for p in training]
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
@@ -194,20 +197,23 @@ def estimate(
         problem = why_patterns_fail(model, settings, plan)
         if problem is not None and (isinstance(config, LoRAConfig) or not plan):
             raise InjectionError(problem)
-        shapes = [planned_shape(linear, own, linear in read) for linear, (_, own) in plan.items()]
-        trainable = [
-            size
-            for s in shapes
-            for size in (
-                s.rank * s.in_features * s.adapter_dtype.itemsize,
-                s.rank * s.out_features * s.adapter_dtype.itemsize,
-            )
+        shapes = [
+            planned_shape(module, own, module in read)
+            for module, (_, own) in plan.items()
+            if kind_of(module) == "linear"
         ]
+        trainable = [
+            size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
+            for module, (_, own) in plan.items()
+            for size in planned_parameters(module, own)
+        ]
+        adapted = len(plan)
         frozen = sum(p.nbytes for p in model.parameters())
     copies, step = OPTIMIZERS[optimizer]
     return MemoryEstimate(
         rows=rows,
-        layers=len(shapes),
+        layers=adapted,
+        uncounted=adapted - len(shapes),
         optimizer=optimizer,
         trainable_bytes=sum(trainable),
         frozen_bytes=frozen,
@@ -219,20 +225,26 @@ def estimate(
     )
 
 
-def planned_shape(linear: nn.Linear, config: LoRAConfig, weight_read: bool = False) -> LayerShape:
-    """The shape that `linear` would have once it is adapted under its own `config`."""
-    weight = linear.weight
+def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = False) -> LayerShape:
+    """The shape that a linear layer would have once it is adapted under its own `config`."""
+    (_, k), (n, _) = layer_class(linear).factor_shapes(linear, config.rank)
     return LayerShape(
-        linear.in_features,
-        linear.out_features,
-        config.rank,
+        k,
+        n,
+        2 * config.rank if config.takes_start_off else config.rank,
         config.dropout > 0,
-        weight.dtype,
-        config.adapter_dtype or torch.promote_types(weight.dtype, torch.float32),
-        weight.device.type,
-        is_plain(linear),
+        compute_dtype(linear),
+        config.adapter_dtype or default_adapter_dtype(linear),
+        cast(Tensor, linear.weight).device.type,
         weight_read,
+        config.use_dora,
     )
+
+
+def planned_parameters(module: nn.Module, config: LoRAConfig) -> list[int]:
+    """Elements of each parameter of the adapter that `module` would have under its own `config`."""
+    shape_a, shape_b = layer_class(module).factor_shapes(module, config.rank)
+    return [math.prod(shape_a), math.prod(shape_b)] + [shape_b[0]] * config.use_dora
 
 
 def format_bytes(count: int) -> str:

@@ -6,12 +6,13 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, MergeError
-from fastlora.layer import LoRALinear
+from fastlora.lora_layer import LoRALayer
 
 LOST_SHARE = 0.1  # of an update, by norm; a merge that loses more warns
 _ROWS = 8
@@ -78,7 +79,7 @@ class MergeReport:
 def merge_lora_weights(
     model: nn.Module, inplace: bool = True, *, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Replace every `LoRALinear` by a plain layer of the wrapped class with W + scaling · B A.
+    """Replace every adapted layer by a plain layer of the wrapped class with W + ΔW.
 
     The sum is made in float32 or wider and rounded once. All layers are checked before the first is replaced, and each
     merged layer is called on random rows beside its original. `merge_report` gives the figures without merging.
@@ -88,12 +89,12 @@ def merge_lora_weights(
         layers still fit each other: float32 keeps what a 16-bit weight would round away.
 
     Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`).
-    Raises: MergeError, naming the layers, if a weight is parametrised or shared with another module (merging would
+    Raises: MergeError, naming the layers, if a weight is parametrised, quantised or shared with another module (merging would
     change that one too, or cut the tie), if a merged layer computes something else than its original, or if `model` is
-    itself a LoRALinear and inplace is True. ConfigError if dtype is no float dtype.
+    itself an adapted layer and inplace is True. ConfigError if dtype is no float dtype.
     """
-    if isinstance(model, LoRALinear) and inplace:
-        raise MergeError("model: is itself a LoRALinear; use model.merge_weights()")
+    if isinstance(model, LoRALayer) and inplace:
+        raise MergeError("model: is itself an adapted layer; use model.merge_weights()")
     _raise_or_warn(merge_report(model, dtype), "merge_lora_weights")
     return _merge(model if inplace else copy.deepcopy(model), dtype)
 
@@ -118,7 +119,7 @@ def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRep
         tuple(
             _report(path, module, dtype)
             for path, module in model.named_modules()
-            if isinstance(module, LoRALinear)
+            if isinstance(module, LoRALayer)
         )
     )
 
@@ -131,13 +132,13 @@ def check_mergeable(model: nn.Module) -> None:
             owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     problems = []
     for path, module in model.named_modules():
-        if not isinstance(module, LoRALinear):
+        if not isinstance(module, LoRALayer):
             continue
         where = path or "the layer"
         reason = module.why_unmergeable()
         if reason is None:
-            mine = f"{path}.original_linear.weight".lstrip(".")
-            tied = [n for n in owners[id(module.original_linear.weight)] if n != mine]
+            mine = f"{path}.{module.wrapped_name}.weight".lstrip(".")
+            tied = [n for n in owners[id(module.wrapped.weight)] if n != mine]
             reason = f"the weight is tied to {', '.join(tied)}" if tied else None
         if reason is not None:
             problems.append(f"{where}: {reason}")
@@ -156,7 +157,7 @@ class _Rows:
 
 
 def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    if isinstance(model, LoRALinear):
+    if isinstance(model, LoRALayer):
         model = model.merge_weights(dtype)
     else:
         for layer, places in _layers_and_places(model):
@@ -182,17 +183,16 @@ def _raise_or_warn(report: MergeReport, caller: str) -> None:
 
 
 @torch.no_grad()
-def _report(path: str, layer: LoRALinear, dtype: torch.dtype | None) -> LayerMerge:
+def _report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> LayerMerge:
     fresh = layer.merge_weights(dtype)
-    original, merged = layer.original_linear.weight, fresh.weight
+    original, merged = layer.wrapped_weight(), cast(Tensor, fresh.weight)
     if original.device.type == "meta":
         return LayerMerge(path, merged.dtype, 0.0, 0.0, None, None, "the weight is on meta")
     wide = torch.float32
     for narrow in (original.dtype, merged.dtype, layer.lora_A.dtype):
         wide = torch.promote_types(wide, narrow)
-    a, b = layer.lora_A.to(wide), layer.lora_B.to(wide)
-    update = layer.scaling * (b @ a)  # [N, R] @ [R, K] -> [N, K]
-    rounding = merged.to(wide) - torch.addmm(original.to(wide), b, a, alpha=layer.scaling)
+    update = layer.delta(wide)
+    rounding = merged.to(wide) - (original.to(wide) + update)
     touched = update != 0
     stayed = touched & (merged.to(wide) == original.to(wide))
     norm = float(update.norm())
@@ -203,22 +203,23 @@ def _report(path: str, layer: LoRALinear, dtype: torch.dtype | None) -> LayerMer
 
 
 def _compare(
-    layer: LoRALinear, fresh: nn.Linear, wide: torch.dtype
+    layer: LoRALayer, fresh: nn.Module, wide: torch.dtype
 ) -> tuple[float | None, float | None, str | None]:
     """(largest error of the merged output, what rounding explains where that is exceeded most, why it was not called).
 
     wide: the dtype of the comparison. Outputs may differ by 16 units in the last place, for the merged weight's rounding (half a
     unit) and those of the two computations, and by 4 √K units of the sum's precision, relative to the sum of magnitudes.
     """
-    weight = layer.original_linear.weight
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_ROWS, layer.in_features, generator=generator).to(weight)
+    weight, merged = layer.wrapped_weight(), cast(Tensor, fresh.weight)
+    rows = layer.sample_input(_ROWS, torch.Generator().manual_seed(0)).to(weight.device)
+    floats = rows.is_floating_point()
+    rows = rows.to(weight.dtype) if floats else rows
     modes = [(module, module.training) for module in (*layer.modules(), *fresh.modules())]
     try:
         for module, _ in modes:
             module.training = False
-        fresh.to(fresh.weight.dtype)  # a bias in a narrower dtype would not go with the weight
-        merged_rows = rows.to(fresh.weight.dtype)
+        fresh.to(merged.dtype)  # a bias in a narrower dtype would not go with the weight
+        merged_rows = rows.to(merged.dtype) if floats else rows
         try:
             got, want = fresh(merged_rows), layer(rows)
         except (AttributeError, TypeError):  # a layer that takes token objects only
@@ -231,16 +232,16 @@ def _compare(
     finally:
         for module, mode in modes:
             module.training = mode
-    x = rows.to(wide).abs()
-    low = (layer.lora_B.abs().to(wide) @ layer.lora_A.abs().to(wide)) * abs(layer.scaling)
-    magnitude = x @ (weight.abs().to(wide) + low).T  # [8, K] @ [K, N] -> [8, N]
-    if layer.bias is not None:
-        magnitude = magnitude + layer.bias.abs().to(wide)
-    unit = max(torch.finfo(want.dtype).eps, torch.finfo(fresh.weight.dtype).eps)
+    x = rows.to(wide).abs() if floats else rows
+    bias = None if layer.bias is None else layer.bias.abs().to(wide)
+    magnitudes = weight.abs().to(wide) + layer.delta(wide, magnitude=True)
+    magnitude = layer.apply_weight(x, magnitudes, bias)
+    unit = max(torch.finfo(want.dtype).eps, torch.finfo(merged.dtype).eps)
     summed = torch.finfo(torch.promote_types(want.dtype, torch.float32)).eps
     if weight.device.type == "cuda" and want.dtype == torch.float32:
         summed = 2**-10  # TF32 may be allowed
-    share = 16 * unit + 4 * layer.in_features**0.5 * summed
+    terms = layer.lora_A[0].numel() if floats else 1
+    share = 16 * unit + 4 * terms**0.5 * summed
     allowed = share * magnitude
     difference = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=float("inf"))
     if difference.numel() == 0:
@@ -251,11 +252,11 @@ def _compare(
 
 def _layers_and_places(
     model: nn.Module,
-) -> Iterator[tuple[LoRALinear, list[tuple[nn.Module, str]]]]:
-    """Each LoRALinear once, with every (parent, attribute) that holds it."""
-    places: dict[LoRALinear, list[tuple[nn.Module, str]]] = {}
+) -> Iterator[tuple[LoRALayer, list[tuple[nn.Module, str]]]]:
+    """Each adapted layer once, with every (parent, attribute) that holds it."""
+    places: dict[LoRALayer, list[tuple[nn.Module, str]]] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, LoRALinear):
+            if isinstance(child, LoRALayer):
                 places.setdefault(child, []).append((parent, name))
     yield from places.items()

@@ -74,9 +74,17 @@ def lora_update(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y + scaling · (dropout(x) Aᵀ) Bᵀ for a base output y (..., N) that another module computed; arguments as in `lora_linear`."""
-    lora_a, lora_b = lora_a.to(y.dtype), lora_b.to(y.dtype)
-    flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
+    """y + scaling · (dropout(x) Aᵀ) Bᵀ for a base output y (..., N) that another module computed; arguments as in `lora_linear`.
+
+    x is cast to y's dtype. Saved for the backward pass: x, S and the seed, as in `lora_linear`.
+    """
+    x, lora_a, lora_b = x.to(y.dtype), lora_a.to(y.dtype), lora_b.to(y.dtype)
+    if torch.is_grad_enabled() and (
+        torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    ):
+        z: Tensor = _LoRAUpdate.apply(y, x, lora_a, lora_b, scaling, p, seed)  # type: ignore[no-untyped-call]
+        return z
+    flat = x.reshape(-1, x.shape[-1])
     s = reference.apply_dropout(flat, p, seed) @ lora_a.T  # [M, K] @ [K, R] -> [M, R]
     return y + (scaling * (s @ lora_b.T)).view(y.shape)
 
@@ -137,6 +145,48 @@ class _LoRALinear(torch.autograd.Function):
         dbias = dy.sum(0) if needs_bias else None
         dx = dx.view(x.shape) if dx is not None else None
         return dx, dweight, dbias, dlora_a, dlora_b, None, None, None, None
+
+
+class _LoRAUpdate(torch.autograd.Function):
+    """`lora_update`, saving what `_LoRALinear` saves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        s = _down_project(flat, lora_a, p, seed)  # [M, R]
+        ctx.save_for_backward(x, lora_a, lora_b, s, seed)
+        ctx.scaling, ctx.p = scaling, p
+        # [M, N] + [M, R] @ [R, N]
+        return torch.addmm(y.reshape(-1, y.shape[-1]), s, lora_b.T, alpha=scaling).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a, lora_b, s, seed = ctx.saved_tensors
+        _, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
+        flat, dy = x.reshape(-1, x.shape[-1]), dz.reshape(-1, dz.shape[-1])
+        dx = dlora_a = dlora_b = None
+        if torch.is_grad_enabled():  # double backward, as in `_LoRALinear`
+            dropped = reference.apply_dropout(flat, ctx.p, seed)
+            ds = ctx.scaling * (dy @ lora_b)  # [M, N] @ [N, R] -> [M, R]
+            dx = reference.apply_dropout(ds @ lora_a, ctx.p, seed)
+            dlora_a, dlora_b = ds.T @ dropped, ctx.scaling * (dy.T @ (dropped @ lora_a.T))
+        else:
+            if needs_b:
+                dlora_b = (s.T @ dy).T.mul_(ctx.scaling)  # ([R, M] @ [M, N])ᵀ -> [N, R]
+            if needs_x or needs_a:
+                dx = torch.zeros_like(flat) if needs_x else None
+                ds_t = (lora_b.T @ dy.T).mul_(ctx.scaling)  # [R, N] @ [N, M] -> [R, M]
+                dlora_a = _up_project(ds_t, flat, lora_a, ctx.p, seed, dx, needs_a)
+        return dz, None if dx is None else dx.view(x.shape), dlora_a, dlora_b, None, None, None
 
 
 def _forward(

@@ -1,7 +1,7 @@
 """PEFT's folder format both ways, without peft: `save_pretrained` and `from_pretrained`.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.<path>.lora_A.weight`,
-`….lora_B.weight`, and `base_model.model.<path>.<name>` for whole modules that train (`modules_to_save`). The rules by which
+`….lora_B.weight` (`….lora_embedding_A` and `_B` without `.weight` for an embedding, `….lora_magnitude_vector` besides under DoRA), and `base_model.model.<path>.<name>` for whole modules that train (`modules_to_save`). The rules by which
 the config finds layers are PEFT's, not those of `inject_lora`.
 """
 
@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ from fastlora.checkpoint import (
     safetensors_bytes,
     write_files,
 )
-from fastlora.config import ALL_LINEAR, LoRAConfig
+from fastlora.config import ALL_LINEAR, KINDS, LoRAConfig
+from fastlora.embedding import LoRAEmbedding
 from fastlora.errors import CheckpointError, ConfigError
 from fastlora.inject import freeze_base_params, inject_lora
-from fastlora.layer import LoRALinear, check_hyperparameters, why_unsuitable
+from fastlora.kinds import kind_of, layer_class, why_unsuitable
+from fastlora.layer import LoRATransposedLinear
+from fastlora.lora_layer import LoRALayer, check_hyperparameters
 from fastlora.selection import named_lora_layers, nearest_names, output_embeddings
 
 CONFIG_FILE = "adapter_config.json"
@@ -44,6 +47,7 @@ _IGNORED = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "eva_config",
+        "fan_in_fan_out",  # a Conv1D is known by its class
         "inference_mode",
         "megatron_core",
         "peft_type",
@@ -66,6 +70,7 @@ class PeftConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -81,7 +86,7 @@ class PeftConfig:
             return {
                 path: module
                 for path, module in paths.items()
-                if isinstance(module, nn.Linear) and module is not head and not self._excludes(path)
+                if kind_of(module) == "linear" and module is not head and not self._excludes(path)
             }
         return {path: module for path, module in paths.items() if self._takes(path)}
 
@@ -90,7 +95,11 @@ class PeftConfig:
         rank = _by_pattern(self.rank_pattern, path, self.r)
         alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
         return LoRAConfig(
-            rank=int(rank), alpha=alpha, dropout=self.lora_dropout, use_rslora=self.use_rslora
+            rank=int(rank),
+            alpha=alpha,
+            dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
         )
 
     def heads(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -135,9 +144,10 @@ def save_pretrained(
     """Write the adapters, and by default the trained heads, as a folder that PEFT and `from_pretrained` load.
 
     Layers may differ in rank, alpha and use_rslora; PEFT holds one dropout, so where layers differ the highest is written,
-    with a warning. Other files in the folder are left alone. Both files are written before the first takes its place.
+    with a warning. After PiSSA or OLoRA the start that is taken off is written as part of the adapter, which has twice the rank
+    then: the folder goes with the base model as it was. Other files in the folder are left alone. Both files are written before the first takes its place.
 
-    model: with LoRALinear layers. folder: made if it is not there.
+    model: with adapters. folder: made if it is not there.
     include_trainable: also save every module that has a trained parameter of its own (`modules_to_save`), whole.
 
     Raises: CheckpointError if there is nothing to save, if a trained parameter cannot be said in this format (it belongs
@@ -145,18 +155,22 @@ def save_pretrained(
     """
     layers = dict(named_lora_layers(model))
     if not layers:
-        raise CheckpointError("model: has no LoRALinear, so there is no adapter to save")
+        raise CheckpointError("model: has no adapters, so there is nothing to save")
     if "" in layers:
         raise CheckpointError(
-            "model: is itself a LoRALinear; PEFT's format needs it to have a name"
+            "model: is itself an adapted layer; PEFT's format needs it to have a name"
         )
+    for path, layer in layers.items():
+        reason = _why_peft_differs(layer.wrapped)
+        if reason is not None:
+            raise CheckpointError(f"model: {path}: {reason}; use save_adapter")
     _refuse_shared(model, layers.values())
     heads = _trained_modules(model, layers) if include_trainable else []
     config = _describe(model, layers, heads)
     state = {
-        f"{PREFIX}{path}.{name}.weight": getattr(layer, name).detach()
+        f"{PREFIX}{path}.{key}": tensor.detach()
         for path, layer in layers.items()
-        for name in ("lora_A", "lora_B")
+        for key, tensor in _saved_tensors(layer).items()
     }
     for path, module in config.heads(model).items():
         _refuse_adapted(path, layers)
@@ -180,13 +194,11 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadRes
     model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it; only safetensors are read.
     Returns the keys that were loaded, as they stand in the file.
 
-    Raises: CheckpointError if a file is missing or damaged, if the config asks for what fastlora does not do (DoRA, biases,
-    Conv1D, …, by name), or if names or shapes do not fit, with the nearest candidates. The model is unchanged then.
+    Raises: CheckpointError if a file is missing or damaged, if the config asks for what fastlora does not do (biases,
+    a PiSSA start, …, by name), or if names or shapes do not fit, with the nearest candidates. The model is unchanged then.
     """
     if any(True for _ in named_lora_layers(model)):
-        raise CheckpointError(
-            "model: already has LoRALinear layers; load into the plain base model"
-        )
+        raise CheckpointError("model: already has adapters; load into the plain base model")
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
@@ -200,27 +212,30 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadRes
     targets = config.targets(model)
     if not targets:
         raise CheckpointError(f"target_modules: {_no_match(config, model)}")
-    reasons = {path: why_unsuitable(module) for path, module in targets.items()}
+    plan = {path: config.layer(path) for path in targets}
+    reasons = {
+        path: why_unsuitable(module, plan[path]) or _why_peft_differs(module)
+        for path, module in targets.items()
+    }
     refused = [f"{path}: {reason}" for path, reason in reasons.items() if reason is not None]
     if refused:
         raise CheckpointError("target_modules: cannot adapt " + "; ".join(refused[:3]))
     _refuse_shared(model, targets.values())
-    plan = {path: config.layer(path) for path in targets}
     heads = config.heads(model)
     for path in heads:
         both = overlap(path, plan)
         if both:
             raise CheckpointError(f"modules_to_save: {path} holds or is part of the target {both}")
-    linears = {path: m for path, m in targets.items() if isinstance(m, nn.Linear)}
-    _check_keys(model, state, linears, plan, heads)
+    _check_keys(model, state, targets, plan, heads)
     _check_ties(model, state, heads)
-    inject_lora(model, lambda path, _: plan.get(path, False))
+    inject_lora(model, LoRAConfig(lambda path, _: plan.get(path, False), kinds=KINDS))
     freeze_base_params(model)
     for head in heads.values():
         head.requires_grad_(True)
     own = model.state_dict(keep_vars=True)
     for path, layer in named_lora_layers(model):
-        own |= {f"{path}.lora_A.weight": layer.lora_A, f"{path}.lora_B.weight": layer.lora_B}
+        names = _names(type(layer))
+        own |= {f"{path}.{names[n]}": p for n, p in layer.lora_parameters().items()}
     with torch.no_grad():
         for key, value in state.items():
             own[key.removeprefix(PREFIX)].copy_(value)
@@ -230,15 +245,18 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadRes
 def _check_keys(
     model: nn.Module,
     state: Mapping[str, Tensor],
-    linears: Mapping[str, nn.Linear],
+    targets: Mapping[str, nn.Module],
     plan: Mapping[str, LoRAConfig],
     heads: Mapping[str, nn.Module],
 ) -> None:
     shapes = {}
-    for path, linear in linears.items():
-        rank = plan[path].rank
-        shapes[f"{PREFIX}{path}.lora_A.weight"] = torch.Size([rank, linear.in_features])
-        shapes[f"{PREFIX}{path}.lora_B.weight"] = torch.Size([linear.out_features, rank])
+    for path, module in targets.items():
+        kind = layer_class(module)
+        names, (shape_a, shape_b) = _names(kind), kind.factor_shapes(module, plan[path].rank)
+        shapes[f"{PREFIX}{path}.{names['lora_A']}"] = torch.Size(shape_a)
+        shapes[f"{PREFIX}{path}.{names['lora_B']}"] = torch.Size(shape_b)
+        if plan[path].use_dora:
+            shapes[f"{PREFIX}{path}.{names['lora_magnitude']}"] = torch.Size(shape_b[:1])
     wanted = list(shapes)
     for path, head in heads.items():
         wanted += [f"{PREFIX}{path}.{name}" for name in head.state_dict()]
@@ -252,6 +270,50 @@ def _check_keys(
         raise CheckpointError(
             f"{WEIGHTS_FILE} does not fit the model: {summary}" + "\n  ".join(problems)
         )
+
+
+def _why_peft_differs(module: nn.Module) -> str | None:
+    """Why an adapter of the same tensors computes something else in PEFT, or None if it does not."""
+    if kind_of(module) != "conv":
+        return None
+    plain: dict[str, Any] = {"groups": 1, "padding_mode": "zeros"}
+    plain["dilation"] = tuple(1 for _ in module.dilation)  # type: ignore[union-attr]
+    others = [
+        f"{name}={value}" for name in plain if (value := getattr(module, name)) != plain[name]
+    ]
+    if not others:
+        return None
+    return f"PEFT's adapter of a {type(module).__name__} with {', '.join(others)} is no update of its weight"
+
+
+def _names(kind: type[LoRALayer]) -> dict[str, str]:
+    """fastlora's names of an adapter's parameters -> those of PEFT's files."""
+    if issubclass(kind, LoRAEmbedding):
+        return {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+    return {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_magnitude": "lora_magnitude_vector",
+    }
+
+
+def _saved_tensors(layer: LoRALayer) -> dict[str, Tensor]:
+    """The adapter under PEFT's names, a start that is taken off being part of it."""
+    made: dict[str, Tensor] = {**layer.lora_parameters()}
+    made["lora_A"], made["lora_B"] = layer.factors()
+    names = _names(type(layer))
+    return {names[name]: tensor for name, tensor in made.items()}
+
+
+def _as_config(layer: LoRALayer) -> LoRAConfig:
+    """The rank and alpha of `_saved_tensors`, whose scaling is the layer's own."""
+    rank = layer.factors()[0].shape[0]
+    alpha = layer.alpha if rank == layer.rank else layer.scaling * _divisor(rank, layer.use_rslora)
+    return LoRAConfig(rank=rank, alpha=alpha, dropout=layer.dropout, use_rslora=layer.use_rslora)
+
+
+def _divisor(rank: int, use_rslora: bool) -> float:
+    return math.sqrt(rank) if use_rslora else rank
 
 
 def _check_ties(
@@ -275,9 +337,18 @@ def _check_ties(
                     )
 
 
-def _describe(model: nn.Module, layers: dict[str, LoRALinear], heads: list[str]) -> PeftConfig:
+def _describe(model: nn.Module, layers: dict[str, LoRALayer], heads: list[str]) -> PeftConfig:
     """The config from which PEFT's rules find exactly these layers with these ranks and alphas."""
-    dropouts = {layer.dropout for layer in layers.values()}
+    use_dora = {layer.lora_magnitude is not None for layer in layers.values()}
+    if len(use_dora) > 1:
+        raise CheckpointError(
+            "model: some layers have DoRA and some do not; PEFT's format cannot say that, use save_adapter"
+        )
+    settings = {path: _as_config(layer) for path, layer in layers.items()}
+    # An embedding has no dropout, whatever the others have.
+    dropouts = {
+        layer.dropout for layer in layers.values() if not isinstance(layer, LoRAEmbedding)
+    } or {0.0}
     if len(dropouts) > 1:
         warnings.warn(
             f"save_pretrained: layers have the dropouts {sorted(dropouts)}, PEFT's format holds one; "
@@ -287,7 +358,7 @@ def _describe(model: nn.Module, layers: dict[str, LoRALinear], heads: list[str])
     names = sorted({path.rpartition(".")[2] for path in layers})
     regex = "|".join(re.escape(path) for path in layers)
     for targets in (names, sorted(layers), regex):
-        config = config_for(targets, layers, heads)
+        config = replace(config_for(targets, settings, heads), use_dora=use_dora == {True})
         if config.targets(model).keys() == layers.keys():
             return config
     missed = layers.keys() - config.targets(model).keys()
@@ -299,14 +370,15 @@ def _describe(model: nn.Module, layers: dict[str, LoRALinear], heads: list[str])
 
 def config_for(
     targets: str | list[str],
-    layers: Mapping[str, LoRALinear] | Mapping[str, LoRAConfig],
+    layers: Mapping[str, LoRAConfig],
     heads: list[str],
 ) -> PeftConfig:
     """The config that gives these layers, named by `targets`, their ranks and alphas; the highest dropout where they differ."""
     stabilised = {layer.use_rslora for layer in layers.values()}
     use_rslora = stabilised == {True}
     alphas = {
-        path: layer.alpha * (math.sqrt(layer.rank) if layer.use_rslora and not use_rslora else 1)
+        path: layer.alpha
+        * (_divisor(layer.rank, True) if layer.use_rslora and not use_rslora else 1)
         for path, layer in layers.items()
     }
     ranks = {path: layer.rank for path, layer in layers.items()}
@@ -336,17 +408,16 @@ def as_json(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
         "base_model_name_or_path": name if isinstance(name, str) and name else None,
         "inference_mode": True,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(m, LoRATransposedLinear) for m in model.modules()),
         "init_lora_weights": True,
-        "use_dora": False,
         "lora_alpha": whole(config.lora_alpha),
         "alpha_pattern": {key: whole(value) for key, value in config.alpha_pattern.items()},
     }
 
 
-def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
+def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
     """Paths of the modules that own a trained parameter besides the adapters, without those inside another of them."""
-    adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    adapters = {id(p) for layer in layers.values() for p in layer.lora_parameters().values()}
     owners: dict[str, None] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad or id(parameter) in adapters:
@@ -368,7 +439,7 @@ def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list
     return [p for p in owners if not any(p.startswith(f"{outer}.") for outer in owners)]
 
 
-def _refuse_adapted(path: str, layers: Mapping[str, LoRALinear]) -> None:
+def _refuse_adapted(path: str, layers: Mapping[str, LoRALayer]) -> None:
     adapted = overlap(path, layers)
     if adapted:
         raise CheckpointError(
@@ -400,12 +471,12 @@ def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) as in the plain model: what is inside a LoRALinear is left out."""
+    """(path, module) as in the plain model: what is inside an adapted layer is left out."""
     inside: str | None = None
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):
             continue
-        inside = f"{path}." if isinstance(module, LoRALinear) else None
+        inside = f"{path}." if isinstance(module, LoRALayer) else None
         if path:
             yield path, module
 
@@ -493,6 +564,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rank_pattern": ("pattern → rank", lambda v: v is None or _is_pattern(v, int)),
     "alpha_pattern": ("pattern → alpha", lambda v: v is None or _is_pattern(v, (int, float))),
     "use_rslora": ("true or false", lambda v: v is None or isinstance(v, bool)),
+    "use_dora": ("true or false", lambda v: v is None or isinstance(v, bool)),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from fastlora.layer import computes_linear, is_transposed_linear
 from fastlora.ops import lora_linear
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,9 +31,10 @@ class FastLinear(Linear):  # type: ignore[misc]
         if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0:
             p = dropout.p
             seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+        weight = self.base_layer.weight
         return lora_linear(
             x,
-            self.base_layer.weight,
+            weight.T if self.fan_in_fan_out else weight,  # transformers' Conv1D holds (K, N)
             self.base_layer.bias,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
@@ -65,13 +67,14 @@ def why_slow(layer: Linear) -> str | None:
         return f"{type(layer.lora_variant[name]).__name__} is no plain LoRA"
     if layer.lora_B[name].bias is not None:
         return "lora_bias=True"
-    reason = _why_not_linear("the base layer", layer.base_layer)
+    reason = _why_not_linear("the base layer", layer.base_layer, layer.fan_in_fan_out)
     reason = reason or _why_not_linear("lora_A", layer.lora_A[name])
     return reason or _why_not_linear("lora_B", layer.lora_B[name]) or _why_dropout(layer, name)
 
 
-def _why_not_linear(label: str, module: nn.Module) -> str | None:
-    if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
+def _why_not_linear(label: str, module: nn.Module, transposed: bool = False) -> str | None:
+    plain = computes_linear(module) and is_transposed_linear(module) == transposed
+    if not plain or "forward" in module.__dict__:
         return f"{label} is a {type(module).__name__} with a forward of its own"
     if _has_hooks(module):
         return f"{label} has hooks"

@@ -1,8 +1,9 @@
-"""Which linear layers a `LoRAConfig` takes, which it leaves, and why: read-only, for `inject_lora` and for the reports."""
+"""Which layers a `LoRAConfig` takes, which it leaves, and why: read-only, for `inject_lora` and for the reports."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,23 +12,24 @@ from torch import nn
 
 from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, layer_index
 from fastlora.errors import ConfigError, InjectionError
-from fastlora.layer import LoRALinear, why_unsuitable
+from fastlora.kinds import kind_of, why_unsuitable
+from fastlora.lora_layer import LoRALayer
 
 # The layers to wrap, each with its path and the config whose rank, alpha and dropout it gets.
-Plan = dict[nn.Linear, tuple[str, LoRAConfig]]
+Plan = dict[nn.Module, tuple[str, LoRAConfig]]
 Status = Literal["selected", "excluded", "not targeted"]
 
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What a config says of one linear layer under one of its names.
+    """What a config says of one layer under one of its names.
 
     config: holds the layer's own rank, alpha and dropout if it is selected, else None. pattern: what selected or excluded it;
     None for a callback and for a layer that nothing names.
     """
 
     path: str
-    module: nn.Linear
+    module: nn.Module
     status: Status
     reason: str
     config: LoRAConfig | None = None
@@ -50,17 +52,17 @@ def to_config(
 
 
 def judge(model: nn.Module, config: LoRAConfig) -> list[Verdict]:
-    """A verdict on every linear layer that is not inside a LoRALinear, suitable or not, under each of its names.
+    """A verdict on every layer of the config's kinds that is not inside an adapted one, suitable or not, under each of its names.
 
     A layer under several names is taken if any of them is selected, as the first that is; its later names are left out.
 
     Raises: ConfigError if a callback returns neither a bool nor a LoRAConfig.
     """
     head = output_embeddings(model) if ALL_LINEAR in config.targets else None
-    wrapped = {id(layer.original_linear) for _, layer in named_lora_layers(model)}
+    wrapped = {id(layer.wrapped) for _, layer in named_lora_layers(model)}
     verdicts: list[Verdict] = []
-    taken: set[nn.Linear] = set()
-    for path, module in linears(model):
+    taken: set[nn.Module] = set()
+    for path, module in candidates(model, config):
         if module in taken or id(module) in wrapped:
             continue
         verdict = _judge_one(config, path, module, head)
@@ -75,12 +77,15 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
 
     Raises: InjectionError if the model is a linear layer, already has adapters, or a selected layer cannot be adapted.
     """
-    if isinstance(model, nn.Linear):
-        raise InjectionError("model: is itself a linear layer; use LoRALinear(model, rank, alpha)")
+    if kind_of(model) is not None:
+        raise InjectionError(
+            f"model: is itself a {type(model).__name__}; an adapted layer needs a module to stand in"
+            + ("; use LoRALinear(model, rank, alpha)" if isinstance(model, nn.Linear) else "")
+        )
     existing = [path or "the model itself" for path, _ in named_lora_layers(model)]
     if existing:
         raise InjectionError(
-            f"model: already has {len(existing)} LoRALinear layers (first: {existing[0]}); "
+            f"model: already has {len(existing)} adapted layers (first: {existing[0]}); "
             "merge them before injecting again"
         )
     plan = {
@@ -88,7 +93,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         for verdict in judge(model, config)
         if verdict.config is not None
     }
-    problems = [(path, why_unsuitable(linear)) for linear, (path, _) in plan.items()]
+    problems = [(path, why_unsuitable(module, own)) for module, (path, own) in plan.items()]
     refused = [f"{path}: {reason}" for path, reason in problems if reason is not None]
     if refused:
         raise InjectionError("cannot adapt " + "; ".join(refused))
@@ -97,7 +102,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
 
 def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str | None:
     """The first pattern or layer index that matches nothing, with the nearest names; None if each matches."""
-    every = [path for path, _ in linears(model)]
+    every = [path for path, _ in candidates(model, config)]
     taken = [path for path, _ in plan.values()]
     for name, patterns, paths in (
         ("target_modules", config.targets, every),
@@ -111,7 +116,8 @@ def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str |
                 shown = pattern if isinstance(pattern, str) else pattern.pattern
                 return (
                     f"{name}: {shown!r} matches none of the {len(paths)} "
-                    f"{'adapted' if paths is taken else 'linear'} layers. {nearest_names(shown, paths)}"
+                    f"{'adapted' if paths is taken else '/'.join(config.kinds)} layers. {nearest_names(shown, paths)}"
+                    + _of_other_kinds(model, config, pattern)
                 )
     numbers = {index for path in taken if (index := layer_index(path)) is not None}
     unused = [i for i in config.indices if i not in numbers]
@@ -122,18 +128,27 @@ def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str |
     return None
 
 
-def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """(path, layer) of every LoRALinear, each once under its first name."""
+def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """(path, layer) of every adapted layer, each once under its first name."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             yield path, module
 
 
-def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """(path, layer) of every linear layer under each of its names, those inside a LoRALinear included."""
+def candidates(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:
+    """(path, layer) of every layer of the config's kinds under each of its names, those inside an adapted one included."""
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
+        if kind_of(module) in config.kinds:
             yield path, module
+
+
+def _of_other_kinds(model: nn.Module, config: LoRAConfig, pattern: str | re.Pattern[str]) -> str:
+    """A hint: what the pattern would match if `kinds` had it."""
+    for path, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is not None and kind not in config.kinds and config.matches(pattern, path):
+            return f" It matches the {type(module).__name__} {path}, if kinds has {kind!r}."
+    return ""
 
 
 def attention_projections(model: nn.Module) -> set[nn.Module]:
@@ -155,7 +170,7 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 def suggest(model: nn.Module, config: LoRAConfig) -> str:
     """A hint: the names in the model most like the config's first target."""
     first = next((t for t in config.targets if isinstance(t, str)), "")
-    return nearest_names(first, [path for path, _ in linears(model)])
+    return nearest_names(first, [path for path, _ in candidates(model, config)])
 
 
 def nearest_names(wanted: str, paths: Sequence[str] | set[str]) -> str:
@@ -167,7 +182,7 @@ def nearest_names(wanted: str, paths: Sequence[str] | set[str]) -> str:
     return f"Nearest names: {', '.join(close)}."
 
 
-def _judge_one(config: LoRAConfig, path: str, module: nn.Linear, head: nn.Module | None) -> Verdict:
+def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None) -> Verdict:
     if not config.takes_index(path):
         wanted = ", ".join(map(str, config.indices))
         reason = f"layers_to_transform takes {wanted} only"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.errors import CheckError, InjectionError
-from fastlora.layer import LoRALinear
+from fastlora.lora_layer import LoRALayer
 from fastlora.selection import named_lora_layers
 
 Modes = list[tuple[nn.Module, bool]]
@@ -92,7 +92,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         raise InjectionError(f"model: is a {type(model).__name__}; give model.module")
     layers = list(named_lora_layers(model))
     if not layers:
-        raise InjectionError("model: has no LoRALinear, so there is nothing to check")
+        raise InjectionError("model: has no adapters, so there is nothing to check")
     modes = [(module, module.training) for module in model.modules()]
     with torch.inference_mode(False), _restored(model, modes) as rewind:
 
@@ -123,7 +123,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     return CheckReport(tuple(path for path, _ in layers), found)
 
 
-def _why_it_cannot_learn(layer: LoRALinear) -> str | None:
+def _why_it_cannot_learn(layer: LoRALayer) -> str | None:
     a, b = layer.lora_A, layer.lora_B
     if layer.disabled:
         return "is disabled by disable_adapter"
@@ -137,7 +137,7 @@ def _why_it_cannot_learn(layer: LoRALinear) -> str | None:
 
 
 def _without_gradient(
-    run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALinear]]
+    run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALayer]]
 ) -> set[str]:
     """The paths whose lora_A and lora_B both get no gradient, or zeros."""
     _backward(run(True))
@@ -146,7 +146,7 @@ def _without_gradient(
     return deaf
 
 
-def _unseen(run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALinear]]) -> set[str]:
+def _unseen(run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALayer]]) -> set[str]:
     """The paths whose lora_B changes nothing in eval mode without gradients.
 
     A layer with a gradient in eval mode changes the output there. If the run without gradients gives the same output bit for bit,
@@ -175,7 +175,7 @@ def _unseen(run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALin
 
 
 def _watch(
-    run: Callable[[bool], list[Tensor]], suspects: Mapping[str, LoRALinear]
+    run: Callable[[bool], list[Tensor]], suspects: Mapping[str, LoRALayer]
 ) -> dict[str, bool | None]:
     """For each suspect, whether gradients were on when its forward was called; None if it was not called."""
     calls: dict[str, bool | None] = dict.fromkeys(suspects)
@@ -246,7 +246,7 @@ def _restored(model: nn.Module, modes: Modes) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _stand_ins(model: nn.Module, layers: list[tuple[str, LoRALinear]]) -> Iterator[None]:
+def _stand_ins(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[None]:
     """Put a leaf of its own in the place of every parameter that trains, and of every lora_A and lora_B. Random values are
     added to lora_B, so that an update which is small, or zero by its start, can be seen; a zero lora_A gets random values.
 
@@ -280,12 +280,12 @@ def _stand_ins(model: nn.Module, layers: list[tuple[str, LoRALinear]]) -> Iterat
             parameter.grad = gradient
 
 
-def _tried(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    """Random values for lora_A (R, K) and lora_B (N, R), the latter so that the update is a tenth of the weight, by norm."""
+def _tried(layer: LoRALayer) -> tuple[Tensor, Tensor]:
+    """Random values in the shapes of lora_A and lora_B, the latter so that the update is a tenth of the weight, by norm."""
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(layer.lora_A.shape, generator=generator) / layer.in_features**0.5
+    a = torch.randn(layer.lora_A.shape, generator=generator) / layer.lora_A[0].numel() ** 0.5
     b = torch.randn(layer.lora_B.shape, generator=generator)
-    weight = layer.original_linear.weight.detach()
+    weight = layer.wrapped_weight().detach()
     norm = float(layer.lora_A.detach().float().norm()) or float(a.norm())
     update = abs(layer.scaling) * float(b.norm()) * norm / layer.rank**0.5
     target = _SHARE * float(weight.float().norm()) or 1.0
@@ -310,12 +310,12 @@ def _backward(outputs: list[Tensor]) -> None:
         torch.stack([part.to(total[0].device) for part in total]).sum().backward()  # type: ignore[no-untyped-call]
 
 
-def _has_gradient(layer: LoRALinear) -> bool:
+def _has_gradient(layer: LoRALayer) -> bool:
     gradients = [p.grad for p in (layer.lora_A, layer.lora_B)]
     return any(g is not None and bool(g.any()) for g in gradients)
 
 
-def _forget_gradients(layers: Iterator[LoRALinear]) -> None:
+def _forget_gradients(layers: Iterator[LoRALayer]) -> None:
     for layer in layers:
         layer.lora_A.grad = layer.lora_B.grad = None
 

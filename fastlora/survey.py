@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from fastlora.config import LoRAConfig, Targets
 from fastlora.dispatch import Choice
 from fastlora.errors import BackendError, ConfigError, InjectionError
-from fastlora.layer import LoRALinear, why_unsuitable
-from fastlora.memory import format_bytes, planned_shape, shape_of
+from fastlora.kinds import kind_of, why_unsuitable
+from fastlora.layer import LoRALinear
+from fastlora.lora_layer import LoRALayer
+from fastlora.memory import format_bytes, planned_parameters, planned_shape, shape_of
+from fastlora.quantised import compute_dtype
 from fastlora.selection import (
     Verdict,
     attention_projections,
@@ -59,7 +62,7 @@ class LayerRow:
 class LayerTable:
     """What `explain` and `preview` give: rows in module order, and `str(table)` for people.
 
-    rows: every linear layer, every LoRALinear, and every other module with a matrix of its own. counts: pattern → how many layers
+    rows: every layer that can have an adapter or has one, and every other module with a matrix of its own. counts: pattern → how many layers
     it takes or excludes. problems: what `inject_lora` would raise or warn about. sample_rows: the `rows` asked for.
     """
 
@@ -110,7 +113,7 @@ class LayerTable:
 
 
 @overload
-def explain(model: LoRALinear, x: Tensor) -> Choice: ...
+def explain(model: LoRALayer, x: Tensor) -> Choice: ...
 @overload
 def explain(
     model: nn.Module,
@@ -130,18 +133,18 @@ def explain(
 ) -> Choice | LayerTable:
     """Why each layer of a model has an adapter or not, and how it runs. Nothing is computed.
 
-    model: with `x`, one LoRALinear: which backend and plan it takes for `x` (..., in_features), and why. Without `x`, any module.
+    model: with `x`, one adapted layer: which backend and plan it takes for `x` (..., in_features), and why. Without `x`, any module.
     rows: M of a call, the same for every layer in its weight's dtype; the table then has each layer's plan and saved bytes.
         A tensor (M, in_features) is allocated, and not filled, for one layer at a time.
     config: the config that the model was injected with; it says which layers were not targeted and which were excluded.
 
     Raises: BackendError if the layer given with `x` forces a backend that cannot run; in a table that is the row's reason.
-    ConfigError for a bad value, and for `x` beside a module that is no LoRALinear.
+    ConfigError for a bad value, and for `x` beside a module that is no adapted layer.
     """
     if x is not None:
-        if not isinstance(model, LoRALinear):
+        if not isinstance(model, LoRALayer):
             raise ConfigError(
-                f"x: expected only beside a LoRALinear, got a {type(model).__name__}; give rows instead"
+                f"x: expected only beside an adapted layer, got a {type(model).__name__}; give rows instead"
             )
         if rows is not None or config is not None:
             raise ConfigError("rows, config: expected without x, which decides about one call")
@@ -186,7 +189,7 @@ def _check_rows(rows: int | None) -> None:
 
 
 def _verdicts(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, Verdict]:
-    """The verdict on each linear layer: that of the name under which it is selected, else of its first."""
+    """The verdict on each layer: that of the name under which it is selected, else of its first."""
     found: dict[nn.Module, Verdict] = {}
     for verdict in judge(model, config):
         if verdict.module not in found or verdict.config is not None:
@@ -204,17 +207,20 @@ def _table(
     read = attention_projections(model)
     table = []
     for path, module in _outside_adapters(model):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             table.append(_adapted(path, module, config, rows, module in read))
-        elif isinstance(module, nn.Linear):
-            table.append(_linear(path, module, verdicts.get(module), rows, module in read))
+        elif kind_of(module) is not None:
+            table.append(_plain(path, module, verdicts.get(module), config, rows, module in read))
         elif _holds_a_matrix(module):
             trainable = _trainable(module)
             kind, reason = type(module).__name__, str(why_unsuitable(module))
             table.append(LayerRow(path, kind, "unsuitable", reason, trainable=trainable))
         elif config is not None and (name := _target(config, path.rpartition(".")[2])) is not None:
-            below = sum(isinstance(child, (nn.Linear, LoRALinear)) for child in module.modules())
-            reason = f"a container of {below} linear layers, which are judged one by one"
+            below = sum(
+                kind_of(child) in config.kinds or isinstance(child, LoRALayer)
+                for child in module.modules()
+            )
+            reason = f"a container of {below} layers, which are judged one by one"
             table.append(LayerRow(path, type(module).__name__, "container", reason, name))
     counts: dict[str, int] = {}
     if config is not None:
@@ -227,23 +233,25 @@ def _table(
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) in module order, each once; what a LoRALinear wraps is left out."""
+    """(path, module) in module order, each once; what an adapted layer wraps is left out."""
     inside: set[nn.Module] = set()
     for path, module in model.named_modules():
         if module in inside:
             continue
-        if isinstance(module, LoRALinear):
-            inside.update(module.original_linear.modules())
+        if isinstance(module, LoRALayer):
+            inside.update(module.wrapped.modules())
         yield path, module
 
 
 def _adapted(
-    path: str, layer: LoRALinear, config: LoRAConfig | None, rows: int | None, weight_read: bool
+    path: str, layer: LoRALayer, config: LoRAConfig | None, rows: int | None, weight_read: bool
 ) -> LayerRow:
     choice, saved, reason = None, None, "has an adapter"
-    if rows is not None:
-        weight = layer.original_linear.weight
-        x = torch.empty(rows, layer.in_features, dtype=weight.dtype, device=weight.device)
+    if not isinstance(layer, LoRALinear):
+        reason = str(layer.choose(layer.lora_A))
+    elif rows is not None:
+        dtype = compute_dtype(layer.original_linear)
+        x = torch.empty(rows, layer.in_features, dtype=dtype, device=layer.lora_A.device)
         saved = shape_of(layer, weight_read).saved_bytes(rows)
         try:
             choice = layer.choose(x)
@@ -254,7 +262,7 @@ def _adapted(
         choice, reason = None, _WEIGHT_READ + ("; dropout has no effect" if layer.dropout else "")
     return LayerRow(
         path,
-        type(layer.original_linear).__name__,
+        type(layer.wrapped).__name__,
         "adapted",
         reason,
         None if config is None else _target(config, path),
@@ -267,16 +275,26 @@ def _adapted(
     )
 
 
-def _linear(
-    path: str, linear: nn.Linear, verdict: Verdict | None, rows: int | None, weight_read: bool
+def _plain(
+    path: str,
+    module: nn.Module,
+    verdict: Verdict | None,
+    config: LoRAConfig | None,
+    rows: int | None,
+    weight_read: bool,
 ) -> LayerRow:
-    kind, trainable = type(linear).__name__, _trainable(linear)
-    unsuitable = why_unsuitable(linear)
+    kind, trainable = type(module).__name__, _trainable(module)
+    if config is not None and kind_of(module) not in config.kinds:
+        name = _target(config, path)
+        reason = f"kinds has no {kind_of(module)!r}" + (f"; {name!r} matches it" if name else "")
+        return LayerRow(path, kind, "not targeted", reason, trainable=trainable)
+    unsuitable = why_unsuitable(module, None if verdict is None else verdict.config)
     if unsuitable is not None:
         pattern = None if verdict is None else verdict.pattern
         return LayerRow(path, kind, "unsuitable", unsuitable, pattern, trainable=trainable)
     if verdict is None:
-        return LayerRow(path, kind, "no adapter", "a linear layer as it was", trainable=trainable)
+        reason = f"a layer as it was (kind {kind_of(module)!r})"
+        return LayerRow(path, kind, "no adapter", reason, trainable=trainable)
     own, reason = verdict.config, verdict.reason
     if own is None:
         status: Status = verdict.status
@@ -293,13 +311,17 @@ def _linear(
         own.alpha,
         own.dropout,
         None,
-        own.rank * (linear.in_features + linear.out_features),
-        None if rows is None else planned_shape(linear, own, weight_read).saved_bytes(rows),
+        sum(planned_parameters(module, own)),
+        planned_shape(module, own, weight_read).saved_bytes(rows)
+        if rows is not None and kind_of(module) == "linear"
+        else None,
     )
 
 
 def _trainable(module: nn.Module) -> int:
-    own = list(module.parameters(recurse=isinstance(module, (LoRALinear, nn.Linear))))
+    own = list(
+        module.parameters(recurse=isinstance(module, LoRALayer) or kind_of(module) is not None)
+    )
     lazy = nn.parameter.UninitializedParameter
     return sum(p.numel() for p in own if p.requires_grad and not isinstance(p, lazy))
 

@@ -13,7 +13,7 @@ from fastlora.selection import named_lora_layers
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within `with disable_adapter(model):` every `LoRALinear` calls the layer it wraps and nothing else.
+    """Within `with disable_adapter(model):` every adapted layer calls the layer it wraps and nothing else.
 
     So the model computes what the base model computes, bit for bit, and draws no dropout seeds for its adapters: a reference
     model (DPO, distillation) without a second copy. Trained heads outside of the adapters stay as they are.
@@ -26,7 +26,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for _, layer in named_lora_layers(model)]
     if not layers:
-        raise InjectionError("model: has no LoRALinear, so there is no adapter to disable")
+        raise InjectionError("model: has no adapters, so there is nothing to disable")
     before = [layer.disabled for layer in layers]
     try:
         for layer in layers:

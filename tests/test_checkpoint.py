@@ -102,7 +102,7 @@ def test_not_strict_loads_what_fits_warns_and_never_applies_nothing():
 
 
 def test_other_refusals():
-    with pytest.raises(CheckpointError, match="has no LoRALinear"):
+    with pytest.raises(CheckpointError, match="has no adapters"):
         load_lora_state_dict(Decoder(), {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="expected tensors, got int at 'x'"):
         load_lora_state_dict(adapted(), {"x": 1})
@@ -210,7 +210,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
 
 
 def test_saving_without_adapters_or_to_a_missing_folder_leaves_nothing(tmp_path):
-    with pytest.raises(CheckpointError, match="no adapter to save"):
+    with pytest.raises(CheckpointError, match="has no adapters"):
         save_adapter(Decoder(), tmp_path / "a.safetensors")
     old = tmp_path / "b.safetensors"
     save_adapter(adapted(), old)

@@ -14,6 +14,7 @@ from fastlora import (
     CheckpointError,
     InjectionError,
     LoRAConfig,
+    LoRAConv,
     LoRALinear,
     MergeError,
     base_state_dict,
@@ -35,7 +36,7 @@ from fastlora import (
     setup_lora_for_medical_finetuning,
 )
 from tests.models import Decoder, randomise_adapters
-from tests.tolerance import assert_differs
+from tests.tolerance import assert_close, assert_differs
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
@@ -307,7 +308,7 @@ def test_row_14_unfrozen_heads_are_saved_by_name(tmp_path):
 
 def test_row_15_a_second_injection_raises():
     model = adapted()
-    with pytest.raises(InjectionError, match="already has 4 LoRALinear layers"):
+    with pytest.raises(InjectionError, match="already has 4 adapted layers"):
         inject_lora(model, ["mlp"])
 
 
@@ -335,19 +336,26 @@ def test_row_17_copies_work(duplicate):
     assert not torch.equal(twin(X), model(X))
 
 
-def test_row_18_parametrised_weights_are_not_merged_and_convolutions_are_refused_by_name(tmp_path):
+def test_row_18_parametrised_weights_are_not_merged_and_convolutions_take_all_their_arguments(
+    tmp_path,
+):
     model = Decoder()
     parametrizations.weight_norm(model.blocks[0].attn.to_qkv)
     inject_lora(model)
     with pytest.raises(MergeError, match="blocks.0.attn.to_qkv: the weight is parametrised"):
         merge_lora_weights(model)
+    conv = nn.Conv1d(4, 4, 3, dilation=2, padding=2, padding_mode="circular")
+    layer = LoRAConv(conv)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 4, 9)
+    wide = copy.deepcopy(layer).double()(x.double())
+    assert_close(layer.merge_weights()(x), layer(x), wide)
+    assert not torch.equal(layer(x), conv(x))
     import peft
 
     root = nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2))
     peft.get_peft_model(root, peft.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match="cannot adapt 0: expected an nn.Linear .* got Conv1d"
-    ):
+    with pytest.raises(CheckpointError, match="PEFT's adapter of a Conv1d with dilation=.2,."):
         from_pretrained(nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2)), tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_dicts_and_files_give_the_same_config_back(config, tmp_path):
         config.save(tmp_path / name)
         assert LoRAConfig.load(tmp_path / name) == config
     assert json.loads((tmp_path / "c.json").read_text()) == config.to_dict()
-    assert len(config.to_dict()) == 14
+    assert len(config.to_dict()) == 18
 
 
 def test_a_file_written_by_hand_may_use_pefts_names(tmp_path):
@@ -193,7 +193,7 @@ def test_without_pyyaml_the_error_says_so(monkeypatch, tmp_path):
         ({"layers_to_transform": "1"}, "layers_to_transform: expected indices"),
         ({"layers_to_transform": [True]}, "layers_to_transform: expected indices"),
         (
-            {"init_lora_weights": "pissa"},
+            {"init_lora_weights": "svd"},
             "init_lora_weights: expected one of kaiming, gaussian, ort",
         ),
     ],

@@ -1,4 +1,4 @@
-"""The code of docs/export.md and docs/integrations.md runs and says the truth."""
+"""The code of docs/export.md, docs/integrations.md and docs/variants.md runs and says the truth."""
 
 import importlib.util
 import re
@@ -46,6 +46,18 @@ def test_export(tmp_path, monkeypatch):
     torch.testing.assert_close(names["from_script"], expected)
     names = run(page["ONNX"], tmp_path, monkeypatch, names)
     torch.testing.assert_close(torch.from_numpy(names["from_onnx"]), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torchao, where it is installed
+def test_variants(tmp_path, monkeypatch, capsys):
+    run((DOCS / "variants.md").read_text(), tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "3 selected" in printed
+    assert "all 3 adapters change the output and get a gradient" in printed
+    assert "use_dora=True" in printed and "16, 16, r=8" in printed
+    assert "['proj.lora_A', 'proj.lora_B', 'proj.original_linear.bias', 'head.weight'" in printed
+    if importlib.util.find_spec("torchao"):
+        assert "quantised by torchao, whose product runs" in printed
 
 
 INTEGRATIONS = sections("integrations.md")

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from fastlora import ConfigError, InjectionError, LoRALinear, MergeError, explain, reference
 from fastlora.errors import BackendError
-from fastlora.layer import why_unsuitable
+from fastlora.kinds import why_unsuitable
 from tests.tolerance import assert_close
 
 
@@ -286,9 +286,9 @@ def test_unsuitable_layers_are_refused_with_the_reason():
     for layer, reason in (
         (nn.Conv1d(2, 2, 1), "expected an nn.Linear or a subclass, got Conv1d"),
         (nn.LazyLinear(4), "no weight yet"),
-        (integer, "torch.int8 weight; quantised bases are not supported"),
+        (integer, "torch.int8 weight of a quantisation that is not known"),
         (packed, r"weight of shape \(8, 1\), expected \(4, 4\)"),
-        (LoRALinear(nn.Linear(4, 4)), "already a LoRALinear"),
+        (LoRALinear(nn.Linear(4, 4)), "expected an nn.Linear or a subclass, got LoRALinear"),
     ):
         with pytest.raises(InjectionError, match=reason):
             LoRALinear(layer)

@@ -71,7 +71,7 @@ def test_a_single_layer():
     layer = LoRALinear(nn.Linear(3, 3))
     assert type(merged_model(layer)) is nn.Linear
     assert type(merge_lora_weights(layer, inplace=False)) is nn.Linear
-    with pytest.raises(MergeError, match="is itself a LoRALinear"):
+    with pytest.raises(MergeError, match="is itself an adapted layer"):
         merge_lora_weights(layer)
 
 

@@ -315,7 +315,7 @@ def test_other_contexts_shared_layers_and_kinds_of_output():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: check(Decoder(), X), InjectionError, "model: has no LoRALinear"),
+        (lambda: check(Decoder(), X), InjectionError, "model: has no adapters"),
         (
             lambda: check(nn.DataParallel(adapted(Two())), X),
             InjectionError,

@@ -58,18 +58,14 @@ def test_preview_says_of_every_layer_why():
     assert rows.pop("blocks.0.mlp") == (
         "container",
         "mlp",
-        "a container of 2 linear layers, which are judged one by one",
+        "a container of 2 layers, which are judged one by one",
     )
     assert rows.pop("blocks.0.mlp.mlp")[0] == "container"
     assert rows.pop("blocks.0.attn.to_qkv") == ("selected", "to_qkv", "matches 'to_qkv'")
     assert rows.pop("blocks.0.mlp.mlp.0") == ("selected", "mlp", "matches 'mlp'")
     assert rows.pop("blocks.0.mlp.mlp.2") == ("excluded", "mlp.2", "exclude has 'mlp.2'")
-    assert rows.pop("conv") == (
-        "unsuitable",
-        None,
-        "expected an nn.Linear or a subclass, got Conv1d",
-    )
-    assert rows.pop("table")[0] == "unsuitable"
+    assert rows.pop("conv") == ("not targeted", None, "kinds has no 'conv'")
+    assert rows.pop("table")[2] == "kinds has no 'embedding'"
     assert rows.pop("lazy")[2] == "LazyLinear has no weight yet (lazy): run one forward pass first"
     assert set(rows.values()) == {("not targeted", None, "no target matches its path")}
     assert set(rows) == {
@@ -104,8 +100,8 @@ def test_preview_of_a_module_dict_an_index_a_head_and_a_second_name():
         (Decoder(), ["to_qkv", "to_qvk"], "'to_qvk' matches none of the 11 linear layers"),
         (Decoder(), LoRAConfig(["to_qkv"], exclude=["typo"]), "exclude: 'typo' matches none"),
         (zoo(), ["lazy"], "cannot adapt lazy: LazyLinear has no weight yet"),
-        (nn.Sequential(LoRALinear(nn.Linear(2, 2))), ["0"], "already has 1 LoRALinear"),
-        (nn.Linear(2, 2), "all-linear", "is itself a linear layer"),
+        (nn.Sequential(LoRALinear(nn.Linear(2, 2))), ["0"], "already has 1 adapted"),
+        (nn.Linear(2, 2), "all-linear", "is itself a Linear; an adapted"),
     ],
     ids=str,
 )
@@ -132,7 +128,7 @@ def test_explain_without_a_tensor_is_a_table_of_the_model():
     assert adapted.saved_bytes == 64 * (16 + 4) * 4 + 8
     assert rows["input_layer"].status == "no adapter" and rows["input_layer"].trainable == 0
     assert rows["out_layer"].trainable == 16 * 5
-    assert rows["conv"].status == "unsuitable"
+    assert rows["conv"].status == "no adapter"
     assert not any("original_linear" in path for path in rows)
     assert explain(model).rows[1].choice is None and explain(model).rows[1].saved_bytes is None
 
@@ -207,7 +203,10 @@ def test_the_table_reads_well():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: explain(Decoder(), torch.zeros(1)), "x: expected only beside a LoRALinear, got"),
+        (
+            lambda: explain(Decoder(), torch.zeros(1)),
+            "x: expected only beside an adapted layer, got",
+        ),
         (lambda: explain(LoRALinear(nn.Linear(2, 2)), torch.zeros(1, 2), rows=1), "rows, config"),
         (lambda: explain(Decoder(), rows=0), "rows: expected an integer ≥ 1 or None, got 0"),
         (lambda: preview(Decoder(), rows=True), "rows: expected an integer"),

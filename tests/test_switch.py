@@ -157,6 +157,6 @@ def test_a_copy_made_inside_has_its_adapters():
 
 
 def test_a_model_without_adapters_is_refused():
-    said = pytest.raises(InjectionError, match="there is no adapter to disable")
+    said = pytest.raises(InjectionError, match="there is nothing to disable")
     with said, disable_adapter(Decoder()):
         pass

@@ -1,0 +1,52 @@
+"""Weights that bitsandbytes or torchao hold in few bits: known by their class, without importing either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PACKAGES = ("bitsandbytes", "torchao")
+
+
+def quantisation(module: nn.Module) -> str | None:
+    """The package that quantises the layer's weight, or None."""
+    weight = module._parameters.get("weight")
+    if weight is None or type(weight) is nn.Parameter:
+        return None
+    package = type(weight).__module__.partition(".")[0]
+    return package if package in _PACKAGES else None
+
+
+def dequantised(module: nn.Module) -> Tensor:
+    """The layer's weight in floating point: the weight itself, or what its quantised form stands for.
+
+    Source: bitsandbytes' `dequantize_4bit` and `int8_vectorwise_dequant`, torchao's `Tensor.dequantize`.
+    """
+    weight: Any = module.weight
+    package = quantisation(module)
+    if package is None or (package == "bitsandbytes" and weight.data.is_floating_point()):
+        assert isinstance(weight, Tensor)
+        return weight  # also a layer of bitsandbytes that has not been quantised yet
+    if package == "torchao":
+        made: Tensor = weight.dequantize()
+        return made
+    from bitsandbytes import functional
+
+    if getattr(weight, "quant_state", None) is not None:
+        made = functional.dequantize_4bit(weight.data, weight.quant_state)
+        return made
+    scale = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+    made = functional.int8_vectorwise_dequant(weight.data, scale)
+    return made
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype in which the layer's input is expected: the weight's, or for bits that of the computation."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_floating_point():
+        return weight.dtype
+    own = getattr(module, "compute_dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.float32
