@@ -7,7 +7,6 @@ another runtime to stumble over.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import inspect
 import os
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from fastlora.errors import ExportError
 from fastlora.layer import LoRALinear
 from fastlora.merge import merge_lora_weights
+from fastlora.record import copy_without_records
 
 FORMATS = ("torch.export", "onnx", "torchscript")
 _ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -125,7 +125,7 @@ def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
     if any(isinstance(module, LoRALinear) and module.disabled for module in model.modules()):
         raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, shared).eval()
+    plain = copy_without_records(model, shared).eval()
     if merged:
         return merge_lora_weights(plain, inplace=not isinstance(plain, LoRALinear))
     for module in plain.modules():
