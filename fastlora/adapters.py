@@ -49,12 +49,12 @@ def add_adapter(
     `disable_adapter`, or if a module at one of the active adapter's places was replaced. The model is unchanged then.
     """
     config = to_config(target_modules, rank, alpha, dropout)
-    with adding(model, name):
-        if not make_plan(model, config):
+    with adding(model, name) as plain:
+        if not make_plan(plain, config):
             raise InjectionError(
-                f"model: no linear layer matches {config.target_modules!r}. {suggest(model, config)}"
+                f"model: no linear layer matches {config.target_modules!r}. {suggest(plain, config)}"
             )
-        count = inject_lora(model, target_modules, rank, alpha, dropout)
+        count = inject_lora(plain, target_modules, rank, alpha, dropout)
     if activate:
         set_adapter(model, name)
     return count
@@ -177,8 +177,8 @@ def combine_adapters(
 
 
 @contextmanager
-def adding(model: nn.Module, name: str) -> Iterator[None]:
-    """Within it `model` is plain and without a record, and what is injected there is kept, inactive, as the adapter `name`.
+def adding(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Within it the model that it gives is plain and has no record; what is injected there is kept, inactive, as the adapter `name`.
 
     The adapter that was active before is active again afterwards. On an exception all is as before.
 
@@ -190,7 +190,7 @@ def adding(model: nn.Module, name: str) -> Iterator[None]:
     _switch(keeper, record, None)
     set_record(keeper, None)
     try:
-        yield
+        yield keeper
         added = _installed(keeper)
         if not added:
             raise InjectionError("model: no layer was adapted")
@@ -204,29 +204,31 @@ def adding(model: nn.Module, name: str) -> Iterator[None]:
 def _record(model: nn.Module) -> tuple[nn.Module, AdapterRecord]:
     """The module that keeps the record of `model`'s adapters, and the record; a new one if there is none yet.
 
-    A module that holds nothing but one other (`torch.compile`, DistributedDataParallel) is seen through.
+    What `torch.compile`, DistributedDataParallel and the like wrap around a model is seen through.
     """
     keeper = model
-    while (record := get_record(keeper)) is None:
-        children = list(keeper.children())
-        if len(children) != 1:
-            break
-        keeper = children[0]
+    while len(keeper._modules) == 1 and (inner := _wrapped(keeper)) is not None:
+        keeper = inner
+    record = get_record(keeper)
     if record is not None:
         return keeper, record
-    for path, other in records(model):
+    for path, other in records(keeper):
         names = ", ".join(map(repr, other.adapters))
         raise InjectionError(
             f"model: its part {path} keeps the adapters {names}; call with that part"
         )
-    layers = _installed(model)
+    layers = _installed(keeper)
     if "" in layers:
         raise InjectionError(
             "model: is itself a LoRALinear; call with the model that holds it, or give it a parent"
         )
-    return model, AdapterRecord(
+    return keeper, AdapterRecord(
         {DEFAULT_NAME: layers} if layers else {}, DEFAULT_NAME if layers else None
     )
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    return module._modules.get("module", module._modules.get("_orig_mod"))
 
 
 def _installed(model: nn.Module) -> dict[str, LoRALinear]:

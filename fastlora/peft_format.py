@@ -193,8 +193,8 @@ def from_pretrained(
     if adapter is None:
         return _load(model, folder, alone=True)
     alone = not list_adapters(model)
-    with adding(model, adapter):
-        return _load(model, folder, alone)
+    with adding(model, adapter) as plain:
+        return _load(plain, folder, alone)
 
 
 def _load(model: nn.Module, folder: str | os.PathLike[str], alone: bool) -> LoadResult:

@@ -220,6 +220,17 @@ def test_a_compiled_model_follows_and_stands_for_the_model():
     assert list_adapters(compiled) == ["a", "b"]
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_wrappers_stand_for_the_model(wrap):
+    model = Decoder()
+    add_adapter(wrap(model), "a", LoRAConfig(["blocks.0.attn.to_out"], match="exact"))
+    assert list_adapters(wrap(nn.DataParallel(model))) == list_adapters(model) == ["a"]
+    set_adapter(wrap(model), "a")
+    assert isinstance(model.blocks[0].attn.to_out, LoRALinear)
+    with pytest.raises(InjectionError, match="is itself a linear layer"):
+        add_adapter(wrap(nn.Linear(4, 4)), "a", "all-linear")
+
+
 def test_attention_projections_and_the_roots_own_children():
     model = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
