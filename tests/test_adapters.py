@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -27,6 +28,7 @@ from fastlora import (
     use_adapter,
 )
 from fastlora.adapters import _follow
+from fastlora.record import copy_without_records
 from tests.models import Decoder, randomise_adapters
 from tests.tolerance import assert_close, assert_differs
 
@@ -456,6 +458,21 @@ def test_merging_in_place_waits_for_the_others_and_a_copy_has_the_active_one_alo
     assert (active_adapter(model), list_adapters(model)) == (None, [])
 
 
+def test_copies_that_are_merged_or_exported_do_not_copy_the_others():
+    model = many()
+    set_adapter(model, "b")
+    model.blocks[0].attn.to_out.lock = threading.Lock()  # what cannot be copied
+    set_adapter(model, "a")
+    with pytest.raises(TypeError, match="lock"):
+        copy.deepcopy(model)
+    shared = {id(p): p for p in model.parameters()}
+    twin = copy_without_records(model, shared)
+    assert "_fastlora_adapters" not in twin.__dict__ and torch.equal(twin(X), model(X))
+    assert all(p is q for p, q in zip(twin.parameters(), model.parameters(), strict=True))
+    fastlora.merged_model(model)
+    fastlora.merge_lora_weights(model, inplace=False)
+
+
 def test_merging_a_part_is_found_when_switching():
     model = many()
     set_adapter(model, "a")
@@ -534,10 +551,11 @@ def test_the_module_that_keeps_the_adapters_must_be_the_one_that_is_asked():
         fastlora.merge_lora_weights(whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 0.7, "b": -1.5}, {"b": 2}])
 def test_side_by_side_the_sum_is_exact(weights, dtype):
-    model = many(dtype=dtype, use_rslora=True)
+    model = many(dtype=dtype, use_rslora=True, backend="torch")
+    wide = torch.promote_types(dtype, torch.float32)
     deltas = {name: delta(model, name) for name in weights}
     assert combine_adapters(model, weights, "c") == (8 if len(weights) == 2 else 6)
     assert (active_adapter(model), list_adapters(model)) == (None, ["a", "b", "c"])
@@ -546,11 +564,13 @@ def test_side_by_side_the_sum_is_exact(weights, dtype):
     for path, got in combined.items():
         want = sum(w * deltas[name][path] for name, w in weights.items() if path in deltas[name])
         single = sum(
-            w * deltas[name][path].float() for name, w in weights.items() if path in deltas[name]
+            w * deltas[name][path].to(wide) for name, w in weights.items() if path in deltas[name]
         )
-        assert_close(got.float(), single, want, path)
+        assert_close(got.to(wide), single, want, path)
     with use_adapter(model, "c"):
-        ranks = {layer.rank for _, layer in fastlora.named_lora_layers(model)}
+        layers = [layer for _, layer in fastlora.named_lora_layers(model)]
+        assert {(layer.lora_A.dtype, layer.backend) for layer in layers} == {(wide, "torch")}
+        ranks = {layer.rank for layer in layers}
         assert ranks == ({3, 4, 7} if len(weights) == 2 else {4})
 
 
