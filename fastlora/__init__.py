@@ -1,5 +1,14 @@
 """fastlora: low-rank adapters for linear layers, with less time and memory. See the README for a first example."""
 
+from fastlora.adapters import (
+    active_adapter,
+    add_adapter,
+    combine_adapters,
+    delete_adapter,
+    list_adapters,
+    set_adapter,
+    use_adapter,
+)
 from fastlora.base_state import base_state_dict, load_base_state_dict
 from fastlora.checkpoint import (
     LoadResult,
@@ -74,9 +83,13 @@ __all__ = [
     "TrainingError",
     "__version__",
     "accelerate",
+    "active_adapter",
+    "add_adapter",
     "base_state_dict",
     "check",
+    "combine_adapters",
     "count_parameters",
+    "delete_adapter",
     "disable_adapter",
     "estimate",
     "explain",
@@ -86,6 +99,7 @@ __all__ = [
     "get_lora_params",
     "get_lora_state_dict",
     "inject_lora",
+    "list_adapters",
     "load_adapter",
     "load_base_state_dict",
     "load_lora_state_dict",
@@ -100,5 +114,7 @@ __all__ = [
     "restore",
     "save_adapter",
     "save_pretrained",
+    "set_adapter",
     "setup_lora_for_medical_finetuning",
+    "use_adapter",
 ]

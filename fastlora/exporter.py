@@ -7,7 +7,6 @@ another runtime to stumble over.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import inspect
 import os
@@ -25,6 +24,7 @@ from fastlora.errors import ExportError
 from fastlora.layer import LoRALinear
 from fastlora.lora_layer import LoRALayer
 from fastlora.merge import merge_lora_weights
+from fastlora.record import copy_without_records
 
 FORMATS = ("torch.export", "onnx", "torchscript")
 _ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -126,7 +126,7 @@ def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
     if any(isinstance(module, LoRALayer) and module.disabled for module in model.modules()):
         raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, shared).eval()
+    plain = copy_without_records(model, shared).eval()
     if merged:
         return merge_lora_weights(plain, inplace=not isinstance(plain, LoRALayer))
     for module in plain.modules():

@@ -12,6 +12,7 @@ from fastlora.errors import InjectionError
 from fastlora.initialise import initialise
 from fastlora.kinds import wrap
 from fastlora.lora_layer import LoRALayer, check_hyperparameters
+from fastlora.record import inactive_adapters
 from fastlora.selection import (
     Plan,
     attention_projections,
@@ -49,9 +50,11 @@ def inject_lora(
     warns and wraps the rest; under a LoRAConfig both raise. Dropout on the projection of an `nn.MultiheadAttention` warns: that
     module multiplies by the merged weight itself. `fastlora.preview` shows beforehand what would be done.
 
-    Raises: ConfigError for a bad value. InjectionError if the model already has adapters, if a matching layer cannot be
-    adapted, or if a pattern of a LoRAConfig matches nothing; the message names the nearest names there are.
+    Raises: ConfigError for a bad value. InjectionError if the model already has adapters (`fastlora.add_adapter` adds others by
+    name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing; the message names the nearest
+    names there are.
     """
+    _refuse_inactive(model)
     config = to_config(target_modules, rank, alpha, dropout)
     plan = make_plan(model, config)
     problem = why_patterns_fail(model, config, plan)
@@ -136,6 +139,7 @@ def setup_lora_for_medical_finetuning(
     Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or is a
     layer that gets an adapter. The model is unchanged then.
     """
+    _refuse_inactive(model)
     check_hyperparameters(rank, alpha, dropout)
     targets = (*DEFAULT_TARGETS, "mlp") if include_ffn else DEFAULT_TARGETS
     config = LoRAConfig(targets, rank=rank, alpha=alpha, dropout=dropout)
@@ -153,6 +157,15 @@ def setup_lora_for_medical_finetuning(
     for parameter in heads:
         parameter.requires_grad_(True)
     return count_parameters(model)
+
+
+def _refuse_inactive(model: nn.Module) -> None:
+    names = inactive_adapters(model)
+    if names:
+        raise InjectionError(
+            f"model: has the inactive adapters {', '.join(map(repr, names))}; give another one its name with "
+            "fastlora.add_adapter, or delete them first"
+        )
 
 
 def _wrap(model: nn.Module, plan: Plan) -> int:

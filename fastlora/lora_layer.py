@@ -119,6 +119,13 @@ class LoRALayer(nn.Module):
         """The weight of the wrapped layer, in floating point also where that is quantised."""
         return dequantised(self.wrapped)
 
+    @property
+    def wrapped_device(self) -> torch.device:
+        """The device of the wrapped weight."""
+        weight = self.wrapped.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, beside them the start that is taken off, if any."""
         start_a, start_b = self._buffers["initial_A"], self._buffers["initial_B"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, MergeError
 from fastlora.lora_layer import LoRALayer
+from fastlora.record import copy_without_records, drop_records, inactive_adapters
 
 LOST_SHARE = 0.1  # of an update, by norm; a merge that loses more warns
 _ROWS = 8
@@ -90,19 +90,26 @@ def merge_lora_weights(
 
     Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`).
     Raises: MergeError, naming the layers, if a weight is parametrised, quantised or shared with another module (merging would
-    change that one too, or cut the tie), if a merged layer computes something else than its original, or if `model` is
-    itself an adapted layer and inplace is True. ConfigError if dtype is no float dtype.
+    change that one too, or cut the tie), if a merged layer computes something else than its original, or, where inplace is
+    True, if `model` is itself an adapted layer or has inactive adapters, whose base layers would be gone. ConfigError if dtype
+    is no float dtype.
     """
     if isinstance(model, LoRALayer) and inplace:
         raise MergeError("model: is itself an adapted layer; use model.merge_weights()")
+    inactive = inactive_adapters(model)
+    if inactive and inplace:
+        raise MergeError(
+            f"model: the inactive adapters {', '.join(map(repr, inactive))} could never be switched to again; "
+            "delete them first, or merge a copy (merged_model)"
+        )
     _raise_or_warn(merge_report(model, dtype), "merge_lora_weights")
-    return _merge(model if inplace else copy.deepcopy(model), dtype)
+    return _merge(model if inplace else copy_without_records(model), dtype)
 
 
 def merged_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """A deep copy of `model` with its adapters merged, sharing nothing with it. As `merge_lora_weights` otherwise."""
+    """A deep copy of `model` with its active adapter merged, sharing nothing with it. As `merge_lora_weights` otherwise."""
     _raise_or_warn(merge_report(model, dtype), "merged_model")
-    return _merge(copy.deepcopy(model), dtype)
+    return _merge(copy_without_records(model), dtype)
 
 
 def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
@@ -164,6 +171,7 @@ def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
             fresh = layer.merge_weights(dtype)
             for parent, name in places:
                 setattr(parent, name, fresh)
+        drop_records(model)
     return model if dtype is None else model.to(dtype)
 
 

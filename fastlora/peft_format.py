@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.adapters import adding, list_adapters
 from fastlora.checkpoint import (
     LoadResult,
     compare,
@@ -35,6 +36,7 @@ from fastlora.inject import freeze_base_params, inject_lora
 from fastlora.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.layer import LoRATransposedLinear
 from fastlora.lora_layer import LoRALayer, check_hyperparameters
+from fastlora.record import inactive_adapters
 from fastlora.selection import named_lora_layers, nearest_names, output_embeddings
 
 CONFIG_FILE = "adapter_config.json"
@@ -185,20 +187,41 @@ def save_pretrained(
     write_files({target / WEIGHTS_FILE: weights, target / CONFIG_FILE: text.encode()})
 
 
-def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadResult:
+def from_pretrained(
+    model: nn.Module, folder: str | os.PathLike[str], adapter: str | None = None
+) -> LoadResult:
     """Give a plain `model` the adapters and heads of a folder in PEFT's format, in place.
 
     Afterwards the adapters and the saved heads train and everything else is frozen. Parameters of the base that the file
     holds besides (PEFT adds resized embeddings) are loaded too.
 
     model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it; only safetensors are read.
+    adapter: a name, under which the folder is loaded beside the adapters that the model has, without activating it (`set_adapter`
+        does). If there are others, only the new adapter's parameters change, and heads or base parameters in the file are refused.
     Returns the keys that were loaded, as they stand in the file.
 
     Raises: CheckpointError if a file is missing or damaged, if the config asks for what fastlora does not do (biases,
-    a PiSSA start, …, by name), or if names or shapes do not fit, with the nearest candidates. The model is unchanged then.
+    a PiSSA start, …, by name), or if names or shapes do not fit, with the nearest candidates. With `adapter`, also what
+    `add_adapter` raises about the name and the active adapter. The model is unchanged then.
     """
+    if adapter is None:
+        return _load(model, folder, alone=True)
+    alone = not list_adapters(model)
+    with adding(model, adapter) as plain:
+        return _load(plain, folder, alone)
+
+
+def _load(model: nn.Module, folder: str | os.PathLike[str], alone: bool) -> LoadResult:
+    """alone: whether the model has no other adapters, so that what the folder holds besides is the model's."""
     if any(True for _ in named_lora_layers(model)):
-        raise CheckpointError("model: already has adapters; load into the plain base model")
+        raise CheckpointError(
+            "model: already has adapters; load into the plain base model, or give adapter="
+        )
+    inactive = inactive_adapters(model)
+    if inactive:
+        raise CheckpointError(
+            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give adapter="
+        )
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
@@ -228,8 +251,16 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> LoadRes
             raise CheckpointError(f"modules_to_save: {path} holds or is part of the target {both}")
     _check_keys(model, state, targets, plan, heads)
     _check_ties(model, state, heads)
+    adapted = tuple(f"{PREFIX}{path}." for path in plan)
+    besides = [key for key in state if not key.startswith(adapted)]
+    if besides and not alone:
+        raise CheckpointError(
+            f"adapter: the file also holds {besides[0]}, which all adapters of the model would share; "
+            "load it into a model of its own"
+        )
     inject_lora(model, LoRAConfig(lambda path, _: plan.get(path, False), kinds=KINDS))
-    freeze_base_params(model)
+    if alone:
+        freeze_base_params(model)
     for head in heads.values():
         head.requires_grad_(True)
     own = model.state_dict(keep_vars=True)

@@ -86,7 +86,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     if existing:
         raise InjectionError(
             f"model: already has {len(existing)} adapted layers (first: {existing[0]}); "
-            "merge them before injecting again"
+            "merge them before injecting again, or add another adapter by name with fastlora.add_adapter"
         )
     plan = {
         verdict.module: (verdict.path, verdict.config)

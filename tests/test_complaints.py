@@ -12,11 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from fastlora import (
     CheckError,
     CheckpointError,
+    ConfigError,
     InjectionError,
     LoRAConfig,
     LoRAConv,
     LoRALinear,
     MergeError,
+    add_adapter,
     base_state_dict,
     check,
     explain,
@@ -33,6 +35,7 @@ from fastlora import (
     merged_model,
     preview,
     save_adapter,
+    set_adapter,
     setup_lora_for_medical_finetuning,
 )
 from tests.models import Decoder, randomise_adapters
@@ -308,8 +311,23 @@ def test_row_14_unfrozen_heads_are_saved_by_name(tmp_path):
 
 def test_row_15_a_second_injection_raises():
     model = adapted()
+    expected = model(X)
     with pytest.raises(InjectionError, match="already has 4 adapted layers"):
         inject_lora(model, ["mlp"])
+    assert torch.equal(model(X), expected)
+
+
+def test_row_15_unless_another_adapter_name_is_given():
+    model = adapted()
+    expected, layer = model(X), model.blocks[0].attn.to_out
+    add_adapter(model, "other", ["mlp", "to_out"], activate=True)
+    randomise_adapters(model, seed=2)
+    assert model.blocks[0].attn.to_out.original_linear is layer.original_linear  # wrapped once
+    assert_differs(model(X), expected)
+    set_adapter(model, "default")
+    assert model.blocks[0].attn.to_out is layer and torch.equal(model(X), expected)
+    with pytest.raises(ConfigError, match="already has an adapter 'other'"):
+        add_adapter(model, "other", ["mlp"])
 
 
 def test_row_16_the_base_models_checkpoints_load_and_save_under_their_own_keys():

@@ -16,8 +16,10 @@ from fastlora import (
     LoRAConv,
     LoRAEmbedding,
     LoRATransposedLinear,
+    add_adapter,
     base_state_dict,
     check,
+    combine_adapters,
     count_parameters,
     disable_adapter,
     estimate,
@@ -34,6 +36,7 @@ from fastlora import (
     preview,
     save_adapter,
     save_pretrained,
+    set_adapter,
 )
 from tests.tolerance import assert_close, assert_differs
 
@@ -306,3 +309,19 @@ def test_bad_arguments_are_named():
     for bad in ((), "conv", ["convs"]):
         with pytest.raises(ConfigError, match="kinds: expected some of linear, conv, embedding"):
             LoRAConfig(kinds=bad)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_named_adapters_go_with_every_kind(method):
+    model = mixed()
+    first = model(IDS)
+    add_adapter(model, "b", EVERY, activate=True)
+    for _, layer in named_lora_layers(model):
+        randomised(layer)
+    assert torch.equal(model(IDS), first)  # the same values in the same places
+    rank = 4 if method == "svd" else None
+    assert combine_adapters(model, {"default": 0.25, "b": 0.75}, "mean", method, rank) == 3
+    set_adapter(model, "mean")
+    assert_close(model(IDS), first, copy.deepcopy(model).double()(IDS))
+    set_adapter(model, None)
+    assert not list(named_lora_layers(model))

@@ -35,7 +35,7 @@ def run(section, tmp_path, monkeypatch):
 
 def test_the_page_has_these_sections():
     assert list(BY_NAME) == ["PEFT", "Unsloth", "loralib"]
-    assert [len(blocks(section)) for section in SECTIONS] == [3, 1, 2]
+    assert [len(blocks(section)) for section in SECTIONS] == [5, 1, 2]
 
 
 def test_from_peft(tmp_path, monkeypatch, capsys):
@@ -44,6 +44,10 @@ def test_from_peft(tmp_path, monkeypatch, capsys):
     assert "4 of 4 LoRA layers take the fused path (4 changed)" in said
     lines = [line for line in said.splitlines() if line.startswith("trainable params")]
     assert len(lines) == 2 and lines[0] == lines[1]  # PEFT's line and ours
+    assert fastlora.list_adapters(names["mine"]) == list(names["theirs"].peft_config)
+    assert fastlora.list_adapters(names["plain"]) == ["default", "mixed"]
+    assert fastlora.active_adapter(names["plain"]) == "mixed"
+    assert torch.equal(names["reference"], names["base_model"]()(names["tokens"]).logits)
     tokens = names["tokens"]
     torch.testing.assert_close(names["merged"](tokens).logits, names["model"](tokens).logits)
     theirs = names["peft"].PeftModel.from_pretrained(names["base_model"](), "from_fastlora")
