@@ -12,9 +12,17 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import ExportError, LoRALinear, MergeError, export, inject_lora
+from fastlora import (
+    ExportError,
+    LoRAConfig,
+    LoRALinear,
+    MergeError,
+    export,
+    get_lora_params,
+    inject_lora,
+)
 from tests.models import Decoder, randomise_adapters
-from tests.tolerance import assert_close
+from tests.tolerance import assert_close, assert_differs
 
 # torch's own, while it traces, pickles and converts
 pytestmark = [
@@ -70,6 +78,31 @@ def test_a_file_computes_what_the_model_computes_for_any_batch(tmp_path, format,
     for batch in (3, 5, 1):
         x = torch.randn(batch, 7, 8)
         torch.testing.assert_close(call(x), model(x).detach())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("merged", [True, False])
+def test_every_kind_of_layer_and_update_is_exported(tmp_path, format, merged):
+    def make():
+        torch.manual_seed(0)
+        conv, embedding = nn.Conv1d(8, 8, 3, padding=1), nn.Embedding(16, 8)
+        return nn.Sequential(embedding, conv, nn.Linear(8, 6), nn.Linear(6, 4))
+
+    def settings(path, _):
+        variant = {"2": {"use_dora": True}, "3": {"init_lora_weights": "olora"}}.get(path, {})
+        return LoRAConfig(rank=2, **variant)
+
+    model = make()
+    inject_lora(model, LoRAConfig(settings, kinds=("linear", "conv", "embedding")))
+    with torch.no_grad():
+        for parameter in get_lora_params(model):
+            parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+    ids = torch.arange(16).view(2, 8)
+    file = tmp_path / "model"
+    export(model, (ids,), file, format=format, merged=merged, dynamic_batch=False)
+    expected = model.eval()(ids).detach()
+    torch.testing.assert_close(runner(file, format)(ids), expected)
+    assert_differs(expected, make()(ids))
 
 
 @pytest.mark.parametrize("merged", [True, False])
