@@ -34,6 +34,7 @@ from fastlora.errors import (
     TrainingError,
 )
 from fastlora.exporter import export
+from fastlora.fusion import FusionReport, fuse, unfuse
 from fastlora.inject import (
     count_parameters,
     freeze_base_params,
@@ -68,6 +69,7 @@ __all__ = [
     "DataError",
     "ExportError",
     "FastLoRAError",
+    "FusionReport",
     "InjectionError",
     "LoRAConfig",
     "LayerTable",
@@ -96,6 +98,7 @@ __all__ = [
     "export",
     "freeze_base_params",
     "from_pretrained",
+    "fuse",
     "get_lora_params",
     "get_lora_state_dict",
     "inject_lora",
@@ -116,5 +119,6 @@ __all__ = [
     "save_pretrained",
     "set_adapter",
     "setup_lora_for_medical_finetuning",
+    "unfuse",
     "use_adapter",
 ]

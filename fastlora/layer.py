@@ -50,6 +50,7 @@ class LoRALinear(LoRALayer):
 
     wrapped_name = "original_linear"
     original_linear: nn.Linear
+    group: Any = None  # set by `fastlora.fuse`: the layers that share this one's input
 
     def __init__(
         self,
@@ -147,6 +148,11 @@ class LoRALinear(LoRALayer):
             return replace(
                 choice, reason=f"{choice.reason}; DoRA scales the output in another pass"
             )
+        if self.group is not None and (choice.backend, choice.plan) == ("torch", "in_place"):
+            others = len(self.group.layers) - 1
+            return replace(
+                choice, reason=f"{choice.reason}; fused with {others} that share its input"
+            )
         return choice
 
     def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
@@ -180,6 +186,10 @@ class LoRALinear(LoRALayer):
         return self._update(self.original_linear(x), x)
 
     def _fused(self, x: Tensor) -> Tensor:
+        if self.group is not None and not torch.compiler.is_compiling():
+            shared: Tensor | None = self.group.output(self, x)
+            if shared is not None:
+                return shared
         bias = self.original_linear.bias
         dora = self._parameters["lora_magnitude"] is not None
         y = ops.lora_linear(

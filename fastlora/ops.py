@@ -140,7 +140,7 @@ class _LoRALinear(torch.autograd.Function):
                 dx = dy @ weight  # [M, N] @ [N, K] -> [M, K]
             if needs_x or needs_a:
                 ds_t = (lora_b.T.contiguous() @ dy.T).mul_(scaling)  # [R, N] @ [N, M] -> [R, M]
-                dlora_a = _up_project(ds_t, flat, lora_a, p, seed, dx, needs_a)
+                dlora_a = up_project(ds_t, flat, lora_a, p, seed, dx, needs_a)
         dweight = dy.T @ flat if needs_weight else None  # [N, M] @ [M, K] -> [N, K]
         dbias = dy.sum(0) if needs_bias else None
         dx = dx.view(x.shape) if dx is not None else None
@@ -162,7 +162,7 @@ class _LoRAUpdate(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        s = _down_project(flat, lora_a, p, seed)  # [M, R]
+        s = down_project(flat, lora_a, p, seed)  # [M, R]
         ctx.save_for_backward(x, lora_a, lora_b, s, seed)
         ctx.scaling, ctx.p = scaling, p
         # [M, N] + [M, R] @ [R, N]
@@ -185,7 +185,7 @@ class _LoRAUpdate(torch.autograd.Function):
             if needs_x or needs_a:
                 dx = torch.zeros_like(flat) if needs_x else None
                 ds_t = (lora_b.T @ dy.T).mul_(ctx.scaling)  # [R, N] @ [N, M] -> [R, M]
-                dlora_a = _up_project(ds_t, flat, lora_a, ctx.p, seed, dx, needs_a)
+                dlora_a = up_project(ds_t, flat, lora_a, ctx.p, seed, dx, needs_a)
         return dz, None if dx is None else dx.view(x.shape), dlora_a, dlora_b, None, None, None
 
 
@@ -205,7 +205,7 @@ def _forward(
     if triton:
         y, s = _triton().lora_forward(flat, weight, bias, lora_a, lora_b, scaling, p, seed)
         return y.view(*x.shape[:-1], weight.shape[0]), s
-    s = _down_project(flat, lora_a, p, seed)  # [M, R]
+    s = down_project(flat, lora_a, p, seed)  # [M, R]
     y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
     y.addmm_(s, lora_b.T, alpha=scaling)  # [M, R] @ [R, N] -> [M, N]
     return y.view(*x.shape[:-1], weight.shape[0]), s
@@ -218,7 +218,7 @@ def _triton() -> Any:
     return torch.ops.fastlora
 
 
-def _down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """S = D(x) Aᵀ, [M, K] @ [K, R] -> [M, R]."""
     if seed is None:
         return x @ lora_a.T
@@ -232,7 +232,7 @@ def _down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> T
     return s.mul_(reference.keep_scale(p))
 
 
-def _up_project(
+def up_project(
     ds_t: Tensor,
     x: Tensor,
     lora_a: Tensor,

@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "cpu_dropout": {"reference"},
     "ops": {"cpu_dropout", "dispatch", "reference", "errors", "triton_ops"},
     "tune": {"cost", "dispatch", "errors", "kernels", "reference", "triton_ops", "tuned"},
+    "group_ops": {"ops", "reference"},
+    "fusion": {"dispatch", "group_ops", "layer", "selection", "errors"},
     "quantised": set(),
     "lora_layer": {"ops", "dispatch", "quantised", "errors"},
     "layer": {"lora_layer", "ops", "dispatch", "quantised", "reference", "errors"},
@@ -84,6 +86,7 @@ PUBLIC = [
     "DataError",
     "ExportError",
     "FastLoRAError",
+    "FusionReport",
     "InjectionError",
     "LoRAConfig",
     "LoRAConv",
@@ -112,6 +115,7 @@ PUBLIC = [
     "export",
     "freeze_base_params",
     "from_pretrained",
+    "fuse",
     "get_lora_params",
     "get_lora_state_dict",
     "inject_lora",
@@ -132,6 +136,7 @@ PUBLIC = [
     "save_pretrained",
     "set_adapter",
     "setup_lora_for_medical_finetuning",
+    "unfuse",
     "use_adapter",
 ]
 
