@@ -59,6 +59,35 @@ def cpu_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def model_table(records: list[dict[str, Any]]) -> str:
+    """A whole training step of each model: milliseconds, what is kept for the backward pass, and the trained part's state."""
+    if not records:
+        return "No record: not measured."
+    (record,) = records
+    facts, settings = record["environment"], record["settings"]
+    names = {"fastlora-fused": "fastlora, `fuse`", "peft": "PEFT", "full": "full fine-tuning"}
+    lines = [
+        "| model | | a step | PEFT / this | kept for backward | weights, gradients and AdamW's state of what trains |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for model in dict.fromkeys(row["model"] for row in record["results"]):
+        rows = {row["backend"]: row for row in record["results"] if row["model"] == model}
+        for name, row in rows.items():
+            ratio = rows["peft"]["ms_p50"] / row["ms_p50"]
+            lines.append(
+                f"| {model} | {names.get(name, name)} | {row['ms_p50'] / 1e3:.2f} s | {ratio:.2f}× "
+                f"| {row['saved_bytes'] / 2**20:,.0f} MiB | {row['state_bytes'] / 2**20:,.0f} MiB |"
+            )
+    absent = "; ".join(f"{a['backend']} of {a['model']}: {a['reason']}" for a in record["absent"])
+    lines.append(
+        f"\nRank {settings['rank']}, dropout {settings['dropout']}, {settings['dtype']}, {facts['threads']} threads, {facts['cpu']}, "
+        f"torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved steps "
+        f"(`{facts['command']}`, `benchmarks/results/model-step-cpu.json`)."
+        + (f" Not run: {absent}." if absent else "")
+    )
+    return "\n".join(lines)
+
+
 def medical_table(records: list[dict[str, Any]]) -> str:
     """Held-out means of each method and group, averaged over the seeds, with the lowest and highest Dice."""
     groups = [group for group in records[0]["means"]["base"] if group != "all"]
@@ -94,13 +123,15 @@ def tables() -> dict[Path, dict[str, str]]:
     """File -> marker -> table, for every record there is."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     records = [record for record in records if "kernels" not in record]  # those have no table
-    kinds: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [], "medical": []}
+    kinds: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [], "medical": [], "step": []}
     for record in records:
-        kinds[record["environment"]["device"] if "results" in record else "medical"].append(record)
+        kind = record["environment"]["device"] if "results" in record else "medical"
+        kinds["step" if "settings" in record else kind].append(record)
     return {
         ROOT / "README.md": {
             "targets": targets_table(kinds["cuda"]),
             "cpu": cpu_table(*kinds["cpu"]),
+            "step": model_table(kinds["step"]),
             "medical": medical_table(kinds["medical"]),
         },
         ROOT / "docs" / "benchmarks.md": {"gpu": case_tables(kinds["cuda"])},

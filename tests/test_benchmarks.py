@@ -21,6 +21,7 @@ NAMES = (
     "cases",
     "checks",
     "gpu_tables",
+    "model_step",
     "peers",
     "record",
     "report",
@@ -515,3 +516,42 @@ def test_a_gpu_run_times_eagerly_and_as_graphs(bench, tmp_path):
     } <= timed
     assert all(row["peak_bytes"] is not None for row in record["results"])
     assert record["environment"]["gpu"] and record["call_overhead"]
+
+
+# Whole models
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
+def test_a_step_of_a_model_is_the_same_for_all_and_keeps_less(bench, tmp_path, capsys):
+    output = tmp_path / "step.json"
+    assert bench.model_step.main(["--only=llama-tiny", "--reps=1", f"--output={output}"]) == 0
+    record = json.loads(output.read_text())
+    rows = {row["backend"]: row for row in record["results"]}
+    assert tuple(rows) == bench.model_step.CONTESTANTS and record["absent"] == []
+    assert all(row["ms_p50"] > 0 for row in rows.values())
+    assert rows["fastlora-fused"]["saved_bytes"] <= rows["fastlora"]["saved_bytes"]
+    assert rows["fastlora"]["saved_bytes"] < rows["peft"]["saved_bytes"]
+    assert rows["fastlora"]["trainable"] == rows["peft"]["trainable"] < rows["full"]["trainable"]
+    table = bench.report.model_table([record])
+    assert "| llama-tiny | fastlora, `fuse` |" in table and "Rank 8, dropout 0.1" in table
+    assert "ms a step" in capsys.readouterr().out
+    assert bench.report.model_table([]) == "No record: not measured."
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_contestant_that_computes_something_else_gets_no_time(bench, monkeypatch):
+    adapted = bench.model_step.adapted
+
+    def broken(name, *arguments):
+        model = adapted(name, *arguments)
+        if name == "fastlora":
+            with torch.no_grad():
+                for parameter in fastlora.get_lora_params(model):
+                    parameter.fill_(0.1)
+        return model
+
+    monkeypatch.setattr(bench.model_step, "adapted", broken)
+    record = {"results": [], "absent": []}
+    with pytest.raises(RuntimeError, match="fastlora on llama-tiny: loss .* the base has"):
+        bench.model_step.run_model("llama-tiny", 1, record)
+    assert record["results"] == []
