@@ -81,7 +81,12 @@ def dinov2():
 
 def sam():
     prompt = {"hidden_size": 16, "image_size": 16, "patch_size": 4, "mask_input_channels": 4}
-    decoder = {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    decoder = {
+        "hidden_size": 16,
+        "mlp_dim": 32,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 16,
+    }
     vision = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "mlp_dim": 32}
     vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, "window_size": 2}
     config = transformers.SamConfig(
