@@ -43,6 +43,9 @@ class FastLinear(Linear):  # type: ignore[misc]
             seed,
         )
 
+    def _get_name(self) -> str:  # what repr prints
+        return "Linear"
+
 
 def active_adapters(layer: Linear) -> list[str]:
     """The active adapters that this layer holds."""

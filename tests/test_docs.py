@@ -80,7 +80,13 @@ def logits(model, tokens):
 
 
 def test_every_integration_is_tested():
-    assert list(INTEGRATIONS) == ["", "Hugging Face Trainer", "accelerate", "Lightning"]
+    assert list(INTEGRATIONS) == [
+        "",
+        "Hugging Face Trainer",
+        "accelerate",
+        "DPO, as in TRL",
+        "Lightning",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")  # those of transformers and torch under the trainer
@@ -108,6 +114,15 @@ def reload_adapter(names):
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate(tmp_path, monkeypatch):
     reload_adapter(train("accelerate", tmp_path, monkeypatch))
+
+
+def test_dpo(tmp_path, monkeypatch):
+    names = train("DPO, as in TRL", tmp_path, monkeypatch)
+    assert names["losses"][-1] < names["losses"][0]
+    base = names["log_probability"](names["chosen"])
+    with fastlora.disable_adapter(names["model"]):
+        assert not torch.equal(names["log_probability"](names["chosen"]), base)
+    reload_adapter(names)
 
 
 @pytest.mark.filterwarnings("ignore")

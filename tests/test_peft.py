@@ -98,6 +98,13 @@ def test_the_report_reads_and_a_second_call_changes_nothing():
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_a_layer_reads_as_pefts():
+    model = peft_model()
+    before = repr(model)
+    accelerate(model)
+    assert repr(model) == before
+
+
 def test_restore_gives_back_the_exact_classes(fused):
     model = peft_model()
     before = {path: type(module) for path, module in model.named_modules()}

@@ -13,10 +13,11 @@ from fastlora import (
     from_pretrained,
     inject_lora,
     named_lora_layers,
+    peft_layer,
     save_pretrained,
 )
 from tests.models import randomise_adapters
-from tests.tolerance import assert_differs
+from tests.tolerance import assert_close, assert_differs
 
 transformers = pytest.importorskip("transformers")
 
@@ -66,6 +67,82 @@ def vit():
     return transformers.ViTForImageClassification(config), {"pixel_values": PIXELS}
 
 
+def qwen():
+    config = transformers.Qwen3Config(**TEXT, num_key_value_heads=1, head_dim=8)
+    return transformers.Qwen3ForCausalLM(config), {"input_ids": IDS}
+
+
+def dinov2():
+    model = transformers.Dinov2ForImageClassification(
+        transformers.Dinov2Config(**VISION, num_labels=3)
+    )
+    return model, {"pixel_values": PIXELS}
+
+
+def sam():
+    prompt = {"hidden_size": 16, "image_size": 16, "patch_size": 4, "mask_input_channels": 4}
+    decoder = {
+        "hidden_size": 16,
+        "mlp_dim": 32,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 16,
+    }
+    vision = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "mlp_dim": 32}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, "window_size": 2}
+    config = transformers.SamConfig(
+        vision_config=vision | {"global_attn_indexes": [1], "num_pos_feats": 8},
+        prompt_encoder_config=prompt,
+        mask_decoder_config=decoder,
+        initializer_range=0.3,  # at 0.02 the masks are as good as zero
+    )
+    pixels = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    points = torch.tensor([[[[4.0, 5.0]]]])
+    return transformers.SamModel(config), {"pixel_values": pixels, "input_points": points}
+
+
+def unet():
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    noise = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
+    prompt = torch.linspace(-1, 1, 2 * 3 * 8).view(2, 3, 8)
+    return model, {"sample": noise, "timestep": 5, "encoder_hidden_states": prompt}
+
+
+def dit():
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        norm_num_groups=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    noise = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
+    steps, labels = torch.tensor([3, 5]), torch.tensor([1, 2])
+    return model, {"hidden_states": noise, "timestep": steps, "class_labels": labels}
+
+
+def timm_vit():
+    timm = pytest.importorskip("timm")
+    model = timm.models.VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3
+    )
+    return model, {"x": PIXELS}
+
+
 def clip():
     config = transformers.CLIPConfig(
         text_config=TEXT | {"eos_token_id": 8}, vision_config=VISION, projection_dim=8
@@ -106,6 +183,12 @@ MODELS = [
     (vit, None, ["classifier"]),
     (clip, ["q_proj", "v_proj", "fc1"], None),
     (whisper, ["q_proj", "v_proj"], None),
+    (qwen, ["q_proj", "v_proj", "gate_proj"], None),
+    (dinov2, None, ["classifier"]),
+    (sam, ["qkv", "lin1", "q_proj", "v_proj"], None),
+    (unet, ["to_q", "to_v", "to_out.0"], None),
+    (dit, ["to_q", "to_v"], None),
+    (timm_vit, ["qkv", "proj"], ["head"]),
 ]
 
 
@@ -123,10 +206,31 @@ def targets_of(model, targets):
     return [name for name in ("query", "q_proj", "value", "v_proj") if name in names]
 
 
+def answer(model, inputs):
+    """The tensor that the model is for, with its graph."""
+    output = model(**inputs)
+    if isinstance(output, torch.Tensor):
+        return output
+    names = ("logits", "logits_per_image", "pred_masks", "sample")
+    return next(getattr(output, name) for name in names if hasattr(output, name))
+
+
 def logits(model, inputs):
     with torch.no_grad():
-        output = model(**inputs)
-    return output.logits if hasattr(output, "logits") else output.logits_per_image
+        return answer(model, inputs)
+
+
+def train(model, inputs):
+    """The losses of three steps on all that trains."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (answer(model, inputs) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 @pytest.mark.parametrize(("make", "targets", "heads"), MODELS)
@@ -147,8 +251,40 @@ def test_from_peft(make, targets, heads, tmp_path):
     expected = logits(theirs, inputs)
     torch.testing.assert_close(logits(mine, inputs), expected)
     assert_differs(expected, before)
-    accelerate(theirs)
-    torch.testing.assert_close(logits(theirs, inputs), expected)
+
+
+@pytest.mark.parametrize(("make", "targets", "heads"), MODELS)
+def test_accelerate_equals_peft_step_for_step(make, targets, heads, monkeypatch):
+    def peft_model(dtype):
+        base, inputs = build(make)
+        targeted = targets_of(base, targets)
+        config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=targeted, modules_to_save=heads)
+        model = peft.get_peft_model(base, config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        floats = {
+            k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+        return model.to(dtype), floats
+
+    mine, inputs = peft_model(torch.float32)
+    assert all(layer.fast for layer in accelerate(mine).layers)
+    calls = []
+    fused = peft_layer.lora_linear
+    monkeypatch.setattr(peft_layer, "lora_linear", lambda *a: calls.append(1) or fused(*a))
+    losses = train(mine, inputs)
+    assert len(calls) >= 3
+    their_model, inputs = peft_model(torch.float32)
+    their_losses = train(their_model, inputs)
+    exact, inputs = peft_model(torch.float64)
+    assert_close(losses, their_losses, train(exact, inputs), "losses")
+    assert losses[0] != losses[-1]
+    theirs, wide = dict(their_model.named_parameters()), dict(exact.named_parameters())
+    for name, parameter in mine.named_parameters():
+        assert_close(parameter.detach(), theirs[name].detach(), wide[name].detach(), name)
 
 
 @pytest.mark.parametrize(("make", "targets", "heads"), MODELS)
@@ -161,6 +297,9 @@ def test_to_peft(make, targets, heads, tmp_path):
     for head in heads or ():
         mine.get_submodule(head).requires_grad_(True)
     randomise_adapters(mine)
+    start = logits(mine, inputs)
+    train(mine, inputs)
+    assert not torch.equal(logits(mine, inputs), start)
     save_pretrained(mine, tmp_path)
     base, _ = build(make)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
