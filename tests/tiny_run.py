@@ -87,14 +87,19 @@ def main(folder: str, moment: str) -> None:
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def write_half(content: Any, file: Any) -> None:
+    def half_then_die(path: Path, fill: Any) -> None:
         whole = io.BytesIO()
-        save(content, whole)
-        file.write(whole.getvalue()[: whole.tell() // 2])
-        file.flush()
-        die()
+        fill(whole)
 
-    save, write, finish = torch.save, checkpointing.write_checkpoint, trainer._finish_epoch
+        def fill_half(file: Any) -> None:
+            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.flush()
+            die()
+
+        atomic(path, fill_half)
+
+    atomic, write = checkpointing.atomic_write, checkpointing.write_checkpoint
+    finish = trainer._finish_epoch
 
     def last_then_die(path: Path, content: Any) -> None:
         write(path, content)
@@ -102,7 +107,7 @@ def main(folder: str, moment: str) -> None:
 
     def third_epoch(*arguments: Any) -> None:
         if trainer.epoch == 3 and moment == "saving":
-            torch.save = write_half
+            checkpointing.atomic_write = half_then_die
         if trainer.epoch == 3 and moment == "between":
             import fastlora.medical.run_folder as run_folder
 

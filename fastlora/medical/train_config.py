@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fastlora import files
 from fastlora.errors import ConfigError
 
 # Fields that may differ between a run and its continuation. None changes what an epoch computes (another number of samples
@@ -230,10 +229,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, is no YAML, or holds something other than a mapping of names.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config: cannot read {path}: {reason}") from error
+        values = files.read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config: cannot read {path}: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

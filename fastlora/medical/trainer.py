@@ -350,6 +350,12 @@ class MedicalTrainer:
         for state in (content, best):
             checkpointing.check_tensors(state["model"], trainable_parameters(self.model), str(path))
         self._check_same_run(content, path)
+        where = str(path)
+        checkpointing.check_optimizer(content["optimizer"], self.optimizer, f"{where}: optimizer")
+        for name in ("scheduler", "scaler"):
+            wanted = getattr(self, name).state_dict()
+            checkpointing.check_like(content[name], wanted, f"{where}: {name}")
+        checkpointing.check_rng_state(content["rng"], f"{where}: rng")
         load_tensors(self.model, content["model"])
         # A copy: the optimizer would go on changing the very tensors that `best` may hold.
         self.optimizer.load_state_dict(copy.deepcopy(content["optimizer"]))
