@@ -414,7 +414,7 @@ def _header(file: Path) -> dict[str, _Entry]:
     try:
         with safe_open(file, framework="pt"):
             pass
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")

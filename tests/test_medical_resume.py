@@ -248,6 +248,6 @@ def test_where_resume_leads(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
     assert RunFolder(tmp_path).resume_from("auto") is RunFolder(tmp_path).resume_from(None) is None
     with pytest.raises(
         CheckpointError,
-        match="no checkpoint 'epoch_009'; there are: best, epoch_001, epoch_002, epoch_003, epoch_004, last",
+        match="no checkpoint 'epoch_009'; there are: best, epoch_001, epoch_002, epoch_003, epoch_004, last, previous",
     ):
         folder.find("epoch_009")

@@ -93,7 +93,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     _check_content(content, str(path))
     if content["best"] is not None:
         _check_content(content["best"], f"{path}: best")
+    if content.setdefault("within", None) is not None:  # older files have none
+        _check_within(content, str(path))
     return content
+
+
+def _check_within(content: dict[str, Any], where: str) -> None:
+    """What an interrupted epoch had done: regions seen, its rate, sums of loss terms, gradient norms."""
+    like = {"seen": 0, "lr": 0.0, "sums": {}, "norms": []}
+    within = content["within"]
+    sums, norms = (
+        (within.get("sums"), within.get("norms")) if isinstance(within, dict) else (None, None)
+    )
+    if not (
+        isinstance(sums, dict)
+        and isinstance(norms, list)
+        and all(isinstance(key, str) for key in sums)
+        and all(isinstance(value, float) for value in (*sums.values(), *norms))
+    ):
+        raise CheckpointError(f"{where}: within: expected sums by name and a list of norms")
+    check_like({**within, "sums": {}, "norms": []}, like, f"{where}: within")
+    if not 0 <= within["seen"] <= content["samples"]:
+        raise CheckpointError(f"{where}: within: expected at most {content['samples']} seen")
 
 
 def _check_content(content: Any, where: str) -> None:
@@ -162,7 +183,7 @@ def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     if not isinstance(state, dict) or not state.keys() <= set(range(len(parameters))):
         raise CheckpointError(f"{where}: expected a state for each parameter by number")
     for number, entry in state.items():
-        like = torch.empty_like(parameters[number], device="cpu")
+        like = torch.empty(parameters[number].shape, dtype=parameters[number].dtype)
         moments = {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}
         check_like(entry, moments, f"{where}: state.{number}")
 

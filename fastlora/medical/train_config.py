@@ -32,6 +32,7 @@ RESUMABLE_CHANGES = frozenset(
         "epochs",
         "save_every",
         "early_stopping",
+        "halve_batch",
         "num_workers",
         "threads",
         "device",
@@ -123,6 +124,11 @@ class TrainConfig:
     epochs: int = option(16, OPTIMISATION, "passes over the training samples", AT_LEAST_ONE)
     batch_size: int = option(8, OPTIMISATION, "regions per micro-batch", AT_LEAST_ONE, "regions")
     grad_accum: int = option(1, OPTIMISATION, "micro-batches per optimizer step", AT_LEAST_ONE)
+    halve_batch: bool = option(
+        False,
+        OPTIMISATION,
+        "where memory runs out, begin the epoch again in smaller micro-batches, more of them to a step",
+    )
     lr: float | None = option(
         None,
         OPTIMISATION,
