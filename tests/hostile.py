@@ -68,6 +68,7 @@ def time_limit(seconds: int = SECONDS) -> Iterator[None]:
 def adapted() -> torch.nn.Module:
     model = Decoder()
     fastlora.inject_lora(model, ["to_qkv"], rank=2, alpha=4.0)
+    fastlora.freeze_base_params(model)
     return model
 
 

@@ -131,6 +131,10 @@ def _check_content(content: Any, where: str) -> None:
     weights = content["model"]
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise CheckpointError(f"{where}: model: expected tensors by name")
+    for name, value in content["config"].items():
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
+            raise CheckpointError(f"{where}: config: expected a plain value for {name}")
     if content["epoch"] < 0 or len(content["history"]) != content["epoch"] + 1:
         raise CheckpointError(
             f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} records"
