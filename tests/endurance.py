@@ -61,7 +61,7 @@ def kill_runs(folder: Path, kills: int, seed: int = 0) -> tuple[int, list[str]]:
     finally:
         torch.set_num_threads(threads)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.endurance"])
+    context.set_forkserver_preload(["tests.endurance", "tests.faulty_run"])
     rng, hits, ended, lost = random.Random(seed), 0, 0, []
     while hits < kills or ended == 0:
         run = folder / f"run_{ended}"

@@ -99,6 +99,18 @@ def main(folder: str, fault: str, value: str = "") -> int:
     return 0
 
 
+def inject(folder: str, run: str, fault: str, value: str) -> None:
+    """`main` with its output in the files `out` and `err` of a folder; the target of a process."""
+    for number, name in ((1, "out"), (2, "err")):
+        with open(Path(folder, name), "wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    warnings.simplefilter("default")
+    torch.set_num_threads(1)
+    sys.exit(main(run, fault, value))
+
+
 if __name__ == "__main__":
     warnings.simplefilter("default")
     sys.exit(main(*sys.argv[1:]))

@@ -293,6 +293,17 @@ def test_sizes_that_a_volume_declares(tmp_path, name, monkeypatch):
             volumes.load_volume(path)
 
 
+def test_an_affine_that_drops_an_axis(tmp_path):  # found by fuzzing
+    image = nib.Nifti1Image(np.zeros((2, 3, 4), np.int16), np.eye(4))
+    image.header["sform_code"], image.header["srow_x"] = 1, 0
+    data = bytearray(image.to_bytes())
+    struct.pack_into("<12f", data, 280, *[0.0] * 12)
+    struct.pack_into("<h", data, 254, 1)
+    (tmp_path / "v.nii").write_bytes(data)
+    with pytest.raises(DataError, match="v.nii: expected a readable NIfTI file, got Orient"):
+        volumes.load_volume(tmp_path / "v.nii")
+
+
 def test_labels_that_no_int32_holds(tmp_path):
     for value in (1e20, float("nan"), 0.5, -(2.0**40)):
         nib.save(nib.Nifti1Image(np.full((2, 2, 2), value), np.eye(4)), tmp_path / "l.nii")

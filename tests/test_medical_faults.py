@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from fastlora.errors import CheckpointError, ConfigError, TrainingError
 from fastlora.medical import checkpointing, faults
 from fastlora.medical.run_folder import RunFolder
 from tests.endurance import kill_runs, repeated_runs
+from tests.faulty_run import inject
 from tests.tiny_run import assert_same_run, tiny_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,44 +32,61 @@ ROOT = Path(__file__).resolve().parent.parent
 def whole(tmp_path_factory):
     """The folder of an unbroken run, as a process makes it."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = faulty(run, "none")
-    assert done.returncode == 0, done.stderr
+    code, _, err = faulty(run, "none")
+    assert code == 0, err
     return run
 
 
-def start(run, fault, value="", prefix=()):
-    command = [*prefix, sys.executable, "-m", "tests.faulty_run", str(run), fault, str(value)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Fault(NamedTuple):
+    """A run in a process of its own, and where its output goes."""
+
+    process: Any
+    folder: Path
+
+    def end(self) -> tuple[int, str, str]:
+        """Its exit code, what it printed, and what it said on stderr."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, "it did not end"
+        return self.process.exitcode, *((self.folder / n).read_text() for n in ("out", "err"))
 
 
-def faulty(run, fault, value="", prefix=()):
-    process = start(run, fault, value, prefix)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def start(run, fault, value=""):
+    folder = Path(tempfile.mkdtemp(dir=run.parent))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.endurance", "tests.faulty_run"])
+    process = context.Process(target=inject, args=(str(folder), str(run), fault, str(value)))
+    process.start()
+    return Fault(process, folder)
+
+
+def faulty(run, fault, value=""):
+    return start(run, fault, value).end()
 
 
 def goes_on(run, whole):
-    done = faulty(run, "none")
-    assert done.returncode == 0, done.stderr
+    code, _, err = faulty(run, "none")
+    assert code == 0, err
     assert_same_run(run, whole)
     assert not list(run.rglob(".*.tmp"))
 
 
-def refused(run, fault, value="", prefix=()):
+def refused(run, fault, value=""):
     """The one line that a run under this fault ends with."""
-    done = faulty(run, fault, value, prefix)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, err = faulty(run, fault, value)
+    return the_line(code, err)
+
+
+def the_line(code, err):
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1, err
+    assert "Traceback" not in err
     return lines[0]
+
+
+def wait_for(sign, fault):
+    while not sign.exists():
+        assert fault.process.is_alive(), fault.end()
+        time.sleep(0.02)
 
 
 def test_kills_at_random_moments(tmp_path):
@@ -75,13 +96,11 @@ def test_kills_at_random_moments(tmp_path):
 
 def test_ctrl_c_saves_the_step_and_exits_130(whole, tmp_path):
     run, sign = tmp_path / "run", tmp_path / "sign"
-    process = start(run, "slow", sign)
-    while not sign.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    fault = start(run, "slow", sign)
+    wait_for(sign, fault)
+    os.kill(fault.process.pid, signal.SIGINT)
+    code, _, err = fault.end()
+    assert code == 130, err
     content = checkpointing.read_checkpoint(RunFolder(run).find("last"))
     assert content["epoch"] == 1 and 0 < content["within"]["seen"] < 7
     goes_on(run, whole)
@@ -129,16 +148,17 @@ def test_a_disk_that_is_full_from_the_start(tmp_path):
 def test_a_read_only_folder(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    prefix = ()
+    command = [sys.executable, "-m", "tests.faulty_run", str(run), "none"]
     if os.geteuid() == 0:  # root may write anyway, unless that capability is taken away
         if shutil.which("setpriv") is None:
             pytest.skip("root, and no setpriv")
-        prefix = ("setpriv", "--bounding-set=-dac_override")
+        command = ["setpriv", "--bounding-set=-dac_override", *command]
     run.chmod(0o555)
     try:
-        line = refused(run, "none", prefix=prefix)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     finally:
         run.chmod(0o755)
+    line = the_line(done.returncode, done.stderr)
     assert f"checkpoint_dir: cannot write to {run}: Permission denied" in line
     assert not any(run.iterdir())
 
@@ -148,10 +168,10 @@ def test_a_truncated_checkpoint_is_said_and_the_epoch_before_it_used(whole, tmp_
     shutil.copytree(whole, run)
     last = run / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:2000])
-    done = faulty(run, "none")
-    assert done.returncode == 0
-    assert "last.pt: cannot be read as a checkpoint" in done.stderr
-    assert "going on from" in done.stderr and "previous.pt, epoch 3" in done.stderr
+    code, _, err = faulty(run, "none")
+    assert code == 0, err
+    assert "last.pt: cannot be read as a checkpoint" in err
+    assert "going on from" in err and "previous.pt, epoch 3" in err
     assert_same_run(run, whole)
     (run / "checkpoints" / "previous.pt").write_bytes(b"")
     last.write_bytes(b"")
@@ -174,15 +194,11 @@ def test_previous_without_hard_links(monkeypatch, tmp_path):
 def test_two_runs_in_one_folder(whole, tmp_path):
     run, sign = tmp_path / "run", tmp_path / "sign"
     first = start(run, "slow", sign)
-    while not sign.exists():
-        assert first.poll() is None, first.stderr.read()
-        time.sleep(0.02)
-    before = {file: file.read_bytes() for file in run.rglob("*.pt")}
+    wait_for(sign, first)
     line = refused(run, "none")
     assert f"checkpoint_dir: another run is writing to {run}" in line
-    assert before
-    _, err = first.communicate(timeout=60)
-    assert first.returncode == 0, err
+    code, _, err = first.end()
+    assert code == 0, err
     assert_same_run(run, whole)
 
 
@@ -203,9 +219,9 @@ def test_out_of_memory_is_said_with_the_estimate(whole, tmp_path):
 
 
 def test_out_of_memory_halves_the_batch_if_asked(tmp_path):
-    done = faulty(tmp_path / "halved", "halve", 1)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("begins again in micro-batches of") == 2  # 4, 2, 1
+    code, out, err = faulty(tmp_path / "halved", "halve", 1)
+    assert code == 0, err
+    assert out.count("begins again in micro-batches of") == 2  # 4, 2, 1
     plain = tiny_trainer(tmp_path / "plain", batch_size=4, grad_accum=1)
     wanted = plain.train()
     history = json.loads((tmp_path / "halved" / "history.json").read_text())["epochs"]
@@ -239,8 +255,8 @@ def test_a_dead_loader_process(whole, tmp_path):
 
 
 def test_a_clock_that_jumps(whole, tmp_path):
-    done = faulty(tmp_path / "run", "clock", 1)
-    assert done.returncode == 0, done.stderr
+    code, _, err = faulty(tmp_path / "run", "clock", 1)
+    assert code == 0, err
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import ArrayLike, NDArray
@@ -36,7 +37,8 @@ MAX_VOXELS = 2**29  # 512 × 512 × 2048; as float32 it takes 2 GiB
 DEFLATE_RATIO = 1032  # no gzip file expands by more
 _UNREADABLE = (
     *(ImageFileError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error),
-    *(OverflowError, MemoryError, struct.error, WrapStructError, HeaderDataError),
+    *(OverflowError, MemoryError, struct.error),
+    *(WrapStructError, HeaderDataError, OrientationError),
 )
 
 Modality = Literal["ct", "mr"]
