@@ -1,17 +1,20 @@
-# Both targets make their own environment from nothing. PYTHON picks the interpreter that builds it.
+# All targets make their own environment from nothing. PYTHON picks the interpreter that builds it.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 
 pip = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(VENV)/.demo  ## fine-tune on the bundled medical data and write a report
 	PYTHON=$(VENV)/bin/python bash scripts/run_medical_pipeline.sh --out $(OUT)
 
 test: $(VENV)/.test  ## the whole test suite
 	$(VENV)/bin/python -m pytest -q
+
+soak: $(VENV)/.test  ## the long forms of the reliability tests, and the table of docs/reliability.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.soak
 
 lint: $(VENV)/.test  ## style and types
 	$(VENV)/bin/ruff check .

@@ -78,15 +78,15 @@ def main(folder: str, fault: str, value: str = "") -> int:
             no_memory_above(trainer.model, int(value))
         elif fault == "clock":
             jump(int(value))
-        elif (
-            fault == "slow"
-        ):  # until the file named by `value` is there, it stays in the second epoch
-            step = trainer._step
+        elif fault == "slow":
+            step, sign = trainer._step, Path(value)
 
             def wait(batch: Any) -> float:
+                """In the second epoch: make the file `value`, and wait for Ctrl-C or for the file `value`.go."""
                 if trainer.epoch == 1:
-                    Path(value).touch()
-                    time.sleep(0.2)
+                    sign.touch()
+                    while not (sign.with_suffix(".go").exists() or trainer.interrupted()):
+                        time.sleep(0.02)
                 return step(batch)
 
             trainer._step = wait  # type: ignore[method-assign]
