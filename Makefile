@@ -21,15 +21,18 @@ lint: $(VENV)/.test  ## style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(VENV)/.demo: pyproject.toml constraints.txt
+# Everything but torch and what belongs to its build is installed from files whose hashes stand in locks/ (scripts/lock.sh).
+$(VENV)/.demo: pyproject.toml constraints.txt locks/demo.txt locks/data.txt
 	$(PYTHON) -m venv $(VENV)
-	$(pip) --editable '.[medical]'
+	$(pip) --require-hashes --no-deps --requirement locks/demo.txt
 	# The volumes inside these packages are read as files; what the packages' code would need is not installed.
-	$(pip) --no-deps TPTBox nilearn
+	$(pip) --require-hashes --no-deps --requirement locks/data.txt
+	$(pip) --no-build-isolation --editable '.[medical]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
-	$(pip) --editable '.[medical,dev]'
+$(VENV)/.test: $(VENV)/.demo locks/test.txt
+	$(pip) --require-hashes --no-deps --requirement locks/test.txt
+	$(pip) --no-build-isolation --editable '.[medical,dev]'
 	touch $@
 
 clean:
