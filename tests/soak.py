@@ -108,13 +108,13 @@ def plan(
             "numerics",
             "layer calls against float64: shapes, strides, dtypes, ranks, dropout, autocast, grad modes",
             "calls",
-            lambda: cases(parity.check_call, n(20_000)),
+            lambda: cases(parity.check_call, n(8_000)),
         ),
         (
             "numerics",
             "Triton kernels, interpreted, against float64",
             "calls",
-            lambda: cases(parity.check_kernels, n(1_000)),
+            lambda: cases(parity.check_kernels, n(400)),
         ),
         (
             "numerics",
@@ -166,7 +166,7 @@ def plan(
     ]
     for name, reader in hostile.readers(folder).items():
         lines.append(
-            ("hostile files", name, "files", lambda reader=reader: fuzz(reader, folder, n(6_200)))
+            ("hostile files", name, "files", lambda reader=reader: fuzz(reader, folder, n(6_100)))
         )
     return lines
 
