@@ -108,7 +108,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
 
 
 def check_regexes(patterns: Iterable[str], texts: Iterable[str], seconds: float = 10.0) -> None:
-    """Match every pattern against every text in another process, which can be ended: some patterns take years on 40 letters.
+    """Match every pattern against every text in another process, which can be ended: some patterns never end on 40 letters.
 
     Patterns without a repetition or an alternative are not tried.
 
