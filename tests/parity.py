@@ -103,14 +103,19 @@ def _plain(tensors: dict[str, Tensor | None], call: Call) -> Tensor:
 def _close(
     got: Tensor, same: Tensor, exact: Tensor, magnitude: Tensor, terms: int, name: str
 ) -> None:
-    """The rule of tests/tolerance.py, or where plain torch was exact by luck (in float64 always) the bound that holds for any order
-    of summation: |error| ≤ eps · terms · the same sums over absolute values. In 16 bits that bound says nothing and is not used.
+    """The rule of tests/tolerance.py, or where plain torch was exact by luck (in float64 always) a bound that holds for any order
+    of summation: |error| ≤ eps · terms · the same sums over absolute values. In 16 bits, where sums are made in float32, it is
+    4 roundings of the terms, and luck is believed of a few values only.
     """
     try:
         assert_close(got, same, exact, name)
     except AssertionError:
         eps = torch.finfo(got.dtype).eps
-        if eps > 1e-6 or not bool(((got.double() - exact).abs() <= eps * terms * magnitude).all()):
+        half = got.dtype in (torch.float16, torch.bfloat16)
+        if half and got.numel() > 16:
+            raise
+        allowed = eps * (4 if half else terms) * magnitude
+        if not bool(((got.double() - exact).abs() <= allowed).all()):
             raise
 
 

@@ -1,6 +1,6 @@
 """The long forms of the reliability tests, one table of what was tried, how often, and what was lost: `make soak`.
 
-    python -m tests.soak [--scale 1.0] [--only WORD] [--write docs/reliability.md]
+    python -m tests.soak [--scale 1.0] [--only REGEX] [--write docs/reliability.md]
 
 Exits with 1 if anything was lost.
 """
@@ -11,6 +11,7 @@ import argparse
 import datetime
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -211,7 +212,7 @@ def main() -> int:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="multiplies every count (default: 1)"
     )
-    parser.add_argument("--only", default="", metavar="WORD", help="only the lines that hold WORD")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only the lines that it finds")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     arguments = parser.parse_args()
     began, lines = time.perf_counter(), []
@@ -219,7 +220,7 @@ def main() -> int:
         with redirect_stdout(nowhere):
             work = plan(Path(folder), arguments.scale)
         for part, what, unit, run in work:
-            if arguments.only not in f"{part} {what}":
+            if not re.search(arguments.only, f"{part}: {what}"):
                 continue
             start = time.perf_counter()
             with redirect_stdout(nowhere):
