@@ -1,11 +1,11 @@
-# Both targets make their own environment from nothing. PYTHON picks the interpreter that builds it.
+# All targets make their own environment from nothing. PYTHON picks the interpreter that builds it.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 
 pip = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(VENV)/.demo  ## fine-tune on the bundled medical data and write a report
 	PYTHON=$(VENV)/bin/python bash scripts/run_medical_pipeline.sh --out $(OUT)
@@ -13,20 +13,26 @@ demo: $(VENV)/.demo  ## fine-tune on the bundled medical data and write a report
 test: $(VENV)/.test  ## the whole test suite
 	$(VENV)/bin/python -m pytest -q
 
+soak: $(VENV)/.test  ## the long forms of the reliability tests, and the table of docs/reliability.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.soak
+
 lint: $(VENV)/.test  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(VENV)/.demo: pyproject.toml constraints.txt
+# Everything but torch and what belongs to its build is installed from files whose hashes stand in locks/ (scripts/lock.sh).
+$(VENV)/.demo: pyproject.toml constraints.txt locks/demo.txt locks/data.txt
 	$(PYTHON) -m venv $(VENV)
-	$(pip) --editable '.[medical]'
+	$(pip) --require-hashes --no-deps --requirement locks/demo.txt
 	# The volumes inside these packages are read as files; what the packages' code would need is not installed.
-	$(pip) --no-deps TPTBox nilearn
+	$(pip) --require-hashes --no-deps --requirement locks/data.txt
+	$(pip) --no-build-isolation --editable '.[medical]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
-	$(pip) --editable '.[medical,dev]'
+$(VENV)/.test: $(VENV)/.demo locks/test.txt
+	$(pip) --require-hashes --no-deps --requirement locks/test.txt
+	$(pip) --no-build-isolation --editable '.[medical,dev]'
 	touch $@
 
 clean:

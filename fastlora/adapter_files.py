@@ -23,9 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastlora.checkpoint import _METADATA_KEY, read_safetensors, safetensors_bytes, write_files
+from fastlora.checkpoint import _METADATA_KEY, read_safetensors, safetensors_bytes
 from fastlora.config import LoRAConfig
 from fastlora.errors import CheckpointError, ConfigError
+from fastlora.files import read_json, write_files
 from fastlora.lora_layer import check_hyperparameters
 from fastlora.peft_format import (
     CONFIG_FILE,
@@ -223,10 +224,7 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
 
 
 def _read_file(file: Path) -> Adapter:
-    try:
-        state, metadata = read_safetensors(file)
-    except RecursionError:
-        raise CheckpointError(f"{file}: damaged fastlora metadata: nested too deeply") from None
+    state, metadata = read_safetensors(file)
     if any(key.startswith(PREFIX) and ".lora_" in key for key in state):
         raise CheckpointError(
             f"{file}: holds PEFT's weights, whose alpha stands in {CONFIG_FILE}; give the folder that holds both"
@@ -286,6 +284,7 @@ def _read_peft(folder: Path) -> Adapter:
         raise CheckpointError(f"{file}: expected keys that start with {PREFIX}, got {foreign[0]!r}")
     plain = {key.removeprefix(PREFIX): value for key, value in state.items()}
     pairs, others = _pairs(file, plain, ".weight")
+    config.check_matching(pairs)
     layers = {}
     for path, (a, b) in pairs.items():
         chosen = config.layer(path)
@@ -441,7 +440,7 @@ def _header(file: Path) -> dict[str, _Entry]:
     try:
         with safe_open(file, framework="pt"):
             pass
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
@@ -462,10 +461,10 @@ def _header(file: Path) -> dict[str, _Entry]:
 def _shards(index: Path) -> list[str]:
     """The file names of a sharded base, each once."""
     try:
-        names = json.loads(index.read_bytes())["weight_map"].values()
+        names = read_json(index)["weight_map"].values()
         files = sorted(set(names))
         plain = all(name == Path(name).name and name.endswith(".safetensors") for name in files)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a readable index: {error!r}") from None
     if not files or not plain:
         raise CheckpointError(

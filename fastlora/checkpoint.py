@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError
+from fastlora.files import read_torch, write_files
 from fastlora.selection import named_lora_layers
 
 _METADATA_KEY = "fastlora"
@@ -77,6 +77,7 @@ def load_lora_state_dict(
         raise CheckpointError("state does not fit the model: " + summary + "\n  ".join(problems))
     if not loadable:
         raise CheckpointError("state: is empty, so nothing would be loaded")
+    refuse_complex({key: state[key] for key in loadable}, known)
     if problems:
         warnings.warn(
             f"load_lora_state_dict: loaded {len(loadable)} tensors, and not:\n  "
@@ -87,6 +88,13 @@ def load_lora_state_dict(
         for key in loadable:
             known[key].copy_(state[key])
     return LoadResult(loadable, missing, unexpected)
+
+
+def refuse_complex(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises: CheckpointError if copying a tensor of `state` into that of `own` would drop an imaginary part."""
+    for key, value in state.items():
+        if value.is_complex() and not (key in own and own[key].is_complex()):
+            raise CheckpointError(f"{key}: expected real numbers, got {value.dtype}")
 
 
 def compare(
@@ -149,29 +157,10 @@ def safetensors_bytes(state: Mapping[str, Tensor], metadata: dict[str, str]) -> 
     return bytes(save(tensors, metadata))
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write all files beside their places, then put each in its place.
-
-    Raises: CheckpointError if one cannot be written; older files are left as they were.
-    """
-    partials = {t: t.with_name(f".{t.name}.{os.getpid()}.partial") for t in contents}
-    target = None
-    try:
-        for target, data in contents.items():
-            partials[target].write_bytes(data)
-        for target, partial in partials.items():
-            os.replace(partial, target)
-    except OSError as error:
-        raise CheckpointError(f"path: cannot write {target}: {error}") from error
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-
-
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadResult:
     """Load an adapter file into a model that already has its adapters.
 
-    path: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file holding a state dict (read with weights_only=True).
+    path: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file holding a state dict (read with weights_only=True, sizes checked).
     strict: as in `load_lora_state_dict`. Rank, alpha and use_rslora stored in the file must equal the model's;
         not strict warns.
 
@@ -219,31 +208,22 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str,
         with safe_open(file, framework="pt") as opened:
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
     if _METADATA_KEY not in metadata:
         return state, {}
     try:
         layers = json.loads(metadata[_METADATA_KEY])["layers"]
         return state, {path: dict(values) for path, values in layers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
     try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        ImportError,
-        pickle.UnpicklingError,
-    ) as error:
-        first_line = str(error).splitlines()[0] if str(error) else repr(error)
-        raise CheckpointError(f"{file}: not a readable state dict: {first_line}") from None
+        state = read_torch(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a readable state dict: {error}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: expected a state dict, got {type(state).__name__}")
     return state

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastlora.dispatch import BACKENDS
 from fastlora.errors import ConfigError
+from fastlora.files import import_yaml, read_json, read_yaml, write_files
 from fastlora.lora_layer import check_hyperparameters
 
 DEFAULT_TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")
@@ -236,12 +237,15 @@ class LoRAConfig:
         return cls(**given)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()` to a .json, .yaml or .yml file. Raises: ConfigError for another suffix, or without pyyaml."""
+        """Write `to_dict()` to a .json, .yaml or .yml file, whole or not at all.
+
+        Raises: ConfigError for another suffix, or without pyyaml; CheckpointError if the file cannot be written.
+        """
         if _format(path) == "yaml":
-            text = str(_yaml().safe_dump(self.to_dict(), sort_keys=False))
+            text = str(import_yaml().safe_dump(self.to_dict(), sort_keys=False))
         else:
             text = json.dumps(self.to_dict(), indent=2) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_files({Path(path): text.encode()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LoRAConfig:
@@ -249,17 +253,13 @@ class LoRAConfig:
 
         Raises: ConfigError if it is neither JSON nor YAML by its suffix, is damaged, or holds a bad field.
         """
-        kind, data = _format(path), Path(path).read_bytes()
-        parse: Callable[[bytes], Any] = json.loads
-        errors: tuple[type[Exception], ...] = (ValueError, RecursionError)
-        if kind == "yaml":
-            yaml = _yaml()
-            parse, errors = yaml.safe_load, (*errors, yaml.YAMLError)
+        kind = _format(path)
         try:
-            values = parse(data)
-        except errors as error:
-            first_line = str(error).splitlines()[0]
-            raise ConfigError(f"{path}: not readable as {kind}: {first_line}") from None
+            values = read_json(path) if kind == "json" else read_yaml(path)
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path}: not readable as {kind}: {error}") from None
         return cls.from_dict(values)
 
     def _freeze(self, name: str, value: Any) -> None:
@@ -370,13 +370,3 @@ def _format(path: str | os.PathLike[str]) -> str:
     if suffix not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"path: expected a .json, .yaml or .yml file, got {os.fspath(path)!r}")
     return "json" if suffix == ".json" else "yaml"
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConfigError(
-            f"path: YAML needs the package pyyaml (pip install 'fastlora[yaml]'): {error}"
-        ) from error
-    return yaml

@@ -26,12 +26,13 @@ from fastlora.checkpoint import (
     LoadResult,
     compare,
     read_safetensors,
+    refuse_complex,
     safetensors_bytes,
-    write_files,
 )
 from fastlora.config import ALL_LINEAR, KINDS, LoRAConfig
 from fastlora.embedding import LoRAEmbedding
 from fastlora.errors import CheckpointError, ConfigError
+from fastlora.files import check_regexes, read_json, write_files
 from fastlora.inject import freeze_base_params, inject_lora
 from fastlora.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.layer import LoRATransposedLinear
@@ -123,21 +124,41 @@ class PeftConfig:
         else:
             by_name = _has_suffix(path, excluded)
         heads = self.modules_to_save or []
-        return by_name or any(re.match(rf"(^|.*\.){head}($|\..*)", path) for head in heads)
+        return by_name or any(re.match(_head_regex(head), path) for head in heads)
 
     def _takes_index(self, path: str) -> bool:
         """Whether the first index in the path (or the first after a pattern) is one of layers_to_transform."""
         indices = self.layers_to_transform
         if indices is None or indices == []:
             return True
-        patterns = self.layers_pattern or [r"[^.]*"]
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            anywhere = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
-            match = re.match(rf"{anywhere}{pattern}\.(?P<index>\d+)\.", path)
+        for regex in self._index_regexes():
+            match = re.match(regex, path)
             if match:
                 wanted = [indices] if isinstance(indices, int) else indices
                 return int(match["index"]) in wanted
         return False
+
+    def _index_regexes(self) -> list[str]:
+        patterns = self.layers_pattern or [r"[^.]*"]
+        anywhere = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
+        return [
+            rf"{anywhere}{pattern}\.(?P<index>\d+)\."
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        ]
+
+    def check_matching(self, paths: Iterable[str]) -> None:
+        """Raises: CheckpointError if a regex of the file would take forever on one of these paths."""
+        regexes = [v for v in (self.target_modules, self.exclude_modules) if isinstance(v, str)]
+        for key in {**self.rank_pattern, **self.alpha_pattern}:
+            regexes += [_key_regex(key)] if _repeats(key) else []
+        for head in self.modules_to_save or ():
+            regexes += [_head_regex(head)] if _repeats(head) else []
+        if self.layers_pattern:
+            regexes += self._index_regexes()
+        try:
+            check_regexes(regexes, paths)
+        except ValueError as error:
+            raise CheckpointError(f"{CONFIG_FILE}: {error}") from None
 
 
 def save_pretrained(
@@ -232,6 +253,7 @@ def _load(model: nn.Module, folder: str | os.PathLike[str], alone: bool) -> Load
             f"folder: no such file: {source / WEIGHTS_FILE}; only safetensors are read"
         )
     state, _ = read_safetensors(source / WEIGHTS_FILE)
+    config.check_matching([path for path, _ in _base_modules(model)])
     targets = config.targets(model)
     if not targets:
         raise CheckpointError(f"target_modules: {_no_match(config, model)}")
@@ -258,6 +280,8 @@ def _load(model: nn.Module, folder: str | os.PathLike[str], alone: bool) -> Load
             f"adapter: the file also holds {besides[0]}, which all adapters of the model would share; "
             "load it into a model of its own"
         )
+    own = model.state_dict()
+    refuse_complex({k.removeprefix(PREFIX): v for k, v in state.items()}, own)
     inject_lora(model, LoRAConfig(lambda path, _: plan.get(path, False), kinds=KINDS))
     if alone:
         freeze_base_params(model)
@@ -517,7 +541,19 @@ def _has_suffix(path: str, names: Iterable[str]) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((v for key, v in patterns.items() if re.match(_key_regex(key), path)), default)
+
+
+def _key_regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _head_regex(head: str) -> str:
+    return rf"(^|.*\.){head}($|\..*)"
+
+
+def _repeats(pattern: str) -> bool:
+    return any(character in pattern for character in "*+?{|")
 
 
 def _most_common(values: Iterable[float]) -> float:
@@ -536,8 +572,8 @@ def read_config(file: Path) -> PeftConfig:
     if not file.is_file():
         raise CheckpointError(f"folder: no such file: {file}")
     try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        raw = read_json(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not a readable JSON file: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(raw).__name__}")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastlora.errors import ConfigError
+from fastlora.files import read_json
 from fastlora.kernels.config import GemmConfig, PassConfig, Problem, Tiles
 
 _GEMMS = ("fused", "split", "update", "dx")
@@ -92,8 +93,8 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        entries = json.loads(file.read_text())
-    except ValueError as error:
+        entries = read_json(file)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: expected the JSON that fastlora.tune writes: {error}") from None
     if not isinstance(entries, dict):
         raise ConfigError(f"{file}: expected a JSON object, got {type(entries).__name__}")

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: continue after the last finished epoch with --resume", file=sys.stderr)
+        print("interrupted: continue with --resume", file=sys.stderr)
         return 130
     ended = "finished" if trainer.epoch >= config.epochs else "stopped early"
     best = trainer.best["epoch"] if trainer.best else 0

@@ -80,14 +80,17 @@ def logits(model, tokens):
 
 
 def test_every_integration_is_tested():
-    assert list(INTEGRATIONS) == [
-        "",
-        "Hugging Face Trainer",
-        "accelerate",
-        "DPO, as in TRL",
-        "Lightning",
-        "PEFT's own tests",  # a command for another repository's tests; tests/test_peft_suite.py tests the plugin
-    ]
+    assert (
+        list(INTEGRATIONS)
+        == [
+            "",
+            "Hugging Face Trainer",
+            "accelerate",
+            "DPO, as in TRL",
+            "Lightning",
+            "PEFT's own tests",  # a command for another repository's tests; tests/test_peft_suite.py tests the plugin
+        ]
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # those of transformers and torch under the trainer

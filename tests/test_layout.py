@@ -2,10 +2,13 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
 
 import fastlora
 
@@ -14,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # module of fastlora -> the modules of fastlora it may import
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "reference": set(),
     "cost": {"kernels"},
-    "tuned": {"errors", "kernels"},
+    "tuned": {"errors", "files", "kernels"},
     "dispatch": {"cost", "tuned", "errors", "kernels"},
     "triton_ops": {"dispatch", "reference", "kernels"},
     "cpu_dropout": {"reference"},
@@ -29,7 +33,7 @@ MAY_IMPORT = {
     "layer": {"lora_layer", "ops", "dispatch", "quantised", "reference", "errors"},
     "conv": {"lora_layer", "dispatch", "errors"},
     "embedding": {"conv", "lora_layer", "dispatch", "errors"},
-    "config": {"lora_layer", "dispatch", "errors"},
+    "config": {"files", "lora_layer", "dispatch", "errors"},
     "kinds": {"config", "conv", "embedding", "layer", "lora_layer"},
     "memory": {"config", "kinds", "layer", "lora_layer", "quantised", "selection", "errors"},
     "survey": {
@@ -52,7 +56,7 @@ MAY_IMPORT = {
     "adapters": {"config", "inject", "lora_layer", "record", "selection", "errors"},
     "merge": {"lora_layer", "record", "errors"},
     "switch": {"selection", "errors"},
-    "checkpoint": {"selection", "errors"},
+    "checkpoint": {"files", "selection", "errors"},
     "base_state": {"checkpoint", "lora_layer", "errors"},
     "exporter": {"layer", "lora_layer", "merge", "record", "errors"},
     "peft_layer": {"layer", "ops"},
@@ -62,6 +66,7 @@ MAY_IMPORT = {
         "checkpoint",
         "config",
         "embedding",
+        "files",
         "inject",
         "kinds",
         "layer",
@@ -70,7 +75,7 @@ MAY_IMPORT = {
         "selection",
         "errors",
     },
-    "adapter_files": {"checkpoint", "config", "lora_layer", "peft_format", "errors"},
+    "adapter_files": {"checkpoint", "config", "files", "lora_layer", "peft_format", "errors"},
     "cli": {"adapter_files", "errors"},
     "__main__": {"cli"},
 }
@@ -167,7 +172,8 @@ def test_medical_uses_only_public_names_and_nothing_uses_medical():
             if not name.startswith("fastlora.") or name.startswith("fastlora.medical"):
                 continue
             public = name.removeprefix("fastlora.").removeprefix("errors.")
-            assert public in fastlora.__all__, f"{file.name} imports {name}"
+            shared = name.startswith("fastlora.files")  # as public as the errors
+            assert shared or public in fastlora.__all__, f"{file.name} imports {name}"
 
 
 def test_kernels_import_nothing_of_fastlora_and_are_no_package():
@@ -198,10 +204,11 @@ def test_transformers_imports_from_the_projects_root():
     )
 
 
-def test_the_wheel_holds_the_kernels_the_types_and_the_weights(tmp_path):
-    copy = tmp_path / "copy"
+def build_wheel(folder, moment):
+    """A wheel built from a copy whose files are all of another age; SOURCE_DATE_EPOCH says the time in it."""
+    copy = folder / "copy"
     ignore = ("--exclude=.git", "--exclude=.venv", "--exclude=build", "--exclude=*.egg-info")
-    copy.mkdir()
+    copy.mkdir(parents=True)
     tar = subprocess.run(
         ["tar", "-c", *ignore, "pyproject.toml", "README.md", "LICENSE", "fastlora", "kernels"],
         cwd=ROOT,
@@ -209,20 +216,61 @@ def test_the_wheel_holds_the_kernels_the_types_and_the_weights(tmp_path):
         capture_output=True,
     )
     subprocess.run(["tar", "-x"], cwd=copy, input=tar.stdout, check=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(copy),
-    ]
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    for file in copy.rglob("*"):
+        os.utime(file, (moment, moment), follow_symlinks=False)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*pip, "-w", str(folder), str(copy)],
+        check=True,
+        timeout=300,
+        capture_output=True,
+        env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"},
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(tmp_path_factory.mktemp("first"), 1_600_000_000)
+
+
+def test_a_wheel_is_the_same_byte_for_byte(wheel, tmp_path):
+    assert build_wheel(tmp_path / "second", 1_750_000_000).read_bytes() == wheel.read_bytes()
+
+
+def test_the_wheel_works_in_a_bare_venv(wheel, tmp_path):
+    """Installed alone; torch, numpy, safetensors and triton are lent by this interpreter, and nothing of the source tree is."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=120)
+    python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, timeout=120, capture_output=True)
+    lent = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    program = """
+import site, sys
+for path in sys.argv[1:]:
+    site.addsitedir(path)
+import torch, fastlora, fastlora.kernels.config
+from fastlora.medical.model import load_base_model
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+assert fastlora.inject_lora(model, ["0"], rank=2) == 1
+load_base_model()
+print(fastlora.__file__)
+"""
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", program, *lent],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(venv)
+
+
+def test_the_wheel_holds_the_kernels_the_types_and_the_weights(wheel):
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
     (entries,) = (name for name in names if name.endswith("entry_points.txt"))
@@ -243,3 +291,23 @@ def test_the_wheel_holds_the_kernels_the_types_and_the_weights(tmp_path):
 def test_the_public_names_are_these():
     assert sorted(fastlora.__all__) == sorted(PUBLIC)
     assert all(hasattr(fastlora, name) for name in PUBLIC)
+
+
+def test_the_locks_hold_the_pinned_versions_and_a_hash_for_each():
+    text = (ROOT / "constraints.txt").read_text()
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", text, flags=re.M))
+    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
+    locked = set()
+    for file in (ROOT / "locks").glob("*.txt"):
+        for entry in re.split(r"\n(?=\S)", file.read_text().strip()):
+            name, version = re.match(r"([\w.-]+)==(\S+)", entry).groups()
+            assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), name
+            assert pinned.get(name, version) == version, f"{file.name}: {name}"
+            locked.add(name)
+    assert pinned.keys() - locked == {"torch", "triton"}
+
+
+def test_every_dependency_is_in_the_list_of_licences():
+    names = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.M)
+    page = (ROOT / "docs" / "licences.md").read_text()
+    assert [name for name in names if f"| {name} | " not in page] == []

@@ -17,7 +17,7 @@ from fastlora.errors import CheckpointError, ConfigError
 from fastlora.medical import checkpointing
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.trainer import MedicalTrainer
-from tests.tiny_run import TinyRegions, tiny_model, tiny_trainer
+from tests.tiny_run import TinyRegions, assert_same_run, tiny_model, tiny_trainer
 
 
 @pytest.fixture(scope="module")
@@ -33,51 +33,6 @@ def whole_full(tmp_path_factory: pytest.TempPathFactory) -> MedicalTrainer:
     trainer = tiny_trainer(tmp_path_factory.mktemp("full") / "run", finetune="full")
     trainer.train()
     return trainer
-
-
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts and lists by path."""
-    if isinstance(value, dict):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, (list, tuple)):
-        items = [(str(key), item) for key, item in enumerate(value)]
-    else:
-        return {path: value}
-    return {
-        name: leaf for key, item in items for name, leaf in flatten(item, f"{path}/{key}").items()
-    }
-
-
-def assert_same_run(got: Path, wanted: Path) -> None:
-    """`last` and `best` equal bit for bit (weights, optimizer, schedule, generators, history), and history.json too.
-
-    Only wall-clock times and the settings that may change between run and continuation are left out.
-    """
-    for which in ("last", "best"):
-        a, b = (
-            flatten(checkpointing.read_checkpoint(RunFolder(run).find(which)))
-            for run in (got, wanted)
-        )
-        ignored = ("seconds", "config")
-        a, b = (
-            {k: v for k, v in side.items() if not any(word in k for word in ignored)}
-            for side in (a, b)
-        )
-        assert a.keys() == b.keys()
-        different = [
-            name
-            for name in a
-            if not (
-                torch.equal(a[name], b[name])
-                if isinstance(a[name], torch.Tensor)
-                else a[name] == b[name]
-            )
-        ]
-        assert not different
-    histories = [json.loads((run / "history.json").read_text()) for run in (got, wanted)]
-    for history in histories:
-        assert len(history.pop("seconds")) == 5
-    assert histories[0] == histories[1]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +203,6 @@ def test_where_resume_leads(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
     assert RunFolder(tmp_path).resume_from("auto") is RunFolder(tmp_path).resume_from(None) is None
     with pytest.raises(
         CheckpointError,
-        match="no checkpoint 'epoch_009'; there are: best, epoch_001, epoch_002, epoch_003, epoch_004, last",
+        match="no checkpoint 'epoch_009'; there are: best, epoch_001, epoch_002, epoch_003, epoch_004, last, previous",
     ):
         folder.find("epoch_009")

@@ -193,8 +193,9 @@ def test_run_folder(run: MedicalTrainer) -> None:
         for f in folder.rglob("*")
         if f.is_file() and f.parent.name != "tb"
     }
-    checkpoints = {f"checkpoints/{name}.pt" for name in ("best", "last", "epoch_002", "epoch_004")}
-    assert files == checkpoints | {"config.yaml", "history.json", "adapter.safetensors"}
+    names = ("best", "last", "previous", "epoch_002", "epoch_004")
+    checkpoints = {f"checkpoints/{name}.pt" for name in names}
+    assert files == checkpoints | {"config.yaml", "history.json", "adapter.safetensors", ".lock"}
     history = json.loads(run.folder.history.read_text())
     assert history["epochs"] == run.history
     assert [record["epoch"] for record in history["epochs"]] == [0, 1, 2, 3, 4]

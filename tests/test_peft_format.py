@@ -288,14 +288,14 @@ def test_what_the_format_cannot_say_is_refused_when_saving(tmp_path):
 def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     save_pretrained(adapted(), tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-    real = type(tmp_path).write_bytes
+    real = type(tmp_path).open
 
-    def full(path, data):
-        if CONFIG in path.name:
+    def full(path, mode="r", **options):
+        if CONFIG in path.name and mode == "xb":
             raise OSError("no space left on device")
-        return real(path, data)
+        return real(path, mode, **options)
 
-    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
+    monkeypatch.setattr(type(tmp_path), "open", full)
     with pytest.raises(CheckpointError, match=f"cannot write .*{CONFIG}.*no space left"):
         save_pretrained(adapted(alpha=99.0), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before

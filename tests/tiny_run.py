@@ -6,6 +6,7 @@ Run as a program, it trains and kills itself with SIGKILL at a named moment (see
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import torch
 from fastlora.medical import checkpointing
 from fastlora.medical.model import DecoderConfig, SparseMeshDecoder
 from fastlora.medical.regions import TOKEN_CHANNELS, region_arrays, truncated_sdf
+from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.trainer import MedicalTrainer, TrainConfig
 
 
@@ -80,6 +82,51 @@ def tiny_trainer(folder: Path | str, **changes: Any) -> MedicalTrainer:
     return MedicalTrainer(config, tiny_model(), TinyRegions(7, 0), TinyRegions(3, 1))
 
 
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts and lists by path."""
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        items = [(str(key), item) for key, item in enumerate(value)]
+    else:
+        return {path: value}
+    return {
+        name: leaf for key, item in items for name, leaf in flatten(item, f"{path}/{key}").items()
+    }
+
+
+def assert_same_run(got: Path, wanted: Path) -> None:
+    """`last` and `best` equal bit for bit (weights, optimizer, schedule, generators, history), and history.json too.
+
+    Only wall-clock times and the settings that may change between run and continuation are left out.
+    """
+    for which in ("last", "best"):
+        a, b = (
+            flatten(checkpointing.read_checkpoint(RunFolder(run).find(which)))
+            for run in (got, wanted)
+        )
+        ignored = ("seconds", "config")
+        a, b = (
+            {k: v for k, v in side.items() if not any(word in k for word in ignored)}
+            for side in (a, b)
+        )
+        assert a.keys() == b.keys()
+        different = [
+            name
+            for name in a
+            if not (
+                torch.equal(a[name], b[name])
+                if isinstance(a[name], torch.Tensor)
+                else a[name] == b[name]
+            )
+        ]
+        assert not different
+    histories = [json.loads((run / "history.json").read_text()) for run in (got, wanted)]
+    for history in histories:
+        assert len(history.pop("seconds")) == 5
+    assert histories[0] == histories[1]
+
+
 def main(folder: str, moment: str) -> None:
     """Trains in `folder` and dies: in the 3rd epoch, in the middle of writing its checkpoint, or after `last`."""
     trainer = tiny_trainer(folder)
@@ -87,14 +134,19 @@ def main(folder: str, moment: str) -> None:
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def write_half(content: Any, file: Any) -> None:
+    def half_then_die(path: Path, fill: Any) -> None:
         whole = io.BytesIO()
-        save(content, whole)
-        file.write(whole.getvalue()[: whole.tell() // 2])
-        file.flush()
-        die()
+        fill(whole)
 
-    save, write, finish = torch.save, checkpointing.write_checkpoint, trainer._finish_epoch
+        def fill_half(file: Any) -> None:
+            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.flush()
+            die()
+
+        atomic(path, fill_half)
+
+    atomic, write = checkpointing.atomic_write, checkpointing.write_checkpoint
+    finish = trainer._finish_epoch
 
     def last_then_die(path: Path, content: Any) -> None:
         write(path, content)
@@ -102,7 +154,7 @@ def main(folder: str, moment: str) -> None:
 
     def third_epoch(*arguments: Any) -> None:
         if trainer.epoch == 3 and moment == "saving":
-            torch.save = write_half
+            checkpointing.atomic_write = half_then_die
         if trainer.epoch == 3 and moment == "between":
             import fastlora.medical.run_folder as run_folder
 

@@ -1,15 +1,17 @@
 """Files that are either whole or not there, and the state of every random generator.
 
-A checkpoint is one `torch.save` of plain values and tensors, read back with `weights_only=True`. Every file goes through
-`atomic_write`, so a run killed at any moment leaves the previous file in place.
+A checkpoint is one `torch.save` of plain values and tensors. Reading it back runs no code, trusts no size, and finds every
+value of the kind that it should be. Every file goes through `atomic_write`, so a run killed at any moment leaves the previous
+file in place.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
-import pickle
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastlora import files
 from fastlora.errors import CheckpointError
 
 FORMAT = "fastlora-medical-1"
-KEYS = frozenset(
-    {"format", "model", "optimizer", "scheduler", "scaler", "epoch", "history", "rng", "config"}
-    | {"seconds", "base_sha256", "samples", "best"}
-)
+KEYS: Mapping[str, type] = {
+    **dict.fromkeys(("model", "optimizer", "scheduler", "scaler", "rng", "config"), dict),
+    **dict.fromkeys(("format", "base_sha256"), str),
+    **dict.fromkeys(("epoch", "samples"), int),
+    **dict.fromkeys(("history", "seconds"), list),
+    "best": object,
+}
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -35,7 +41,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # refuses a link that someone left there
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -63,7 +70,9 @@ def write_json(path: Path, value: object) -> None:
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Saves a checkpoint; `content` holds what KEYS lists."""
-    atomic_write(path, lambda file: torch.save(dict(content), file))
+    data = io.BytesIO()  # torch.save into a file on a full disk raises other errors than OSError
+    torch.save(dict(content), data)
+    atomic_write(path, lambda file: file.write(data.getbuffer()))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -76,21 +85,122 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint: {_first_line(error)}"
-        ) from error
+        content = files.read_torch(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
-    if missing := sorted(KEYS - content.keys()):
-        raise CheckpointError(f"{path}: the checkpoint lacks {', '.join(missing)}")
+    _check_content(content, str(path))
+    if content["best"] is not None:
+        _check_content(content["best"], f"{path}: best")
+    if content.setdefault("within", None) is not None:  # older files have none
+        _check_within(content, str(path))
     return content
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _check_within(content: dict[str, Any], where: str) -> None:
+    """What an interrupted epoch had done: regions seen, its rate, sums of loss terms, gradient norms."""
+    like = {"seen": 0, "lr": 0.0, "sums": {}, "norms": []}
+    within = content["within"]
+    sums, norms = (
+        (within.get("sums"), within.get("norms")) if isinstance(within, dict) else (None, None)
+    )
+    if not (
+        isinstance(sums, dict)
+        and isinstance(norms, list)
+        and all(isinstance(key, str) for key in sums)
+        and all(isinstance(value, float) for value in (*sums.values(), *norms))
+    ):
+        raise CheckpointError(f"{where}: within: expected sums by name and a list of norms")
+    check_like({**within, "sums": {}, "norms": []}, like, f"{where}: within")
+    if not 0 <= within["seen"] <= content["samples"]:
+        raise CheckpointError(f"{where}: within: expected at most {content['samples']} seen")
+
+
+def _check_content(content: Any, where: str) -> None:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: expected a checkpoint, got {type(content).__name__}")
+    kinds = {name: kind for name, kind in KEYS.items() if kind is not object or name in content}
+    if missing := sorted((KEYS.keys() if "best" in content else kinds.keys()) - content.keys()):
+        raise CheckpointError(f"{where}: the checkpoint lacks {', '.join(missing)}")
+    for name, kind in kinds.items():
+        if not isinstance(content[name], kind):
+            raise CheckpointError(
+                f"{where}: {name}: expected {kind.__name__}, got {type(content[name]).__name__}"
+            )
+    weights = content["model"]
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
+        raise CheckpointError(f"{where}: model: expected tensors by name")
+    for name, value in content["config"].items():
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
+            raise CheckpointError(f"{where}: config: expected a plain value for {name}")
+    if content["epoch"] < 0 or len(content["history"]) != content["epoch"] + 1:
+        raise CheckpointError(
+            f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} records"
+        )
+    for record in content["history"]:
+        try:
+            figures = [*record.get("train", {}).values(), *record["val"].values()]
+        except (TypeError, KeyError, AttributeError):
+            figures = [None]
+        if not all(isinstance(figure, float) and math.isfinite(figure) for figure in figures):
+            raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
+
+
+def check_like(found: object, wanted: object, where: str) -> None:
+    """Checks that two nested values have the same keys, kinds and sizes all the way down; the values themselves may differ.
+
+    Raises:
+        CheckpointError: naming the place where they differ.
+    """
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        if found.keys() != wanted.keys():
+            names = ", ".join(sorted(map(str, found.keys() ^ wanted.keys())))
+            raise CheckpointError(
+                f"{where}: expected the keys {list(wanted)}, it differs in {names}"
+            )
+        for key, value in wanted.items():
+            check_like(found[key], value, f"{where}.{key}")
+    elif isinstance(wanted, (list, tuple)) and isinstance(found, type(wanted)):
+        if len(found) != len(wanted):
+            raise CheckpointError(f"{where}: expected {len(wanted)} values, got {len(found)}")
+        for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            check_like(a, b, f"{where}.{number}")
+    elif isinstance(wanted, Tensor) and isinstance(found, Tensor):
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise CheckpointError(
+                f"{where}: expected {tuple(wanted.shape)} {wanted.dtype}, got {tuple(found.shape)} {found.dtype}"
+            )
+    elif type(found) is not type(wanted):
+        raise CheckpointError(
+            f"{where}: expected {type(wanted).__name__}, got {type(found).__name__}"
+        )
+
+
+def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str) -> None:
+    """Checks that a saved state is one of AdamW over parameters of these shapes. Raises: CheckpointError."""
+    wanted = optimizer.state_dict()
+    check_like(found.get("param_groups"), wanted["param_groups"], f"{where}: param_groups")
+    state = found.get("state")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(state, dict) or not state.keys() <= set(range(len(parameters))):
+        raise CheckpointError(f"{where}: expected a state for each parameter by number")
+    for number, entry in state.items():
+        like = torch.empty(parameters[number].shape, dtype=parameters[number].dtype)
+        moments = {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}
+        check_like(entry, moments, f"{where}: state.{number}")
+
+
+def check_rng_state(state: Mapping[str, Any], where: str) -> None:
+    """Checks that `set_rng_state` would take the state; the generators stay as they are. Raises: CheckpointError."""
+    before = rng_state()
+    try:
+        set_rng_state(state)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{where}: not the state of generators: {error}") from None
+    finally:
+        set_rng_state(before)
 
 
 def model_sha256(model: nn.Module) -> str:

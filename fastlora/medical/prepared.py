@@ -162,7 +162,7 @@ def load_prepared(
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return Prepared(**{item.name: stored[item.name] for item in fields(Prepared)})
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, ValueError, MemoryError, zipfile.BadZipFile) as error:
             log.warning("%s: damaged cache entry is made anew (%s)", path, error)
     prepared = prepare(case, structure, config, image)
     path.parent.mkdir(parents=True, exist_ok=True)

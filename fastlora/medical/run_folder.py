@@ -1,19 +1,27 @@
 """The folder of one training run: where its files lie, who may write there, what is written after an epoch.
 
-config.yaml  history.json  tb/  adapter.safetensors (LoRA only)  checkpoints/{last,best,epoch_NNN}.pt
+config.yaml  history.json  tb/  adapter.safetensors (LoRA only)  checkpoints/{last,previous,best,epoch_NNN}.pt  .lock
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
-from fastlora.errors import CheckpointError, ConfigError
-from fastlora.medical.checkpointing import atomic_write, write_checkpoint, write_json
+from fastlora.errors import CheckpointError, ConfigError, TrainingError
+from fastlora.medical.checkpointing import (
+    atomic_write,
+    read_checkpoint,
+    write_checkpoint,
+    write_json,
+)
 
 
 class RunFolder:
@@ -26,9 +34,11 @@ class RunFolder:
         self.board = self.path / "tb"
         self.adapter = self.path / "adapter.safetensors"
         self.checkpoints = self.path / "checkpoints"
+        self._lock: BinaryIO | None = None
+        self._epoch: int | None = None  # of the `last` that this object wrote
 
     def checkpoint(self, which: str) -> Path:
-        """The file of `last`, `best` or `epoch_NNN`."""
+        """The file of `last`, `previous` (the epoch before it), `best` or `epoch_NNN`."""
         return self.checkpoints / f"{which}.pt"
 
     def find(self, which: str) -> Path:
@@ -40,13 +50,28 @@ class RunFolder:
         return path
 
     def resume_from(self, resume: str | None) -> Path | None:
-        """The checkpoint that `--resume` means: a file, a run folder's `last`, or with 'auto' this run's `last` if any."""
+        """The checkpoint that `--resume` means: a file, a run folder's `last`, or with 'auto' this run's `last` if any.
+
+        Where `last` is damaged it is `previous`, with a warning. Raises CheckpointError if that cannot be read either.
+        """
         if resume is None:
             return None
         if resume == "auto":
-            return self.checkpoint("last") if self.checkpoint("last").is_file() else None
+            return self._readable() if self.checkpoint("last").is_file() else None
         path = Path(resume)
-        return RunFolder(path).find("last") if path.is_dir() else path
+        return RunFolder(path)._readable() if path.is_dir() else path
+
+    def _readable(self) -> Path:
+        last, previous = self.find("last"), self.checkpoint("previous")
+        try:
+            read_checkpoint(last)
+        except CheckpointError as error:
+            if not previous.is_file():
+                raise
+            epoch = read_checkpoint(previous)["epoch"]
+            warnings.warn(f"{error}; going on from {previous}, epoch {epoch}", stacklevel=3)
+            return previous
+        return last
 
     def check_free(self, resume: Path | None, auto: bool, overwrite: bool) -> None:
         """Refuses to mix two runs.
@@ -66,17 +91,23 @@ class RunFolder:
             )
 
     def open(self, config: Mapping[str, Any], overwrite: bool) -> None:
-        """Creates the folder, without the files of a run that is to be overwritten, and writes config.yaml."""
-        if overwrite:
-            for file in (self.config, self.history, self.adapter):
-                file.unlink(missing_ok=True)
-            for folder in (self.board, self.checkpoints):
-                shutil.rmtree(folder, ignore_errors=not folder.exists())
+        """Creates the folder, without the files of a run that is to be overwritten, and writes config.yaml.
+
+        The folder is this process's until `close`. Raises ConfigError if it cannot be written, TrainingError if another
+        process has it.
+        """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / ".lock")
+            if overwrite:
+                for file in (self.config, self.history, self.adapter):
+                    file.unlink(missing_ok=True)
+                for folder in (self.board, self.checkpoints):
+                    shutil.rmtree(folder, ignore_errors=not folder.exists())
+            self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"checkpoint_dir: cannot create {self.checkpoints}: {error.strerror}"
+                f"checkpoint_dir: cannot write to {self.path}: {error.strerror or error}"
             ) from error
         for pattern in (".*.tmp", ".*.partial"):  # of a run killed while it wrote
             for leftover in self.path.rglob(pattern):
@@ -84,11 +115,55 @@ class RunFolder:
         text = yaml.safe_dump(dict(config), sort_keys=False)
         atomic_write(self.config, lambda file: file.write(text.encode()))
 
+    def close(self) -> None:
+        """Leaves the folder to other processes."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def write(
         self, last: Mapping[str, Any], best: Mapping[str, Any] | None, history: object
     ) -> None:
-        """Writes `last` first, then what can be made again from it: `best` (if given) and history.json."""
+        """Writes `last` first, then what can be made again from it: `best` (if given) and history.json.
+
+        The old `last` stays as `previous` when the new one is of another epoch than it.
+        """
+        if self._epoch not in (None, last["epoch"]):
+            _keep(self.checkpoint("last"), self.checkpoint("previous"))
+        self._epoch = last["epoch"]
         write_checkpoint(self.checkpoint("last"), last)
         if best is not None:
             write_checkpoint(self.checkpoint("best"), best)
         write_json(self.history, history)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A file that this process alone holds until it is closed, or the process ends in whatever way."""
+    file = path.open("a+b")
+    if os.name != "posix":
+        return file
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise TrainingError(
+                f"checkpoint_dir: another run is writing to {path.parent}; wait for it or choose another folder"
+            ) from None
+        warnings.warn(f"{path}: no locks here ({error}); do not start a second run", stacklevel=3)
+    return file
+
+
+def _keep(last: Path, previous: Path) -> None:
+    """Gives `last` a second name, so that it is still there when a new one takes its place."""
+    temporary = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            os.link(last, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(last, temporary)
+        os.replace(temporary, previous)
+    finally:
+        temporary.unlink(missing_ok=True)

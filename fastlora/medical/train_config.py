@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fastlora import files
 from fastlora.errors import ConfigError
 
 # Fields that may differ between a run and its continuation. None changes what an epoch computes (another number of samples
@@ -33,6 +32,7 @@ RESUMABLE_CHANGES = frozenset(
         "epochs",
         "save_every",
         "early_stopping",
+        "halve_batch",
         "num_workers",
         "threads",
         "device",
@@ -124,6 +124,11 @@ class TrainConfig:
     epochs: int = option(16, OPTIMISATION, "passes over the training samples", AT_LEAST_ONE)
     batch_size: int = option(8, OPTIMISATION, "regions per micro-batch", AT_LEAST_ONE, "regions")
     grad_accum: int = option(1, OPTIMISATION, "micro-batches per optimizer step", AT_LEAST_ONE)
+    halve_batch: bool = option(
+        False,
+        OPTIMISATION,
+        "where memory runs out, begin the epoch again in smaller micro-batches, more of them to a step",
+    )
     lr: float | None = option(
         None,
         OPTIMISATION,
@@ -230,10 +235,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, is no YAML, or holds something other than a mapping of names.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config: cannot read {path}: {reason}") from error
+        values = files.read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config: cannot read {path}: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,13 @@ from tqdm import tqdm
 from fastlora import count_parameters, save_adapter
 from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fastlora.medical import checkpointing
+from fastlora.medical.faults import (
+    deferred_interrupt,
+    explained,
+    ignore_interrupts,
+    is_out_of_memory,
+    memory_in_words,
+)
 from fastlora.medical.finetuned import (
     load_finetuned,
     load_tensors,
@@ -109,6 +116,12 @@ class MedicalTrainer:
         self.history: list[dict[str, Any]] = []
         self.seconds: list[float] = []
         self.best: dict[str, Any] | None = None
+        self.within: dict[str, Any] | None = None  # what the interrupted epoch had done
+        self.interrupted: Callable[[], bool] = lambda: False
+        self.micro_batch = (
+            config.batch_size
+        )  # less where memory ran out and `halve_batch` allows it
+        self.tokens = 0  # of the largest batch so far
         self.rng = checkpointing.rng_state()  # where `train` goes on, whatever draws in between
         if resume is not None:
             self.load_checkpoint(resume)
@@ -124,12 +137,21 @@ class MedicalTrainer:
         """Trains to the last epoch or the early stop; returns the history, one record an epoch, 0 (untrained) first.
 
         After every epoch the run folder holds all of it, so a run killed at any moment loses only the epoch it was in:
-        a new trainer with `resume="auto"` goes on from there.
+        a new trainer with `resume="auto"` goes on from there. After Ctrl-C it goes on from the very step.
 
         Raises:
-            TrainingError: a loss or a gradient is not finite; the message names the regions. The folder keeps the
-                last finished epoch.
+            TrainingError: a loss or a gradient is not finite (the message names the regions), memory or disk is full, a
+                process that loads data died, or another run has the folder. The folder keeps the last finished epoch.
+            KeyboardInterrupt: after Ctrl-C, when the step is done and saved; after a second one at once.
         """
+        last = self.folder.checkpoint("last")
+        with explained(last, self._memory), deferred_interrupt() as self.interrupted:
+            try:
+                return self._train()
+            finally:
+                self.folder.close()
+
+    def _train(self) -> list[dict[str, Any]]:
         self.folder.open(self._saved_config(), self.config.overwrite)
         checkpointing.set_rng_state(self.rng)
         resumed = bool(self.history)
@@ -138,7 +160,7 @@ class MedicalTrainer:
         )
         bar = tqdm(
             total=self.config.epochs * self.steps_per_epoch,
-            initial=self.epoch * self.steps_per_epoch,
+            initial=self.epoch * self.steps_per_epoch + len((self.within or {}).get("norms", ())),
             desc=f"{self.config.finetune} fine-tuning",
             unit="step",
             disable=None if self.config.progress else True,  # None: shown on a terminal only
@@ -150,10 +172,39 @@ class MedicalTrainer:
                 self._finish_epoch({"epoch": 0}, time.perf_counter(), board)
             while self.epoch < self.config.epochs and not self._stalled():
                 start = time.perf_counter()
-                record = self._train_epoch(bar)
+                record = self._epoch_that_fits(bar)
                 self.epoch += 1
                 self._finish_epoch({"epoch": self.epoch, **record}, start, board)
         return self.history
+
+    def _epoch_that_fits(self, bar: tqdm[Any]) -> dict[str, Any]:
+        """`_train_epoch`; where memory runs out and `halve_batch` is on, again from its start in smaller micro-batches.
+
+        A step is still over `batch_size` regions times `grad_accum`.
+        """
+        while True:
+            start = self._snapshot() if self.config.halve_batch else None
+            try:
+                return self._train_epoch(bar)
+            except (RuntimeError, MemoryError) as error:
+                if start is None or self.micro_batch == 1 or not is_out_of_memory(error):
+                    raise
+            size = self.config.batch_size
+            self.micro_batch = max(n for n in range(1, self.micro_batch // 2 + 1) if size % n == 0)
+            self.optimizer.zero_grad()
+            self._restore(start)
+            checkpointing.set_rng_state(self.rng)
+            bar.n = self.epoch * self.steps_per_epoch
+            tqdm.write(
+                f"out of memory: epoch {self.epoch + 1} begins again in micro-batches of {self.micro_batch}",
+                file=sys.stdout,
+            )
+
+    def _memory(self) -> str:
+        return (
+            f"{memory_in_words(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
+            "grad_accum trains the same, and --halve_batch does that by itself"
+        )
 
     def _train_epoch(self, bar: tqdm[Any]) -> dict[str, Any]:
         """One pass over the training regions: mean loss terms over regions, mean gradient norm over steps."""
@@ -167,7 +218,12 @@ class MedicalTrainer:
         norms: list[float] = []
         rate = self.optimizer.param_groups[0]["lr"]  # of the epoch's first step
         seen = 0
-        for batch in self._loader(self.train_data, order):
+        if self.within is not None:  # go on where Ctrl-C came
+            seen, rate = self.within["seen"], self.within["lr"]
+            sums.update(self.within["sums"])
+            norms += self.within["norms"]
+            self.within = None
+        for batch in self._loader(self.train_data, order[seen:]):
             _, losses = self._forward(batch, f"epoch {epoch}, step {len(norms) + 1}")
             count = len(batch)
             # A step's loss is the mean over all its regions, whatever the sizes of its micro-batches.
@@ -181,6 +237,11 @@ class MedicalTrainer:
                 norms.append(self._step(batch))
                 bar.set_postfix(epoch=epoch, loss=f"{losses['total'].item():.4f}")
                 bar.update()
+                if self.interrupted():
+                    self.within = {"seen": seen, "lr": rate, "sums": dict(sums), "norms": norms}
+                    self.rng = checkpointing.rng_state()
+                    self._write(best_changed=False)
+                    raise KeyboardInterrupt
         finite = [norm for norm in norms if math.isfinite(norm)]
         return {
             "lr": rate,
@@ -206,6 +267,7 @@ class MedicalTrainer:
 
     def _forward(self, batch: RegionBatch, where: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Prediction (B, X, Y, Z) and loss terms. Raises TrainingError, naming the batch, if one is not finite."""
+        self.tokens = max(self.tokens, len(batch.tokens.feats))
         batch = batch.to(self.device)
         kind = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype=kind, enabled=self.config.amp != "off"):
@@ -234,9 +296,10 @@ class MedicalTrainer:
         return DataLoader(
             data,  # type: ignore[arg-type]
             sampler=order,
-            batch_size=self.config.batch_size,
+            batch_size=self.micro_batch,
             collate_fn=collate_regions,
             num_workers=self.config.num_workers,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # its draw for the workers must not move the global generator
         )
 
@@ -321,6 +384,7 @@ class MedicalTrainer:
             "config": self._saved_config(),
             "base_sha256": self.base_sha256,
             "samples": len(self.train_data),
+            "within": self.within,
         }
 
     def _saved_config(self) -> dict[str, Any]:
@@ -328,7 +392,7 @@ class MedicalTrainer:
 
     def _content(self) -> dict[str, Any]:
         """A checkpoint: the snapshot, and the best one so far if it is another."""
-        other = self.best is not None and self.best["epoch"] != self.epoch
+        other = self.best is not None and (self.best["epoch"] != self.epoch or self.within)
         return {**self._snapshot(), "best": self.best if other else None}
 
     def save_checkpoint(self, path: str | Path) -> None:
@@ -350,6 +414,18 @@ class MedicalTrainer:
         for state in (content, best):
             checkpointing.check_tensors(state["model"], trainable_parameters(self.model), str(path))
         self._check_same_run(content, path)
+        where = str(path)
+        checkpointing.check_optimizer(content["optimizer"], self.optimizer, f"{where}: optimizer")
+        for name in ("scheduler", "scaler"):
+            wanted = getattr(self, name).state_dict()
+            checkpointing.check_like(content[name], wanted, f"{where}: {name}")
+        checkpointing.check_rng_state(content["rng"], f"{where}: rng")
+        self._restore(content)
+        self.history, self.seconds = list(content["history"]), list(content["seconds"])
+        self.best = {key: value for key, value in best.items() if key != "best"}
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        """Weights, optimizer, schedule, generators and the place in the run."""
         load_tensors(self.model, content["model"])
         # A copy: the optimizer would go on changing the very tensors that `best` may hold.
         self.optimizer.load_state_dict(copy.deepcopy(content["optimizer"]))
@@ -358,9 +434,7 @@ class MedicalTrainer:
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = rate * factor
         self.scaler.load_state_dict(content["scaler"])
-        self.epoch = content["epoch"]
-        self.history, self.seconds = list(content["history"]), list(content["seconds"])
-        self.best = {key: value for key, value in best.items() if key != "best"}
+        self.epoch, self.within = content["epoch"], content["within"]
         self.rng = content["rng"]
 
     def _check_same_run(self, content: dict[str, Any], path: str | Path) -> None:

@@ -13,7 +13,9 @@ layouts are read:
 from __future__ import annotations
 
 import csv
+import math
 import os
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,10 +25,21 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import ArrayLike, NDArray
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.geometry import FloatArray, check_affine, spacing_of
+
+MAX_VOXELS = 2**29  # 512 × 512 × 2048; as float32 it takes 2 GiB
+DEFLATE_RATIO = 1032  # no gzip file expands by more
+_UNREADABLE = (
+    *(ImageFileError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error),
+    *(OverflowError, MemoryError, struct.error),
+    *(WrapStructError, HeaderDataError, OrientationError),
+)
 
 Modality = Literal["ct", "mr"]
 IMAGE_NAMES: dict[str, Modality] = {"ct.nii.gz": "ct", "mri.nii.gz": "mr"}
@@ -145,7 +158,8 @@ def load_volume(path: str | os.PathLike[str]) -> Volume:
     """
     path = Path(path)
     data, affine = _read(path)
-    array = data.astype(np.float32)
+    with np.errstate(over="ignore"):
+        array = data.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(array))
     if bad:
         raise DataError(
@@ -161,7 +175,9 @@ def load_labels(path: str | os.PathLike[str]) -> Volume:
     """
     path = Path(path)
     data, affine = _read(path)
-    array = data.astype(np.int32) if np.isfinite(data).all() else None
+    limits = np.iinfo(np.int32)
+    fits = np.isfinite(data).all() and limits.min <= data.min() and data.max() <= limits.max
+    array = data.astype(np.int32) if fits else None
     if array is None or (array != data).any():
         raise DataError(
             f"{path}: expected a label map of whole numbers, got others (stored as {data.dtype})"
@@ -173,9 +189,12 @@ def _read(path: Path) -> tuple[NDArray[np.generic], FloatArray]:
     if not path.is_file():
         raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
     try:
-        image = nib.as_closest_canonical(nib.load(path))
-        data = np.asanyarray(image.dataobj)
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        with np.errstate(all="ignore"):  # what overflows is looked for in the result
+            stored = nib.load(path)
+            _check_size(path, stored)
+            image = nib.as_closest_canonical(stored)
+            data = np.asanyarray(image.dataobj)
+    except _UNREADABLE as error:
         raise DataError(
             f"{path}: expected a readable NIfTI file, got {type(error).__name__}: {error}"
         ) from error
@@ -186,6 +205,23 @@ def _read(path: Path) -> tuple[NDArray[np.generic], FloatArray]:
             f"{path}: expected a volume (X, Y, Z) of numbers, got {data.shape} {data.dtype}"
         )
     return data, check_affine(image.affine, f"affine of {path}")
+
+
+def _check_size(path: Path, image: Any) -> None:
+    """Raises: ValueError if the header declares more than a volume may hold, or than the file can, before it is read."""
+    if not isinstance(image, nib.Nifti1Pair):  # of which NIfTI-2 and single files are kinds
+        raise ValueError(f"the file holds a {type(image).__name__}")
+    shape = tuple(int(n) for n in image.shape)
+    voxels = math.prod(shape)
+    if min(shape, default=0) < 0 or voxels > MAX_VOXELS:
+        raise ValueError(f"expected at most {MAX_VOXELS:,} voxels, the header declares {shape}")
+    offset = image.dataobj.offset
+    declared = offset + voxels * image.get_data_dtype().itemsize
+    most = path.stat().st_size * (DEFLATE_RATIO if path.suffix.lower() == ".gz" else 1)
+    if offset < 0 or declared > most:
+        raise ValueError(
+            f"the header declares {declared:,} bytes, and the file holds at most {most:,}"
+        )
 
 
 def save_volume(
@@ -304,8 +340,11 @@ def _read_splits(path: Path) -> dict[str, str]:
     """subject → split from TotalSegmentator's meta.csv; empty without the file or the column."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream, delimiter=";"))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream, delimiter=";", restkey="more"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: expected a table in UTF-8, got {error}") from error
     if rows and "image_id" not in rows[0]:
         raise DataError(
             f"{path}: expected a column image_id (separator ';'), got {', '.join(rows[0])}"

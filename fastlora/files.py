@@ -1,0 +1,247 @@
+"""Files that a stranger may have made: read without running code or trusting a size they declare. And files written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import pickletools
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.errors import CheckpointError, ConfigError
+
+MAX_JSON_BYTES = 2**24
+MAX_YAML_BYTES = 2**20  # its parser is a hundred times slower
+MAX_DEPTH = 32
+
+# What torch.load and zipfile raise over a damaged file, besides OSError and ValueError.
+_DAMAGED = (
+    *(EOFError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
+    *(MemoryError, OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
+)
+_PLAIN = (type(None), bool, int, float, str)
+_STORAGES = (
+    ("BFloat16", "Bool", "Byte", "Char", "ComplexDouble", "ComplexFloat")
+    + ("Double", "Float", "Half", "Int", "Long", "Short")
+)  # fmt: skip
+# What the pickle inside a file of torch.save may name. torch's own list is longer, and holds constructors that allocate
+# what they are told to: `bytearray`, `torch.Tensor`, sparse tensors.
+_GLOBALS = frozenset(
+    {
+        "collections OrderedDict",
+        "torch._utils _rebuild_parameter",
+        "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_tensor_v3",
+        "torch.storage UntypedStorage",
+    }
+    | {f"torch {name}Storage" for name in _STORAGES}
+    | {str(value).replace(".", " ") for value in vars(torch).values() if isinstance(value, torch.dtype)}
+)  # fmt: skip
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON file of at most `MAX_JSON_BYTES`.
+
+    Raises: OSError; ValueError, with the reason in one line, if it is no JSON, too large or nested more than `MAX_DEPTH` deep.
+    """
+    data = _read_text(path, MAX_JSON_BYTES)
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check_tree(value, len(data))
+    return value
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """The value of a YAML file of at most `MAX_YAML_BYTES`: plain values, lists and mappings.
+
+    Aliases are refused, because a few lines of them can stand for more than a memory holds.
+
+    Raises: OSError; ValueError, with the reason in one line; ConfigError without pyyaml.
+    """
+    yaml = import_yaml()
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not read")
+            return super().compose_node(parent, index)
+
+    data = _read_text(path, MAX_YAML_BYTES)
+    try:
+        value = yaml.load(data, Loader)  # a SafeLoader
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    _check_tree(value, len(data) + 1)  # an empty file is a None
+    return value
+
+
+def read_torch(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote, on the CPU: plain values, lists, tuples, dicts and dense tensors. Nothing in it is run.
+
+    Before anything is allocated: the file must be a zip archive of stored (not compressed) entries that are no larger than the
+    file, and its pickle may name nothing but what such values need. Afterwards no tensor is larger than its storage
+    (a stride of 0 lets 4 bytes stand for terabytes), and values that are shared do not unfold to more than the file holds.
+
+    Raises: OSError; ValueError with the reason in one line. Files of torch before 1.6 are refused.
+    """
+    size = _size(path)
+    try:
+        _check_archive(Path(path), size)
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:
+        raise ValueError(_first_line(error)) from None
+    _check_tree(value, size, tensors=True)
+    return value
+
+
+def check_regexes(patterns: Iterable[str], texts: Iterable[str], seconds: float = 10.0) -> None:
+    """Match every pattern against every text in another process, which can be ended: some patterns never end on 40 letters.
+
+    Patterns without a repetition or an alternative are not tried.
+
+    Raises: ValueError if that takes more than `seconds`.
+    """
+    slow = [pattern for pattern in patterns if any(c in pattern for c in "*+?{|")]
+    if not slow:
+        return
+    given = json.dumps([slow, list(texts)])
+    command = [sys.executable, "-I", "-S", "-c", _MATCH]
+    try:
+        subprocess.run(command, input=given, text=True, check=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"a regex among {slow} takes more than {seconds:g} s to match") from None
+
+
+_MATCH = """
+import json, re, sys
+patterns, texts = json.load(sys.stdin)
+for pattern in map(re.compile, patterns):
+    for text in texts:
+        pattern.match(text), pattern.fullmatch(text)
+"""
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write all files beside their places, then put each in its place. A link in a place is replaced, not followed.
+
+    Raises: CheckpointError if one cannot be written; older files are left as they were.
+    """
+    partials = {t: t.with_name(f".{t.name}.{os.getpid()}.partial") for t in contents}
+    target = None
+    try:
+        for target, data in contents.items():
+            partials[target].unlink(missing_ok=True)
+            with partials[target].open("xb") as file:  # refuses a link that someone left there
+                file.write(data)
+        for target, partial in partials.items():
+            os.replace(partial, target)
+    except OSError as error:
+        raise CheckpointError(f"path: cannot write {target}: {error}") from error
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def import_yaml() -> Any:
+    """The module yaml. Raises: ConfigError without it."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConfigError(
+            f"path: YAML needs the package pyyaml (pip install 'fastlora[yaml]'): {error}"
+        ) from error
+    return yaml
+
+
+def _size(path: str | os.PathLike[str]) -> int:
+    file = Path(path)
+    if not file.is_file():  # a pipe or a device may never end
+        raise FileNotFoundError(f"no such file: {file}")
+    return file.stat().st_size
+
+
+def _read_text(path: str | os.PathLike[str], limit: int) -> bytes:
+    size = _size(path)
+    if size > limit:
+        raise ValueError(f"expected at most {limit:,} bytes, got {size:,}")
+    return Path(path).read_bytes()
+
+
+def _check_archive(path: Path, size: int) -> None:
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # torch would read anything else as a bare pickle
+            raise ValueError("not a zip archive as torch.save writes it (since torch 1.6)")
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("holds compressed entries, which torch.save does not write")
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError("declares more bytes than the file has")
+        names = [entry.filename for entry in entries]
+        pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1 or len(set(names)) != len(names):
+            raise ValueError(f"expected one data.pkl, got {len(pickles)}")
+        program = archive.read(pickles[0])
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name == "GLOBAL" and argument not in _GLOBALS:
+            raise ValueError(f"holds {argument!r}, which is neither a plain value nor a tensor")
+
+
+def _check_tree(value: object, budget: int, tensors: bool = False) -> None:
+    """Refuse what is no plain value, is nested too deeply, or unfolds to more than `budget` values: what a file of so many
+    bytes can hold without sharing. Tensors of one storage count with their storage once.
+    """
+    storages: set[int] = set()
+    stack: list[tuple[Iterator[object], int]] = [(iter([value]), 0)]
+    count = stored = 0
+    while stack:
+        items, depth = stack[-1]
+        item = next(items, stack)
+        if item is stack:
+            stack.pop()
+            continue
+        count += 1
+        if count > budget:
+            raise ValueError("holds more values than the file has bytes")
+        if isinstance(item, (list, tuple, dict)):
+            if depth >= MAX_DEPTH:
+                raise ValueError(f"nested more than {MAX_DEPTH} deep")
+            pairs = (x for pair in item.items() for x in pair) if isinstance(item, dict) else item
+            stack.append((iter(pairs), depth + 1))
+        elif tensors and isinstance(item, Tensor):
+            _check_tensor(item)
+            storage = item.untyped_storage()
+            if storage.data_ptr() not in storages:
+                storages.add(storage.data_ptr())
+                stored += storage.nbytes()
+            if stored > budget:
+                raise ValueError("holds larger tensors than the file")
+        elif not isinstance(item, _PLAIN):
+            raise ValueError(f"holds a {type(item).__name__}")
+        elif isinstance(item, int) and item.bit_length() > 4096:
+            raise ValueError("holds a number of more than 4,096 bits")
+
+
+def _check_tensor(tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise ValueError(f"holds a tensor that is not a dense one on the CPU ({tensor.layout})")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"holds a tensor {tuple(tensor.shape)} that is larger than its storage")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

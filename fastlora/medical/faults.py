@@ -1,0 +1,87 @@
+"""What stops a training run from outside: Ctrl-C, no memory, a full disk, a dead loader process. What is said, and what is kept."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastlora import estimate, named_lora_layers
+from fastlora.errors import FastLoRAError, TrainingError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of an allocation, on a CPU or a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+@contextmanager
+def explained(last: Path, out_of_memory: Callable[[], str]) -> Iterator[None]:
+    """Turns what stops a run from outside into a TrainingError of one line.
+
+    last: the run's checkpoint. out_of_memory: what to say of the memory, asked when it ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, FastLoRAError):
+            raise
+        if is_out_of_memory(error):
+            reason = f"out of memory: {out_of_memory()}"
+        elif "DataLoader worker" in str(error):
+            reason = f"a process that loads data died ({str(error).splitlines()[0]})"
+        elif isinstance(error, OSError):
+            reason = f"cannot read or write: {error}"
+        else:
+            raise
+        kept = f"{last} is kept; continue with --resume" if last.is_file() else "nothing was saved"
+        raise TrainingError(f"{reason}; {kept}") from error
+
+
+def memory_in_words(model: nn.Module, rows: int) -> str:
+    """What a step keeps in memory at least, counted as `fastlora.estimate` does, or parameters alone without adapters."""
+    if any(True for _ in named_lora_layers(model)):
+        mib = estimate(model, max(1, rows)).total_bytes / 2**20
+        return f"weights, gradients, optimizer and what the adapted layers save of {rows:,} tokens take {mib:.1f} MiB"
+    mib = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters()) / 2**20
+    return f"weights, gradients and optimizer take {mib:.1f} MiB, without activations"
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only noted, for the run to stop where it can save; the second stops at once.
+
+    Gives a function that says whether there was one. Beside other processes of torchrun, and outside the main thread,
+    Ctrl-C is left as it is.
+    """
+    asked = threading.Event()
+    if dist.is_available() and dist.is_initialized():
+        yield asked.is_set
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def note(_: int, frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def ignore_interrupts(_: int) -> None:
+    """For loader processes: Ctrl-C on a terminal reaches them too, and the run still needs their batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

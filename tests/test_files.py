@@ -1,0 +1,328 @@
+"""Strangers' files: nothing in them runs, no declared size is believed, nothing is written elsewhere. Fuzzing in its short form."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import fastlora
+from fastlora import files
+from fastlora.adapter_files import merge_files, read_adapter
+from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical import checkpointing, volumes
+from fastlora.medical.train_config import read_yaml
+from tests.hostile import attack, readers, replace_leaf, time_limit
+from tests.models import Decoder
+from tests.tiny_run import tiny_trainer
+
+INPUTS = 25
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readers")
+    return folder, readers(folder)
+
+
+def test_every_reader_refuses_spoilt_files_with_its_own_errors(good):
+    folder, table = good
+    refused = {name: attack(reader, folder, INPUTS) for name, reader in table.items()}
+    assert all(count > INPUTS // 4 for count in refused.values()), refused
+
+
+def test_the_good_files_are_good(good):
+    folder, table = good
+    for reader in table.values():
+        (folder / reader.file).write_bytes(reader.good)
+        reader.read(folder / reader.file)
+
+
+# Files of torch.save
+
+
+def refused_torch(path, message):
+    with pytest.raises(CheckpointError, match=message):
+        fastlora.load_adapter(_adapted(), path)
+    with pytest.raises(CheckpointError, match=message):
+        checkpointing.read_checkpoint(path)
+
+
+def _adapted():
+    model = Decoder()
+    fastlora.inject_lora(model, ["to_qkv"], rank=2)
+    return model
+
+
+def repack(source, target, compression=zipfile.ZIP_STORED, **changed):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            key = name.rpartition("/")[2].replace(".", "_")
+            new.writestr(name, changed.get(key, old.read(name)))
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.state = function, arguments
+
+    def __reduce__(self):
+        return self.state
+
+
+def test_what_a_pickle_may_name(tmp_path):
+    path = tmp_path / "x.pt"
+    for value, name in (
+        (Call(os.mkdir, "pwned"), "posix mkdir"),
+        (Call(bytearray, 2**40), "bytearray"),  # weights_only would allocate it
+        (Call(torch.Tensor, 2**40), "torch Tensor"),
+        (torch.zeros(3).to_sparse(), "_rebuild_sparse_tensor"),
+    ):
+        torch.save({"a": value}, path)
+        refused_torch(path, name)
+    assert not Path("pwned").exists()
+
+
+def test_a_tensor_larger_than_its_storage(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.zeros(1).expand(2**20, 2**20)}, path)
+    assert path.stat().st_size < 3000
+    refused_torch(path, r"holds a tensor \(1048576, 1048576\) that is larger than its storage")
+
+
+def test_what_unfolds(tmp_path):
+    bomb = [0.0] * 10
+    for _ in range(12):
+        bomb = [bomb] * 10
+    torch.save({"a": bomb}, tmp_path / "x.pt")
+    refused_torch(tmp_path / "x.pt", "more values than the file has bytes")
+    deep: list = []
+    for _ in range(files.MAX_DEPTH + 1):
+        deep = [deep]
+    torch.save({"a": deep}, tmp_path / "x.pt")
+    refused_torch(tmp_path / "x.pt", "nested more than 32 deep")
+
+
+def test_archives_that_torch_save_does_not_write(tmp_path):
+    good, path = tmp_path / "good.pt", tmp_path / "x.pt"
+    torch.save({"a": torch.zeros(2**20)}, good)
+    assert torch.equal(files.read_torch(good)["a"], torch.zeros(2**20))
+    repack(good, path, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 20_000  # for 4 MiB
+    refused_torch(path, "holds compressed entries")
+    repack(good, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other/data.pkl", pickle.dumps(1))
+    refused_torch(path, "expected one data.pkl, got 2")
+    torch.save({"a": 1}, path, _use_new_zipfile_serialization=False)
+    refused_torch(path, "not a zip archive as torch.save writes it")
+    path.write_bytes(
+        pickle.dumps(1) + good.read_bytes()
+    )  # zipfile finds an archive, torch a pickle
+    refused_torch(path, "not a zip archive")
+
+
+def test_ordinary_state_dicts_are_read(tmp_path):
+    state = Decoder().state_dict()
+    assert isinstance(state, OrderedDict)
+    kinds = [torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.uint16, torch.complex64]
+    values = {str(kind): torch.zeros(3, dtype=kind) for kind in kinds}
+    whole = {"state": state, "view": torch.arange(6.0)[2:4], "n": (1, 2.5, "x", None), **values}
+    torch.save({**whole, "p": torch.nn.Parameter(torch.ones(2))}, tmp_path / "x.pt")
+    read = files.read_torch(tmp_path / "x.pt")
+    assert read["state"].keys() == state.keys() and read["n"] == whole["n"]
+    assert torch.equal(read["view"], whole["view"]) and torch.equal(read["p"], torch.ones(2))
+    assert all(read[str(kind)].dtype == kind for kind in kinds)
+
+
+def test_every_leaf_of_a_checkpoint_is_checked(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", epochs=1)
+    trainer.train()
+    content = checkpointing.read_checkpoint(trainer.folder.find("last"))
+    others = (None, -(2**40), "text", [[]], {}, 1e300, torch.zeros(2**10), torch.zeros(1))
+    refused = 0
+    for number in range(0, 400, 3):
+        torch.save(replace_leaf(content, number, others[number % len(others)]), tmp_path / "x.pt")
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        try:
+            trainer.load_checkpoint(tmp_path / "x.pt")
+        except CheckpointError:
+            refused += 1
+            now = trainer.model.state_dict()
+            assert all(torch.equal(before[name], value) for name, value in now.items())
+    assert refused > 90
+    trainer.load_checkpoint(trainer.folder.find("last"))
+
+
+# Text
+
+
+def test_yaml_bombs_and_tags(tmp_path):
+    path = tmp_path / "c.yaml"
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+    )
+    for text, message in (
+        (bomb, "aliases .* are not read"),
+        ("a: &a {x: 1}\nb: {<<: *a}\n", "aliases .* are not read"),
+        ("a: !!python/object/apply:os.mkdir [pwned]\n", "could not determine a constructor"),
+        ("a: 2001-99-99\n", "month must be in 1..12"),
+        ("a: 2001-01-01\n", "holds a date"),
+        ("a: " + "[" * 5000 + "\n", "nested too deeply|flow sequence"),
+        ("#" * (files.MAX_YAML_BYTES + 1), "expected at most 1,048,576 bytes"),
+    ):
+        path.write_text(text)
+        with time_limit(), pytest.raises(ConfigError, match=message):
+            read_yaml(path)
+        with time_limit(), pytest.raises(ConfigError, match=message):
+            fastlora.LoRAConfig.load(path)
+
+
+def test_json_that_is_large_or_deep(tmp_path):
+    path = tmp_path / "c.json"
+    for text, message in (
+        ("[" * 40 + "]" * 40, "nested more than 32 deep"),
+        (" " * (files.MAX_JSON_BYTES + 1), "expected at most 16,777,216 bytes"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            fastlora.LoRAConfig.load(path)
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "c.json")  # reading it would wait forever
+    with time_limit(5), pytest.raises(FileNotFoundError):
+        files.read_json(tmp_path / "c.json")
+
+
+def test_a_regex_that_never_ends(tmp_path, monkeypatch):
+    fastlora.save_pretrained(_adapted(), tmp_path, include_trainable=False)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    endless = r"(\w+\.?)+!"
+    monkeypatch.setattr(files.check_regexes, "__defaults__", (0.5,))
+    for change in (
+        {"target_modules": endless},
+        {"rank_pattern": {endless: 4}},
+        {"modules_to_save": [endless]},
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        model = torch.nn.ModuleDict({"a" * 60: torch.nn.Linear(2, 2)})
+        with time_limit(), pytest.raises(CheckpointError, match="takes more than 0.5 s to match"):
+            fastlora.from_pretrained(model, tmp_path)
+
+
+# Where files are written
+
+
+def test_names_that_lead_elsewhere(tmp_path):
+    fastlora.save_adapter(_adapted(), tmp_path / "a.safetensors")
+    adapter = read_adapter(tmp_path / "a.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    for name in ("../x.safetensors", "/tmp/x.safetensors", "..", "a/b.safetensors", ""):
+        index.write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(CheckpointError, match="expected names of .safetensors files beside"):
+            merge_files(index, adapter, tmp_path / "merged", force=True)
+    index.write_text(json.dumps({"weight_map": {"w": "none.safetensors"}}))
+    with pytest.raises(CheckpointError, match="none.safetensors"):
+        merge_files(index, adapter, tmp_path / "merged", force=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_links_in_a_folder_are_replaced_and_not_followed(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "adapter"
+    outside.write_text("mine")
+    folder.mkdir()
+    for name in ("adapter_config.json", f".adapter_config.json.{os.getpid()}.partial"):
+        (folder / name).symlink_to(outside)
+    fastlora.save_pretrained(_adapted(), folder, include_trainable=False)
+    checkpoint = folder / "last.pt"
+    (folder / f".last.pt.{os.getpid()}.tmp").symlink_to(outside)
+    checkpointing.atomic_write(checkpoint, lambda file: file.write(b"new"))
+    assert outside.read_text() == "mine" and checkpoint.read_bytes() == b"new"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    config = tmp_path / "c.json"
+    config.symlink_to(outside)
+    fastlora.LoRAConfig().save(config)
+    assert outside.read_text() == "mine" and fastlora.LoRAConfig.load(config)
+
+
+def test_complex_weights_are_refused(tmp_path):
+    model = _adapted()
+    state = {
+        name: value.to(torch.complex64)
+        for name, value in fastlora.get_lora_state_dict(model).items()
+    }
+    with pytest.raises(CheckpointError, match="expected real numbers, got torch.complex64"):
+        fastlora.load_lora_state_dict(model, state)
+
+
+# Volumes
+
+
+def nifti(path, shape, kind=2, offset=352.0, body=b"\0" * 8):
+    header = bytearray(nib.Nifti1Header().binaryblock)
+    struct.pack_into("<8h", header, 40, len(shape), *shape, *[1] * (7 - len(shape)))
+    struct.pack_into("<hh", header, 70, kind, {2: 8, 64: 64}[kind])
+    struct.pack_into("<f", header, 108, offset)
+    header[344:348] = b"n+1\0"
+    data = bytes(header) + b"\0" * 4 + body
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("name", ["v.nii", "v.nii.gz"])
+def test_sizes_that_a_volume_declares(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    monkeypatch.setattr(np, "asanyarray", None)  # it must not come to reading
+    for shape, options, message in (
+        ((32767, 32767, 32767), {}, "expected at most 536,870,912 voxels"),
+        ((500, 500, 500), {"kind": 64}, "declares 1,000,000,352 bytes, and the file holds at most"),
+        ((2, 2, 2), {"offset": 3e9}, "the file holds at most"),
+        ((-5, 2, 2), {}, "voxels|dim"),
+    ):
+        nifti(path, shape, **options)
+        with pytest.raises(DataError, match=message):
+            volumes.load_volume(path)
+
+
+def test_an_affine_that_drops_an_axis(tmp_path):  # found by fuzzing
+    image = nib.Nifti1Image(np.zeros((2, 3, 4), np.int16), np.eye(4))
+    image.header["sform_code"], image.header["srow_x"] = 1, 0
+    data = bytearray(image.to_bytes())
+    struct.pack_into("<12f", data, 280, *[0.0] * 12)
+    struct.pack_into("<h", data, 254, 1)
+    (tmp_path / "v.nii").write_bytes(data)
+    with pytest.raises(DataError, match="v.nii: expected a readable NIfTI file, got Orient"):
+        volumes.load_volume(tmp_path / "v.nii")
+
+
+def test_labels_that_no_int32_holds(tmp_path):
+    for value in (1e20, float("nan"), 0.5, -(2.0**40)):
+        nib.save(nib.Nifti1Image(np.full((2, 2, 2), value), np.eye(4)), tmp_path / "l.nii")
+        with pytest.raises(DataError, match="expected a label map of whole numbers"):
+            volumes.load_labels(tmp_path / "l.nii")
+    nib.save(nib.Nifti1Image(np.full((2, 2, 2), 1e300), np.eye(4)), tmp_path / "l.nii")
+    with pytest.raises(DataError, match="expected finite values"):
+        volumes.load_volume(tmp_path / "l.nii")
+
+
+def test_a_table_that_is_none(good):
+    folder, table = good
+    reader = table["find_cases meta.csv"]
+    for data in (
+        b"image_id;split\n\xff\xfe;x\n",
+        b"a;b\n1;2;3;4\n",
+        b"image_id;s\n" + b"x" * 200_000,
+    ):
+        (folder / reader.file).write_bytes(data)
+        with pytest.raises(DataError, match="meta.csv"):
+            reader.read(folder / reader.file)
+    (folder / reader.file).write_bytes(reader.good)
