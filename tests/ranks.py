@@ -24,7 +24,7 @@ TIME_LIMIT_S = 60
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(*arguments)` gives or raises in each rank; its exit code for one that died; TimeoutError if one hangs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks", "tests.tiny_run"])
+    context.set_forkserver_preload(["tests.ranks", "tests.tiny_run", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{Path(folder, 'store')}"
         processes, ends = [], []
@@ -43,8 +43,9 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
                 process.kill()
         if hanging:
             raise TimeoutError(f"a rank was still running after {TIME_LIMIT_S} s")
+        # One that died has sent nothing.
         return [
-            end.recv() if end.poll() else process.exitcode
+            process.exitcode if process.exitcode else end.recv()
             for process, end in zip(processes, ends, strict=True)
         ]
 

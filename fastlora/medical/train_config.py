@@ -123,7 +123,9 @@ class TrainConfig:
     )
 
     epochs: int = option(16, OPTIMISATION, "passes over the training samples", AT_LEAST_ONE)
-    batch_size: int = option(8, OPTIMISATION, "regions per micro-batch, over all processes", AT_LEAST_ONE, "regions")
+    batch_size: int = option(
+        8, OPTIMISATION, "regions per micro-batch, over all processes", AT_LEAST_ONE, "regions"
+    )
     grad_accum: int = option(1, OPTIMISATION, "micro-batches per optimizer step", AT_LEAST_ONE)
     lr: float | None = option(
         None,
@@ -199,6 +201,9 @@ class TrainConfig:
             raise ConfigError(
                 "demo: expected neither data_root nor use_dataset beside it, got both"
             )
+
+        if self.amp == "fp16" and self.parallel == "fsdp":
+            raise ConfigError("amp, parallel: expected bf16 beside 'fsdp', got 'fp16'")
 
         if self.split == "auto":
             own = self.data_root or self.demo

@@ -366,9 +366,7 @@ class MedicalTrainer:
         """The state of the run at the end of an epoch, as copies, without `best`."""
         return {
             "format": checkpointing.FORMAT,
-            "model": {
-                name: whole(p) for name, p in trainable_parameters(self.model).items()
-            },
+            "model": {name: whole(p) for name, p in trainable_parameters(self.model).items()},
             "optimizer": whole_optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
