@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any, NoReturn
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.medical.checkpointing import read_checkpoint
+from fastlora.medical.distributed import local_device, process_group
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.train_config import TrainConfig, nearest, read_yaml, value_type
-from fastlora.medical.trainer import MedicalTrainer
+from fastlora.medical.trainer import MedicalTrainer, resolve_device
 
 # What argparse has to know of a field beyond its type.
 EXTRAS: dict[str, dict[str, Any]] = {
@@ -100,30 +102,40 @@ def read_config(argv: Sequence[str] | None) -> TrainConfig:
     return TrainConfig.from_dict({**saved, **given})
 
 
+def train(config: TrainConfig) -> None:
+    """One run, in this process or as one of the ranks; the first rank speaks."""
+    trainer = MedicalTrainer(config)
+    counts, world = trainer.counts, trainer.ranks.world
+    speak = print if trainer.ranks.first else lambda *_, **__: None
+    speak(
+        f"{config.finetune} fine-tuning of {counts['trainable']:,} of {counts['total']:,} parameters on "
+        f"{len(trainer.train_data)} samples ({len(trainer.val_data)} regions choose the best epoch), "
+        f"{config.epochs} epochs of {trainer.steps_per_epoch} steps on {trainer.device}"
+        f"{f' and {world - 1} more ({config.parallel})' if world > 1 else ''} -> {config.checkpoint_dir}",
+        flush=True,
+    )
+    trainer.train()
+    ended = "finished" if trainer.epoch >= config.epochs else "stopped early"
+    best = trainer.best["epoch"] if trainer.best else 0
+    speak(
+        f"{ended} after epoch {trainer.epoch}; best epoch {best}: {Path(config.checkpoint_dir, 'checkpoints/best.pt')}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
     try:
         config = read_config(argv)
-        trainer = MedicalTrainer(config)
-        counts = trainer.counts
-        print(
-            f"{config.finetune} fine-tuning of {counts['trainable']:,} of {counts['total']:,} parameters on "
-            f"{len(trainer.train_data)} samples ({len(trainer.val_data)} regions choose the best epoch), "
-            f"{config.epochs} epochs of {trainer.steps_per_epoch} steps on {trainer.device} -> {config.checkpoint_dir}",
-            flush=True,
-        )
-        trainer.train()
+        with process_group(local_device(resolve_device(config))):
+            train(config)
     except FastLoRAError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: continue with --resume", file=sys.stderr)
         return 130
-    ended = "finished" if trainer.epoch >= config.epochs else "stopped early"
-    best = trainer.best["epoch"] if trainer.best else 0
-    print(
-        f"{ended} after epoch {trainer.epoch}; best epoch {best}: {Path(config.checkpoint_dir, 'checkpoints/best.pt')}"
-    )
     return 0
 
 

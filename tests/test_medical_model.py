@@ -194,7 +194,10 @@ def test_wrong_inputs_are_named() -> None:
     with pytest.raises(DataError, match=r"feats: expected \(T, C\), got \(5,\)"):
         tokens.replace(tokens.feats[:, 0])
     none = SparseTokens(tokens.feats[:0], tokens.coords[:0])
-    assert torch.equal(model(none, base), base)
+    out = model(none, base)
+    assert torch.equal(out, base)
+    out.sum().backward()  # as a rank without tokens has to
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_wrong_configurations_are_named() -> None:

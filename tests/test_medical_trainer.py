@@ -218,7 +218,7 @@ def test_tensorboard_events(run: MedicalTrainer) -> None:
 
 def test_checkpoint_holds_trained_weights_only(run: MedicalTrainer) -> None:
     content = checkpointing.read_checkpoint(run.folder.find("last"))
-    assert set(content) == checkpointing.KEYS
+    assert set(content) == set(checkpointing.KEYS)
     layers = ["attn.to_qkv", "attn.to_out", "mlp.mlp.0", "mlp.mlp.2"]
     adapters = {f"blocks.0.{layer}.{part}" for layer in layers for part in ("lora_A", "lora_B")}
     assert set(content["model"]) == adapters | {"out_layer.weight", "out_layer.bias"}
@@ -362,6 +362,7 @@ def test_mixed_precision_on_cuda(amp: str, tmp_path: Path) -> None:
         ({"split": 3}, "split: expected text, got 3"),
         ({"lora_rnak": 4}, "lora_rnak: unknown key; did you mean 'lora_rank'"),
         ({"resume": "auto", "overwrite": True}, "resume, overwrite: expected at most one of them"),
+        ({"amp": "fp16", "parallel": "fsdp"}, "amp, parallel: expected bf16 beside 'fsdp'"),
         (
             {"demo": "synthetic", "data_root": "x"},
             "demo: expected neither data_root nor use_dataset",

@@ -76,7 +76,9 @@ def test_help_groups_every_flag_with_its_default(
     for group in ("data:", "model:", "optimisation:", "run:"):
         assert group in text
     assert "--original_nifti_dir" in text
-    assert "--batch_size N regions per micro-batch (regions; default: 8)" in text
+    assert (
+        "--batch_size N regions per micro-batch, over all processes (regions; default: 8)" in text
+    )
 
 
 def test_run_resume_and_use(

@@ -178,10 +178,12 @@ class SparseAttention(nn.Module):
     def forward(self, tokens: SparseTokens, layout: _Layout) -> SparseTokens:
         batch, longest = layout.size
         qkv = layout.pad(self.to_qkv(tokens.feats))  # (B, L, 3C)
-        q, k, v = qkv.view(batch, longest, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
+        # Sizes are given, not inferred: a batch may have no tokens, and still has to touch every weight.
+        width = qkv.shape[2] // (3 * self.heads)
+        q, k, v = qkv.view(batch, longest, 3, self.heads, width).permute(2, 0, 3, 1, 4)
         # A sample with no tokens has an all-False row here; its output is never gathered.
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
-        mixed = mixed.transpose(1, 2).reshape(batch, longest, -1)
+        mixed = mixed.transpose(1, 2).reshape(batch, longest, self.heads * width)
         return tokens.replace(self.to_out(mixed[layout.sample, layout.slot]))
 
 
@@ -259,8 +261,6 @@ class SparseMeshDecoder(nn.Module):
         """
         self._check(tokens, base_vox)
         batch = len(base_vox)
-        if len(tokens.feats) == 0:
-            return base_vox
         layout = _Layout.of(tokens.coords, batch)
         hidden = self.input_layer(tokens)
         embedding = position_embedding(tokens.coords[:, 1:], self.config.channels)

@@ -20,7 +20,7 @@ from fastlora.errors import ConfigError
 
 # Fields that may differ between a run and its continuation. None changes what an epoch computes (another number of samples
 # or another base is refused on its own), except that `epochs` stretches the schedule of the epochs still to come and that
-# `threads` and `device` change the rounding.
+# `threads`, `device`, `parallel` and the number of processes change the rounding.
 RESUMABLE_CHANGES = frozenset(
     {
         "data_root",
@@ -36,6 +36,7 @@ RESUMABLE_CHANGES = frozenset(
         "num_workers",
         "threads",
         "device",
+        "parallel",
         "progress",
     }
 )
@@ -122,7 +123,9 @@ class TrainConfig:
     )
 
     epochs: int = option(16, OPTIMISATION, "passes over the training samples", AT_LEAST_ONE)
-    batch_size: int = option(8, OPTIMISATION, "regions per micro-batch", AT_LEAST_ONE, "regions")
+    batch_size: int = option(
+        8, OPTIMISATION, "regions per micro-batch, over all processes", AT_LEAST_ONE, "regions"
+    )
     grad_accum: int = option(1, OPTIMISATION, "micro-batches per optimizer step", AT_LEAST_ONE)
     halve_batch: bool = option(
         False,
@@ -181,6 +184,12 @@ class TrainConfig:
     )
     overwrite: bool = option(False, RUN, "replace the run that lies in --checkpoint_dir")
     device: str = option("auto", RUN, "auto, cpu, cuda or cuda:N", NOT_EMPTY)
+    parallel: str = option(
+        "ddp",
+        RUN,
+        "how the processes of torchrun share the model: each holds all of it, or a part of each weight",
+        one_of("ddp", "fsdp"),
+    )
     threads: int = option(0, RUN, "torch's CPU threads; 0 leaves them as they are", NOT_NEGATIVE)
     progress: bool = option(True, RUN, "show the progress bar on a terminal")
 
@@ -197,6 +206,9 @@ class TrainConfig:
             raise ConfigError(
                 "demo: expected neither data_root nor use_dataset beside it, got both"
             )
+
+        if self.amp == "fp16" and self.parallel == "fsdp":
+            raise ConfigError("amp, parallel: expected bf16 beside 'fsdp', got 'fp16'")
 
         if self.split == "auto":
             own = self.data_root or self.demo

@@ -2,6 +2,7 @@
 
 What one epoch computes depends only on the checkpoint before it: the order of the regions and their augmentation are
 pure functions of (seed, epoch), and dropout follows torch's generator, whose state the checkpoint holds.
+Under several processes (`distributed.py`) each computes its share; all hold the same figures, and the first one writes.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -26,6 +29,16 @@ from tqdm import tqdm
 from fastlora import count_parameters, save_adapter
 from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fastlora.medical import checkpointing
+from fastlora.medical.distributed import (
+    Ranks,
+    load_optimizer_state,
+    local_device,
+    parallelize,
+    sharded_like,
+    sync_gradients,
+    whole,
+    whole_optimizer_state,
+)
 from fastlora.medical.faults import (
     deferred_interrupt,
     explained,
@@ -83,14 +96,20 @@ class MedicalTrainer:
         val_data: RegionData | None = None,
     ) -> None:
         self.config = config
-        self.device = resolve_device(config)
+        self.ranks = Ranks.current()
+        if config.halve_batch and self.ranks.world > 1:
+            raise ConfigError(
+                f"halve_batch: expected one process, got {self.ranks.world}: the others would wait for the one that began "
+                "its epoch again"
+            )
+        self.device = local_device(resolve_device(config))
         self.folder = RunFolder(config.checkpoint_dir)
         resume = self.folder.resume_from(config.resume)
         self.folder.check_free(resume, config.resume == "auto", config.overwrite)
         if config.threads:
             torch.set_num_threads(config.threads)
         if train_data is None or val_data is None:
-            train_data, val_data = load_train_data(config)
+            train_data, val_data = self.ranks.first_alone(lambda: load_train_data(config))
         for name, data in (("train_data", train_data), ("val_data", val_data)):
             if len(data) == 0:
                 raise DataError(f"{name}: expected at least one region, got none")
@@ -100,7 +119,9 @@ class MedicalTrainer:
         self.model = load_base_model(config.base_weights) if model is None else model
         self.base_sha256 = checkpointing.model_sha256(self.model)
         self.counts = self._setup_lora()
+        self._adapted = _on_meta(self.model)
         self.model.to(self.device)
+        self._call = self._parallelize()
         self.optimizer = torch.optim.AdamW(
             trainable_parameters(self.model).values(),
             lr=config.peak_lr,
@@ -118,18 +139,33 @@ class MedicalTrainer:
         self.best: dict[str, Any] | None = None
         self.within: dict[str, Any] | None = None  # what the interrupted epoch had done
         self.interrupted: Callable[[], bool] = lambda: False
-        self.micro_batch = (
-            config.batch_size
-        )  # less where memory ran out and `halve_batch` allows it
+        self.micro_batch = config.batch_size  # less where memory ran out and `halve_batch` is on
         self.tokens = 0  # of the largest batch so far
         self.rng = checkpointing.rng_state()  # where `train` goes on, whatever draws in between
         if resume is not None:
             self.load_checkpoint(resume)
+        self.ranks.check_same(
+            {
+                **self._saved_config(),
+                "epoch": self.epoch,
+                "base model": self.base_sha256,
+                "training samples": len(train_data),
+                "validation samples": len(val_data),
+            }
+        )
 
     def _setup_lora(self) -> dict[str, int]:
         """Makes trainable what `config.finetune` says; returns the parameter counts."""
         make_trainable(self.model, self.config)
         return count_parameters(self.model)
+
+    def _parallelize(self) -> nn.Module:
+        """What to call in place of the model."""
+        if dist.is_initialized():
+            return parallelize(self.model, self.config.parallel, self.device)
+        if self.config.parallel == "fsdp":
+            raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
+        return self.model
 
     # -- training
 
@@ -152,29 +188,33 @@ class MedicalTrainer:
                 self.folder.close()
 
     def _train(self) -> list[dict[str, Any]]:
-        self.folder.open(self._saved_config(), self.config.overwrite)
+        if self.ranks.first:
+            self.folder.open(self._saved_config(), self.config.overwrite)
         checkpointing.set_rng_state(self.rng)
         resumed = bool(self.history)
-        board = SummaryWriter(
-            str(self.folder.board), purge_step=self.epoch + 1 if resumed else None
+        board = (
+            SummaryWriter(str(self.folder.board), purge_step=self.epoch + 1 if resumed else None)
+            if self.ranks.first
+            else nullcontext()
         )
         bar = tqdm(
             total=self.config.epochs * self.steps_per_epoch,
             initial=self.epoch * self.steps_per_epoch + len((self.within or {}).get("norms", ())),
             desc=f"{self.config.finetune} fine-tuning",
             unit="step",
-            disable=None if self.config.progress else True,  # None: shown on a terminal only
+            # None: shown on a terminal only
+            disable=None if self.config.progress and self.ranks.first else True,
         )
-        with board, bar:
+        with board as writer, bar:
             if resumed:
                 self._write(best_changed=True)
             else:
-                self._finish_epoch({"epoch": 0}, time.perf_counter(), board)
+                self._finish_epoch({"epoch": 0}, time.perf_counter(), writer)
             while self.epoch < self.config.epochs and not self._stalled():
                 start = time.perf_counter()
                 record = self._epoch_that_fits(bar)
                 self.epoch += 1
-                self._finish_epoch({"epoch": self.epoch, **record}, start, board)
+                self._finish_epoch({"epoch": self.epoch, **record}, start, writer)
         return self.history
 
     def _epoch_that_fits(self, bar: tqdm[Any]) -> dict[str, Any]:
@@ -212,6 +252,7 @@ class MedicalTrainer:
         epoch = self.epoch + 1
         self.model.train()
         self.train_data.set_epoch(epoch)
+        self.ranks.seed_dropout(config.seed, epoch)
         order = epoch_order(config.seed, epoch, total)
         group = config.batch_size * config.grad_accum
         sums: defaultdict[str, float] = defaultdict(float)
@@ -220,20 +261,22 @@ class MedicalTrainer:
         seen = 0
         if self.within is not None:  # go on where Ctrl-C came
             seen, rate = self.within["seen"], self.within["lr"]
-            sums.update(self.within["sums"])
+            if self.ranks.first:
+                sums.update(self.within["sums"])
             norms += self.within["norms"]
             self.within = None
-        for batch in self._loader(self.train_data, order[seen:]):
+        for batch, count, of_all in self._micro_batches(self.train_data, order[seen:]):
+            last = (seen + of_all) % group == 0 or seen + of_all == total
+            sync_gradients(self._call, last)
             _, losses = self._forward(batch, f"epoch {epoch}, step {len(norms) + 1}")
-            count = len(batch)
-            # A step's loss is the mean over all its regions, whatever the sizes of its micro-batches.
+            # A step's loss is the mean over all its regions, whatever the sizes of its micro-batches and shares.
             in_step = min(group, total - seen // group * group)
-            step_loss = losses["total"] * (count / in_step)
+            step_loss = losses["total"] * (count * self.ranks.world / in_step)
             self.scaler.scale(step_loss).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
                 sums[name] += value.item() * count
-            seen += count
-            if seen % group == 0 or seen == total:
+            seen += of_all
+            if last:
                 norms.append(self._step(batch))
                 bar.set_postfix(epoch=epoch, loss=f"{losses['total'].item():.4f}")
                 bar.update()
@@ -246,14 +289,15 @@ class MedicalTrainer:
         return {
             "lr": rate,
             "grad_norm": sum(finite) / max(1, len(finite)),
-            "train": {name: value / total for name, value in sums.items()},
+            "train": {name: value / total for name, value in self.ranks.sum(sums).items()},
         }
 
     def _step(self, batch: RegionBatch) -> float:
         """Clips, steps optimizer and schedule, clears the gradients; returns their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         limit = self.config.clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(trainable_parameters(self.model).values(), limit).item()
+        weights = trainable_parameters(self.model).values()
+        norm = whole(nn.utils.clip_grad_norm_(weights, limit)).item()
         skipped = self.scaler.is_enabled()  # fp16's scaler leaves out a step that overflows
         if not math.isfinite(norm) and not skipped:
             raise TrainingError(
@@ -271,7 +315,7 @@ class MedicalTrainer:
         batch = batch.to(self.device)
         kind = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype=kind, enabled=self.config.amp != "off"):
-            pred = self.model(batch.tokens, batch.base_vox)
+            pred = self._call(batch.tokens, batch.base_vox)
         losses = mesh_losses(pred, batch, self.loss_weights)
         bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
         if bad:
@@ -285,23 +329,36 @@ class MedicalTrainer:
         """Mean loss terms and mean Dice of the inside (distance < 0) over the validation regions."""
         self.model.eval()
         sums: defaultdict[str, float] = defaultdict(float)
-        for batch in self._loader(self.val_data, range(len(self.val_data))):
+        for batch, count, _ in self._micro_batches(self.val_data, range(len(self.val_data))):
             pred, losses = self._forward(batch, f"validation after epoch {self.epoch}")
             losses["dice"] = inside_dice(pred.cpu(), batch.sdf_vox).mean()
             for name, value in losses.items():
-                sums[name] += value.item() * len(batch)
-        return {name: value / len(self.val_data) for name, value in sums.items()}
+                sums[name] += value.item() * count
+        return {name: value / len(self.val_data) for name, value in self.ranks.sum(sums).items()}
 
-    def _loader(self, data: RegionData, order: Iterable[int]) -> DataLoader[Any]:
-        return DataLoader(
+    def _micro_batches(
+        self, data: RegionData, order: Sequence[int]
+    ) -> Iterator[tuple[RegionBatch, int, int]]:
+        """This rank's share of each micro-batch, how many of its regions count, and how many those of all ranks are.
+
+        A rank without a share computes the first region all the same, counted 0 times: the other ranks wait for its part of
+        the weights and for its gradients.
+        """
+        size = self.micro_batch
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        shares = [self.ranks.share(batch) for batch in batches]
+        loader: DataLoader[Any] = DataLoader(
             data,  # type: ignore[arg-type]
-            sampler=order,
-            batch_size=self.micro_batch,
+            batch_sampler=[
+                share or [batch[0]] for share, batch in zip(shares, batches, strict=True)
+            ],
             collate_fn=collate_regions,
             num_workers=self.config.num_workers,
             worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # its draw for the workers must not move the global generator
         )
+        for loaded, share, batch in zip(loader, shares, batches, strict=True):
+            yield loaded, len(share), len(batch)
 
     def _lr_factor(self, step: int) -> float:
         """Part of the peak rate at an optimizer step: a linear rise, then half a cosine down."""
@@ -318,8 +375,10 @@ class MedicalTrainer:
 
     # -- what is kept
 
-    def _finish_epoch(self, record: dict[str, Any], start: float, board: SummaryWriter) -> None:
-        """Validates, then puts the epoch on the disk, on the board and on stdout."""
+    def _finish_epoch(
+        self, record: dict[str, Any], start: float, board: SummaryWriter | None
+    ) -> None:
+        """Validates, then puts the epoch on the disk, on the board and on stdout (the first rank does)."""
         record["val"] = self.validate()
         self.history.append(record)
         self.rng = checkpointing.rng_state()
@@ -332,6 +391,8 @@ class MedicalTrainer:
         every = self.config.save_every
         if every and self.epoch and self.epoch % every == 0:
             self.save_checkpoint(self.folder.checkpoint(f"epoch_{self.epoch:03d}"))
+        if board is None:
+            return
         figures = {
             f"{part}/{k}": v for part in ("train", "val") for k, v in record.get(part, {}).items()
         }
@@ -351,8 +412,11 @@ class MedicalTrainer:
     def _write(self, best_changed: bool) -> None:
         """Writes `last`, history.json, and where they changed `best` and the adapter made from it."""
         best = self.best if best_changed else None
+        content = self._content()
+        if not self.ranks.first:
+            return
         self.folder.write(
-            self._content(),
+            content,
             best and {**best, "best": None},
             {
                 "epochs": self.history,
@@ -362,19 +426,15 @@ class MedicalTrainer:
             },
         )
         if best is not None and self.config.finetune == "lora":
-            adapted = copy.deepcopy(self.model).cpu()
-            load_tensors(adapted, best["model"])
-            save_adapter(adapted, self.folder.adapter)
+            self._adapted.load_state_dict(best["model"], strict=False, assign=True)
+            save_adapter(self._adapted, self.folder.adapter)
 
     def _snapshot(self) -> dict[str, Any]:
         """The state of the run at the end of an epoch, as copies, without `best`."""
         return {
             "format": checkpointing.FORMAT,
-            "model": {
-                name: p.detach().cpu().clone()
-                for name, p in trainable_parameters(self.model).items()
-            },
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "model": {name: whole(p) for name, p in trainable_parameters(self.model).items()},
+            "optimizer": whole_optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -398,9 +458,11 @@ class MedicalTrainer:
     def save_checkpoint(self, path: str | Path) -> None:
         """Saves the run's state, whole or not at all: only trainable weights, and all that resuming needs.
 
-        The best state so far is in it too, so that one file continues a run anywhere.
+        The best state so far is in it too, so that one file continues a run anywhere. Every rank must call; the first writes.
         """
-        checkpointing.write_checkpoint(Path(path), self._content())
+        content = self._content()
+        if self.ranks.first:
+            checkpointing.write_checkpoint(Path(path), content)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Continues from a checkpoint of the same run.
@@ -411,8 +473,9 @@ class MedicalTrainer:
         """
         content = checkpointing.read_checkpoint(path)
         best = content["best"] or content
+        parameters = trainable_parameters(self.model)
         for state in (content, best):
-            checkpointing.check_tensors(state["model"], trainable_parameters(self.model), str(path))
+            checkpointing.check_tensors(state["model"], parameters, str(path))
         self._check_same_run(content, path)
         where = str(path)
         checkpointing.check_optimizer(content["optimizer"], self.optimizer, f"{where}: optimizer")
@@ -426,9 +489,12 @@ class MedicalTrainer:
 
     def _restore(self, content: dict[str, Any]) -> None:
         """Weights, optimizer, schedule, generators and the place in the run."""
-        load_tensors(self.model, content["model"])
-        # A copy: the optimizer would go on changing the very tensors that `best` may hold.
-        self.optimizer.load_state_dict(copy.deepcopy(content["optimizer"]))
+        parameters = trainable_parameters(self.model)
+        load_tensors(
+            self.model,
+            {name: sharded_like(parameters[name], t) for name, t in content["model"].items()},
+        )
+        load_optimizer_state(self.optimizer, content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         factor = self._lr_factor(self.scheduler.last_epoch)  # another one if `epochs` changed
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
@@ -450,6 +516,19 @@ class MedicalTrainer:
                 raise CheckpointError(
                     f"{path}: {name} was {value!r} in this run, got {now.get(name)!r}"
                 )
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """The model's structure without its values: a copy that takes no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    # Telling deepcopy that the tensors are already copied.
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(t.to("meta"), t.requires_grad)
+        if isinstance(t, nn.Parameter)
+        else t.to("meta")
+        for t in tensors
+    }
+    return copy.deepcopy(model, memo)
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
