@@ -463,7 +463,13 @@ def _shards(index: Path) -> list[str]:
     try:
         names = read_json(index)["weight_map"].values()
         files = sorted(set(names))
-        plain = all(name == Path(name).name and name.endswith(".safetensors") for name in files)
+        plain = all(
+            name == Path(name).name
+            and name.endswith(".safetensors")
+            and "\0" not in name
+            and len(os.fsencode(name)) <= 255  # what file systems take
+            for name in files
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a readable index: {error!r}") from None
     if not files or not plain:

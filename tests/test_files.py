@@ -227,7 +227,9 @@ def test_names_that_lead_elsewhere(tmp_path):
     fastlora.save_adapter(_adapted(), tmp_path / "a.safetensors")
     adapter = read_adapter(tmp_path / "a.safetensors")
     index = tmp_path / "m.safetensors.index.json"
-    for name in ("../x.safetensors", "/tmp/x.safetensors", "..", "a/b.safetensors", ""):
+    long = "9" * 300 + ".safetensors"  # found by fuzzing
+    bad = ("../x.safetensors", "/tmp/x.safetensors", "..", "a/b.safetensors", "", "x\0.safetensors")
+    for name in (*bad, long):
         index.write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(CheckpointError, match="expected names of .safetensors files beside"):
             merge_files(index, adapter, tmp_path / "merged", force=True)
