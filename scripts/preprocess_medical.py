@@ -20,7 +20,8 @@ from fastlora.medical.prepared import SliceConfig
 from fastlora.medical.preprocess import Outcome, Plan, preprocess
 from fastlora.medical.slices import AXES, parse_axes, select_structures
 from fastlora.medical.train_data import BUNDLED, SYNTHETIC
-from fastlora.medical.volumes import Case, find_cases
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.volumes import Case
 
 HEADER = f"{'subject':16} {'structure':34} {'box':12} {'spacing mm':15} {'volume ml':>10} "
 

@@ -17,7 +17,8 @@ from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.prepared import SliceConfig
 from fastlora.medical.preprocess import Plan, preprocess
 from fastlora.medical.slices import TS_SAM3D_Dataset, select_structures
-from fastlora.medical.volumes import find_cases, load_volume, save_volume
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.volumes import load_volume, save_volume
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "preprocess_medical.py"
 

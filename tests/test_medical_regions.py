@@ -36,7 +36,8 @@ from fastlora.medical.splits import (
     make_splits,
     region_specs,
 )
-from fastlora.medical.volumes import Case, find_cases, save_volume
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.volumes import Case, save_volume
 
 CENTRE_MM = np.array([7.0, -5.0, 11.0])
 RADIUS_MM = 17.0

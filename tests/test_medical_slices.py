@@ -27,7 +27,8 @@ from fastlora.medical.slices import (
     slice_indices,
     split_by_subject,
 )
-from fastlora.medical.volumes import find_cases, save_volume
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.volumes import save_volume
 from tests.test_medical_geometry import oblique
 
 RADII = np.array((17.0, 12.0, 9.0))  # mm, along the volume's axes

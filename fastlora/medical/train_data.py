@@ -13,7 +13,8 @@ from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.regions import RegionDataset
 from fastlora.medical.splits import RegionSpec, kind_of, make_splits
 from fastlora.medical.train_config import TrainConfig, nearest
-from fastlora.medical.volumes import Case, Modality, find_cases
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.volumes import Case, Modality
 
 BUNDLED = Path("data/bundled")
 SYNTHETIC = Path("data/synthetic")
