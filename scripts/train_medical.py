@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.medical.checkpointing import read_checkpoint
+from fastlora.medical.console import show_log
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.train_config import TrainConfig, nearest, read_yaml, value_type
 from fastlora.medical.trainer import MedicalTrainer
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
     try:
         config = read_config(argv)
+        show_log()
         trainer = MedicalTrainer(config)
         counts = trainer.counts
         print(

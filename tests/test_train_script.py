@@ -206,7 +206,8 @@ def test_bad_input(
     capsys.readouterr()
     assert main([*flags, *extra]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert all("layout TotalSegmentator" in line for line in out.splitlines())
+    assert err.startswith("error: ") and err.count("\n") == 1
     assert re.search(message, err)
     assert not (tmp_path / "run").exists()
 

@@ -272,7 +272,9 @@ def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[tuple[str, 
     found = []
     for entry in content.get("training", ()):
         if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
-            raise DataError(f"{path}: expected 'image' and 'label' in each of 'training', got {entry}")
+            raise DataError(
+                f"{path}: expected 'image' and 'label' in each of 'training', got {entry}"
+            )
         label = root / entry["label"]
         end = next((e for e in NIFTI_ENDINGS if label.name.endswith(e)), "")
         found.append((label.name.removesuffix(end), root / entry["image"], label))
@@ -311,7 +313,9 @@ def _folds(path: Path) -> dict[str, str]:
         fold = content[0]
         return {str(s): side for side in ("train", "val") for s in fold[side]}
     except (KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{path}: expected a list of folds with 'train' and 'val', got none") from error
+        raise DataError(
+            f"{path}: expected a list of folds with 'train' and 'val', got none"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:

@@ -142,10 +142,7 @@ def load_mask(source: Source, image: Volume, name: str = "the image") -> NDArray
                 f"{source.path}: expected the affine of {name}, "
                 f"{image.affine.round(4).tolist()}, got {labels.affine.round(4).tolist()}"
             )
-        if source.label is None:
-            mask = labels.array != 0
-        else:
-            mask = np.isin(labels.array, source.label)
+        mask = labels.array != 0 if source.label is None else np.isin(labels.array, source.label)
     if not mask.any():
         of_label = "" if source.label is None else f" of label {source.label}"
         raise DataError(f"{source.path}: expected at least one voxel{of_label}, got an empty mask")
