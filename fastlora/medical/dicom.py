@@ -58,20 +58,23 @@ def holds_dicom(folder: Path) -> bool:
 
 
 def list_series(folder: Path) -> list[Series]:
-    """Every series below a folder, by UID; headers are read, voxels are not.
+    """Every series below a folder (or of one file), by UID; headers are read, voxels are not.
 
     Raises: DataError if a file cannot be read, or without the packages.
     """
     pydicom, _ = _packages(folder)
     found: dict[str, Series] = {}
-    for path in sorted(p for p in folder.rglob("*") if is_dicom(p)):
+    paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+    for path in (p for p in paths if is_dicom(p)):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
             values = [str(header.get(name, "")) for name in HEADER]
         except (OSError, EOFError, *UNUSABLE) as error:
             raise _unreadable(path, error) from error
         if values[0]:  # a DICOMDIR has no series
-            found.setdefault(values[0], Series(*values)).files.append(path)
+            uid, modality, description, patient = values
+            series = found.setdefault(uid, Series(uid, modality, description, patient))
+            series.files.append(path)
     return [found[uid] for uid in sorted(found)]
 
 

@@ -88,9 +88,7 @@ class Run:
             CheckpointError: it is no run folder, or no run of that kind of fine-tuning.
             ConfigError: its config.yaml cannot be used.
         """
-        folder, which = Path(path), "best"
-        if folder.is_file() and folder.parent.name == "checkpoints":
-            folder, which = folder.parent.parent, folder.stem
+        folder, which = RunFolder.split(path)
         files = RunFolder(folder)
         if not files.config.is_file() or not files.history.is_file():
             raise CheckpointError(

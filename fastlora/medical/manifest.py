@@ -69,7 +69,7 @@ def write_manifest(
     settings: how it was made, as JSON can hold it. problems: of cases that could not even be listed.
     """
     ready = [asdict(outcome) for outcome in outcomes if outcome.problem is None]
-    skipped = [
+    skipped: list[dict[str, str | None]] = [
         {"subject": o.subject, "structure": o.structure, "reason": o.problem}
         for o in outcomes
         if o.problem is not None

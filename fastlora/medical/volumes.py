@@ -178,13 +178,13 @@ def same_grid(
 def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> Volume:
     """Read a 3-D image as float32 in RAS order.
 
-    path: a NIfTI file, or a folder with a DICOM series. part: of a 4-D file the channel, of a folder
+    path: a NIfTI file, a folder with a DICOM series, or a DICOM file that holds one whole. part: of a 4-D file the channel, of a folder
     the series' UID; None where there is only one.
     Raises: DataError, naming the file, if it cannot be read, is not 3-D, holds NaN or infinity, or
     has an affine that is singular or sheared.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or dicom.is_dicom(path):
         stored, matrix = dicom.read_series(path, None if part is None else str(part))
         data, affine = _canonical(nib.Nifti1Image(stored, matrix), path)
     else:
