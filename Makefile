@@ -26,7 +26,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(pip) --editable '.[medical,dev]'
+	$(pip) --editable '.[medical,dicom,dev]'
 	touch $@
 
 clean:

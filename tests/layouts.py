@@ -21,8 +21,8 @@ from fastlora.medical.bundled import build_bundled
 from fastlora.medical.volumes import save_volume
 
 STRUCTURES = {
-    "spine_ct": ("vertebra_21", "vertebra_22"),
-    "spine_mr": ("vertebra_6", "disc_106"),
+    "spine_ct": ("vertebra_21_corpus", "vertebra_22_corpus"),
+    "spine_mr": ("vertebra_6_corpus", "disc_106"),
 }
 
 

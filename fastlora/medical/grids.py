@@ -83,7 +83,10 @@ class StructureGrid:
         affine = whole.copy()
         affine[:3, 3] += whole[:3, :3] @ low
         windowed = window(image.array, modality, structure)
-        fine_mask = resample(mask, image.affine, affine, size, cval=0.0) >= 0.5
+        # With a layer of nothing around it the mask ends where its voxels do, not at their centres.
+        around = image.affine.copy()
+        around[:3, 3] -= image.affine[:3, :3].sum(axis=1)
+        fine_mask = resample(np.pad(mask, 1), around, affine, size, cval=0.0) >= 0.5
         if not fine_mask.any():
             raise DataError(
                 f"mask: vanishes on the {SPACING_MM} mm grid, "
