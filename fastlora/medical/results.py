@@ -26,6 +26,7 @@ from fastlora.medical.checkpointing import atomic_write
 from fastlora.medical.evaluate import LABELS, Evaluation, Record, Run
 from fastlora.medical.geometry import mesh_from_sdf
 from fastlora.medical.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
+from fastlora.medical.statistics import statistics
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "trimesh", "monai", "nibabel", "plotly")
 MESH_FORMATS = ("ply", "stl", "obj", "glb")
@@ -126,6 +127,7 @@ def document(
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "summary": summarise(records),
+        "statistics": statistics(structures),
         "worse": {
             reference: {
                 "structures": worse_than(structures, "lora", reference),
