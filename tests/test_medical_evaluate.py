@@ -131,6 +131,8 @@ def test_meshes_lie_where_the_subject_is(content, output, home):
     evaluation, _ = evaluate_home(home)
     for sample in evaluation.samples:
         name = f"{sample['meta']['subject']}_{sample['meta']['region']}".replace("@", "_at_")
+        head = (output / "meshes" / f"{name}_lora.ply").read_bytes()[:500]
+        assert b"property float distance_mm" in head
         mesh = trimesh.load(output / "meshes" / f"{name}_truth.ply")
         inside = np.argwhere(sample["sdf_vox"] < 0)
         centre = sample["affine"][:3, :3] @ inside.mean(0) + sample["affine"][:3, 3]

@@ -13,6 +13,7 @@ import pytest
 import trimesh
 
 from fastlora.medical.evaluate import LABELS, Evaluation
+from fastlora.medical.geometry import mesh_from_sdf
 from fastlora.medical.metrics import METRIC_KEYS, METRICS, zero_level
 from fastlora.medical.pictures import (
     ERROR_UNIT_MM,
@@ -29,7 +30,13 @@ from fastlora.medical.pictures import (
     training_charts,
 )
 from fastlora.medical.report import examples, lead, render, slices_png, title, train_command, worst
-from fastlora.medical.results import document, structure_means, summarise, worse_than
+from fastlora.medical.results import (
+    distance_to_truth,
+    document,
+    structure_means,
+    summarise,
+    worse_than,
+)
 from fastlora.medical.statistics import (
     bootstrap_interval,
     mean_with_interval,
@@ -371,6 +378,13 @@ def test_browser_mesh_keeps_positions_faces_and_errors():
     errors = decode(mesh["error"], "<i1") * ERROR_UNIT_MM
     assert len(errors) == len(vertices)
     np.testing.assert_allclose(errors, 3.0, atol=0.15)  # 2 voxels of 1.5 mm too far out
+
+
+def test_meshes_carry_their_distance_to_the_truth():
+    mesh = mesh_from_sdf(ball(10.0), OBLIQUE)
+    distance = distance_to_truth(mesh, {"sdf_vox": ball(8.0), "affine": OBLIQUE, "spacing": 1.5})
+    assert distance.shape == (len(mesh.vertices),)
+    np.testing.assert_allclose(distance, 3.0, atol=0.15)  # 2 voxels of 1.5 mm too far out
 
 
 def test_a_field_without_surface_has_no_mesh():

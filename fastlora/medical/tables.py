@@ -114,7 +114,8 @@ def intervals(content: Content) -> str:
     stats = content["statistics"]
     titles = [heading(key, content["tolerance_mm"]) for key in COMPARED]
     parts = []
-    for title, methods in {"All subjects": stats["methods"], **stats["subjects"]}.items():
+    subjects = stats["subjects"] if len(stats["subjects"]) > 1 else {}
+    for title, methods in {"All subjects": stats["methods"], **subjects}.items():
         count = max(value["dice"]["n"] for value in methods.values())
         rows = [
             [html.escape(LABELS[m]), *(interval(key, values[key]) for key in COMPARED)]
