@@ -32,7 +32,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt locks/demo.txt locks/data.txt
 
 $(VENV)/.test: $(VENV)/.demo locks/test.txt
 	$(pip) --require-hashes --no-deps --requirement locks/test.txt
-	$(pip) --no-build-isolation --editable '.[medical,dev]'
+	$(pip) --no-build-isolation --editable '.[medical,dicom,dev]'
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.medical.checkpointing import atomic_write, write_json
+from fastlora.medical.console import show_log
 from fastlora.medical.evaluate import LABELS, Run, compare_runs
 from fastlora.medical.metrics import TOLERANCE_MM
 from fastlora.medical.report import examples, render, slices_png
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         args = build_parser().parse_args(arguments)
+        show_log()
         lines = run(args, shlex.join(["python", "scripts/eval_medical.py", *arguments]))
     except (FastLoRAError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

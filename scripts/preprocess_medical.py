@@ -1,26 +1,35 @@
 #!/usr/bin/env python3
-"""Check a data set of medical volumes and prepare it for slice training.
+"""Check a data set of medical volumes and prepare it for training.
 
-Without a source it builds the three bundled cases out of installed packages. Each structure is
-checked (readable, three-dimensional, finite, mask not empty and on the image's grid), cut out,
-measured and kept in the cache. Exit code 2 and one line on stderr if something cannot be used.
+Without a source it builds the three bundled cases out of installed packages. The layout of a data
+set is found and named. Each structure is checked (readable, three-dimensional, finite, mask not
+empty and on the image's grid, large enough for a training region), cut out, measured and kept in
+the cache, where manifest.json lists it with checksums. Stopped half-way, the same command goes on.
+Exit code 2 and one line on stderr if something cannot be used; --skip_invalid leaves it out, and
+skipped.csv lists it with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fastlora.errors import FastLoRAError
 from fastlora.medical.bundled import build_bundled
+from fastlora.medical.console import show_log
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.manifest import NAME, SKIPPED, Outcome, read_manifest, verify, write_manifest
 from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.prepared import SliceConfig
-from fastlora.medical.preprocess import Outcome, Plan, preprocess
+from fastlora.medical.preprocess import Plan, preprocess
 from fastlora.medical.slices import AXES, parse_axes, select_structures
 from fastlora.medical.train_data import BUNDLED, SYNTHETIC
-from fastlora.medical.volumes import Case, find_cases
+from fastlora.medical.volumes import Case
 
 HEADER = f"{'subject':16} {'structure':34} {'box':12} {'spacing mm':15} {'volume ml':>10} "
 
@@ -33,13 +42,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--original_nifti_dir",
         type=Path,
         metavar="DIR",
-        help="folder of cases: <subject>/{ct,mri}.nii.gz + segmentations/<structure>.nii.gz, or "
-        "<case>/*-image.nii.gz + *-label.nii.gz (default: the bundled cases)",
+        help="a data set in one of the layouts of docs/quickstart_training.md "
+        "(default: the bundled cases)",
     )
     source.add_argument("--demo", choices=["synthetic"], help="write and use the phantom instead")
     what = parser.add_argument_group("what to prepare")
     what.add_argument(
         "--modality", choices=["ct", "mr"], default="ct", help="of *-image.nii.gz (%(default)s)"
+    )
+    what.add_argument(
+        "--channel",
+        type=int,
+        metavar="N",
+        default=0,
+        help="which of the channels in dataset.json, where there are several (%(default)s)",
     )
     what.add_argument(
         "--classes", nargs="+", metavar="NAME", help="structures, or kinds of them (all)"
@@ -83,6 +99,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="processes, each with a case at a time; 0: this one (%(default)s)",
     )
+    run.add_argument(
+        "--verify",
+        action="store_true",
+        help="prepare nothing: compare the cache and its sources with the manifest's checksums",
+    )
     run.add_argument("--seed", type=int, default=0, help="of the phantom (%(default)s)")
     return parser
 
@@ -92,7 +113,9 @@ def load_cases(args: argparse.Namespace, problems: list[str]) -> list[Case]:
         return write_phantom_dataset(SYNTHETIC, seed=args.seed)
     if args.data_root is None:
         return build_bundled(BUNDLED)
-    return find_cases(args.data_root, args.modality, problems if args.skip_invalid else None)
+    return find_cases(
+        args.data_root, args.modality, problems if args.skip_invalid else None, args.channel
+    )
 
 
 def row(outcome: Outcome) -> str:
@@ -105,9 +128,29 @@ def row(outcome: Outcome) -> str:
     return f"{name} {shape:12} {spacing:15} {outcome.volume_ml:10.1f} {slices}"
 
 
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """What the manifest says about how it was made."""
+    left_out = ("num_workers", "verify", "cache_dir")
+    values = {name: value for name, value in vars(args).items() if name not in left_out}
+    return {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}
+
+
+def check(cache_dir: Path) -> int:
+    """Prints what differs from the manifest; 0 if nothing does, else 1."""
+    differences = verify(cache_dir)
+    for difference in differences:
+        print(difference)
+    count = len(read_manifest(cache_dir)["structures"])
+    print(f"{count} structures in {cache_dir / NAME}, {len(differences)} files differ")
+    return 1 if differences else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    show_log()
     try:
+        if args.verify:
+            return check(args.cache_dir)
         axes = parse_axes(args.axes)
         config = SliceConfig(spacing=args.spacing, crop_size=args.preprocess_crop_size)
         problems: list[str] = []
@@ -118,9 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = "/".join(name for name, axis in AXES.items() if axis in axes)
         print(HEADER + names)
         outcomes = []
-        for outcome in preprocess(selected, plan, args.num_workers):
-            print(row(outcome), flush=True)
-            outcomes.append(outcome)
+        progress = tqdm(total=len(selected), desc="prepared", unit="structure", disable=None)
+        with progress:
+            for outcome in preprocess(selected, plan, args.num_workers):
+                tqdm.write(row(outcome), file=sys.stdout)
+                outcomes.append(outcome)
+                progress.update()
+        args.cache_dir.mkdir(parents=True, exist_ok=True)
+        write_manifest(args.cache_dir, settings(args), outcomes, problems)
     except (FastLoRAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -133,7 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     subjects = {outcome.subject for outcome in ready}
     left_out = len(outcomes) - len(ready) + len(problems)
     print(f"{len(ready)} structures of {len(subjects)} subjects ready, {left_out} skipped")
-    print(f"cache: {args.cache_dir}")
+    if left_out:
+        skipped = Counter(outcome.structure for outcome in outcomes if outcome.problem)
+        often = ", ".join(f"{name} ({count})" for name, count in skipped.most_common(10))
+        print(f"skipped, why in {args.cache_dir / SKIPPED}: {often or 'cases as a whole'}")
+    print(f"cache: {args.cache_dir}, listed in {NAME}")
     return 0
 
 

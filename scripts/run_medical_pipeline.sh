@@ -7,7 +7,7 @@
 #   --seed N     seed of both trainings (default: 0)
 #
 # Every other flag goes to both trainings; those that choose the data (--data_root, --original_nifti_dir, --demo,
-# --modality, --classes) to the preprocessing too, and --device to the evaluation too. Without any, the bundled
+# --modality, --channel, --classes) to the preprocessing too, --skip_invalid to that alone, and --device to the evaluation too. Without any, the bundled
 # cases are used. A pipeline that was stopped goes on where it was when run again; --overwrite starts anew.
 # The environment variable PYTHON picks the interpreter (default: python3).
 set -euo pipefail
@@ -28,7 +28,7 @@ while (($#)); do
   shift
   case $flag in
     -h | --help) usage; exit 0 ;;
-    --out | --seed | --device | --data_root | --original_nifti_dir | --demo | --modality)
+    --out | --seed | --device | --data_root | --original_nifti_dir | --demo | --modality | --channel)
       if ((!$#)); then
         echo "error: $flag: expected a value" >&2
         exit 2
@@ -36,12 +36,13 @@ while (($#)); do
     --out) out=$1; shift ;;
     --seed) seed=$1; shift ;;
     --device) train+=("$flag" "$1"); evaluate+=("$flag" "$1"); shift ;;
-    --data_root | --original_nifti_dir | --demo | --modality)
+    --data_root | --original_nifti_dir | --demo | --modality | --channel)
       preprocess+=("$flag" "$1"); train+=("$flag" "$1"); shift ;;
     --classes)
       names=("$flag")
       while (($#)) && [[ $1 != --* ]]; do names+=("$1"); shift; done
       preprocess+=("${names[@]}"); train+=("${names[@]}") ;;
+    --skip_invalid) preprocess+=("$flag") ;;
     --overwrite) train+=("$flag"); continue=() ;;
     *) train+=("$flag") ;;
   esac
@@ -54,7 +55,7 @@ step "1/4 preprocess"
 for kind in lora full; do
   step "$([[ $kind == lora ]] && echo 2/4 || echo 3/4) train $kind"
   "$python" "$scripts/train_medical.py" ${train[@]+"${train[@]}"} ${continue[@]+"${continue[@]}"} \
-    --seed "$seed" --finetune "$kind" --checkpoint_dir "$out/$kind"
+    --seed "$seed" --cache_dir "$out/cache" --finetune "$kind" --checkpoint_dir "$out/$kind"
 done
 step "4/4 evaluate"
 "$python" "$scripts/eval_medical.py" --checkpoint "$out/lora" --full "$out/full" --output_dir "$out/eval" \

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.medical.checkpointing import read_checkpoint
+from fastlora.medical.console import show_log
 from fastlora.medical.distributed import local_device, process_group
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.train_config import TrainConfig, nearest, read_yaml, value_type
@@ -126,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
     try:
         config = read_config(argv)
+        if os.environ.get("RANK", "0") == "0":  # the first rank speaks
+            show_log()
         with process_group(local_device(resolve_device(config))):
             train(config)
     except FastLoRAError as error:

@@ -31,7 +31,8 @@ from fastlora.adapter_files import merge_files, read_adapter
 from fastlora.errors import FastLoRAError
 from fastlora.medical import checkpointing
 from fastlora.medical.train_config import TrainConfig, read_yaml
-from fastlora.medical.volumes import find_cases, load_labels, load_volume
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.volumes import load_labels, load_volume
 from tests.models import Decoder
 from tests.tiny_run import tiny_trainer
 

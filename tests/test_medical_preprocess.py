@@ -13,11 +13,12 @@ import pytest
 import trimesh
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical.layouts import find_cases
 from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.prepared import SliceConfig
 from fastlora.medical.preprocess import Plan, preprocess
 from fastlora.medical.slices import TS_SAM3D_Dataset, select_structures
-from fastlora.medical.volumes import find_cases, load_volume, save_volume
+from fastlora.medical.volumes import load_volume, save_volume
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "preprocess_medical.py"
 
@@ -60,7 +61,8 @@ def test_it_fills_the_cache_that_the_data_set_reads(phantom, tmp_path, capsys, m
     )  # fmt: skip
     assert code == 0 and not err
     assert "4 structures of 2 subjects ready, 0 skipped" in out
-    assert out.splitlines()[0].endswith("axial") and "2.00×2.00×2.00" in out
+    assert out.splitlines()[0] == f"{phantom}: layout TotalSegmentator (2 cases)"
+    assert out.splitlines()[1].endswith("axial") and "2.00×2.00×2.00" in out
     monkeypatch.setattr("fastlora.medical.prepared.prepare", lambda *a: pytest.fail("not cached"))
     data = TS_SAM3D_Dataset(
         find_cases(phantom),
@@ -69,14 +71,14 @@ def test_it_fills_the_cache_that_the_data_set_reads(phantom, tmp_path, capsys, m
         config=SliceConfig(spacing=2.0, crop_size=20),
         cache_dir=cache,
     )
-    counts = [int(line.split()[-1]) for line in out.splitlines()[1:5]]
+    counts = [int(line.split()[-1]) for line in out.splitlines()[2:6]]
     assert sum(counts) == len(data)
     meshes = sorted((cache / "meshes").iterdir())
     assert [p.name for p in meshes] == [
         f"phantom_00{n}-{s}.ply" for n in (0, 1) for s in ("blob", "tube")
     ]
     assert trimesh.load(meshes[0]).volume == pytest.approx(
-        float(out.splitlines()[1].split()[4]) * 1000, rel=0.05
+        float(out.splitlines()[2].split()[4]) * 1000, rel=0.05
     )
 
 
@@ -90,7 +92,7 @@ def test_without_a_source_it_builds_the_bundled_cases(tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "--classes", "disc")
     assert code == 0 and "2 structures of 1 subjects ready" in out
-    assert len(list((tmp_path / "data" / "cache").glob("spine_mr-disc_10*.npz"))) == 2
+    assert len(list((tmp_path / "data" / "cache").glob("spine_mr-disc_10*.npz"))) == 4
     code, out, _ = run(capsys, "--demo", "synthetic", "--classes", "tree")
     assert code == 0 and "3 structures of 3 subjects ready" in out
     assert (tmp_path / "data" / "synthetic" / "phantom_002").is_dir()

@@ -16,6 +16,7 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.medical import grids
 from fastlora.medical.bundled import build_bundled
 from fastlora.medical.geometry import apply_affine
+from fastlora.medical.layouts import find_cases
 from fastlora.medical.losses import TRUNCATION_VOX
 from fastlora.medical.regions import (
     FINE,
@@ -36,7 +37,7 @@ from fastlora.medical.splits import (
     make_splits,
     region_specs,
 )
-from fastlora.medical.volumes import Case, find_cases, save_volume
+from fastlora.medical.volumes import Case, save_volume
 
 CENTRE_MM = np.array([7.0, -5.0, 11.0])
 RADIUS_MM = 17.0
@@ -345,7 +346,9 @@ def test_bad_requests_and_bad_data_are_named(tmp_path: Path, ball: Case) -> None
     save_volume(tmp_path / "s2" / "segmentations" / "nodule.nii.gz", mask, affine)
     save_volume(tmp_path / "s2" / "ct.nii.gz", mask.astype(np.float32), affine)
     tiny = next(c for c in find_cases(tmp_path) if c.subject == "s2")
-    with pytest.raises(DataError, match=r"s2: nodule (vanishes on the 1\.5 mm grid|: no window)"):
+    with pytest.raises(
+        DataError, match=r"s2: nodule: (mask: vanishes on the 1\.5 mm grid|no window)"
+    ):
         region_specs(tiny, "nodule")
 
 

@@ -13,6 +13,7 @@ import pytest
 import trimesh
 
 from fastlora.medical.evaluate import LABELS, Evaluation
+from fastlora.medical.geometry import mesh_from_sdf
 from fastlora.medical.metrics import METRIC_KEYS, METRICS, zero_level
 from fastlora.medical.pictures import (
     ERROR_UNIT_MM,
@@ -28,15 +29,30 @@ from fastlora.medical.pictures import (
     slice_picture,
     training_charts,
 )
-from fastlora.medical.report import examples, lead, render, slices_png, title, train_command
-from fastlora.medical.results import document, structure_means, summarise, worse_than
+from fastlora.medical.report import examples, lead, render, slices_png, title, train_command, worst
+from fastlora.medical.results import (
+    distance_to_truth,
+    document,
+    structure_means,
+    summarise,
+    worse_than,
+)
+from fastlora.medical.statistics import (
+    bootstrap_interval,
+    mean_with_interval,
+    paired_difference,
+    statistics,
+)
 from fastlora.medical.tables import (
     cost,
     definitions,
     detail,
     heading,
     headline,
+    interval,
+    intervals,
     number,
+    paired,
     place,
     table,
     undefined_note,
@@ -46,7 +62,7 @@ from fastlora.medical.tables import (
 from fastlora.medical.train_config import TrainConfig
 from tests.eval_run import evaluate_home, read_runs, shared_home
 
-SECTIONS = ["result", "worse", "structures", "slices", "surfaces", "training", "facts"]
+SECTIONS = ["result", "sure", "worse", "structures", "slices", "surfaces", "training", "facts"]
 LOADING = {"src", "srcset", "data", "poster", "action", "background", "xlink:href"}
 
 
@@ -215,6 +231,7 @@ def small_content() -> dict:
         "split": {"held_out_regions": 2},
         "summary": summarise(records),
         "structures": structures,
+        "statistics": statistics(structures),
         "records": records,
         "worse": {
             reference: {
@@ -268,6 +285,55 @@ def test_lead_says_when_training_did_not_help():
     assert "no epoch of LoRA was better on the validation regions" in lead(content)
 
 
+def test_intervals_cover_the_mean_and_shrink_with_the_number():
+    values = np.random.default_rng(3).normal(0.8, 0.1, 400).tolist()
+    low, high = bootstrap_interval(values)
+    # Of a normal mean: 1.96 standard errors on each side.
+    error = np.std(values) / np.sqrt(len(values))
+    assert low == pytest.approx(np.mean(values) - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(np.mean(values) + 1.96 * error, abs=0.1 * error)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval([0.1, 0.2]) is None
+    assert mean_with_interval([0.2, None, 0.4]) == {
+        "mean": pytest.approx(0.3),
+        "low": None,
+        "high": None,
+        "n": 2,
+    }
+
+
+def test_paired_differences_leave_out_what_is_undefined():
+    one = [0.9, 0.8, 0.7, 0.95, 0.85, None]
+    result = paired_difference(one, [0.8, 0.75, 0.68, 0.9, 0.79, 0.1])
+    assert result["n"] == 5 and result["mean"] == pytest.approx(0.056)
+    assert result["p"] == pytest.approx(2 / 2**5)  # all of one sign: exact
+    assert 0.02 < result["low"] < 0.056 < result["high"] < 0.1
+    assert paired_difference(one[:3], one[:3])["p"] == 1.0
+    assert paired_difference([1.0], [0.5])["p"] is None
+
+
+def test_statistics_are_over_structures_and_by_subject():
+    content = small_content()
+    stats = content["statistics"]
+    assert stats["methods"]["lora"]["dice"]["mean"] == pytest.approx(0.7)
+    assert stats["methods"]["lora"]["dice"]["n"] == 2  # structures, not regions
+    assert [(p["one"], p["other"]) for p in stats["pairs"]] == [("lora", "base")]
+    assert stats["pairs"][0]["dice"]["mean"] == pytest.approx(-0.05)
+    assert list(stats["subjects"]) == ["s"]
+    assert "LoRA less base model, frozen" in paired(content) and "−0.050" in paired(content)
+    assert "All subjects" in intervals(content) and "(2 structures)" in intervals(content)
+    value = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    assert interval("dice", value) == "0.500 <small>(0.400 to 0.600)</small>"
+
+
+def test_the_gallery_has_the_five_lowest(home, page_text):
+    evaluation, _ = evaluate_home(home)
+    dice = {r["index"]: r["dice"] for r in evaluation.records if r["method"] == "lora"}
+    picked = [dice[index] for index, _ in worst(evaluation)]
+    assert picked == sorted(dice.values())[:5]
+    assert page_text.count("; base ") == len(picked) + len(examples(evaluation))
+
+
 def test_undefined_regions_are_reported():
     content = small_content()
     assert undefined_note(content) == "No prediction and no truth was empty."
@@ -312,6 +378,13 @@ def test_browser_mesh_keeps_positions_faces_and_errors():
     errors = decode(mesh["error"], "<i1") * ERROR_UNIT_MM
     assert len(errors) == len(vertices)
     np.testing.assert_allclose(errors, 3.0, atol=0.15)  # 2 voxels of 1.5 mm too far out
+
+
+def test_meshes_carry_their_distance_to_the_truth():
+    mesh = mesh_from_sdf(ball(10.0), OBLIQUE)
+    distance = distance_to_truth(mesh, {"sdf_vox": ball(8.0), "affine": OBLIQUE, "spacing": 1.5})
+    assert distance.shape == (len(mesh.vertices),)
+    np.testing.assert_allclose(distance, 3.0, atol=0.15)  # 2 voxels of 1.5 mm too far out
 
 
 def test_a_field_without_surface_has_no_mesh():

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical import prepared
 from fastlora.medical.geometry import apply_affine, spacing_of
+from fastlora.medical.layouts import find_cases
 from fastlora.medical.prepared import SliceConfig, cache_path, load_prepared, prepare, to_canonical
 from fastlora.medical.slices import (
     TS_SAM3D_Dataset,
@@ -27,7 +28,7 @@ from fastlora.medical.slices import (
     slice_indices,
     split_by_subject,
 )
-from fastlora.medical.volumes import find_cases, save_volume
+from fastlora.medical.volumes import save_volume
 from tests.test_medical_geometry import oblique
 
 RADII = np.array((17.0, 12.0, 9.0))  # mm, along the volume's axes

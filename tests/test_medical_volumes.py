@@ -11,10 +11,10 @@ import pytest
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical import volumes
 from fastlora.medical.geometry import apply_affine
+from fastlora.medical.layouts import find_cases
 from fastlora.medical.volumes import (
     Case,
     Source,
-    find_cases,
     load_labels,
     load_volume,
     same_grid,
@@ -217,7 +217,7 @@ def test_window_by_tissue_and_percentile():
     assert scaled.dtype == np.float32 and scaled.min() == 0 and scaled.max() == 1
     assert scaled.ravel()[500] == pytest.approx(0.5, abs=1e-3)
     assert (scaled == 0).sum() == 6 and (scaled == 1).sum() == 6  # half a per cent on each side
-    with pytest.raises(ConfigError, match="modality: expected 'ct' or 'mr', got 'pet'"):
+    with pytest.raises(ConfigError, match="modality: expected 'ct', 'mr' or 'grey', got 'pet'"):
         window(mr, "pet")
     with pytest.raises(DataError, match="MR image with contrast"):
         window(np.zeros((3, 3, 3)), "mr")

@@ -208,7 +208,8 @@ def test_bad_input(
     capsys.readouterr()
     assert main([*flags, *extra]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert all("layout TotalSegmentator" in line for line in out.splitlines())
+    assert err.startswith("error: ") and err.count("\n") == 1
     assert re.search(message, err)
     assert not (tmp_path / "run").exists()
 
@@ -255,8 +256,8 @@ def test_pipeline_runs_all_steps_in_order(tmp_path: Path) -> None:
     assert code == 0 and last == "report: my run/eval/report.html"
     assert calls == [
         "preprocess_medical.py --seed 3 --cache_dir my run/cache",
-        "train_medical.py --epochs 2 --resume auto --seed 3 --finetune lora --checkpoint_dir my run/lora",
-        "train_medical.py --epochs 2 --resume auto --seed 3 --finetune full --checkpoint_dir my run/full",
+        "train_medical.py --epochs 2 --resume auto --seed 3 --cache_dir my run/cache --finetune lora --checkpoint_dir my run/lora",
+        "train_medical.py --epochs 2 --resume auto --seed 3 --cache_dir my run/cache --finetune full --checkpoint_dir my run/full",
         "eval_medical.py --checkpoint my run/lora --full my run/full --output_dir my run/eval "
         "--save_predictions --visualize",
     ]
@@ -264,10 +265,11 @@ def test_pipeline_runs_all_steps_in_order(tmp_path: Path) -> None:
 
 def test_pipeline_passes_flags_where_they_belong(tmp_path: Path) -> None:
     flags = ["--data_root", "d", "--classes", "a", "b", "--device", "cpu", "--overwrite"]
+    flags += ["--channel", "1", "--skip_invalid"]
     code, calls, _ = pipeline(flags, tmp_path)
     assert code == 0
-    assert calls[0].endswith("--data_root d --classes a b")
-    assert "--data_root d --classes a b --device cpu --overwrite --seed 0" in calls[1]
+    assert calls[0].endswith("--data_root d --classes a b --channel 1 --skip_invalid")
+    assert "--data_root d --classes a b --device cpu --overwrite --channel 1 --seed 0" in calls[1]
     assert calls[3].endswith("--visualize --device cpu")
 
 

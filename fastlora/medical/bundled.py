@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from fastlora.errors import DataError
 from fastlora.medical.generated import generate_folder, sha256
-from fastlora.medical.volumes import Case, find_cases, save_volume
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.volumes import Case, save_volume
 
 LAYOUT_VERSION = 1  # raise it when what is written changes: older folders are then rebuilt
 REQUIREMENTS = {"TPTBox": "TPTBox==1.1.0", "nilearn": "nilearn==0.14.1"}

@@ -44,7 +44,7 @@ LABELS = {
 }
 """The methods, in the order of every table."""
 
-SAME_IN_BOTH_RUNS = ("data_root", "demo", "classes", "modality", "split", "base_weights")
+SAME_IN_BOTH_RUNS = ("data_root", "demo", "classes", "modality", "channel", "split", "base_weights")
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ class Run:
             CheckpointError: it is no run folder, or no run of that kind of fine-tuning.
             ConfigError: its config.yaml cannot be used.
         """
-        folder, which = Path(path), "best"
-        if folder.is_file() and folder.parent.name == "checkpoints":
-            folder, which = folder.parent.parent, folder.stem
+        folder, which = RunFolder.split(path)
         files = RunFolder(folder)
         if not files.config.is_file() or not files.history.is_file():
             raise CheckpointError(
@@ -227,12 +225,13 @@ def compare_runs(
 
     splits = load_splits(config)
     side = "test" if "test" in splits else "val"
-    training = RegionDataset(splits["train"])
+    training = RegionDataset(splits["train"], cache_dir=config.cache_dir)
     threshold = tune_threshold(training)
     methods = [baseline_method(threshold)]
     where = resolve_device(config)
     methods += [model_method(key, model, where) for key, model in models.items()]
-    evaluation = evaluate(RegionDataset(splits[side]), methods, tolerance_mm, batch_size)
+    held_out = RegionDataset(splits[side], cache_dir=config.cache_dir)
+    evaluation = evaluate(held_out, methods, tolerance_mm, batch_size)
     facts = {
         "split": {
             "kind": config.split,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import zipfile
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,9 @@ from numpy.typing import NDArray
 from fastlora.errors import DataError
 from fastlora.medical.geometry import regrid, resample, sdf_from_mask
 from fastlora.medical.losses import TRUNCATION_VOX
-from fastlora.medical.volumes import Case, window
+from fastlora.medical.volumes import Case, Volume, window
+
+log = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 
@@ -27,8 +32,11 @@ FINE = COARSE * CELL
 MARGIN = FINE // 2
 """Fine voxels kept around a structure's bounding box."""
 
-_CACHE_VERSION = 1
-_MEMORY: dict[str, StructureGrid] = {}
+MEMORY_BYTES = 2 * 1024**3
+"""How much of the grids a process keeps; the ones longest unused go first."""
+
+_CACHE_VERSION = 2
+_MEMORY: OrderedDict[str, StructureGrid] = OrderedDict()
 
 
 def truncated_sdf(mask: NDArray[np.bool_]) -> Array:
@@ -53,13 +61,19 @@ class StructureGrid:
     box: NDArray[np.int64]
 
     @classmethod
-    def read(cls, case: Case, structure: str) -> StructureGrid:
-        """Load, window, resample and measure; the volume is read once and forgotten. Raises DataError."""
-        volume = case.load_image()
-        mask = case.load_mask(structure, volume)
-        whole, shape = regrid(volume.affine, volume.shape, SPACING_MM)
+    def make(
+        cls, image: Volume, mask: NDArray[np.bool_], modality: str, structure: str = ""
+    ) -> StructureGrid:
+        """Window, resample and measure.
+
+        mask: (X, Y, Z) on the image's grid. modality, structure: as `window` takes them.
+        Raises: DataError if the mask is empty, or vanishes on the fine grid.
+        """
         filled = np.argwhere(mask)
-        scale = volume.spacing / SPACING_MM
+        if not len(filled):
+            raise DataError("mask: expected at least one voxel, got an empty mask")
+        whole, shape = regrid(image.affine, image.shape, SPACING_MM)
+        scale = image.spacing / SPACING_MM
         box = np.stack(
             [np.floor(filled.min(0) * scale), np.ceil((filled.max(0) + 1) * scale)]
         ).astype(np.int64)
@@ -68,48 +82,104 @@ class StructureGrid:
         size = (int(high[0] - low[0]), int(high[1] - low[1]), int(high[2] - low[2]))
         affine = whole.copy()
         affine[:3, 3] += whole[:3, :3] @ low
-        image = window(volume.array, case.modality, structure)
-        fine_mask = resample(mask, volume.affine, affine, size, cval=0.0) >= 0.5
+        windowed = window(image.array, modality, structure)
+        # With a layer of nothing around it the mask ends where its voxels do, not at their centres.
+        around = image.affine.copy()
+        around[:3, 3] -= image.affine[:3, :3].sum(axis=1)
+        fine_mask = resample(np.pad(mask, 1), around, affine, size, cval=0.0) >= 0.5
         if not fine_mask.any():
             raise DataError(
-                f"{case.subject}: {structure} vanishes on the {SPACING_MM} mm grid, "
-                f"expected a structure of more than {int(mask.sum())} voxels of {volume.spacing} mm"
+                f"mask: vanishes on the {SPACING_MM} mm grid, "
+                f"expected a structure of more than {len(filled)} voxels of {image.spacing} mm"
             )
         return cls(
-            resample(image, volume.affine, affine, size), truncated_sdf(fine_mask), affine, low, box
+            resample(windowed, image.affine, affine, size),
+            truncated_sdf(fine_mask),
+            affine,
+            low,
+            box,
         )
 
     @classmethod
-    def load(cls, case: Case, structure: str, cache_dir: Path | None = None) -> StructureGrid:
-        """``read``, kept in memory and, below ``cache_dir``, on disk under a key of the files and the grid."""
-        source = case.structures.get(structure)
-        files = [case.image_path] + ([source.path] if source else [])
-        stamp = [
-            (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()
-        ]
-        text = repr(
-            (_CACHE_VERSION, stamp, source and source.label, structure, case.modality, SPACING_MM)
-        )
-        key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        if key not in _MEMORY:
-            path = cache_dir / f"{key}.npz" if cache_dir else None
-            if path and path.is_file():
-                with np.load(path, allow_pickle=False) as arrays:
-                    _MEMORY[key] = cls(**arrays)
-            else:
-                _MEMORY[key] = cls.read(case, structure)
-                if path:
-                    _MEMORY[key]._write(path)
-        return _MEMORY[key]
+    def read(cls, case: Case, structure: str, image: Volume | None = None) -> StructureGrid:
+        """`make` from a case's files; an image already read saves reading it again. Raises DataError."""
+        image = case.load_image() if image is None else image
+        mask = case.load_mask(structure, image)
+        try:
+            return cls.make(image, mask, case.modality, structure)
+        except DataError as error:
+            raise DataError(f"{case.subject}: {structure}: {error}") from error
+
+    @classmethod
+    def load(
+        cls,
+        case: Case,
+        structure: str,
+        cache_dir: Path | None = None,
+        image: Volume | None = None,
+    ) -> StructureGrid:
+        """``read``, kept in memory and, below ``cache_dir``, on disk under a key of the files and the grid.
+
+        A file in the cache that cannot be read is said in the log and made anew. Raises: as ``read``.
+        """
+        if structure not in case.structures:
+            return cls.read(case, structure, image)  # which raises
+        key = _key(case, structure)
+        path = cache_dir / _file_name(case, structure, key) if cache_dir else None
+        grid = _MEMORY.get(key) or (cls._stored(path) if path else None)
+        if grid is None:
+            grid = cls.read(case, structure, image)
+            if path:
+                path.unlink(missing_ok=True)  # a damaged one
+        if path and not path.is_file():
+            grid._write(path)
+        _MEMORY[key] = grid
+        _MEMORY.move_to_end(key)
+        while len(_MEMORY) > 1 and sum(g.nbytes for g in _MEMORY.values()) > MEMORY_BYTES:
+            _MEMORY.popitem(last=False)
+        return grid
+
+    @classmethod
+    def _stored(cls, path: Path) -> StructureGrid | None:
+        if not path.is_file():
+            return None
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return cls(**{item.name: arrays[item.name] for item in fields(cls)})
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            log.warning("%s: damaged cache entry is made anew (%s)", path, error)
+            return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its volumes."""
+        return self.image.nbytes + self.sdf_vox.nbytes
 
     def _write(self, path: Path) -> None:
         """Whole or not at all: another process may be reading or writing the same file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-        np.savez(partial, **vars(self))
-        os.replace(partial, path)
+        try:
+            np.savez(partial, **vars(self))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def crop(self, start: Sequence[int]) -> tuple[Array, Array]:
         """Image and SDF of the 32³ window that begins at ``start`` of the subject's fine grid."""
         at = tuple(slice(s - o, s - o + FINE) for s, o in zip(start, self.offset, strict=True))
         return self.image[at], self.sdf_vox[at]
+
+
+def grid_path(case: Case, structure: str, cache_dir: Path) -> Path:
+    """Where a structure's grid is kept: the name changes with the source files and the grid."""
+    return cache_dir / _file_name(case, structure, _key(case, structure))
+
+
+def _file_name(case: Case, structure: str, key: str) -> str:
+    return f"{case.subject}-{structure}-grid-{key[:16]}.npz"
+
+
+def _key(case: Case, structure: str) -> str:
+    text = repr((_CACHE_VERSION, case.stamp(structure), SPACING_MM))
+    return hashlib.sha256(text.encode()).hexdigest()

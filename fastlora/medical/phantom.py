@@ -24,7 +24,8 @@ from scipy.spatial.transform import Rotation
 
 from fastlora.errors import ConfigError
 from fastlora.medical.generated import generate_folder
-from fastlora.medical.volumes import Case, find_cases, save_volume
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.volumes import Case, save_volume
 
 Field = NDArray[np.float32]
 Branch = tuple[NDArray[np.float64], NDArray[np.float64], float, float]  # start, end, their radii

@@ -204,6 +204,18 @@ def _draw_slice(
             y, x = (spacing * np.arange(count) for count in values.shape)
             drawn = ax.contour(x, y, values, [0.0], colors=line.color, linewidths=line.width)
             drawn.set_linestyle((0, line.dashes) if line.dashes else "solid")
+    mark_sides(ax, affine, across, up)
+    begin = low + 2 * spacing
+    ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
+    ax.text(begin + 5.0, begin + 0.6 * spacing, "10 mm", fontsize=8, ha="center", **WHITE)
+    ax.set_axis_off()
+
+
+def mark_sides(ax: Axes, affine: NDArray[np.float64], across: int, up: int) -> None:
+    """Letters of the patient's sides on a slice; it is turned so that right and front are on the left.
+
+    affine: (4, 4) index to RAS mm. across, up: the axes that run across and up the picture.
+    """
     letters = [nib.aff2axcodes(affine), nib.aff2axcodes(affine @ np.diag((-1, -1, -1, 1)))]
     to_left = letters[0][across] in "RA"  # right of the patient, and the front, on the left
     if to_left:
@@ -217,10 +229,6 @@ def _draw_slice(
         ha = {0.03: "left", 0.5: "center", 0.97: "right"}[right]
         va = {0.03: "bottom", 0.5: "center", 0.97: "top"}[top]
         ax.text(right, top, letter, transform=ax.transAxes, ha=ha, va=va, fontsize=10, **WHITE)
-    begin = low + 2 * spacing
-    ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
-    ax.text(begin + 5.0, begin + 0.6 * spacing, "10 mm", fontsize=8, ha="center", **WHITE)
-    ax.set_axis_off()
 
 
 def png_tag(png: bytes, alt: str) -> str:

@@ -33,7 +33,7 @@ from fastlora.medical.volumes import Case, Volume, window
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 1  # raise it when what `prepare` computes changes
+CACHE_VERSION = 2  # raise it when what `prepare` computes changes
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,8 @@ def _box_around(
 
 def cache_path(case: Case, structure: str, config: SliceConfig, cache_dir: Path) -> Path:
     """Where a prepared structure is kept: its name changes with the source files and parameters."""
-    source = case.structures[structure]
-    key: dict[str, object] = {"version": CACHE_VERSION, "modality": case.modality}
-    key |= {"structure": structure, "label": source.label}
+    key: dict[str, object] = {"version": CACHE_VERSION, "files": case.stamp(structure)}
     key |= {item.name: getattr(config, item.name) for item in fields(config)}
-    for name, path in (("image", case.image_path), ("mask", source.path)):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise DataError(f"{path}: expected a file, got {error.strerror}") from error
-        key[name] = (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache_dir / f"{case.subject}-{structure}-{digest[:16]}.npz"
 

@@ -1,4 +1,4 @@
-"""Check the structures of a data set and prepare them for `TS_SAM3D_Dataset`, case by case."""
+"""Check the structures of a data set and prepare them, case by case, for slices and for regions."""
 
 from __future__ import annotations
 
@@ -13,22 +13,14 @@ import trimesh
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.geometry import spacing_of
-from fastlora.medical.prepared import Prepared, SliceConfig, load_prepared
+from fastlora.medical.grids import StructureGrid, grid_path
+from fastlora.medical.manifest import Outcome, digest
+from fastlora.medical.prepared import Prepared, SliceConfig, cache_path, load_prepared
 from fastlora.medical.slices import slice_indices
-from fastlora.medical.volumes import Case
+from fastlora.medical.splits import region_specs
+from fastlora.medical.volumes import Case, Volume
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one structure: its size, or the problem for which it was left out."""
-
-    subject: str
-    structure: str
-    problem: str | None = None
-    shape: tuple[int, ...] = ()
-    spacing: tuple[float, ...] = ()
-    volume_ml: float = 0.0
-    slices: tuple[int, ...] = ()
+__all__ = ["Outcome", "Plan", "preprocess"]
 
 
 @dataclass(frozen=True)
@@ -47,15 +39,16 @@ def preprocess(
 ) -> Iterator[Outcome]:
     """Prepare (case, structure) pairs, yielding one outcome each; a case's image is read once.
 
+    What already lies in the cache is not computed again, so a run that was stopped goes on.
     num_workers: processes, each with a case at a time; 0 works in this one.
     Raises: ConfigError on a negative number; DataError at the first structure that cannot be used,
         unless the plan skips those.
     """
     if num_workers < 0:
         raise ConfigError(f"num_workers: expected 0 or more processes, got {num_workers}")
-    cases: dict[Path, tuple[Case, list[str]]] = {}
+    cases: dict[tuple[Path, object], tuple[Case, list[str]]] = {}
     for case, structure in selected:
-        cases.setdefault(case.image_path, (case, []))[1].append(structure)
+        cases.setdefault((case.image_path, case.part), (case, []))[1].append(structure)
     work = partial(_case_outcomes, plan)
     if num_workers == 0:
         for item in cases.values():
@@ -70,6 +63,7 @@ def _case_outcomes(plan: Plan, item: tuple[Case, list[str]]) -> list[Outcome]:
     case, structures = item
     try:
         image = case.load_image()
+        image_digest = digest(case.image_path)
     except DataError as error:
         if not plan.skip_invalid:
             raise
@@ -77,29 +71,39 @@ def _case_outcomes(plan: Plan, item: tuple[Case, list[str]]) -> list[Outcome]:
     outcomes = []
     for structure in structures:
         try:
-            prepared = load_prepared(case, structure, plan.config, plan.cache_dir, image)
+            outcomes.append(_outcome(plan, case, structure, image, image_digest))
         except DataError as error:
             if not plan.skip_invalid:
                 raise
             outcomes.append(Outcome(case.subject, structure, str(error)))
-        else:
-            if plan.mesh_dir is not None:
-                _write_mesh(prepared, plan.mesh_dir / f"{case.subject}-{structure}.ply")
-            outcomes.append(_outcome(case.subject, structure, prepared, plan))
     return outcomes
 
 
-def _outcome(subject: str, structure: str, prepared: Prepared, plan: Plan) -> Outcome:
+def _outcome(plan: Plan, case: Case, structure: str, image: Volume, image_digest: str) -> Outcome:
+    prepared = load_prepared(case, structure, plan.config, plan.cache_dir, image)
+    StructureGrid.load(case, structure, plan.cache_dir, image)
+    regions = region_specs(case, structure, cache_dir=plan.cache_dir)
+    files = [
+        cache_path(case, structure, plan.config, plan.cache_dir),
+        grid_path(case, structure, plan.cache_dir),
+    ]
+    if plan.mesh_dir is not None:
+        files.append(plan.mesh_dir / f"{case.subject}-{structure}.ply")
+        _write_mesh(prepared, files[-1])
+    mask_path = case.structures[structure].path
     spacing = spacing_of(prepared.affine)
     slices = [len(slice_indices(prepared.mask, a, plan.config.min_area_px)) for a in plan.axes]
     return Outcome(
-        subject,
+        case.subject,
         structure,
         None,
         prepared.shape,
         tuple(spacing.tolist()),
         float(prepared.mask.sum() * np.prod(spacing) / 1000),
         tuple(slices),
+        len(regions),
+        {str(case.image_path): image_digest, str(mask_path): digest(mask_path)},
+        {str(file.relative_to(plan.cache_dir)): digest(file) for file in files},
     )
 
 

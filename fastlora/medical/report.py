@@ -70,7 +70,10 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
         undefined_note=tables.undefined_note(content),
         cost=tables.cost(content),
         merged_difference=f"{content['merged_difference_vox']:.1e}",
+        intervals=tables.intervals(content),
+        paired=tables.paired(content),
         worse=tables.worse(content),
+        gallery="".join(_slices(evaluation, index, why) for index, why in worst(evaluation)),
         structures=tables.detail(content["structures"], content, "structures"),
         regions=tables.detail(content["records"], content, "regions"),
         spacing=" or ".join(
@@ -154,6 +157,16 @@ def examples(evaluation: Evaluation, most: int = 6) -> list[tuple[int, str]]:
                 change = f"{gain:+.3f}".replace("-", "−")
                 picks[index] = (group, f"{why} in {words(group)}: Dice {change}")
     return [(i, why) for i, (_, why) in sorted(picks.items(), key=lambda pick: pick[1][0])]
+
+
+def worst(evaluation: Evaluation, most: int = 5) -> list[tuple[int, str]]:
+    """(index, why): the regions where LoRA's Dice is lowest, the lowest first."""
+    dice = [
+        (r["dice"], r["index"])
+        for r in evaluation.records
+        if r["method"] == "lora" and r["dice"] is not None
+    ]
+    return [(index, f"number {n}") for n, (_, index) in enumerate(sorted(dice)[:most], 1)]
 
 
 def title(evaluation: Evaluation, index: int) -> str:

@@ -19,13 +19,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import trimesh
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
 
 from fastlora.errors import ConfigError
 from fastlora.medical.checkpointing import atomic_write
 from fastlora.medical.evaluate import LABELS, Evaluation, Record, Run
-from fastlora.medical.geometry import mesh_from_sdf
+from fastlora.medical.geometry import apply_affine, mesh_from_sdf
 from fastlora.medical.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
+from fastlora.medical.statistics import statistics
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "trimesh", "monai", "nibabel", "plotly")
 MESH_FORMATS = ("ply", "stl", "obj", "glb")
@@ -126,6 +131,7 @@ def document(
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "summary": summarise(records),
+        "statistics": statistics(structures),
         "worse": {
             reference: {
                 "structures": worse_than(structures, "lora", reference),
@@ -224,7 +230,8 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
     """Truth and predictions as meshes in the patient's mm (RAS): `<subject>_<region>_<method>.<ext>`.
 
     The folder is replaced as a whole. A method whose prediction is empty has no file. Merged
-    LoRA, whose meshes are those of LoRA, has none either. Returns the number of files.
+    LoRA, whose meshes are those of LoRA, has none either. A predicted PLY carries `distance_mm` at
+    each vertex (see `distance_to_truth`). Returns the number of files.
 
     Raises:
         ConfigError: a format that is not in `MESH_FORMATS`.
@@ -242,6 +249,8 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
                     continue
                 name = f"{sample['meta']['subject']}_{sample['meta']['region']}_{method}"
                 mesh = mesh_from_sdf(field, sample["affine"])
+                if method != "truth" and mesh_format == "ply":
+                    mesh.vertex_attributes["distance_mm"] = distance_to_truth(mesh, sample)
                 mesh.export(partial / f"{name.replace('@', '_at_')}.{mesh_format}")
                 count += 1
         if folder.exists():
@@ -251,3 +260,14 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return count
+
+
+def distance_to_truth(mesh: trimesh.Trimesh, sample: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Signed distance in mm of each vertex (V,) to the true surface, negative inside it.
+
+    It is limited to the truncation of the sample's field (4 fine voxels, 6 mm).
+    """
+    index = apply_affine(np.linalg.inv(sample["affine"]), mesh.vertices)
+    voxels = map_coordinates(sample["sdf_vox"], index.T, order=1, mode="nearest")
+    distance: NDArray[np.float32] = (voxels * float(sample["spacing"])).astype(np.float32)
+    return distance

@@ -37,6 +37,14 @@ class RunFolder:
         self._lock: BinaryIO | None = None
         self._epoch: int | None = None  # of the `last` that this object wrote
 
+    @staticmethod
+    def split(path: str | Path) -> tuple[Path, str]:
+        """A run folder and which checkpoint: `best`, unless the path is `<run>/checkpoints/<which>.pt`."""
+        path = Path(path)
+        if path.is_file() and path.parent.name == "checkpoints":
+            return path.parent.parent, path.stem
+        return path, "best"
+
     def checkpoint(self, which: str) -> Path:
         """The file of `last`, `previous` (the epoch before it), `best` or `epoch_NNN`."""
         return self.checkpoints / f"{which}.pt"

@@ -101,6 +101,44 @@ def headline(content: Content) -> str:
     return "".join(parts)
 
 
+def interval(key: str, value: Content) -> str:
+    """A mean with its 95 % interval as text."""
+    if value["low"] is None:
+        return number(key, value["mean"])
+    low, high = number(key, value["low"]), number(key, value["high"])
+    return f"{number(key, value['mean'])} <small>({low} to {high})</small>"
+
+
+def intervals(content: Content) -> str:
+    """Means over structures with their intervals: of all, then of each subject."""
+    stats = content["statistics"]
+    titles = [heading(key, content["tolerance_mm"]) for key in COMPARED]
+    parts = []
+    subjects = stats["subjects"] if len(stats["subjects"]) > 1 else {}
+    for title, methods in {"All subjects": stats["methods"], **subjects}.items():
+        count = max(value["dice"]["n"] for value in methods.values())
+        rows = [
+            [html.escape(LABELS[m]), *(interval(key, values[key]) for key in COMPARED)]
+            for m, values in methods.items()
+        ]
+        caption = f"<h3>{html.escape(title)} <small class=soft>({count} structures)</small></h3>"
+        parts.append(caption + table(["Method", *titles], rows))
+    return "".join(parts)
+
+
+def paired(content: Content) -> str:
+    """The differences between methods on the same structures, with p-values."""
+    titles = [heading(key, content["tolerance_mm"]) for key in COMPARED]
+    rows = []
+    for pair in content["statistics"]["pairs"]:
+        row = [html.escape(f"{LABELS[pair['one']]} less {LABELS[pair['other']].lower()}")]
+        for key in COMPARED:
+            p = pair[key]["p"]
+            row.append(interval(key, pair[key]) + ("" if p is None else f", p = {p:.2g}"))
+        rows.append(row)
+    return table(["Difference", *titles], rows)
+
+
 def undefined_note(content: Content) -> str:
     """Which regions had no ordinary figures."""
     texts = []

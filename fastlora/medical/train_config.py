@@ -24,6 +24,7 @@ from fastlora.errors import ConfigError
 RESUMABLE_CHANGES = frozenset(
     {
         "data_root",
+        "cache_dir",
         "use_dataset",
         "base_weights",
         "checkpoint_dir",
@@ -88,8 +89,14 @@ class TrainConfig:
     data_root: str | None = option(
         None,
         DATA,
-        "folder of one sub-folder per subject (image and segmentations as NIfTI); "
+        "data set in one of the layouts of docs/quickstart_training.md; "
         "without it the bundled cases are built in data/bundled",
+        NOT_EMPTY,
+    )
+    cache_dir: str | None = option(
+        None,
+        DATA,
+        "what preprocess_medical.py left there: only structures that it found usable are used",
         NOT_EMPTY,
     )
     demo: str | None = option(None, DATA, "train on made-up data instead", one_of("synthetic"))
@@ -97,6 +104,9 @@ class TrainConfig:
         None, DATA, "structures to train on, by name; all without it", NOT_EMPTY
     )
     modality: str = option("ct", DATA, "of the images named *-image.nii.gz", one_of("ct", "mr"))
+    channel: int = option(
+        0, DATA, "which of the channels in dataset.json, where there are several", NOT_NEGATIVE
+    )
     split: str = option(
         "auto",
         DATA,

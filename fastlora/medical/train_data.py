@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from fastlora.errors import ConfigError
+from fastlora.errors import ConfigError, DataError
 from fastlora.medical.bundled import build_bundled
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.manifest import usable_cases
 from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.regions import RegionDataset
 from fastlora.medical.splits import RegionSpec, kind_of, make_splits
 from fastlora.medical.train_config import TrainConfig, nearest
-from fastlora.medical.volumes import Case, Modality, find_cases
+from fastlora.medical.volumes import Case, Modality
 
 BUNDLED = Path("data/bundled")
 SYNTHETIC = Path("data/synthetic")
@@ -23,14 +25,19 @@ def load_cases(config: TrainConfig) -> list[Case]:
     """The cases that `config` names, with the structures of `config.classes`; made on first use if they are ours.
 
     Raises:
-        DataError: a folder is missing or holds no cases. ConfigError: a class that no case has.
+        DataError: a folder is missing or holds no cases, or the cache is of other data. ConfigError: a class that no case has.
     """
     if config.demo == "synthetic":
         cases = write_phantom_dataset(SYNTHETIC, seed=config.seed)
     elif config.data_root:
-        cases = find_cases(config.data_root, cast(Modality, config.modality))
+        # With a cache, what its manifest does not list is left out: broken cases need not stop here.
+        problems: list[str] | None = None if config.cache_dir is None else []
+        modality = cast(Modality, config.modality)
+        cases = find_cases(config.data_root, modality, problems, config.channel)
     else:
         cases = build_bundled(BUNDLED)
+    if config.cache_dir is not None:
+        cases = usable_cases(cases, Path(config.cache_dir))
     return cases if config.classes is None else _only(cases, config.classes)
 
 
@@ -55,7 +62,16 @@ def _only(cases: Sequence[Case], classes: Sequence[str]) -> list[Case]:
 
 def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:
     """The regions of every side of the split that `config` names. Raises as `load_cases` and `make_splits`."""
-    return make_splits(load_cases(config), config.split)
+    cases = load_cases(config)
+    try:
+        return make_splits(cases, config.split, cache_dir=config.cache_dir)
+    except DataError as error:
+        if config.data_root is None or config.cache_dir is not None:
+            raise
+        raise DataError(
+            f"{error} (preprocess_medical.py --skip_invalid finds out what can be used, and --cache_dir "
+            "takes nothing else)"
+        ) from error
 
 
 def load_train_data(config: TrainConfig) -> tuple[RegionDataset, RegionDataset]:
@@ -66,5 +82,6 @@ def load_train_data(config: TrainConfig) -> tuple[RegionDataset, RegionDataset]:
         augment=config.augment,
         seed=config.seed,
         samples_per_region=config.samples_per_region,
+        cache_dir=config.cache_dir,
     )
-    return train, RegionDataset(splits["val"])
+    return train, RegionDataset(splits["val"], cache_dir=config.cache_dir)

@@ -1,18 +1,11 @@
-"""Cases on disk and volumes in memory: finding, reading, checking and windowing.
+"""Cases and volumes: reading, checking and windowing.
 
-Every volume is brought to the RAS orientation closest to its own axes; its affine follows. Two
-layouts are read:
-
-- TotalSegmentator: ``<root>/<subject>/{ct,mri}.nii.gz``,
-  ``<root>/<subject>/segmentations/<structure>.nii.gz`` and optionally ``<root>/meta.csv``
-  (``;``-separated, columns ``image_id`` and ``split``);
-- the original project's: one folder a case with ``*-image.nii.gz`` and a label map
-  ``*-label.nii.gz``, whose values become the structures ``label_1``, ``label_2``, ….
+Every volume is brought to the RAS orientation closest to its own axes; its affine follows. Images
+are read from NIfTI, from a folder of one DICOM series, and from PNG; masks from NIfTI and DICOM SEG.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import struct
@@ -29,8 +22,10 @@ from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image, UnidentifiedImageError
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical import dicom
 from fastlora.medical.geometry import FloatArray, check_affine, spacing_of
 
 MAX_VOXELS = 2**29  # 512 × 512 × 2048; as float32 it takes 2 GiB
@@ -41,10 +36,9 @@ _UNREADABLE = (
     *(WrapStructError, HeaderDataError, OrientationError),
 )
 
-Modality = Literal["ct", "mr"]
-IMAGE_NAMES: dict[str, Modality] = {"ct.nii.gz": "ct", "mri.nii.gz": "mr"}
+Modality = Literal["ct", "mr", "grey"]
 
-# Hounsfield windows by tissue; a structure that no word below names gets the soft-tissue window.
+# Hounsfield windows by tissue; a structure whose name holds none of the words gets the soft one.
 CT_WINDOWS = {"soft": (-160.0, 240.0), "bone": (-500.0, 1300.0), "lung": (-1350.0, 150.0)}
 CT_TISSUES = {
     "bone": (
@@ -59,8 +53,10 @@ CT_TISSUES = {
         "humerus",
         "scapula",
         "clavicula",
+        "clavicle",
+        "mandible",
     ),
-    "lung": ("lung", "trachea"),
+    "lung": ("lung", "trachea", "airway", "bronchus"),
 }
 MR_PERCENTILES = (0.5, 99.5)
 
@@ -86,25 +82,42 @@ class Volume:
 
 @dataclass(frozen=True)
 class Source:
-    """A structure's mask: the voxels of ``path`` equal to ``label``, or not zero if it is None."""
+    """A structure's mask: the voxels of ``path`` equal to ``label`` (or to one of several).
+
+    Without a label, those that are not zero. Of a DICOM SEG the label is a segment's number.
+    """
 
     path: Path
-    label: int | None = None
+    label: int | tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One image of one subject with its structures' masks, as paths: nothing is read yet."""
+    """One image of one subject with its structures' masks, as paths: nothing is read yet.
+
+    image_path: a NIfTI file, or a folder that holds a DICOM series. part: which channel of a 4-D
+    file, or which series (its UID) of the folder; None: the only one.
+    """
 
     subject: str
     modality: Modality
     image_path: Path
     structures: dict[str, Source]
     split: str | None = None
+    part: int | str | None = None
 
     def load_image(self) -> Volume:
         """The image, float32. Raises: DataError as `load_volume`."""
-        return load_volume(self.image_path)
+        return load_volume(self.image_path, self.part)
+
+    def stamp(self, structure: str) -> tuple[object, ...]:
+        """What changes when the files of the image or of a structure's mask do; nothing is read.
+
+        Raises: DataError if a file is missing.
+        """
+        source = self.structures[structure]
+        files = file_stamps(self.image_path), file_stamps(source.path)
+        return (self.modality, self.part, structure, source.label, *files)
 
     def load_mask(self, structure: str, image: Volume) -> NDArray[np.bool_]:
         """The structure's mask on the image's grid, (X, Y, Z) bool.
@@ -118,26 +131,51 @@ class Case:
                 f"{', '.join(sorted(self.structures))}, got {structure!r}"
             )
         source = self.structures[structure]
+        return load_mask(source, image, self.image_path.name)
+
+
+def load_mask(source: Source, image: Volume, name: str = "the image") -> NDArray[np.bool_]:
+    """A mask on an image's grid, (X, Y, Z) bool. name: of the image, for errors.
+
+    A DICOM SEG may hold fewer slices than the image, or more; its voxels must lie on the image's.
+    Raises: DataError as `Case.load_mask`.
+    """
+    if dicom.is_dicom(source.path):
+        if not isinstance(source.label, int):
+            raise DataError(f"{source.path}: expected a segment's number, got {source.label}")
+        mask = dicom.read_segment(source.path, source.label, image.affine, image.shape)
+    else:
         labels = load_labels(source.path)
         if labels.shape != image.shape:
             raise DataError(
-                f"{source.path}: expected the shape of {self.image_path.name}, {image.shape}, "
-                f"got {labels.shape}"
+                f"{source.path}: expected the shape of {name}, {image.shape}, got {labels.shape}"
             )
         if not same_grid(labels.affine, image.affine, image.shape):
             raise DataError(
-                f"{source.path}: expected the affine of {self.image_path.name}, "
+                f"{source.path}: expected the affine of {name}, "
                 f"{image.affine.round(4).tolist()}, got {labels.affine.round(4).tolist()}"
             )
-        mask: NDArray[np.bool_] = (
-            labels.array != 0 if source.label is None else labels.array == source.label
-        )
-        if not mask.any():
-            of_label = "" if source.label is None else f" of label {source.label}"
-            raise DataError(
-                f"{source.path}: expected at least one voxel{of_label}, got an empty mask"
-            )
-        return mask
+        mask = labels.array != 0 if source.label is None else np.isin(labels.array, source.label)
+    if not mask.any():
+        of_label = "" if source.label is None else f" of label {source.label}"
+        raise DataError(f"{source.path}: expected at least one voxel{of_label}, got an empty mask")
+    return mask
+
+
+def file_stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of a file, or of every file below a folder.
+
+    Raises: DataError if there is none.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stamps = []
+    for file in files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise DataError(f"{file}: expected a file, got {error.strerror}") from error
+        stamps.append((str(file.absolute()), stat.st_size, stat.st_mtime_ns))
+    return tuple(stamps)
 
 
 def same_grid(
@@ -150,14 +188,20 @@ def same_grid(
     return bool(apart <= tolerance_vox * spacing_of(b).min())
 
 
-def load_volume(path: str | os.PathLike[str]) -> Volume:
+def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> Volume:
     """Read a 3-D image as float32 in RAS order.
 
+    path: a NIfTI file, a folder with a DICOM series, or a DICOM file that holds one whole. part: of a 4-D file the channel, of a folder
+    the series' UID; None where there is only one.
     Raises: DataError, naming the file, if it cannot be read, is not 3-D, holds NaN or infinity, or
     has an affine that is singular or sheared.
     """
     path = Path(path)
-    data, affine = _read(path)
+    if path.is_dir() or dicom.is_dicom(path):
+        stored, matrix = dicom.read_series(path, None if part is None else str(part))
+        data, affine = _canonical(nib.Nifti1Image(stored, matrix), path)
+    else:
+        data, affine = _read(path, part)
     with np.errstate(over="ignore"):
         array = data.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(array))
@@ -185,19 +229,75 @@ def load_labels(path: str | os.PathLike[str]) -> Volume:
     return Volume(array, affine)
 
 
-def _read(path: Path) -> tuple[NDArray[np.generic], FloatArray]:
+def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
+    """Read a grey PNG, or a folder of them as a stack, as float32 in [0, 1] of its type's range.
+
+    A PNG knows no patient: its columns are taken to run to the patient's left, its rows to the
+    back, and the stack, in the order of the names, to the head (axial, as on a viewing station);
+    the first pixel of the first one is the origin.
+
+    spacing: mm from column to column, from row to row, and from slice to slice (of a single one its
+    thickness).
+    Raises: DataError if a file cannot be read, is coloured, or differs in size from the first.
+    """
+    path = Path(path)
+    steps = np.asarray(spacing, dtype=np.float64)
+    if steps.shape != (3,) or not (np.isfinite(steps) & (steps > 0)).all():
+        raise DataError(f"spacing: expected three positive lengths in mm, got {steps.tolist()}")
+    files = sorted(path.glob("*.png")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: expected PNG files, got none")
+    slices = [_read_png(file) for file in files]
+    for file, grey in zip(files, slices, strict=True):
+        if grey.shape != slices[0].shape:
+            raise DataError(f"{file}: expected {slices[0].shape} pixels, got {grey.shape}")
+    stack = np.stack([grey.T for grey in slices], axis=2)  # (columns, rows, slices)
+    affine = np.diag([-steps[0], -steps[1], steps[2], 1.0])
+    return Volume(*_canonical(nib.Nifti1Image(stack, affine), path))
+
+
+def _read_png(path: Path) -> NDArray[np.float32]:
+    """(rows, columns) in [0, 1]."""
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: expected a readable PNG, got {error}") from error
+    if pixels.ndim == 3:
+        colours = pixels[..., :3] if pixels.shape[2] in (3, 4) else pixels[..., :1]
+        if (colours != colours[..., :1]).any():
+            raise DataError(f"{path}: expected a grey picture, got a coloured one")
+        pixels = colours[..., 0]
+    most = 1 if pixels.dtype == np.bool_ else 255 if pixels.dtype == np.uint8 else 65535
+    return pixels.astype(np.float32) / np.float32(most)
+
+
+def _read(path: Path, part: int | str | None = None) -> tuple[NDArray[np.generic], FloatArray]:
     if not path.is_file():
         raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
     try:
         with np.errstate(all="ignore"):  # what overflows is looked for in the result
             stored = nib.load(path)
             _check_size(path, stored)
-            image = nib.as_closest_canonical(stored)
-            data = np.asanyarray(image.dataobj)
+            return _canonical(stored, path, part)
+    except DataError:
+        raise
     except _UNREADABLE as error:
         raise DataError(
             f"{path}: expected a readable NIfTI file, got {type(error).__name__}: {error}"
         ) from error
+
+
+def _canonical(
+    image: Any, path: Path, part: int | str | None = None
+) -> tuple[NDArray[Any], FloatArray]:
+    """The voxels and the affine of a nibabel image in RAS order; path: for errors."""
+    if part is not None and len(image.shape) == 4:
+        if not (isinstance(part, int) and 0 <= part < image.shape[3]):
+            raise DataError(f"{path}: expected a channel below {image.shape[3]}, got {part}")
+        image = image.slicer[..., part]
+    image = nib.as_closest_canonical(image)
+    data = np.asanyarray(image.dataobj)
     if data.ndim == 4 and data.shape[3] == 1:
         data = data[..., 0]
     if data.ndim != 3 or data.size == 0 or data.dtype.kind not in "iuf":
@@ -242,111 +342,31 @@ def window(image: NDArray[np.floating], modality: str, structure: str = "") -> N
     """Intensities cut to a window and scaled to [0, 1], float32.
 
     image: whole volume (MR takes its 0.5 and 99.5 percentiles as the window). modality: "ct"
-    (Hounsfield units; the window is the tissue's: bone, lung or soft, by the structure's name) or
-    "mr".
+    (Hounsfield units; the window is the tissue's: bone, lung or soft, by the structure's name),
+    "mr", or "grey" (in [0, 1] already).
     Raises: ConfigError on another modality, DataError on an MR image without contrast.
     """
     if modality == "ct":
-        tissue = next(
-            (t for t, words in CT_TISSUES.items() if any(w in structure for w in words)), "soft"
-        )
-        low, high = CT_WINDOWS[tissue]
+        low, high = CT_WINDOWS[tissue_of(structure)]
     elif modality == "mr":
         low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
         if not high > low:
             raise DataError(
                 f"image: expected an MR image with contrast, got {low:g} at both percentiles"
             )
+    elif modality == "grey":
+        low, high = 0.0, 1.0
     else:
-        raise ConfigError(f"modality: expected 'ct' or 'mr', got {modality!r}")
+        raise ConfigError(f"modality: expected 'ct', 'mr' or 'grey', got {modality!r}")
     scaled = (np.asarray(image, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     clipped: NDArray[np.float32] = np.clip(scaled, 0.0, 1.0)
     return clipped
 
 
-def find_cases(
-    root: str | os.PathLike[str], modality: Modality = "ct", problems: list[str] | None = None
-) -> list[Case]:
-    """All cases below a folder, by subject's name, in either layout (see the module).
+def tissue_of(structure: str) -> str:
+    """The CT window for a structure: that of the tissue one of whose words its name holds.
 
-    modality: of the original project's `*-image.nii.gz`, whose name does not tell it. problems: if
-    given, a case that cannot be used is left out and described there instead of raising.
-    Raises: DataError if the folder is missing or holds no case, or if a case lacks image or masks.
+    A word counts as a whole (`rib_left_3`, `ribs`, `vertebrae_L1`): `hip` is not in `hippocampus`.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: expected a folder of cases, got nothing at that path")
-    splits = _read_splits(root / "meta.csv")
-    cases = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        try:
-            case = _read_case(folder, modality, splits.get(folder.name))
-        except DataError as error:
-            if problems is None:
-                raise
-            problems.append(str(error))
-        else:
-            cases += [case] if case else []
-    if not cases:
-        raise DataError(
-            f"{root}: expected folders <subject> of ct.nii.gz or mri.nii.gz and segmentations/"
-            "<structure>.nii.gz, or of *-image.nii.gz and *-label.nii.gz, got none"
-            + "".join(f"; {problem}" for problem in problems or ())
-        )
-    return cases
-
-
-def _read_case(folder: Path, modality: Modality, split: str | None) -> Case | None:
-    """The case in a folder, None if it holds nothing of either layout."""
-    if (folder / "segmentations").is_dir() or any(
-        (folder / name).is_file() for name in IMAGE_NAMES
-    ):
-        return _totalsegmentator_case(folder, split)
-    if any(folder.glob("*-image.nii.gz")) or any(folder.glob("*-label.nii.gz")):
-        return _original_case(folder, modality, split)
-    return None
-
-
-def _totalsegmentator_case(folder: Path, split: str | None) -> Case:
-    images = [name for name in IMAGE_NAMES if (folder / name).is_file()]
-    if len(images) != 1:
-        raise DataError(
-            f"{folder}: expected one of {', '.join(IMAGE_NAMES)}, got {', '.join(images) or 'none'}"
-        )
-    masks = sorted((folder / "segmentations").glob("*.nii.gz"))
-    structures = {
-        p.name.removesuffix(".nii.gz"): Source(p) for p in masks if not p.name.startswith(".")
-    }
-    if not structures:
-        raise DataError(f"{folder}: expected masks in segmentations/<structure>.nii.gz, got none")
-    return Case(folder.name, IMAGE_NAMES[images[0]], folder / images[0], structures, split)
-
-
-def _original_case(folder: Path, modality: Modality, split: str | None) -> Case:
-    images, labels = sorted(folder.glob("*-image.nii.gz")), sorted(folder.glob("*-label.nii.gz"))
-    if len(images) != 1 or len(labels) != 1:
-        raise DataError(
-            f"{folder}: expected one *-image.nii.gz and one *-label.nii.gz, "
-            f"got {len(images)} and {len(labels)}"
-        )
-    values = np.unique(load_labels(labels[0]).array)
-    structures = {f"label_{value}": Source(labels[0], int(value)) for value in values if value != 0}
-    if not structures:
-        raise DataError(f"{labels[0]}: expected at least one label, got an empty label map")
-    return Case(folder.name, modality, images[0], structures, split)
-
-
-def _read_splits(path: Path) -> dict[str, str]:
-    """subject → split from TotalSegmentator's meta.csv; empty without the file or the column."""
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream, delimiter=";", restkey="more"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: expected a table in UTF-8, got {error}") from error
-    if rows and "image_id" not in rows[0]:
-        raise DataError(
-            f"{path}: expected a column image_id (separator ';'), got {', '.join(rows[0])}"
-        )
-    return {row["image_id"]: row["split"] for row in rows if row.get("split")}
+    words = {word for part in structure.lower().split("_") for word in (part, part[:-1])}
+    return next((t for t, names in CT_TISSUES.items() if words & set(names)), "soft")

@@ -1,0 +1,97 @@
+"""How sure a mean is, and whether two methods differ: bootstrap intervals and paired tests.
+
+The unit is a structure of a subject (the mean of its regions): regions of one structure are pieces
+of one thing and would make an interval too narrow. Structures of one subject share patient and
+scanner, so an interval speaks of structures like these, not of new patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import wilcoxon
+
+RESAMPLES = 10_000
+SEED = 0
+LEAST = 3
+"""Below so many structures there is neither an interval nor a test."""
+
+KEYS = ("dice", "hd95_mm", "nsd")
+PAIRS = (("lora", "base"), ("full", "base"), ("lora", "full"))
+
+Record = Mapping[str, Any]
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % percentile interval of the mean, from RESAMPLES resamples with a fixed seed.
+
+    None for fewer than LEAST values. Source: Efron and Tibshirani, An Introduction to the Bootstrap.
+    """
+    if len(values) < LEAST:
+        return None
+    data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(SEED)
+    means = data[rng.integers(0, len(data), (RESAMPLES, len(data)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def mean_with_interval(values: Sequence[float | None]) -> dict[str, Any]:
+    """{'mean', 'low', 'high', 'n'} of the values that are defined; None where too few are."""
+    defined = [value for value in values if value is not None]
+    interval = bootstrap_interval(defined) or (None, None)
+    mean = float(np.mean(defined)) if defined else None
+    return {"mean": mean, "low": interval[0], "high": interval[1], "n": len(defined)}
+
+
+def paired_difference(one: Sequence[float | None], other: Sequence[float | None]) -> dict[str, Any]:
+    """The mean of one less other, its interval, and the p-value of a two-sided Wilcoxon signed-rank test.
+
+    The two sequences are in the same order; a pair counts where both are defined. p is 1 where no
+    pair differs, and None for fewer than LEAST pairs.
+    """
+    both = zip(one, other, strict=True)
+    differences = [a - b for a, b in both if a is not None and b is not None]
+    result = mean_with_interval(differences)
+    if len(differences) < LEAST:
+        return {**result, "p": None}
+    if not any(differences):
+        return {**result, "p": 1.0}
+    return {**result, "p": float(wilcoxon(differences).pvalue)}
+
+
+def statistics(structures: Sequence[Record]) -> dict[str, Any]:
+    """Means with intervals and paired tests over structures, and each subject's means.
+
+    structures: of `results.structure_means`. Returns `methods` (method -> metric), `pairs` (a list
+    of one, other and the metrics), `subjects` (subject -> method -> metric).
+    """
+    values: dict[str, dict[tuple[str, str], Record]] = {}
+    for row in structures:
+        values.setdefault(row["method"], {})[row["subject"], row["structure"]] = row
+    order = sorted({place for rows in values.values() for place in rows})
+
+    def column(method: str, key: str, subject: str | None = None) -> list[float | None]:
+        places = [place for place in order if subject in (None, place[0])]
+        return [values[method][place][key] for place in places]
+
+    return {
+        "unit": "a structure of a subject",
+        "resamples": RESAMPLES,
+        "methods": {m: {k: mean_with_interval(column(m, k)) for k in KEYS} for m in values},
+        "pairs": [
+            {"one": a, "other": b}
+            | {k: paired_difference(column(a, k), column(b, k)) for k in KEYS}
+            for a, b in PAIRS
+            if a in values and b in values
+        ],
+        "subjects": {
+            subject: {
+                m: {k: mean_with_interval(column(m, k, subject)) for k in KEYS} for m in values
+            }
+            for subject in sorted({place[0] for place in order})
+        },
+    }

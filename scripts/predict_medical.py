@@ -1,0 +1,215 @@
+"""Refine rough masks to surfaces in the patient's mm: one image, or every case of a data set."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastlora.errors import ConfigError, DataError, FastLoRAError
+from fastlora.medical.checkpointing import atomic_write
+from fastlora.medical.console import show_log
+from fastlora.medical.finetuned import load_finetuned
+from fastlora.medical.layouts import find_cases
+from fastlora.medical.overlay import overlay_picture
+from fastlora.medical.predict import SPACES, Subject, predict_mesh, read_subject, stem, write_mesh
+from fastlora.medical.results import MESH_FORMATS
+from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.slices import select_structures
+from fastlora.medical.train_config import TrainConfig
+from fastlora.medical.trainer import resolve_device
+from fastlora.medical.volumes import Volume, tissue_of, window
+
+COLUMNS = ["subject", "structure", "mesh", "volume_ml", "dice_with_mask", "watertight", "problem"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other error: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists all flags)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = Parser(
+        usage="%(prog)s --checkpoint RUN (--image FILE --mask FILE | --data_root DIR) --output_dir DIR [flags]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint",
+        metavar="RUN",
+        required=True,
+        help="run folder (its best checkpoint is used), or one of its checkpoints/*.pt",
+    )
+    model.add_argument(
+        "--merged",
+        action="store_true",
+        help="fold LoRA into plain layers first; the same surface to rounding",
+    )
+    model.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (%(default)s)"
+    )
+    model.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="windows at a time (%(default)s)"
+    )
+    one = parser.add_argument_group("one image")
+    one.add_argument(
+        "--image", type=Path, metavar="PATH", help="NIfTI, a folder of one DICOM series, or PNG"
+    )
+    one.add_argument(
+        "--mask", type=Path, metavar="PATH", help="its rough mask: NIfTI, DICOM SEG, or PNG"
+    )
+    one.add_argument("--label", type=int, metavar="N", help="of a label map, or a SEG's segment")
+    one.add_argument(
+        "--structure",
+        metavar="NAME",
+        help="what it is, for the CT window (default: the mask's name)",
+    )
+    one.add_argument(
+        "--spacing",
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="of PNG: between columns, rows and slices; of one slice its thickness",
+    )
+    many = parser.add_argument_group("a data set, in any layout of docs/quickstart_training.md")
+    many.add_argument("--data_root", type=Path, metavar="DIR")
+    many.add_argument("--classes", nargs="+", metavar="NAME", help="structures, or kinds (all)")
+    many.add_argument("--channel", type=int, default=0, metavar="N", help="of dataset.json (0)")
+    many.add_argument(
+        "--skip_invalid", action="store_true", help="leave out what cannot be used, and say so"
+    )
+    parser.add_argument(
+        "--modality",
+        choices=("ct", "mr"),
+        help="of a NIfTI image that ct.nii.gz, mri.nii.gz or dataset.json does not tell",
+    )
+    output = parser.add_argument_group("what is written")
+    output.add_argument("--output_dir", type=Path, metavar="DIR", required=True)
+    output.add_argument(
+        "--mesh_format", choices=MESH_FORMATS, default=MESH_FORMATS[0], help="(%(default)s)"
+    )
+    output.add_argument(
+        "--coordinates",
+        choices=SPACES,
+        default=SPACES[0],
+        help="of the mesh: ras as NIfTI, lps as DICOM and ITK; stated in the files (%(default)s)",
+    )
+    output.add_argument(
+        "--picture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a PNG with the mesh cut through the image's slices",
+    )
+    return parser
+
+
+def subjects(
+    args: argparse.Namespace, problems: list[str]
+) -> Iterator[tuple[str, str, Subject | DataError]]:
+    """Name, structure, and what was read or why it could not be."""
+    if args.data_root is None:
+        keys = ("modality", "structure", "label", "spacing")
+        subject = read_subject(args.image, args.mask, **{key: getattr(args, key) for key in keys})
+        yield stem(args.image), subject.structure, subject
+        return
+    cases = find_cases(
+        args.data_root, args.modality or "ct", problems if args.skip_invalid else None, args.channel
+    )
+    kept: dict[str, Volume] = {}
+    for case, structure in select_structures(cases, args.classes):
+        try:
+            image = kept.get(case.subject) or case.load_image()
+            kept = {case.subject: image}  # the next structure's, most often
+            mask = case.load_mask(structure, image)
+            yield case.subject, structure, Subject(image, mask, case.modality, structure)
+        except DataError as error:
+            yield case.subject, structure, error
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predicts and writes, one structure after the other; prints a line for each."""
+    if (args.data_root is None) == (args.image is None) or (args.image is None) != (
+        args.mask is None
+    ):
+        raise ConfigError("expected --image and --mask, or --data_root, and not both")
+    if args.data_root is not None:
+        for name in ("label", "structure", "spacing"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"{name}: expected with --image only, got it with --data_root")
+    if args.batch_size < 1:
+        raise ConfigError(f"batch_size: expected >= 1, got {args.batch_size}")
+    device = resolve_device(TrainConfig(device=args.device))
+    folder, which = RunFolder.split(args.checkpoint)
+    model = load_finetuned(folder, args.merged, which).to(device)
+    about = {"run": str(folder), "checkpoint": which, "merged": args.merged}
+
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for subject, structure, item in subjects(args, problems):
+        row: dict[str, Any] = {"subject": subject, "structure": structure}
+        try:
+            if isinstance(item, DataError):
+                raise item
+            mesh, facts = predict_mesh(model, item, args.batch_size)
+        except DataError as error:
+            if not args.skip_invalid:
+                raise
+            rows.append({**row, "problem": str(error)})
+            print(f"{subject} {structure}: skipped: {error}")
+            continue
+        if item.modality == "ct":
+            facts["ct_window"] = tissue_of(structure)
+        path = args.output_dir / f"{subject}_{structure}.{args.mesh_format}"
+        write_mesh(mesh, path, args.coordinates, {"subject": subject, **facts, **about})
+        if args.picture:
+            grey = window(item.image.array, item.modality, structure)
+            png = overlay_picture(item.image, grey, item.mask, mesh)
+            atomic_write(path.with_suffix(".png"), lambda file, png=png: file.write(png))
+        rows.append({**row, "mesh": path.name, **facts})
+        print(
+            f"{path}: {facts['volume_ml']:.2f} ml, {facts['faces']} triangles, "
+            f"Dice with the mask {facts['dice_with_mask']:.3f}, mm in {args.coordinates.upper()}",
+            flush=True,
+        )
+    for problem in problems:
+        rows.append({"problem": problem})
+        print(f"skipped: {problem}")
+    done = sum("mesh" in row for row in rows)
+    if not done:
+        raise DataError("expected a structure that can be used, got none")
+    if args.data_root is not None:
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        atomic_write(
+            args.output_dir / "predictions.csv", lambda file: file.write(text.getvalue().encode())
+        )
+        print(f"{done} surfaces, {len(rows) - done} skipped: {args.output_dir / 'predictions.csv'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Predicts; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
+    try:
+        args = build_parser().parse_args(argv)
+        show_log()
+        return run(args)
+    except (FastLoRAError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was written so far is whole", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
