@@ -30,8 +30,8 @@ import fastlora
 from fastlora.adapter_files import merge_files, read_adapter
 from fastlora.errors import FastLoRAError
 from fastlora.medical import checkpointing
-from fastlora.medical.train_config import TrainConfig, read_yaml
 from fastlora.medical.layouts import find_cases
+from fastlora.medical.train_config import TrainConfig, read_yaml
 from fastlora.medical.volumes import load_labels, load_volume
 from tests.models import Decoder
 from tests.tiny_run import tiny_trainer

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -140,12 +140,13 @@ def _check_content(content: Any, where: str) -> None:
             f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} records"
         )
     for record in content["history"]:
-        try:
-            figures = [*record.get("train", {}).values(), *record["val"].values()]
-        except (TypeError, KeyError, AttributeError):
-            figures = [None]
-        if not all(isinstance(figure, float) and math.isfinite(figure) for figure in figures):
+        parts = [record.get("train", {}), record.get("val")] if isinstance(record, dict) else [None]
+        if not all(isinstance(part, dict) and _are_figures(part.values()) for part in parts):
             raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
+
+
+def _are_figures(values: Iterable[object]) -> bool:
+    return all(isinstance(value, float) and math.isfinite(value) for value in values)
 
 
 def check_like(found: object, wanted: object, where: str) -> None:
