@@ -240,6 +240,11 @@ def _read_file(file: Path) -> Adapter:
             continue
         values: dict[str, Any] = {"use_rslora": False, "dropout": 0.0} | metadata.get(path, {})
         rank, stabilised = values.get("rank"), values["use_rslora"]
+        if values.get("kind", "linear") != "linear":  # older files have linear layers only
+            raise CheckpointError(
+                f"{file}: {path} is of the kind {values['kind']!r}; these functions take linear layers, "
+                "fastlora.load_adapter takes it"
+            )
         try:
             check_hyperparameters(rank, values.get("alpha"), values["dropout"])  # type: ignore[arg-type]
         except ConfigError as error:
@@ -275,6 +280,11 @@ def _read_peft(folder: Path) -> Adapter:
     config = read_config(folder / CONFIG_FILE)
     if config.use_dora:
         raise CheckpointError(f"{folder}: use_dora=True: only fastlora.from_pretrained reads DoRA")
+    if config.fan_in_fan_out:
+        raise CheckpointError(
+            f"{folder}: fan_in_fan_out=True: the weights are those of Conv1D layers, stored transposed; only "
+            "fastlora.from_pretrained reads them"
+        )
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise CheckpointError(f"no such file: {file}; only safetensors are read")

@@ -15,7 +15,7 @@ from fastlora.config import LoRAConfig, Targets
 from fastlora.errors import ConfigError, InjectionError
 from fastlora.inject import inject_lora
 from fastlora.lora_layer import LoRALayer, check_hyperparameters
-from fastlora.record import AdapterRecord, get_record, records, set_record
+from fastlora.record import AdapterRecord, forget_trained, get_record, records, set_record
 from fastlora.selection import make_plan, suggest, to_config
 
 DEFAULT_NAME = "default"
@@ -45,10 +45,15 @@ def add_adapter(
     target_modules, rank, alpha, dropout: as in `inject_lora`. The adapters of one model may differ in all of them.
     activate: make it the active one. Otherwise the active one stays, and without one the model stays plain.
 
-    Raises: ConfigError if there is an adapter of this name. InjectionError as `inject_lora`, if no layer matches, inside
+    Raises: ConfigError if there is an adapter of this name, or for `modules_to_save` or `bias` beside other adapters. InjectionError as `inject_lora`, if no layer matches, inside
     `disable_adapter`, or if a module at one of the active adapter's places was replaced. The model is unchanged then.
     """
     config = to_config(target_modules, rank, alpha, dropout)
+    if (config.modules_to_save or config.bias != "none") and list_adapters(model):
+        raise ConfigError(
+            "modules_to_save, bias: expected none for an adapter beside others: all adapters of a model share its heads and "
+            "biases, so training them for one would change the others"
+        )
     with adding(model, name) as plain:
         if not make_plan(plain, config):
             raise InjectionError(
@@ -99,6 +104,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         _take_out(keeper, record.adapters[name])
         record.active = None
     del record.adapters[name]
+    if not record.adapters:
+        forget_trained(keeper)
     set_record(keeper, record)
 
 

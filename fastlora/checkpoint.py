@@ -77,6 +77,11 @@ def load_lora_state_dict(
         raise CheckpointError("state does not fit the model: " + summary + "\n  ".join(problems))
     if not loadable:
         raise CheckpointError("state: is empty, so nothing would be loaded")
+    mixed = _mixed_layers(model, loadable)
+    if mixed:
+        raise CheckpointError(
+            f"state: holds only a part of the adapter of {mixed[0]} that fits; its tensors mean nothing without each other"
+        )
     refuse_complex({key: state[key] for key in loadable}, known)
     if problems:
         warnings.warn(
@@ -88,6 +93,16 @@ def load_lora_state_dict(
         for key in loadable:
             known[key].copy_(state[key])
     return LoadResult(loadable, missing, unexpected)
+
+
+def _mixed_layers(model: nn.Module, loadable: list[str]) -> list[str]:
+    """Layers with a start that is taken off, or with DoRA, of whose tensors only a part would be loaded."""
+    found, given = [], set(loadable)
+    for path, layer in named_lora_layers(model):
+        keys = {f"{path}.{name}".lstrip(".") for name in layer.lora_state()}
+        if len(keys) > 2 and keys & given and not keys <= given:
+            found.append(path or "the layer")
+    return found
 
 
 def refuse_complex(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -124,7 +139,8 @@ def save_adapter(
 ) -> None:
     """Write the adapter (and by default the trained heads) to one safetensors file, atomically.
 
-    Rank, alpha, dropout, use_rslora and use_dora of every layer go into the file's metadata, so that loading can check them.
+    Kind, rank, alpha, dropout, use_rslora and use_dora of every layer go into the file's metadata; loading checks what
+    changes the result.
 
     Raises: CheckpointError if the model has no adapters or the file cannot be written; an older file is left as it was.
     """
@@ -135,6 +151,7 @@ def save_adapter(
             "dropout": layer.dropout,
             "use_rslora": layer.use_rslora,
             "use_dora": layer.lora_magnitude is not None,
+            "kind": layer.kind,
         }
         for layer_path, layer in named_lora_layers(model)
     }

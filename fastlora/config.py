@@ -48,7 +48,7 @@ _ALIASES = {
 class LoRAConfig:
     """What `inject_lora` does, in one value.
 
-    target_modules: patterns, or "all-linear" (every linear layer but the model's output embeddings), or a callback
+    target_modules: patterns, or "all-linear" (every layer of `kinds`, by default linear ones, but the model's output embeddings), or a callback
         `(path, module) -> bool | LoRAConfig`, where a returned config gives that layer its rank, alpha and dropout.
     match: how a string pattern is compared with a layer's dotted path, such as `blocks.0.attn.to_qkv`:
         "contains"  it is contained in any component; a pattern with dots matches a run of whole components
@@ -73,7 +73,8 @@ class LoRAConfig:
         which then has twice the rank: W stays as it is, and disabling, merging and base checkpoints stay exact.
     bias: which biases train besides: "none", "all" of the model, or "lora_only", those of adapted layers.
     modules_to_save: names of modules that train whole besides, such as a new head: a path, or a dotted suffix of one. Like biases they
-        are marked by `inject_lora` and left trainable by `freeze_base_params`, and saved by `save_adapter` and `save_pretrained`.
+        are marked by `inject_lora` and left trainable by `freeze_base_params`, and saved by `save_adapter`; `save_pretrained` saves
+        modules, and refuses biases, for which PEFT's format has no place.
 
     PEFT's names r, lora_alpha, lora_dropout and exclude_modules are accepted for rank, alpha, dropout and exclude.
     Under a config every pattern, index and name must match at least one layer; `inject_lora` raises otherwise.

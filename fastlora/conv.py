@@ -30,6 +30,7 @@ class LoRAConv(LoRALayer):
     """
 
     wrapped_name = "original_layer"
+    kind = "conv"
     original_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
     def __init__(

@@ -25,6 +25,7 @@ class LoRAEmbedding(LoRALayer):
     """
 
     wrapped_name = "original_layer"
+    kind = "embedding"
     original_layer: nn.Embedding
 
     def __init__(

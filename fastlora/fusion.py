@@ -13,6 +13,7 @@ from fastlora.dispatch import Choice
 from fastlora.errors import InjectionError
 from fastlora.group_ops import GroupMember, lora_linear_group
 from fastlora.layer import LoRALinear, is_plain
+from fastlora.ops import autocasts
 from fastlora.selection import named_lora_layers
 
 
@@ -89,6 +90,7 @@ class _Ready:
     x: Any
     state: tuple[Any, ...]
     outputs: dict[int, Tensor]
+    spent: list[bool]  # not empty once the graph that made them has been through its backward pass
 
 
 class _Group:
@@ -112,7 +114,7 @@ class _Group:
         if torch._C._are_functorch_transforms_active():
             return None
         state, ready = self._state(x), self._ready
-        if ready is not None and ready.x() is x and ready.state == state:
+        if ready is not None and not ready.spent and ready.x() is x and ready.state == state:
             y = ready.outputs.pop(id(layer), None)
             if not ready.outputs:
                 self._ready = None
@@ -120,24 +122,26 @@ class _Group:
                 return y
         if not self._fits(layer, x):
             return None
+        spent: list[bool] = []
+        seed = layer._draw_seed(x)
         outputs = lora_linear_group(
-            x, [_member(m) for m in self.layers], layer.dropout, layer._draw_seed(x)
+            x, [_member(m) for m in self.layers], layer.dropout, seed, spent
         )
         made = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
         y = made.pop(id(layer))
-        self._ready = _Ready(weakref.ref(x), state, made)
+        self._ready = _Ready(weakref.ref(x), state, made, spent)
         return y
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:
         """All that the outputs depend on besides the object x."""
         versions = [
-            tensor._version
+            (id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad)
             for m in self.layers
-            for tensor in (m.lora_A, m.lora_B, m.original_linear.weight)
+            for tensor in (*m.lora_state().values(), m.original_linear.weight, m.bias)
+            if tensor is not None
         ]
         modes = [(m.training, m.disabled, m.dropout, m.scaling) for m in self.layers]
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        autocast = autocasts(x) and torch.get_autocast_dtype(x.device.type)
         return x._version, torch.is_grad_enabled(), autocast, versions, modes
 
     def _fits(self, layer: LoRALinear, x: Tensor) -> bool:
@@ -182,8 +186,9 @@ def _watch(
     handles = []
 
     def watcher(path: str) -> Any:
-        def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0].feats
+        def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = inputs[0] if inputs else named["input"]
+            x = given if isinstance(given, Tensor) else given.feats
             order = sum(map(len, seen.values()))
             seen.setdefault(path, []).append((x, x._version, order))
 
@@ -191,7 +196,10 @@ def _watch(
 
     modes = [(module, module.training) for module in model.modules()]
     try:
-        handles += [la.register_forward_pre_hook(watcher(path)) for path, la in layers.items()]
+        handles += [
+            la.register_forward_pre_hook(watcher(path), with_kwargs=True)
+            for path, la in layers.items()
+        ]
         for module, _ in modes:
             module.training = False
         with torch.inference_mode(False), torch.no_grad():

@@ -29,11 +29,16 @@ class GroupMember:
 
 
 def lora_linear_group(
-    x: Tensor, members: Sequence[GroupMember], p: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    members: Sequence[GroupMember],
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    spent: list[bool] | None = None,
 ) -> list[Tensor]:
     """[`lora_linear(x, …)` for each member], all under the same dropout mask. Plain torch operations.
 
     x: (..., K), of the weights' dtype. N and R may differ. p, seed: as in `lora_linear`. Under autocast all take its dtype.
+    spent: gets an entry when the backward pass has run, after which the outputs belong to a graph that is gone.
     """
     cast = ops.autocast if ops.autocasts(x) else _same
     x = cast(x)
@@ -45,7 +50,7 @@ def lora_linear_group(
         tensors += [cast(m.weight), bias, m.lora_a.to(x.dtype), m.lora_b.to(x.dtype)]
     scalings = tuple(m.scaling for m in members)
     if torch.is_grad_enabled():
-        return list(_Group.apply(x, seed, p, scalings, *tensors))  # type: ignore[no-untyped-call]
+        return list(_Group.apply(x, seed, p, scalings, spent, *tensors))  # type: ignore[no-untyped-call]
     return _forward(x, seed, p, scalings, tensors)[0]
 
 
@@ -92,18 +97,21 @@ class _Group(torch.autograd.Function):
         seed: Tensor | None,
         p: float,
         scalings: tuple[float, ...],
+        spent: list[bool] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs, s = _forward(x, seed, p, scalings, tensors)
         ctx.save_for_backward(x, seed, s, *tensors)
-        ctx.p, ctx.scalings = p, scalings
+        ctx.p, ctx.scalings, ctx.spent = p, scalings, spent
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, seed, s, *tensors = ctx.saved_tensors
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        if ctx.spent is not None:
+            ctx.spent.append(True)
         flat = x.reshape(-1, x.shape[-1])
         gradients: list[Tensor | None] = [None] * len(tensors)
         dx: Tensor | None = None
@@ -150,4 +158,4 @@ class _Group(torch.autograd.Function):
                     torch.split(da, [rank for _, rank, _ in places]), places, strict=True
                 ):
                     gradients[place] = part if needed else None
-        return None if dx is None else dx.view(x.shape), None, None, None, *gradients
+        return None if dx is None else dx.view(x.shape), None, None, None, None, *gradients

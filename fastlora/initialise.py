@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastlora.embedding import LoRAEmbedding
 from fastlora.layer import LoRALinear
 from fastlora.lora_layer import LoRALayer, exactly
 
@@ -25,7 +26,7 @@ def initialise(layer: LoRALayer, how: str) -> None:
     section 3; OLoRA, arXiv 2406.01775, section 3.
     """
     if how == "gaussian":
-        if layer.lora_A.any():
+        if not isinstance(layer, LoRAEmbedding):
             nn.init.normal_(layer.lora_A, std=1 / layer.rank)
     elif how == "orthogonal":
         device, half = layer.lora_A.device, layer.rank // 2

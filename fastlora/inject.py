@@ -12,6 +12,7 @@ from fastlora.errors import InjectionError
 from fastlora.initialise import initialise
 from fastlora.kinds import wrap
 from fastlora.lora_layer import LoRALayer, check_hyperparameters
+from fastlora.record import TRAINED as _TRAINED
 from fastlora.record import inactive_adapters
 from fastlora.selection import (
     Plan,
@@ -25,7 +26,6 @@ from fastlora.selection import (
 )
 
 DEFAULT_OUTPUT_LAYERS = ("out_layer",)
-_TRAINED = "_trained_beside_lora"  # on a module: names of its own parameters that `bias` and `modules_to_save` let train
 
 
 def inject_lora(
@@ -221,13 +221,15 @@ def _mark_trained(
             setattr(
                 module, _TRAINED, tuple(n for n, p in module._parameters.items() if p is not None)
             )
-    biased = [module for module, (_, own) in plan.items() if own.bias == "lora_only"]
-    if config.bias == "all":
-        biased = list(model.modules())
-    for module in biased:
-        if module._parameters.get("bias") is not None:
+    biased = [(module, "bias") for module, (_, own) in plan.items() if own.bias == "lora_only"]
+    if (
+        config.bias == "all"
+    ):  # in_proj_bias of an attention and bias_ih_l0 of an LSTM too, as in PEFT
+        biased = [(m, name) for m in model.modules() for name in m._parameters if "bias" in name]
+    for module, name in biased:
+        if module._parameters.get(name) is not None:
             names = getattr(module, _TRAINED, ())
-            setattr(module, _TRAINED, tuple(dict.fromkeys((*names, "bias"))))
+            setattr(module, _TRAINED, tuple(dict.fromkeys((*names, name))))
 
 
 def _output_parameters(

@@ -49,6 +49,7 @@ class LoRALinear(LoRALayer):
     """
 
     wrapped_name = "original_linear"
+    kind = "linear"
     original_linear: nn.Linear
     group: Any = None  # set by `fastlora.fuse`: the layers that share this one's input
 
@@ -72,6 +73,12 @@ class LoRALinear(LoRALayer):
             raise ConfigError(f"use_dora: expected True or False, got {use_dora!r}")
         if use_dora:
             self.lora_magnitude = nn.Parameter(self._row_norms().to(self.lora_A.dtype))
+
+    def reset_lora_parameters(self) -> None:
+        super().reset_lora_parameters()
+        if self.lora_magnitude is not None:
+            with torch.no_grad():
+                self.lora_magnitude.copy_(self._row_norms())
 
     @classmethod
     def why_unsuitable(cls, linear: object) -> str | None:
@@ -124,6 +131,9 @@ class LoRALinear(LoRALayer):
                 "input: expected a tensor or an object with .feats and .replace, "
                 f"got {type(input).__name__}"
             )
+        if quantisation(self.original_linear) is not None:
+            y = self.original_linear(input.feats)
+            return input.replace(y if self.disabled else self._update(y, input.feats))
         if self.disabled:
             if self._is_plain():
                 return input.replace(self.original_linear(input.feats))
@@ -289,6 +299,8 @@ class LoRATransposedLinear(LoRALinear):
     stored orientation. Arguments as in `LoRALinear`.
     """
 
+    kind = "transposed"
+
     @classmethod
     def why_unsuitable(cls, linear: object) -> str | None:
         kind = type(linear).__name__
@@ -327,8 +339,10 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def computes_linear(linear: nn.Module) -> bool:
-    """Whether the layer's class has no other forward than `nn.Linear` or transformers' `Conv1D`."""
+    """Whether the layer's class has no other forward, nor the layer one of its own, than `nn.Linear` or transformers' `Conv1D`."""
     kind = type(linear)
+    if "forward" in linear.__dict__:  # hooks of the package accelerate replace it so
+        return False
     if kind.forward is nn.Linear.forward:
         return True
     conv1d = _conv1d(kind)

@@ -30,6 +30,7 @@ class LoRALayer(nn.Module):
     """
 
     wrapped_name: ClassVar[str]  # the attribute that holds the wrapped layer
+    kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; stands in adapter files
     disabled: bool = False  # set by `fastlora.disable_adapter` for as long as it lasts
     initial_A: Tensor | None
     initial_B: Tensor | None
@@ -78,7 +79,8 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     def reset_lora_parameters(self) -> None:
-        """Make lora_A Kaiming-uniform (as `nn.Linear` does its weight) and lora_B zero."""
+        """Make lora_A Kaiming-uniform (as `nn.Linear` does its weight) and lora_B zero, and ΔW with them."""
+        self.initial_A = self.initial_B = None
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 

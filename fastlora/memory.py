@@ -44,7 +44,7 @@ class LayerShape:
 
     rank: that of the computation, twice that of lora_A after PiSSA or OLoRA. adapter_dtype: of lora_A and lora_B. weight_read: the
     layer is never called, because its owner multiplies by the merged weight itself (`nn.MultiheadAttention`). dora: whether
-    the output is scaled.
+    the output is scaled. joined: whether the factors are joined with a start that is taken off, anew in each call.
     """
 
     in_features: int
@@ -56,6 +56,7 @@ class LayerShape:
     device: str
     weight_read: bool = False
     dora: bool = False
+    joined: bool = False
 
     def saved_bytes(self, rows: int) -> int:
         """Bytes that fastlora keeps for the backward pass of `rows` rows, parameters left out and x counted.
@@ -75,7 +76,9 @@ class LayerShape:
         if self.weight_read:
             return self.in_features * self.out_features * size  # the merged weight
         kept = rows * self.rank * size
-        kept += self.rank * (self.in_features + self.out_features) * size if cast else 0
+        # Factors in x's dtype, or joined and then perhaps cast: what the product reads is kept.
+        if cast or self.joined:
+            kept += self.rank * (self.in_features + self.out_features) * size
         if self.dora:  # the output before it is scaled, g, and the norms
             wide = max(self.adapter_dtype.itemsize, 4)
             kept += (rows + 1) * self.out_features * size + self.out_features * wide
@@ -103,6 +106,7 @@ def shape_of(layer: LoRALinear, weight_read: bool = False) -> LayerShape:
         layer.lora_A.device.type,
         weight_read,
         layer.lora_magnitude is not None,
+        layer.initial_A is not None,
     )
 
 
@@ -238,6 +242,7 @@ def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = Fal
         cast(Tensor, linear.weight).device.type,
         weight_read,
         config.use_dora,
+        config.takes_start_off,
     )
 
 

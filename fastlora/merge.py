@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, MergeError
 from fastlora.lora_layer import LoRALayer
-from fastlora.record import copy_without_records, drop_records, inactive_adapters
+from fastlora.record import (
+    copy_without_records,
+    drop_records,
+    forget_trained,
+    inactive_adapters,
+)
 
 LOST_SHARE = 0.1  # of an update, by norm; a merge that loses more warns
 _ROWS = 8
@@ -172,6 +177,7 @@ def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
             for parent, name in places:
                 setattr(parent, name, fresh)
         drop_records(model)
+    forget_trained(model)
     return model if dtype is None else model.to(dtype)
 
 

@@ -78,6 +78,9 @@ def lora_update(
 
     x is cast to y's dtype. Saved for the backward pass: x, S and the seed, as in `lora_linear`.
     """
+    if autocasts(y):  # y's dtype is the wrapped layer's choice; autocast would make another of it
+        with torch.autocast(y.device.type, enabled=False):
+            return lora_update(y, x, lora_a, lora_b, scaling, p, seed)
     x, lora_a, lora_b = x.to(y.dtype), lora_a.to(y.dtype), lora_b.to(y.dtype)
     if torch.is_grad_enabled() and (
         torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()

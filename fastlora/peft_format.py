@@ -50,7 +50,6 @@ _IGNORED = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "eva_config",
-        "fan_in_fan_out",  # a Conv1D is known by its class
         "inference_mode",
         "megatron_core",
         "peft_type",
@@ -74,6 +73,7 @@ class PeftConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    fan_in_fan_out: bool = False  # says so of Conv1D layers, which fastlora knows by their class
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -218,7 +218,8 @@ def from_pretrained(
 
     model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it; only safetensors are read.
     adapter: a name, under which the folder is loaded beside the adapters that the model has, without activating it (`set_adapter`
-        does). If there are others, only the new adapter's parameters change, and heads or base parameters in the file are refused.
+        does). If it is the only one, heads in the file become the
+        model's, whichever adapter is active later. If there are others, only the new adapter's parameters change, and heads or base parameters in the file are refused.
     Returns the keys that were loaded, as they stand in the file.
 
     Raises: CheckpointError if a file is missing or damaged, if the config asks for what fastlora does not do (biases,
@@ -499,7 +500,8 @@ def _refuse_adapted(path: str, layers: Mapping[str, LoRALayer]) -> None:
     if adapted:
         raise CheckpointError(
             f"model: {path} would be saved whole and holds or is part of the adapted {adapted}. "
-            "Freeze the base first (freeze_base_params), use include_trainable=False, or save_adapter"
+            "PEFT's format has no biases or weights of adapted layers: freeze them (freeze_base_params, bias='none'), use "
+            "include_trainable=False, or save_adapter"
         )
 
 
@@ -632,6 +634,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha_pattern": ("pattern → alpha", lambda v: v is None or _is_pattern(v, (int, float))),
     "use_rslora": ("true or false", lambda v: v is None or isinstance(v, bool)),
     "use_dora": ("true or false", lambda v: v is None or isinstance(v, bool)),
+    "fan_in_fan_out": ("true or false", lambda v: v is None or isinstance(v, bool)),
 }
 
 

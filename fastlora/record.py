@@ -12,6 +12,8 @@ from torch import nn
 from fastlora.lora_layer import LoRALayer
 
 _KEY = "_fastlora_adapters"
+# On a module: names of its own parameters that `bias` and `modules_to_save` of a config let train.
+TRAINED = "_trained_beside_lora"
 
 
 @dataclass(eq=False)
@@ -49,6 +51,12 @@ def records(model: nn.Module) -> Iterator[tuple[str, AdapterRecord]]:
 def inactive_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that are kept for the model or a part of it and do not stand in the module tree."""
     return [name for _, r in records(model) for name in r.adapters if name != r.active]
+
+
+def forget_trained(model: nn.Module) -> None:
+    """Forget what trains beside adapters that are gone."""
+    for module in model.modules():
+        module.__dict__.pop(TRAINED, None)
 
 
 def drop_records(model: nn.Module) -> None:

@@ -394,3 +394,25 @@ def test_what_cannot_be_fused_is_named():
     report = fuse(model, X, MEMORY)
     assert report.alone["up"].startswith("the wrapped layer has hooks")
     assert "no other adapted layer" in report.alone["gate"]
+
+
+def test_a_backward_pass_of_one_member_does_not_spoil_the_others():
+    model = net()
+    fuse(model, X, MEMORY)
+    x = X.clone().requires_grad_()
+    model.gate(x).sum().backward()
+    model.up(x).sum().backward()  # another graph: that of the first is gone
+    assert model.up.lora_B.grad is not None
+
+
+def test_a_bias_that_changes_and_layers_called_by_name_are_seen():
+    model = net()
+    fuse(model, X, MEMORY)
+    with torch.no_grad():
+        model.gate(X)
+        stale = model.up(X)
+        model.gate(X)
+        model.up.original_linear.bias.add_(1.0)
+        assert_differs(model.up(X), stale)
+    model.forward = lambda x, memory: model.gate(input=x) * model.up(input=x)
+    assert fuse(model, X, MEMORY).groups == (("gate", "up"),)

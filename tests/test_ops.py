@@ -222,3 +222,19 @@ def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
         ConfigError, match="backend: expected one of auto, torch, triton, got 'cuda'"
     ):
         lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, 1.0, backend="cuda")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_an_update_keeps_the_dtype_of_the_base_output_under_autocast(p):
+    seed = torch.tensor(3) if p else None
+    y, x = torch.randn(4, 6, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    want = ops.lora_update(y, x, a, b, 0.5, p, seed)
+    wants = torch.autograd.grad(want.sin().sum(), [y, x, a, b])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.lora_update(y, x, a, b, 0.5, p, seed)
+        with torch.no_grad():
+            assert ops.lora_update(y, x, a, b, 0.5, p, seed).dtype == torch.float32
+    assert torch.equal(got, want)
+    for g, w in zip(torch.autograd.grad(got.sin().sum(), [y, x, a, b]), wants, strict=True):
+        assert torch.equal(g, w)

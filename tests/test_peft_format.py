@@ -260,9 +260,7 @@ def test_what_the_format_cannot_say_is_refused_when_saving(tmp_path):
     cases = []
     with_base = adapted()
     with_base.blocks[0].attn.to_qkv.original_linear.weight.requires_grad_(True)
-    cases.append(
-        (with_base, "holds or is part of the adapted blocks.0.attn.to_qkv. Freeze the base")
-    )
+    cases.append((with_base, "holds or is part of the adapted blocks.0.attn.to_qkv. PEFT"))
     with_parent = adapted()
     with_parent.blocks[0].attn.gate = nn.Parameter(torch.ones(1))
     cases.append((with_parent, "blocks.0.attn would be saved whole and holds"))

@@ -174,3 +174,23 @@ def test_an_unknown_quantisation_is_refused():
     linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(InjectionError, match="torch.int8 weight of a quantisation that is not"):
         LoRALinear(linear)
+
+
+class Tokens:
+    def __init__(self, feats):
+        self.feats = feats
+
+    def replace(self, feats):
+        return Tokens(feats)
+
+
+def test_token_objects_go_through_a_quantised_base(base):
+    layer = LoRALinear(base, rank=4)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = X.clone().requires_grad_()
+    assert torch.equal(layer(Tokens(x)).feats, layer(x))
+    layer(Tokens(x)).feats.sum().backward()
+    assert layer.lora_B.grad is not None
+    layer.disabled = True
+    assert torch.equal(layer(Tokens(X)).feats, base(X))

@@ -14,6 +14,7 @@ from fastlora import (
     InjectionError,
     LoRAConfig,
     LoRALinear,
+    add_adapter,
     base_state_dict,
     check,
     count_parameters,
@@ -414,3 +415,68 @@ def test_modules_to_save_must_be_there_and_have_no_adapter():
     ):
         with pytest.raises(ConfigError, match=message):
             LoRAConfig(**bad)
+
+
+def test_what_trained_beside_adapters_is_forgotten_with_them():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    inject_lora(model, LoRAConfig(["0"], modules_to_save=["1"]))
+    model = merged_model(model)
+    inject_lora(model, ["0"])
+    freeze_base_params(model)
+    assert not model[1].weight.requires_grad
+    add_adapter(model, "other", ["0"])
+    with pytest.raises(ConfigError, match="modules_to_save, bias: expected none .* beside others"):
+        add_adapter(model, "third", LoRAConfig(["0"], modules_to_save=["1"]))
+
+
+def test_all_biases_are_all_that_are_called_so():
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8))
+    inject_lora(model, LoRAConfig(["0"], bias="all"))
+    freeze_base_params(model)
+    assert model[1].in_proj_bias.requires_grad and model[2].bias_ih_l0.requires_grad
+    assert not model[1].in_proj_weight.requires_grad
+
+
+def test_biases_have_no_place_in_a_folder(tmp_path):
+    model = Decoder()
+    inject_lora(model, LoRAConfig(["to_qkv"], bias="lora_only"))
+    freeze_base_params(model)
+    with pytest.raises(CheckpointError, match="no biases or weights of adapted layers.*save_adap"):
+        save_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_a_part_of_an_adapter_is_not_loaded_and_a_reset_is_whole(settings):
+    model, plain = adapted(**settings), adapted()
+    before = model(X)
+    with pytest.raises(CheckpointError, match="only a part of the adapter of blocks.0.attn.to_qkv"):
+        load_lora_state_dict(model, get_lora_state_dict(plain), strict=False)
+    assert torch.equal(model(X), before)
+    randomise_adapters(model)
+    layer = model.blocks[0].attn.to_qkv
+    with torch.no_grad():
+        for parameter in layer.lora_parameters().values():
+            parameter.add_(0.3)
+    layer.reset_lora_parameters()
+    x = torch.randn(3, 16)
+    base = layer.original_linear
+    assert_close(layer(x), base(x), copy.deepcopy(base).double()(x.double()))
+
+
+def test_a_start_that_is_taken_off_is_counted():
+    model = nn.Sequential(nn.Linear(16, 16))
+    config = LoRAConfig(["0"], rank=4, init_lora_weights="olora")
+    planned = estimate(model, 3, config)
+    inject_lora(model, config)
+    freeze_base_params(model)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(torch.randn(3, 16, requires_grad=True))
+    assert sum(kept.values()) == estimate(model, 3).saved_bytes == planned.saved_bytes
