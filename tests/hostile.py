@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs for every reader of files: a good file of each kind, ways to spoil it, and the only errors allowed.
+"""Damaged and hostile inputs for 17 readers of files: a good file of each kind, ways to spoil it, and the only errors allowed.
 
 `attack` is the fuzzer: tests run it short, `tests/soak.py` long.
 """

@@ -20,13 +20,14 @@ from fastlora.medical.evaluate import (
     Method,
     Run,
     baseline_method,
+    compare_runs,
     evaluate,
     largest_difference,
     model_method,
 )
 from fastlora.medical.metrics import METRIC_KEYS, baseline, surface_metrics, tune_threshold
 from fastlora.medical.model import save_base_model
-from fastlora.medical.regions import collate_regions
+from fastlora.medical.regions import RegionDataset, collate_regions
 from fastlora.medical.results import (
     compact_record,
     document,
@@ -405,3 +406,12 @@ def test_lora_is_the_loaded_run(home):
     with torch.inference_mode():
         again = load_finetuned(home / "lora")(batch.tokens, batch.base_vox).numpy()
     np.testing.assert_allclose(np.stack(evaluation.predictions["lora"]), again, atol=1e-5)
+
+
+def test_a_run_of_other_regions_than_the_data_now_gives_is_not_compared(home, monkeypatch):
+    """A manifest that lists others since then would put training subjects among the tested ones."""
+    runs = read_runs(home)
+    assert len(runs["lora"].regions) == 2
+    monkeypatch.setattr(RegionDataset, "identity", lambda _: "another set")
+    with pytest.raises(DataError, match="lora: was trained on other regions than its data gives"):
+        compare_runs(runs["lora"], runs["full"], device="cpu")

@@ -240,3 +240,40 @@ def test_a_seg_of_some_slices_lands_on_them_and_errors_are_named(found, tmp_path
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(DataError, match="pip install 'fastlora.dicom.'"):
         find_cases(tmp_path)
+
+
+def test_a_dicom_header_that_declares_too_much_is_refused_before_it_is_read():
+    from types import SimpleNamespace
+
+    from fastlora.medical import dicom
+
+    def header(rows, frames, positions=()):
+        groups = [
+            {"PlanePositionSequence": True} | {"it": SimpleNamespace(ImagePositionPatient=p)}
+            for p in positions
+        ]
+        found = {
+            "NumberOfFrames": frames,
+            "SharedFunctionalGroupsSequence": [_Measures()],
+            "PerFrameFunctionalGroupsSequence": [_Group(g["it"]) for g in groups],
+        }
+        return SimpleNamespace(Rows=rows, Columns=rows, get=lambda n, d=None: found.get(n, d))
+
+    dicom._check_size(header(512, 100), 1)
+    dicom._check_size(header(64, 2, [(0, 0, 0), (0, 0, 50)]), 1)
+    with pytest.raises(ValueError, match="30000×30000 in 1 planes"):
+        dicom._check_size(header(30_000, 1), 1)
+    with pytest.raises(ValueError, match="in 30,000,001 planes"):
+        dicom._check_size(header(64, 2, [(0, 0, 0), (0, 0, 3e7)]), 1)
+
+
+class _Measures(dict):
+    def __init__(self):
+        super().__init__(PixelMeasuresSequence=[self])
+        self.PixelMeasuresSequence = [{"SpacingBetweenSlices": 1.0}]
+
+
+class _Group(dict):
+    def __init__(self, position):
+        super().__init__(PlanePositionSequence=True)
+        self.PlanePositionSequence = [position]

@@ -252,3 +252,24 @@ def test_bad_input_is_one_line_and_exit_code_2(home, tmp_path, capsys, monkeypat
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_only_calls_itself_png_is_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.tiff")
+    (tmp_path / "x.tiff").rename(tmp_path / "x.png")
+    with pytest.raises(DataError, match="expected a readable PNG"):
+        load_png(tmp_path / "x.png", (1, 1, 1))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:30])
+    with pytest.raises(DataError, match="expected a readable PNG"):
+        load_png(tmp_path / "cut.png", (1, 1, 1))
+    for spacing in ((1e-200, 1, 1), (1e300, 1, 1)):
+        with pytest.raises(DataError):
+            load_png(tmp_path / "good.png", spacing)
+
+
+def test_a_png_mask_takes_no_label(tmp_path):
+    for name in ("image.png", "mask.png"):
+        Image.fromarray(np.full((8, 8), 2, np.uint8)).save(tmp_path / name)
+    with pytest.raises(ConfigError, match="label: expected none, since .*mask.png is PNG"):
+        read_subject(tmp_path / "image.png", tmp_path / "mask.png", label=2, spacing=(1, 1, 1))

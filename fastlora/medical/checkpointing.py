@@ -93,7 +93,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     _check_content(content, str(path))
     if content["best"] is not None:
         _check_content(content["best"], f"{path}: best")
-    if content.setdefault("within", None) is not None:  # older files have none
+    regions = content.setdefault("regions", [])  # older files have neither this nor `within`
+    if not (isinstance(regions, list) and all(isinstance(side, str) for side in regions)):
+        raise CheckpointError(f"{path}: regions: expected a list of fingerprints")
+    if content.setdefault("within", None) is not None:
         _check_within(content, str(path))
     return content
 

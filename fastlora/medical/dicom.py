@@ -6,6 +6,8 @@ DICOM's LPS to RAS: x to the patient's right side is negative there, positive he
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,11 @@ from fastlora.medical.geometry import FloatArray
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription", "PatientID")
 # What the two packages raise on files that are damaged, of another kind, or no regular volume.
-UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
+UNUSABLE = (
+    *(ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError),
+    *(MemoryError, OverflowError, IndexError, struct.error, zlib.error),
+)
+MAX_VOXELS = 2**29  # as in fastlora.medical.volumes
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ def list_series(folder: Path) -> list[Series]:
     paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
     for path in (p for p in paths if is_dicom(p)):
         try:
+            _refuse_deflated(pydicom, path)
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
             values = [str(header.get(name, "")) for name in HEADER]
         except (OSError, EOFError, *UNUSABLE) as error:
@@ -92,6 +99,8 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray[np.float3
     pydicom, highdicom = _packages(folder)
     files = series[0].files
     try:
+        for path in files:
+            _check_size(pydicom.dcmread(path, stop_before_pixels=True), len(files))
         if len(files) == 1:
             volume = highdicom.imread(files[0]).get_volume(dtype=np.float32)
         else:
@@ -111,6 +120,7 @@ def read_segmentation(path: Path) -> Segmentation:
     """What a DICOM SEG holds. Raises: DataError if it cannot be read."""
     pydicom, _ = _packages(path)
     try:
+        _refuse_deflated(pydicom, path)
         header = pydicom.dcmread(path, stop_before_pixels=True)
         modality = str(header.Modality)
         sequence = header.SegmentSequence if modality == "SEG" else ()
@@ -133,11 +143,12 @@ def read_segment(
     Raises: DataError if there is no such segment, if its voxels are not the image's, or if some of
     it lies outside the image.
     """
-    _, highdicom = _packages(path)
+    pydicom, highdicom = _packages(path)
     segments = read_segmentation(path).segments
     if number not in segments:
         raise DataError(f"{path}: expected a segment among {segments}, got {number}")
     try:
+        _check_size(pydicom.dcmread(path, stop_before_pixels=True), 1)
         # Left unchecked: two segments may overlap, and each has its own channel here.
         volume = highdicom.seg.segread(path).get_volume(
             segment_numbers=[number], skip_overlap_checks=True, dtype=np.float32
@@ -156,6 +167,41 @@ def read_segment(
         )
     result: NDArray[np.bool_] = placed
     return result
+
+
+def _refuse_deflated(pydicom: ModuleType, path: Path) -> None:
+    """Raises: ValueError for the transfer syntax that inflates a whole file, of whatever size, before its header can be read."""
+    meta = pydicom.filereader.read_file_meta_info(path)
+    if str(meta.get("TransferSyntaxUID", "")) == "1.2.840.10008.1.2.1.99":
+        raise ValueError(
+            "expected another transfer syntax than Deflated Explicit VR, which hides its size"
+        )
+
+
+def _check_size(header: Any, files: int) -> None:
+    """Raises: ValueError if a header declares more voxels than a volume may hold, the gaps between its frames included."""
+    rows, columns = int(header.Rows), int(header.Columns)
+    frames = int(header.get("NumberOfFrames", 1) or 1)
+    shared = header.get("SharedFunctionalGroupsSequence")
+    spacing = 0.0
+    if shared and shared[0].get("PixelMeasuresSequence"):
+        measures = shared[0].PixelMeasuresSequence[0]
+        spacing = float(
+            measures.get("SpacingBetweenSlices", measures.get("SliceThickness", 0)) or 0
+        )
+    positions = [
+        [float(x) for x in group.PlanePositionSequence[0].ImagePositionPatient]
+        for group in header.get("PerFrameFunctionalGroupsSequence", [])
+        if group.get("PlanePositionSequence")
+    ]
+    planes = float(frames * files)
+    if positions and spacing > 0:
+        reach = np.ptp(np.asarray(positions), axis=0)
+        planes = max(planes, float(np.linalg.norm(reach)) / spacing + 1)
+    if not rows * columns * planes <= MAX_VOXELS:
+        raise ValueError(
+            f"expected at most {MAX_VOXELS:,} voxels, the header declares {rows}×{columns} in {planes:,.0f} planes"
+        )
 
 
 def _packages(path: Path) -> tuple[ModuleType, Any]:

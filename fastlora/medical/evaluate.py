@@ -109,6 +109,12 @@ class Run:
             raise CheckpointError(f"{files.history}: lacks {', '.join(sorted(missing))}")
         return cls(folder, config, history, which)
 
+    @property
+    def regions(self) -> list[str]:
+        """Fingerprints of the regions that it was trained on and chosen by; none in runs of older versions."""
+        found: list[str] = read_checkpoint(RunFolder(self.folder).find(self.which))["regions"]
+        return found
+
     def facts(self) -> dict[str, Any]:
         """What the run cost and made."""
         files = RunFolder(self.folder)
@@ -226,6 +232,13 @@ def compare_runs(
     splits = load_splits(config)
     side = "test" if "test" in splits else "val"
     training = RegionDataset(splits["train"], cache_dir=config.cache_dir)
+    now = [training.identity(), RegionDataset(splits["val"]).identity()]
+    for run in (lora, *([full] if full is not None else [])):
+        if data_root is None and run.regions and run.regions != now:
+            raise DataError(
+                f"{run.folder}: was trained on other regions than its data gives now, so a region that it trained on might be "
+                "tested; prepare the data as it was, or train again"
+            )
     threshold = tune_threshold(training)
     methods = [baseline_method(threshold)]
     where = resolve_device(config)

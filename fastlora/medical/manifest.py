@@ -10,13 +10,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastlora.errors import DataError
+from fastlora.files import read_json
 from fastlora.medical.checkpointing import atomic_write, write_json
 from fastlora.medical.generated import sha256
 from fastlora.medical.volumes import Case
@@ -93,7 +93,7 @@ def read_manifest(cache_dir: Path) -> dict[str, Any]:
     """
     path = cache_dir / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise DataError(
             f"cache_dir: expected {path}, which scripts/preprocess_medical.py writes, got nothing there"

@@ -89,6 +89,10 @@ def read_subject(
     else:
         image, modality = load_volume(image_path), modality or _modality(image_path)
     if _is_png(mask_path):
+        if label is not None:
+            raise ConfigError(
+                f"label: expected none, since {mask_path} is PNG, whose pixels above 0 are the structure, got {label}"
+            )
         drawn = load_png(mask_path, spacing or ())
         if drawn.shape != image.shape or not same_grid(drawn.affine, image.affine, image.shape):
             raise DataError(

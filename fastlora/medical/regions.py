@@ -9,6 +9,7 @@ voxel to mm in the patient.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -185,6 +186,11 @@ class RegionDataset(Dataset[dict[str, Any]]):
         self.samples_per_region = samples_per_region
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self.epoch = 0
+
+    def identity(self) -> str:
+        """A fingerprint of which regions these are: subjects, structures and places, not their voxels."""
+        names = sorted(repr((s.case.subject, s.structure, s.name)) for s in self.specs)
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentations are drawn."""

@@ -114,6 +114,8 @@ class MedicalTrainer:
             if len(data) == 0:
                 raise DataError(f"{name}: expected at least one region, got none")
         self.train_data, self.val_data = train_data, val_data
+        sides = [getattr(data, "identity", None) for data in (train_data, val_data)]
+        self.regions = [side() for side in sides if side is not None]
 
         checkpointing.seed_everything(config.seed)
         self.model = load_base_model(config.base_weights) if model is None else model
@@ -241,9 +243,10 @@ class MedicalTrainer:
             )
 
     def _memory(self) -> str:
+        alone = ", and --halve_batch does that by itself" if self.ranks.world == 1 else ""
         return (
             f"{memory_in_words(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
-            "grad_accum trains the same, and --halve_batch does that by itself"
+            f"grad_accum trains the same{alone}"
         )
 
     def _train_epoch(self, bar: tqdm[Any]) -> dict[str, Any]:
@@ -445,6 +448,7 @@ class MedicalTrainer:
             "base_sha256": self.base_sha256,
             "samples": len(self.train_data),
             "within": self.within,
+            "regions": self.regions,
         }
 
     def _saved_config(self) -> dict[str, Any]:
@@ -509,6 +513,10 @@ class MedicalTrainer:
         if content["samples"] != len(self.train_data):
             raise CheckpointError(
                 f"{path}: was trained on {content['samples']} samples, the data now has {len(self.train_data)}"
+            )
+        if content["regions"] and content["regions"] != self.regions:
+            raise CheckpointError(
+                f"{path}: was trained on other regions (subjects, structures or their places); the data or its manifest changed"
             )
         now = self.config.to_dict()
         for name, value in content["config"].items():

@@ -22,7 +22,7 @@ from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical import dicom
@@ -199,7 +199,7 @@ def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> 
     path = Path(path)
     if path.is_dir() or dicom.is_dicom(path):
         stored, matrix = dicom.read_series(path, None if part is None else str(part))
-        data, affine = _canonical(nib.Nifti1Image(stored, matrix), path)
+        data, affine = _made(stored, matrix, path)
     else:
         data, affine = _read(path, part)
     with np.errstate(over="ignore"):
@@ -247,21 +247,37 @@ def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
     files = sorted(path.glob("*.png")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path}: expected PNG files, got none")
-    slices = [_read_png(file) for file in files]
+    slices = [_read_png(file, len(files)) for file in files]
     for file, grey in zip(files, slices, strict=True):
         if grey.shape != slices[0].shape:
             raise DataError(f"{file}: expected {slices[0].shape} pixels, got {grey.shape}")
     stack = np.stack([grey.T for grey in slices], axis=2)  # (columns, rows, slices)
     affine = np.diag([-steps[0], -steps[1], steps[2], 1.0])
-    return Volume(*_canonical(nib.Nifti1Image(stack, affine), path))
+    return Volume(*_made(stack, affine, path))
 
 
-def _read_png(path: Path) -> NDArray[np.float32]:
-    """(rows, columns) in [0, 1]."""
+def _made(array: NDArray[Any], affine: FloatArray, path: Path) -> tuple[NDArray[Any], FloatArray]:
+    """Voxels of another format, and their affine, in RAS order; path: for errors."""
     try:
-        with Image.open(path) as picture:
+        with np.errstate(all="ignore"):  # what overflows is looked for in the result
+            return _canonical(nib.Nifti1Image(array, affine), path)
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: expected a usable place in space, got {error}") from error
+
+
+def _read_png(path: Path, slices: int) -> NDArray[np.float32]:
+    """(rows, columns) in [0, 1]; slices: how many such files there are."""
+    try:
+        # By content Pillow would open anything, and start other programs for some of it.
+        with Image.open(path, formats=("PNG",)) as picture:
+            if math.prod(picture.size) * slices > MAX_VOXELS:
+                raise ValueError(
+                    f"{slices} of {picture.size} pixels; expected at most {MAX_VOXELS:,} in all"
+                )
             pixels = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (SyntaxError, Image.DecompressionBombError, *_UNREADABLE) as error:
         raise DataError(f"{path}: expected a readable PNG, got {error}") from error
     if pixels.ndim == 3:
         colours = pixels[..., :3] if pixels.shape[2] in (3, 4) else pixels[..., :1]
