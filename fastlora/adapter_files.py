@@ -27,8 +27,8 @@ from fastlora.checkpoint import _METADATA_KEY, read_safetensors, safetensors_byt
 from fastlora.config import LoRAConfig
 from fastlora.errors import CheckpointError, ConfigError
 from fastlora.files import read_json, write_files
-from fastlora.lora_layer import check_hyperparameters
-from fastlora.peft_format import (
+from fastlora.lora_layer import check_hyperparameters, scaling_divisor
+from fastlora.peft_config import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
@@ -70,12 +70,7 @@ class AdapterLayer:
         """The applied factor. Raises: CheckpointError if alpha is unknown."""
         if self.alpha is None:
             raise CheckpointError("alpha: the file does not hold it; give it with --alpha")
-        return self.alpha / self.alpha_divisor
-
-    @property
-    def alpha_divisor(self) -> float:
-        """What alpha is divided by: the rank, or its root under rsLoRA."""
-        return math.sqrt(self.rank) if self.use_rslora else self.rank
+        return self.alpha / scaling_divisor(self.rank, self.use_rslora)
 
 
 @dataclass(frozen=True)
@@ -272,8 +267,8 @@ def _with_start(
             f"{file}: {path}: expected initial_A and initial_B in the shapes of lora_A and lora_B"
         )
     a, b = torch.cat([layer.lora_a, start[0]]), torch.cat([layer.lora_b, -start[1]], 1)
-    doubled = math.sqrt(2) if layer.use_rslora else 2
-    return replace(layer, lora_a=a, lora_b=b, alpha=doubled * layer.scaling * layer.alpha_divisor)
+    alpha = layer.scaling * scaling_divisor(a.shape[0], layer.use_rslora)
+    return replace(layer, lora_a=a, lora_b=b, alpha=alpha)
 
 
 def _read_peft(folder: Path) -> Adapter:
@@ -386,7 +381,7 @@ def _peft_files(adapter: Adapter, folder: Path) -> dict[Path, bytes]:
     layers = {
         path: LoRAConfig(
             rank=layer.rank,
-            alpha=layer.scaling * layer.alpha_divisor,
+            alpha=layer.scaling * scaling_divisor(layer.rank, layer.use_rslora),
             dropout=layer.dropout,
             use_rslora=layer.use_rslora,
         )

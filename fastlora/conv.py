@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.dispatch import Choice
-from fastlora.errors import BackendError, ConfigError, InjectionError
+from fastlora.errors import ConfigError
 from fastlora.lora_layer import LoRALayer, Shape
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -32,24 +32,6 @@ class LoRAConv(LoRALayer):
     wrapped_name = "original_layer"
     kind = "conv"
     original_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-    def __init__(
-        self,
-        original_layer: nn.Module,
-        rank: int = 4,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
-        *,
-        adapter_dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        use_rslora: bool = False,
-        use_dora: bool = False,
-    ) -> None:
-        reason = self.why_unsuitable(original_layer)
-        if reason is not None:
-            raise InjectionError(f"original_layer: {reason}")
-        refuse_for_torch_layers("a convolution", backend, use_dora)
-        super().__init__(original_layer, rank, alpha, dropout, adapter_dtype, backend, use_rslora)
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:
@@ -122,11 +104,3 @@ def _paddings(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
     if isinstance(conv.padding, str):
         return tuple(d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
     return tuple(conv.padding)
-
-
-def refuse_for_torch_layers(what: str, backend: str, use_dora: bool) -> None:
-    """Raises: ConfigError or BackendError for what only linear layers have."""
-    if use_dora:
-        raise ConfigError(f"use_dora: expected False for {what}; DoRA is for linear layers")
-    if backend == "triton":
-        raise BackendError(f"backend='triton' cannot run: there is no kernel for {what}")

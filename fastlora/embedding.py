@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.conv import refuse_for_torch_layers
 from fastlora.dispatch import Choice
-from fastlora.errors import InjectionError
 from fastlora.lora_layer import LoRALayer, Shape
 
 
@@ -26,26 +24,8 @@ class LoRAEmbedding(LoRALayer):
 
     wrapped_name = "original_layer"
     kind = "embedding"
+    takes_dropout = False
     original_layer: nn.Embedding
-
-    def __init__(
-        self,
-        original_layer: nn.Embedding,
-        rank: int = 4,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
-        *,
-        adapter_dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        use_rslora: bool = False,
-        use_dora: bool = False,
-    ) -> None:
-        reason = self.why_unsuitable(original_layer)
-        if reason is not None:
-            raise InjectionError(f"original_layer: {reason}")
-        refuse_for_torch_layers("an embedding", backend, use_dora)
-        super().__init__(original_layer, rank, alpha, dropout, adapter_dtype, backend, use_rslora)
-        self.dropout = 0.0
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:

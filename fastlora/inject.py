@@ -12,8 +12,7 @@ from fastlora.errors import InjectionError
 from fastlora.initialise import initialise
 from fastlora.kinds import wrap
 from fastlora.lora_layer import LoRALayer, check_hyperparameters
-from fastlora.record import TRAINED as _TRAINED
-from fastlora.record import inactive_adapters
+from fastlora.record import TRAINED, inactive_adapters
 from fastlora.selection import (
     Plan,
     attention_projections,
@@ -86,7 +85,7 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     kept = adapters | {
         id(module._parameters[name])
         for module in model.modules()
-        for name in getattr(module, _TRAINED, ())
+        for name in getattr(module, TRAINED, ())
     }
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)
@@ -219,7 +218,7 @@ def _mark_trained(
     for whole in trained:
         for module in whole.modules():
             setattr(
-                module, _TRAINED, tuple(n for n, p in module._parameters.items() if p is not None)
+                module, TRAINED, tuple(n for n, p in module._parameters.items() if p is not None)
             )
     biased = [(module, "bias") for module, (_, own) in plan.items() if own.bias == "lora_only"]
     if (
@@ -228,8 +227,8 @@ def _mark_trained(
         biased = [(m, name) for m in model.modules() for name in m._parameters if "bias" in name]
     for module, name in biased:
         if module._parameters.get(name) is not None:
-            names = getattr(module, _TRAINED, ())
-            setattr(module, _TRAINED, tuple(dict.fromkeys((*names, name))))
+            names = getattr(module, TRAINED, ())
+            setattr(module, TRAINED, tuple(dict.fromkeys((*names, name))))
 
 
 def _output_parameters(

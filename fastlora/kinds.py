@@ -43,10 +43,8 @@ def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | No
     if kind != "linear":
         if config.use_dora:
             return f"use_dora is for linear layers, not for a {type(module).__name__}"
-        if config.takes_start_off:
+        if config.takes_start_off or config.init_lora_weights == "orthogonal":
             return f"init_lora_weights={config.init_lora_weights!r} is for linear layers, not for a {type(module).__name__}"
-        if config.init_lora_weights == "orthogonal":
-            return f"init_lora_weights='orthogonal' is for linear layers, not for a {type(module).__name__}"
     if kind == "conv" and config.rank % module.groups:  # type: ignore[operator]
         return f"rank {config.rank} is no multiple of its groups={module.groups}"
     if kind == "linear" and config.takes_start_off:

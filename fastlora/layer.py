@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from fastlora import ops, reference
 from fastlora.dispatch import Choice, choose
-from fastlora.errors import ConfigError, InjectionError
 from fastlora.lora_layer import LoRALayer, Shape, exactly, has_hooks
 from fastlora.quantised import quantisation
 
@@ -50,6 +49,7 @@ class LoRALinear(LoRALayer):
 
     wrapped_name = "original_linear"
     kind = "linear"
+    has_kernels = True
     original_linear: nn.Linear
     group: Any = None  # set by `fastlora.fuse`: the layers that share this one's input
 
@@ -65,12 +65,16 @@ class LoRALinear(LoRALayer):
         use_rslora: bool = False,
         use_dora: bool = False,
     ) -> None:
-        reason = self.why_unsuitable(original_linear)
-        if reason is not None:
-            raise InjectionError(f"original_linear: {reason}")
-        super().__init__(original_linear, rank, alpha, dropout, adapter_dtype, backend, use_rslora)
-        if not isinstance(use_dora, bool):
-            raise ConfigError(f"use_dora: expected True or False, got {use_dora!r}")
+        super().__init__(
+            original_linear,
+            rank,
+            alpha,
+            dropout,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
         if use_dora:
             self.lora_magnitude = nn.Parameter(self._row_norms().to(self.lora_A.dtype))
 
@@ -81,20 +85,19 @@ class LoRALinear(LoRALayer):
                 self.lora_magnitude.copy_(self._row_norms())
 
     @classmethod
-    def why_unsuitable(cls, linear: object) -> str | None:
-        """Why a layer cannot be wrapped, or None if it can."""
-        kind = type(linear).__name__
-        if not isinstance(linear, nn.Linear):
+    def why_unsuitable(cls, layer: object) -> str | None:
+        kind = type(layer).__name__
+        if not isinstance(layer, nn.Linear):
             return f"expected an nn.Linear or a subclass, got {kind}"
-        weight = linear.weight
+        weight = layer.weight
         if isinstance(weight, nn.parameter.UninitializedParameter):
             return f"{kind} has no weight yet (lazy): run one forward pass first"
-        if quantisation(linear) is not None:
+        if quantisation(layer) is not None:
             return None
         if not weight.dtype.is_floating_point:
             return f"{kind} holds a {weight.dtype} weight of a quantisation that is not known"
-        if weight.shape != (linear.out_features, linear.in_features):
-            expected = (linear.out_features, linear.in_features)
+        if weight.shape != (layer.out_features, layer.in_features):
+            expected = (layer.out_features, layer.in_features)
             return f"{kind} holds a weight of shape {tuple(weight.shape)}, expected {expected}"
         return None
 
@@ -302,12 +305,12 @@ class LoRATransposedLinear(LoRALinear):
     kind = "transposed"
 
     @classmethod
-    def why_unsuitable(cls, linear: object) -> str | None:
-        kind = type(linear).__name__
-        if not is_transposed_linear(linear):
+    def why_unsuitable(cls, layer: object) -> str | None:
+        kind = type(layer).__name__
+        if not is_transposed_linear(layer):
             return f"expected transformers' Conv1D or a subclass, got {kind}"
-        weight = cast(Tensor, linear.weight)
-        if quantisation(linear) is not None or not weight.dtype.is_floating_point:
+        weight = cast(Tensor, layer.weight)
+        if quantisation(layer) is not None or not weight.dtype.is_floating_point:
             return f"{kind} holds a quantised weight, which is not supported for this layer"
         return None
 

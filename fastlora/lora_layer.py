@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -14,22 +15,24 @@ from torch.nn.utils import parametrize
 
 from fastlora import ops
 from fastlora.dispatch import BACKENDS, Choice
-from fastlora.errors import ConfigError, MergeError
+from fastlora.errors import BackendError, ConfigError, InjectionError, MergeError
 from fastlora.quantised import dequantised, quantisation
 
 Shape = tuple[int, ...]
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(nn.Module, ABC):
     """A frozen layer and the trainable update ΔW = scaling · B A of its weight. The base of `LoRALinear`, `LoRAConv`, `LoRAEmbedding`.
 
-    rank, alpha, dropout, adapter_dtype, backend, use_rslora: as in `LoRALinear`.
+    original_layer: what to adapt. The other arguments are those of `LoRALinear`.
 
     After a start that is not zero (PiSSA, OLoRA) the buffers `initial_A` and `initial_B` hold it, and
     ΔW = scaling · (B A − B₀ A₀): the wrapped weight never changes, and ΔW starts at zero as always.
     """
 
     wrapped_name: ClassVar[str]  # the attribute that holds the wrapped layer
+    has_kernels: ClassVar[bool] = False  # whether there are kernels and DoRA for it
+    takes_dropout: ClassVar[bool] = True  # whether the input can be dropped out
     kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; stands in adapter files
     disabled: bool = False  # set by `fastlora.disable_adapter` for as long as it lasts
     initial_A: Tensor | None
@@ -38,45 +41,62 @@ class LoRALayer(nn.Module):
 
     def __init__(
         self,
-        original: nn.Module,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        adapter_dtype: torch.dtype | None,
-        backend: str,
-        use_rslora: bool,
+        original_layer: nn.Module,
+        rank: int = 4,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        use_rslora: bool = False,
+        use_dora: bool = False,
     ) -> None:
         super().__init__()
+        reason = self.why_unsuitable(original_layer)
+        if reason is not None:
+            raise InjectionError(f"{self.wrapped_name}: {reason}")
         check_hyperparameters(rank, alpha, dropout)
-        if not isinstance(use_rslora, bool):
-            raise ConfigError(f"use_rslora: expected True or False, got {use_rslora!r}")
+        for name, value in (("use_rslora", use_rslora), ("use_dora", use_dora)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}: expected True or False, got {value!r}")
         if backend not in BACKENDS:
             raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-        weight = original.weight
+        if not self.has_kernels:
+            what = type(original_layer).__name__
+            if use_dora:
+                raise ConfigError(f"use_dora: is for linear layers, got {what}")
+            if backend == "triton":
+                raise BackendError(f"backend='triton' cannot run: there is no kernel for {what}")
+        weight = original_layer.weight
         assert isinstance(weight, Tensor)
         if adapter_dtype is None:
-            adapter_dtype = default_adapter_dtype(original)
+            adapter_dtype = default_adapter_dtype(original_layer)
         if not adapter_dtype.is_floating_point:
             raise ConfigError(f"adapter_dtype: expected a float dtype, got {adapter_dtype}")
-        self.add_module(self.wrapped_name, original)
+        self.add_module(self.wrapped_name, original_layer)
         self.rank = rank
         self.alpha = float(alpha)
-        self.dropout = float(dropout)
+        self.dropout = float(dropout) if self.takes_dropout else 0.0
         self.backend = backend
         self.use_rslora = use_rslora
-        shape_a, shape_b = self.factor_shapes(original, rank)
+        shape_a, shape_b = self.factor_shapes(original_layer, rank)
         self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=adapter_dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(shape_b, dtype=adapter_dtype, device=weight.device))
         self.register_parameter("lora_magnitude", None)
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
         self.reset_lora_parameters()
-        self.train(original.training)
+        self.train(original_layer.training)
+
+    @classmethod
+    @abstractmethod
+    def why_unsuitable(cls, layer: object) -> str | None:
+        """Why a layer cannot be wrapped, or None if it can."""
 
     @staticmethod
+    @abstractmethod
     def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
         """The shapes of lora_A and lora_B around `original`."""
-        raise NotImplementedError
 
     def reset_lora_parameters(self) -> None:
         """Make lora_A Kaiming-uniform (as `nn.Linear` does its weight) and lora_B zero, and ΔW with them."""
@@ -94,7 +114,7 @@ class LoRALayer(nn.Module):
     @property
     def scaling(self) -> float:
         """The applied factor: alpha / rank, or alpha / √rank under rsLoRA."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return self.alpha / scaling_divisor(self.rank, self.use_rslora)
 
     @property
     def weight(self) -> Tensor:
@@ -158,17 +178,17 @@ class LoRALayer(nn.Module):
             return self._product(a.abs(), b.abs()) * abs(self.scaling)
         return self._product(a, b) * self.scaling
 
+    @abstractmethod
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the wrapped layer computes of `x`, with another weight and bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         """A small random input for the wrapped layer, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(self, x: Tensor) -> Choice:
         """The backend and plan that a call with the tensor `x` takes, and the reason."""
-        raise NotImplementedError
 
     def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A fresh layer of the wrapped class whose weight is W + ΔW; this layer is left as it is.
@@ -217,9 +237,9 @@ class LoRALayer(nn.Module):
         # A copy made inside disable_adapter would never be enabled again.
         self.__dict__.pop("disabled", None)
 
+    @abstractmethod
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """B A in the weight's shape."""
-        raise NotImplementedError
 
     def _wide(self, weight: Tensor) -> torch.dtype:
         """The dtype in which weights are summed: float32 or wider."""
@@ -230,6 +250,11 @@ class LoRALayer(nn.Module):
     def _merged_weight(self, weight: Tensor) -> Tensor:
         wide = self._wide(weight)
         return weight.to(wide) + self.delta(wide)
+
+
+def scaling_divisor(rank: int, use_rslora: bool) -> float:
+    """What alpha is divided by: the rank, or its root under rsLoRA."""
+    return math.sqrt(rank) if use_rslora else rank
 
 
 def exactly(tensor: Tensor) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""Which named adapters a model has: a record that is kept beside the module tree, so that inactive ones are no part of it."""
+"""What a model remembers beside its module tree: its named adapters, and what trains beside adapters."""
 
 from __future__ import annotations
 

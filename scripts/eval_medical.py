@@ -7,11 +7,11 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.medical.checkpointing import atomic_write, write_json
-from fastlora.medical.console import show_log
+from fastlora.medical.console import Parser, show_log
 from fastlora.medical.evaluate import LABELS, Run, compare_runs
 from fastlora.medical.metrics import TOLERANCE_MM
 from fastlora.medical.report import examples, render, slices_png
@@ -24,13 +24,6 @@ from fastlora.medical.results import (
     write_meshes,
 )
 from fastlora.medical.tables import number
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other error: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists all flags)")
 
 
 def build_parser() -> argparse.ArgumentParser:

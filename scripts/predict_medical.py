@@ -8,11 +8,11 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastlora.errors import ConfigError, DataError, FastLoRAError
 from fastlora.medical.checkpointing import atomic_write
-from fastlora.medical.console import show_log
+from fastlora.medical.console import Parser, show_log
 from fastlora.medical.finetuned import load_finetuned
 from fastlora.medical.layouts import find_cases
 from fastlora.medical.overlay import overlay_picture
@@ -25,13 +25,6 @@ from fastlora.medical.trainer import resolve_device
 from fastlora.medical.volumes import Volume, tissue_of, window
 
 COLUMNS = ["subject", "structure", "mesh", "volume_ml", "dice_with_mask", "watertight", "problem"]
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other error: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists all flags)")
 
 
 def build_parser() -> argparse.ArgumentParser:

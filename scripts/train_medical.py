@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.medical.checkpointing import read_checkpoint
-from fastlora.medical.console import show_log
+from fastlora.medical.console import Parser, show_log
 from fastlora.medical.distributed import local_device, process_group
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.train_config import TrainConfig, nearest, read_yaml, value_type
@@ -25,13 +25,6 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "device": {"metavar": "NAME"},
     "classes": {"nargs": "+", "metavar": "NAME"},
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other error: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists all flags)")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -228,7 +228,7 @@ def test_names_that_lead_elsewhere(tmp_path):
     adapter = read_adapter(tmp_path / "a.safetensors")
     index = tmp_path / "m.safetensors.index.json"
     long = "9" * 300 + ".safetensors"  # found by fuzzing
-    bad = ("../x.safetensors", "/tmp/x.safetensors", "..", "a/b.safetensors", "", "x\0.safetensors")
+    bad = ("../x.safetensors", "/x.safetensors", "..", "a/b.safetensors", "", "x\0.safetensors")
     for name in (*bad, long):
         index.write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(CheckpointError, match="expected names of .safetensors files beside"):

@@ -28,6 +28,7 @@ from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.trainer import MedicalTrainer, load_finetuned
 from tests.ranks import run_ranks
 from tests.tiny_run import TinyRegions, flatten, tiny_model, tiny_trainer
+from tests.tolerance import assert_same_training
 
 PLAIN = {"lora_dropout": 0.0}
 """Dropout aside: what each rank draws is its own."""
@@ -70,7 +71,7 @@ def assert_same_to_rounding(run: Path, whole: Path) -> None:
             if isinstance(value, torch.Tensor):
                 assert type(got[name]) is torch.Tensor and got[name].shape == value.shape
                 if not name.endswith("to_qkv.bias"):  # a key's bias has no gradient but rounding
-                    torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5)
+                    assert_same_training(got[name], value)
             elif isinstance(value, float):
                 assert got[name] == pytest.approx(value, rel=1e-5), name
             else:

@@ -42,6 +42,7 @@ from fastlora.medical.results import (
 from fastlora.medical.trainer import load_finetuned
 from tests.eval_run import eval_main, evaluate_home, read_runs, shared_home, train_tiny
 from tests.tiny_run import TinyRegions, tiny_model
+from tests.tolerance import assert_same_distances
 
 SHAPES = ["blob", "superquadric", "tree", "tube"]
 METHODS = ["baseline", "base", "lora", "merged", "full"]
@@ -270,7 +271,7 @@ def test_predictions_do_not_depend_on_the_batch():
     one, all_ = (evaluate(regions, methods, 2.0, batch_size=n) for n in (1, 5))
     for key in ("baseline", "base"):
         for a, b in zip(one.predictions[key], all_.predictions[key], strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4)
+            assert_same_distances(a, b)
     assert [r["structure"] for r in one.records[::2]] == [f"organ_{i}" for i in range(5)]
 
 
@@ -405,7 +406,7 @@ def test_lora_is_the_loaded_run(home):
     batch = collate_regions(evaluation.samples)
     with torch.inference_mode():
         again = load_finetuned(home / "lora")(batch.tokens, batch.base_vox).numpy()
-    np.testing.assert_allclose(np.stack(evaluation.predictions["lora"]), again, atol=1e-5)
+    assert_same_distances(np.stack(evaluation.predictions["lora"]), again)
 
 
 def test_a_run_of_other_regions_than_the_data_now_gives_is_not_compared(home, monkeypatch):

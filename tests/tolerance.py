@@ -1,6 +1,8 @@
 """The one rule by which results are compared with a float64 reference, and the one by which they must differ."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -24,3 +26,13 @@ def assert_close(got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str
 def assert_differs(one: Tensor, other: Tensor) -> None:
     """Some |one − other| > 1e-4 + 1e-5·|other|: more than float32 rounding at the size of logits, so an adapter does something."""
     assert not torch.allclose(one, other, rtol=1e-5, atol=1e-4), "the two are the same"
+
+
+def assert_same_training(got: Tensor, want: Tensor) -> None:
+    """|got − want| ≤ 1e-5 + 1e-3·|want|: weights and optimizer moments after steps whose sums were made in another order."""
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def assert_same_distances(got: NDArray[np.floating], want: NDArray[np.floating]) -> None:
+    """|got − want| ≤ 1e-5 voxels: signed distances that one model predicted twice, in batches of other sizes."""
+    np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-5)

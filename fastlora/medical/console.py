@@ -1,9 +1,20 @@
-"""What the scripts print on the way."""
+"""What the scripts share: how they refuse a command line, and what they print on the way."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
+from typing import NoReturn
+
+from fastlora.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other error: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists all flags)")
 
 
 def show_log() -> None:

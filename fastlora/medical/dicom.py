@@ -18,16 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlora.errors import DataError
-from fastlora.medical.geometry import FloatArray
+from fastlora.medical.geometry import MAX_VOXELS, FloatArray
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription", "PatientID")
 # What the two packages raise on files that are damaged, of another kind, or no regular volume.
 UNUSABLE = (
-    *(ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError),
+    *(ValueError, TypeError, KeyError, AttributeError, RuntimeError),
     *(MemoryError, OverflowError, IndexError, struct.error, zlib.error),
 )
-MAX_VOXELS = 2**29  # as in fastlora.medical.volumes
 
 
 @dataclass(frozen=True)

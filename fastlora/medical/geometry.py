@@ -17,6 +17,7 @@ from skimage import measure
 from fastlora.errors import ConfigError, DataError
 
 FloatArray = NDArray[np.float64]
+MAX_VOXELS = 2**29  # of any volume that is read: 512 × 512 × 2048; as float32 it takes 2 GiB
 SHEAR_TOLERANCE = 1e-3  # largest cosine between two axes that still counts as a right angle
 
 

@@ -26,9 +26,8 @@ from PIL import Image
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical import dicom
-from fastlora.medical.geometry import FloatArray, check_affine, spacing_of
+from fastlora.medical.geometry import MAX_VOXELS, FloatArray, check_affine, spacing_of
 
-MAX_VOXELS = 2**29  # 512 × 512 × 2048; as float32 it takes 2 GiB
 DEFLATE_RATIO = 1032  # no gzip file expands by more
 _UNREADABLE = (
     *(ImageFileError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error),
