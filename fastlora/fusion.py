@@ -13,7 +13,7 @@ from fastlora.dispatch import Choice
 from fastlora.errors import InjectionError
 from fastlora.group_ops import GroupMember, lora_linear_group
 from fastlora.layer import LoRALinear, is_plain
-from fastlora.ops import autocasts
+from fastlora.ops import autocast, autocasts
 from fastlora.selection import named_lora_layers
 
 
@@ -42,6 +42,7 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     separate calls up to rounding, but that one mask serves the whole group; layers keep their parameters, state dicts and hooks.
     A layer that is given another tensor than its group runs by itself, as does every layer while a group's members differ in
     training mode or dropout, are disabled or take Triton kernels, and under torch.compile, functorch and inference mode.
+    With a few rows only, checking that an output may be handed out costs more than is saved.
 
     The run is without gradients and in eval mode, and modes are put back. Calling `fuse` again forms the groups anew.
 
@@ -137,22 +138,23 @@ class _Group:
         versions = [
             (id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad)
             for m in self.layers
-            for tensor in (*m.lora_state().values(), m.original_linear.weight, m.bias)
+            for held in (m._parameters, m._buffers, m.original_linear._parameters)
+            for tensor in held.values()
             if tensor is not None
         ]
         modes = [(m.training, m.disabled, m.dropout, m.scaling) for m in self.layers]
-        autocast = autocasts(x) and torch.get_autocast_dtype(x.device.type)
-        return x._version, torch.is_grad_enabled(), autocast, versions, modes
+        dtype = autocasts(x) and torch.get_autocast_dtype(x.device.type)
+        return x._version, torch.is_grad_enabled(), dtype, versions, modes
 
     def _fits(self, layer: LoRALinear, x: Tensor) -> bool:
+        cast = autocast(x) if autocasts(x) else x
         return any(m is layer for m in self.layers) and all(
             m.group is self
             and not m.disabled
             and m.training == layer.training
             and m.dropout == layer.dropout
-            and m.lora_magnitude is None
-            and is_plain(m.original_linear)
-            and _runs_in_torch(m.choose(x))
+            and _why_not_fused(m) is None
+            and _runs_in_torch(m._choose(cast, m.dropout > 0))
             for m in self.layers
         )
 
@@ -171,10 +173,16 @@ def _why_alone(layer: LoRALinear, calls: list[tuple[Tensor, int, int]]) -> str |
         return "its forward is not called on this sample"
     if len(calls) > 1:
         return f"it is called {len(calls)} times on this sample"
+    return _why_not_fused(layer)
+
+
+def _why_not_fused(layer: LoRALinear) -> str | None:
     if layer.lora_magnitude is not None:
         return "it has DoRA"
     if not is_plain(layer.original_linear):
         return "the wrapped layer has hooks, a forward of its own or a quantised weight"
+    if "weight" not in layer.original_linear._parameters:
+        return "the wrapped weight is computed anew at each access (parametrised)"
     return None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import (
@@ -394,6 +395,8 @@ def test_what_cannot_be_fused_is_named():
     report = fuse(model, X, MEMORY)
     assert report.alone["up"].startswith("the wrapped layer has hooks")
     assert "no other adapted layer" in report.alone["gate"]
+    parametrizations.weight_norm(model.gate.original_linear)
+    assert "parametrised" in fuse(model, X, MEMORY).alone["gate"]
 
 
 def test_a_backward_pass_of_one_member_does_not_spoil_the_others():
