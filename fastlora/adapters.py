@@ -57,7 +57,7 @@ def add_adapter(
     with adding(model, name) as plain:
         if not make_plan(plain, config):
             raise InjectionError(
-                f"model: no linear layer matches {config.target_modules!r}. {suggest(plain, config)}"
+                f"model: no layer matches {config.target_modules!r}. {suggest(plain, config)}"
             )
         count = inject_lora(plain, target_modules, rank, alpha, dropout)
     if activate:

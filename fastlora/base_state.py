@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.checkpoint import LoadResult, compare
 from fastlora.errors import CheckpointError
+from fastlora.layer import LoRALinear
 from fastlora.lora_layer import LoRALayer
 
 
@@ -27,7 +28,8 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
 def load_base_state_dict(
     model: nn.Module, state: Mapping[str, Any], strict: bool = True
 ) -> LoadResult:
-    """Load a checkpoint of the base model, saved without adapters, into a model that has them. The adapters stay as they are.
+    """Load a checkpoint of the base model, saved without adapters, into a model that has them. The adapters stay as they are;
+    DoRA's magnitudes that are still the norms of the old weights become those of the new.
 
     state: keys as in `base_state_dict`. Values are cast and moved as `load_state_dict` does. Of keys that name one tensor (tied
         weights, a module under two names) one is enough; if there are several, they must be equal.
@@ -73,7 +75,10 @@ def load_base_state_dict(
             + "\n  ".join(problems),
             stacklevel=2,
         )
+    fresh = [m for m in model.modules() if isinstance(m, LoRALinear) and m.scales_nothing()]
     model.load_state_dict({keys[key]: state[key] for key in loadable}, strict=False)
+    for layer in fresh:
+        layer.reset_magnitude()
     return LoadResult(loadable, missing, unexpected)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastlora.dispatch import Choice
 from fastlora.errors import ConfigError
-from fastlora.lora_layer import LoRALayer, Shape
+from fastlora.lora_layer import LoRALayer, Shape, of_wrapped
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,6 +32,14 @@ class LoRAConv(LoRALayer):
     wrapped_name = "original_layer"
     kind = "conv"
     original_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    in_channels = of_wrapped("in_channels")
+    out_channels = of_wrapped("out_channels")
+    kernel_size = of_wrapped("kernel_size")
+    stride = of_wrapped("stride")
+    padding = of_wrapped("padding")
+    padding_mode = of_wrapped("padding_mode")
+    dilation = of_wrapped("dilation")
+    groups = of_wrapped("groups")
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.dispatch import Choice
-from fastlora.lora_layer import LoRALayer, Shape
+from fastlora.lora_layer import LoRALayer, Shape, of_wrapped
 
 
 class LoRAEmbedding(LoRALayer):
@@ -26,6 +26,9 @@ class LoRAEmbedding(LoRALayer):
     kind = "embedding"
     takes_dropout = False
     original_layer: nn.Embedding
+    num_embeddings = of_wrapped("num_embeddings")
+    embedding_dim = of_wrapped("embedding_dim")
+    padding_idx = of_wrapped("padding_idx")
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:

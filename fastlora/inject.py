@@ -12,7 +12,7 @@ from fastlora.errors import InjectionError
 from fastlora.initialise import initialise
 from fastlora.kinds import wrap
 from fastlora.lora_layer import LoRALayer, check_hyperparameters
-from fastlora.record import TRAINED, inactive_adapters
+from fastlora.record import TRAINED
 from fastlora.selection import (
     Plan,
     attention_projections,
@@ -21,6 +21,7 @@ from fastlora.selection import (
     nearest_names,
     suggest,
     to_config,
+    trained_beside,
     why_patterns_fail,
 )
 
@@ -53,24 +54,24 @@ def inject_lora(
     name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing; the message names the nearest
     names there are.
     """
-    _refuse_inactive(model)
     config = to_config(target_modules, rank, alpha, dropout)
     plan = make_plan(model, config)
     problem = why_patterns_fail(model, config, plan)
-    trained = _trained_modules(model, config, {path for path, _ in plan.values()})
+    trained = trained_beside(model, config, plan)
     if isinstance(target_modules, LoRAConfig):
         if problem is not None:
             raise InjectionError(problem)
     elif not plan:
         warnings.warn(
-            f"inject_lora: no linear layer matches {target_modules or DEFAULT_TARGETS!r}; nothing was changed. "
+            f"inject_lora: no layer matches {target_modules or DEFAULT_TARGETS!r}; nothing was changed. "
             f"{suggest(model, config)}",
             stacklevel=2,
         )
     elif problem is not None and target_modules is not None:  # the defaults name several families
         warnings.warn(f"inject_lora: {problem}", stacklevel=2)
     count = _wrap(model, plan)
-    _mark_trained(model, config, plan, trained)
+    for module, names in trained.items():
+        setattr(module, TRAINED, names)  # for freeze_base_params
     return count
 
 
@@ -138,15 +139,12 @@ def setup_lora_for_medical_finetuning(
     Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or is a
     layer that gets an adapter. The model is unchanged then.
     """
-    _refuse_inactive(model)
     check_hyperparameters(rank, alpha, dropout)
     targets = (*DEFAULT_TARGETS, "mlp") if include_ffn else DEFAULT_TARGETS
     config = LoRAConfig(targets, rank=rank, alpha=alpha, dropout=dropout)
     plan = make_plan(model, config)
     if not plan:
-        raise InjectionError(
-            f"model: no linear layer matches {targets!r}. {suggest(model, config)}"
-        )
+        raise InjectionError(f"model: no layer matches {targets!r}. {suggest(model, config)}")
     heads: list[nn.Parameter] = []
     if unfreeze_output_layers:
         names = DEFAULT_OUTPUT_LAYERS if output_layer_names is None else tuple(output_layer_names)
@@ -156,15 +154,6 @@ def setup_lora_for_medical_finetuning(
     for parameter in heads:
         parameter.requires_grad_(True)
     return count_parameters(model)
-
-
-def _refuse_inactive(model: nn.Module) -> None:
-    names = inactive_adapters(model)
-    if names:
-        raise InjectionError(
-            f"model: has the inactive adapters {', '.join(map(repr, names))}; give another one its name with "
-            "fastlora.add_adapter, or delete them first"
-        )
 
 
 def _wrap(model: nn.Module, plan: Plan) -> int:
@@ -189,46 +178,6 @@ def _wrap(model: nn.Module, plan: Plan) -> int:
             if child is not None and child in wrapped and not isinstance(parent, LoRALayer):
                 setattr(parent, name, wrapped[child])
     return len(wrapped)
-
-
-def _trained_modules(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> list[nn.Module]:
-    """The modules that `modules_to_save` names. Raises: InjectionError if a name is no module's, or one gets an adapter."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = []
-    for name in config.modules_to_save:
-        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
-        if not paths:
-            raise InjectionError(
-                f"modules_to_save: {name!r} is no module of the model. {nearest_names(name, set(modules))}"
-            )
-        for path in paths:
-            inside = next((a for a in sorted(adapted) if f"{a}.".startswith(f"{path}.")), None)
-            if inside is not None:
-                raise InjectionError(
-                    f"modules_to_save: {path} is or holds {inside}, which gets an adapter"
-                )
-        found += [modules[path] for path in paths]
-    return found
-
-
-def _mark_trained(
-    model: nn.Module, config: LoRAConfig, plan: Plan, trained: list[nn.Module]
-) -> None:
-    """Note on each module which of its own parameters train beside the adapters, for `freeze_base_params`."""
-    for whole in trained:
-        for module in whole.modules():
-            setattr(
-                module, TRAINED, tuple(n for n, p in module._parameters.items() if p is not None)
-            )
-    biased = [(module, "bias") for module, (_, own) in plan.items() if own.bias == "lora_only"]
-    if (
-        config.bias == "all"
-    ):  # in_proj_bias of an attention and bias_ih_l0 of an LSTM too, as in PEFT
-        biased = [(m, name) for m in model.modules() for name in m._parameters if "bias" in name]
-    for module, name in biased:
-        if module._parameters.get(name) is not None:
-            names = getattr(module, TRAINED, ())
-            setattr(module, TRAINED, tuple(dict.fromkeys((*names, name))))
 
 
 def _output_parameters(

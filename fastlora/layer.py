@@ -81,8 +81,20 @@ class LoRALinear(LoRALayer):
     def reset_lora_parameters(self) -> None:
         super().reset_lora_parameters()
         if self.lora_magnitude is not None:
-            with torch.no_grad():
-                self.lora_magnitude.copy_(self._row_norms())
+            self.reset_magnitude()
+
+    def scales_nothing(self) -> bool:
+        """Whether DoRA's magnitudes are the norms of the rows as they stand, so that g is 1, as at the start."""
+        magnitude = self.lora_magnitude
+        if magnitude is None or magnitude.is_meta:
+            return False
+        return torch.equal(magnitude, self._row_norms().to(magnitude.dtype))
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """Make DoRA's magnitudes the norms of the rows as they stand."""
+        assert self.lora_magnitude is not None
+        self.lora_magnitude.copy_(self._row_norms())
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:

@@ -252,6 +252,11 @@ class LoRALayer(nn.Module, ABC):
         return weight.to(wide) + self.delta(wide)
 
 
+def of_wrapped(name: str) -> Any:
+    """A read-only property: the wrapped layer's attribute `name`, which code around the layer may ask for."""
+    return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
+
+
 def scaling_divisor(rank: int, use_rslora: bool) -> float:
     """What alpha is divided by: the rank, or its root under rsLoRA."""
     return math.sqrt(rank) if use_rslora else rank

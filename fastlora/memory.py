@@ -29,6 +29,7 @@ from fastlora.selection import (
     make_plan,
     named_lora_layers,
     to_config,
+    trained_beside,
     why_patterns_fail,
 )
 
@@ -168,7 +169,8 @@ def estimate(
 
     model: on any device, meta included. If it has adapters, what trains is what `requires_grad` says.
     rows: M, the product of all dimensions of an adapted layer's input but the last (batch × tokens).
-    config: for a model without adapters, what would be injected (as in `inject_lora`); then the adapters alone train.
+    config: for a model without adapters, what would be injected (as in `inject_lora`); then the adapters train, and what its `bias` and
+        `modules_to_save` name.
     optimizer: one of adamw, adam, adagrad, momentum (SGD with it) and sgd.
 
     Raises: ConfigError for a bad value; InjectionError if there are no adapters and no config, or both, if `inject_lora` would
@@ -211,8 +213,14 @@ def estimate(
             for module, (_, own) in plan.items()
             for size in planned_parameters(module, own)
         ]
+        beside = {
+            module._parameters[name]
+            for module, names in trained_beside(model, settings, plan).items()
+            for name in names
+        }
+        trainable += [p.nbytes for p in beside if p is not None]
         adapted = len(plan)
-        frozen = sum(p.nbytes for p in model.parameters())
+        frozen = sum(p.nbytes for p in model.parameters() if p not in beside)
     copies, step = OPTIMIZERS[optimizer]
     return MemoryEstimate(
         rows=rows,

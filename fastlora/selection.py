@@ -14,6 +14,7 @@ from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, la
 from fastlora.errors import ConfigError, InjectionError
 from fastlora.kinds import kind_of, why_unsuitable
 from fastlora.lora_layer import LoRALayer
+from fastlora.record import inactive_adapters
 
 # The layers to wrap, each with its path and the config whose rank, alpha and dropout it gets.
 Plan = dict[nn.Module, tuple[str, LoRAConfig]]
@@ -75,8 +76,14 @@ def judge(model: nn.Module, config: LoRAConfig) -> list[Verdict]:
 def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     """The layers to wrap. Changes nothing.
 
-    Raises: InjectionError if the model is a linear layer, already has adapters, or a selected layer cannot be adapted.
+    Raises: InjectionError if the model is a linear layer, already has adapters, active or not, or a selected layer cannot be adapted.
     """
+    inactive = inactive_adapters(model)
+    if inactive:
+        raise InjectionError(
+            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give another one its name with "
+            "fastlora.add_adapter, or delete them first"
+        )
     if kind_of(model) is not None:
         raise InjectionError(
             f"model: is itself a {type(model).__name__}; an adapted layer needs a module to stand in"
@@ -98,6 +105,40 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     if refused:
         raise InjectionError("cannot adapt " + "; ".join(refused))
     return plan
+
+
+def trained_beside(
+    model: nn.Module, config: LoRAConfig, plan: Plan
+) -> dict[nn.Module, tuple[str, ...]]:
+    """Names of the parameters of its own that a module trains beside the adapters, by `modules_to_save` and `bias`.
+
+    Raises: InjectionError if a name in `modules_to_save` is no module's, or one that gets an adapter or holds such a layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapted = sorted(path for path, _ in plan.values())
+    trained = []
+    for name in config.modules_to_save:
+        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+        if not paths:
+            raise InjectionError(
+                f"modules_to_save: {name!r} is no module of the model. {nearest_names(name, set(modules))}"
+            )
+        for path in paths:
+            inside = next((a for a in adapted if f"{a}.".startswith(f"{path}.")), None)
+            if inside is not None:
+                raise InjectionError(
+                    f"modules_to_save: {path} is or holds {inside}, which gets an adapter"
+                )
+            trained += [(m, name) for m in modules[path].modules() for name in m._parameters]
+    trained += [(module, "bias") for module, (_, own) in plan.items() if own.bias == "lora_only"]
+    if config.bias == "all":
+        # in_proj_bias of an attention and bias_ih_l0 of an LSTM too, as in PEFT
+        trained += [(m, name) for m in model.modules() for name in m._parameters if "bias" in name]
+    found: dict[nn.Module, tuple[str, ...]] = {}
+    for module, name in dict.fromkeys(trained):
+        if module._parameters.get(name) is not None:
+            found[module] = (*found.get(module, ()), name)
+    return found
 
 
 def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str | None:

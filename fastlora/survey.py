@@ -23,6 +23,7 @@ from fastlora.selection import (
     judge,
     make_plan,
     to_config,
+    trained_beside,
     why_patterns_fail,
 )
 
@@ -175,7 +176,9 @@ def preview(
     config = to_config(target_modules, rank, alpha, dropout)
     problems: list[str] = []
     try:
-        unmatched = why_patterns_fail(model, config, make_plan(model, config))
+        plan = make_plan(model, config)
+        unmatched = why_patterns_fail(model, config, plan)
+        trained_beside(model, config, plan)
         if unmatched is not None and target_modules is not None:
             problems.append(unmatched)
     except InjectionError as error:

@@ -509,7 +509,7 @@ def test_what_cannot_be_added_changes_nothing(tmp_path):
         (ConfigError, "name: expected a non-empty string, got ''", "", (["mlp"],)),
         (ConfigError, "name: the model already has an adapter 'b'", "b", (["mlp"],)),
         (ConfigError, "rank: expected an integer", "c", (["mlp"], 0)),
-        (InjectionError, "no linear layer matches .* Nearest names: to_out", "c", (["to_uot"],)),
+        (InjectionError, "no layer matches .* Nearest names: to_out", "c", (["to_uot"],)),
         (InjectionError, "'to_uot' matches none", "c", (LoRAConfig(["mlp", "to_uot"]),)),
     ):
         with pytest.raises(error, match=said):

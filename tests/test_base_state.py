@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations
 
 from fastlora import (
     CheckpointError,
+    LoRAConfig,
     LoRALinear,
     base_state_dict,
     get_lora_state_dict,
@@ -16,6 +17,7 @@ from fastlora import (
     load_base_state_dict,
 )
 from tests.models import Decoder, randomise_adapters
+from tests.tolerance import assert_close
 
 
 class Everything(nn.Module):
@@ -78,6 +80,19 @@ def test_a_single_layer_and_a_cast():
     state = nn.Linear(3, 2).to(torch.float64).state_dict()
     load_base_state_dict(layer, state)
     assert torch.equal(layer.original_linear.weight, state["weight"].float())
+
+
+def test_a_start_of_dora_follows_the_weights_and_what_was_trained_stays():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    inject_lora(model, LoRAConfig(["0", "1"], use_dora=True))
+    with torch.no_grad():
+        model[1].lora_magnitude.mul_(1.5)
+    trained = model[1].lora_magnitude.clone()
+    other = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    load_base_state_dict(model, other.state_dict())
+    x = torch.randn(3, 6)
+    assert_close(model[0](x), other[0](x), copy.deepcopy(other[0]).double()(x.double()))
+    assert torch.equal(model[1].lora_magnitude, trained)
 
 
 def test_what_is_returned_shares_storage():

@@ -122,7 +122,7 @@ def test_rank_alpha_and_dropout_by_pattern_and_by_callback():
 
 def test_nothing_matched_warns_when_plain_and_raises_under_a_config():
     model = Decoder()
-    with pytest.warns(UserWarning, match="no linear layer matches.*to_kqv.*Nearest names: to_qkv"):
+    with pytest.warns(UserWarning, match="no layer matches.*to_kqv.*Nearest names: to_qkv"):
         assert inject_lora(model, ["to_kqv"]) == 0
     with pytest.raises(
         InjectionError,
@@ -284,7 +284,7 @@ def test_medical_setup_refuses_before_it_changes_anything():
             setup_lora_for_medical_finetuning(model, **arguments)
     with pytest.raises(ConfigError, match="rank"):
         setup_lora_for_medical_finetuning(model, rank=0)
-    with pytest.raises(InjectionError, match="no linear layer matches"):
+    with pytest.raises(InjectionError, match="no layer matches"):
         setup_lora_for_medical_finetuning(nn.Sequential(nn.Linear(2, 2)))
     assert paths(model) == [] and all(p.requires_grad for p in model.parameters())
 

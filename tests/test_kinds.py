@@ -76,6 +76,9 @@ def test_a_convolution_computes_what_its_merged_weight_does(name):
     assert_close(wide(x.double()), wide.merge_weights()(x.double()), wide(x.double()))
     assert_differs(layer(x), conv(x))
     assert torch.equal(layer.weight, merged.weight)
+    for own in conv.__constants__:  # code around a layer asks for its stride and the like
+        if own not in ("transposed", "output_padding"):
+            assert getattr(layer, own) == getattr(conv, own), own
     report = merge_report(nn.Sequential(layer))
     assert report.ok and report.layers[0].skipped is None
 
@@ -106,6 +109,7 @@ def test_an_embedding_computes_what_its_merged_weight_does(padding_idx):
     assert torch.equal(layer(ids), embedding(ids)) and not layer.lora_A.any()
     layer(ids).square().sum().backward()
     assert layer.lora_A.grad.any() and (layer.lora_A.grad[:, 2] == 0).all()
+    assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (11, 6, padding_idx)
     if padding_idx is not None:
         assert not layer.lora_A.grad[:, padding_idx].any()
     randomised(layer)

@@ -141,6 +141,18 @@ def test_a_plan_counts_as_the_injected_model_does(device, dtype):
     assert listed.layers == 2
 
 
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_a_plan_counts_what_trains_beside_the_adapters(bias):
+    config = LoRAConfig(["to_qkv"], bias=bias, modules_to_save=["out_layer"])
+    model = Decoder()
+    planned = estimate(model, M, config)
+    inject_lora(model, config)
+    freeze_base_params(model)
+    assert planned == estimate(model, M)
+    with pytest.raises(InjectionError, match="modules_to_save: 'out_lair' is no module"):
+        estimate(Decoder(), M, LoRAConfig(["to_qkv"], modules_to_save=["out_lair"]))
+
+
 class Own(nn.Linear):
     def forward(self, x):
         return super().forward(x)

@@ -18,6 +18,7 @@ from fastlora import (
     inject_lora,
     named_lora_layers,
     preview,
+    set_adapter,
 )
 from tests.models import Decoder, MixtureOfTransformers
 
@@ -94,6 +95,13 @@ def test_preview_of_a_module_dict_an_index_a_head_and_a_second_name():
     assert [row.path for row in preview(model, ["alias"]).where("selected")] == ["alias"]
 
 
+def with_inactive():
+    model = Decoder()
+    inject_lora(model, ["to_qkv"])
+    set_adapter(model, None)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "targets", "problem"),
     [
@@ -102,6 +110,8 @@ def test_preview_of_a_module_dict_an_index_a_head_and_a_second_name():
         (zoo(), ["lazy"], "cannot adapt lazy: LazyLinear has no weight yet"),
         (nn.Sequential(LoRALinear(nn.Linear(2, 2))), ["0"], "already has 1 adapted"),
         (nn.Linear(2, 2), "all-linear", "is itself a Linear; an adapted"),
+        (Decoder(), LoRAConfig(["to_qkv"], modules_to_save=["out"]), "'out' is no module"),
+        (with_inactive(), ["to_qkv"], "has the inactive adapters 'default'"),
     ],
     ids=str,
 )
