@@ -48,6 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="read the cases from here (default: from where the run found them)",
     )
+    runs.add_argument(
+        "--cache_dir",
+        metavar="DIR",
+        help="what preprocess_medical.py left of these cases: only structures that it found usable are used (default: the run's, "
+        "none with --data_root)",
+    )
     figures = parser.add_argument_group("figures")
     figures.add_argument(
         "--tolerance_mm",
@@ -112,6 +118,7 @@ def run(args: argparse.Namespace, command: str) -> list[str]:
         runs["lora"],
         runs.get("full"),
         data_root=args.data_root,
+        cache_dir=args.cache_dir,
         tolerance_mm=args.tolerance_mm,
         batch_size=args.batch_size,
         device=args.device,

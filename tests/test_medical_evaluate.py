@@ -41,6 +41,7 @@ from fastlora.medical.results import (
 )
 from fastlora.medical.trainer import load_finetuned
 from tests.eval_run import eval_main, evaluate_home, read_runs, shared_home, train_tiny
+from tests.test_medical_layouts import command
 from tests.tiny_run import TinyRegions, tiny_model
 from tests.tolerance import assert_same_distances
 
@@ -177,6 +178,21 @@ def test_moved_data_png_pictures_and_another_mesh_format(home, tmp_path):
     assert pictures and all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
     assert {p.suffix for p in (tmp_path / "out" / "meshes").iterdir()} == {".stl"}
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_only_what_a_cache_lists_is_evaluated(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "volumes", "moved")
+    data = ["--data_root", "moved", "--cache_dir", "cache"]
+    assert command("preprocess_medical")([*data, "--classes", "blob", "tube"]) == 0
+    flags = ["--checkpoint", str(home / "lora"), "--device", "cpu", "--output_dir"]
+    assert eval_main()([*flags, "out", *data]) == 0
+    found = json.loads(Path("out/eval.json").read_text())
+    assert sorted({r["structure"] for r in found["records"]}) == ["blob", "tube"]
+    capsys.readouterr()
+    shutil.copytree(home / "volumes", "other")
+    assert eval_main()([*flags, "no", "--data_root", "other", "--cache_dir", "nix"]) == 2
+    assert "nix" in capsys.readouterr().err and not Path("no").exists()
 
 
 @pytest.mark.parametrize(

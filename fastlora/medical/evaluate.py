@@ -198,6 +198,7 @@ def compare_runs(
     full: Run | None = None,
     *,
     data_root: str | None = None,
+    cache_dir: str | None = None,
     tolerance_mm: float = TOLERANCE_MM,
     batch_size: int = 8,
     device: str = "auto",
@@ -205,7 +206,8 @@ def compare_runs(
     """Evaluates trivial baseline, base, LoRA, merged LoRA and, if given, full fine-tuning.
 
     The side `test` of the runs' split is used, or `val` where the data has no `test`.
-    data_root: read the cases from here instead of where the run found them.
+    data_root: read the cases from here instead of where the run found them. cache_dir: what was prepared of them; the run's own
+        without it, and none beside a data_root.
 
     Returns the evaluation and the facts of the comparison: the split and what its sides share, the
     baseline's threshold (tuned on the training regions), the largest difference that merging made.
@@ -220,7 +222,9 @@ def compare_runs(
             if mine != other:
                 raise ConfigError(f"full: expected a run with {name} {mine!r}, got {other!r}")
     if data_root is not None:
-        config = replace(config, data_root=data_root, demo=None)
+        config = replace(config, data_root=data_root, demo=None, cache_dir=None)
+    if cache_dir is not None:
+        config = replace(config, cache_dir=cache_dir)
     models = {
         "base": load_base_model(config.base_weights),
         "lora": load_finetuned(lora.folder, which=lora.which),
