@@ -92,7 +92,10 @@ def export(
                 )
                 save = result.save
             else:
-                result = torch.export.export(plain, args, named, dynamic_shapes=dynamic_shapes)
+                # strict=False is the default only since torch 2.7; before, a lone nn.Linear cannot be exported.
+                result = torch.export.export(
+                    plain, args, named, dynamic_shapes=dynamic_shapes, strict=False
+                )
                 save = partial(torch.export.save, result)
                 if format == "onnx":
                     result = torch.onnx.export(result, dynamo=True, verbose=False)

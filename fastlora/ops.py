@@ -120,8 +120,9 @@ class _LoRALinear(torch.autograd.Function):
         scaling, p = ctx.scaling, ctx.p
         flat = x.reshape(-1, x.shape[-1])
         dy = dy.reshape(-1, dy.shape[-1])
-        if 0 in dy.stride():
-            dy = dy.contiguous()  # an expanded gradient would be copied by each GEMM below
+        # An expanded gradient would be copied by each GEMM below; older compilers trace no question about strides.
+        if not torch.compiler.is_compiling() and 0 in dy.stride():
+            dy = dy.contiguous()
         dx = dlora_a = dlora_b = None
         if torch.is_grad_enabled():
             # Double backward: every product must be seen by autograd, S included, which was made out of its sight.

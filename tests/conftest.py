@@ -10,6 +10,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# The kernels need Triton 3.4; before that the library runs torch, and `explain` says so.
+try:
+    import triton.tools.tensor_descriptor  # noqa: F401
+except ImportError:
+    collect_ignore = [
+        *("test_compile.py", "test_dispatch.py", "test_kernels.py"),
+        *("test_triton_glue.py", "test_tune.py"),
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

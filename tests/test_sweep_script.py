@@ -67,3 +67,9 @@ def test_shared_settings_may_not_be_swept(
     (tmp_path / "shared.yaml").write_text("lora_rank: 4\n")
     assert script.main(["--config", str(tmp_path / "shared.yaml")]) == 2
     assert "expected none of what the sweep sets, got ['lora_rank']" in capsys.readouterr().err
+
+
+def test_the_documented_table_is_that_of_the_record(script: Any) -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "sweep" / "ranks.json").read_text())
+    page = (ROOT / "docs" / "medical_experiments.md").read_text()
+    assert script.table(record["rows"]) in page
