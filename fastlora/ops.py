@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora import reference
-from fastlora.cpu_dropout import keep_blocks
+from fastlora.cpu_dropout import keep_blocks, zero_dropped
 from fastlora.dispatch import choose
 from fastlora.errors import ConfigError
 
@@ -224,10 +224,8 @@ def down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Te
     if not _in_blocks(x):
         return reference.apply_dropout(x, p, seed) @ lora_a.T
     s = x.new_empty(x.shape[0], lora_a.shape[0])
-    zero = x.new_zeros(())
     for rows, keep, (kept, _) in keep_blocks(int(seed), p, x.shape[0], x.shape[1], x.dtype):
-        torch.where(keep, x[rows], zero, out=kept)
-        torch.mm(kept, lora_a.T, out=s[rows])
+        torch.mm(zero_dropped(x[rows], keep, kept), lora_a.T, out=s[rows])
     return s.mul_(reference.keep_scale(p))
 
 
@@ -254,14 +252,14 @@ def up_project(
         if dx is not None:
             dx += reference.apply_dropout(ds_t.T @ lora_a, p, seed)
         return ds_t @ reference.apply_dropout(x, p, seed) if needs_a else None
+    ds = ds_t.T.contiguous()  # [M, R]: rows of it make the small products in about half the time
     dlora_a = torch.zeros_like(lora_a) if needs_a else None
-    zero = x.new_zeros(())
     for rows, keep, (product, kept) in keep_blocks(int(seed), p, x.shape[0], x.shape[1], x.dtype):
         if dx is not None:
-            torch.mm(ds_t[:, rows].T, lora_a, out=product)
-            dx[rows] += torch.where(keep, product, zero, out=kept)
+            torch.mm(ds[rows], lora_a, out=product)
+            dx[rows] += zero_dropped(product, keep, kept)
         if dlora_a is not None:
-            dlora_a.addmm_(ds_t[:, rows], torch.where(keep, x[rows], zero, out=kept))
+            dlora_a.addmm_(ds_t[:, rows], zero_dropped(x[rows], keep, kept))
     return dlora_a
 
 
@@ -287,7 +285,7 @@ def _in_blocks(x: Tensor) -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast(tensor: Tensor) -> Tensor:
