@@ -17,10 +17,13 @@ from torch import Tensor
 from fastlora import reference
 from fastlora.reference import KEY_STEPS, LANES, MASK32, MULTIPLIERS, ROUNDS
 
-# Philox calls in a block: its six arrays of words take 1.5 MiB. Smaller blocks pay for more Python, larger ones leave the cache.
-_BLOCK_CALLS = 32 * 1024
+# Philox calls in a block: its six arrays of words take 3 MiB. Smaller blocks pay for more Python and more parallel operations,
+# whose threads meet after each; larger ones leave the cache.
+_BLOCK_CALLS = 64 * 1024
 # In the first rounds the words depend on the row or the column alone, and are small.
 _BROADCAST_ROUNDS = 3
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 _LOW = np.uint64(MASK32)
@@ -60,6 +63,16 @@ def keep_blocks(
         yield from _blocks(scratch, seed, p, rows, cols, step, dtype)
     finally:
         _idle.append(scratch)
+
+
+def zero_dropped(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
+    """x where keep is true and 0 elsewhere, written to `out` and returned. All three have one shape, x and out one dtype.
+
+    The product of the bits as integers: exact for infinities and NaN too, and a third of the time of `torch.where` or less.
+    """
+    integer = _INTEGERS[x.element_size()]
+    torch.mul(x.view(integer), keep.view(torch.int8), out=out.view(integer))
+    return out
 
 
 def _blocks(

@@ -171,7 +171,7 @@ class _Group(torch.autograd.Function):
             all_ds, all_a = torch.cat(ds_t), torch.cat(stacked)  # [ΣR, M], [ΣR, K]
             needs_a = any(needed for _, _, needed in places)
             if dropped is None:
-                da = ops.up_project(all_ds, flat, all_a, ctx.p, seed, dx, needs_a)
+                da = ops.up_project(all_ds, flat, all_a, 1.0, ctx.p, seed, dx, needs_a)
             else:
                 da = all_ds @ dropped  # [ΣR, M] @ [M, K] -> [ΣR, K]
                 if dx is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora import reference
-from fastlora.cpu_dropout import keep_blocks
+from fastlora.cpu_dropout import keep_blocks, zero_dropped
 from fastlora.dispatch import choose
 from fastlora.errors import ConfigError
 
@@ -53,10 +53,8 @@ def lora_linear(
     if not triton and (lora_a.dtype != x.dtype or lora_b.dtype != x.dtype):
         lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # kernels cast as they load
     if choice.plan == "composed":
-        flat, _ = reference.forward(
-            x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, p, seed
-        )
-        return flat.view(*x.shape[:-1], weight.shape[0])
+        flat, _ = reference.forward(as_rows(x), weight, bias, lora_a, lora_b, scaling, p, seed)
+        return _shaped_as(x, flat)
     if not torch.is_grad_enabled():
         return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed, triton)[0]
     y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
@@ -118,8 +116,7 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         scaling, p = ctx.scaling, ctx.p
-        flat = x.reshape(-1, x.shape[-1])
-        dy = dy.reshape(-1, dy.shape[-1])
+        flat, dy = as_rows(x), as_rows(dy)
         # An expanded gradient would be copied by each GEMM below; older compilers trace no question about strides.
         if not torch.compiler.is_compiling() and 0 in dy.stride():
             dy = dy.contiguous()
@@ -139,15 +136,15 @@ class _LoRALinear(torch.autograd.Function):
             dx, dlora_a, dlora_b = (next(made) if needed else None for needed in needs)
         else:
             if needs_b:
-                dlora_b = (s.T @ dy).T.mul_(scaling)  # ([R, M] @ [M, N])ᵀ -> [N, R]
+                dlora_b = _scaled_product(s.T, dy, scaling, lora_b.T).T
             if needs_x:
                 dx = dy @ weight  # [M, N] @ [N, K] -> [M, K]
             if needs_x or needs_a:
-                ds_t = (lora_b.T.contiguous() @ dy.T).mul_(scaling)  # [R, N] @ [N, M] -> [R, M]
-                dlora_a = up_project(ds_t, flat, lora_a, p, seed, dx, needs_a)
+                ds_t = lora_b.T @ dy.T  # [R, N] @ [N, M] -> [R, M]
+                dlora_a = up_project(ds_t, flat, lora_a, scaling, p, seed, dx, needs_a)
         dweight = dy.T @ flat if needs_weight else None  # [N, M] @ [M, K] -> [N, K]
         dbias = dy.sum(0) if needs_bias else None
-        dx = dx.view(x.shape) if dx is not None else None
+        dx = None if dx is None else _shaped_as(x, dx)
         return dx, dweight, dbias, dlora_a, dlora_b, None, None, None, None
 
 
@@ -165,18 +162,17 @@ class _LoRAUpdate(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        s = down_project(flat, lora_a, p, seed)  # [M, R]
+        s = down_project(as_rows(x), lora_a, p, seed)  # [M, R]
         ctx.save_for_backward(x, lora_a, lora_b, s, seed)
         ctx.scaling, ctx.p = scaling, p
         # [M, N] + [M, R] @ [R, N]
-        return torch.addmm(y.reshape(-1, y.shape[-1]), s, lora_b.T, alpha=scaling).view(y.shape)
+        return _shaped_as(y, torch.addmm(as_rows(y), s, lora_b.T, alpha=scaling))
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_a, lora_b, s, seed = ctx.saved_tensors
         _, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
-        flat, dy = x.reshape(-1, x.shape[-1]), dz.reshape(-1, dz.shape[-1])
+        flat, dy = as_rows(x), as_rows(dz)
         dx = dlora_a = dlora_b = None
         if torch.is_grad_enabled():  # double backward, as in `_LoRALinear`
             dropped = reference.apply_dropout(flat, ctx.p, seed)
@@ -185,12 +181,12 @@ class _LoRAUpdate(torch.autograd.Function):
             dlora_a, dlora_b = ds.T @ dropped, ctx.scaling * (dy.T @ (dropped @ lora_a.T))
         else:
             if needs_b:
-                dlora_b = (s.T @ dy).T.mul_(ctx.scaling)  # ([R, M] @ [M, N])ᵀ -> [N, R]
+                dlora_b = _scaled_product(s.T, dy, ctx.scaling, lora_b.T).T
             if needs_x or needs_a:
                 dx = torch.zeros_like(flat) if needs_x else None
-                ds_t = (lora_b.T @ dy.T).mul_(ctx.scaling)  # [R, N] @ [N, M] -> [R, M]
-                dlora_a = up_project(ds_t, flat, lora_a, ctx.p, seed, dx, needs_a)
-        return dz, None if dx is None else dx.view(x.shape), dlora_a, dlora_b, None, None, None
+                ds_t = lora_b.T @ dy.T  # [R, N] @ [N, M] -> [R, M]
+                dlora_a = up_project(ds_t, flat, lora_a, ctx.scaling, ctx.p, seed, dx, needs_a)
+        return dz, None if dx is None else _shaped_as(x, dx), dlora_a, dlora_b, None, None, None
 
 
 def _forward(
@@ -205,14 +201,14 @@ def _forward(
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (..., N) and S (M, R); the kernels' S holds every factor, torch's none."""
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    flat = as_rows(x)  # [M, K]
     if triton:
         y, s = _triton().lora_forward(flat, weight, bias, lora_a, lora_b, scaling, p, seed)
-        return y.view(*x.shape[:-1], weight.shape[0]), s
+        return _shaped_as(x, y), s
     s = down_project(flat, lora_a, p, seed)  # [M, R]
     y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
     y.addmm_(s, lora_b.T, alpha=scaling)  # [M, R] @ [R, N] -> [M, N]
-    return y.view(*x.shape[:-1], weight.shape[0]), s
+    return _shaped_as(x, y), s
 
 
 def _triton() -> Any:
@@ -229,10 +225,8 @@ def down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Te
     if not _in_blocks(x):
         return reference.apply_dropout(x, p, seed) @ lora_a.T
     s = x.new_empty(x.shape[0], lora_a.shape[0])
-    zero = x.new_zeros(())
     for rows, keep, (kept, _) in keep_blocks(int(seed), p, x.shape[0], x.shape[1], x.dtype):
-        torch.where(keep, x[rows], zero, out=kept)
-        torch.mm(kept, lora_a.T, out=s[rows])
+        torch.mm(zero_dropped(x[rows], keep, kept), lora_a.T, out=s[rows])
     return s.mul_(reference.keep_scale(p))
 
 
@@ -240,6 +234,7 @@ def up_project(
     ds_t: Tensor,
     x: Tensor,
     lora_a: Tensor,
+    scaling: float,
     p: float,
     seed: Tensor | None,
     dx: Tensor | None,
@@ -247,26 +242,41 @@ def up_project(
 ) -> Tensor | None:
     """Add keep ∘ (dS A) / (1 − p') into dx (unless None) and return dA = dSᵀ D(x) (or None), one mask for both.
 
-    ds_t: dSᵀ (R, M), the layout in which both products are fast.
+    ds_t: dSᵀ / scaling (R, M), the layout in which both products are fast; they apply the factor.
     """
     if seed is None:
         if dx is not None:
-            dx.addmm_(ds_t.T, lora_a)  # [M, R] @ [R, K] -> [M, K]
-        return ds_t @ x if needs_a else None  # [R, M] @ [M, K] -> [R, K]
+            dx.addmm_(ds_t.T, lora_a, alpha=scaling)  # [M, R] @ [R, K] -> [M, K]
+        return _scaled_product(ds_t, x, scaling, lora_a) if needs_a else None
+    ds_t = ds_t * (scaling * reference.keep_scale(p) if _in_blocks(x) else scaling)
     if not _in_blocks(x):
         if dx is not None:
             dx += reference.apply_dropout(ds_t.T @ lora_a, p, seed)
         return ds_t @ reference.apply_dropout(x, p, seed) if needs_a else None
-    ds_t = ds_t * reference.keep_scale(p)
+    ds = ds_t.T.contiguous()  # [M, R]: rows of it make the small products in about half the time
     dlora_a = torch.zeros_like(lora_a) if needs_a else None
-    zero = x.new_zeros(())
     for rows, keep, (product, kept) in keep_blocks(int(seed), p, x.shape[0], x.shape[1], x.dtype):
         if dx is not None:
-            torch.mm(ds_t[:, rows].T, lora_a, out=product)
-            dx[rows] += torch.where(keep, product, zero, out=kept)
+            torch.mm(ds[rows], lora_a, out=product)
+            dx[rows] += zero_dropped(product, keep, kept)
         if dlora_a is not None:
-            dlora_a.addmm_(ds_t[:, rows], torch.where(keep, x[rows], zero, out=kept))
+            dlora_a.addmm_(ds_t[:, rows], zero_dropped(x[rows], keep, kept))
     return dlora_a
+
+
+def _scaled_product(one: Tensor, other: Tensor, scaling: float, shape: Tensor) -> Tensor:
+    """scaling · one @ other as one operation; it has the shape of `shape`, whose values are not read."""
+    return torch.addmm(shape, one, other, beta=0, alpha=scaling)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., K) as (M, K)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
+    """rows (M, N) with the leading dimensions of x."""
+    return rows if x.ndim == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def _in_blocks(x: Tensor) -> bool:
@@ -276,7 +286,7 @@ def _in_blocks(x: Tensor) -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast(tensor: Tensor) -> Tensor:

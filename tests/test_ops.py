@@ -55,6 +55,15 @@ def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+def test_factors_that_are_not_finite_stay_out_of_gradients_that_do_not_hold_them():
+    t = make(Case((9,), 6, 7, 3))
+    t.lora_b.fill_(float("nan"))
+    lora_b = t.lora_b.requires_grad_()
+    y = lora_linear(t.x, t.weight, t.bias, t.lora_a, lora_b, 0.7)
+    (got,) = torch.autograd.grad(y, lora_b, t.dy)
+    torch.testing.assert_close(got, 0.7 * t.dy.T @ (t.x @ t.lora_a.T), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_gradcheck_and_double_backward(p):
     t = make(Case((5,), 6, 7, 3)).to(torch.float64)

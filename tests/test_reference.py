@@ -118,3 +118,17 @@ def test_masks_made_at_the_same_time_do_not_share_buffers():
 def test_the_scratch_of_a_block_has_its_shape_and_dtype(dtype):
     ((_, keep, work),) = cpu_dropout.keep_blocks(1, 0.3, 5, 21, dtype)
     assert keep.shape == (5, 21) and work.shape == (2, 5, 21) and work.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dropped_elements_are_zero_whatever_they_were_and_kept_ones_are_unchanged(dtype):
+    x = torch.tensor([[1.5, -2.0, 3.0, -0.0], [float("inf"), -float("inf"), float("nan"), 7.0]])
+    x = torch.cat([x, x], 1).to(dtype)[:, ::2].repeat(1, 2)
+    x = torch.stack([x, x], 2).view(2, -1)[:, ::2]  # not contiguous, as rows of an input may be
+    keep = torch.tensor([[True, False] * 4, [False, True] * 4])
+    out = torch.full(x.shape, 5.0, dtype=dtype)
+    assert cpu_dropout.zero_dropped(x, keep, out) is out
+    assert torch.equal(out.isnan(), x.isnan() & keep)
+    expected = torch.where(keep, x, 0.0)
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+    assert not out[~keep].signbit().any()
