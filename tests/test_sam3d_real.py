@@ -13,9 +13,7 @@ from tests import sam3d_real
 from tests.sam3d_real import CHECKOUT, TARGETS, fill, write_folder
 
 if CHECKOUT not in os.environ:
-    pytest.skip(
-        f"{CHECKOUT} does not name a checkout of SAM 3D Objects", allow_module_level=True
-    )
+    pytest.skip(f"{CHECKOUT} does not name a checkout of SAM 3D Objects", allow_module_level=True)
 # Warnings of the package and of what it imports are not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
 sam3d_real.use_checkout()
@@ -29,7 +27,9 @@ def build(part, config):
         for name, about in config["latent_mapping"].items():
             embedder = dict(about["pos_embedder"])
             make = getattr(mm, embedder.pop("_target_").rpartition(".")[2])
-            mapping[name] = mm.Latent(about["in_channels"], about["model_channels"], make(**embedder))
+            mapping[name] = mm.Latent(
+                about["in_channels"], about["model_channels"], make(**embedder)
+            )
         config = {**config, "latent_mapping": mapping}
     module, _, name = TARGETS[part].rpartition(".")
     device = {"device": "cpu"} if part == "decoder" else {}

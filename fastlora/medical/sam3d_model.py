@@ -30,6 +30,9 @@ from fastlora.medical.sam3d import load_part, sparse_tensor
 PATCH = 5
 """Points along each axis of what the encoder sees around a voxel."""
 
+UNSURE_VOX = 3.9
+"""A voxel where the coarse distance is smaller is active; a cell of which one fine voxel is filled, or is not, has ±3.875."""
+
 SUBDIVISION = 4
 """Cubes of the decoder's mesh along the edge of one of its voxels."""
 
@@ -49,13 +52,13 @@ def sample_volume(volume: Tensor, points: Tensor) -> Tensor:
 def active_voxels(base_vox: Tensor, resolution: int) -> Tensor:
     """The decoder's voxels that can hold surface, (T, 4) int64 `[sample, i, j, k]`: where the coarse structure is unsure.
 
-    base_vox: (B, 32, 32, 32) as `regions.base_distance` gives it. Each coarse cell that is neither empty nor full is active as a
-    whole, and so are the voxels between a full and an empty one.
+    base_vox: (B, 32, 32, 32) as `regions.base_distance` gives it. Of a decoder with a voxel for each coarse cell, every cell that is
+    neither empty nor full is active.
     """
     centres = F.interpolate(
         base_vox[:, None], size=3 * [resolution], mode="trilinear", align_corners=False
     )
-    return torch.nonzero(centres[:, 0].abs() < TRUNCATION_VOX - 1e-3)
+    return torch.nonzero(centres[:, 0].abs() < UNSURE_VOX)
 
 
 class LatentEncoder(nn.Sequential):

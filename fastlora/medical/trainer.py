@@ -315,7 +315,10 @@ class MedicalTrainer:
         }
 
     def _step(self, batch: RegionBatch) -> float:
-        """Clips, steps optimizer and schedule, clears the gradients; returns their norm before clipping."""
+        """Clips, steps optimizer and schedule, clears the gradients; returns their norm before clipping.
+
+        Where the scaler of a 16-bit run leaves a step out, the schedule waits with it.
+        """
         self.scaler.unscale_(self.optimizer)
         limit = self.config.clip_norm or math.inf
         weights = trainable_parameters(self.model).values()
@@ -326,9 +329,11 @@ class MedicalTrainer:
                 f"gradient is not finite in epoch {self.epoch + 1}: {regions_of(batch)}"
             )
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.scheduler.step()
+        if self.scaler.get_scale() >= scale:
+            self.scheduler.step()
         return norm
 
     def _forward(

@@ -1,16 +1,9 @@
-"""SAM 3D Objects' own modules, from a checkout of its public code, with random weights in a folder laid out as its checkpoints."""
+"""Folders laid out as SAM 3D Objects' checkpoints, with random weights."""
 
-import os
-import sys
 from pathlib import Path
 
 import torch
 import yaml
-
-from tests import sam3d_standins
-
-CHECKOUT = "FASTLORA_SAM3D"
-"""The environment variable that names the checkout."""
 
 DECODER = {
     "resolution": 8,
@@ -37,20 +30,12 @@ SLAT = {
 }
 
 
-def latent(name, tokens, channels, resolution=None):
-    embedder = (
-        {"_target_": f"{name}.LearntPositionEmbedder", "model_channels": 64, "token_len": tokens}
-        if resolution is None
-        else {
-            "_target_": f"{name}.ShapePositionEmbedder",
-            "model_channels": 64,
-            "resolution": resolution,
-            "patch_size": 1,
-        }
-    )
+def latent(name, embedder):
+    """The YAML of one latent of the stage-1 model, of 64 channels inside."""
+    embedder = {"_target_": f"{name}.{embedder.pop('kind')}", "model_channels": 64, **embedder}
     return {
         "_target_": f"{name}.Latent",
-        "in_channels": channels,
+        "in_channels": 8,
         "model_channels": 64,
         "pos_embedder": embedder,
     }
@@ -64,9 +49,13 @@ STRUCTURE = {
     "cond_channels": 48,
     "num_blocks": 2,
     "num_heads": 4,
+    "is_shortcut_model": True,
     "latent_mapping": {
-        "shape": latent(f"{MODELS}.mm_latent", 64, 8, 4),
-        "pose": latent(f"{MODELS}.mm_latent", 4, 9),
+        "shape": latent(
+            f"{MODELS}.mm_latent",
+            {"kind": "ShapePositionEmbedder", "resolution": 4, "patch_size": 1},
+        ),
+        "pose": latent(f"{MODELS}.mm_latent", {"kind": "LearntPositionEmbedder", "token_len": 4}),
     },
 }
 TARGETS = {
@@ -76,12 +65,6 @@ TARGETS = {
 }
 NAMES = {"decoder": "slat_decoder_mesh", "slat": "slat_generator", "structure": "ss_generator"}
 CONFIGS = {"decoder": DECODER, "slat": SLAT, "structure": STRUCTURE}
-
-
-def use_checkout():
-    """Puts the checkout on the path, and the stand-ins beside it where spconv and kaolin are not installed."""
-    sys.path.insert(0, os.environ[CHECKOUT])
-    sam3d_standins.install()
 
 
 def fill(model):
