@@ -50,6 +50,7 @@ STRUCTURE = {
     "num_blocks": 2,
     "num_heads": 4,
     "is_shortcut_model": True,
+    "qk_rms_norm": True,
     "latent_mapping": {
         "shape": latent(
             f"{MODELS}.mm_latent",
