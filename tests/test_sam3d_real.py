@@ -21,7 +21,7 @@ from fastlora.medical.sam3d_model import load_sam3d
 from fastlora.medical.train_config import TrainConfig
 from fastlora.medical.trainer import MedicalTrainer
 from tests import sam3d_standins
-from tests.sam3d_folder import CONFIGS, MODELS, TARGETS, fill, write_folder
+from tests.sam3d_folder import MODELS, TARGETS, fill, write_folder
 from tests.tiny_run import TinyRegions
 from tests.tolerance import assert_close, assert_differs
 
