@@ -24,7 +24,8 @@ from fastlora.medical.finetuned import load_finetuned, predict
 from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.regions import RegionDataset, base_distance, coarse_structure, collate_regions
 from fastlora.medical.sam3d import ENVIRONMENT, load_part
-from fastlora.medical.sam3d_losses import SurfaceLossWeights, surface_losses
+from fastlora.medical.sam3d_flow import flow_matching_loss
+from fastlora.medical.sam3d_losses import SurfaceLossWeights, surface_losses, true_points
 from fastlora.medical.sam3d_model import (
     Decoded,
     Surface,
@@ -328,6 +329,69 @@ def test_an_unknown_part_is_refused(folder):
         load_part(folder, "x")
 
 
+class Flow(torch.nn.Module):
+    """The velocity a · x + b · t of each latent; keeps what it was called with."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.5))
+        if names:
+            self.input_latent_mappings, self.is_shortcut_model = names, True
+
+    def forward(self, x, t, condition, *coords, d=None):
+        self.seen = (x, t, condition, coords, d)
+        if isinstance(x, dict):
+            return {name: self.gain * value for name, value in x.items()}
+        return self.gain * x
+
+
+def test_the_flow_matching_loss_follows_its_equation():
+    latents = {"shape": torch.full((2, 3, 4), 5.0), "pose": torch.full((2, 1, 6), -2.0)}
+    model = Flow(["shape", "pose"])
+    torch.manual_seed(1)
+    condition = torch.zeros(2, 7, 8)
+    loss = flow_matching_loss(model, latents, condition, sigma_min=0.25, time_scale=10.0)
+    x, t, given, coords, d = model.seen
+    assert given is condition and coords == () and torch.equal(d, torch.zeros(2))
+    assert ((t > 0) & (t < 10)).all() and t[0] != t[1]
+    wanted = 0
+    for name, end in latents.items():
+        at = (t / 10).view(2, 1, 1)
+        start = (x[name] - at * end) / (1 - 0.75 * at)  # the noise that it was drawn from
+        assert 0.2 < start.std() < 2 and start.abs().max() < 5
+        wanted = wanted + (0.5 * x[name] - (end - 0.75 * start)).square().mean()
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert model.gain.grad is not None
+    one, voxels = Flow(None), torch.zeros(5, 4, dtype=torch.int32)
+    assert flow_matching_loss(one, torch.ones(1, 5, 8), condition[:1], voxels).isfinite()
+    assert one.seen[3][0].shape == (5, 4) and one.seen[4] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (["shape"], {"pose": torch.ones(1, 2, 3)}, 1, None),
+            r"expected \['shape'\], got \['pose'\]",
+        ),
+        ((None, torch.ones(1, 2, 3), 1, None), "coords: expected the voxels of 'slat'"),
+        (
+            (["shape"], {"shape": torch.ones(2, 2, 3)}, 1, None),
+            r"one number of samples everywhere, got \[1, 2\]",
+        ),
+        (
+            (None, torch.ones(2, 2, 3), 2, torch.zeros(2, 4)),
+            r"expected 1 of samples everywhere, got \[2\]",
+        ),
+    ],
+)
+def test_latents_that_are_not_the_models_are_refused(arguments, message):
+    names, latents, count, coords = arguments
+    with pytest.raises(DataError, match=message):
+        flow_matching_loss(Flow(names), latents, torch.zeros(count, 7, 8), coords)
+
+
 # --------------------------------------------------------------------------- geometry and encoder
 
 
@@ -390,9 +454,20 @@ def test_active_voxels_hold_the_surface_and_not_everything(resolution):
     voxels = active_voxels(batch.base_vox, resolution)
     near = torch.zeros(3 * [resolution], dtype=torch.bool)
     near[tuple(voxels[:, 1:].T)] = True
-    ball = trimesh.creation.icosphere(3, 9.0).vertices + CENTRE
-    place = ((torch.from_numpy(ball) + 0.5) * resolution / 32).long()
+    place = ((true_points(batch.sdf_vox[0]) + 0.5) * resolution / 32).long()
     assert near[tuple(place.T)].all() and near.float().mean() < 0.5
+
+
+@pytest.mark.parametrize("resolution", [16, 64])
+def test_active_voxels_hold_the_surface_of_phantoms(volumes, resolution):
+    splits = make_splits(load_cases(TrainConfig(data_root=str(volumes))), "file")
+    dataset = RegionDataset([spec for specs in splits.values() for spec in specs])
+    for sample in (dataset[index] for index in range(len(dataset))):
+        near = torch.zeros(3 * [resolution], dtype=torch.bool)
+        base = torch.from_numpy(sample["base_vox"])[None]
+        near[tuple(active_voxels(base, resolution)[:, 1:].T)] = True
+        place = (true_points(torch.from_numpy(sample["sdf_vox"])) + 0.5) * resolution / 32
+        assert near[tuple(place.long().clamp(0, resolution - 1).T)].all()
 
 
 def test_the_encoder_sees_the_image_and_the_structure_around_each_voxel():
@@ -666,9 +741,10 @@ def test_evaluation_and_prediction_of_a_run(folder, volumes, tmp_path):
     assert np.abs(placed.bounds - [mask_mm.min(0), mask_mm.max(0)]).max() < 12  # two coarse cells
 
 
-def write_latents(folder, volumes, kind):
-    """A file for every region: seeded latents at its active voxels."""
+def write_latents(folder, volumes):
+    """A file for every region, of both kinds in turn: seeded latents at its active voxels."""
     folder.mkdir()
+    kind = "npz"
     splits = make_splits(load_cases(TrainConfig(data_root=str(volumes))), "file")
     for specs in splits.values():
         dataset = RegionDataset(specs)
@@ -676,6 +752,7 @@ def write_latents(folder, volumes, kind):
             coords = active_voxels(torch.from_numpy(sample["base_vox"])[None], 8)[:, 1:]
             feats = torch.randn(len(coords), 8, generator=torch.Generator().manual_seed(1))
             stem = folder / f"{sample['meta']['subject']}-{sample['meta']['region']}"
+            kind = "safetensors" if kind == "npz" else "npz"
             if kind == "npz":
                 np.savez(f"{stem}.npz", coords=coords.int().numpy(), feats=feats.numpy())
             else:
@@ -686,9 +763,8 @@ def write_latents(folder, volumes, kind):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["npz", "safetensors"])
-def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path, kind):
-    latents = write_latents(tmp_path / "latents", volumes, kind)
+def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
+    latents = write_latents(tmp_path / "latents", volumes)
     config = config_for(
         folder, tmp_path / "run", data_root=str(volumes), split="file", epochs=2, samples_per_region=1,
         augment=False, slat_dir=str(latents),

@@ -53,7 +53,7 @@ def active_voxels(base_vox: Tensor, resolution: int) -> Tensor:
     """The decoder's voxels that can hold surface, (T, 4) int64 `[sample, i, j, k]`: where the coarse structure is unsure.
 
     base_vox: (B, 32, 32, 32) as `regions.base_distance` gives it. Of a decoder with a voxel for each coarse cell, every cell that is
-    neither empty nor full is active.
+    neither empty nor full is active; where a full one meets an empty one, their wall is the surface, and no voxel holds it.
     """
     centres = F.interpolate(
         base_vox[:, None], size=3 * [resolution], mode="trilinear", align_corners=False
