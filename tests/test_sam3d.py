@@ -22,7 +22,14 @@ from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.medical.checkpointing import read_checkpoint
 from fastlora.medical.finetuned import load_finetuned, predict
 from fastlora.medical.phantom import write_phantom_dataset
-from fastlora.medical.regions import RegionDataset, base_distance, coarse_structure, collate_regions
+from fastlora.medical.regions import (
+    RegionBatch,
+    RegionDataset,
+    base_distance,
+    coarse_structure,
+    collate_regions,
+    truncated_sdf,
+)
 from fastlora.medical.sam3d import ENVIRONMENT, load_part
 from fastlora.medical.sam3d_flow import flow_matching_loss
 from fastlora.medical.sam3d_losses import SurfaceLossWeights, surface_losses, true_points
@@ -692,6 +699,37 @@ def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: Ranks(0, 2)))
     with pytest.raises(ConfigError, match="model: expected one process with 'sam3d', got 2"):
         MedicalTrainer(config_for(folder, tmp_path), None, TinyRegions(1, 0), TinyRegions(1, 1))
+
+
+def test_a_region_without_active_voxels_keeps_its_coarse_structure_and_is_not_trained_on(folder):
+    batch = sphere_batch()
+    half = np.zeros((32, 32, 32), bool)
+    half[:16] = True  # full cells beside empty ones
+    coarse = coarse_structure(half)
+    sample = {**TinyRegions(1, 0)[0], "coarse": coarse, "base_vox": base_distance(coarse)}
+    sample["sdf_vox"] = truncated_sdf(half)
+    other = collate_regions([sample])
+    both = RegionBatch(
+        **{
+            **vars(batch),
+            **{
+                n: torch.cat([getattr(other, n), getattr(batch, n)])
+                for n in ("image", "base_vox", "sdf_vox")
+            },
+            "meta": other.meta + batch.meta,
+        }
+    )
+    model = load_sam3d(str(folder)).eval()
+    with torch.no_grad():
+        together, alone = predict(model, both), predict(model, batch)
+    for field in (together[0], predict(model, other)[0]):
+        assert torch.equal(field < 0, other.base_vox[0] < 0)
+        assert (field - other.base_vox[0]).abs().max() < 0.3  # read at corners, then at centres
+    assert (together[1] - alone[0]).abs().max() < 1e-4
+    with pytest.raises(
+        DataError, match="expected active voxels near the true surface, got none in"
+    ):
+        surface_losses(model(*model.inputs(both)), both)
 
 
 # ------------------------------------------------------------------------------ scripts and latents

@@ -207,24 +207,24 @@ class Sam3dModel(nn.Module):
             slat: feats (T, latent channels), coords (T, 4) of the decoder's voxels, samples in ascending order; None: the
                 encoder's, at `active_voxels`.
 
+        A region without an active voxel keeps its coarse structure and has no surface.
+
         Raises:
-            DataError: a region has no active voxel, or the decoder's grid is not the one described above.
+            DataError: the decoder's grid is not the one described above.
         """
         if slat is None:
             assert self.encoder is not None
             voxels = active_voxels(base_vox, self.resolution)
             seen = voxel_features(image, base_vox, voxels, self.resolution)
             slat = SparseTokens(self.encoder(seen), voxels)
-        counts = torch.bincount(slat.coords[:, 0], minlength=len(image))
-        if bool((counts == 0).any()):
-            raise DataError(
-                f"base_vox: expected surface in every region, got none in {torch.nonzero(counts == 0).flatten().tolist()}"
-            )
-        results = self.decoder(self._sparse_tensor(feats=slat.feats, coords=slat.coords.int()))
-        surfaces = [
-            self._surface(result, slat.coords[slat.coords[:, 0] == sample, 1:])
-            for sample, result in enumerate(results)
-        ]
+        surfaces = [_no_surface(base_vox)] * len(image)
+        present, number = torch.unique(slat.coords[:, 0], return_inverse=True)
+        if len(present):  # the decoder counts samples by their voxels
+            coords = torch.cat([number[:, None], slat.coords[:, 1:]], dim=1).int()
+            results = self.decoder(self._sparse_tensor(feats=slat.feats, coords=coords))
+            for sample, result in zip(present.tolist(), results, strict=True):
+                voxels = slat.coords[slat.coords[:, 0] == sample, 1:]
+                surfaces[sample] = self._surface(result, voxels)
         return Decoded(surfaces, base_vox, self.resolution)
 
     def _surface(self, result: Any, voxels: Tensor) -> Surface:
@@ -255,6 +255,11 @@ class Sam3dModel(nn.Module):
             faces=faces.view(-1, 3),
             regularisation=result.reg_loss,
         )
+
+
+def _no_surface(like: Tensor) -> Surface:
+    none, cells = like.new_zeros(0, 3), torch.zeros(0, 3, dtype=torch.long, device=like.device)
+    return Surface(none, none[:, 0], cells, none, cells, like.new_zeros(()))
 
 
 def _to_index(points: Tensor) -> Tensor:
