@@ -288,7 +288,7 @@ def test_training_on_regions_lowers_the_loss_and_gives_a_mesh(folder, tmp_path):
         checkpoint_dir=str(tmp_path / "run"),
         epochs=40,
         batch_size=2,
-        lr=1e-3,
+        lr=2e-3,
         progress=False,
     )
     trainer = MedicalTrainer(config, None, TinyRegions(2, 0), TinyRegions(1, 0))

@@ -30,8 +30,8 @@ from fastlora.medical.sam3d import load_part, sparse_tensor
 PATCH = 5
 """Points along each axis of what the encoder sees around a voxel."""
 
-UNSURE_VOX = 3.9
-"""A voxel where the coarse distance is smaller is active; a cell of which one fine voxel is filled, or is not, has ±3.875."""
+UNSURE_VOX = 3.95
+"""A voxel at whose centre the coarse distance is smaller is active: where the coarse structure is 1/160 to 159/160 full."""
 
 SUBDIVISION = 4
 """Cubes of the decoder's mesh along the edge of one of its voxels."""
@@ -52,8 +52,8 @@ def sample_volume(volume: Tensor, points: Tensor) -> Tensor:
 def active_voxels(base_vox: Tensor, resolution: int) -> Tensor:
     """The decoder's voxels that can hold surface, (T, 4) int64 `[sample, i, j, k]`: where the coarse structure is unsure.
 
-    base_vox: (B, 32, 32, 32) as `regions.base_distance` gives it. Of a decoder with a voxel for each coarse cell, every cell that is
-    neither empty nor full is active; where a full one meets an empty one, their wall is the surface, and no voxel holds it.
+    base_vox: (B, 32, 32, 32) as `regions.base_distance` gives it. Every coarse cell that is neither empty nor full has active
+    voxels, and so has the wall between a full and an empty one.
     """
     centres = F.interpolate(
         base_vox[:, None], size=3 * [resolution], mode="trilinear", align_corners=False
@@ -87,7 +87,7 @@ def voxel_features(image: Tensor, base_vox: Tensor, voxels: Tensor, resolution: 
         own = voxels[voxels[:, 0] == sample, 1:]
         points = ((own + 0.5) * edge - 0.5)[:, None] + offsets
         grey, coarse = (
-            sample_volume(volume[sample], points.reshape(-1, 3)).view(len(own), -1)
+            sample_volume(volume[sample], points.reshape(-1, 3)).view(len(own), PATCH**3)
             for volume in (image, base_vox)
         )
         seen.append(torch.cat([4 * (grey - 0.5), coarse / TRUNCATION_VOX], dim=1))
