@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import pickle
 import pickletools
 import struct
 import subprocess
 import sys
+import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastlora.errors import CheckpointError, ConfigError
@@ -105,6 +110,56 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
         raise ValueError(_first_line(error)) from None
     _check_tree(value, size, tensors=True)
     return value
+
+
+def read_npz(
+    path: str | os.PathLike[str], layout: Mapping[str, tuple[str, tuple[int | str, ...]]]
+) -> dict[str, NDArray[Any]]:
+    """The arrays that `np.savez` wrote, which must be those of `layout`: name → (dtype, shape).
+
+    layout: a side is a number, or a letter that stands for one number wherever it is used. Entries must be stored (not compressed) and
+    as long as their own header says, so nothing is allocated beyond the file's size.
+
+    Raises: OSError; ValueError with the reason in one line.
+    """
+    size = _size(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("holds compressed entries, which np.savez does not write")
+            if sum(entry.file_size for entry in entries) > size:
+                raise ValueError("declares more bytes than the file has")
+            if {entry.filename for entry in entries} != {f"{name}.npy" for name in layout}:
+                raise ValueError(f"expected the arrays {', '.join(layout)}")
+            arrays = {name: _npy(archive.read(f"{name}.npy")) for name in layout}
+    except _DAMAGED as error:
+        raise ValueError(_first_line(error)) from None
+    letters: dict[str, int] = {}
+    for name, (dtype, shape) in layout.items():
+        found = arrays[name]
+        fits = found.dtype == np.dtype(dtype) and found.ndim == len(shape)
+        for side, count in zip(shape, found.shape, strict=False):
+            fits &= count == (letters.setdefault(side, count) if isinstance(side, str) else side)
+        if not fits:
+            raise ValueError(f"{name}: expected {dtype} {shape}, got {found.dtype} {found.shape}")
+    return arrays
+
+
+def _npy(data: bytes) -> NDArray[Any]:
+    """The array of a `.npy` file. Raises: ValueError, and what a damaged header does to numpy's reader."""
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("expected version 1.0 of numpy's format")
+    try:
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (SyntaxError, tokenize.TokenError, RecursionError) as error:
+        raise ValueError(_first_line(error)) from None
+    start = stream.tell()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - start:
+        raise ValueError(f"expected {shape} values of {dtype}, got {len(data) - start} bytes")
+    flat = np.frombuffer(bytearray(data), dtype, offset=start)  # a copy that can be written to
+    return flat.reshape(shape, order="F" if by_columns else "C")
 
 
 def check_regexes(patterns: Iterable[str], texts: Iterable[str], seconds: float = 10.0) -> None:

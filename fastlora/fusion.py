@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.dispatch import Choice
+from fastlora.dispatch import why_not_triton
 from fastlora.errors import InjectionError
 from fastlora.group_ops import GroupMember, lora_linear_group
 from fastlora.layer import LoRALinear, is_plain
@@ -41,7 +41,7 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     S, one for every dA, one dropout mask, and dx summed in place. The others hand out what was computed. The results are those of
     separate calls up to rounding, but that one mask serves the whole group; layers keep their parameters, state dicts and hooks.
     A layer that is given another tensor than its group runs by itself, as does every layer while a group's members differ in
-    training mode or dropout, are disabled or take Triton kernels, and under torch.compile, functorch and inference mode.
+    training mode or dropout, are disabled, take few enough rows for the plan `decode` or have ranks of more than 256 in all on Triton, and under torch.compile, functorch and inference mode.
     With a few rows only, checking that an output may be handed out costs more than is saved.
 
     The run is without gradients and in eval mode, and modes are put back. Calling `fuse` again forms the groups anew.
@@ -121,12 +121,18 @@ class _Group:
                 self._ready = None
             if y is not None:
                 return y
-        if not self._fits(layer, x):
+        backend = self._backend(layer, x)
+        if backend is None:
             return None
         spent: list[bool] = []
         seed = layer._draw_seed(x)
         outputs = lora_linear_group(
-            x, [_member(m) for m in self.layers], layer.dropout, seed, spent
+            x,
+            [_member(m) for m in self.layers],
+            layer.dropout,
+            seed,
+            spent,
+            triton=backend == "triton",
         )
         made = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
         y = made.pop(id(layer))
@@ -146,21 +152,27 @@ class _Group:
         dtype = autocasts(x) and torch.get_autocast_dtype(x.device.type)
         return x._version, torch.is_grad_enabled(), dtype, versions, modes
 
-    def _fits(self, layer: LoRALinear, x: Tensor) -> bool:
+    def _backend(self, layer: LoRALinear, x: Tensor) -> str | None:
+        """What runs the group on x, "torch" or "triton"; None if `layer` must run by itself."""
         cast = autocast(x) if autocasts(x) else x
-        return any(m is layer for m in self.layers) and all(
+        together = any(m is layer for m in self.layers) and all(
             m.group is self
             and not m.disabled
             and m.training == layer.training
             and m.dropout == layer.dropout
             and _why_not_fused(m) is None
-            and _runs_in_torch(m._choose(cast, m.dropout > 0))
             for m in self.layers
         )
-
-
-def _runs_in_torch(choice: Choice) -> bool:
-    return (choice.backend, choice.plan) == ("torch", "in_place")
+        if not together:
+            return None
+        choices = [m._choose(cast, m.dropout > 0) for m in self.layers]
+        if all((choice.backend, choice.plan) == ("torch", "in_place") for choice in choices):
+            return "torch"
+        ranks = sum(m.factors()[0].shape[0] for m in self.layers)
+        launched = all(c.config is not None and c.plan != "decode" for c in choices)
+        if not launched or why_not_triton(x.device.type, cast.dtype, ranks, forced=True):
+            return None
+        return "triton"
 
 
 def _member(layer: LoRALinear) -> GroupMember:

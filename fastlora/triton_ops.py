@@ -9,6 +9,7 @@ tiles are chosen inside, when the sizes are known. Importing this module imports
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -61,8 +62,9 @@ def run_forward(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, N) and S (M, R) by the plan and the tiles of `choice`."""
+    """y (M, N) and S (M, R) by the plan and the tiles of `choice`. s: S for `split` or `in_place`, if it is made already."""
     scale, mask = _factors(x, scaling, p, seed)
     if choice.config is None:  # a shape or device without kernels
         s = (_kept(x, p, seed) @ lora_a.to(x.dtype).T) * scale
@@ -91,7 +93,8 @@ def run_forward(
             precision=precision,
         )
         return y, s
-    s = down_project(x, lora_a, config.down, scale=scale, precision=precision, **mask)
+    if s is None:
+        s = down_project(x, lora_a, config.down, scale=scale, precision=precision, **mask)
     if choice.plan == "split":
         return rank_gemm(x, weight, bias, s, lora_b, config.split, precision=precision), s
     y = F.linear(x, weight, bias)
@@ -147,38 +150,172 @@ def run_backward(
         if needs_b:
             gradients.append((dy.T @ s).to(lora_b.dtype))
         return gradients
-    config = choice.config
-    precision = _precision(x)
     dx: Tensor | None = None
     dlora_a: Tensor | None = None
-    dlora_b: Tensor | None = None
-    if lora_a.shape[0] <= DY_RANK:
-        ds, dlora_b = dy_pass(
+    ds, dlora_b = _dy_products(choice, dy, lora_b, s, scale, needs_x or needs_a, needs_b)
+    if needs_a:
+        dlora_a, mask = _a_product(choice, x, ds, lora_a.dtype, mask)
+    if needs_x:
+        dx = _x_product(choice, dy, weight, ds, lora_a, mask)
+    made = ((needs_x, dx), (needs_a, dlora_a), (needs_b, dlora_b))
+    return [gradient for needed, gradient in made if needed and gradient is not None]
+
+
+def _dy_products(
+    choice: Choice,
+    dy: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scale: float,
+    needs_ds: bool,
+    needs_db: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dS = scale · dy B (M, R) and dB = dyᵀ S (N, R); None for what is not needed."""
+    assert choice.config is not None
+    if lora_b.shape[1] <= DY_RANK:
+        both: tuple[Tensor | None, Tensor | None] = dy_pass(
             dy,
             lora_b,
             s,
-            config.dy,
+            choice.config.dy,
             scale=scale,
-            needs_ds=needs_x or needs_a,
-            needs_db=needs_b,
-            precision=precision,
+            needs_ds=needs_ds,
+            needs_db=needs_db,
+            precision=_precision(dy),
         )
-    else:  # two products of cuBLAS read dy twice, which is less than the parts of one pass would be
+        return both
+    # Two products of cuBLAS read dy twice, which is less than the parts of one pass would be.
+    ds = dlora_b = None
+    if needs_ds:
+        # dS = scale * dy @ B  # [M, N] @ [N, R] -> [M, R]; with beta=0 what `s` holds is not read
+        ds = torch.addmm(s, dy, lora_b.to(dy.dtype), beta=0, alpha=scale)
+    if needs_db:
+        dlora_b = (dy.T @ s).to(lora_b.dtype)  # [N, M] @ [M, R] -> [N, R]
+    return ds, dlora_b
+
+
+def _a_product(
+    choice: Choice, x: Tensor, ds: Tensor | None, dtype: torch.dtype, mask: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """dA = dSᵀ (keep ∘ x) (R, K) in `dtype`, and the mask as bits, so that dx need not make it once more."""
+    assert choice.config is not None
+    dlora_a, packed = x_pass(x, ds, dtype, choice.config.x, precision=_precision(x), **mask)
+    return dlora_a, mask and {"packed": packed}
+
+
+def _x_product(
+    choice: Choice,
+    dy: Tensor,
+    weight: Tensor,
+    ds: Tensor | None,
+    lora_a: Tensor,
+    mask: dict[str, Any],
+) -> Tensor:
+    """dx = dy W + keep ∘ (dS A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]"""
+    assert choice.config is not None and ds is not None
+    precision = _precision(dy)
+    if choice.dx_plan == "split":
+        config = choice.config.dx
+        dx: Tensor = rank_gemm(
+            dy, weight.T, None, ds, lora_a.T, config, precision=precision, **mask
+        )
+    else:
+        config = choice.config.update
+        dx = rank_update_(dy @ weight, ds, lora_a.T, config, precision=precision, **mask)
+    return dx
+
+
+def group_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    p: float,
+    seed: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """[y (M, N)] and [S (M, R)] of layers that share x (M, K) and the mask, each by its own plan.
+
+    Those whose plan makes S in a pass of its own share that pass where their scaling is the same.
+    """
+    choices = [
+        dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None)
+        for weight, lora_a in zip(weights, lora_as, strict=True)
+    ]
+    made: dict[int, Tensor] = {}
+    with _current(x):
+        sharing: dict[float, list[int]] = {}
+        for i, choice in enumerate(choices):
+            if choice.config is not None and choice.plan in ("split", "in_place"):
+                sharing.setdefault(scalings[i], []).append(i)
+        for scaling, group in sharing.items():
+            stacked = torch.cat([lora_as[i] for i in group])  # [ΣR, K]
+            first = weights[group[0]]
+            config = dispatch.launch_choice(x, first, stacked.shape[0], seed is not None).config
+            assert config is not None
+            scale, mask = _factors(x, scaling, p, seed)
+            s = down_project(x, stacked, config.down, scale=scale, precision=_precision(x), **mask)
+            ranks = [lora_as[i].shape[0] for i in group]
+            made |= {i: part.contiguous() for i, part in zip(group, s.split(ranks, 1), strict=True)}
+        pairs = [
+            run_forward(
+                choice,
+                x,
+                weights[i],
+                biases[i],
+                lora_as[i],
+                lora_bs[i],
+                scalings[i],
+                p,
+                seed,
+                made.get(i),
+            )
+            for i, choice in enumerate(choices)
+        ]
+    return [y for y, _ in pairs], [s for _, s in pairs]
+
+
+def group_backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    scalings: Sequence[float],
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """dx (M, K), [dA (R, K)] and [dB (N, R)] of layers that share x: one pass over x for every dA, and dx summed where it lies."""
+    dropout = seed is not None
+    dx: Tensor | None = None
+    products = []
+    with _current(x):
+        for i, dy in enumerate(dys):
+            choice = dispatch.launch_choice(x, weights[i], lora_as[i].shape[0], dropout, None, dy)
+            scale, _ = _factors(x, scalings[i], p, seed)
+            products.append(
+                _dy_products(choice, dy, lora_bs[i], ss[i], scale, needs_x or needs_a, needs_b[i])
+            )
+        dlora_as: list[Tensor | None] = [None] * len(dys)
         if needs_x or needs_a:
-            # dS = scale * dy @ B  # [M, N] @ [N, R] -> [M, R]; with beta=0 what `s` holds is not read
-            ds = torch.addmm(s, dy, lora_b.to(dy.dtype), beta=0, alpha=scale)
-        if needs_b:
-            dlora_b = (dy.T @ s).to(lora_b.dtype)  # [N, M] @ [M, R] -> [N, R]
-    if needs_a:
-        dlora_a, packed = x_pass(x, ds, lora_a.dtype, config.x, precision=precision, **mask)
-        mask = mask and {"packed": packed}  # so that dx need not make the mask once more
-    if needs_x and choice.dx_plan == "split":
-        # dx = dy @ W + keep ∘ (dS @ A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]
-        dx = rank_gemm(dy, weight.T, None, ds, lora_a.T, config.dx, precision=precision, **mask)
-    elif needs_x:
-        dx = rank_update_(dy @ weight, ds, lora_a.T, config.update, precision=precision, **mask)
-    made = ((needs_x, dx), (needs_a, dlora_a), (needs_b, dlora_b))
-    return [gradient for needed, gradient in made if needed and gradient is not None]
+            ds = torch.cat([part for part, _ in products if part is not None], 1)  # [M, ΣR]
+            stacked = torch.cat(list(lora_as))  # [ΣR, K]
+            rank = stacked.shape[0]
+            choice = dispatch.launch_choice(x, weights[0], rank, dropout, None, dys[0])
+            _, mask = _factors(x, 1.0, p, seed)
+            if needs_a:
+                dlora_a, mask = _a_product(choice, x, ds, stacked.dtype, mask)
+                dlora_as = list(torch.split(dlora_a, [a.shape[0] for a in lora_as]))
+            if needs_x:
+                dx = _x_product(choice, dys[0], weights[0], ds, stacked, mask)
+                for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                    dx.addmm_(dy, weight)  # [M, N] @ [N, K] -> [M, K]
+    return dx, dlora_as, [dlora_b for _, dlora_b in products]
 
 
 def _current(x: Tensor) -> AbstractContextManager[object]:

@@ -118,7 +118,10 @@ MUTANTS = (
     Mutant("ops: fused A in its own dtype", OPS, "lora_a = lora_a.to(x.dtype)", "lora_a = lora_a.to(lora_a.dtype)"),
     Mutant("ops: bias with gaps", OPS, "bias.contiguous()", "bias"),
     Mutant("ops: dS of many ranks without its factor", OPS, "beta=0, alpha=scale", "beta=0"),
-    Mutant("ops: dB always made", OPS, "needs_db=needs_b", "needs_db=True"),
+    Mutant("ops: dB always made", OPS, "needs_db=needs_db", "needs_db=True"),
+    Mutant("group: every layer shares S, whatever its scaling", OPS, "sharing.setdefault(scalings[i], [])", "sharing.setdefault(scalings[0], [])"),
+    Mutant("group: dx of the first layer only", OPS, "dx.addmm_(dy, weight)", "dx.addmm_(dy, weight, alpha=0)"),
+    Mutant("group: dS under the first layer's scaling", OPS, "_factors(x, scalings[i], p, seed)", "_factors(x, scalings[0], p, seed)"),
     Mutant("glue: gradients in another order", GLUE, "needs = (needs_x, needs_a, needs_b)", "needs = (needs_x, needs_b, needs_a)"),
     Mutant("config: fused float32 of too many ranks", CONFIG, "return 16 if precision == \"ieee\" else 32", "return 64"),
     Mutant("config: S of ranks that do not fit", CONFIG, "max(16, 1 << (rank - 1).bit_length())", "max(16, 1 << (rank.bit_length() - 1))"),
@@ -138,7 +141,7 @@ def run(root: Path) -> bool:
 
 def copy_to(folder: Path) -> Path:
     """The parts of the project that the kernel tests need."""
-    for name in ("fastlora", "kernels", "tests"):
+    for name in ("fastlora", "kernels", "tests", "docs"):
         shutil.copytree(
             ROOT / name,
             folder / name,

@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs for 17 readers of files: a good file of each kind, ways to spoil it, and the only errors allowed.
+"""Damaged and hostile inputs for every reader of files: a good file of each kind, ways to spoil it, and the only errors allowed.
 
 `attack` is the fuzzer: tests run it short, `tests/soak.py` long.
 """
@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 import fastlora
+from fastlora import files
 from fastlora.adapter_files import merge_files, read_adapter
-from fastlora.errors import FastLoRAError
-from fastlora.medical import checkpointing
+from fastlora.errors import DataError, FastLoRAError
+from fastlora.medical import checkpointing, grids, manifest, prepared
+from fastlora.medical.grids import StructureGrid
 from fastlora.medical.layouts import find_cases
+from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.train_config import TrainConfig, read_yaml
-from fastlora.medical.volumes import load_labels, load_volume
+from fastlora.medical.volumes import load_labels, load_png, load_volume
+from tests.layouts import Scan, write_dicom_scan
 from tests.models import Decoder
 from tests.tiny_run import tiny_trainer
 
@@ -43,12 +49,13 @@ SECONDS = 20  # for one input, on a busy machine; most take a millisecond
 
 @dataclass(frozen=True)
 class Reader:
-    """good: the bytes of a good file. read: reads the spoilt one, whose path it gets. inside: mutate this part of a zip."""
+    """good: the bytes of a good file. read: reads the spoilt one, whose path it gets. inside: mutate the parts of a zip that end so, the zip
+    around them being sound."""
 
     good: bytes
     read: Callable[[Path], object]
     file: str
-    pickled: bool = False
+    inside: str | None = None
     header: int | None = None  # most mutations fall into so many first bytes
 
 
@@ -126,7 +133,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     return {
         "load_adapter .safetensors": Reader(safe, load, "x.safetensors", header=900),
         "load_adapter .pt": Reader(state, load, "x.pt"),
-        "load_adapter .pt, its pickle": Reader(state, load, "x.pt", pickled=True),
+        "load_adapter .pt, its pickle": Reader(state, load, "x.pt", inside="data.pkl"),
         "read_adapter .safetensors": Reader(safe, inspect, "x.safetensors", header=900),
         "from_pretrained, weights": Reader(
             weights, peft, "peft/adapter_model.safetensors", header=900
@@ -141,7 +148,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         ),
         "TrainConfig YAML": Reader((folder / "run.yaml").read_bytes(), _yaml_run, "x.yaml"),
         "read_checkpoint": Reader(checkpoint, checkpointing.read_checkpoint, "x.pt"),
-        "load_checkpoint, its pickle": Reader(checkpoint, resume, "x.pt", pickled=True),
+        "load_checkpoint, its pickle": Reader(checkpoint, resume, "x.pt", inside="data.pkl"),
         "load_volume .nii": Reader(nifti, load_volume, "x.nii", header=352),
         "load_volume .nii.gz": Reader(gzip.compress(nifti), load_volume, "x.nii.gz"),
         "load_labels .nii": Reader(nifti, load_labels, "x.nii", header=352),
@@ -149,6 +156,131 @@ def readers(folder: Path) -> dict[str, Reader]:
             table, lambda path: find_cases(path.parent), "cases/meta.csv"
         ),
         "merge_files index": Reader(json.dumps(index).encode(), merge, "x.safetensors.index.json"),
+        **_run_readers(folder),
+        **_dataset_readers(folder),
+        **_cache_readers(folder),
+        **(_dicom_readers(folder) if find_spec("highdicom") else {}),
+    }
+
+
+def _run_readers(folder: Path) -> dict[str, Reader]:
+    """What a run left behind besides its checkpoints."""
+
+    good = (folder / "run" / "history.json").read_bytes()
+    read = RunFolder(folder / "run").read_history
+    return {"history.json": Reader(good, lambda _: read(), "run/history.json")}
+
+
+def _dataset_readers(folder: Path) -> dict[str, Reader]:
+    """Lists of cases, and pictures."""
+    volume = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5) % 3, np.eye(4))
+    for root in ("decathlon", "nnunet"):
+        for kind, name in (("imagesTr", "a_0000"), ("labelsTr", "a"), ("imagesTr", "a")):
+            (folder / root / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(volume, folder / root / kind / f"{name}.nii.gz")
+    decathlon = {
+        "modality": {"0": "CT", "1": "MRI"},
+        "labels": {"0": "background", "1": "liver", "2": "left kidney"},
+        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+    }
+    nnunet = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "liver": 1, "whole": [1, 2]},
+        "file_ending": ".nii.gz",
+    }
+    (folder / "nnunet" / "dataset.json").write_text(json.dumps(nnunet))
+    (folder / "decathlon" / "dataset.json").write_text(json.dumps(decathlon))
+    folds = [{"train": ["a"], "val": ["b"]}]
+    (folder / "nnunet" / "splits_final.json").write_text(json.dumps(folds))
+    picture = io.BytesIO()
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5).save(picture, "PNG")
+
+    def cases(path: Path) -> None:
+        for case in find_cases(path.parent):
+            image = case.load_image()
+            for name in case.structures:
+                case.load_mask(name, image)
+
+    return {
+        "find_cases dataset.json, Decathlon": Reader(
+            json.dumps(decathlon).encode(), cases, "decathlon/dataset.json"
+        ),
+        "find_cases dataset.json, nnU-Net": Reader(
+            json.dumps(nnunet).encode(), cases, "nnunet/dataset.json"
+        ),
+        "find_cases splits_final.json": Reader(
+            json.dumps(folds).encode(), cases, "nnunet/splits_final.json"
+        ),
+        "load_png": Reader(
+            picture.getvalue(), lambda path: load_png(path, (1.0, 1.0, 2.0)), "x.png"
+        ),
+    }
+
+
+def _cache_readers(folder: Path) -> dict[str, Reader]:
+    """What preprocessing keeps: a damaged array is not refused but made anew, so it is read here as it lies."""
+    root = folder / "prepared"
+    (root / "s1" / "segmentations").mkdir(parents=True)
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[3:9, 3:9, 3:9] = 1
+    for name, array in (("ct", mask * 100), ("segmentations/liver", mask)):
+        nib.save(nib.Nifti1Image(array, np.diag([2, 2, 2, 1])), root / "s1" / f"{name}.nii.gz")
+    (case,) = find_cases(root)
+    cache = folder / "cache"
+    settings = prepared.SliceConfig(crop_size=8, sdf_size=8)
+    prepared.load_prepared(case, "liver", settings, cache)
+    StructureGrid.load(case, "liver", cache)
+    outcome = manifest.Outcome("s1", "liver", sources={"a": "b"}, files={"c": "d"})
+    manifest.write_manifest(cache, {}, [outcome], [])
+    slices = prepared.cache_path(case, "liver", settings, cache).read_bytes()
+    grid = grids.grid_path(case, "liver", cache).read_bytes()
+
+    def listed(path: Path) -> None:
+        manifest.usable_cases([case], path.parent)
+        manifest.verify(path.parent)
+
+    def arrays(layout: Any) -> Callable[[Path], object]:
+        def read(path: Path) -> None:
+            try:
+                files.read_npz(path, layout)
+            except (OSError, ValueError) as error:  # what its callers take
+                raise DataError(str(error)) from error
+
+        return read
+
+    return {
+        "manifest.json": Reader(
+            (cache / "manifest.json").read_bytes(), listed, "cache/manifest.json"
+        ),
+        "cached slices .npz": Reader(slices, arrays(prepared.STORED), "x.npz"),
+        "cached slices .npz, its arrays": Reader(
+            slices, arrays(prepared.STORED), "x.npz", inside=".npy", header=128
+        ),
+        "cached grid .npz, its arrays": Reader(
+            grid, arrays(grids.STORED), "x.npz", inside=".npy", header=128
+        ),
+    }
+
+
+def _dicom_readers(folder: Path) -> dict[str, Reader]:
+    """One slice of a series, and a SEG beside it."""
+    grid = np.arange(6 * 5 * 3, dtype=np.int16).reshape(6, 5, 3)
+    mask = np.zeros(grid.shape, bool)
+    mask[1:4, 1:4] = True
+    write_dicom_scan(folder / "dicom" / "s1", Scan("s1", "ct", grid, np.eye(4), {"liver": mask}))
+    (slice_0, *_) = sorted((folder / "dicom" / "s1" / "images").iterdir())
+
+    def series(path: Path) -> None:
+        for case in find_cases(folder / "dicom"):
+            case.load_mask("liver", case.load_image())
+
+    def place(path: Path) -> str:
+        return str(path.relative_to(folder))
+
+    segmentation = folder / "dicom" / "s1" / "segmentation.dcm"
+    return {
+        "DICOM series": Reader(slice_0.read_bytes(), series, place(slice_0), header=1200),
+        "DICOM SEG": Reader(segmentation.read_bytes(), series, place(segmentation)),
     }
 
 
@@ -203,14 +335,15 @@ def spoil(data: bytes, edits: list[tuple[str, float, int]], header: int | None =
     return data
 
 
-def spoil_pickle(archive: bytes, edits: list[tuple[str, float, int]]) -> bytes:
-    """A file of torch.save whose pickle is spoilt while the zip around it is sound."""
+def spoil_inside(archive: bytes, ending: str, edits: list[tuple[str, float, int]]) -> bytes:
+    """A zip whose entries that end so are spoilt while the zip around them is sound."""
     source, result = zipfile.ZipFile(io.BytesIO(archive)), io.BytesIO()
     with zipfile.ZipFile(result, "w", zipfile.ZIP_STORED) as target:
         for entry in source.infolist():
             data = source.read(entry)
-            pickled = entry.filename.endswith("data.pkl")
-            target.writestr(entry.filename, spoil(data, edits) if pickled else data)
+            target.writestr(
+                entry.filename, spoil(data, edits) if entry.filename.endswith(ending) else data
+            )
     return result.getvalue()
 
 
@@ -234,8 +367,8 @@ def attack(reader: Reader, folder: Path, inputs: int, number: int = 0) -> int:
     def run(edits: list[tuple[str, float, int]]) -> None:
         nonlocal refused
         data = (
-            spoil_pickle(reader.good, edits)
-            if reader.pickled
+            spoil_inside(reader.good, reader.inside, edits)
+            if reader.inside
             else spoil(reader.good, edits, reader.header)
         )
         path.write_bytes(data)

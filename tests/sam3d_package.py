@@ -210,5 +210,5 @@ def write_package(folder: Path) -> None:
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for path in base.rglob("*/"):
+    for path in [path for path in base.rglob("*") if path.is_dir()]:
         (path / "__init__.py").touch()

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def fuzz(reader: hostile.Reader, folder: Path, inputs: int) -> tuple[int, list[s
 
     try:
         hostile.attack(
-            hostile.Reader(reader.good, counted, reader.file, reader.pickled, reader.header),
+            replace(reader, read=counted),
             folder,
             inputs,
         )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -58,6 +59,8 @@ GOOD = {
     "shared": 100_000,
     "tensor_memory": 0,
     "instructions": 1000,
+    "instructions_per_element": 10.0,
+    "bytes_moved": 1_000_000,
     "tensor_core": 8,
     "wide_multiplications_in_loops": 2,
 }
@@ -84,14 +87,45 @@ def test_exact_float32_and_plain_sums_need_no_tensor_core():
     assert gate.failures(90, HALF, GOOD | {"tensor_core": 0, "kernel": "sum"}) == []
 
 
-def test_what_got_worse_than_the_record_fails():
-    assert gate.compare(GOOD, GOOD | {"instructions": 1030}) == []
-    assert gate.compare(GOOD, GOOD | {"instructions": 1031}) == [
-        "instructions: 1031, the record has 1000"
+@pytest.mark.parametrize("field", gate.GATED)
+def test_what_got_worse_than_the_record_by_more_than_three_percent_fails(field):
+    before = GOOD | {"tensor_memory": 256}
+    assert gate.compare(before, before | {field: before[field] * 1.02}) == []
+    worse = before[field] * 1.04
+    assert gate.compare(before, before | {field: worse}) == [
+        f"{field}: {worse}, the record has {before[field]}"
     ]
-    assert len(gate.compare(GOOD, GOOD | {"registers": 104, "shared": 104_000})) == 2
+
+
+def test_one_more_wide_multiplication_in_a_loop_fails():
     (wide,) = gate.compare(GOOD, GOOD | {"wide_multiplications_in_loops": 3})
     assert wide == "wide_multiplications_in_loops: 3, the record has 2"
+
+
+def test_a_launch_moves_each_of_its_tensors_once():
+    x, y = torch.empty(4, 8), torch.empty(3, dtype=torch.float64)
+    assert gate.bytes_of({"x_ptr": x, "unused_ptr": x, "y_ptr": y, "M": 4}) == 128 + 24
+    assert gate.tile_elements({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}) == 64 * 128
+    assert gate.tile_elements({"BLOCK_M": 64, "BLOCK_K": 32}) == 64 * 32
+    assert gate.tile_elements({"BLOCK": 128, "num_warps": 4}) == 128
+
+
+def test_the_report_says_what_fails_and_what_got_better(tmp_path, monkeypatch, capsys):
+    import triton
+
+    row = {field: value for field, value in GOOD.items() if field != "kernel"}
+    stored = {"triton": triton.__version__, "kernels": {HALF.name: {"pointer": row}}}
+    (tmp_path / "compile-sm90.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(gate, "RESULTS", tmp_path)
+
+    def bad(change):
+        return gate.report(90, [HALF], {HALF.name: {"pointer": row | change}}, recorded=True)
+
+    assert bad({}) == 0 and "record" not in capsys.readouterr().out
+    assert bad({"instructions": 1040}) == 1
+    assert "FAILED: instructions: 1040, the record has 1000" in capsys.readouterr().out
+    assert bad({"instructions": 900}) == 0
+    assert "better than the record, renew it with --write" in capsys.readouterr().out
 
 
 def test_wide_multiplications_count_in_innermost_loops_only():

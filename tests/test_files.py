@@ -163,6 +163,25 @@ def test_every_leaf_of_a_checkpoint_is_checked(tmp_path):
     trainer.load_checkpoint(trainer.folder.find("last"))
 
 
+def test_a_history_that_later_steps_could_not_use(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", epochs=1)
+    trainer.train()
+    content = checkpointing.read_checkpoint(trainer.folder.find("last"))
+    record = content["history"][1]
+    val = {name: value for name, value in record["val"].items() if name != "dice"}
+    history = [content["history"][0], {**record, "val": val}]
+    best = {k: v for k, v in content.items() if k != "best"} | {"seconds": [torch.zeros(1)]}
+    for change, message in (
+        ({"history": history}, "history: expected 'dice' of the validation in every epoch"),
+        ({"seconds": [0.1, torch.zeros(1)]}, "seconds: expected a list of numbers"),
+        ({"seconds": [0.1, float("nan")]}, "seconds: expected a list of numbers"),
+        ({"best": best}, "best: seconds: expected a list of numbers"),
+    ):
+        torch.save({**content, **change}, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=message):
+            checkpointing.read_checkpoint(tmp_path / "x.pt")
+
+
 # Text
 
 
@@ -196,6 +215,43 @@ def test_json_that_is_large_or_deep(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             fastlora.LoRAConfig.load(path)
+
+
+def npz(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def test_arrays_are_read_only_as_they_should_be(tmp_path):
+    layout = {"a": ("float32", ("X", 2)), "b": ("int64", ("X",))}
+    good = {"a": np.ones((3, 2), np.float32), "b": np.arange(3)}
+    read = files.read_npz(npz(tmp_path / "good.npz", **good), layout)
+    assert all(np.array_equal(read[name], value) for name, value in good.items())
+    read["a"][0] = 5  # it can be written to
+    turned = {**good, "a": np.asfortranarray(good["a"])}
+    assert np.array_equal(files.read_npz(npz(tmp_path / "f.npz", **turned), layout)["a"], good["a"])
+    for change, message in (
+        ({"b": np.arange(4)}, r"b: expected int64 \('X',\), got int64 \(4,\)"),
+        ({"a": np.ones((3, 3), np.float32)}, r"a: expected float32"),
+        ({"a": np.ones((3, 2))}, r"got float64 \(3, 2\)"),
+        ({"a": np.ones(3, np.float32)}, r"got float32 \(3,\)"),
+        ({"c": np.ones(1)}, "expected the arrays a, b"),
+        ({"a": np.array([{}, 1], dtype=object)}, "bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            files.read_npz(npz(tmp_path / "bad.npz", **{**good, **change}), layout)
+    np.savez_compressed(tmp_path / "c.npz", **good)
+    with pytest.raises(ValueError, match="compressed entries"):
+        files.read_npz(tmp_path / "c.npz", layout)
+
+
+def test_an_array_that_declares_more_than_it_has_is_not_allocated(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(4, np.float32))
+    data = (tmp_path / "a.npy").read_bytes().replace(b"(4,), }", b"(9999999999999999,), }", 1)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", data[:16] + data[16:].replace(b" " * 15, b"", 1))
+    with pytest.raises(ValueError, match="bytes|header"):
+        files.read_npz(tmp_path / "x.npz", {"a": ("float32", ("X",))})
 
 
 def test_what_is_no_file_is_not_read(tmp_path):

@@ -232,9 +232,9 @@ def count_group_calls(model):
     calls = []
     original = lora_linear_group
 
-    def counted(*args):
+    def counted(*args, **named):
         calls.append(1)
-        return original(*args)
+        return original(*args, **named)
 
     module.lora_linear_group = counted
     return calls

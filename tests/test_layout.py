@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "cpu_dropout": {"reference"},
     "ops": {"cpu_dropout", "dispatch", "reference", "errors", "triton_ops"},
     "tune": {"cost", "dispatch", "errors", "kernels", "reference", "triton_ops", "tuned"},
-    "group_ops": {"ops", "reference"},
+    "group_ops": {"ops", "reference", "triton_ops"},
     "fusion": {"dispatch", "group_ops", "layer", "ops", "selection", "errors"},
     "quantised": set(),
     "lora_layer": {"ops", "dispatch", "quantised", "errors"},

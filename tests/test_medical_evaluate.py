@@ -273,11 +273,26 @@ def test_run_reads_its_folder_or_a_checkpoint_in_it(home):
         Run.read(home / "lora" / "checkpoints" / "epoch_007.pt", "lora")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_broken_history_is_named(home, tmp_path, text):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "is no history"),
+        ("[]", "lacks counts, epochs, seconds"),
+        ("{}", "lacks counts, epochs, seconds"),
+        ({"epochs": []}, "epochs: expected a filled list"),
+        ({"epochs": [{"val": {"total": 1.0}}]}, "history: expected 'dice' of the validation"),
+        ({"epochs": [7]}, "history: expected figures by name"),
+        ({"seconds": ["long"]}, "seconds: expected a list of numbers"),
+        ({"counts": {"total": 3}}, "counts: expected total, trainable and lora"),
+    ],
+    ids=str,
+)
+def test_a_broken_history_is_named(home, tmp_path, change, message):
     shutil.copytree(home / "lora", tmp_path / "run")
-    (tmp_path / "run" / "history.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"history\.json: (is no history|lacks counts)"):
+    file = tmp_path / "run" / "history.json"
+    whole = json.loads(file.read_text())
+    file.write_text(change if isinstance(change, str) else json.dumps({**whole, **change}))
+    with pytest.raises(CheckpointError, match=rf"history\.json: {message}"):
         Run.read(tmp_path / "run", "lora")
 
 

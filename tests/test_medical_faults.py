@@ -203,6 +203,22 @@ def test_two_runs_in_one_folder(whole, tmp_path):
     assert_same_run(run, whole)
 
 
+def test_a_run_set_up_before_another_one_ended_undoes_nothing(tmp_path):
+    run = tmp_path / "run"
+    early = tiny_trainer(run, epochs=2)
+    tiny_trainer(run, epochs=1).train()
+    for stale in (early, tiny_trainer(run, epochs=2, resume="auto")):
+        if stale is not early:  # it read epoch 1; somebody else goes on to 2
+            tiny_trainer(run, epochs=2, resume="auto").train()
+        before = (run / "checkpoints" / "last.pt").read_bytes()
+        with pytest.raises(TrainingError, match="another run wrote to .* since this one was set"):
+            stale.train()
+        assert (run / "checkpoints" / "last.pt").read_bytes() == before
+    fresh = tiny_trainer(run, epochs=3, resume="auto")
+    fresh.train()
+    assert len(fresh.train()) == 4  # its own writing is no other's
+
+
 def test_nan_keeps_the_epoch_before(whole, tmp_path):
     run = tmp_path / "run"
     line = refused(run, "nan")

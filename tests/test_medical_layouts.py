@@ -138,6 +138,63 @@ def test_names_of_structures_are_words():
     assert structure_name("Left Kidney (cyst)") == "left_kidney_cyst"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": 7}, "expected a list in 'training', got int"),
+        ({"training": [7]}, "expected the paths 'image' and 'label' in each of 'training', got 7"),
+        ({"training": [{"image": "a.nii", "label": 3}]}, "expected the paths 'image' and 'label'"),
+        ({"training": [{"image": "/a.nii", "label": "b.nii"}]}, "expected paths within .*'/a.nii'"),
+        ({"training": [{"image": "a.nii", "label": "x/../../b.nii"}]}, "expected paths within"),
+        ({"training": [{"image": "a\0.nii", "label": "b.nii"}]}, "expected paths within"),
+        ({"labels": {"liver": 1e999}}, "expected labels as whole numbers, got 'liver': inf"),
+        ({"labels": {"1": None}}, "expected labels as whole numbers, got '1': None"),
+        ({"modality": {"0": 1, "1": {}}, "labels": {}}, "expected a label beside the background"),
+        ({"modality": [1]}, "expected 'channel_names' or 'modality'"),
+    ],
+)
+def test_odd_entries_of_a_list_of_cases_are_named(tmp_path, change, message):
+    content = {"modality": {"0": "CT"}, "labels": {"1": "liver"}, "training": [], **change}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        find_cases(tmp_path)
+
+
+@NEEDS_DICOM
+def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
+    import pydicom
+
+    mask = np.zeros((6, 5, 3), bool)
+    mask[1:4, 1:4] = True
+    grid = np.zeros(mask.shape, np.int16)
+    write_dicom_scan(tmp_path / "s1", Scan("s1", "ct", grid, np.eye(4), {"liver": mask}))
+    (path, *_) = sorted((tmp_path / "s1" / "images").iterdir())
+    item = pydicom.dcmread(path)
+    item.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    item.save_as(path, enforce_file_format=True)
+    with pytest.raises(DataError, match="expected another transfer syntax than Deflated"):
+        dicom.list_series(tmp_path / "s1")
+    segmentation = tmp_path / "s1" / "segmentation.dcm"
+    item = pydicom.dcmread(segmentation)
+    item.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    item.save_as(segmentation, enforce_file_format=True)
+    with pytest.raises(DataError, match="expected another transfer syntax than Deflated"):
+        dicom.read_segmentation(segmentation)
+
+
+@NEEDS_DICOM
+def test_a_number_of_odd_length_is_a_damaged_file(tmp_path):  # found by fuzzing
+    mask = np.ones((6, 5, 3), bool)
+    grid = np.zeros(mask.shape, np.int16)
+    write_dicom_scan(tmp_path / "s1", Scan("s1", "ct", grid, np.eye(4), {"liver": mask}))
+    (path, *_) = sorted((tmp_path / "s1" / "images").iterdir())
+    data = path.read_bytes()
+    rows = data.index(bytes.fromhex("28001000") + b"US") + 6
+    path.write_bytes(data[:rows] + b"\x03\x00\x05\x00\x00" + data[rows + 4 :])
+    with pytest.raises(DataError, match="expected a series of parallel slices"):
+        dicom.read_series(tmp_path / "s1")
+
+
 def test_decathlon_lists_what_is_missing_and_reads_the_channel(roots, tmp_path, caplog):
     root = tmp_path / "d"
     shutil.copytree(roots("Decathlon"), root)

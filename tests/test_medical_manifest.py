@@ -13,6 +13,7 @@ from fastlora.errors import DataError
 from fastlora.medical import grids
 from fastlora.medical.layouts import find_cases
 from fastlora.medical.manifest import (
+    FORMAT,
     Outcome,
     digest,
     read_manifest,
@@ -126,3 +127,23 @@ def test_bad_manifests_are_named(tmp_path, prepared):
     assert read_manifest(tmp_path)["skipped"][0]["reason"] == "broken case"
     one, other = digest(root / "phantom_000"), digest(root / "phantom_001")
     assert one != other and len(one) == 64
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        7,
+        {"subject": 1, "structure": "blob", "sources": {}, "files": {}},
+        {"subject": "a", "structure": "blob", "files": {}},
+        {"subject": "a", "structure": "blob", "sources": [], "files": {}},
+        {"subject": "a", "structure": "blob", "sources": {}, "files": {"x": 3}},
+    ],
+    ids=str,
+)
+def test_odd_entries_are_refused(tmp_path, entry):
+    content = {"format": FORMAT, "structures": [entry] if entry is not None else "none"}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    for read in (read_manifest, verify, lambda cache: usable_cases([], cache)):
+        with pytest.raises(DataError, match="manifest.json: expected subject, structure"):
+            read(tmp_path)

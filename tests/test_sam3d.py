@@ -575,7 +575,15 @@ def test_loss_weights_are_checked(values, message):
 
 def config_for(folder, run, **changes):
     values = {"model": "sam3d", "sam3d_dir": str(folder), "checkpoint_dir": str(run), "epochs": 4}
-    values |= {"batch_size": 1, "lr": 4e-3, "lora_dropout": 0.1, "seed": 3, "progress": False}
+    values |= {
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "batch_size": 1,
+        "lr": 4e-3,
+        "lora_dropout": 0.1,
+        "seed": 3,
+        "progress": False,
+    }
     return TrainConfig(**{**values, **changes})
 
 

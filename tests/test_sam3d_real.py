@@ -289,6 +289,8 @@ def test_training_on_regions_lowers_the_loss_and_gives_a_mesh(folder, tmp_path):
         epochs=40,
         batch_size=2,
         lr=2e-3,
+        lora_rank=4,
+        lora_alpha=8.0,
         progress=False,
     )
     trainer = MedicalTrainer(config, None, TinyRegions(2, 0), TinyRegions(1, 0))

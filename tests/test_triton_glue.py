@@ -4,6 +4,7 @@ Everything not marked `gpu` runs the kernels in Triton's interpreter where there
 """
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import LoRALinear, lora_linear, reference
+from fastlora import LoRALinear, fuse, lora_linear, reference, unfuse
+from fastlora.group_ops import GroupMember, lora_linear_group
 from tests.cases import Case, Tensors, make
 from tests.tolerance import assert_close
 
@@ -270,3 +272,153 @@ def test_offsets_beyond_32_bits(plan):
         (y[tail], dx[tail], da), formula(torch.bfloat16), formula(torch.float64), strict=True
     ):
         assert_close(got, same, exact)
+
+
+def _group(dtype=torch.float32):
+    """x (2, 35, 32) and three layers on it, of other widths and ranks, the second without a bias; and gradients of the outputs."""
+    made = [
+        _inputs(Case((2, 35), 32, n, r, bias=r != 8), dtype) for n, r in ((24, 4), (40, 8), (48, 3))
+    ]
+    members = [
+        GroupMember(t.weight, t.bias, t.lora_a, t.lora_b, scaling)
+        for t, scaling in zip(made, (1.75, 1.75, 0.5), strict=True)
+    ]
+    return made[0].x, members, [t.dy for t in made]
+
+
+def _group_step(function, x, members, dys):
+    """[y of each member], and the gradients of x and of every lora_a and lora_b."""
+    x = x.detach().requires_grad_()
+    members = [
+        dataclasses.replace(m, lora_a=_leaf(m.lora_a), lora_b=_leaf(m.lora_b)) for m in members
+    ]
+    ys = function(x, members)
+    leaves = [x] + [t for m in members for t in (m.lora_a, m.lora_b)]
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    gradients = torch.autograd.grad(
+        [ys[i] for i in used], leaves, [dys[i] for i in used], allow_unused=True
+    )
+    return ys, gradients
+
+
+def _leaf(tensor):
+    return tensor.detach().requires_grad_()
+
+
+@pytest.mark.parametrize("unused", [None, 0, 2])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_group_gives_what_its_layers_give_alone(p, unused):
+    x, members, dys = _group()
+    if unused is not None:
+        dys[unused] = None
+
+    def alone(x, members, backend="torch"):
+        return [
+            lora_linear(
+                x, m.weight, m.bias, m.lora_a, m.lora_b, m.scaling, p, SEED, backend=backend
+            )
+            for m in members
+        ]
+
+    got = _group_step(
+        lambda x, members: lora_linear_group(x, members, p, SEED, triton=True), x, members, dys
+    )
+    same = _group_step(alone, x, members, dys)
+    wide = [
+        GroupMember(*(None if t is None else t.double() for t in _tensors(m)), m.scaling)
+        for m in members
+    ]
+    exact = _group_step(alone, x.double(), wide, [None if d is None else d.double() for d in dys])
+    for part, one, reference64 in zip(got, same, exact, strict=True):
+        for a, b, c in zip(part, one, reference64, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert_close(a, b, c)
+    y = got[0][0]
+    y.mul_(2)  # an output is nobody's view
+
+
+def _tensors(member):
+    return member.weight, member.bias, member.lora_a, member.lora_b
+
+
+@pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b"])
+def test_a_group_gives_no_gradient_that_nobody_asked_for(frozen):
+    x, members, dys = _group()
+    whole = _group_step(
+        lambda x, members: lora_linear_group(x, members, 0.25, SEED, triton=True), x, members, dys
+    )[1]
+
+    def run(x, members):
+        if frozen == "x":
+            x = x.detach()
+        else:
+            members = [
+                dataclasses.replace(m, **{frozen: getattr(m, frozen).detach()}) for m in members
+            ]
+        return lora_linear_group(x, members, 0.25, SEED, triton=True)
+
+    names = ["x"] + ["lora_a", "lora_b"] * 3
+    for name, got, expected in zip(names, _group_step(run, x, members, dys)[1], whole, strict=True):
+        if name == frozen:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, expected)
+
+
+def _projections(ranks, backend="triton", dropout=0.25):
+    model = nn.ModuleDict({name: nn.Linear(32, 48) for name in "qkv"}).to(DEVICE)
+    for name, rank in zip("qkv", ranks, strict=True):
+        layer = LoRALinear(model[name], rank, dropout=dropout, backend=backend).to(DEVICE)
+        model[name] = layer
+        nn.init.normal_(layer.lora_B)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x):
+            return [part(x) for part in self.parts.values()]
+
+    return Attention()
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "passes"),
+    [(70, (4, 4, 4), (1, 1)), (70, (100, 100, 57), (3, 3)), (8, (4, 4, 4), (0, 3))],
+    ids=["one pass over x", "too many ranks", "decode"],
+)
+def test_a_fused_model_launches_one_pass_over_x(rows, ranks, passes, monkeypatch):
+    from fastlora import triton_ops
+
+    counts = {"down_project": 0, "x_pass": 0}
+
+    def counted(name, original):
+        def call(*args, **named):
+            counts[name] += 1
+            return original(*args, **named)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(triton_ops, name, counted(name, getattr(triton_ops, name)))
+    model = _projections(ranks)
+    x = torch.randn(rows, 32, device=DEVICE)
+    assert len(fuse(model, x).groups) == 1
+    counts.update(down_project=0, x_pass=0)
+    sum(y.sum() for y in model(x)).backward()
+    assert (counts["down_project"], counts["x_pass"]) == passes
+
+
+def test_a_groups_mask_is_made_once_and_serves_all():
+    model = _projections((4, 4, 4), dropout=0.5)
+    x = torch.randn(70, 32, device=DEVICE)
+    fuse(model, x)
+    for part in list(model.parts.values())[1:]:
+        part.load_state_dict(model.parts["q"].state_dict())
+    q, k, v = model(x)
+    assert torch.equal(q, k) and torch.equal(k, v)
+    unfuse(model)
+    q, k, _ = model(x)
+    assert not torch.equal(q, k)

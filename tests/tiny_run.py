@@ -75,6 +75,8 @@ def tiny_trainer(folder: Path | str, **changes: Any) -> MedicalTrainer:
         "grad_accum": 2,
         "epochs": 4,
         "lr": 1e-2,
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
         "lora_dropout": 0.2,
         "seed": 3,
     }

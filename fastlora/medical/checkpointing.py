@@ -13,7 +13,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,8 @@ from fastlora import files
 from fastlora.errors import CheckpointError
 
 FORMAT = "fastlora-medical-1"
+SELECT_BY = "dice"
+"""The validation figure that chooses `best`; higher is better."""
 KEYS: Mapping[str, type] = {
     **dict.fromkeys(("model", "optimizer", "scheduler", "scaler", "rng", "config"), dict),
     **dict.fromkeys(("format", "base_sha256"), str),
@@ -142,10 +144,21 @@ def _check_content(content: Any, where: str) -> None:
         raise CheckpointError(
             f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} records"
         )
-    for record in content["history"]:
+    check_history(content["history"], content["seconds"], where)
+
+
+def check_history(history: Sequence[object], seconds: Sequence[object], where: str) -> None:
+    """Checks the records of epochs and what each took. Raises: CheckpointError."""
+    for record in history:
         parts = [record.get("train", {}), record.get("val")] if isinstance(record, dict) else [None]
         if not all(isinstance(part, dict) and _are_figures(part.values()) for part in parts):
             raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
+        if SELECT_BY not in record["val"]:  # type: ignore[index]
+            raise CheckpointError(
+                f"{where}: history: expected {SELECT_BY!r} of the validation in every epoch"
+            )
+    if not _are_figures(seconds):
+        raise CheckpointError(f"{where}: seconds: expected a list of numbers")
 
 
 def _are_figures(values: Iterable[object]) -> bool:

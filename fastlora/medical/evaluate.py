@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,13 +102,7 @@ class Run:
                 f"{path}: expected a run with finetune {finetune!r}, got {config.finetune!r}"
             )
         files.find(which)
-        try:
-            history = json.loads(files.history.read_text(encoding="utf-8"))
-            missing = {"epochs", "seconds", "counts"} - history.keys()
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{files.history}: is no history: {error}") from error
-        if missing:
-            raise CheckpointError(f"{files.history}: lacks {', '.join(sorted(missing))}")
+        history = files.read_history()
         return cls(folder, config, history, which)
 
     @property

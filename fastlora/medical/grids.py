@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastlora import files
 from fastlora.errors import DataError
 from fastlora.medical.geometry import regrid, resample, sdf_from_mask
 from fastlora.medical.losses import TRUNCATION_VOX
@@ -36,6 +36,13 @@ MEMORY_BYTES = 2 * 1024**3
 """How much of the grids a process keeps; the ones longest unused go first."""
 
 _CACHE_VERSION = 2
+STORED: Mapping[str, tuple[str, tuple[int | str, ...]]] = {
+    "image": ("float32", ("X", "Y", "Z")),
+    "sdf_vox": ("float32", ("X", "Y", "Z")),
+    "affine": ("float64", (4, 4)),
+    "offset": ("int64", (3,)),
+    "box": ("int64", (2, 3)),
+}
 _MEMORY: OrderedDict[str, StructureGrid] = OrderedDict()
 
 
@@ -144,9 +151,8 @@ class StructureGrid:
         if not path.is_file():
             return None
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return cls(**{item.name: arrays[item.name] for item in fields(cls)})
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            return cls(**files.read_npz(path, STORED))
+        except (OSError, ValueError) as error:
             log.warning("%s: damaged cache entry is made anew (%s)", path, error)
             return None
 

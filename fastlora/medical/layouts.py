@@ -230,7 +230,9 @@ def _listed_cases(root: Path, request: Request) -> list[tuple[str, Callable[[], 
         raise DataError(f"channel: {path} has {channels}, expected one of them, got {number}")
     name = str(channels[number])
     if len(channels) > 1:
-        log.info("%s: channel %s (%s) of %s", root, number, name, ", ".join(channels.values()))
+        log.info(
+            "%s: channel %s (%s) of %s", root, number, name, ", ".join(map(str, channels.values()))
+        )
     modality: Modality = "ct" if name.upper() == "CT" else "mr"
     labels = _labels(content["labels"], path)
     splits = _folds(root / "splits_final.json")
@@ -273,15 +275,27 @@ def _nnunet_files(
 def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[tuple[str, Path, Path]]:
     path = root / "dataset.json"
     found = []
-    for entry in content.get("training", ()):
-        if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
+    listed = content.get("training", ())
+    if not isinstance(listed, (list, tuple)):
+        raise DataError(f"{path}: expected a list in 'training', got {type(listed).__name__}")
+    for entry in listed:
+        pair = [entry.get(key) for key in ("image", "label")] if isinstance(entry, dict) else []
+        names = [name for name in pair if isinstance(name, str) and name]
+        if len(names) != 2:
             raise DataError(
-                f"{path}: expected 'image' and 'label' in each of 'training', got {entry}"
+                f"{path}: expected the paths 'image' and 'label' in each of 'training', got {entry}"
             )
-        label = root / entry["label"]
+        image, label = (_below(root, name, path) for name in names)
         end = next((e for e in NIFTI_ENDINGS if label.name.endswith(e)), "")
-        found.append((label.name.removesuffix(end), root / entry["image"], label))
+        found.append((label.name.removesuffix(end), image, label))
     return found
+
+
+def _below(root: Path, name: str, path: Path) -> Path:
+    """The file `name` of the data set. Raises: DataError if it would lie outside of its folder."""
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{path}: expected paths within {root}, got {name!r}")
+    return root / name
 
 
 def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int, ...]]:
@@ -295,7 +309,7 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int,
         several = isinstance(value, (list, tuple))
         try:
             values = tuple(int(v) for v in (value if several else [value]))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{path}: expected labels as whole numbers, got {key!r}: {entry!r}"
             ) from error

@@ -102,7 +102,22 @@ def read_manifest(cache_dir: Path) -> dict[str, Any]:
         raise DataError(f"{path}: expected a manifest, got {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: expected a manifest of format {FORMAT!r}, got another file")
+    listed = content.get("structures")
+    if not isinstance(listed, list) or not all(_is_entry(entry) for entry in listed):
+        raise DataError(
+            f"{path}: expected subject, structure, and digests of sources and files in each of 'structures'"
+        )
     return content
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    digests = [entry.get("sources"), entry.get("files")]
+    return all(isinstance(entry.get(name), str) for name in ("subject", "structure")) and all(
+        isinstance(part, dict) and all(isinstance(value, str) for value in part.values())
+        for part in digests
+    )
 
 
 def usable_cases(cases: Sequence[Case], cache_dir: Path) -> list[Case]:

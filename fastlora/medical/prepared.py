@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from fastlora import files
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.geometry import (
     FloatArray,
@@ -34,6 +35,15 @@ from fastlora.medical.volumes import Case, Volume, window
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 2  # raise it when what `prepare` computes changes
+STORED: Mapping[str, tuple[str, tuple[int | str, ...]]] = {
+    **dict.fromkeys(("image", "sdf"), ("float32", ("X", "Y", "Z"))),
+    "mask": ("bool", ("X", "Y", "Z")),
+    "affine": ("float64", (4, 4)),
+    "vertices": ("float32", ("V", 3)),
+    "faces": ("int64", ("F", 3)),
+    "canonical_sdf": ("float32", ("S", "S", "S")),
+    "canonical_to_mm": ("float64", (4, 4)),
+}
 
 
 @dataclass(frozen=True)
@@ -152,9 +162,8 @@ def load_prepared(
     path = cache_path(case, structure, config, cache_dir)
     if path.is_file():
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                return Prepared(**{item.name: stored[item.name] for item in fields(Prepared)})
-        except (OSError, EOFError, KeyError, ValueError, MemoryError, zipfile.BadZipFile) as error:
+            return Prepared(**files.read_npz(path, STORED))
+        except (OSError, ValueError) as error:
             log.warning("%s: damaged cache entry is made anew (%s)", path, error)
     prepared = prepare(case, structure, config, image)
     path.parent.mkdir(parents=True, exist_ok=True)

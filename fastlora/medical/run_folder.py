@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 import yaml
 
 from fastlora.errors import CheckpointError, ConfigError, TrainingError
+from fastlora.files import read_json
 from fastlora.medical.checkpointing import (
     atomic_write,
+    check_history,
     read_checkpoint,
     write_checkpoint,
     write_json,
@@ -36,6 +38,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._lock: BinaryIO | None = None
         self._epoch: int | None = None  # of the `last` that this object wrote
+        self._last = self._state_of_last()  # as this object found or left it
 
     @staticmethod
     def split(path: str | Path) -> tuple[Path, str]:
@@ -56,6 +59,28 @@ class RunFolder:
             there = ", ".join(sorted(file.stem for file in self.checkpoints.glob("*.pt"))) or "none"
             raise CheckpointError(f"{self.path}: no checkpoint {which!r}; there are: {there}")
         return path
+
+    def read_history(self) -> dict[str, Any]:
+        """What history.json holds: `epochs` (a record each), `seconds`, `best_epoch` and `counts` of parameters.
+
+        Raises: CheckpointError if it is no such file.
+        """
+        try:
+            history = read_json(self.history)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.history}: is no history: {error}") from error
+        kinds = {"epochs": list, "seconds": list, "counts": dict}
+        missing = kinds.keys() - (history.keys() if isinstance(history, dict) else set())
+        if missing:
+            raise CheckpointError(f"{self.history}: lacks {', '.join(sorted(missing))}")
+        for name, kind in kinds.items():
+            if not isinstance(history[name], kind) or not history[name]:
+                raise CheckpointError(f"{self.history}: {name}: expected a filled {kind.__name__}")
+        counts = history["counts"]
+        if not all(type(counts.get(name)) is int for name in ("total", "trainable", "lora")):
+            raise CheckpointError(f"{self.history}: counts: expected total, trainable and lora")
+        check_history(history["epochs"], history["seconds"], str(self.history))
+        return dict(history)
 
     def resume_from(self, resume: str | None) -> Path | None:
         """The checkpoint that `--resume` means: a file, a run folder's `last`, or with 'auto' this run's `last` if any.
@@ -102,11 +127,16 @@ class RunFolder:
         """Creates the folder, without the files of a run that is to be overwritten, and writes config.yaml.
 
         The folder is this process's until `close`. Raises ConfigError if it cannot be written, TrainingError if another
-        process has it.
+        process has it, or had it since this object was made: what was read before would undo what that process did.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path / ".lock")
+            if not overwrite and self._state_of_last() != self._last:
+                self.close()
+                raise TrainingError(
+                    f"checkpoint_dir: another run wrote to {self.path} since this one was set up; start it again to go on from there"
+                )
             if overwrite:
                 for file in (self.config, self.history, self.adapter):
                     file.unlink(missing_ok=True)
@@ -122,6 +152,14 @@ class RunFolder:
                 leftover.unlink()
         text = yaml.safe_dump(dict(config), sort_keys=False)
         atomic_write(self.config, lambda file: file.write(text.encode()))
+
+    def _state_of_last(self) -> tuple[int, int, int] | None:
+        """What changes with every writing of `last`; None where there is none."""
+        try:
+            state = self.checkpoint("last").stat()
+        except OSError:
+            return None
+        return state.st_ino, state.st_mtime_ns, state.st_size
 
     def close(self) -> None:
         """Leaves the folder to other processes."""
@@ -140,6 +178,7 @@ class RunFolder:
             _keep(self.checkpoint("last"), self.checkpoint("previous"))
         self._epoch = last["epoch"]
         write_checkpoint(self.checkpoint("last"), last)
+        self._last = self._state_of_last()
         if best is not None:
             write_checkpoint(self.checkpoint("best"), best)
         write_json(self.history, history)

@@ -72,7 +72,7 @@ def option(default: Any, group: str, text: str, rule: Rule | None = None, unit: 
     )
 
 
-PEAK_LR = {"lora": 5e-3, "full": 1e-3, "sam3d": 1e-3}
+PEAK_LR = {"lora": 1e-2, "full": 1e-3, "sam3d": 1e-3}
 
 DATA, MODEL, OPTIMISATION, RUN = "data", "model", "optimisation", "run"
 
@@ -133,8 +133,8 @@ class TrainConfig:
         one_of("compact", "sam3d"),
     )
     finetune: str = option("lora", MODEL, "what is trained", one_of("lora", "full"))
-    lora_rank: int = option(4, MODEL, "rank of the LoRA update", AT_LEAST_ONE)
-    lora_alpha: float = option(8.0, MODEL, "LoRA scaling is alpha / rank", POSITIVE)
+    lora_rank: int = option(2, MODEL, "rank of the LoRA update", AT_LEAST_ONE)
+    lora_alpha: float = option(4.0, MODEL, "LoRA scaling is alpha / rank", POSITIVE)
     lora_dropout: float = option(0.0, MODEL, "dropout on the LoRA path", PROBABILITY, "probability")
     lora_ffn: bool = option(True, MODEL, "adapt the feed-forward layers beside the attention")
     base_weights: str | None = option(
@@ -178,7 +178,7 @@ class TrainConfig:
     lr: float | None = option(
         None,
         OPTIMISATION,
-        "AdamW's peak learning rate; without it 5e-3 for lora, 1e-3 for full and for sam3d",
+        "AdamW's peak learning rate; without it 1e-2 for lora, 1e-3 for full and for sam3d",
         POSITIVE,
     )
     weight_decay: float = option(0.01, OPTIMISATION, "AdamW's decay", NOT_NEGATIVE)

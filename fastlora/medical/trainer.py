@@ -30,6 +30,7 @@ from tqdm import tqdm
 from fastlora import count_parameters, save_adapter
 from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fastlora.medical import checkpointing
+from fastlora.medical.checkpointing import SELECT_BY
 from fastlora.medical.distributed import (
     Ranks,
     load_optimizer_state,
@@ -67,9 +68,6 @@ from fastlora.medical.train_data import load_train_data
 __all__ = ["MedicalTrainer", "TrainConfig", "load_finetuned", "resolve_device"]
 
 log = logging.getLogger(__name__)
-
-SELECT_BY = "dice"
-"""The validation figure that chooses `best`; higher is better."""
 
 
 class RegionData(Protocol):
