@@ -22,7 +22,7 @@ from fastlora.medical.sam3d_model import load_sam3d
 from fastlora.medical.train_config import TrainConfig
 from fastlora.medical.trainer import MedicalTrainer
 from tests import sam3d_standins
-from tests.sam3d_folder import MODELS, TARGETS, fill, write_folder
+from tests.sam3d_folder import CONFIGS, MODELS, TARGETS, fill, write_folder
 from tests.tiny_run import TinyRegions
 from tests.tolerance import assert_close, assert_differs
 
@@ -120,6 +120,15 @@ def test_adapters_stand_where_they_should_and_get_gradients(folder, part, count)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert len(gradients) == 2 * count
     assert all(g is not None and torch.isfinite(g).all() and g.any() for g in gradients.values())
+
+
+def test_a_decoder_of_the_released_size_takes_48_adapters():
+    model = build(
+        "decoder", {**CONFIGS["decoder"], "model_channels": 768, "num_blocks": 12, "num_heads": 12}, zeros=True
+    )  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == 90_926_693
+    assert fastlora.inject_lora(model, ["to_qkv", "to_out", "mlp"], rank=8) == 48
+    assert fastlora.count_parameters(model)["lora"] == 1_179_648
 
 
 def test_an_unfilled_decoder_gives_adapters_no_gradient(tmp_path):
