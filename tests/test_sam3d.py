@@ -15,7 +15,7 @@ import pytest
 import torch
 import trimesh
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.errors import CheckpointError, ConfigError, DataError
@@ -610,6 +610,7 @@ def test_training_lowers_the_losses_and_keeps_adapters_and_encoder_only(run, fol
     assert {n for n in names if not n.startswith("decoder.")} == {
         f"encoder.{n}" for n in run.model.encoder.state_dict()
     }
+    assert load_file(run.folder.adapter).keys() == names
     frozen = load_part(folder, "decoder").state_dict()
     kept = fastlora.base_state_dict(run.model.decoder)
     assert all(torch.equal(kept[key], frozen[key]) for key in frozen)
