@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.medical.checkpointing import read_checkpoint
+from fastlora.medical.finetuned import MeshModel, load_base, load_finetuned, predict
 from fastlora.medical.metrics import (
     TOLERANCE_MM,
     Regions,
@@ -24,12 +25,11 @@ from fastlora.medical.metrics import (
     surface_metrics,
     tune_threshold,
 )
-from fastlora.medical.model import SparseMeshDecoder, load_base_model
 from fastlora.medical.regions import SPLIT_NOTES, RegionBatch, RegionDataset, collate_regions
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.train_config import TrainConfig, read_yaml
-from fastlora.medical.train_data import load_splits
-from fastlora.medical.trainer import load_finetuned, resolve_device
+from fastlora.medical.train_data import load_splits, with_latents
+from fastlora.medical.trainer import resolve_device
 
 FloatArray = NDArray[np.float32]
 Record = dict[str, Any]
@@ -43,7 +43,10 @@ LABELS = {
 }
 """The methods, in the order of every table."""
 
-SAME_IN_BOTH_RUNS = ("data_root", "demo", "classes", "modality", "channel", "split", "base_weights")
+SAME_IN_BOTH_RUNS = (
+    *("data_root", "demo", "classes", "modality", "channel", "split"),
+    *("model", "base_weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -141,16 +144,10 @@ def baseline_method(threshold: float) -> Method:
     return Method("baseline", predict)
 
 
-def model_method(key: str, model: SparseMeshDecoder, device: torch.device | str = "cpu") -> Method:
+def model_method(key: str, model: MeshModel, device: torch.device | str = "cpu") -> Method:
     """A decoder, put in eval mode and on `device`."""
     model.eval().to(device)
-
-    def predict(batch: RegionBatch) -> torch.Tensor:
-        batch = batch.to(device)
-        prediction: torch.Tensor = model(batch.tokens, batch.base_vox)
-        return prediction.float().cpu()
-
-    return Method(key, predict)
+    return Method(key, lambda batch: predict(model, batch.to(device)).float().cpu())
 
 
 @torch.inference_mode()
@@ -219,7 +216,10 @@ def compare_runs(
     if cache_dir is not None:
         config = replace(config, cache_dir=cache_dir)
     models = {
-        "base": load_base_model(config.base_weights),
+        # SAM 3D's decoder means nothing without latents: with adapters off it has those of the trained encoder.
+        "base": load_base(config)
+        if config.model == "compact"
+        else load_finetuned(lora.folder, which=lora.which, adapters=False),
         "lora": load_finetuned(lora.folder, which=lora.which),
         "merged": load_finetuned(lora.folder, which=lora.which, merged=True),
     }
@@ -240,7 +240,7 @@ def compare_runs(
     methods = [baseline_method(threshold)]
     where = resolve_device(config)
     methods += [model_method(key, model, where) for key, model in models.items()]
-    held_out = RegionDataset(splits[side], cache_dir=config.cache_dir)
+    held_out = with_latents(RegionDataset(splits[side], cache_dir=config.cache_dir), config)
     evaluation = evaluate(held_out, methods, tolerance_mm, batch_size)
     facts = {
         "split": {

@@ -1,25 +1,56 @@
-"""The fine-tuned model: which weights train, and the model of a run read back."""
+"""The fine-tuned model: the base that a run names, which weights train, and the model of a run read back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import merged_model, setup_lora_for_medical_finetuning
+from fastlora import merged_model, named_lora_layers, setup_lora_for_medical_finetuning
 from fastlora.errors import CheckpointError
 from fastlora.medical.checkpointing import check_tensors, model_sha256, read_checkpoint
 from fastlora.medical.model import SparseMeshDecoder, load_base_model
+from fastlora.medical.regions import RegionBatch
 from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.sam3d_model import Decoded, Sam3dModel, load_sam3d
 from fastlora.medical.train_config import TrainConfig
+
+MeshModel: TypeAlias = SparseMeshDecoder | Sam3dModel
+
+
+def load_base(config: TrainConfig) -> MeshModel:
+    """The model that `config` names, untrained. Raises: CheckpointError or ConfigError, naming what cannot be used."""
+    if config.model == "sam3d":
+        return load_sam3d(
+            str(config.sam3d_dir),
+            config.sam3d_torso,
+            config.sam3d_checkpointing,
+            encoder=config.slat_dir is None,
+        )
+    return load_base_model(config.base_weights)
+
+
+def distances(output: Tensor | Decoded) -> Tensor:
+    """The signed distances (B, 32, 32, 32) in what a model gave for a batch: fine voxels, negative inside."""
+    return output.field() if isinstance(output, Decoded) else output
+
+
+def predict(model: MeshModel, batch: RegionBatch) -> Tensor:
+    """A model's signed distances (B, 32, 32, 32) of a batch on its device."""
+    return distances(model(*model.inputs(batch)))
 
 
 def make_trainable(model: nn.Module, config: TrainConfig) -> None:
-    """Leaves trainable what `config.finetune` says: adapters, put in here, and the output layer; or everything."""
-    if config.finetune == "full":
+    """Leaves trainable what `config.finetune` says: adapters, put in here, and the output layer; or everything.
+
+    Of SAM 3D's model adapters in the decoder, and the encoder.
+    """
+    if isinstance(model, Sam3dModel):
+        model.adapt(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_ffn)
+    elif config.finetune == "full":
         model.requires_grad_(True)
     else:
         setup_lora_for_medical_finetuning(
@@ -48,15 +79,17 @@ def load_finetuned(
     run_dir: str | Path,
     merged: bool = False,
     which: str = "best",
-    model: SparseMeshDecoder | None = None,
-) -> SparseMeshDecoder:
-    """The fine-tuned decoder of a run, on the CPU and in eval mode.
+    model: MeshModel | None = None,
+    adapters: bool = True,
+) -> MeshModel:
+    """The fine-tuned model of a run, on the CPU and in eval mode.
 
     Args:
         run_dir: a run folder.
         merged: fold the LoRA weights into plain layers.
         which: `best`, `last` or `epoch_NNN`.
         model: the base it was trained on, adapted in place; default: the one its config names.
+        adapters: False leaves them without effect, so that what else was trained works with the base.
 
     Raises:
         CheckpointError: no such checkpoint, or it does not fit the base.
@@ -64,13 +97,16 @@ def load_finetuned(
     path = RunFolder(run_dir).find(which)
     content = read_checkpoint(path)
     config = TrainConfig.from_dict(content["config"])
-    model = load_base_model(config.base_weights) if model is None else model
-    if model_sha256(model) != content["base_sha256"]:
+    model = load_base(config) if model is None else model
+    if model_sha256(model.base) != content["base_sha256"]:
         raise CheckpointError(f"{path}: was trained on another base model (its weights differ)")
     make_trainable(model, config)
     check_tensors(content["model"], trainable_parameters(model), str(path))
     load_tensors(model, content["model"])
+    if not adapters:
+        for _, layer in named_lora_layers(model):
+            layer.reset_lora_parameters()
     model.eval()
     if merged and config.finetune == "lora":
-        return cast(SparseMeshDecoder, merged_model(model))
+        return cast(MeshModel, merged_model(model))
     return model

@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fastlora.medical.regions import RegionBatch
 
 BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
 """The packaged base: pretrained on procedural shapes, it has seen no anatomy. ``base.json`` beside it says how."""
@@ -248,6 +251,15 @@ class SparseMeshDecoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.out_layer.weight)
+
+    @property
+    def base(self) -> SparseMeshDecoder:
+        """What a run starts from; a larger model has more than that."""
+        return self
+
+    def inputs(self, batch: RegionBatch) -> tuple[SparseTokens, Tensor]:
+        """What `forward` takes of a batch."""
+        return batch.tokens, batch.base_vox
 
     def forward(self, tokens: SparseTokens, base_vox: Tensor) -> Tensor:
         """Signed distances in fine-voxel units, negative inside: (B, X, Y, Z).

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical import dicom
 from fastlora.medical.checkpointing import atomic_write
+from fastlora.medical.finetuned import MeshModel, predict
 from fastlora.medical.geometry import mesh_from_sdf, voxelise
 from fastlora.medical.grids import FINE, SPACING_MM, Array, StructureGrid
 from fastlora.medical.layouts import DICOM_MODALITIES, IMAGE_NAMES, NIFTI_ENDINGS, structure_name
 from fastlora.medical.metrics import overlap
-from fastlora.medical.model import SparseMeshDecoder
 from fastlora.medical.regions import base_distance, coarse_structure, collate_regions, region_arrays
 from fastlora.medical.volumes import (
     Modality,
@@ -152,7 +152,7 @@ def _source(path: Path, label: int | None) -> tuple[Source, str | None]:
 
 
 @torch.inference_mode()
-def predict_field(model: SparseMeshDecoder, grid: StructureGrid, batch_size: int = 8) -> Array:
+def predict_field(model: MeshModel, grid: StructureGrid, batch_size: int = 8) -> Array:
     """The decoder's distances on a grid, (X, Y, Z) float32 in fine voxels, negative inside.
 
     model: in eval mode, on any device. Windows overlap by at least half; where several meet, their
@@ -175,7 +175,7 @@ def predict_field(model: SparseMeshDecoder, grid: StructureGrid, batch_size: int
     def run() -> None:
         if waiting:
             batch = collate_regions([sample for _, sample in waiting]).to(device)
-            predicted = model(batch.tokens, batch.base_vox).float().cpu().numpy()
+            predicted = predict(model, batch).float().cpu().numpy()
             for (start, _), distance in zip(waiting, predicted, strict=True):
                 blend(start, distance)
             waiting.clear()
@@ -207,7 +207,7 @@ def _starts(length: int) -> list[int]:
 
 
 def predict_mesh(
-    model: SparseMeshDecoder, subject: Subject, batch_size: int = 8
+    model: MeshModel, subject: Subject, batch_size: int = 8
 ) -> tuple[trimesh.Trimesh, dict[str, Any]]:
     """The predicted surface, closed, in RAS mm, and what there is to say about it.
 

@@ -256,7 +256,10 @@ def _augmented(
 
 @dataclass(frozen=True, eq=False)
 class RegionBatch:
-    """A batch of regions; shapes as in ``RegionDataset`` with B in front, the tokens of all regions in one list."""
+    """A batch of regions; shapes as in ``RegionDataset`` with B in front, the tokens of all regions in one list.
+
+    slat: cached latents at voxels of SAM 3D's decoder, where the dataset gives them.
+    """
 
     tokens: SparseTokens
     coarse: Tensor
@@ -266,22 +269,20 @@ class RegionBatch:
     affine: Tensor
     spacing: Tensor
     meta: list[dict[str, str]]
+    slat: SparseTokens | None = None
 
     def __len__(self) -> int:
         return len(self.meta)
 
     def to(self, device: torch.device | str) -> RegionBatch:
         """The same batch on another device."""
-        moved = {n: v.to(device) for n, v in vars(self).items() if n != "meta"}
+        moved = {n: v.to(device) for n, v in vars(self).items() if n != "meta" and v is not None}
         return RegionBatch(**moved, meta=self.meta)
 
 
 def collate_regions(samples: Sequence[dict[str, Any]]) -> RegionBatch:
     """Samples of ``RegionDataset`` -> one batch, tokens' coords as ``[sample, i, j, k]``."""
-    coords = [
-        np.concatenate([np.full((len(s["coords"]), 1), n), s["coords"]], axis=1)
-        for n, s in enumerate(samples)
-    ]
+    coords = _numbered([s["coords"] for s in samples])
     stacked = {
         name: torch.from_numpy(np.stack([s[name] for s in samples]))
         for name in ("coarse", "base_vox", "sdf_vox", "image", "affine")
@@ -289,9 +290,22 @@ def collate_regions(samples: Sequence[dict[str, Any]]) -> RegionBatch:
     return RegionBatch(
         tokens=SparseTokens(
             torch.from_numpy(np.concatenate([s["feats"] for s in samples])),
-            torch.from_numpy(np.concatenate(coords)),
+            torch.from_numpy(coords),
         ),
         spacing=torch.tensor([s["spacing"] for s in samples], dtype=torch.float64),
         meta=[s["meta"] for s in samples],
+        slat=SparseTokens(
+            torch.cat([s["slat_feats"] for s in samples]),
+            torch.from_numpy(_numbered([s["slat_coords"].numpy() for s in samples])),
+        )
+        if "slat_coords" in samples[0]
+        else None,
         **stacked,
+    )
+
+
+def _numbered(cells: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Cells (T, 3) of each sample -> one list (T, 4), the sample's number in front."""
+    return np.concatenate(
+        [np.concatenate([np.full((len(c), 1), n), c], axis=1) for n, c in enumerate(cells)]
     )

@@ -27,6 +27,9 @@ RESUMABLE_CHANGES = frozenset(
         "cache_dir",
         "use_dataset",
         "base_weights",
+        "sam3d_dir",
+        "sam3d_checkpointing",
+        "slat_dir",
         "checkpoint_dir",
         "resume",
         "overwrite",
@@ -69,7 +72,7 @@ def option(default: Any, group: str, text: str, rule: Rule | None = None, unit: 
     )
 
 
-PEAK_LR = {"lora": 1e-2, "full": 1e-3}
+PEAK_LR = {"lora": 1e-2, "full": 1e-3, "sam3d": 1e-3}
 
 DATA, MODEL, OPTIMISATION, RUN = "data", "model", "optimisation", "run"
 
@@ -123,6 +126,12 @@ class TrainConfig:
         0, DATA, "loader processes; the result does not depend on it", NOT_NEGATIVE
     )
 
+    model: str = option(
+        "compact",
+        MODEL,
+        "the decoder: the packaged one, or that of SAM 3D Objects (docs/sam3d.md)",
+        one_of("compact", "sam3d"),
+    )
     finetune: str = option("lora", MODEL, "what is trained", one_of("lora", "full"))
     lora_rank: int = option(2, MODEL, "rank of the LoRA update", AT_LEAST_ONE)
     lora_alpha: float = option(4.0, MODEL, "LoRA scaling is alpha / rank", POSITIVE)
@@ -130,6 +139,30 @@ class TrainConfig:
     lora_ffn: bool = option(True, MODEL, "adapt the feed-forward layers beside the attention")
     base_weights: str | None = option(
         None, MODEL, "base model's safetensors; the packaged one without it", NOT_EMPTY
+    )
+    sam3d_dir: str | None = option(
+        None, MODEL, "SAM 3D Objects' checkpoint folder, with pipeline.yaml", NOT_EMPTY
+    )
+    sam3d_parts: tuple[str, ...] | None = option(
+        None,
+        MODEL,
+        "parts of SAM 3D Objects to adapt; there is training for the decoder only, which is the default",
+        NOT_EMPTY,
+    )
+    sam3d_torso: str = option(
+        "config",
+        MODEL,
+        "precision of SAM 3D's frozen blocks; config: what its checkpoint folder says",
+        one_of("config", "fp32", "fp16"),
+    )
+    sam3d_checkpointing: bool = option(
+        False, MODEL, "make SAM 3D's activations again in the backward pass: less memory, more time"
+    )
+    slat_dir: str | None = option(
+        None,
+        MODEL,
+        "cached latents of every region for SAM 3D's decoder; without it an encoder is trained that makes them",
+        NOT_EMPTY,
     )
 
     epochs: int = option(16, OPTIMISATION, "passes over the training samples", AT_LEAST_ONE)
@@ -145,7 +178,7 @@ class TrainConfig:
     lr: float | None = option(
         None,
         OPTIMISATION,
-        "AdamW's peak learning rate; without it 1e-2 for lora, 1e-3 for full",
+        "AdamW's peak learning rate; without it 1e-2 for lora, 1e-3 for full and for sam3d",
         POSITIVE,
     )
     weight_decay: float = option(0.01, OPTIMISATION, "AdamW's decay", NOT_NEGATIVE)
@@ -174,6 +207,21 @@ class TrainConfig:
     )
     loss_normal: float = option(
         0.05, OPTIMISATION, "weight of the error of the distance's gradient", NOT_NEGATIVE
+    )
+    loss_vertex: float = option(
+        0.2,
+        OPTIMISATION,
+        "sam3d: weight of the vertices' distance to the true surface",
+        NOT_NEGATIVE,
+    )
+    loss_chamfer: float = option(
+        0.1,
+        OPTIMISATION,
+        "sam3d: weight of the distance between the surfaces' points",
+        NOT_NEGATIVE,
+    )
+    loss_regularisation: float = option(
+        0.1, OPTIMISATION, "sam3d: weight of the decoder's own regularisation", NOT_NEGATIVE
     )
     amp: str = option(
         "off", OPTIMISATION, "mixed precision, on CUDA only", one_of("off", "bf16", "fp16")
@@ -220,14 +268,58 @@ class TrainConfig:
         if self.amp == "fp16" and self.parallel == "fsdp":
             raise ConfigError("amp, parallel: expected bf16 beside 'fsdp', got 'fp16'")
 
+        self._check_model()
         if self.split == "auto":
             own = self.data_root or self.demo
             object.__setattr__(self, "split", "patient" if own else "structure")
 
+    def _check_model(self) -> None:
+        """Refuses what belongs to the other model, and what SAM 3D's cannot do."""
+        if self.model == "compact":
+            for name in ("sam3d_dir", "sam3d_parts", "slat_dir", "sam3d_checkpointing"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name}: expected model 'sam3d' beside it, got 'compact'")
+            if self.sam3d_torso != "config":
+                raise ConfigError("sam3d_torso: expected model 'sam3d' beside it, got 'compact'")
+            return
+        if self.sam3d_dir is None:
+            raise ConfigError(
+                "sam3d_dir: expected a checkpoint folder with model 'sam3d', got none"
+            )
+        if self.base_weights is not None:
+            raise ConfigError(
+                "base_weights: expected none with model 'sam3d', whose sam3d_dir has them"
+            )
+        if self.finetune != "lora":
+            raise ConfigError(
+                f"finetune: expected 'lora' with model 'sam3d', got {self.finetune!r}"
+            )
+        if self.amp != "off":
+            raise ConfigError(
+                f"amp: expected 'off' with model 'sam3d', whose precision sam3d_torso chooses, got {self.amp!r}"
+            )
+        if self.parallel != "ddp":
+            raise ConfigError(
+                f"parallel: expected one process with model 'sam3d', got {self.parallel!r}"
+            )
+        for part in self.sam3d_parts or ():
+            if part in ("slat", "structure"):
+                raise ConfigError(
+                    f"sam3d_parts: there is no training of {part!r} here, expected decoder; "
+                    "docs/sam3d.md says what can be done with the generators"
+                )
+            if part != "decoder":
+                raise ConfigError(f"sam3d_parts: expected decoder, got {part!r}")
+        if self.slat_dir is not None and self.augment:
+            raise ConfigError(
+                "augment: expected --no-augment beside slat_dir: cached latents do not move with their region"
+            )
+
     @property
     def peak_lr(self) -> float:
-        """`lr`, or the default of the kind of fine-tuning."""
-        return self.lr if self.lr is not None else PEAK_LR[self.finetune]
+        """`lr`, or the default of the model and the kind of fine-tuning."""
+        kind = "sam3d" if self.model == "sam3d" else self.finetune
+        return self.lr if self.lr is not None else PEAK_LR[kind]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -13,6 +13,8 @@ from fastlora.medical.layouts import find_cases
 from fastlora.medical.manifest import usable_cases
 from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.regions import RegionDataset
+from fastlora.medical.sam3d import latent_shape
+from fastlora.medical.slat import SlatRegions
 from fastlora.medical.splits import RegionSpec, kind_of, make_splits
 from fastlora.medical.train_config import TrainConfig, nearest
 from fastlora.medical.volumes import Case, Modality
@@ -74,7 +76,16 @@ def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:
         ) from error
 
 
-def load_train_data(config: TrainConfig) -> tuple[RegionDataset, RegionDataset]:
+def with_latents(regions: RegionDataset, config: TrainConfig) -> RegionDataset | SlatRegions:
+    """The regions, with the cached latents of `config.slat_dir` if it names them. Raises: DataError if one lacks them."""
+    if config.slat_dir is None:
+        return regions
+    return SlatRegions(regions, config.slat_dir, *latent_shape(str(config.sam3d_dir)))
+
+
+def load_train_data(
+    config: TrainConfig,
+) -> tuple[RegionDataset | SlatRegions, RegionDataset | SlatRegions]:
     """The training regions, and those of the training side that choose the best epoch."""
     splits = load_splits(config)
     train = RegionDataset(
@@ -84,4 +95,5 @@ def load_train_data(config: TrainConfig) -> tuple[RegionDataset, RegionDataset]:
         samples_per_region=config.samples_per_region,
         cache_dir=config.cache_dir,
     )
-    return train, RegionDataset(splits["val"], cache_dir=config.cache_dir)
+    val = RegionDataset(splits["val"], cache_dir=config.cache_dir)
+    return with_latents(train, config), with_latents(val, config)

@@ -8,6 +8,7 @@ Under several processes (`distributed.py`) each computes its share; all hold the
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import sys
 import time
@@ -48,19 +49,25 @@ from fastlora.medical.faults import (
     memory_in_words,
 )
 from fastlora.medical.finetuned import (
+    MeshModel,
+    distances,
+    load_base,
     load_finetuned,
     load_tensors,
     make_trainable,
     trainable_parameters,
 )
 from fastlora.medical.losses import LossWeights, mesh_losses
-from fastlora.medical.model import SparseMeshDecoder, load_base_model
 from fastlora.medical.regions import RegionBatch, collate_regions
 from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.sam3d_losses import SurfaceLossWeights, surface_losses
+from fastlora.medical.sam3d_model import Decoded
 from fastlora.medical.train_config import RESUMABLE_CHANGES, TrainConfig
 from fastlora.medical.train_data import load_train_data
 
 __all__ = ["MedicalTrainer", "TrainConfig", "load_finetuned", "resolve_device"]
+
+log = logging.getLogger(__name__)
 
 
 class RegionData(Protocol):
@@ -78,7 +85,7 @@ class MedicalTrainer:
 
     Args:
         config: what to do.
-        model: the base to fine-tune, in place; default: `load_base_model(config.base_weights)`.
+        model: the base to fine-tune, in place; default: `load_base(config)`.
         train_data, val_data: both or neither; default: what `config` names. `val_data` chooses `best`, so it must not be
             the data that a report is made on.
 
@@ -89,7 +96,7 @@ class MedicalTrainer:
     def __init__(
         self,
         config: TrainConfig,
-        model: SparseMeshDecoder | None = None,
+        model: MeshModel | None = None,
         train_data: RegionData | None = None,
         val_data: RegionData | None = None,
     ) -> None:
@@ -99,6 +106,10 @@ class MedicalTrainer:
             raise ConfigError(
                 f"halve_batch: expected one process, got {self.ranks.world}: the others would wait for the one that began "
                 "its epoch again"
+            )
+        if config.model == "sam3d" and self.ranks.world > 1:
+            raise ConfigError(
+                f"model: expected one process with 'sam3d', got {self.ranks.world}: it was never trained by several"
             )
         self.device = local_device(resolve_device(config))
         self.folder = RunFolder(config.checkpoint_dir)
@@ -116,8 +127,8 @@ class MedicalTrainer:
         self.regions = [side() for side in sides if side is not None]
 
         checkpointing.seed_everything(config.seed)
-        self.model = load_base_model(config.base_weights) if model is None else model
-        self.base_sha256 = checkpointing.model_sha256(self.model)
+        self.model = load_base(config) if model is None else model
+        self.base_sha256 = checkpointing.model_sha256(self.model.base)
         self.counts = self._setup_lora()
         self._adapted = _on_meta(self.model)
         self.model.to(self.device)
@@ -130,8 +141,16 @@ class MedicalTrainer:
         batches = math.ceil(len(train_data) / config.batch_size)
         self.steps_per_epoch = math.ceil(batches / config.grad_accum)
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
-        self.scaler = torch.amp.GradScaler(enabled=config.amp == "fp16")
+        half = any(p.dtype == torch.float16 for p in self.model.parameters())
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16" or half)
         self.loss_weights = LossWeights(config.loss_sdf, config.loss_occupancy, config.loss_normal)
+        self.surface_weights = SurfaceLossWeights(
+            config.loss_sdf,
+            config.loss_vertex,
+            config.loss_chamfer,
+            config.loss_normal,
+            config.loss_regularisation,
+        )
 
         self.epoch = 0  # finished epochs
         self.history: list[dict[str, Any]] = []
@@ -294,7 +313,10 @@ class MedicalTrainer:
         }
 
     def _step(self, batch: RegionBatch) -> float:
-        """Clips, steps optimizer and schedule, clears the gradients; returns their norm before clipping."""
+        """Clips, steps optimizer and schedule, clears the gradients; returns their norm before clipping.
+
+        Where the scaler of a 16-bit run leaves a step out, the schedule waits with it.
+        """
         self.scaler.unscale_(self.optimizer)
         limit = self.config.clip_norm or math.inf
         weights = trainable_parameters(self.model).values()
@@ -305,25 +327,32 @@ class MedicalTrainer:
                 f"gradient is not finite in epoch {self.epoch + 1}: {regions_of(batch)}"
             )
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.scheduler.step()
+        if self.scaler.get_scale() >= scale:
+            self.scheduler.step()
         return norm
 
-    def _forward(self, batch: RegionBatch, where: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """Prediction (B, X, Y, Z) and loss terms. Raises TrainingError, naming the batch, if one is not finite."""
+    def _forward(
+        self, batch: RegionBatch, where: str
+    ) -> tuple[Tensor | Decoded, dict[str, Tensor]]:
+        """The model's output and loss terms. Raises TrainingError, naming the batch, if one is not finite."""
         self.tokens = max(self.tokens, len(batch.tokens.feats))
         batch = batch.to(self.device)
         kind = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype=kind, enabled=self.config.amp != "off"):
-            pred = self._call(batch.tokens, batch.base_vox)
-        losses = mesh_losses(pred, batch, self.loss_weights)
+            output = self._call(*self.model.inputs(batch))
+        if isinstance(output, Decoded):
+            losses = surface_losses(output, batch, self.surface_weights)
+        else:
+            losses = mesh_losses(output, batch, self.loss_weights)
         bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
         if bad:
             raise TrainingError(
                 f"loss is not finite ({', '.join(bad)}) in {where}: {regions_of(batch)}"
             )
-        return pred, losses
+        return output, losses
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -331,8 +360,8 @@ class MedicalTrainer:
         self.model.eval()
         sums: defaultdict[str, float] = defaultdict(float)
         for batch, count, _ in self._micro_batches(self.val_data, range(len(self.val_data))):
-            pred, losses = self._forward(batch, f"validation after epoch {self.epoch}")
-            losses["dice"] = inside_dice(pred.cpu(), batch.sdf_vox).mean()
+            output, losses = self._forward(batch, f"validation after epoch {self.epoch}")
+            losses["dice"] = inside_dice(distances(output).cpu(), batch.sdf_vox).mean()
             for name, value in losses.items():
                 sums[name] += value.item() * count
         return {name: value / len(self.val_data) for name, value in self.ranks.sum(sums).items()}
@@ -404,6 +433,14 @@ class MedicalTrainer:
         losses = (
             f"train {record['train']['total']:.4f}  " if "train" in record else "before training  "
         )
+        empty = max(record.get(part, {}).get("empty", 0.0) for part in ("train", "val"))
+        if empty:
+            log.warning(
+                "epoch %d: the decoder gave no mesh for %.0f%% of the regions: their distances and regularisation are trained "
+                "on, and nothing of a mesh",
+                self.epoch,
+                100 * empty,
+            )
         tqdm.write(
             f"epoch {self.epoch:>3}/{self.config.epochs}  {losses}val {record['val']['total']:.4f}  "
             f"{SELECT_BY} {record['val'][SELECT_BY]:.4f}  {self.seconds[-1]:.1f} s{'  best' if improved else ''}",

@@ -1,0 +1,897 @@
+"""SAM 3D's decoder from a checkpoint folder to a mesh, over a small package with its paths (`sam3d_package.py`)."""
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+import yaml
+from safetensors.torch import load_file, save_file
+
+import fastlora
+from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical.checkpointing import read_checkpoint
+from fastlora.medical.finetuned import load_finetuned, predict
+from fastlora.medical.phantom import write_phantom_dataset
+from fastlora.medical.regions import (
+    RegionBatch,
+    RegionDataset,
+    base_distance,
+    coarse_structure,
+    collate_regions,
+)
+from fastlora.medical.sam3d import ENVIRONMENT, load_part
+from fastlora.medical.sam3d_flow import flow_matching_loss
+from fastlora.medical.sam3d_losses import SurfaceLossWeights, surface_losses, true_points
+from fastlora.medical.sam3d_model import (
+    Decoded,
+    Surface,
+    active_voxels,
+    load_sam3d,
+    sample_volume,
+    voxel_features,
+)
+from fastlora.medical.slat import read_slat
+from fastlora.medical.splits import make_splits
+from fastlora.medical.train_config import TrainConfig
+from fastlora.medical.train_data import load_cases
+from fastlora.medical.trainer import MedicalTrainer
+from tests.eval_run import eval_main
+from tests.sam3d_folder import NAMES, TARGETS, fill, write_folder
+from tests.sam3d_package import write_package
+from tests.test_medical_layouts import command
+from tests.tiny_run import TinyRegions, assert_same_run
+
+predict_main = command("predict_medical")
+
+
+def forget_package():
+    """Takes `sam3d_objects` out of the modules; gives what was there."""
+    names = [name for name in sys.modules if name.split(".")[0] == "sam3d_objects"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The small package, importable, with the environment that the loader gave it."""
+    home = tmp_path_factory.mktemp("package")
+    write_package(home)
+    before, environment = forget_package(), dict(os.environ)
+    for name in ENVIRONMENT:
+        os.environ.pop(name, None)
+    sys.path.insert(0, str(home))
+    yield home
+    sys.path.remove(str(home))
+    forget_package()
+    sys.modules.update(before)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def build(part, config):
+    """A part's class itself, with seeded weights."""
+    if part == "structure":
+        latent = importlib.import_module("sam3d_objects.model.backbone.tdfy_dit.models.mm_latent")
+        mapping = {
+            name: latent.Latent(8, 64, lambda: "embedding") for name in config["latent_mapping"]
+        }
+        config = {**config, "latent_mapping": mapping}
+    module, _, name = TARGETS[part].rpartition(".")
+    torch.manual_seed(5)
+    device = {"device": "cpu"} if part == "decoder" else {}
+    model = getattr(importlib.import_module(module), name)(**config, **device)
+    fill(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(package, tmp_path_factory):
+    """A checkpoint folder of the small package's decoder and stage-1 model."""
+    os.environ["LIDRA_SKIP_INIT"] = "1"
+    path = tmp_path_factory.mktemp("folder") / "checkpoints"
+    write_folder(path, build, ("decoder", "structure"), model_channels=16)
+    del os.environ["LIDRA_SKIP_INIT"]
+    forget_package()
+    return path
+
+
+@pytest.fixture
+def own_folder(folder, tmp_path):
+    """A copy that a test may spoil."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def test_the_environment_is_set_where_the_user_says_nothing_and_said(folder, monkeypatch, caplog):
+    forget_package()
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SPARSE_BACKEND", "torchsparse")
+    caplog.set_level(logging.INFO)
+    load_part(folder, "decoder")
+    assert os.environ["SPARSE_BACKEND"] == "torchsparse" and os.environ["ATTN_BACKEND"] == "sdpa"
+    assert "ATTN_BACKEND=sdpa" in caplog.text and "SPARSE_BACKEND" not in caplog.text
+
+
+def test_without_the_package_there_is_one_line(folder, monkeypatch):
+    forget_package()
+    monkeypatch.setitem(sys.modules, "sam3d_objects", None)
+    with pytest.raises(ConfigError, match="needs the package sam3d_objects .*docs/sam3d.md"):
+        load_part(folder, "decoder")
+
+
+@pytest.mark.parametrize("part", ["decoder", "structure"])
+def test_a_part_has_its_weights_and_is_frozen(folder, part):
+    model = load_part(folder, part)
+    config = {"model_channels": 16, **yaml.safe_load((folder / f"{NAMES[part]}.yaml").read_text())}
+    assert type(model).__name__ == TARGETS[part].rpartition(".")[2], config
+    saved = torch.load(folder / f"{NAMES[part]}.pt", weights_only=True)
+    inside = "_base_models.generator.reverse_fn.backbone."
+    if part == "structure":
+        saved = {k.removeprefix(inside): v for k, v in saved["state_dict"].items() if inside in k}
+    assert model.state_dict().keys() == saved.keys()
+    assert all(torch.equal(model.state_dict()[key], saved[key]) for key in saved)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_safetensors_are_read_as_well(own_folder):
+    state = torch.load(own_folder / "slat_decoder_mesh.pt", weights_only=True)
+    save_file(state, own_folder / "decoder.safetensors")
+    edit(own_folder / "pipeline.yaml", slat_decoder_mesh_ckpt_path="decoder.safetensors")
+    loaded = load_part(own_folder, "decoder").state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def edit(path, **changes):
+    """Changes entries of a YAML file; None takes them out."""
+    values = {**yaml.safe_load(path.read_text()), **changes}
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+
+
+def edit_state(folder, change):
+    path = folder / "slat_decoder_mesh.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+def edit_latents(folder, change):
+    path = folder / "ss_generator.yaml"
+    values = yaml.safe_load(path.read_text())
+    change(values["module"]["generator"]["backbone"]["reverse_fn"]["backbone"])
+    path.write_text(yaml.safe_dump(values))
+
+
+class Bomb:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+DECODER_YAML, PIPELINE = "slat_decoder_mesh.yaml", "pipeline.yaml"
+SPOILT = {
+    "a class of the system": (
+        "decoder",
+        lambda f: edit(f / DECODER_YAML, _target_="os.system", command=f"touch {f}/ran"),
+        "expected sam3d_objects.*as _target_, got 'os.system'",
+    ),
+    "no class": ("decoder", lambda f: edit(f / DECODER_YAML, _target_=None), "got None"),
+    "another class of the package": (
+        "decoder",
+        lambda f: edit(f / DECODER_YAML, _target_=TARGETS["structure"]),
+        "SLatMeshDecoder as _target_, got",
+    ),
+    "a class below the model": (
+        "decoder",
+        lambda f: edit(f / DECODER_YAML, representation_config={"_target_": "os.getcwd"}),
+        "representation_config: expected no class as _target_, got 'os.getcwd'",
+    ),
+    "a class in a latent": (
+        "structure",
+        lambda f: edit_latents(
+            f,
+            lambda c: c["latent_mapping"]["pose"]["pos_embedder"].update(_target_="builtins.eval"),
+        ),
+        "latent_mapping: pose: pos_embedder: expected .* got 'builtins.eval'",
+    ),
+    "another generator": (
+        "structure",
+        lambda f: edit_latents(f, lambda c: c.update(_target_="a.b")),
+        "ss_generator.yaml: expected one of .* as _target_, got 'a.b'",
+    ),
+    "an embedder inside": (
+        "structure",
+        lambda f: edit_latents(
+            f, lambda c: c.update(condition_embedder={"_target_": "a.Embedder"})
+        ),
+        "condition_embedder: expected .* got 'a.Embedder'",
+    ),
+    "positional arguments": (
+        "decoder",
+        lambda f: edit(f / DECODER_YAML, _args_=[1]),
+        "expected arguments of .*, got _args_",
+    ),
+    "a reference": (
+        "decoder",
+        lambda f: edit(f / DECODER_YAML, attn_mode="${oc.env:HOME}"),
+        "attn_mode: references are not resolved",
+    ),
+    "an unknown argument": (
+        "decoder",
+        lambda f: edit(f / DECODER_YAML, depth=3),
+        "SLatMeshDecoderTdfyWrapper cannot be built: .*depth",
+    ),
+    "a huge grid": (
+        "decoder",
+        lambda f: edit(f / DECODER_YAML, resolution=8192),
+        "resolution: expected a multiple of 8 up to 128, got 8192",
+    ),
+    "a huge number": (
+        "decoder",
+        lambda f: edit(f / DECODER_YAML, model_channels=10**9),
+        "model_channels: expected a number within ±65536, got 1000000000",
+    ),
+    "code in YAML": (
+        "decoder",
+        lambda f: (f / DECODER_YAML).write_text(
+            f"!!python/object/apply:os.system ['touch {f}/ran']"
+        ),
+        "cannot read .*slat_decoder_mesh.yaml: could not determine a constructor",
+    ),
+    "a list": (
+        "decoder",
+        lambda f: (f / PIPELINE).write_text("[1]"),
+        "a mapping of names, got list",
+    ),
+    "no pipeline": ("decoder", lambda f: (f / PIPELINE).unlink(), "cannot read .*pipeline.yaml"),
+    "a part that is not named": (
+        "decoder",
+        lambda f: edit(f / PIPELINE, slat_decoder_mesh_ckpt_path=None),
+        "expected a path under 'slat_decoder_mesh_ckpt_path', got None",
+    ),
+    "a path above": (
+        "decoder",
+        lambda f: edit(f / PIPELINE, slat_decoder_mesh_config_path="a/../../x.yaml"),
+        "inside .* got 'a/../../x.yaml', which leaves it",
+    ),
+    "an absolute path": (
+        "decoder",
+        lambda f: edit(f / PIPELINE, slat_decoder_mesh_config_path="/etc/passwd"),
+        "got '/etc/passwd', which leaves it",
+    ),
+    "no weights": (
+        "decoder",
+        lambda f: (f / "slat_decoder_mesh.pt").unlink(),
+        "slat_decoder_mesh_ckpt_path: no file",
+    ),
+    "code in weights": (
+        "decoder",
+        lambda f: (f / "slat_decoder_mesh.pt").write_bytes(pickle.dumps(Bomb(f / "ran"))),
+        "not a zip archive",
+    ),
+    "code in torch's archive": (
+        "decoder",
+        lambda f: torch.save({"a": Bomb(f / "ran")}, f / "slat_decoder_mesh.pt"),
+        "holds 'io open'|holds '_io open'",
+    ),
+    "no tensors": (
+        "structure",
+        lambda f: torch.save({"weights": {}}, f / "ss_generator.pt"),
+        "expected tensors by name under 'state_dict'",
+    ),
+    "a missing key": (
+        "decoder",
+        lambda f: edit_state(f, lambda s: s.pop("out_layer.bias")),
+        "out_layer.bias: missing",
+    ),
+    "a strange key": (
+        "decoder",
+        lambda f: edit_state(f, lambda s: s.update(extra=torch.ones(1))),
+        "extra: unexpected",
+    ),
+    "another shape": (
+        "decoder",
+        lambda f: edit_state(f, lambda s: s.update({"out_layer.bias": torch.ones(3)})),
+        r"out_layer.bias: expected \(500,\), got \(3,\)",
+    ),
+    "whole numbers": (
+        "decoder",
+        lambda f: edit_state(f, lambda s: s.update({"out_layer.bias": s["out_layer.bias"].long()})),
+        r"expected floating-point tensors, got \['out_layer.bias'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_folder_that_does_not_fit_is_refused_and_runs_nothing(own_folder, case):
+    part, spoil, message = SPOILT[case]
+    spoil(own_folder)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        load_part(own_folder, part)
+    assert not (own_folder / "ran").exists()
+
+
+def test_an_unknown_part_is_refused(folder):
+    with pytest.raises(
+        ConfigError, match="sam3d_parts: expected some of decoder, slat, structure, got 'x'"
+    ):
+        load_part(folder, "x")
+
+
+class Flow(torch.nn.Module):
+    """The velocity a · x + b · t of each latent; keeps what it was called with."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.5))
+        if names:
+            self.input_latent_mappings, self.is_shortcut_model = names, True
+
+    def forward(self, x, t, condition, *coords, d=None):
+        self.seen = (x, t, condition, coords, d)
+        if isinstance(x, dict):
+            return {name: self.gain * value for name, value in x.items()}
+        return self.gain * x
+
+
+def test_the_flow_matching_loss_follows_its_equation():
+    latents = {"shape": torch.full((2, 3, 4), 5.0), "pose": torch.full((2, 1, 6), -2.0)}
+    model = Flow(["shape", "pose"])
+    torch.manual_seed(1)
+    condition = torch.zeros(2, 7, 8)
+    loss = flow_matching_loss(model, latents, condition, sigma_min=0.25, time_scale=10.0)
+    x, t, given, coords, d = model.seen
+    assert given is condition and coords == () and torch.equal(d, torch.zeros(2))
+    assert ((t > 0) & (t < 10)).all() and t[0] != t[1]
+    wanted = 0
+    for name, end in latents.items():
+        at = (t / 10).view(2, 1, 1)
+        start = (x[name] - at * end) / (1 - 0.75 * at)  # the noise that it was drawn from
+        assert 0.2 < start.std() < 2 and start.abs().max() < 5
+        wanted = wanted + (0.5 * x[name] - (end - 0.75 * start)).square().mean()
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert model.gain.grad is not None
+    one, voxels = Flow(None), torch.zeros(5, 4, dtype=torch.int32)
+    assert flow_matching_loss(one, torch.ones(1, 5, 8), condition[:1], voxels).isfinite()
+    assert one.seen[3][0].shape == (5, 4) and one.seen[4] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (["shape"], {"pose": torch.ones(1, 2, 3)}, 1, None),
+            r"expected \['shape'\], got \['pose'\]",
+        ),
+        ((None, torch.ones(1, 2, 3), 1, None), "coords: expected the voxels of 'slat'"),
+        (
+            (["shape"], {"shape": torch.ones(2, 2, 3)}, 1, None),
+            r"one number of samples everywhere, got \[1, 2\]",
+        ),
+        (
+            (None, torch.ones(2, 2, 3), 2, torch.zeros(2, 4)),
+            r"expected 1 of samples everywhere, got \[2\]",
+        ),
+    ],
+)
+def test_latents_that_are_not_the_models_are_refused(arguments, message):
+    names, latents, count, coords = arguments
+    with pytest.raises(DataError, match=message):
+        flow_matching_loss(Flow(names), latents, torch.zeros(count, 7, 8), coords)
+
+
+# --------------------------------------------------------------------------- geometry and encoder
+
+
+GRID = np.stack(np.meshgrid(*3 * [np.arange(32.0)], indexing="ij"), axis=-1)
+CENTRE = np.array([15.0, 16.5, 14.0])
+
+
+def sphere_sdf(points, radius=9.0):
+    """Signed distance to a sphere in fine voxels, of index coordinates (..., 3)."""
+    return (points - torch.as_tensor(CENTRE, dtype=points.dtype)).norm(dim=-1) - radius
+
+
+def sphere_batch():
+    """A batch of one region: a sphere, and its brightness in the image."""
+    sdf = sphere_sdf(torch.from_numpy(GRID).float()).clamp(-4, 4)
+    mask = (sdf < 0).numpy()
+    sample = TinyRegions(1, 0)[0]
+    coarse = coarse_structure(mask)
+    sample |= {"sdf_vox": sdf.numpy(), "coarse": coarse, "base_vox": base_distance(coarse)}
+    sample["image"] = np.where(mask, 0.7, 0.3).astype(np.float32)
+    return collate_regions([sample])
+
+
+def sphere_surface(batch, resolution=8, moved=0.0, sign=1.0, seed=0):
+    """What a perfect decoder would give of the sphere: corners moved at random, distances there, a mesh."""
+    generator = torch.Generator().manual_seed(seed)
+    voxels = active_voxels(batch.base_vox, resolution)[:, 1:]
+    steps = torch.arange(5)
+    corners = torch.unique(
+        (voxels[:, None] * 4 + torch.cartesian_prod(steps, steps, steps)).reshape(-1, 3), dim=0
+    )
+    edge = 32 / (4 * resolution)
+    shift = moved * edge * (torch.rand(corners.shape, generator=generator) - 0.5)
+    points = corners * edge - 0.5 + shift
+    ball = trimesh.creation.icosphere(4, 9.0)
+    return Surface(
+        points,
+        (sign * sphere_sdf(points)).requires_grad_(),
+        corners,
+        torch.tensor(ball.vertices + CENTRE, dtype=torch.float32, requires_grad=True),
+        torch.tensor(ball.faces[:, :: int(sign)].copy()),
+        torch.zeros(()),
+    )
+
+
+def test_a_volume_is_read_along_its_own_axes_with_its_border_repeated():
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    volume = (torch.from_numpy(GRID).float()[:8, :9, :10] * weights).sum(-1)
+    points = torch.tensor([[1.25, 2.5, 3.75], [6.9, 7.1, 8.2]], requires_grad=True)
+    values = sample_volume(volume, points)
+    torch.testing.assert_close(values, (points * weights).sum(-1))
+    (gradient,) = torch.autograd.grad(values.sum(), points)
+    torch.testing.assert_close(gradient, weights.expand(2, 3))
+    assert sample_volume(volume, torch.tensor([[-3.0, 0, 99]])) == volume[0, 0, 9]
+
+
+@pytest.mark.parametrize("resolution", [8, 16, 64])
+def test_active_voxels_hold_the_surface_and_not_everything(resolution):
+    batch = sphere_batch()
+    voxels = active_voxels(batch.base_vox, resolution)
+    near = torch.zeros(3 * [resolution], dtype=torch.bool)
+    near[tuple(voxels[:, 1:].T)] = True
+    place = ((true_points(batch.sdf_vox[0]) + 0.5) * resolution / 32).long()
+    assert near[tuple(place.T)].all() and near.float().mean() < 0.5
+
+
+@pytest.mark.parametrize("resolution", [8, 16, 64])
+def test_active_voxels_hold_the_surface_of_phantoms(volumes, resolution):
+    splits = make_splits(load_cases(TrainConfig(data_root=str(volumes))), "file")
+    dataset = RegionDataset([spec for specs in splits.values() for spec in specs])
+    for sample in (dataset[index] for index in range(len(dataset))):
+        near = torch.zeros(3 * [resolution], dtype=torch.bool)
+        base = torch.from_numpy(sample["base_vox"])[None]
+        near[tuple(active_voxels(base, resolution)[:, 1:].T)] = True
+        place = (true_points(torch.from_numpy(sample["sdf_vox"])) + 0.5) * resolution / 32
+        assert near[tuple(place.long().clamp(0, resolution - 1).T)].all()
+
+
+def test_the_encoder_sees_the_image_and_the_structure_around_each_voxel():
+    batch = sphere_batch()
+    slope = torch.from_numpy(GRID[..., 1] / 31).float()[None]
+    voxels = active_voxels(batch.base_vox, 16)
+    seen = voxel_features(slope, batch.base_vox, voxels, 16).view(len(voxels), 2, 5, 5, 5)
+    centre = (voxels[:, 2] + 0.5) * 2 - 0.5  # along the second axis, in fine voxels
+    steps = (centre[:, None] + torch.arange(-2, 3)).clamp(0, 31)  # a fine voxel apart
+    torch.testing.assert_close(seen[:, 0, 2, :, 2], 4 * (steps / 31 - 0.5), rtol=1e-4, atol=1e-5)
+    assert seen[:, 1].abs().max() <= 1 and seen[:, 1, 2, 2, 2].abs().max() < 3.95 / 4
+    assert seen[:, 1].std() > 0.1
+
+
+@pytest.mark.parametrize(("resolution", "moved"), [(8, 0.0), (8, 1.0), (16, 1.0)])
+def test_the_field_undoes_the_corners_moves_and_keeps_the_inside(resolution, moved):
+    batch = sphere_batch()
+    surface = sphere_surface(batch, resolution, moved)
+    field = Decoded([surface], batch.base_vox, resolution).field()[0]
+    near = batch.sdf_vox[0].abs() < 2.5
+    error = (field - batch.sdf_vox[0])[near].abs()
+    # Of moves of up to half a cube, which are half a fine voxel at 8³, hardly a tenth is left.
+    assert error.mean() < 0.06 * moved + 0.03
+    assert (
+        torch.equal(field < 0, batch.sdf_vox[0] < 0)
+        or moved
+        and (((field < 0) != (batch.sdf_vox[0] < 0)).float().mean() < 0.005)
+    )
+    assert field[15, 16, 14] < 0 and field[0, 0, 0] == 4  # where no voxel is active
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def test_the_losses_are_small_on_the_true_surface_and_right_in_sign():
+    batch = sphere_batch()
+    good = surface_losses(Decoded([sphere_surface(batch)], batch.base_vox, 8), batch)
+    assert good["sdf"] < 0.1 and good["vertex"] < 0.05 and good["normal"] < 0.01
+    assert good["chamfer"] < 0.8 and good["empty"] == 0  # points of two samplings, a voxel apart
+    inverted = surface_losses(Decoded([sphere_surface(batch, sign=-1)], batch.base_vox, 8), batch)
+    assert inverted["sdf"] > 3 and inverted["normal"] > 1.9 and inverted["vertex"] < 0.05
+
+
+def test_each_loss_pulls_where_it_should():
+    batch = sphere_batch()
+    surface = sphere_surface(batch)
+    larger = torch.tensor(CENTRE).float() + 1.15 * (
+        surface.vertices.detach() - torch.tensor(CENTRE).float()
+    )
+    surface = Surface(
+        **{
+            **vars(surface),
+            "vertices": larger.requires_grad_(),
+            "distance": (surface.distance.detach() + 0.7).requires_grad_(),
+        }
+    )
+    losses = surface_losses(Decoded([surface], batch.base_vox, 8), batch)
+    out = larger.detach() - torch.tensor(CENTRE).float()
+    assert abs(losses["vertex"].item() - 1.35) < 0.1  # 15 % of 9 voxels
+    for name in ("vertex", "chamfer"):
+        (pull,) = torch.autograd.grad(losses[name], surface.vertices, retain_graph=True)
+        assert ((pull * out).sum(1) >= -1e-6).float().mean() > 0.95 and pull.abs().sum() > 0
+    (pull,) = torch.autograd.grad(losses["sdf"], surface.distance, retain_graph=True)
+    # Where the truth is cut at 4 voxels it is interpolated over the kink.
+    assert (pull >= 0).float().mean() > 0.95 and abs(losses["sdf"].item() - 0.7) < 0.2
+    (pull,) = torch.autograd.grad(losses["normal"], surface.vertices)
+    assert torch.isfinite(pull).all()
+
+
+def test_an_empty_mesh_is_counted_and_still_has_gradients():
+    batch = sphere_batch()
+    surface = sphere_surface(batch)
+    none = {"vertices": torch.zeros(0, 3), "faces": torch.zeros(0, 3, dtype=torch.long)}
+    surface = Surface(**{**vars(surface), **none})
+    weights = SurfaceLossWeights(sdf=0.0)
+    losses = surface_losses(Decoded([surface], batch.base_vox, 8), batch, weights)
+    assert losses["empty"] == 1 and losses["vertex"] == losses["chamfer"] == losses["normal"] == 0
+    losses["total"].backward()
+    assert surface.distance.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vertex": -1.0}, "SurfaceLossWeights.vertex: expected a finite"),
+        (
+            dict.fromkeys(("sdf", "vertex", "chamfer", "normal", "regularisation"), 0.0),
+            "at least one positive",
+        ),
+    ],
+)
+def test_loss_weights_are_checked(values, message):
+    with pytest.raises(ConfigError, match=message):
+        SurfaceLossWeights(**values)
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def config_for(folder, run, **changes):
+    values = {"model": "sam3d", "sam3d_dir": str(folder), "checkpoint_dir": str(run), "epochs": 4}
+    values |= {
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "batch_size": 1,
+        "lr": 4e-3,
+        "lora_dropout": 0.1,
+        "seed": 3,
+        "progress": False,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def quiet_training(config, train=None, val=None):
+    trainer = MedicalTrainer(config, None, train, val)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A run on ellipsoids."""
+    config = config_for(folder, tmp_path_factory.mktemp("run") / "run")
+    return quiet_training(config, TinyRegions(5, 0), TinyRegions(1, 1))
+
+
+def test_training_lowers_the_losses_and_keeps_adapters_and_encoder_only(run, folder):
+    first, last = run.history[0]["val"], run.history[-1]["val"]
+    assert last["total"] < 0.8 * first["total"] and last["sdf"] < first["sdf"]
+    content = read_checkpoint(run.folder.find("last"))
+    names = set(content["model"])
+    assert {n.rpartition(".")[2] for n in names if n.startswith("decoder.")} == {"lora_A", "lora_B"}
+    assert {n for n in names if not n.startswith("decoder.")} == {
+        f"encoder.{n}" for n in run.model.encoder.state_dict()
+    }
+    assert load_file(run.folder.adapter).keys() == names
+    frozen = load_part(folder, "decoder").state_dict()
+    kept = fastlora.base_state_dict(run.model.decoder)
+    assert all(torch.equal(kept[key], frozen[key]) for key in frozen)
+    assert fastlora.count_parameters(run.model)["lora"] == 2 * (
+        2 * 4 * (16 + 16) + 4 * (16 + 48) + 4 * (16 + 16)
+    )
+
+
+def test_a_run_goes_on_bit_for_bit(run, folder, tmp_path):
+    config = config_for(folder, tmp_path / "run")
+    trainer = MedicalTrainer(config, None, TinyRegions(5, 0), TinyRegions(1, 1))
+    finish = trainer._finish_epoch
+
+    def stop(record, *rest):
+        finish(record, *rest)
+        if record["epoch"] == 2:
+            raise ArithmeticError
+
+    trainer._finish_epoch = stop
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(ArithmeticError):
+        trainer.train()
+    again = config_for(folder, tmp_path / "run", resume="auto", sam3d_checkpointing=True)
+    quiet_training(again, TinyRegions(5, 0), TinyRegions(1, 1))
+    assert_same_run(tmp_path / "run", run.folder.path)
+
+
+def test_a_run_is_read_back_merged_and_without_its_adapters(run):
+    batch = collate_regions([TinyRegions(2, 1)[index] for index in range(2)])
+    model = run.model.eval()
+    with torch.inference_mode():
+        wanted = predict(model, batch)
+        plain, merged, base = (
+            predict(load_finetuned(run.folder.path, which="last", **options), batch)
+            for options in ({}, {"merged": True}, {"adapters": False})
+        )
+    assert torch.equal(plain, wanted) and wanted.shape == (2, 32, 32, 32)
+    assert (merged - wanted).abs().max() < 1e-3 < (base - wanted).abs().max()
+    copied = fastlora.merged_model(model)
+    assert copied.decoder.mesh_extractor is model.decoder.mesh_extractor
+
+
+def test_empty_meshes_are_said(folder, tmp_path, caplog):
+    config = config_for(folder, tmp_path / "run", epochs=1, lr=1e-9)
+    trainer = MedicalTrainer(config, None, TinyRegions(1, 0), TinyRegions(1, 1))
+    with torch.no_grad():  # all far outside
+        trainer.model.decoder.out_layer.bias[0::4] = 1.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    assert "gave no mesh for 100% of the regions" in caplog.text
+    assert trainer.history[1]["train"]["empty"] == 1
+    assert trainer.history[1]["grad_norm"] > 0
+
+
+def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
+    config = config_for(folder, tmp_path / "run", sam3d_torso="fp16", epochs=3)
+    trainer = quiet_training(config, TinyRegions(5, 0), TinyRegions(1, 1))
+    assert trainer.scaler.is_enabled()
+    assert trainer.model.decoder.blocks[0].attn.to_qkv.original_linear.weight.dtype == torch.float16
+    assert trainer.model.decoder.blocks[0].attn.to_qkv.lora_A.dtype == torch.float32
+    assert trainer.history[-1]["val"]["total"] < trainer.history[0]["val"]["total"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sam3d_dir": None},
+            "sam3d_dir: expected a checkpoint folder with model 'sam3d', got none",
+        ),
+        ({"base_weights": "x"}, "base_weights: expected none with model 'sam3d'"),
+        ({"finetune": "full"}, "finetune: expected 'lora' with model 'sam3d', got 'full'"),
+        ({"amp": "bf16"}, "amp: expected 'off' with model 'sam3d'"),
+        ({"parallel": "fsdp"}, "parallel: expected one process with model 'sam3d', got 'fsdp'"),
+        ({"sam3d_parts": ["decoder", "slat"]}, "sam3d_parts: there is no training of 'slat' here"),
+        ({"sam3d_parts": ["structure"]}, "there is no training of 'structure' here"),
+        ({"sam3d_parts": ["colour"]}, "sam3d_parts: expected decoder, got 'colour'"),
+        ({"slat_dir": "x"}, "augment: expected --no-augment beside slat_dir"),
+        ({"model": "compact"}, "sam3d_dir: expected model 'sam3d' beside it, got 'compact'"),
+        (
+            {"model": "compact", "sam3d_dir": None, "sam3d_torso": "fp16"},
+            "sam3d_torso: expected model",
+        ),
+        ({"model": "other"}, "model: expected one of compact, sam3d, got 'other'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_for("checkpoints", "run", **changes)
+
+
+def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
+    from fastlora.medical.distributed import Ranks
+
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: Ranks(0, 2)))
+    with pytest.raises(ConfigError, match="model: expected one process with 'sam3d', got 2"):
+        MedicalTrainer(config_for(folder, tmp_path), None, TinyRegions(1, 0), TinyRegions(1, 1))
+
+
+def test_a_region_without_active_voxels_keeps_its_coarse_structure_and_is_not_trained_on(folder):
+    batch = sphere_batch()
+    nothing = coarse_structure(np.zeros((32, 32, 32), bool))
+    sample = {**TinyRegions(1, 0)[0], "coarse": nothing, "base_vox": base_distance(nothing)}
+    other = collate_regions([sample])
+    both = RegionBatch(
+        **{
+            **vars(batch),
+            **{
+                n: torch.cat([getattr(other, n), getattr(batch, n)])
+                for n in ("image", "base_vox", "sdf_vox")
+            },
+            "meta": other.meta + batch.meta,
+        }
+    )
+    model = load_sam3d(str(folder)).eval()
+    with torch.no_grad():
+        together, alone = predict(model, both), predict(model, batch)
+        only = predict(model, other)
+    assert torch.equal(together[0], other.base_vox[0]) and torch.equal(only, other.base_vox)
+    assert (together[1] - alone[0]).abs().max() < 1e-4
+    with pytest.raises(
+        DataError, match="expected active voxels near the true surface, got none in"
+    ):
+        surface_losses(model(*model.inputs(both)), both)
+
+
+# ------------------------------------------------------------------------------ scripts and latents
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """Two phantom subjects of one structure each, the second held out."""
+    path = tmp_path_factory.mktemp("data") / "volumes"
+    write_phantom_dataset(path, subjects=2, seed=4)
+    return path
+
+
+def test_evaluation_and_prediction_of_a_run(folder, volumes, tmp_path):
+    config = config_for(
+        folder,
+        tmp_path / "run",
+        data_root=str(volumes),
+        split="file",
+        epochs=1,
+        samples_per_region=1,
+        augment=False,
+    )
+    quiet_training(config)
+    out = tmp_path / "eval"
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = eval_main()(["--checkpoint", str(tmp_path / "run"), "--output_dir", str(out)])
+    assert code == 0
+    content = json.loads((out / "eval.json").read_text())
+    assert content["merged_difference_vox"] < 1e-3
+    assert set(content["summary"]) == {"baseline", "base", "lora", "merged"}
+    case = load_cases(TrainConfig(data_root=str(volumes)))[1]
+    structure, source = next(iter(case.structures.items()))
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--image", str(case.image_path)]
+    arguments += ["--mask", str(source.path), "--structure", structure, "--modality", "ct"]
+    arguments += ["--output_dir", str(tmp_path / "meshes"), "--no-picture"]
+    if source.label is not None:
+        arguments += ["--label", str(source.label)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert predict_main(arguments) == 0
+    (mesh,) = (tmp_path / "meshes").glob("*.ply")
+    image = case.load_image()
+    voxels = np.argwhere(case.load_mask(structure, image))
+    mask_mm = voxels @ image.affine[:3, :3].T + image.affine[:3, 3]
+    placed = trimesh.load(mesh)
+    assert placed.is_watertight
+    assert np.abs(placed.bounds - [mask_mm.min(0), mask_mm.max(0)]).max() < 12  # two coarse cells
+
+
+def write_latents(folder, volumes):
+    """A file for every region, of both kinds in turn: seeded latents at its active voxels."""
+    folder.mkdir()
+    kind = "npz"
+    splits = make_splits(load_cases(TrainConfig(data_root=str(volumes))), "file")
+    for specs in splits.values():
+        dataset = RegionDataset(specs)
+        for sample in (dataset[index] for index in range(len(dataset))):
+            coords = active_voxels(torch.from_numpy(sample["base_vox"])[None], 8)[:, 1:]
+            feats = torch.randn(len(coords), 8, generator=torch.Generator().manual_seed(1))
+            stem = folder / f"{sample['meta']['subject']}-{sample['meta']['region']}"
+            kind = "safetensors" if kind == "npz" else "npz"
+            if kind == "npz":
+                np.savez(f"{stem}.npz", coords=coords.int().numpy(), feats=feats.numpy())
+            else:
+                save_file(
+                    {"coords": coords.int().contiguous(), "feats": feats.half()},
+                    f"{stem}.safetensors",
+                )
+    return folder
+
+
+def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
+    latents = write_latents(tmp_path / "latents", volumes)
+    config = config_for(
+        folder, tmp_path / "run", data_root=str(volumes), split="file", epochs=2, samples_per_region=1,
+        augment=False, slat_dir=str(latents),
+    )  # fmt: skip
+    trainer = quiet_training(config)
+    assert trainer.model.encoder is None
+    assert all(
+        name.startswith("decoder.")
+        for name in read_checkpoint(trainer.folder.find("last"))["model"]
+    )
+    assert trainer.history[-1]["train"]["sdf"] < trainer.history[0]["val"]["sdf"] * 2
+    batch = collate_regions([TinyRegions(1, 1)[0]])
+    with pytest.raises(ConfigError, match="slat_dir: expected cached latents: some, got none"):
+        predict(trainer.model, batch)
+    with contextlib.redirect_stdout(io.StringIO()):
+        arguments = ["--checkpoint", str(tmp_path / "run"), "--output_dir", str(tmp_path / "eval")]
+        assert eval_main()(arguments) == 0
+    path = sorted(latents.iterdir())[0]
+    path.unlink()
+    again = config_for(
+        folder,
+        tmp_path / "new",
+        data_root=str(volumes),
+        split="file",
+        augment=False,
+        slat_dir=str(latents),
+    )
+    with pytest.raises(DataError, match="slat_dir: expected .*npz, got neither"):
+        MedicalTrainer(again)
+
+
+GOOD = {"coords": np.zeros((1, 3), np.int32), "feats": np.zeros((1, 8), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"coords": GOOD["coords"]}, r"expected coords and feats, got \['coords'\]"),
+        ({**GOOD, "coords": np.zeros((1, 4), np.int32)}, r"coords: expected \(T, 3\) integers"),
+        ({**GOOD, "coords": np.zeros((1, 3), np.float32)}, r"coords: expected \(T, 3\) integers"),
+        ({**GOOD, "feats": np.zeros((2, 8), np.float32)}, r"feats: expected \(1, C\) floats"),
+        ({**GOOD, "feats": np.full((1, 8), np.nan, np.float32)}, "feats: expected finite numbers"),
+        ({**GOOD, "feats": np.array([[object()]], dtype=object)}, "cannot read"),
+        ({**GOOD, "feats": np.array([["a"]])}, "expected numbers"),
+    ],
+)
+def test_files_of_latents_are_checked(tmp_path, content, message):
+    np.savez(tmp_path / "a.npz", **content)
+    with pytest.raises(DataError, match=message):
+        read_slat(tmp_path / "a.npz")
+
+
+def test_compressed_and_damaged_files_of_latents_are_refused(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", **GOOD)
+    with pytest.raises(DataError, match="compressed"):
+        read_slat(tmp_path / "a.npz")
+    for name in ("b.npz", "b.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04nothing")
+        with pytest.raises(DataError, match="cannot read"):
+            read_slat(tmp_path / name)
+
+
+def test_latents_of_another_region_or_decoder_are_refused():
+    from fastlora.medical.slat import check_slat
+
+    batch = sphere_batch()
+    coords = active_voxels(batch.base_vox, 16)[:, 1:]
+    feats, sdf = torch.zeros(len(coords), 8), batch.sdf_vox[0].numpy()
+    check_slat({"coords": coords, "feats": feats}, sdf, 16, 8, "here")
+    for slat, message in (
+        ({"coords": coords, "feats": feats[:, :4]}, r"here: feats: expected \(T, 8\), got"),
+        ({"coords": coords + 8, "feats": feats}, "coords: expected 0 to 15, got"),
+        (
+            {"coords": torch.cat([coords, coords[:1]]), "feats": torch.zeros(len(coords) + 1, 8)},
+            "each voxel once",
+        ),
+        (
+            {"coords": torch.cartesian_prod(*3 * [torch.arange(4)]), "feats": torch.zeros(64, 8)},
+            "the latents of this region",
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_slat(slat, sdf, 16, 8, "here")
+
+
+def test_reading_the_decoder_gives_an_encoder_only_when_asked(folder):
+    assert load_sam3d(str(folder), encoder=False).encoder is None
+    assert Path(folder).is_dir() and load_sam3d(str(folder)).encoder[-1].out_features == 8
