@@ -109,7 +109,7 @@ def plan(
             "numerics",
             "layer calls against float64: shapes, strides, dtypes, ranks, dropout, autocast, grad modes",
             "calls",
-            lambda: cases(parity.check_call, n(8_000)),
+            lambda: cases(parity.check_call, n(6_000)),
         ),
         (
             "numerics",
@@ -167,7 +167,7 @@ def plan(
     ]
     for name, reader in hostile.readers(folder).items():
         lines.append(
-            ("hostile files", name, "files", lambda reader=reader: fuzz(reader, folder, n(6_100)))
+            ("hostile files", name, "files", lambda reader=reader: fuzz(reader, folder, n(3_400)))
         )
     return lines
 
