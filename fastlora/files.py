@@ -112,13 +112,11 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     return value
 
 
-def read_npz(
-    path: str | os.PathLike[str], layout: Mapping[str, tuple[str, tuple[int | str, ...]]]
-) -> dict[str, NDArray[Any]]:
-    """The arrays that `np.savez` wrote, which must be those of `layout`: name → (dtype, shape).
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    """The arrays that `np.savez` wrote, by name.
 
-    layout: a side is a number, or a letter that stands for one number wherever it is used. Entries must be stored (not compressed) and
-    as long as their own header says, so nothing is allocated beyond the file's size.
+    Entries must be stored (not compressed) and as long as their own header says, so nothing is allocated beyond the file's size;
+    objects are refused.
 
     Raises: OSError; ValueError with the reason in one line.
     """
@@ -130,11 +128,23 @@ def read_npz(
                 raise ValueError("holds compressed entries, which np.savez does not write")
             if sum(entry.file_size for entry in entries) > size:
                 raise ValueError("declares more bytes than the file has")
-            if {entry.filename for entry in entries} != {f"{name}.npy" for name in layout}:
-                raise ValueError(f"expected the arrays {', '.join(layout)}")
-            arrays = {name: _npy(archive.read(f"{name}.npy")) for name in layout}
+            return {e.filename.removesuffix(".npy"): _npy(archive.read(e)) for e in entries}
     except _DAMAGED as error:
         raise ValueError(_first_line(error)) from None
+
+
+def read_npz(
+    path: str | os.PathLike[str], layout: Mapping[str, tuple[str, tuple[int | str, ...]]]
+) -> dict[str, NDArray[Any]]:
+    """`read_arrays`, which must be those of `layout`: name → (dtype, shape).
+
+    layout: a side is a number, or a letter that stands for one number wherever it is used.
+
+    Raises: as `read_arrays`; ValueError that names the array which is another.
+    """
+    arrays = read_arrays(path)
+    if arrays.keys() != layout.keys():
+        raise ValueError(f"expected the arrays {', '.join(layout)}, got {', '.join(arrays)}")
     letters: dict[str, int] = {}
     for name, (dtype, shape) in layout.items():
         found = arrays[name]

@@ -36,6 +36,7 @@ from fastlora.medical import checkpointing, grids, manifest, prepared
 from fastlora.medical.grids import StructureGrid
 from fastlora.medical.layouts import find_cases
 from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.slat import read_slat
 from fastlora.medical.train_config import TrainConfig, read_yaml
 from fastlora.medical.volumes import load_labels, load_png, load_volume
 from tests.layouts import Scan, write_dicom_scan
@@ -248,7 +249,17 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
 
         return read
 
+    coords = np.arange(12, dtype=np.int64).reshape(4, 3)
+    latents = {"coords": coords, "feats": np.ones((4, 8), np.float32)}
+    np.savez(folder / "slat.npz", **latents)
+    save_file({k: torch.from_numpy(v) for k, v in latents.items()}, folder / "slat.safetensors")
+    slat = (folder / "slat.npz").read_bytes()
+
     return {
+        "read_slat .npz, its arrays": Reader(slat, read_slat, "y.npz", inside=".npy", header=128),
+        "read_slat .safetensors": Reader(
+            (folder / "slat.safetensors").read_bytes(), read_slat, "y.safetensors", header=200
+        ),
         "manifest.json": Reader(
             (cache / "manifest.json").read_bytes(), listed, "cache/manifest.json"
         ),
