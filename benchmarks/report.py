@@ -112,9 +112,13 @@ def scaling_table(records: dict[str, dict[str, Any]]) -> str:
                 }
                 for value in ends
             ]
-            cells = [", ".join(f"{end[who]:.3g}" if who in end else "–" for end in ms) for who in names]
+            cells = [
+                ", ".join(f"{end[who]:.3g}" if who in end else "–" for end in ms) for who in names
+            ]
             ratios = ", ".join(
-                f"{end['peft'] / end['fastlora']:.2f}×" if {"peft", "fastlora"} <= end.keys() else "–"
+                f"{end['peft'] / end['fastlora']:.2f}×"
+                if {"peft", "fastlora"} <= end.keys()
+                else "–"
                 for end in ms
             )
             lines.append(f"| {axis} | {ends[0]}, {ends[1]} | {' | '.join(cells)} | {ratios} |")
