@@ -26,6 +26,7 @@ from record import Budget, Record, gpu_file_name, new_record, nvidia_smi, write
 
 CPU_CONTESTANTS = (BASELINE, "fastlora", "peft")
 QUICK_BUDGET_SECONDS = 450.0
+REPS, QUICK_REPS = 30, 20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,8 +92,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reps",
         type=int,
-        default=30,
-        help="counted repetitions of each case and mode (default 30)",
+        help=f"counted repetitions of each case and mode (default {REPS}, in a quick run {QUICK_REPS})",
     )
     parser.add_argument(
         "--budget-seconds", type=float, help="begin no case that would not end within this time"
@@ -116,7 +116,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--git-sha", help="the commit, where git cannot be asked for it")
     parser.add_argument("--output", type=Path, help="write the record here as JSON")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.reps is None:
+        quick = arguments.quick and arguments.device == "cuda"
+        arguments.reps = QUICK_REPS if quick else REPS
+    return arguments
 
 
 def _folder(text: str) -> Path:

@@ -571,9 +571,11 @@ def test_samples_of_a_quick_run_leave_time_to_compile(bench):
 
     arch, cases, timing = ARCHITECTURES[90], bench.cases, bench.timing
     contestants = len(bench.run._default_contestants(True, True))
+    reps = bench.run._arguments(["--device", "cuda", "--quick"]).reps
+    assert reps == bench.run.QUICK_REPS < bench.run._arguments(["--device", "cuda"]).reps
     seconds = 0.0
     for case in bench.run._cases(True, True):
-        samples = (30 + timing.WARM_UP) * contestants
+        samples = (reps + timing.WARM_UP) * contestants
         if case.overhead:
             seconds += samples * 2 * timing.OVERHEAD_CALLS * 0.5e-3  # half a millisecond a call
             continue
