@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from cases import BASELINE, FORWARD, FORWARD_BACKWARD, Case
 from checks import Oracle, Wrong
-from peers import CONTESTANTS, Absent
+from peers import CONTESTANTS, Absent, Unimportable
 from record import Record
 from timing import call_overhead, capture, interleave, quantiles, rounds_for, sampler
 from torch import nn
@@ -56,7 +56,7 @@ class CaseRun:
                 ]
                 oracle.check(name, layers[0])
                 self.saved[name] = saved_bytes(layers[0], work.x[0])
-            except (Absent, Wrong, *FAILURES) as error:
+            except (Absent, Unimportable, Wrong, *FAILURES) as error:
                 self._absent(name, error)
             else:
                 self.layers[name] = layers

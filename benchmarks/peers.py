@@ -6,7 +6,11 @@ reason where the contestant does not exist. Every module has its trainable param
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,10 @@ ALPHA_PER_RANK = 2.0  # alpha = 2 · rank, so every contestant scales its update
 
 class Absent(Exception):
     """A contestant that does not exist for a case; the message is the reason."""
+
+
+class Unimportable(Exception):
+    """A published peer that cannot be imported; the message names its module and says why."""
 
 
 Builder = Callable[[Case, nn.Linear, Tensor, Tensor], nn.Module]
@@ -123,11 +131,11 @@ class _Unsloth(torch.autograd.Function):
 
 
 class HandWritten(nn.Module):
-    """A module around one of the functions above. Adapters are cast to x's dtype in the computation, as fastlora's are."""
+    """A module around a function with the arguments of those above. Adapters are cast to x's dtype in the computation, as fastlora's are."""
 
     def __init__(
         self,
-        function: type[torch.autograd.Function],
+        function: Callable[..., Tensor],
         frozen: nn.Linear,
         lora_a: Tensor,
         lora_b: Tensor,
@@ -141,7 +149,7 @@ class HandWritten(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.function.apply(
+        return self.function(
             x,
             self.frozen.weight,
             self.frozen.bias,
@@ -150,7 +158,6 @@ class HandWritten(nn.Module):
             ALPHA_PER_RANK,
             self.p if self.training else 0.0,
         )
-        return y
 
 
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
@@ -254,7 +261,7 @@ def _refuse_the_same_twice(float32_adapters: bool, frozen: nn.Linear, other: str
 
 def _hand_written(function: type[torch.autograd.Function]) -> Builder:
     def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-        return HandWritten(function, frozen, lora_a, lora_b, case.p)
+        return HandWritten(function.apply, frozen, lora_a, lora_b, case.p)
 
     return build
 
@@ -264,8 +271,74 @@ def _unsloth(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> n
         raise Absent("its fast path has no dropout")
     if case.bias:
         raise Absent("its fast path has no bias")
-    return HandWritten(_Unsloth, frozen, lora_a, lora_b, case.p)
+    return HandWritten(_Unsloth.apply, frozen, lora_a, lora_b, case.p)
 
+
+def import_peer(name: str) -> Any:
+    """The module of a published peer that holds its layer function.
+
+    Raises: Unimportable. A package may raise anything while it is imported: without a GPU, or with another torch.
+    """
+    module = PUBLISHED[name]
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        kind = type(error).__name__
+        raise Unimportable(f"{module} cannot be imported: {kind}: {error}") from error
+
+
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(PUBLISHED[name].partition(".")[0]) is not None
+
+
+def add_peer_paths(folders: list[Path]) -> None:
+    """Let published peers be imported from these folders before any other place."""
+    for folder in folders:
+        sys.path.insert(0, str(folder.resolve()))
+    importlib.invalidate_caches()
+
+
+def _unsloth_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+    """unsloth's function of one projection, for three-dimensional x."""
+    function = import_peer("unsloth-library").LoRA_W
+    if case.p > 0:
+        raise Absent("its fast path has no dropout")
+    if case.bias:
+        raise Absent("its fast path has no bias")
+
+    def call(
+        x: Tensor, weight: Tensor, bias: None, a: Tensor, b: Tensor, scaling: float, p: float
+    ) -> Tensor:
+        y: Tensor = function.apply(x[None], weight, None, a, b, scaling)
+        return y[0]
+
+    return HandWritten(call, frozen, lora_a, lora_b, case.p)
+
+
+def _lorafusion_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+    """lorafusion's function, for three-dimensional x."""
+    function = import_peer("lorafusion-library").fused_linear_lora
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        y: Tensor = function(x[None], weight, a, b, scaling, dropout_p=p, linear_bias=bias)
+        return y[0]
+
+    return HandWritten(call, frozen, lora_a, lora_b, case.p)
+
+
+# Published peers that take part when they are installed or given by --peer-path, and the module that holds their function.
+PUBLISHED = {
+    "unsloth-library": "unsloth.kernels.fast_lora",
+    "lorafusion-library": "lorafusion.ops.lora_v1",
+}
 
 CONTESTANTS: dict[str, Builder] = {
     BASELINE: _linear,
@@ -279,4 +352,6 @@ CONTESTANTS: dict[str, Builder] = {
     "addmm": _hand_written(_Addmm),
     "lorafusion": _hand_written(_LoRAFusion),
     "unsloth": _unsloth,
+    "unsloth-library": _unsloth_library,
+    "lorafusion-library": _lorafusion_library,
 }

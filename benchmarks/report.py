@@ -1,7 +1,7 @@
-"""Make the tables of README.md and docs/benchmarks.md from the records in `benchmarks/results/`, and from nothing else.
+"""Make the tables of README.md and docs/benchmarks.md, and the plots, from the records in `benchmarks/results/`, and from nothing else.
 
-python benchmarks/report.py            # rewrite the tables between their markers
-python benchmarks/report.py --check    # exit 1 if a file does not hold what the records say
+python benchmarks/report.py            # rewrite the tables between their markers, draw what is not there or of another record
+python benchmarks/report.py --check    # exit 1 if a file or a plot does not hold what the records say
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import plots
 from gpu_tables import case_tables, targets_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +89,80 @@ def model_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def scaling_table(records: dict[str, dict[str, Any]]) -> str:
+    """For each record the plot and, at both ends of each axis, the milliseconds. records: by name, without the suffix."""
+    parts = []
+    for name, record in records.items():
+        facts, peaks = record["environment"], record["peaks"]
+        where = facts.get("gpu", facts["cpu"])
+        names = list(dict.fromkeys(row["backend"] for row in record["points"]))
+        lines = [
+            f"![{where}: forward + backward against M, N, R and layers, and the roofline](../benchmarks/results/{name}.png)\n",
+            f"| axis | from, to | {', ms | '.join(names)}, ms | PEFT / fastlora |",
+            "| --- | --- |" + " --- |" * (len(names) + 1),
+        ]
+        for axis in dict.fromkeys(row["axis"] for row in record["points"]):
+            values = dict.fromkeys(row["value"] for row in record["points"] if row["axis"] == axis)
+            ends = [min(values), max(values)]
+            ms = [
+                {
+                    row["backend"]: row["ms_p50"]
+                    for row in record["points"]
+                    if (row["axis"], row["value"]) == (axis, value)
+                }
+                for value in ends
+            ]
+            cells = [
+                ", ".join(f"{end[who]:.3g}" if who in end else "–" for end in ms) for who in names
+            ]
+            ratios = ", ".join(
+                f"{end['peft'] / end['fastlora']:.2f}×"
+                if {"peft", "fastlora"} <= end.keys()
+                else "–"
+                for end in ms
+            )
+            lines.append(f"| {axis} | {ends[0]}, {ends[1]} | {' | '.join(cells)} | {ratios} |")
+        lines.append(
+            f"\nThe roof: {peaks['gflops']:,.0f} GFLOP/s by the best product, {peaks['gbps']:.1f} GB/s by the best copy. "
+            f"{where}, {facts['threads']} threads, torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved runs "
+            f"(`{facts['command']}`, `benchmarks/results/{name}.json`)."
+        )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "No record: not measured."
+
+
+def overhead_table(records: list[dict[str, Any]]) -> str:
+    """Microseconds and instructions of one call of a tiny layer, and PEFT's share of each."""
+    if not records:
+        return "No record: not measured."
+    (record,) = records
+    facts, counter = record["environment"], record["counter"]
+    rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in record["call_overhead"]:
+        rows.setdefault((row["case"], row["mode"]), {})[row["backend"]] = row
+    lines = [
+        "| M×K → N, rank, dropout | mode | | µs a call | instructions a call | of PEFT's µs | of PEFT's instructions |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (case, mode), row in rows.items():
+        for name, mine in row.items():
+            shares = [
+                f"{mine[key] / row['peft'][key]:.0%}" if key in mine else "–"
+                for key in ("us_p50", "instructions")
+            ]
+            count = f"{mine['instructions']:,}" if "instructions" in mine else "–"
+            lines.append(
+                f"| {case.replace('x', '×')} | {mode} | {name} | {mine['us_p50']:.1f} | {count} | {' | '.join(shares)} |"
+            )
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in record["no_counter"].items())
+    lines.append(
+        f"\nInstructions by {f'`{counter}`' if counter else 'nothing'}{f' (not by {reasons})' if reasons else ''}. "
+        f"{facts['threads']} thread, {facts['cpu']}, torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved runs "
+        f"(`{facts['command']}`, `benchmarks/results/overhead-cpu.json`)."
+    )
+    return "\n".join(lines)
+
+
 def medical_table(records: list[dict[str, Any]]) -> str:
     """Held-out means of each method and group, averaged over the seeds, with the lowest and highest Dice."""
     groups = [group for group in records[0]["means"]["base"] if group != "all"]
@@ -122,7 +197,9 @@ def medical_table(records: list[dict[str, Any]]) -> str:
 def tables() -> dict[Path, dict[str, str]]:
     """File -> marker -> table, for every record there is."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    records = [record for record in records if "kernels" not in record]  # those have no table
+    overhead = [record for record in records if record.get("kind") == "overhead"]
+    # The compile gate's records have no table.
+    records = [record for record in records if not {"kernels", "kind"} & record.keys()]
     kinds: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [], "medical": [], "step": []}
     for record in records:
         kind = record["environment"]["device"] if "results" in record else "medical"
@@ -134,7 +211,18 @@ def tables() -> dict[Path, dict[str, str]]:
             "step": model_table(kinds["step"]),
             "medical": medical_table(kinds["medical"]),
         },
-        ROOT / "docs" / "benchmarks.md": {"gpu": case_tables(kinds["cuda"])},
+        ROOT / "docs" / "benchmarks.md": {
+            "scaling": scaling_table(scaling_records()),
+            "overhead": overhead_table(overhead),
+            "gpu": case_tables(kinds["cuda"]),
+        },
+    }
+
+
+def scaling_records() -> dict[str, dict[str, Any]]:
+    """The record of each plot, by the name that both files have without their suffix."""
+    return {
+        path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("scaling-*.json"))
     }
 
 
@@ -160,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="change nothing, exit 1 if a file is not up to date",
+        help="change nothing, exit 1 if a file or a plot is not up to date",
     )
     arguments = parser.parse_args(argv)
     stale = []
@@ -171,9 +259,15 @@ def main(argv: list[str] | None = None) -> int:
             stale.append(path.name)
             if not arguments.check:
                 path.write_text(new)
+    for name, record in scaling_records().items():
+        picture = RESULTS / f"{name}.png"
+        if not plots.is_current(record, picture):
+            stale.append(picture.name)
+            if not arguments.check:
+                plots.draw(record, picture)
     if arguments.check and stale:
         print(
-            f"{', '.join(stale)}: a table differs from the records; run python benchmarks/report.py",
+            f"{', '.join(stale)}: a table or plot differs from the records; run python benchmarks/report.py",
             file=sys.stderr,
         )
     return int(arguments.check and bool(stale))

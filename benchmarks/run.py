@@ -1,6 +1,7 @@
 """Time `LoRALinear` against PEFT and other ways to the same result, and write one JSON record.
 
     python benchmarks/run.py --device cpu [--reps 30] [--output benchmarks/results/cpu.json]
+    python benchmarks/run.py --peer-path ../lorafusion      # and published peers that lie there
     python benchmarks/run.py --device cuda [--quick]        # writes benchmarks/results/<gpu>.json and fills the tables
 
 Correctness comes first: a contestant whose output or gradients are wrong gets no time, and the record says so. The
@@ -20,11 +21,12 @@ import torch
 from case_run import run_case
 from cases import BASELINE, CPU_CASES, CUDA_CASES, FORWARD_BACKWARD, Case
 from gpu_tables import targets_table
-from peers import CONTESTANTS
+from peers import CONTESTANTS, PUBLISHED, add_peer_paths, is_installed
 from record import Budget, Record, gpu_file_name, new_record, nvidia_smi, write
 
 CPU_CONTESTANTS = (BASELINE, "fastlora", "peft")
 QUICK_BUDGET_SECONDS = 450.0
+REPS, QUICK_REPS = 30, 20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     cases = [case for case in _cases(on_gpu, arguments.quick) if arguments.only in case.name]
-    names = arguments.contestants or (tuple(CONTESTANTS) if on_gpu else CPU_CONTESTANTS)
+    add_peer_paths(arguments.peer_path)
+    names = arguments.contestants or _default_contestants(on_gpu, bool(arguments.peer_path))
     seconds = arguments.budget_seconds
     if seconds is None and on_gpu and arguments.quick:
         seconds = QUICK_BUDGET_SECONDS
@@ -69,6 +72,12 @@ def _cases(on_gpu: bool, quick: bool) -> list[Case]:
     return [c for c in CUDA_CASES if c.quick or not quick] if on_gpu else list(CPU_CASES)
 
 
+def _default_contestants(on_gpu: bool, peer_path: bool) -> tuple[str, ...]:
+    """What is written here, and the published peers: with a path all of them, so that one that is not found is named."""
+    ours = [name for name in CONTESTANTS if name not in PUBLISHED] if on_gpu else CPU_CONTESTANTS
+    return (*ours, *(name for name in PUBLISHED if peer_path or is_installed(name)))
+
+
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -83,8 +92,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reps",
         type=int,
-        default=30,
-        help="counted repetitions of each case and mode (default 30)",
+        help=f"counted repetitions of each case and mode (default {REPS}, in a quick run {QUICK_REPS})",
     )
     parser.add_argument(
         "--budget-seconds", type=float, help="begin no case that would not end within this time"
@@ -98,9 +106,27 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="A,B",
         help=f"beside {BASELINE}, from: {', '.join(CONTESTANTS)}",
     )
+    parser.add_argument(
+        "--peer-path",
+        type=_folder,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help=f"import {' and '.join(PUBLISHED)} from here; may be given more than once",
+    )
     parser.add_argument("--git-sha", help="the commit, where git cannot be asked for it")
     parser.add_argument("--output", type=Path, help="write the record here as JSON")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.reps is None:
+        quick = arguments.quick and arguments.device == "cuda"
+        arguments.reps = QUICK_REPS if quick else REPS
+    return arguments
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got {text}")
+    return Path(text)
 
 
 def _contestants(text: str) -> tuple[str, ...]:

@@ -22,10 +22,13 @@ NAMES = (
     "checks",
     "gpu_tables",
     "model_step",
+    "overhead",
     "peers",
+    "plots",
     "record",
     "report",
     "run",
+    "scaling",
     "timing",
     "workload",
 )
@@ -104,6 +107,8 @@ CONTESTANTS = [
     "addmm",
     "lorafusion",
     "unsloth",
+    "unsloth-library",
+    "lorafusion-library",
 ]
 
 
@@ -119,6 +124,9 @@ def test_a_contestant_is_right_or_says_why_it_is_absent(bench, quick_compile, na
     work = bench.workload.Workload(case, CPU)
     try:
         layer = bench.peers.CONTESTANTS[name](case, work.frozen[0], work.lora_a, work.lora_b)
+    except bench.peers.Unimportable as error:
+        assert str(error).startswith(f"{bench.peers.PUBLISHED[name]} cannot be imported: ")
+        return
     except bench.peers.Absent as absent:
         allowed = {
             "fastlora-triton": "backend='triton' cannot run: ",
@@ -177,6 +185,93 @@ def test_what_a_hand_written_peer_keeps(bench):
         kept[name] = bench.workload.saved_bytes(layer, work.x[0])
     x, mask, s = 4 * 64 * 32, 64 * 32, 4 * 64 * 4
     assert kept == {"addmm": x + mask + s, "lorafusion": x + mask + s}
+
+
+UNSLOTH = """
+import torch
+class LoRA_W(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, X, W, W_quant, A, B, S):
+        assert X.dim() == 3 and W_quant is None
+        ctx.save_for_backward(X, W, A, B)
+        ctx.S = S
+        return X @ W.T + S * (X @ A.T) @ B.T
+    @staticmethod
+    def backward(ctx, dY):
+        X, W, A, B = ctx.saved_tensors
+        dS, X = ctx.S * dY[0] @ B, X[0]
+        return (dY[0] @ W + dS @ A)[None], None, None, dS.T @ X, ctx.S * dY[0].T @ (X @ A.T), None
+"""
+LORAFUSION = """
+from torch.nn.functional import dropout, linear
+def fused_linear_lora(x, w, a, b, alpha, seed=None, dropout_p=0.0, linear_bias=None):
+    return linear(x, w, linear_bias) + alpha * (dropout(x, dropout_p) @ a.T) @ b.T
+"""
+
+
+@pytest.fixture
+def peer_folder(bench, monkeypatch, tmp_path):
+    """A folder of published peers, as far as the harness calls them."""
+    for name, source in {"unsloth-library": UNSLOTH, "lorafusion-library": LORAFUSION}.items():
+        file = tmp_path.joinpath(*bench.peers.PUBLISHED[name].split(".")).with_suffix(".py")
+        file.parent.mkdir(parents=True)
+        file.write_text(source)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in [n for n in sys.modules if n.split(".")[0] in ("unsloth", "lorafusion")]:
+        del sys.modules[name]
+
+
+def run_with_peers(bench, monkeypatch, folder, case):
+    monkeypatch.setattr(bench.run, "CPU_CASES", (case,))
+    output = folder / "record.json"
+    bench.run.main(["--peer-path", str(folder), "--reps", "1", "--output", str(output)])
+    record = json.loads(output.read_text())
+    return {row["backend"] for row in record["results"]}, record["absent"]
+
+
+def test_published_peers_are_timed_from_a_peer_path(bench, monkeypatch, peer_folder):
+    timed, absent = run_with_peers(
+        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
+    )
+    assert timed == {"linear", "fastlora", "peft", "unsloth-library", "lorafusion-library"}
+    assert absent == []
+
+
+def test_a_published_peer_that_cannot_be_imported_is_named(bench, monkeypatch, peer_folder, capsys):
+    (peer_folder / "unsloth" / "kernels" / "fast_lora.py").write_text(
+        "raise NotImplementedError('needs a GPU')"
+    )
+    timed, (absent,) = run_with_peers(
+        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, 0.1)
+    )
+    assert timed == {"linear", "fastlora", "peft", "lorafusion-library"}
+    assert (absent["backend"], absent["kind"]) == ("unsloth-library", "Unimportable")
+    reason = "unsloth.kernels.fast_lora cannot be imported: NotImplementedError: needs a GPU"
+    assert absent["reason"] == reason and reason in capsys.readouterr().err
+
+
+def test_a_published_peer_that_is_wrong_gets_no_time(bench, monkeypatch, peer_folder):
+    file = peer_folder / "lorafusion" / "ops" / "lora_v1.py"
+    file.write_text(LORAFUSION.replace("alpha *", "0.99 * alpha *"))
+    timed, absent = run_with_peers(
+        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
+    )
+    assert "lorafusion-library" not in timed
+    assert [(a["backend"], a["kind"]) for a in absent] == [("lorafusion-library", "wrong")]
+
+
+def test_a_peer_path_must_be_a_folder(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.run.main(["--peer-path", "no/such/folder"])
+    assert "--peer-path: expected a folder, got no/such/folder" in capsys.readouterr().err
+
+
+def test_published_peers_join_when_installed_or_sought(bench, monkeypatch):
+    default = bench.run._default_contestants
+    monkeypatch.setattr(bench.run, "is_installed", lambda name: name == "unsloth-library")
+    assert default(False, False) == (*bench.run.CPU_CONTESTANTS, "unsloth-library")
+    assert set(default(True, True)) == set(bench.peers.CONTESTANTS)
 
 
 # What is wrong gets no time
@@ -450,6 +545,54 @@ def test_the_targets_stand_beside_what_was_measured(bench):
     assert "≤ 1.08: not measured" in bench.gpu_tables.targets_table([record]).splitlines()[5]
 
 
+def test_a_quick_run_fills_every_target_within_eight_minutes(bench, monkeypatch, tmp_path):
+    """On a clock in which a case takes 39 s, compilation included, and of the rest only what the arithmetic below allows."""
+    quick = bench.run._cases(True, True)
+    now = [0.0]
+    budget = bench.record.Budget(bench.run.QUICK_BUDGET_SECONDS, lambda: now[0])
+    ran = []
+    for case in quick:
+        if budget.begin_case():
+            now[0] += 39.0
+            budget.end_case()
+            ran.append(case)
+    assert ran == quick and now[0] <= 480
+    wanted = {case for target in bench.cases.TARGETS for case in target.cases}
+    assert wanted <= set(quick[: len(wanted)])
+    record = invented_record(bench)
+    record["results"] = [r for r in record["results"] if r["case"] in {c.name for c in wanted}]
+    assert "not measured" not in bench.gpu_tables.targets_table([record])
+
+
+def test_samples_of_a_quick_run_leave_time_to_compile(bench):
+    """Timing alone, by arithmetic: repetitions × contestants × timings × one sample of each mode, all at twice the cost model."""
+    from fastlora import cost
+    from fastlora.kernels.config import ARCHITECTURES, Problem
+
+    arch, cases, timing = ARCHITECTURES[90], bench.cases, bench.timing
+    contestants = len(bench.run._default_contestants(True, True))
+    reps = bench.run._arguments(["--device", "cuda", "--quick"]).reps
+    assert reps == bench.run.QUICK_REPS < bench.run._arguments(["--device", "cuda"]).reps
+    seconds = 0.0
+    for case in bench.run._cases(True, True):
+        samples = (reps + timing.WARM_UP) * contestants
+        if case.overhead:
+            seconds += samples * 2 * timing.OVERHEAD_CALLS * 0.5e-3  # half a millisecond a call
+            continue
+        q = Problem(case.m, case.n, case.k, case.rank, 2, case.p > 0)
+        forward = 2 * min(cost.forward_seconds(arch, q).values())
+        copies = bench.workload.copies_needed(case, 50 * 2**20)
+        rounds = {
+            cases.FORWARD: copies * forward,
+            cases.FORWARD_BACKWARD: copies * 2.5 * forward,
+            cases.STEP: bench.workload.STEP_LAYERS * 4 * forward,
+        }
+        each = [max(2e-3 * timing.SAMPLE_MS, rounds[mode]) for mode in case.modes]
+        seconds += 2 * samples * sum(each)  # under CUDA graphs and eagerly
+    print(f"{seconds:.0f} s")
+    assert seconds < 0.4 * bench.run.QUICK_BUDGET_SECONDS
+
+
 def test_every_case_of_a_gpu_record_has_a_row(bench):
     tables = bench.gpu_tables.case_tables([invented_record(bench)])
     assert tables.startswith("### Invented GPU")
@@ -516,6 +659,126 @@ def test_a_gpu_run_times_eagerly_and_as_graphs(bench, tmp_path):
     } <= timed
     assert all(row["peak_bytes"] is not None for row in record["results"])
     assert record["environment"]["gpu"] and record["call_overhead"]
+
+
+# Scaling and the cost of a call
+
+
+def test_the_scaling_command_measures_its_points_and_the_machines_peaks(
+    bench, monkeypatch, tmp_path
+):
+    small = bench.scaling.Sweep(
+        bench.cases.Case(16, 8, 12, 2),
+        bench.cases.Case(4, 8, 8, 2),
+        {"M": (1, 4), "N": (8, 16), "R": (2, 4), "layers": (1, 3)},
+        (64,),
+        2**20,
+    )
+    monkeypatch.setitem(bench.scaling.SWEEPS, "cpu", small)
+    output = tmp_path / "scaling-cpu.json"
+    assert bench.scaling.main(["--reps", "2", "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    assert record["peaks"]["gflops"] > 0 and record["peaks"]["gbps"] > 0
+    measured = {(r["axis"], r["value"], r["backend"]) for r in record["points"]}
+    axes = small.values.items()
+    assert measured == {
+        (axis, value, name)
+        for axis, values in axes
+        for value in values
+        for name in bench.scaling.CONTESTANTS
+    }
+    assert all(0 < r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] for r in record["points"])
+    table = bench.report.scaling_table({"scaling-cpu": record})
+    assert "(../benchmarks/results/scaling-cpu.png)" in table and "| layers | 1, 3 |" in table
+    assert bench.report.scaling_table({}) == "No record: not measured."
+    picture = tmp_path / "scaling-cpu.png"
+    assert not bench.plots.is_current(record, picture)
+    bench.plots.draw(record, picture)
+    assert bench.plots.is_current(record, picture)
+    record["points"][0]["ms_p50"] *= 1.01
+    assert not bench.plots.is_current(record, picture)
+
+
+def test_work_and_traffic_of_a_point(bench):
+    case = bench.cases.Case(2, 3, 5, 7)
+    products = 2 * 2 * 3 * 5  # y, and as much for dx
+    low = 2 * 2 * 7 * (3 + 5)  # S and its product with B; dS, dS A; dA, dB
+    assert bench.scaling.flops(case, False) == 2 * products
+    assert bench.scaling.flops(case, True) == 2 * products + 3 * low
+    base = 4 * (2 * 2 * 3 + 2 * 2 * 5 + 2 * 3 * 5)
+    assert bench.scaling.least_bytes(case, False) == base
+    assert bench.scaling.least_bytes(case, True) == base + 4 * (2 * 3 + 3 * 7 * 8 + 3 * 2 * 7)
+
+
+def test_a_stack_of_layers_runs_every_layer(bench):
+    case = bench.cases.Case(4, 8, 8, 2)
+    work = bench.workload.Workload(case, CPU, 3)
+    called = []
+    for index, layer in enumerate(work.frozen):
+        layer.register_forward_hook(lambda *_, index=index: called.append(index))
+    bench.scaling.stack_round(work.frozen, work)()
+    assert called == [0, 1, 2]
+
+
+def test_plots_are_told_apart_without_colour(bench):
+    assert set(bench.plots.STYLES) == set(bench.scaling.CONTESTANTS)
+    markers, lines = zip(*bench.plots.STYLES.values(), strict=True)
+    assert len(set(markers)) == len(set(lines)) == len(bench.plots.STYLES)
+    from PIL import Image
+
+    image = Image.open(bench.report.RESULTS / "scaling-cpu.png").convert("RGB")
+    assert all(r == g == b for _, (r, g, b) in image.getcolors(maxcolors=2**24))
+
+
+def test_a_plot_of_another_record_is_stale(bench, monkeypatch, tmp_path, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(bench.report.RESULTS, results)
+    monkeypatch.setattr(bench.report, "RESULTS", results)
+    (results / "scaling-cpu.png").write_bytes(b"")
+    assert bench.report.main(["--check"]) == 1
+    assert "scaling-cpu.png: a table or plot differs" in capsys.readouterr().err
+
+
+PERF = """#!/bin/sh
+# Its file says a million instructions, and a thousand more for every call.
+while [ "$1" != -o ]; do shift; done
+file=$2 calls=0
+while [ $# -gt 0 ]; do [ "$1" = --calls ] && calls=$2; shift; done
+echo "$((1000000 + 1000 * calls)),,instructions:u,1,100.00,," > "$file"
+"""
+
+
+def test_instructions_are_counted_by_perf_where_it_can(bench, monkeypatch, tmp_path):
+    perf = tmp_path / "perf"
+    perf.write_text(PERF)
+    perf.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    record = bench.overhead.measure(1)
+    bench.overhead.count(record, 10)
+    assert record["counter"] == "perf stat -e instructions:u" and record["no_counter"] == {}
+    assert [row["instructions"] for row in record["call_overhead"]] == [1000] * 12
+
+
+def test_a_machine_without_counters_says_so(bench, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    record = bench.overhead.measure(1)
+    bench.overhead.count(record, 1)
+    assert record["counter"] is None
+    assert list(record["no_counter"].values()) == [
+        "perf is not installed",
+        "valgrind is not installed",
+    ]
+    table = bench.report.overhead_table([record])
+    assert "Instructions by nothing (not by perf stat" in table and "| – |" in table
+    assert bench.report.overhead_table([]) == "No record: not measured."
+
+
+def test_callgrinds_dumps_are_read_by_their_labels(bench, tmp_path):
+    dump = "desc: Trigger: Client Request: case|forward|linear\nevents: Ir\ntotals: 5000\n"
+    (tmp_path / "out.1").write_text(dump)
+    (tmp_path / "out.2").write_text("desc: Trigger: Program termination\ntotals: 7\n")
+    found = bench.overhead.read_callgrind(tmp_path, 50)
+    assert found == {("case", "forward", "linear"): 100.0}
 
 
 # Whole models
