@@ -72,7 +72,7 @@ def option(default: Any, group: str, text: str, rule: Rule | None = None, unit: 
     )
 
 
-PEAK_LR = {"lora": 1e-2, "full": 1e-3, "sam3d": 1e-3}
+PEAK_LR = {"lora": 5e-3, "full": 1e-3, "sam3d": 1e-3}
 
 DATA, MODEL, OPTIMISATION, RUN = "data", "model", "optimisation", "run"
 
@@ -178,7 +178,7 @@ class TrainConfig:
     lr: float | None = option(
         None,
         OPTIMISATION,
-        "AdamW's peak learning rate; without it 1e-2 for lora, 1e-3 for full and for sam3d",
+        "AdamW's peak learning rate; without it 5e-3 for lora, 1e-3 for full and for sam3d",
         POSITIVE,
     )
     weight_decay: float = option(0.01, OPTIMISATION, "AdamW's decay", NOT_NEGATIVE)
