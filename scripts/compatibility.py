@@ -1,0 +1,135 @@
+"""Run the core's tests under the oldest and the newest versions that pyproject.toml admits, and write docs/compatibility.md.
+
+    python scripts/compatibility.py --oldest_python python3.10 --newest_python python3.13
+
+Each row has a virtual environment of its own below --folder (some 6 GB: PyPI's torch brings CUDA's libraries), made if it is not
+there. The medical application is left out; its packages are pinned for the two commands of the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "compatibility.md"
+SHOWN = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
+TOOLS = ("pytest", "pytest-benchmark", "hypothesis", "setuptools", "transformers")
+
+
+def requirements(oldest: bool) -> list[str]:
+    """What pip is asked for: the core, YAML and PEFT at the floors of pyproject.toml or without a bound, and what tests need besides."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["yaml"]]
+    wanted += [line for line in extras["dev"] if line.startswith("peft")]
+    pairs = [re.match(r"([\w-]+)>=([\w.]+)", line) for line in wanted]
+    found = [(pair[1], pair[2]) for pair in pairs if pair is not None]
+    return [f"{name}=={floor}" if oldest else name for name, floor in found] + list(TOOLS)
+
+
+def left_out() -> list[str]:
+    """The test files that need the medical application, or look at this checkout's documents."""
+    other = re.compile(r"fastlora\.medical|tests\.hostile|tests\.layouts|tests\.tiny_run|nibabel")
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    pages = ("test_docs.py", "test_layout.py")
+    found = [file for file in files if file.name in pages or other.search(file.read_text())]
+    return [f"tests/{file.name}" for file in found]
+
+
+def environment(folder: Path, python: str, oldest: bool) -> Path:
+    """The interpreter of an environment with those requirements."""
+    interpreter = folder / "bin" / "python"
+    if not interpreter.exists():
+        subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *requirements(oldest)], check=True)
+    return interpreter
+
+
+def versions(interpreter: Path) -> dict[str, str]:
+    """Of Python and of the packages in the table."""
+    program = (
+        "import json, platform; from importlib.metadata import version; "
+        f"print(json.dumps({{'python': platform.python_version(), **{{n: version(n) for n in {SHOWN!r}}}}}))"
+    )
+    out = subprocess.run(
+        [str(interpreter), "-c", program], check=True, capture_output=True, text=True
+    )
+    found: dict[str, str] = json.loads(out.stdout)
+    return found
+
+
+def run_tests(interpreter: Path, report: Path) -> dict[str, int]:
+    """Counts of what passed, failed and was skipped; the output goes on to the terminal."""
+    command = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    command += [f"--ignore={file}" for file in left_out()]
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=surroundings, check=False)
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    if suite is None:
+        raise SystemExit(f"{report}: pytest wrote no result")
+    count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"]
+    passed = count["tests"] - failed - count["skipped"]
+    return {"passed": passed, "failed": failed, "skipped": count["skipped"]}
+
+
+def page(rows: Sequence[dict[str, str | int]], command: str) -> str:
+    """docs/compatibility.md."""
+    head = ["", "Python", *SHOWN, "passed", "failed", "skipped"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
+    return "\n".join(
+        [
+            "# Compatibility",
+            "",
+            "The core's tests under the oldest and the newest versions that `pyproject.toml` admits, on a CPU. Everything else in this project was run",
+            "with the versions of `constraints.txt` (`make test`).",
+            "",
+            *lines,
+            "",
+            f"`{command}`, {datetime.date.today()}, {platform.system()} {platform.machine()}. Newest is what pip installs when it is asked for no version.",
+            "",
+            "- The kernels need Triton 3.4. Before that the library imports, runs torch on every device, and `explain` says so; the five test files of the",
+            "  kernels (`tests/conftest.py` names them) are then not collected, and are in no count.",
+            "- Tests that an old torch cannot pass are skipped with the reason (`tests/versions.py`); so are those of packages that are not installed here",
+            "  (ONNX, bitsandbytes, torchao, diffusers, accelerate's trainer).",
+            "- The medical application is not in this table.",
+            "",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 if a test failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--oldest_python", default="python3.10")
+    parser.add_argument("--newest_python", default="python3.13")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compatibility")
+    arguments = parser.parse_args(argv)
+    rows: list[dict[str, str | int]] = []
+    for name, python in (("oldest", arguments.oldest_python), ("newest", arguments.newest_python)):
+        interpreter = environment(arguments.folder / name, python, name == "oldest")
+        counts = run_tests(interpreter, arguments.folder / f"{name}.xml")
+        rows.append({"": name, **versions(interpreter), **counts})
+        print(rows[-1], flush=True)
+    PAGE.write_text(page(rows, "python scripts/compatibility.py"), encoding="utf-8")
+    return int(any(row["failed"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""What is installed, for tests that an old version cannot pass."""
+
+import pytest
+import torch
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def needs_torch(least: tuple[int, int], reason: str) -> pytest.MarkDecorator:
+    """Skips a test under older versions of torch. reason: what they do wrong."""
+    text = f"torch before {'.'.join(map(str, least))}: {reason}"
+    return pytest.mark.skipif(least > TORCH, reason=text)
