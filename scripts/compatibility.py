@@ -41,7 +41,7 @@ def requirements(oldest: bool) -> list[str]:
 
 def left_out() -> list[str]:
     """The test files that need the medical application, or look at this checkout's documents."""
-    other = re.compile(r"fastlora\.medical|tests\.hostile|tests\.layouts|tests\.tiny_run|nibabel")
+    other = re.compile(r"fastlora\.medical|tests\.hostile|tests\.layouts|tests\.tiny_run|endurance|nibabel")
     files = sorted((ROOT / "tests").glob("test_*.py"))
     pages = ("test_docs.py", "test_layout.py")
     found = [file for file in files if file.name in pages or other.search(file.read_text())]
