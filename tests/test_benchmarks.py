@@ -589,7 +589,6 @@ def test_samples_of_a_quick_run_leave_time_to_compile(bench):
         }
         each = [max(2e-3 * timing.SAMPLE_MS, rounds[mode]) for mode in case.modes]
         seconds += 2 * samples * sum(each)  # under CUDA graphs and eagerly
-    print(f"{seconds:.0f} s")
     assert seconds < 0.4 * bench.run.QUICK_BUDGET_SECONDS
 
 
@@ -616,7 +615,7 @@ def test_a_gpu_record_reaches_both_files(bench, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
     bench.record.write(invented_record(bench), results / "invented-gpu.json")
     assert bench.report.main(["--check"]) == 1
-    assert "README.md, benchmarks.md: a table differs" in capsys.readouterr().err
+    assert "README.md, benchmarks.md: a table or plot differs" in capsys.readouterr().err
     assert bench.report.main([]) == 0
     assert bench.report.main(["--check"]) == 0
     assert "Invented GPU" in (tmp_path / "README.md").read_text()
