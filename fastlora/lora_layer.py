@@ -243,9 +243,9 @@ class LoRALayer(nn.Module, ABC):
 
     def _wide(self, weight: Tensor) -> torch.dtype:
         """The dtype in which weights are summed: float32 or wider."""
-        return torch.promote_types(
-            torch.promote_types(weight.dtype, self.lora_A.dtype), torch.float32
-        )
+        # Not torch.promote_types, which exporters of torch 2.6 take for an operation of the model.
+        both = (weight.dtype, self.lora_A.dtype)
+        return torch.float64 if torch.float64 in both else torch.float32
 
     def _merged_weight(self, weight: Tensor) -> Tensor:
         wide = self._wide(weight)

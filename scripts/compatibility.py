@@ -2,7 +2,7 @@
 
     python scripts/compatibility.py --oldest_python python3.10 --newest_python python3.13
 
-Each row has a virtual environment of its own below --folder (some 6 GB: PyPI's torch brings CUDA's libraries), made if it is not
+It needs Python 3.11 itself. Each row has a virtual environment of its own below --folder (some 6 GB: PyPI's torch brings CUDA's libraries), made if it is not
 there. The medical application is left out; its packages are pinned for the two commands of the README.
 """
 
@@ -41,7 +41,9 @@ def requirements(oldest: bool) -> list[str]:
 
 def left_out() -> list[str]:
     """The test files that need the medical application, or look at this checkout's documents."""
-    other = re.compile(r"fastlora\.medical|tests\.hostile|tests\.layouts|tests\.tiny_run|endurance|nibabel")
+    other = re.compile(
+        r"fastlora\.medical|tests\.hostile|tests\.layouts|tests\.tiny_run|endurance|nibabel"
+    )
     files = sorted((ROOT / "tests").glob("test_*.py"))
     pages = ("test_docs.py", "test_layout.py")
     found = [file for file in files if file.name in pages or other.search(file.read_text())]
@@ -53,7 +55,7 @@ def environment(folder: Path, python: str, oldest: bool) -> Path:
     interpreter = folder / "bin" / "python"
     if not interpreter.exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--upgrade"]
     subprocess.run([*pip, *requirements(oldest)], check=True)
     return interpreter
 
@@ -76,17 +78,18 @@ def run_tests(interpreter: Path, report: Path) -> dict[str, int]:
     command = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
     command += [f"--ignore={file}" for file in left_out()]
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    report.unlink(missing_ok=True)  # of an earlier run
     subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=surroundings, check=False)
-    suite = ElementTree.parse(report).getroot().find("testsuite")
+    suite = ElementTree.parse(report).getroot().find("testsuite") if report.is_file() else None
     if suite is None:
-        raise SystemExit(f"{report}: pytest wrote no result")
+        raise SystemExit(f"{interpreter}: pytest ended without a result")
     count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
     passed = count["tests"] - failed - count["skipped"]
     return {"passed": passed, "failed": failed, "skipped": count["skipped"]}
 
 
-def page(rows: Sequence[dict[str, str | int]], command: str) -> str:
+def page(rows: Sequence[dict[str, str | int]]) -> str:
     """docs/compatibility.md."""
     head = ["", "Python", *SHOWN, "passed", "failed", "skipped"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
@@ -100,7 +103,7 @@ def page(rows: Sequence[dict[str, str | int]], command: str) -> str:
             "",
             *lines,
             "",
-            f"`{command}`, {datetime.date.today()}, {platform.system()} {platform.machine()}. Newest is what pip installs when it is asked for no version.",
+            f"`python scripts/compatibility.py`, {datetime.date.today()}, {platform.system()} {platform.machine()}. Newest is what pip installs when it is asked for no version.",
             "",
             "- The kernels need Triton 3.4. Before that the library imports, runs torch on every device, and `explain` says so; the five test files of the",
             "  kernels (`tests/conftest.py` names them) are then not collected, and are in no count.",
@@ -127,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts = run_tests(interpreter, arguments.folder / f"{name}.xml")
         rows.append({"": name, **versions(interpreter), **counts})
         print(rows[-1], flush=True)
-    PAGE.write_text(page(rows, "python scripts/compatibility.py"), encoding="utf-8")
+    PAGE.write_text(page(rows), encoding="utf-8")
     return int(any(row["failed"] for row in rows))
 
 

@@ -606,6 +606,7 @@ def test_the_tables_hold_what_the_records_say(bench):
 
 
 def test_a_gpu_record_reaches_both_files(bench, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra medical)")
     results = tmp_path / "results"
     shutil.copytree(bench.report.RESULTS, results)
     (tmp_path / "docs").mkdir()
@@ -666,6 +667,7 @@ def test_a_gpu_run_times_eagerly_and_as_graphs(bench, tmp_path):
 def test_the_scaling_command_measures_its_points_and_the_machines_peaks(
     bench, monkeypatch, tmp_path
 ):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra medical)")
     small = bench.scaling.Sweep(
         bench.cases.Case(16, 8, 12, 2),
         bench.cases.Case(4, 8, 8, 2),
@@ -720,6 +722,7 @@ def test_a_stack_of_layers_runs_every_layer(bench):
 
 
 def test_plots_are_told_apart_without_colour(bench):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra medical)")
     assert set(bench.plots.STYLES) == set(bench.scaling.CONTESTANTS)
     markers, lines = zip(*bench.plots.STYLES.values(), strict=True)
     assert len(set(markers)) == len(set(lines)) == len(bench.plots.STYLES)
@@ -730,6 +733,7 @@ def test_plots_are_told_apart_without_colour(bench):
 
 
 def test_a_plot_of_another_record_is_stale(bench, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra medical)")
     results = tmp_path / "results"
     shutil.copytree(bench.report.RESULTS, results)
     monkeypatch.setattr(bench.report, "RESULTS", results)

@@ -133,8 +133,8 @@ class TrainConfig:
         one_of("compact", "sam3d"),
     )
     finetune: str = option("lora", MODEL, "what is trained", one_of("lora", "full"))
-    lora_rank: int = option(2, MODEL, "rank of the LoRA update", AT_LEAST_ONE)
-    lora_alpha: float = option(4.0, MODEL, "LoRA scaling is alpha / rank", POSITIVE)
+    lora_rank: int = option(4, MODEL, "rank of the LoRA update", AT_LEAST_ONE)
+    lora_alpha: float = option(8.0, MODEL, "LoRA scaling is alpha / rank", POSITIVE)
     lora_dropout: float = option(0.0, MODEL, "dropout on the LoRA path", PROBABILITY, "probability")
     lora_ffn: bool = option(True, MODEL, "adapt the feed-forward layers beside the attention")
     base_weights: str | None = option(
