@@ -147,6 +147,10 @@ def test_names_of_structures_are_words():
         ({"training": [{"image": "/a.nii", "label": "b.nii"}]}, "expected paths within .*'/a.nii'"),
         ({"training": [{"image": "a.nii", "label": "x/../../b.nii"}]}, "expected paths within"),
         ({"training": [{"image": "a\0.nii", "label": "b.nii"}]}, "expected paths within"),
+        (
+            {"training": [{"image": "a" * 400, "label": "b.nii"}]},
+            "expected paths within .*too long",
+        ),
         ({"labels": {"liver": 1e999}}, "expected labels as whole numbers, got 'liver': inf"),
         ({"labels": {"1": None}}, "expected labels as whole numbers, got '1': None"),
         ({"modality": {"0": 1, "1": {}}, "labels": {}}, "expected a label beside the background"),

@@ -147,3 +147,10 @@ def test_odd_entries_are_refused(tmp_path, entry):
     for read in (read_manifest, verify, lambda cache: usable_cases([], cache)):
         with pytest.raises(DataError, match="manifest.json: expected subject, structure"):
             read(tmp_path)
+
+
+def test_a_name_that_no_file_can_have_differs(tmp_path):
+    outcome = Outcome("s1", "blob", sources={"a" * 400: "0"}, files={})
+    write_manifest(tmp_path, {}, [outcome], [])
+    (line,) = verify(tmp_path)
+    assert "too long" in line

@@ -276,6 +276,11 @@ SPOILT = {
         lambda f: edit(f / PIPELINE, slat_decoder_mesh_config_path="/etc/passwd"),
         "got '/etc/passwd', which leaves it",
     ),
+    "a path that no file can have": (
+        "decoder",
+        lambda f: edit(f / PIPELINE, slat_decoder_mesh_config_path="a" * 400),
+        "slat_decoder_mesh_config_path: .*too long",
+    ),
     "no weights": (
         "decoder",
         lambda f: (f / "slat_decoder_mesh.pt").unlink(),

@@ -295,6 +295,10 @@ def _below(root: Path, name: str, path: Path) -> Path:
     """The file `name` of the data set. Raises: DataError if it would lie outside of its folder."""
     if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{path}: expected paths within {root}, got {name!r}")
+    try:
+        (root / name).is_file()
+    except OSError as error:  # a name that no file can have
+        raise DataError(f"{path}: expected paths within {root}, got {name!r}: {error}") from error
     return root / name
 
 

@@ -156,7 +156,7 @@ def verify(cache_dir: Path) -> list[str]:
     for path, value in wanted.items():
         try:
             found = digest(path)
-        except DataError as error:
+        except (DataError, OSError) as error:  # the latter for a name that no file can have
             differences.append(str(error))
         else:
             if found != value:

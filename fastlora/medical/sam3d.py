@@ -190,7 +190,11 @@ def _inside(folder: Path, pipeline: Mapping[str, Any], key: str) -> Path:
         raise CheckpointError(
             f"sam3d_dir: {key}: expected a path inside {folder}, got {name!r}, which leaves it"
         )
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that no file can have
+        raise CheckpointError(f"sam3d_dir: {key}: {error}") from error
+    if not there:
         raise CheckpointError(f"sam3d_dir: {key}: no file {path}")
     return path
 
