@@ -672,7 +672,7 @@ def test_the_scaling_command_measures_its_points_and_the_machines_peaks(
         bench.cases.Case(16, 8, 12, 2),
         bench.cases.Case(4, 8, 8, 2),
         {"M": (1, 4), "N": (8, 16), "R": (2, 4), "layers": (1, 3)},
-        (64,),
+        (256,),
         2**20,
     )
     monkeypatch.setitem(bench.scaling.SWEEPS, "cpu", small)
