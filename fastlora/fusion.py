@@ -42,7 +42,8 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     separate calls up to rounding, but that one mask serves the whole group; layers keep their parameters, state dicts and hooks.
     A layer that is given another tensor than its group runs by itself, as does every layer while a group's members differ in
     training mode or dropout, are disabled, take few enough rows for the plan `decode` or have ranks of more than 256 in all on Triton, and under torch.compile, functorch and inference mode.
-    With a few rows only, checking that an output may be handed out costs more than is saved.
+    On a CPU it pays with dropout, whose mask is made once for the group; without, it gains little, and with fewer than some hundred rows
+    checking that an output may be handed out costs more than is saved (docs/design.md has figures).
 
     The run is without gradients and in eval mode, and modes are put back. Calling `fuse` again forms the groups anew.
 
