@@ -109,6 +109,7 @@ def page(rows: Sequence[dict[str, str | int]]) -> str:
             "  kernels (`tests/conftest.py` names them) are then not collected, and are in no count.",
             "- Tests that an old torch cannot pass are skipped with the reason (`tests/versions.py`); so are those of packages that are not installed here",
             "  (ONNX, bitsandbytes, torchao, diffusers, accelerate's trainer).",
+            "- From torch 2.14 on `torch.jit.trace`, which the format torchscript needs, warns that it is deprecated; the tests take warnings for errors.",
             "- With Triton 3.8 some kernels for sm_100 spill a few registers, which the compile gate counts as a failure; no kernel was run on one.",
             "- The medical application is not in this table.",
             "",
