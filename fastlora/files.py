@@ -123,11 +123,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     size = _size(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("holds compressed entries, which np.savez does not write")
-            if sum(entry.file_size for entry in entries) > size:
-                raise ValueError("declares more bytes than the file has")
+            entries = _stored_entries(archive, size, "np.savez")
             return {e.filename.removesuffix(".npy"): _npy(archive.read(e)) for e in entries}
     except _DAMAGED as error:
         raise ValueError(_first_line(error)) from None
@@ -245,17 +241,22 @@ def _read_text(path: str | os.PathLike[str], limit: int) -> bytes:
     return Path(path).read_bytes()
 
 
+def _stored_entries(archive: zipfile.ZipFile, size: int, writer: str) -> list[zipfile.ZipInfo]:
+    """The entries of an archive of `size` bytes, which must be stored and no larger than it; writer: what made it."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"holds compressed entries, which {writer} does not write")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("declares more bytes than the file has")
+    return entries
+
+
 def _check_archive(path: Path, size: int) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch would read anything else as a bare pickle
             raise ValueError("not a zip archive as torch.save writes it (since torch 1.6)")
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("holds compressed entries, which torch.save does not write")
-        if sum(entry.file_size for entry in entries) > size:
-            raise ValueError("declares more bytes than the file has")
-        names = [entry.filename for entry in entries]
+        names = [entry.filename for entry in _stored_entries(archive, size, "torch.save")]
         pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1 or len(set(names)) != len(names):
             raise ValueError(f"expected one data.pkl, got {len(pickles)}")

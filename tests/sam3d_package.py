@@ -3,6 +3,7 @@
 Its mesh is marching cubes' of the same field. The real modules are in `test_sam3d_real.py`.
 """
 
+import sys
 from pathlib import Path
 
 SPARSE = """
@@ -212,3 +213,9 @@ def write_package(folder: Path) -> None:
         path.write_text(text)
     for path in [path for path in base.rglob("*") if path.is_dir()]:
         (path / "__init__.py").touch()
+
+
+def forget_package():
+    """Takes `sam3d_objects` out of the modules; gives what was there."""
+    names = [name for name in sys.modules if name.split(".")[0] == "sam3d_objects"]
+    return {name: sys.modules.pop(name) for name in names}

@@ -14,6 +14,7 @@ from fastlora.errors import DataError
 from fastlora.medical import bundled
 from fastlora.medical.bundled import REQUIREMENTS, SOURCES, SourceFile, build_bundled, locate
 from fastlora.medical.generated import MANIFEST, generate_folder
+from tests.tolerance import assert_same_geometry
 
 ROOT = Path(__file__).parents[1]
 VERTEBRAE = {"spine_ct": (21, 22, 23), "spine_mr": (5, 6, 7)}
@@ -49,7 +50,7 @@ def test_masks_are_anatomy_in_place(built):
     _, cases = built
     for subject, numbers in VERTEBRAE.items():
         case, image = cases[subject], cases[subject].load_image()
-        np.testing.assert_allclose(image.spacing, 1.5, atol=1e-5)
+        assert_same_geometry(image.spacing, 1.5)
 
         def middle(name, case=case, image=image):
             return np.argwhere(case.load_mask(name, image)).mean(0)

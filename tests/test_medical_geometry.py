@@ -20,6 +20,7 @@ from fastlora.medical.geometry import (
     spacing_of,
     voxelise,
 )
+from tests.tolerance import assert_same_geometry
 
 SPACINGS = [(1.0, 1.0, 1.0), (1.5, 1.5, 1.5), (1.0, 1.0, 3.0), (2.0, 1.0, 0.5)]
 RADIUS = 10.0
@@ -66,7 +67,7 @@ def test_sdf_of_a_half_space_is_exact_along_each_axis(axis):
     np.moveaxis(mask, axis, 0)[:4] = True
     expected = (np.arange(mask.shape[axis]) - 3.5) * spacing[axis]
     got = np.moveaxis(sdf_from_mask(mask, spacing), axis, 0)[:, 0, 0]
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert_same_geometry(got, expected)
 
 
 def test_sdf_refuses_what_has_no_surface():
@@ -132,7 +133,7 @@ def test_pointmap_is_the_affine_for_every_axis(axis):
     assert points.shape == (*plane, 3) and points.dtype == np.float32
     for h, w in ((0, 0), (2, 4), (plane[0] - 1, plane[1] - 1)):
         ijk = np.insert([h, w], axis, index)
-        np.testing.assert_allclose(points[h, w], (affine @ [*ijk, 1])[:3], rtol=1e-6)
+        assert_same_geometry(points[h, w], (affine @ [*ijk, 1])[:3])
 
 
 def test_pointmap_refuses_bad_slices():

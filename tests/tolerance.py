@@ -36,3 +36,8 @@ def assert_same_training(got: Tensor, want: Tensor) -> None:
 def assert_same_distances(got: NDArray[np.floating], want: NDArray[np.floating]) -> None:
     """|got − want| ≤ 1e-5 voxels: signed distances that one model predicted twice, in batches of other sizes."""
     np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-5)
+
+
+def assert_same_geometry(got: NDArray[np.floating], want: NDArray[np.floating] | float) -> None:
+    """|got − want| ≤ 1e-6·|want|: millimetres that went through a float32, beside an expression for them."""
+    np.testing.assert_allclose(got, want, rtol=1e-6)

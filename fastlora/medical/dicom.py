@@ -2,12 +2,12 @@
 
 The two packages are the extra ``dicom`` and imported on first use. Positions are turned from
 DICOM's LPS to RAS: x to the patient's right side is negative there, positive here.
-On damaged files they raise errors of many kinds, some of which have no base but Exception, so whatever they raise becomes a
-DataError that holds it.
 """
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,20 @@ from fastlora.medical.geometry import MAX_VOXELS, FloatArray
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription", "PatientID")
+
+
+def unusable() -> tuple[type[Exception], ...]:
+    """What the two packages raise on files that are damaged, of another kind, or no regular volume."""
+    from pydicom import errors
+
+    return (
+        *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
+        *(MemoryError, OverflowError, IndexError, struct.error, zlib.error),
+        *(
+            errors.BytesLengthException,
+            errors.InvalidDicomError,
+        ),  # these have no base but Exception
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ def list_series(folder: Path) -> list[Series]:
             _refuse_deflated(pydicom, path)
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
             values = [str(header.get(name, "")) for name in HEADER]
-        except Exception as error:  # see the module's docstring
+        except unusable() as error:
             raise _unreadable(path, error) from error
         if values[0]:  # a DICOMDIR has no series
             uid, modality, description, patient = values
@@ -100,7 +114,7 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray[np.float3
         else:
             datasets = [pydicom.dcmread(path) for path in files]
             volume = highdicom.get_volume_from_series(datasets, dtype=np.float32)
-    except Exception as error:  # see the module's docstring
+    except unusable() as error:
         raise DataError(
             f"{folder}: expected a series of parallel slices at equal distances, got "
             f"{len(files)} files of {series[0].modality} {series[0].description!r}: {error}"
@@ -121,7 +135,7 @@ def read_segmentation(path: Path) -> Segmentation:
         segments = {int(s.SegmentNumber): str(s.SegmentLabel) for s in sequence}
         references = header.get("ReferencedSeriesSequence", [])
         refers_to = frozenset(str(item.SeriesInstanceUID) for item in references)
-    except Exception as error:  # see the module's docstring
+    except unusable() as error:
         raise _unreadable(path, error) from error
     if modality != "SEG":
         raise DataError(f"{path}: expected a DICOM SEG, got {modality}")
@@ -150,7 +164,7 @@ def read_segment(
         volume = volume.with_array(volume.array[..., 0])
         like = highdicom.VolumeGeometry(LPS_TO_RAS @ affine, list(shape), "PATIENT")
         placed = volume.match_geometry(like, tol=1e-3).array >= 0.5
-    except Exception as error:  # see the module's docstring
+    except unusable() as error:
         raise DataError(
             f"{path}: expected segment {number} on the voxels of the image, {tuple(shape)}: {error}"
         ) from error

@@ -24,6 +24,8 @@ from torch import Tensor
 from fastlora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from fastlora.medical.regions import RegionBatch
 
 TRUNCATION_VOX = 4.0
@@ -46,12 +48,18 @@ class LossWeights:
     normal: float = 0.05
 
     def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in values.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"LossWeights.{name}: expected a finite number >= 0, got {value}")
-        if not any(values.values()):
-            raise ConfigError("LossWeights: expected at least one positive weight, got all zero")
+        check_weights(self)
+
+
+def check_weights(weights: DataclassInstance) -> None:
+    """Raises: ConfigError if a field is no finite number >= 0, or all are zero; the message names the class and the field."""
+    values = {f.name: getattr(weights, f.name) for f in fields(weights)}
+    kind = type(weights).__name__
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{kind}.{name}: expected a finite number >= 0, got {value}")
+    if not any(values.values()):
+        raise ConfigError(f"{kind}: expected at least one positive weight, got all zero")
 
 
 def mesh_losses(

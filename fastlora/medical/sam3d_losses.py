@@ -14,7 +14,6 @@ Each is a mean over the batch's regions. An empty mesh gives 0 in `vertex`, `cha
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -23,8 +22,8 @@ import torch.nn.functional as F
 from skimage import measure
 from torch import Tensor
 
-from fastlora.errors import ConfigError, DataError
-from fastlora.medical.losses import TRUNCATION_VOX
+from fastlora.errors import DataError
+from fastlora.medical.losses import TRUNCATION_VOX, check_weights
 from fastlora.medical.sam3d_model import Decoded, Surface, sample_volume
 
 if TYPE_CHECKING:
@@ -49,16 +48,7 @@ class SurfaceLossWeights:
     regularisation: float = 0.1
 
     def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in values.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(
-                    f"SurfaceLossWeights.{name}: expected a finite number >= 0, got {value}"
-                )
-        if not any(values.values()):
-            raise ConfigError(
-                "SurfaceLossWeights: expected at least one positive weight, got all zero"
-            )
+        check_weights(self)
 
 
 def surface_losses(
