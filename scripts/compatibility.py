@@ -73,8 +73,8 @@ def versions(interpreter: Path) -> dict[str, str]:
     return found
 
 
-def run_tests(interpreter: Path, report: Path) -> dict[str, int]:
-    """Counts of what passed, failed and was skipped; the output goes on to the terminal."""
+def run_tests(interpreter: Path, report: Path) -> tuple[dict[str, int], list[str]]:
+    """Counts of what passed, failed and was skipped, and which tests failed; the output goes on to the terminal."""
     command = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
     command += [f"--ignore={file}" for file in left_out()]
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -86,11 +86,20 @@ def run_tests(interpreter: Path, report: Path) -> dict[str, int]:
     count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
     passed = count["tests"] - failed - count["skipped"]
-    return {"passed": passed, "failed": failed, "skipped": count["skipped"]}
+    names = [
+        f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return {"passed": passed, "failed": failed, "skipped": count["skipped"]}, names
 
 
-def page(rows: Sequence[dict[str, str | int]]) -> str:
-    """docs/compatibility.md."""
+def page(rows: Sequence[dict[str, str | int]], failed: dict[str, list[str]]) -> str:
+    """docs/compatibility.md. failed: by row, the tests that did."""
+    failures = [
+        f"- {row}: {', '.join(map('`{}`'.format, names)) or 'none'}"
+        for row, names in failed.items()
+    ]
     head = ["", "Python", *SHOWN, "passed", "failed", "skipped"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
@@ -105,12 +114,16 @@ def page(rows: Sequence[dict[str, str | int]]) -> str:
             "",
             f"`python scripts/compatibility.py`, {datetime.date.today()}, {platform.system()} {platform.machine()}. Newest is what pip installs when it is asked for no version.",
             "",
+            "Failed:",
+            "",
+            *failures,
+            "",
+            'docs/design.md says why, under "Other versions".',
+            "",
             "- The kernels need Triton 3.4. Before that the library imports, runs torch on every device, and `explain` says so; the five test files of the",
             "  kernels (`tests/conftest.py` names them) are then not collected, and are in no count.",
             "- Tests that an old torch cannot pass are skipped with the reason (`tests/versions.py`); so are those of packages that are not installed here",
             "  (ONNX, bitsandbytes, torchao, diffusers, accelerate's trainer).",
-            "- From torch 2.14 on `torch.jit.trace`, which the format torchscript needs, warns that it is deprecated; the tests take warnings for errors.",
-            "- With Triton 3.8 some kernels for sm_100 spill a few registers, which the compile gate counts as a failure; no kernel was run on one.",
             "- The medical application is not in this table.",
             "",
         ]
@@ -127,12 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compatibility")
     arguments = parser.parse_args(argv)
     rows: list[dict[str, str | int]] = []
+    failed: dict[str, list[str]] = {}
     for name, python in (("oldest", arguments.oldest_python), ("newest", arguments.newest_python)):
         interpreter = environment(arguments.folder / name, python, name == "oldest")
-        counts = run_tests(interpreter, arguments.folder / f"{name}.xml")
+        counts, failed[name] = run_tests(interpreter, arguments.folder / f"{name}.xml")
         rows.append({"": name, **versions(interpreter), **counts})
         print(rows[-1], flush=True)
-    PAGE.write_text(page(rows), encoding="utf-8")
+    PAGE.write_text(page(rows, failed), encoding="utf-8")
     return int(any(row["failed"] for row in rows))
 
 
