@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,24 @@ def test_a_number_of_odd_length_is_a_damaged_file(tmp_path):  # found by fuzzing
     path.write_bytes(data[:rows] + b"\x03\x00\x05\x00\x00" + data[rows + 4 :])
     with pytest.raises(DataError, match="expected a series of parallel slices"):
         dicom.read_series(tmp_path / "s1")
+
+
+@NEEDS_DICOM
+def test_an_error_of_highdicoms_database_is_a_damaged_file(
+    tmp_path, monkeypatch
+):  # found by fuzzing
+    import highdicom
+
+    mask = np.ones((6, 5, 3), bool)
+    grid = np.zeros(mask.shape, np.int16)
+    write_dicom_scan(tmp_path / "s1", Scan("s1", "ct", grid, np.eye(4), {"liver": mask}))
+
+    def broken(path):
+        raise sqlite3.OperationalError("no such column: FrameLUT.ReferencedSegmentNumber")
+
+    monkeypatch.setattr(highdicom.seg, "segread", broken)
+    with pytest.raises(DataError, match="expected segment 1 on the voxels .*no such column"):
+        dicom.read_segment(tmp_path / "s1" / "segmentation.dcm", 1, np.eye(4), mask.shape)
 
 
 def test_decathlon_lists_what_is_missing_and_reads_the_channel(roots, tmp_path, caplog):

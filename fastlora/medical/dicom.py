@@ -6,6 +6,7 @@ DICOM's LPS to RAS: x to the patient's right side is negative there, positive he
 
 from __future__ import annotations
 
+import sqlite3
 import struct
 import zlib
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def unusable() -> tuple[type[Exception], ...]:
 
     return (
         *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
-        *(MemoryError, OverflowError, IndexError, struct.error, zlib.error),
+        *(MemoryError, OverflowError, IndexError, struct.error, zlib.error, sqlite3.Error),
         *(
             errors.BytesLengthException,
             errors.InvalidDicomError,
