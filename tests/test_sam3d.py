@@ -312,6 +312,30 @@ def test_empty_meshes_are_said(folder, tmp_path, caplog):
     assert trainer.history[1]["grad_norm"] > 0
 
 
+def test_all_weights_train_when_asked(folder, tmp_path):
+    config = config_for(folder, tmp_path / "run", finetune="full", lr=1e-3, epochs=2)
+    assert config_for(folder, "run", finetune="full", lr=None).peak_lr == 1e-4
+    trainer = MedicalTrainer(config, None, TinyRegions(5, 0), TinyRegions(1, 1))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with contextlib.redirect_stdout(io.StringIO()):
+        history = trainer.train()
+    assert history[-1]["val"]["total"] < history[0]["val"]["total"]
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(before) == set(read_checkpoint(trainer.folder.find("last"))["model"])
+    batch = collate_regions([TinyRegions(1, 1)[0]])
+    with torch.inference_mode():
+        again = predict(load_finetuned(tmp_path / "run", which="last"), batch)
+        assert torch.equal(again, predict(trainer.model.eval(), batch))
+
+
+def test_16_bit_weights_are_not_trained_whole(own_folder, tmp_path):
+    path = own_folder / "slat_decoder_mesh.yaml"
+    path.write_text(path.read_text().replace("use_fp16: false", "") + "use_fp16: true\n")
+    config = config_for(own_folder, tmp_path / "run", finetune="full")
+    with pytest.raises(ConfigError, match="sam3d_torso: expected 'fp32' .* got 16-bit blocks"):
+        MedicalTrainer(config, None, TinyRegions(1, 0), TinyRegions(1, 1))
+
+
 def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
     config = config_for(folder, tmp_path / "run", sam3d_torso="fp16", epochs=3)
     trainer = quiet_training(config, TinyRegions(5, 0), TinyRegions(1, 1))
@@ -329,9 +353,11 @@ def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
             "sam3d_dir: expected a checkpoint folder with model 'sam3d', got none",
         ),
         ({"base_weights": "x"}, "base_weights: expected none with model 'sam3d'"),
-        ({"finetune": "full"}, "finetune: expected 'lora' with model 'sam3d', got 'full'"),
+        (
+            {"finetune": "full", "sam3d_torso": "fp16"},
+            "sam3d_torso: expected 'fp32' where all weights train, got 'fp16'",
+        ),
         ({"amp": "bf16"}, "amp: expected 'off' with model 'sam3d'"),
-        ({"parallel": "fsdp"}, "parallel: expected one process with model 'sam3d', got 'fsdp'"),
         ({"sam3d_parts": ["decoder", "slat"]}, "sam3d_parts: there is no training of 'slat' here"),
         ({"sam3d_parts": ["structure"]}, "there is no training of 'structure' here"),
         ({"sam3d_parts": ["colour"]}, "sam3d_parts: expected decoder, got 'colour'"),
@@ -347,14 +373,6 @@ def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
 def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         config_for("checkpoints", "run", **changes)
-
-
-def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
-    from fastlora.medical.distributed import Ranks
-
-    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: Ranks(0, 2)))
-    with pytest.raises(ConfigError, match="model: expected one process with 'sam3d', got 2"):
-        MedicalTrainer(config_for(folder, tmp_path), None, TinyRegions(1, 0), TinyRegions(1, 1))
 
 
 def test_a_region_without_active_voxels_keeps_its_coarse_structure_and_is_not_trained_on(folder):
@@ -396,23 +414,25 @@ def volumes(tmp_path_factory):
 
 
 def test_evaluation_and_prediction_of_a_run(folder, volumes, tmp_path):
-    config = config_for(
-        folder,
-        tmp_path / "run",
-        data_root=str(volumes),
-        split="file",
-        epochs=1,
-        samples_per_region=1,
-        augment=False,
-    )
-    quiet_training(config)
+    for name, finetune in (("run", "lora"), ("full", "full")):
+        config = config_for(
+            folder,
+            tmp_path / name,
+            finetune=finetune,
+            data_root=str(volumes),
+            split="file",
+            epochs=1,
+            samples_per_region=1,
+            augment=False,
+        )
+        quiet_training(config)
     out = tmp_path / "eval"
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--full", str(tmp_path / "full")]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = eval_main()(["--checkpoint", str(tmp_path / "run"), "--output_dir", str(out)])
-    assert code == 0
+        assert eval_main()([*arguments, "--output_dir", str(out)]) == 0
     content = json.loads((out / "eval.json").read_text())
     assert content["merged_difference_vox"] < 1e-3
-    assert set(content["summary"]) == {"baseline", "base", "lora", "merged"}
+    assert set(content["summary"]) == {"baseline", "base", "lora", "merged", "full"}
     case = load_cases(TrainConfig(data_root=str(volumes)))[1]
     structure, source = next(iter(case.structures.items()))
     arguments = ["--checkpoint", str(tmp_path / "run"), "--image", str(case.image_path)]

@@ -22,6 +22,7 @@ from fastlora.medical.sam3d_model import load_sam3d
 from fastlora.medical.train_config import TrainConfig
 from fastlora.medical.trainer import MedicalTrainer
 from tests import sam3d_standins
+from tests.ranks import run_ranks
 from tests.sam3d_folder import CONFIGS, MODELS, TARGETS, fill, write_folder
 from tests.tiny_run import TinyRegions
 from tests.tolerance import assert_close, assert_differs
@@ -35,11 +36,16 @@ if CHECKOUT is None:
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def package():
-    """The checkout on the path, the stand-ins in the place of spconv and kaolin, and the environment that the loader sets."""
+def make_importable():
+    """The checkout on the path, and the stand-ins in the place of spconv and kaolin."""
     sys.path.insert(0, CHECKOUT)
     sam3d_standins.install()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package():
+    """The package importable, and the environment that the loader sets."""
+    make_importable()
     sparse_tensor()
 
 
@@ -266,6 +272,34 @@ def test_every_loss_reaches_every_adapter_and_the_encoder(folder):
         gradients = torch.autograd.grad(losses[name], trained, retain_graph=True)
         assert all(torch.isfinite(g).all() for g in gradients), name
         assert sum(bool(g.any()) for g in gradients) == len(gradients), name
+
+
+def test_full_fine_tuning_reaches_every_weight(folder):
+    model = load_sam3d(str(folder)).requires_grad_(True).train()
+    losses_of(model, regions())["total"].backward()
+    unreached = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not unreached
+
+
+def train_briefly(folder, run, kind):
+    """Two epochs over three ellipsoids in this rank, or alone; the losses."""
+    if "spconv" not in sys.modules:  # in a rank of its own
+        make_importable()
+    values = {"model": "sam3d", "sam3d_dir": str(folder), "checkpoint_dir": str(run), "epochs": 2}
+    config = TrainConfig(**values, batch_size=2, lr=1e-6, parallel=kind, progress=False)
+    trainer = MedicalTrainer(config, None, TinyRegions(3, 0), TinyRegions(1, 0))
+    with contextlib.redirect_stdout(io.StringIO()):
+        history = trainer.train()
+    return [[r.get("train", {}).get("total", 0), r["val"]["total"]] for r in history]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_equal_one_process(folder, tmp_path, kind):
+    alone = train_briefly(folder, tmp_path / "one", "ddp")
+    results = run_ranks(2, train_briefly, folder, tmp_path / "two", kind)
+    assert results[0] == results[1]
+    for got, wanted in zip(results[0], alone, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
 
 
 def test_checkpointing_gives_the_same_gradients_bit_for_bit(folder):

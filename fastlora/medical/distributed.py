@@ -24,12 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.model import SparseTokens
+from fastlora.medical.sam3d_model import Decoded, Sam3dModel, Surface
 
 T = TypeVar("T")
 
 # FSDP2 hangs its hooks on the tensors that go into and out of a block. Newer versions of torch look into dataclasses, older ones
 # into registered ones only.
-torch.export.register_dataclass(SparseTokens)
+for kind in (SparseTokens, Surface, Decoded):
+    torch.export.register_dataclass(kind)
 
 TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the others, which includes the first rank's preparation of the data."""
@@ -177,14 +179,15 @@ def parallelize(model: nn.Module, kind: str, device: torch.device) -> nn.Module:
     """What to call in place of `model` so that its gradients are means over the ranks of the current group.
 
     Args:
-        model: on `device`; "fsdp" shards its parameters in place: each child of an outermost `nn.ModuleList`, then the rest.
+        model: on `device`; "fsdp" shards its parameters in place: each child of an outermost `nn.ModuleList`, then the rest. SAM 3D's
+            model is one piece: FSDP2 does not see the tensors in what its blocks give each other.
         kind: "ddp" or "fsdp".
     """
     if kind == "ddp":
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in _blocks(model):
+    for block in () if isinstance(model, Sam3dModel) else _blocks(model):
         fully_shard(block, mesh=mesh)
     return cast(nn.Module, fully_shard(model, mesh=mesh))
 

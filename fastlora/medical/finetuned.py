@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import merged_model, named_lora_layers, setup_lora_for_medical_finetuning
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, ConfigError
 from fastlora.medical.checkpointing import check_tensors, model_sha256, read_checkpoint
 from fastlora.medical.model import SparseMeshDecoder, load_base_model
 from fastlora.medical.regions import RegionBatch
@@ -47,11 +47,18 @@ def make_trainable(model: nn.Module, config: TrainConfig) -> None:
     """Leaves trainable what `config.finetune` says: adapters, put in here, and the output layer; or everything.
 
     Of SAM 3D's model adapters in the decoder, and the encoder.
+
+    Raises:
+        ConfigError: all weights are to train, and some have 16 bits.
     """
-    if isinstance(model, Sam3dModel):
-        model.adapt(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_ffn)
-    elif config.finetune == "full":
+    if config.finetune == "full":
+        if any(p.dtype == torch.float16 for p in model.parameters()):
+            raise ConfigError(
+                "sam3d_torso: expected 'fp32' where all weights train, got 16-bit blocks, as the checkpoint folder says"
+            )
         model.requires_grad_(True)
+    elif isinstance(model, Sam3dModel):
+        model.adapt(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_ffn)
     else:
         setup_lora_for_medical_finetuning(
             model,

@@ -72,7 +72,12 @@ def option(default: Any, group: str, text: str, rule: Rule | None = None, unit: 
     )
 
 
-PEAK_LR = {"lora": 5e-3, "full": 1e-3, "sam3d": 1e-3}
+PEAK_LR = {
+    ("compact", "lora"): 5e-3,
+    ("compact", "full"): 1e-3,
+    ("sam3d", "lora"): 1e-3,
+    ("sam3d", "full"): 1e-4,
+}
 
 DATA, MODEL, OPTIMISATION, RUN = "data", "model", "optimisation", "run"
 
@@ -178,7 +183,7 @@ class TrainConfig:
     lr: float | None = option(
         None,
         OPTIMISATION,
-        "AdamW's peak learning rate; without it 5e-3 for lora, 1e-3 for full and for sam3d",
+        "AdamW's peak learning rate; without it 5e-3 for lora and 1e-3 for full; with sam3d 1e-3 and 1e-4",
         POSITIVE,
     )
     weight_decay: float = option(0.01, OPTIMISATION, "AdamW's decay", NOT_NEGATIVE)
@@ -290,17 +295,11 @@ class TrainConfig:
             raise ConfigError(
                 "base_weights: expected none with model 'sam3d', whose sam3d_dir has them"
             )
-        if self.finetune != "lora":
-            raise ConfigError(
-                f"finetune: expected 'lora' with model 'sam3d', got {self.finetune!r}"
-            )
+        if self.finetune == "full" and self.sam3d_torso == "fp16":
+            raise ConfigError("sam3d_torso: expected 'fp32' where all weights train, got 'fp16'")
         if self.amp != "off":
             raise ConfigError(
                 f"amp: expected 'off' with model 'sam3d', whose precision sam3d_torso chooses, got {self.amp!r}"
-            )
-        if self.parallel != "ddp":
-            raise ConfigError(
-                f"parallel: expected one process with model 'sam3d', got {self.parallel!r}"
             )
         for part in self.sam3d_parts or ():
             if part in ("slat", "structure"):
@@ -318,8 +317,7 @@ class TrainConfig:
     @property
     def peak_lr(self) -> float:
         """`lr`, or the default of the model and the kind of fine-tuning."""
-        kind = "sam3d" if self.model == "sam3d" else self.finetune
-        return self.lr if self.lr is not None else PEAK_LR[kind]
+        return self.lr if self.lr is not None else PEAK_LR[self.model, self.finetune]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -107,10 +107,6 @@ class MedicalTrainer:
                 f"halve_batch: expected one process, got {self.ranks.world}: the others would wait for the one that began "
                 "its epoch again"
             )
-        if config.model == "sam3d" and self.ranks.world > 1:
-            raise ConfigError(
-                f"model: expected one process with 'sam3d', got {self.ranks.world}: it was never trained by several"
-            )
         self.device = local_device(resolve_device(config))
         self.folder = RunFolder(config.checkpoint_dir)
         resume = self.folder.resume_from(config.resume)
@@ -141,8 +137,8 @@ class MedicalTrainer:
         batches = math.ceil(len(train_data) / config.batch_size)
         self.steps_per_epoch = math.ceil(batches / config.grad_accum)
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
-        half = any(p.dtype == torch.float16 for p in self.model.parameters())
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16" or half)
+        scaled = config.amp == "fp16" or self._half
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.loss_weights = LossWeights(config.loss_sdf, config.loss_occupancy, config.loss_normal)
         self.surface_weights = SurfaceLossWeights(
             config.loss_sdf,
@@ -180,11 +176,19 @@ class MedicalTrainer:
 
     def _parallelize(self) -> nn.Module:
         """What to call in place of the model."""
+        if self.config.parallel == "fsdp":
+            if not dist.is_initialized():
+                raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
+            if self._half:
+                raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
         if dist.is_initialized():
             return parallelize(self.model, self.config.parallel, self.device)
-        if self.config.parallel == "fsdp":
-            raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
         return self.model
+
+    @property
+    def _half(self) -> bool:
+        """Whether some weights have 16 bits."""
+        return any(p.dtype == torch.float16 for p in self.model.parameters())
 
     # -- training
 
