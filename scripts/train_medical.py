@@ -24,7 +24,6 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "amp": {"nargs": "?", "const": "bf16"},
     "device": {"metavar": "NAME"},
     "classes": {"nargs": "+", "metavar": "NAME"},
-    "sam3d_parts": {"nargs": "+", "metavar": "NAME"},
 }
 
 

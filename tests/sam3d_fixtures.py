@@ -34,7 +34,8 @@ def build(part, config):
     if part == "structure":
         latent = importlib.import_module("sam3d_objects.model.backbone.tdfy_dit.models.mm_latent")
         mapping = {
-            name: latent.Latent(8, 64, lambda: "embedding") for name in config["latent_mapping"]
+            name: latent.Latent(8, config["model_channels"], lambda: "embedding")
+            for name in config["latent_mapping"]
         }
         config = {**config, "latent_mapping": mapping}
     module, _, name = TARGETS[part].rpartition(".")
@@ -47,10 +48,10 @@ def build(part, config):
 
 @pytest.fixture(scope="module")
 def folder(package, tmp_path_factory):
-    """A checkpoint folder of the small package's decoder and stage-1 model."""
+    """A checkpoint folder of the small package's parts."""
     os.environ["LIDRA_SKIP_INIT"] = "1"
     path = tmp_path_factory.mktemp("folder") / "checkpoints"
-    write_folder(path, build, ("decoder", "structure"), model_channels=16)
+    write_folder(path, build, model_channels=16)
     del os.environ["LIDRA_SKIP_INIT"]
     forget_package()
     return path

@@ -82,6 +82,12 @@ def write_folder(folder: Path, build, parts=("decoder", "slat", "structure"), **
     pipeline = {"_target_": "sam3d_objects.pipeline.inference_pipeline.InferencePipeline"}
     for part in parts:
         name, config = NAMES[part], {**CONFIGS[part], **changes}
+        if "latent_mapping" in config:
+            channels = {"model_channels": config["model_channels"]}
+            config["latent_mapping"] = {
+                key: {**about, **channels, "pos_embedder": {**about["pos_embedder"], **channels}}
+                for key, about in config["latent_mapping"].items()
+            }
         state = build(part, config).state_dict()
         config = {"_target_": TARGETS[part], **config}
         if part == "decoder":
@@ -90,12 +96,15 @@ def write_folder(folder: Path, build, parts=("decoder", "slat", "structure"), **
         else:
             inside = "_base_models.generator.reverse_fn.backbone."
             state = {f"{inside}{key}": value for key, value in state.items()}
+            state[f"{inside}condition_embedder.scale"] = torch.ones(1)
             state["_base_models.condition_embedder.scale"] = torch.ones(1)
             torch.save({"state_dict": state, "epoch": 3}, folder / f"{name}.pt")
+            config["condition_embedder"] = {"_target_": "somewhere.EmbedderFuser", "embedders": []}
             guidance = {"_target_": "somewhere.ClassifierFreeGuidance", "backbone": config}
             generator = {"_target_": "somewhere.FlowMatching", "reverse_fn": guidance}
             config = {"module": {"generator": {"backbone": generator}}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
         pipeline |= {f"{name}_config_path": f"{name}.yaml", f"{name}_ckpt_path": f"{name}.pt"}
+    pipeline |= {"slat_mean": [0.5] * 8, "slat_std": [2.0] * 8}
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     return folder

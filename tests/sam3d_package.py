@@ -160,15 +160,73 @@ class SLatMeshDecoderTdfyWrapper(SLatMeshDecoder):
 """
 
 FLOW = """
+import torch
 from torch import nn
 
 
+class Block(nn.Module):
+    use_checkpoint = False
+
+    def __init__(self, names, channels, cond_channels):
+        super().__init__()
+        self.to_qkv = nn.ModuleDict({name: nn.Linear(channels, channels) for name in names})
+        self.to_out = nn.ModuleDict({name: nn.Linear(channels, channels) for name in names})
+        self.to_q, self.to_kv = nn.Linear(channels, channels), nn.Linear(cond_channels, channels)
+        self.mlp = nn.ModuleDict({name: nn.Linear(channels, channels) for name in names})
+
+    def forward(self, h, time, cond):
+        seen = torch.tanh(self.to_kv(cond)).mean(1, keepdim=True) + time
+        mixed = {n: self.to_qkv[n](x) for n, x in h.items()}
+        common = sum(x.mean(1, keepdim=True) for x in mixed.values())
+        mixed = {n: torch.tanh(x + common + seen + self.to_q(h[n])) for n, x in mixed.items()}
+        return {n: x + self.mlp[n](torch.tanh(self.to_out[n](mixed[n]))) for n, x in h.items()}
+
+
 class SparseStructureFlowTdfyWrapper(nn.Module):
-    def __init__(self, latent_mapping, condition_embedder=None, **others):
+    def __init__(self, latent_mapping, model_channels, cond_channels, num_blocks, condition_embedder=None,
+                 is_shortcut_model=False, **others):
         super().__init__()
         assert condition_embedder is None
+        assert others.keys() <= {"in_channels", "out_channels", "num_heads", "qk_rms_norm"}, others
+        self.is_shortcut_model = is_shortcut_model
         self.latent_mapping = nn.ModuleDict(latent_mapping)
-        self.to_qkv = nn.ModuleDict({name: nn.Linear(8, 24) for name in latent_mapping})
+        self.input_latent_mappings = list(latent_mapping)
+        self.blocks = nn.ModuleList(
+            Block(latent_mapping, model_channels, cond_channels) for _ in range(num_blocks)
+        )
+
+    def forward(self, latents, t, cond, d):
+        assert not d.any()
+        h = {n: self.latent_mapping[n].input_layer(latents[n]) for n in latents}
+        for block in self.blocks:
+            h = block(h, t.view(-1, 1, 1) / 1000, cond)
+        return {n: self.latent_mapping[n].out_layer(x) for n, x in h.items()}
+"""
+
+SLAT_FLOW = """
+from torch import nn
+
+from ..modules.sparse import SparseTensor
+from .mot_sparse_structure_flow import Block
+
+
+class SLatFlowModelTdfyWrapper(nn.Module):
+    def __init__(self, resolution, in_channels, out_channels, model_channels, cond_channels, num_blocks,
+                 condition_embedder=None, **others):
+        super().__init__()
+        assert condition_embedder is None
+        self.input_layer = nn.Linear(in_channels, model_channels)
+        self.out_layer = nn.Linear(model_channels, out_channels)
+        self.blocks = nn.ModuleList(
+            Block(["x"], model_channels, cond_channels) for _ in range(num_blocks)
+        )
+
+    def forward(self, x, t, cond, coords):
+        assert len(x) == 1 and coords.shape == (x.shape[1], 4) and not coords[:, 0].any()
+        h = {"x": self.input_layer(x)}
+        for block in self.blocks:
+            h = block(h, t.view(-1, 1, 1) / 1000, cond)
+        return self.out_layer(h["x"])
 """
 
 LATENT = """
@@ -179,6 +237,7 @@ class Latent(nn.Module):
     def __init__(self, in_channels, model_channels, pos_embedder):
         super().__init__()
         self.input_layer = nn.Linear(in_channels, model_channels)
+        self.out_layer = nn.Linear(model_channels, in_channels)
         assert pos_embedder() == "embedding"
 
 
@@ -206,6 +265,7 @@ def write_package(folder: Path) -> None:
         inner / "modules" / "sparse" / "__init__.py": SPARSE,
         inner / "models" / "structured_latent_vae" / "decoder_mesh.py": DECODER,
         inner / "models" / "mot_sparse_structure_flow.py": FLOW,
+        inner / "models" / "structured_latent_flow.py": SLAT_FLOW,
         inner / "models" / "mm_latent.py": LATENT,
     }
     for path, text in files.items():

@@ -358,10 +358,9 @@ def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
             "sam3d_torso: expected 'fp32' where all weights train, got 'fp16'",
         ),
         ({"amp": "bf16"}, "amp: expected 'off' with model 'sam3d'"),
-        ({"sam3d_parts": ["decoder", "slat"]}, "sam3d_parts: there is no training of 'slat' here"),
-        ({"sam3d_parts": ["structure"]}, "there is no training of 'structure' here"),
-        ({"sam3d_parts": ["colour"]}, "sam3d_parts: expected decoder, got 'colour'"),
-        ({"slat_dir": "x"}, "augment: expected --no-augment beside slat_dir"),
+        ({"sam3d_part": "slat"}, "latents_dir: expected cached .* to train 'slat' on, got none"),
+        ({"sam3d_part": "colour"}, "sam3d_part: expected one of decoder, slat, structure"),
+        ({"latents_dir": "x"}, "augment: expected --no-augment beside latents_dir"),
         ({"model": "compact"}, "sam3d_dir: expected model 'sam3d' beside it, got 'compact'"),
         (
             {"model": "compact", "sam3d_dir": None, "sam3d_torso": "fp16"},
@@ -477,7 +476,7 @@ def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
     latents = write_latents(tmp_path / "latents", volumes)
     config = config_for(
         folder, tmp_path / "run", data_root=str(volumes), split="file", epochs=2, samples_per_region=1,
-        augment=False, slat_dir=str(latents),
+        augment=False, latents_dir=str(latents),
     )  # fmt: skip
     trainer = quiet_training(config)
     assert trainer.model.encoder is None
@@ -487,7 +486,7 @@ def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
     )
     assert trainer.history[-1]["train"]["total"] < trainer.history[1]["train"]["total"]
     batch = collate_regions([TinyRegions(1, 1)[0]])
-    with pytest.raises(ConfigError, match="slat_dir: expected cached latents: some, got none"):
+    with pytest.raises(ConfigError, match="latents_dir: expected cached latents: some, got none"):
         predict(trainer.model, batch)
     with contextlib.redirect_stdout(io.StringIO()):
         arguments = ["--checkpoint", str(tmp_path / "run"), "--output_dir", str(tmp_path / "eval")]
@@ -500,9 +499,9 @@ def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
         data_root=str(volumes),
         split="file",
         augment=False,
-        slat_dir=str(latents),
+        latents_dir=str(latents),
     )
-    with pytest.raises(DataError, match="slat_dir: expected .*npz, got neither"):
+    with pytest.raises(DataError, match="latents_dir: expected .*npz, got neither"):
         MedicalTrainer(again)
 
 

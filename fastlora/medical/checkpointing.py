@@ -25,7 +25,13 @@ from fastlora import files
 from fastlora.errors import CheckpointError
 
 FORMAT = "fastlora-medical-1"
-SELECT_BY = "dice"
+
+
+def score(val: Mapping[str, float]) -> float:
+    """What chooses the best epoch out of its validation, more is better: Dice, or the loss where no mesh is made."""
+    return val["dice"] if "dice" in val else -val["total"]
+
+
 """The validation figure that chooses `best`; higher is better."""
 KEYS: Mapping[str, type] = {
     **dict.fromkeys(("model", "optimizer", "scheduler", "scaler", "rng", "config"), dict),
@@ -153,9 +159,9 @@ def check_history(history: Sequence[object], seconds: Sequence[object], where: s
         parts = [record.get("train", {}), record.get("val")] if isinstance(record, dict) else [None]
         if not all(isinstance(part, dict) and _are_figures(part.values()) for part in parts):
             raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
-        if SELECT_BY not in record["val"]:  # type: ignore[index]
+        if "total" not in record["val"]:  # type: ignore[index]
             raise CheckpointError(
-                f"{where}: history: expected {SELECT_BY!r} of the validation in every epoch"
+                f"{where}: history: expected 'total' of the validation in every epoch"
             )
     if not _are_figures(seconds):
         raise CheckpointError(f"{where}: seconds: expected a list of numbers")

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.model import SparseTokens
+from fastlora.medical.sam3d_flow import Sam3dFlow
 from fastlora.medical.sam3d_model import Decoded, Sam3dModel, Surface
 
 T = TypeVar("T")
@@ -180,14 +181,14 @@ def parallelize(model: nn.Module, kind: str, device: torch.device) -> nn.Module:
 
     Args:
         model: on `device`; "fsdp" shards its parameters in place: each child of an outermost `nn.ModuleList`, then the rest. SAM 3D's
-            model is one piece: FSDP2 does not see the tensors in what its blocks give each other.
+            parts are one piece each: FSDP2 does not see the tensors in what their blocks give each other.
         kind: "ddp" or "fsdp".
     """
     if kind == "ddp":
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in () if isinstance(model, Sam3dModel) else _blocks(model):
+    for block in () if isinstance(model, (Sam3dModel, Sam3dFlow)) else _blocks(model):
         fully_shard(block, mesh=mesh)
     return cast(nn.Module, fully_shard(model, mesh=mesh))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ LABELS = {
 
 SAME_IN_BOTH_RUNS = (
     *("data_root", "demo", "classes", "modality", "channel", "split"),
-    *("model", "base_weights"),
+    *("model", "base_weights", "latents_dir"),
 )
 
 
@@ -100,6 +100,10 @@ class Run:
         if config.finetune != finetune:
             raise CheckpointError(
                 f"{path}: expected a run with finetune {finetune!r}, got {config.finetune!r}"
+            )
+        if config.is_generator:
+            raise CheckpointError(
+                f"{path}: expected a run of a mesh decoder, got the generator {config.sam3d_part!r}, which makes no mesh"
             )
         files.find(which)
         history = files.read_history()
@@ -217,7 +221,7 @@ def compare_runs(
         config = replace(config, cache_dir=cache_dir)
     models = {
         # SAM 3D's decoder means nothing without latents: with adapters off it has those of the trained encoder.
-        "base": load_base(config)
+        "base": cast(MeshModel, load_base(config))
         if config.model == "compact"
         else load_finetuned(lora.folder, which=lora.which, adapters=False),
         "lora": load_finetuned(lora.folder, which=lora.which),

@@ -15,20 +15,29 @@ from fastlora.medical.checkpointing import check_tensors, model_sha256, read_che
 from fastlora.medical.model import SparseMeshDecoder, load_base_model
 from fastlora.medical.regions import RegionBatch
 from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.sam3d_flow import Sam3dFlow, load_flow
 from fastlora.medical.sam3d_model import Decoded, Sam3dModel, load_sam3d
 from fastlora.medical.train_config import TrainConfig
 
 MeshModel: TypeAlias = SparseMeshDecoder | Sam3dModel
 
 
-def load_base(config: TrainConfig) -> MeshModel:
+def load_base(config: TrainConfig) -> MeshModel | Sam3dFlow:
     """The model that `config` names, untrained. Raises: CheckpointError or ConfigError, naming what cannot be used."""
+    if config.is_generator:
+        return load_flow(
+            str(config.sam3d_dir),
+            config.sam3d_part,
+            config.sam3d_torso,
+            config.sam3d_checkpointing,
+            config.drop_condition,
+        )
     if config.model == "sam3d":
         return load_sam3d(
             str(config.sam3d_dir),
             config.sam3d_torso,
             config.sam3d_checkpointing,
-            encoder=config.slat_dir is None,
+            encoder=config.latents_dir is None,
         )
     return load_base_model(config.base_weights)
 
@@ -46,7 +55,7 @@ def predict(model: MeshModel, batch: RegionBatch) -> Tensor:
 def make_trainable(model: nn.Module, config: TrainConfig) -> None:
     """Leaves trainable what `config.finetune` says: adapters, put in here, and the output layer; or everything.
 
-    Of SAM 3D's model adapters in the decoder, and the encoder.
+    Of SAM 3D adapters in the decoder, and the encoder, or adapters in a generator.
 
     Raises:
         ConfigError: all weights are to train, and some have 16 bits.
@@ -57,7 +66,7 @@ def make_trainable(model: nn.Module, config: TrainConfig) -> None:
                 "sam3d_torso: expected 'fp32' where all weights train, got 16-bit blocks, as the checkpoint folder says"
             )
         model.requires_grad_(True)
-    elif isinstance(model, Sam3dModel):
+    elif isinstance(model, (Sam3dModel, Sam3dFlow)):
         model.adapt(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_ffn)
     else:
         setup_lora_for_medical_finetuning(
@@ -99,12 +108,17 @@ def load_finetuned(
         adapters: False leaves them without effect, so that what else was trained works with the base.
 
     Raises:
-        CheckpointError: no such checkpoint, or it does not fit the base.
+        CheckpointError: no such checkpoint, it does not fit the base, or it is a generator's, which makes no mesh.
     """
     path = RunFolder(run_dir).find(which)
     content = read_checkpoint(path)
     config = TrainConfig.from_dict(content["config"])
-    model = load_base(config) if model is None else model
+    if config.is_generator:
+        raise CheckpointError(
+            f"{path}: expected a run of a mesh decoder, got the generator {config.sam3d_part!r}; "
+            "fastlora.load_adapter puts the run's adapter.safetensors into it"
+        )
+    model = cast(MeshModel, load_base(config)) if model is None else model
     if model_sha256(model.base) != content["base_sha256"]:
         raise CheckpointError(f"{path}: was trained on another base model (its weights differ)")
     make_trainable(model, config)

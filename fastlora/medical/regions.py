@@ -258,7 +258,8 @@ def _augmented(
 class RegionBatch:
     """A batch of regions; shapes as in ``RegionDataset`` with B in front, the tokens of all regions in one list.
 
-    slat: cached latents at voxels of SAM 3D's decoder, where the dataset gives them.
+    Where the dataset gives them, slat: cached latents at voxels of SAM 3D's decoder; latents: (B, N, C) by name, of its stage-1 model;
+    condition: (B, L, D), of a generator.
     """
 
     tokens: SparseTokens
@@ -270,14 +271,18 @@ class RegionBatch:
     spacing: Tensor
     meta: list[dict[str, str]]
     slat: SparseTokens | None = None
+    latents: dict[str, Tensor] | None = None
+    condition: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.meta)
 
     def to(self, device: torch.device | str) -> RegionBatch:
         """The same batch on another device."""
-        moved = {n: v.to(device) for n, v in vars(self).items() if n != "meta" and v is not None}
-        return RegionBatch(**moved, meta=self.meta)
+        kept = ("meta", "latents")
+        moved = {n: v.to(device) for n, v in vars(self).items() if n not in kept and v is not None}
+        latents = self.latents and {name: x.to(device) for name, x in self.latents.items()}
+        return RegionBatch(**moved, meta=self.meta, latents=latents)
 
 
 def collate_regions(samples: Sequence[dict[str, Any]]) -> RegionBatch:
@@ -299,6 +304,12 @@ def collate_regions(samples: Sequence[dict[str, Any]]) -> RegionBatch:
             torch.from_numpy(_numbered([s["slat_coords"].numpy() for s in samples])),
         )
         if "slat_coords" in samples[0]
+        else None,
+        latents={n: torch.stack([s["latents"][n] for s in samples]) for n in samples[0]["latents"]}
+        if "latents" in samples[0]
+        else None,
+        condition=torch.stack([s["condition"] for s in samples])
+        if "condition" in samples[0]
         else None,
         **stacked,
     )

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ _WRAPPERS = (
     "reverse_fn",
     "backbone",
 )  # solvers and guidance around the model, which have no weights
+_EMBEDDER = "condition_embedder"  # may stand in a generator's model; what it makes of an image is given instead
 
 
 def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Module:
@@ -112,7 +114,8 @@ def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Modul
     config, prefix = _mapping(config_path), ""
     if about.generator:
         config, prefix = _flow_model(config, config_path, about)
-    arguments = {key: value for key, value in config.items() if key != "pretrained_ckpt_path"}
+    left_out = _EMBEDDER if about.generator else "pretrained_ckpt_path"
+    arguments = {key: value for key, value in config.items() if key != left_out}
     if part == "decoder":
         _check_resolution(arguments.get("resolution"), config_path)
         arguments["device"] = device
@@ -141,6 +144,121 @@ def latent_shape(sam3d_dir: str | Path) -> tuple[int, int]:
         raise ConfigError(f"sam3d_dir: {path}: latent_channels: expected >= 1, got {channels!r}")
     assert isinstance(resolution, int)
     return resolution, channels
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """What a generator's YAML says of its latents and of its training.
+
+    resolution: of the grid of "slat"; None of "structure". condition_channels: of the embedded condition.
+    latents: (tokens, channels) of each latent by name, tokens None where any number may be; "slat" has one, named "feats".
+    sigma_min, time_scale: of the flow. time_mean, time_std: of the normal distribution whose logistic the times are.
+    loss_weights: of each latent in the loss.
+    """
+
+    resolution: int | None
+    condition_channels: int
+    latents: dict[str, tuple[int | None, int]]
+    sigma_min: float = 0.0
+    time_scale: float = 1000.0
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    loss_weights: dict[str, float] = field(default_factory=dict)
+
+
+def read_generator(sam3d_dir: str | Path, part: str) -> GeneratorSettings:
+    """The settings of "slat" or "structure". Raises: as `load_part`, and ConfigError where a value cannot be used."""
+    about, folder = PARTS[part], Path(sam3d_dir)
+    path = _inside(folder, _mapping(folder / "pipeline.yaml"), f"{about.name}_config_path")
+    config = _mapping(path)
+    model, _ = _flow_model(config, path, about)
+    flow = config
+    for step in _GENERATOR_YAML:
+        flow = flow[step]
+    where = f"sam3d_dir: {path}"
+    latents: dict[str, tuple[int | None, int]] = {}
+    if part == "slat":
+        latents["feats"] = None, _whole(model, "in_channels", where)
+    else:
+        mapping = model.get("latent_mapping")
+        if not isinstance(mapping, dict) or not all(isinstance(v, dict) for v in mapping.values()):
+            raise ConfigError(f"{where}: latent_mapping: expected latents by name, got {mapping!r}")
+        for name, latent in mapping.items():
+            channels = _whole(latent, "in_channels", f"{where}: {name}")
+            latents[str(name)] = _tokens(latent.get("pos_embedder")), channels
+    given = flow.get("loss_weights", 1.0)
+    weights = given if isinstance(given, dict) else dict.fromkeys(latents, given)
+    sampler = flow.get("training_time_sampler_fn", {})
+    if sampler and not str(sampler.get("_target_", "")).endswith(".lognorm_sampler"):
+        raise ConfigError(
+            f"{where}: training_time_sampler_fn: expected lognorm_sampler, got {sampler!r}"
+        )
+    return GeneratorSettings(
+        resolution=_whole(model, "resolution", where) if part == "slat" else None,
+        condition_channels=_whole(model, "cond_channels", where),
+        latents=latents,
+        sigma_min=_number(flow, "sigma_min", 0.0, where),
+        time_scale=_number(flow, "time_scale", 1000.0, where),
+        time_mean=_number(sampler, "mean", 0.0, where),
+        time_std=_number(sampler, "std", 1.0, where),
+        loss_weights={name: _number(weights, name, 1.0, where) for name in latents},
+    )
+
+
+def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel by which the SLat generator normalises.
+
+    `slat_mean` and `slat_std` of pipeline.yaml; without them the package's own.
+
+    Raises:
+        ConfigError: they are no lists of numbers of one length, or not there and the package's cannot be imported.
+    """
+    path = Path(sam3d_dir) / "pipeline.yaml"
+    pipeline = _mapping(path)
+    mean, std = pipeline.get("slat_mean"), pipeline.get("slat_std")
+    if mean is None or std is None:
+        package = _import("sam3d_objects.pipeline.inference_utils")
+        mean, std = package.SLAT_MEAN.tolist(), package.SLAT_STD.tolist()
+    if not _are_numbers(mean) or not _are_numbers(std) or len(mean) != len(std) or min(std) <= 0:
+        raise ConfigError(
+            f"sam3d_dir: {path}: slat_mean, slat_std: expected two lists of numbers of one length, the second positive, "
+            f"got {mean!r} and {std!r}"
+        )
+    return mean, std
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and len(values) > 0 and all(map(_is_number, values))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _number(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    value = config.get(key, default)
+    if not _is_number(value):
+        raise ConfigError(f"{where}: {key}: expected a number, got {value!r}")
+    return float(value)
+
+
+def _whole(config: Mapping[str, Any], key: str, where: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or not 1 <= value <= MAX_NUMBER:
+        raise ConfigError(f"{where}: {key}: expected 1 to {MAX_NUMBER}, got {value!r}")
+    return value
+
+
+def _tokens(embedder: Any) -> int | None:
+    """How many tokens a latent's position embedder is for, where its arguments say so."""
+    if not isinstance(embedder, dict):
+        return None
+    count, size, patch = (embedder.get(k) for k in ("token_len", "resolution", "patch_size"))
+    if type(count) is int:
+        return count
+    if type(size) is int and type(patch) is int and patch > 0:
+        return int((size // patch) ** 3)
+    return None
 
 
 def sparse_tensor() -> Any:
@@ -287,4 +405,5 @@ def _without_prefix(state: Mapping[str, Tensor], prefix: str, path: Path) -> dic
     mine = {key: value for key, value in state.items() if key.startswith(_GENERATOR_KEYS)}
     if strangers := sorted(key for key in mine if not key.startswith(prefix)):
         raise CheckpointError(f"sam3d_dir: {path}: does not fit the model: {strangers} unexpected")
-    return {key.removeprefix(prefix): value for key, value in mine.items()}
+    own = {key.removeprefix(prefix): value for key, value in mine.items()}
+    return {key: value for key, value in own.items() if not key.startswith(f"{_EMBEDDER}.")}

@@ -196,7 +196,7 @@ class Sam3dModel(nn.Module):
         """What `forward` takes of a batch. Raises: ConfigError if latents are missing, or come beside an encoder."""
         if (batch.slat is None) != (self.encoder is not None):
             wanted, got = ("none beside an encoder", "some") if batch.slat else ("some", "none")
-            raise ConfigError(f"slat_dir: expected cached latents: {wanted}, got {got}")
+            raise ConfigError(f"latents_dir: expected cached latents: {wanted}, got {got}")
         return batch.image, batch.base_vox, batch.slat
 
     def forward(self, image: Tensor, base_vox: Tensor, slat: SparseTokens | None) -> Decoded:
@@ -276,10 +276,15 @@ def load_sam3d(
     pass instead of keeping them. Raises: as `sam3d.load_part`.
     """
     decoder: Any = load_part(sam3d_dir, "decoder")
+    set_torso(decoder, torso, checkpointing)
+    return Sam3dModel(decoder, LatentEncoder(int(decoder.in_channels)) if encoder else None)
+
+
+def set_torso(model: Any, torso: str, checkpointing: bool) -> None:
+    """Precision and checkpointing of a part's blocks; arguments as of `load_sam3d`."""
     if torso != "config":
         half = torso == "fp16"
-        (decoder.convert_to_fp16 if half else decoder.convert_to_fp32)()
-        decoder.dtype = torch.float16 if half else torch.float32
-    for block in decoder.blocks:
+        (model.convert_to_fp16 if half else model.convert_to_fp32)()
+        model.dtype = torch.float16 if half else torch.float32
+    for block in model.blocks:
         block.use_checkpoint = checkpointing
-    return Sam3dModel(decoder, LatentEncoder(int(decoder.in_channels)) if encoder else None)

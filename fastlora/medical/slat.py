@@ -1,14 +1,19 @@
-"""Cached latents: for each region a file with the structured latent (SLat) that SAM 3D Objects made of it.
+"""Cached latents: for each region a file with what SAM 3D Objects' encoders and embedders made of it.
 
-`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as evaluations and errors give it) holds
+`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as evaluations and errors give it) holds for the mesh
+decoder and for the generator "slat" the structured latent (SLat)
 
-    coords  (T, 3) integers, the active voxels of the decoder's grid, each once; the region fills the grid, axes in its order
-    feats   (T, C) floating-point numbers, the latents, as the decoder takes them: not normalised
+    coords     (T, 3) integers, the active voxels of the decoder's grid, each once; the region fills the grid, axes in its order
+    feats      (T, C) floating-point numbers, the latents, as the decoder takes them: not normalised
+
+for the generator "structure" each of its latents by name, (N, C), as the generator gives them, and for both generators
+
+    condition  (L, D), what the condition embedder made of the region's image
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +41,70 @@ def slat_path(folder: Path, meta: Mapping[str, str]) -> Path:
     found = [path for kind in KINDS if (path := folder / f"{stem}.{kind}").is_file()]
     if len(found) != 1:
         raise DataError(
-            f"slat_dir: expected {folder / stem}.safetensors or .npz, got {'both' if found else 'neither'}"
+            f"latents_dir: expected {folder / stem}.safetensors or .npz, got {'both' if found else 'neither'}"
         )
     return found[0]
 
 
 def read_slat(path: Path) -> dict[str, Tensor]:
-    """`coords` (T, 3) int64 and `feats` (T, C) float32 of a file; nothing in it is run, and no size in it is trusted.
+    """`coords` (T, 3) int64, `feats` (T, C) float32, and where it has one the `condition` (L, D) float32 of a file.
 
-    Raises: DataError if it cannot be read, or holds anything else.
+    Nothing in it is run, and no size in it is trusted. Raises: DataError if it cannot be read, or holds anything else.
     """
-    try:
-        found = load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"slat_dir: cannot read {path}: {error}") from error
-    if found.keys() != {"coords", "feats"}:
-        raise DataError(f"slat_dir: {path}: expected coords and feats, got {sorted(found)}")
+    found = _read_tensors(path)
+    if found.keys() - {"condition"} != {"coords", "feats"}:
+        raise DataError(f"latents_dir: {path}: expected coords and feats, got {sorted(found)}")
     coords, feats = found["coords"], found["feats"]
     if coords.ndim != 2 or coords.shape[1] != 3 or coords.is_floating_point() or len(coords) == 0:
         raise DataError(
-            f"slat_dir: {path}: coords: expected (T, 3) integers, got {tuple(coords.shape)} {coords.dtype}"
+            f"latents_dir: {path}: coords: expected (T, 3) integers, got {tuple(coords.shape)} {coords.dtype}"
         )
     if feats.ndim != 2 or len(feats) != len(coords) or not feats.is_floating_point():
         raise DataError(
-            f"slat_dir: {path}: feats: expected ({len(coords)}, C) floats, got {tuple(feats.shape)} {feats.dtype}"
+            f"latents_dir: {path}: feats: expected ({len(coords)}, C) floats, got {tuple(feats.shape)} {feats.dtype}"
         )
-    if not bool(torch.isfinite(feats).all()):
-        raise DataError(f"slat_dir: {path}: feats: expected finite numbers")
-    return {"coords": coords.long(), "feats": feats.float()}
+    numbers = _float_rows({name: value for name, value in found.items() if name != "coords"}, path)
+    return {"coords": coords.long(), **numbers}
+
+
+def read_structure(
+    path: Path, latents: Mapping[str, tuple[int | None, int]], condition: int
+) -> dict[str, Tensor]:
+    """The latents of "structure" by name, (N, C) float32, and its `condition` (L, D).
+
+    latents: tokens (None: any number) and channels of each. condition: D. Raises: DataError as `read_slat`, and if a size is another.
+    """
+    found = _read_tensors(path)
+    if found.keys() != {*latents, "condition"}:
+        wanted = ", ".join([*latents, "condition"])
+        raise DataError(f"latents_dir: {path}: expected {wanted}, got {sorted(found)}")
+    found = _float_rows(found, path)
+    for name, (tokens, channels) in {**latents, "condition": (None, condition)}.items():
+        shape = tuple(found[name].shape)
+        if shape[1] != channels or tokens not in (None, shape[0]):
+            raise DataError(
+                f"latents_dir: {path}: {name}: expected ({tokens or 'N'}, {channels}), got {shape}"
+            )
+    return found
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"latents_dir: cannot read {path}: {error}") from error
+
+
+def _float_rows(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors as float32. Raises: DataError if one is not a table of finite numbers with at least one row."""
+    for name, value in tensors.items():
+        if value.ndim != 2 or len(value) == 0 or not value.is_floating_point():
+            raise DataError(
+                f"latents_dir: {path}: {name}: expected rows of floats, got {tuple(value.shape)} {value.dtype}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise DataError(f"latents_dir: {path}: {name}: expected finite numbers")
+    return {name: value.float() for name, value in tensors.items()}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -112,19 +153,31 @@ def check_slat(
         )
 
 
-class SlatRegions:
-    """`regions` with the cached latents of each: samples gain `slat_coords` and `slat_feats`.
+class CachedRegions:
+    """`regions` with the cached latents of each. Samples gain `slat_coords` and `slat_feats`, or `latents`, and `condition`.
 
-    Raises: DataError if a region lacks its file, or the file does not fit it. All are looked at here, none later for the first time.
+    read: what a region's file holds, checked against the region's sample: keys as above.
+
+    Raises: DataError if a region lacks its file, the file does not fit it, or conditions differ in length. All are looked at here, none later
+    for the first time.
     """
 
     def __init__(
-        self, regions: RegionDataset, folder: str | Path, resolution: int, channels: int
+        self,
+        regions: RegionDataset,
+        folder: str | Path,
+        read: Callable[[Path, Mapping[str, Any]], dict[str, Any]],
     ) -> None:
-        self.regions, self.folder = regions, Path(folder)
-        self.resolution, self.channels = resolution, channels
+        self.regions, self.folder, self.read = regions, Path(folder), read
+        lengths: dict[int, str] = {}
         for index in range(len(regions.specs)):
-            self[index]
+            sample = self[index]
+            if "condition" in sample:
+                lengths[len(sample["condition"])] = sample["meta"]["region"]
+        if len(lengths) > 1:
+            raise DataError(
+                f"latents_dir: {folder}: condition: expected as many rows in each file, got {lengths}"
+            )
 
     def identity(self) -> str:
         """As `RegionDataset.identity`."""
@@ -139,7 +192,36 @@ class SlatRegions:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.regions[index]
-        path = slat_path(self.folder, sample["meta"])
+        return {**sample, **self.read(slat_path(self.folder, sample["meta"]), sample)}
+
+
+def slat_reader(
+    resolution: int, channels: int, condition: int | None = None
+) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
+    """Reads what the decoder takes, or with `condition`, its channels, what the generator "slat" is trained on."""
+
+    def read(path: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
         slat = read_slat(path)
-        check_slat(slat, sample["sdf_vox"], self.resolution, self.channels, f"slat_dir: {path}")
-        return {**sample, "slat_coords": slat["coords"], "slat_feats": slat["feats"]}
+        check_slat(slat, sample["sdf_vox"], resolution, channels, f"latents_dir: {path}")
+        found = {"slat_coords": slat["coords"], "slat_feats": slat["feats"]}
+        if condition is None:
+            return found
+        given = slat.get("condition")
+        if given is None or given.shape[1] != condition:
+            got = "none" if given is None else tuple(given.shape)
+            raise DataError(f"latents_dir: {path}: condition: expected (L, {condition}), got {got}")
+        return {**found, "condition": given}
+
+    return read
+
+
+def structure_reader(
+    latents: Mapping[str, tuple[int | None, int]], condition: int
+) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
+    """Reads what the generator "structure" is trained on; arguments as of `read_structure`."""
+
+    def read(path: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
+        found = read_structure(path, latents, condition)
+        return {"condition": found.pop("condition"), "latents": found}
+
+    return read

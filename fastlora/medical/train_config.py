@@ -29,7 +29,7 @@ RESUMABLE_CHANGES = frozenset(
         "base_weights",
         "sam3d_dir",
         "sam3d_checkpointing",
-        "slat_dir",
+        "latents_dir",
         "checkpoint_dir",
         "resume",
         "overwrite",
@@ -148,11 +148,11 @@ class TrainConfig:
     sam3d_dir: str | None = option(
         None, MODEL, "SAM 3D Objects' checkpoint folder, with pipeline.yaml", NOT_EMPTY
     )
-    sam3d_parts: tuple[str, ...] | None = option(
-        None,
+    sam3d_part: str = option(
+        "decoder",
         MODEL,
-        "parts of SAM 3D Objects to adapt; there is training for the decoder only, which is the default",
-        NOT_EMPTY,
+        "what of SAM 3D Objects is trained: its mesh decoder, or the generator of structured latents or of the coarse structure",
+        one_of("decoder", "slat", "structure"),
     )
     sam3d_torso: str = option(
         "config",
@@ -163,11 +163,19 @@ class TrainConfig:
     sam3d_checkpointing: bool = option(
         False, MODEL, "make SAM 3D's activations again in the backward pass: less memory, more time"
     )
-    slat_dir: str | None = option(
+    latents_dir: str | None = option(
         None,
         MODEL,
-        "cached latents of every region for SAM 3D's decoder; without it an encoder is trained that makes them",
+        "cached latents of every region for SAM 3D; without it an encoder is trained that makes the decoder's",
         NOT_EMPTY,
+    )
+
+    drop_condition: float = option(
+        0.1,
+        MODEL,
+        "how often SAM 3D's generators are trained without their condition, for their guidance",
+        PROBABILITY,
+        "probability",
     )
 
     epochs: int = option(16, OPTIMISATION, "passes over the training samples", AT_LEAST_ONE)
@@ -281,11 +289,15 @@ class TrainConfig:
     def _check_model(self) -> None:
         """Refuses what belongs to the other model, and what SAM 3D's cannot do."""
         if self.model == "compact":
-            for name in ("sam3d_dir", "sam3d_parts", "slat_dir", "sam3d_checkpointing"):
-                if getattr(self, name):
+            for name in (
+                "sam3d_dir",
+                "sam3d_part",
+                "sam3d_torso",
+                "sam3d_checkpointing",
+                "latents_dir",
+            ):
+                if getattr(self, name) != getattr(TrainConfig, name):
                     raise ConfigError(f"{name}: expected model 'sam3d' beside it, got 'compact'")
-            if self.sam3d_torso != "config":
-                raise ConfigError("sam3d_torso: expected model 'sam3d' beside it, got 'compact'")
             return
         if self.sam3d_dir is None:
             raise ConfigError(
@@ -301,18 +313,19 @@ class TrainConfig:
             raise ConfigError(
                 f"amp: expected 'off' with model 'sam3d', whose precision sam3d_torso chooses, got {self.amp!r}"
             )
-        for part in self.sam3d_parts or ():
-            if part in ("slat", "structure"):
-                raise ConfigError(
-                    f"sam3d_parts: there is no training of {part!r} here, expected decoder; "
-                    "docs/sam3d.md says what can be done with the generators"
-                )
-            if part != "decoder":
-                raise ConfigError(f"sam3d_parts: expected decoder, got {part!r}")
-        if self.slat_dir is not None and self.augment:
+        if self.sam3d_part != "decoder" and self.latents_dir is None:
             raise ConfigError(
-                "augment: expected --no-augment beside slat_dir: cached latents do not move with their region"
+                f"latents_dir: expected cached latents and conditions to train {self.sam3d_part!r} on, got none"
             )
+        if self.latents_dir is not None and self.augment:
+            raise ConfigError(
+                "augment: expected --no-augment beside latents_dir: cached latents do not move with their region"
+            )
+
+    @property
+    def is_generator(self) -> bool:
+        """Whether a generator of SAM 3D is trained, which makes no mesh."""
+        return self.sam3d_part != "decoder"
 
     @property
     def peak_lr(self) -> float:

@@ -13,8 +13,8 @@ from fastlora.medical.layouts import find_cases
 from fastlora.medical.manifest import usable_cases
 from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.regions import RegionDataset
-from fastlora.medical.sam3d import latent_shape
-from fastlora.medical.slat import SlatRegions
+from fastlora.medical.sam3d import latent_shape, read_generator
+from fastlora.medical.slat import CachedRegions, slat_reader, structure_reader
 from fastlora.medical.splits import RegionSpec, kind_of, make_splits
 from fastlora.medical.train_config import TrainConfig, nearest
 from fastlora.medical.volumes import Case, Modality
@@ -76,16 +76,25 @@ def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:
         ) from error
 
 
-def with_latents(regions: RegionDataset, config: TrainConfig) -> RegionDataset | SlatRegions:
-    """The regions, with the cached latents of `config.slat_dir` if it names them. Raises: DataError if one lacks them."""
-    if config.slat_dir is None:
+def with_latents(regions: RegionDataset, config: TrainConfig) -> RegionDataset | CachedRegions:
+    """The regions, with the cached latents of `config.latents_dir` if it names them. Raises: DataError if one lacks them."""
+    if config.latents_dir is None:
         return regions
-    return SlatRegions(regions, config.slat_dir, *latent_shape(str(config.sam3d_dir)))
+    folder = str(config.sam3d_dir)
+    if config.sam3d_part == "decoder":
+        return CachedRegions(regions, config.latents_dir, slat_reader(*latent_shape(folder)))
+    about = read_generator(folder, config.sam3d_part)
+    if about.resolution is not None:
+        channels = about.latents["feats"][1]
+        read = slat_reader(about.resolution, channels, about.condition_channels)
+    else:
+        read = structure_reader(about.latents, about.condition_channels)
+    return CachedRegions(regions, config.latents_dir, read)
 
 
 def load_train_data(
     config: TrainConfig,
-) -> tuple[RegionDataset | SlatRegions, RegionDataset | SlatRegions]:
+) -> tuple[RegionDataset | CachedRegions, RegionDataset | CachedRegions]:
     """The training regions, and those of the training side that choose the best epoch."""
     splits = load_splits(config)
     train = RegionDataset(

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from fastlora import count_parameters, save_adapter
 from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fastlora.medical import checkpointing
-from fastlora.medical.checkpointing import SELECT_BY
+from fastlora.medical.checkpointing import score
 from fastlora.medical.distributed import (
     Ranks,
     load_optimizer_state,
@@ -60,6 +60,7 @@ from fastlora.medical.finetuned import (
 from fastlora.medical.losses import LossWeights, mesh_losses
 from fastlora.medical.regions import RegionBatch, collate_regions
 from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.sam3d_flow import Sam3dFlow
 from fastlora.medical.sam3d_losses import SurfaceLossWeights, surface_losses
 from fastlora.medical.sam3d_model import Decoded
 from fastlora.medical.train_config import RESUMABLE_CHANGES, TrainConfig
@@ -96,7 +97,7 @@ class MedicalTrainer:
     def __init__(
         self,
         config: TrainConfig,
-        model: MeshModel | None = None,
+        model: MeshModel | Sam3dFlow | None = None,
         train_data: RegionData | None = None,
         val_data: RegionData | None = None,
     ) -> None:
@@ -347,7 +348,9 @@ class MedicalTrainer:
         kind = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype=kind, enabled=self.config.amp != "off"):
             output = self._call(*self.model.inputs(batch))
-        if isinstance(output, Decoded):
+        if isinstance(self.model, Sam3dFlow):
+            losses = {"flow": output.mean(), "total": output.mean()}
+        elif isinstance(output, Decoded):
             losses = surface_losses(output, batch, self.surface_weights)
         else:
             losses = mesh_losses(output, batch, self.loss_weights)
@@ -360,12 +363,13 @@ class MedicalTrainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss terms and mean Dice of the inside (distance < 0) over the validation regions."""
+        """Mean loss terms and, of meshes, mean Dice of the inside (distance < 0) over the validation regions."""
         self.model.eval()
         sums: defaultdict[str, float] = defaultdict(float)
         for batch, count, _ in self._micro_batches(self.val_data, range(len(self.val_data))):
             output, losses = self._forward(batch, f"validation after epoch {self.epoch}")
-            losses["dice"] = inside_dice(distances(output).cpu(), batch.sdf_vox).mean()
+            if not isinstance(self.model, Sam3dFlow):
+                losses["dice"] = inside_dice(distances(output).cpu(), batch.sdf_vox).mean()
             for name, value in losses.items():
                 sums[name] += value.item() * count
         return {name: value / len(self.val_data) for name, value in self.ranks.sum(sums).items()}
@@ -417,8 +421,8 @@ class MedicalTrainer:
         self.history.append(record)
         self.rng = checkpointing.rng_state()
         self.seconds.append(round(time.perf_counter() - start, 3))
-        best_score = -math.inf if self.best is None else self.best["history"][-1]["val"][SELECT_BY]
-        improved = record["val"][SELECT_BY] > best_score
+        best_score = -math.inf if self.best is None else score(self.best["history"][-1]["val"])
+        improved = score(record["val"]) > best_score
         if improved:
             self.best = self._snapshot()
         self._write(improved)
@@ -445,9 +449,10 @@ class MedicalTrainer:
                 self.epoch,
                 100 * empty,
             )
+        dice = f"dice {record['val']['dice']:.4f}  " if "dice" in record["val"] else ""
         tqdm.write(
-            f"epoch {self.epoch:>3}/{self.config.epochs}  {losses}val {record['val']['total']:.4f}  "
-            f"{SELECT_BY} {record['val'][SELECT_BY]:.4f}  {self.seconds[-1]:.1f} s{'  best' if improved else ''}",
+            f"epoch {self.epoch:>3}/{self.config.epochs}  {losses}val {record['val']['total']:.4f}  {dice}"
+            f"{self.seconds[-1]:.1f} s{'  best' if improved else ''}",
             file=sys.stdout,
         )
 
@@ -468,8 +473,12 @@ class MedicalTrainer:
             },
         )
         if best is not None and self.config.finetune == "lora":
-            self._adapted.load_state_dict(best["model"], strict=False, assign=True)
-            save_adapter(self._adapted, self.folder.adapter)
+            adapted = self._adapted
+            adapted.load_state_dict(best["model"], strict=False, assign=True)
+            # A generator goes into the user's pipeline, without what is around it here.
+            save_adapter(
+                adapted.flow if isinstance(adapted, Sam3dFlow) else adapted, self.folder.adapter
+            )
 
     def _snapshot(self) -> dict[str, Any]:
         """The state of the run at the end of an epoch, as copies, without `best`."""
