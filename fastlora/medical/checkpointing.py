@@ -150,18 +150,22 @@ def _check_content(content: Any, where: str) -> None:
         raise CheckpointError(
             f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} records"
         )
-    check_history(content["history"], content["seconds"], where)
+    meshes = content["config"].get("sam3d_part", "decoder") == "decoder"
+    chosen_by = "dice" if meshes else "total"
+    check_history(content["history"], content["seconds"], where, chosen_by)
 
 
-def check_history(history: Sequence[object], seconds: Sequence[object], where: str) -> None:
-    """Checks the records of epochs and what each took. Raises: CheckpointError."""
+def check_history(
+    history: Sequence[object], seconds: Sequence[object], where: str, chosen_by: str = "dice"
+) -> None:
+    """Checks the records of epochs and what each took. chosen_by: what of the validation `score` needs. Raises: CheckpointError."""
     for record in history:
         parts = [record.get("train", {}), record.get("val")] if isinstance(record, dict) else [None]
         if not all(isinstance(part, dict) and _are_figures(part.values()) for part in parts):
             raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
-        if "total" not in record["val"]:  # type: ignore[index]
+        if chosen_by not in record["val"]:  # type: ignore[index]
             raise CheckpointError(
-                f"{where}: history: expected 'total' of the validation in every epoch"
+                f"{where}: history: expected {chosen_by!r} of the validation in every epoch"
             )
     if not _are_figures(seconds):
         raise CheckpointError(f"{where}: seconds: expected a list of numbers")
