@@ -98,7 +98,9 @@ def test_forward_is_the_formula_without_dropout():
     torch.testing.assert_close(s, t.x @ t.lora_a.T)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 8), (70, 21), (0, 8), (33, 768), (2500, 768)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 8), (70, 21), (0, 8), (33, 768), (683, 768), (2500, 768)]
+)
 @pytest.mark.parametrize("seed", [3, -1, -(2**63)])
 def test_the_blockwise_mask_of_the_cpu_is_the_same(shape, seed):
     blocks = [keep.clone() for _, keep, _ in cpu_dropout.keep_blocks(seed, 0.3, *shape)]
