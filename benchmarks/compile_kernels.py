@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,20 @@ GATED = (
     "instructions_per_element",
     "bytes_moved",
 )
+# griddepcontrol.launch_dependents and griddepcontrol.wait, by which a kernel and the next one overlap.
+_DEPENDENCY = re.compile(r"\b(PREEXIT|ACQBULK)\b")
+# Reads and writes of global memory, but for the bulk loads of x and W.
+_GLOBAL = re.compile(r"\b(LDG|LDGSTS|STG|UTMASTG|RED|ATOMG)\b")
 # What a tensor core does is called differently in every generation's assembly.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer whose kernels are compiled: the sizes, dtype, dropout and the forward plan. `everywhere`: not for sm_90 alone."""
+    """A layer whose kernels are compiled: the sizes, dtype, dropout and the forward plan. `everywhere`: not for sm_90 alone.
+
+    overlap: with programmatic dependent launches, which sm_90 and newer have.
+    """
 
     plan: str
     m: int
@@ -55,12 +62,14 @@ class Problem:
     adapters: str = "float32"
     precision: str = "ieee"
     everywhere: bool = False
+    overlap: bool = False
 
     @property
     def name(self) -> str:
         notes = [self.dtype if self.dtype != "float32" else f"float32/{self.precision}"]
         notes += [f"p{self.p:g}"] if self.p else []
         notes += [f"adapters {self.adapters}"] if self.adapters != "float32" else []
+        notes += ["overlap"] if self.overlap else []
         return f"{self.plan} {self.m}x{self.k}->{self.n} r{self.rank} {' '.join(notes)}"
 
 
@@ -85,6 +94,8 @@ PROBLEMS = (
     Problem("in_place", 4096, 768, 2304, 256, dtype="float32", p=0.1, everywhere=True),
     Problem("fused", 4096, 768, 768, 32, dtype="float32", precision="tf32"),
     Problem("decode", 64, 4096, 4096, 16, dtype="float32", everywhere=True),
+    Problem("split", 4096, 768, 2304, 8, p=0.1, everywhere=True, overlap=True),
+    Problem("decode", 32, 4096, 4096, 16, everywhere=True, overlap=True),
 )
 
 
@@ -93,7 +104,11 @@ def problems_of(arch: int) -> list[Problem]:
 
     rows = ARCHITECTURES[arch].decode_rows
     return [
-        p for p in PROBLEMS if (p.everywhere or arch == 90) and (p.plan != "decode" or p.m <= rows)
+        p
+        for p in PROBLEMS
+        if (p.everywhere or arch == 90)
+        and (p.plan != "decode" or p.m <= rows)
+        and (arch >= 90 or not p.overlap)
     ]
 
 
@@ -119,6 +134,15 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     row = ARCHITECTURES[arch]
     dispatch.device_architecture = lambda device: row
     dispatch.float32_precision = lambda: problem.precision
+    if problem.overlap:
+        choose = dispatch.launch_choice
+
+        def overlapped(*arguments: Any) -> dispatch.Choice:
+            choice = choose(*arguments)
+            assert choice.config is not None
+            return replace(choice, config=choice.config.overlapped())
+
+        dispatch.launch_choice = overlapped
     records: dict[str, dict[str, Any]] = {}
     launch = JITFunction.run
 
@@ -196,8 +220,16 @@ def read(compiled: Any) -> dict[str, Any]:
         "tensor_core": sum(bool(_TENSOR_CORE.search(i)) for i in instructions),
         "bulk_copies": sum("UTMALDG" in i or "UTMASTG" in i for i in instructions),
         "async_copies": sum("LDGSTS" in i for i in instructions),
+        "dependencies": sum(bool(_DEPENDENCY.search(i)) for i in instructions),
+        "accesses_before_wait": before_wait(instructions),
         "wide_multiplications_in_loops": wide_multiplications(sass),
     }
+
+
+def before_wait(instructions: list[str]) -> int:
+    """How many accesses of global memory stand before the wait for the kernel before; none where there is no wait."""
+    waits = [i for i, text in enumerate(instructions) if re.search(r"\bACQBULK\b", text)]
+    return sum(bool(_GLOBAL.search(text)) for text in instructions[: min(waits, default=0)])
 
 
 def wide_multiplications(sass: str) -> int:
@@ -233,8 +265,13 @@ def failures(arch: int, problem: Problem, record: dict[str, Any]) -> list[str]:
         found.append(f"{record['shared']} bytes of shared memory, the device has {row.shared}")
     if record["tensor_memory"] > row.tensor_memory:
         found.append(f"{record['tensor_memory']} columns of tensor memory")
-    if record["kernel"] != "sum" and not exact and not record["tensor_core"]:
+    name, *flags = record["kernel"].split()
+    if name != "sum" and not exact and not record["tensor_core"]:
         found.append("no tensor-core instruction")
+    if ("OVERLAP" in flags) != bool(record["dependencies"]):
+        found.append(f"{record['dependencies']} instructions for a dependent launch")
+    if record["accesses_before_wait"]:
+        found.append(f"{record['accesses_before_wait']} accesses before the wait")
     return found
 
 

@@ -3,7 +3,8 @@
     python -m fastlora.tune --shapes 8192,4096,4096,16,0.1 32768,1024,1024,16,0 [--dtype bfloat16] [--dry-run]
 
 A shape is M,K,N,R,p: x (M, K), weight (N, K), rank R, dropout p. Each kernel is timed alone under each of its candidate
-tiles, in a cold L2; then each plan is timed whole with the best tiles of its kernels. A kernel that gives a wrong
+tiles, in a cold L2; then each plan is timed whole with the best tiles of its kernels, on sm_90 and newer also with
+launches that overlap. A kernel that gives a wrong
 result gets no time: results are compared with float64 by the rule of the tests. The outcome goes to the file of
 `fastlora.tuned`, where it serves this GPU, these versions and these kernels only.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -182,6 +183,8 @@ def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tune
         fastest = min(range(len(options)), key=times.__getitem__)
         best = replace(best, **{name: options[fastest]})
         print(_REPORT.format(name, 1e6 * times[fastest], options[fastest]), flush=True)
+    if arch.capability >= 90:
+        best = _with_overlap(bench, best, plans, timer)
     forward = {
         plan: _seconds(bench, Choice("triton", plan, "tuning", "in_place", best), None, timer)
         for plan in plans
@@ -199,6 +202,30 @@ def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tune
     if not math.isfinite(forward[plan] + dx[dx_plan]):
         raise BackendError(f"{bench.shape}: no plan gave a right result, so nothing was stored")
     return tuned.Tuned(plan, dx_plan, best)
+
+
+def _with_overlap(bench: Bench, best: Tiles, plans: Sequence[str], timer: Timer) -> Tiles:
+    """The tiles, told to overlap their launches where a whole pass is right and faster with it."""
+    trials: dict[str, tuple[tuple[str, ...], str, str, tuple[bool, bool, bool] | None]] = {
+        "split": (("down", "split"), "split", "in_place", None),
+        "decode": (("decode",), "decode", "in_place", None),
+        "dx": (("x", "dx"), "in_place", "split", (True, True, False)),
+    }
+    for name, (kernels, plan, dx_plan, needs) in trials.items():
+        if plan not in plans:
+            continue
+        told = {kernel: replace(getattr(best, kernel), overlap=True) for kernel in kernels}
+        options = [best, replace(best, **told)]
+        times = [
+            _seconds(bench, Choice("triton", plan, "tuning", dx_plan, tiles), needs, timer)
+            for tiles in options
+        ]
+        best = options[times[1] < times[0]]
+        print(
+            _REPORT.format(f"{name} over", 1e6 * times[1], f"apart {1e6 * times[0]:.1f} us"),
+            flush=True,
+        )
+    return best
 
 
 def _seconds(

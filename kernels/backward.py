@@ -11,10 +11,11 @@ S and dS come with every factor already in them (see `forward`). Sums over many 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastlora.kernels.config import PassConfig, chunks
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import drop_bits, keep_bits
+from fastlora.kernels.tiles import drop_bits, keep_bits, overlaps
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -120,9 +121,11 @@ def dy_pass(
 def _x_kernel(
     x_ptr, ds_ptr, da_ptr, seed_ptr, packed_ptr, M, K, m_chunk, threshold, stride_xm, stride_xk, stride_pm,
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (k, split): BLOCK_K columns of dA from one chunk of the rows of x. da_ptr: (splits, R, K)."""
+    if OVERLAP:
+        gdc_launch_dependents()
     first_k, split = tl.program_id(0) * BLOCK_K, tl.program_id(1)
     o_k = (first_k + tl.arange(0, BLOCK_K)).to(tl.int64)
     o_byte = first_k // 8 + tl.arange(0, BLOCK_K // 8)
@@ -142,7 +145,8 @@ def _x_kernel(
             bits = keep_bits(tl.load(seed_ptr), threshold, m + tl.arange(0, BLOCK_M), o_byte)
             x = drop_bits(x, bits)
             p_byte = packed_ptr + o_m[:, None] * stride_pm + o_byte[None, :]
-            m_byte = m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
+            # Without a mask by columns, neighbouring bytes are stored as one number.
+            m_byte = m_m[:, None] if EVEN_K else m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
             tl.store(p_byte, bits.to(tl.uint8), mask=m_byte)
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)
     p_da = da_ptr + split.to(tl.int64) * R * K + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
@@ -168,6 +172,7 @@ def x_pass(
     chunk, splits = chunks(m, config.splits, config.block_m)
     da_dtype = dtype if splits == 1 else torch.float32
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
+    overlapping = overlaps(config)
     packed = None
     if seed is not None:
         # Rows a multiple of 16 bytes apart can be read in wide pieces.
@@ -193,7 +198,8 @@ def x_pass(
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
+        OVERLAP=overlapping,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return sum_partials(da, dtype), packed
+    return sum_partials(da, dtype, overlap=overlapping), packed

@@ -54,7 +54,11 @@ def architecture(capability: tuple[int, int]) -> Architecture | None:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tiles of `gemm.rank_gemm` and `gemm.rank_update_`."""
+    """Tiles of `gemm.rank_gemm` and `gemm.rank_update_`.
+
+    overlap: by programmatic dependent launch (sm_90 and newer, with descriptors) the product of x and W begins while the pass before
+    is still running, and waits for it where it needs S, dS or the mask. Whatever made x and W must be done by then.
+    """
 
     block_m: int
     block_n: int
@@ -66,11 +70,15 @@ class GemmConfig:
     descriptor: bool = False
     subtiles: int = 1
     programs: int = 0
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
 class PassConfig:
-    """Tiles of a pass that reads one large operand once; `splits` cuts the summed dimension."""
+    """Tiles of a pass that reads one large operand once; `splits` cuts the summed dimension.
+
+    overlap: lets a kernel that overlaps begin before the pass has ended; of `decode` its own second kernel.
+    """
 
     block_m: int
     block_n: int
@@ -79,6 +87,7 @@ class PassConfig:
     num_warps: int
     num_stages: int
     splits: int = 1
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,12 @@ class Tiles:
     dy: PassConfig
     x: PassConfig
     dx: GemmConfig
+
+    def overlapped(self, overlap: bool = True) -> Tiles:
+        """The same tiles with every launch that can overlap the one before it told so, or not to."""
+        names = ("split", "down", "decode", "x", "dx")
+        changed = {name: replace(getattr(self, name), overlap=overlap) for name in names}
+        return replace(self, **changed)
 
 
 def tiles(arch: Architecture, q: Problem) -> Tiles:

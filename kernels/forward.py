@@ -10,10 +10,11 @@ once and no later product has a factor of its own.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastlora.kernels.config import PassConfig, chunks
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import drop
+from fastlora.kernels.tiles import beside, drop, overlaps
 
 
 @triton.jit
@@ -61,9 +62,11 @@ def _store_rows(out_ptr, block, M, N, first_m, first_n):
 def _down_kernel(
     x_ptr, a_ptr, s_ptr, seed_ptr, M, K, k_chunk, scale, threshold, stride_xm, stride_xk, stride_ar, stride_ak,
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (m, split): rows of S from one chunk of K. s_ptr: (splits, M, R)."""
+    if OVERLAP:
+        gdc_launch_dependents()
     first_m, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     first_k = split * k_chunk
     last_k = min(first_k + k_chunk, K)
@@ -92,6 +95,7 @@ def down_project(
     (m, k), r = x.shape, lora_a.shape[0]
     chunk, splits = chunks(k, config.splits, config.block_k)
     s = torch.empty(splits, m, r, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    overlapping = overlaps(config)
     _down_kernel[(triton.cdiv(m, config.block_m), splits)](
         x_ptr=x,
         a_ptr=lora_a,
@@ -113,10 +117,11 @@ def down_project(
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
+        OVERLAP=overlapping,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return s[0] if splits == 1 else sum_partials(s, x.dtype)
+    return s[0] if splits == 1 else sum_partials(s, x.dtype, overlap=overlapping)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -124,12 +129,14 @@ def _stream_kernel(
     x_ptr, w_ptr, a_ptr, base_ptr, s_ptr, seed_ptr, M, N, K, k_chunk, threshold,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak,
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, split): one chunk of K of x Wᵀ, or, for the tiles after the last of W, of (keep ∘ x) Aᵀ.
 
     base_ptr: (splits, M, N) and s_ptr: (splits, M, R), float32.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
     tile, split = tl.program_id(0), tl.program_id(1)
     first_k = split * k_chunk
     last_k = min(first_k + k_chunk, K)
@@ -153,6 +160,7 @@ def _stream_kernel(
 def _combine_kernel(
     base_ptr, s_part_ptr, bias_ptr, b_ptr, y_ptr, s_ptr, M, N, splits, scale, stride_bn, stride_br,
     R: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sum the partial results of a tile of columns, then add the rank-R term and the bias."""
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
@@ -164,6 +172,8 @@ def _combine_kernel(
     m_s = (o_m < M)[:, None] & (o_r < R)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if OVERLAP:
+        gdc_wait()
     for _ in range(splits):
         acc += tl.load(base_ptr + o_m[:, None] * N + o_n[None, :], mask=m_y, other=0.0)
         s += tl.load(s_part_ptr + o_m[:, None] * R + o_r[None, :], mask=m_s, other=0.0)
@@ -209,6 +219,7 @@ def decode(
     base_part = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     s_part = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
     y, s = x.new_empty(m, n), x.new_empty(m, r)
+    overlapping = overlaps(config)
     tiles = triton.cdiv(n, config.block_n) + triton.cdiv(r, config.block_n)
     _stream_kernel[(tiles, splits)](
         x_ptr=x,
@@ -235,6 +246,7 @@ def decode(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        OVERLAP=overlapping,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -257,6 +269,8 @@ def decode(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
+        OVERLAP=overlapping,
         num_warps=config.num_warps,
+        **beside(overlapping),
     )
     return y, s

@@ -14,10 +14,11 @@ is for Hopper and newer: persistent, its tiles fetched by the tensor memory acce
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.tiles import drop, drop_bits, halves, tile_of
+from fastlora.kernels.tiles import beside, drop, drop_bits, halves, overlaps, tile_of
 
 
 @triton.jit
@@ -157,9 +158,12 @@ def _descriptor_kernel(
     M, N, K, scale, threshold, stride_ar, stride_ak, stride_un, stride_ur, stride_mask,
     R: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    SUBTILES: tl.constexpr,
+    SUBTILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [BLOCK_M, BLOCK_N] of out, each program taking every P-th of them. TRANSPOSED: W is (K, N), not (N, K)."""
+    """Tiles [BLOCK_M, BLOCK_N] of out, each program taking every P-th of them. TRANSPOSED: W is (K, N), not (N, K).
+
+    OVERLAP: the pass that makes low and the mask may still be running; nothing is read of it, and nothing stored, before the wait.
+    """
     DTYPE: tl.constexpr = x_desc.dtype
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     o_k, o_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
@@ -182,6 +186,8 @@ def _descriptor_kernel(
                 ] * stride_ar
                 a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)  # [BLOCK_K, BLOCK_R]
                 s = tl.dot(x, a, s, input_precision=PRECISION)
+        if OVERLAP:
+            gdc_wait()  # after the loop, never inside: there it makes the pipelined loads wrong
         s_low = (s * scale).to(DTYPE)
         if FUSED and tile_n == 0:
             _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
@@ -296,12 +302,15 @@ def rank_gemm(
     w_block = [config.block_n, config.block_k]
     out_block = [config.block_m, config.block_n // config.subtiles]
     programs = min(tiles, config.programs)
+    overlapping = overlaps(config) and lora_a is None  # `fused` has no pass before it
     _descriptor_kernel[(programs,)](
         x_desc=TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         w_desc=TensorDescriptor.from_tensor(stored, w_block[::-1] if transposed else w_block),
         out_desc=TensorDescriptor.from_tensor(out, out_block),
         TRANSPOSED=transposed,
         SUBTILES=config.subtiles,
+        OVERLAP=overlapping,
+        **beside(overlapping),
         **shared,
     )
     return out

@@ -3,13 +3,18 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 _SPLITS, _BLOCK = 32, 128
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _sum_kernel(part_ptr, out_ptr, size, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    part_ptr, out_ptr, size, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """BLOCK elements of the sum per program: SPLITS parts at a time are in flight, and are added as a fixed tree."""
+    if OVERLAP:
+        gdc_launch_dependents()
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_split = tl.arange(0, SPLITS).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
@@ -20,8 +25,11 @@ def _sum_kernel(part_ptr, out_ptr, size, splits, SPLITS: tl.constexpr, BLOCK: tl
     tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=o < size)
 
 
-def sum_partials(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """part.sum(0) in `dtype`, newly allocated; part: (splits, ...), float32, contiguous. One split is only converted."""
+def sum_partials(part: torch.Tensor, dtype: torch.dtype, *, overlap: bool = False) -> torch.Tensor:
+    """part.sum(0) in `dtype`, newly allocated; part: (splits, ...), float32, contiguous. One split is only converted.
+
+    overlap: let a kernel that overlaps begin before this one has ended.
+    """
     if part.shape[0] == 1:
         return part[0].to(dtype)
     out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
@@ -32,6 +40,7 @@ def sum_partials(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         splits=part.shape[0],
         SPLITS=_SPLITS,
         BLOCK=_BLOCK,
+        OVERLAP=overlap,
         num_warps=4,
     )
     return out

@@ -5,8 +5,11 @@
 is the dropout mask of `fastlora.reference.keep_mask`, bit for bit. One Philox call serves eight neighbouring columns.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from triton import knobs
 
 
 @triton.jit
@@ -61,3 +64,13 @@ def halves(block):
     """The left and the right half of `block` [BLOCK_M, BLOCK_N], each [BLOCK_M, BLOCK_N / 2]."""
     pairs = tl.reshape(block, [block.shape[0], 2, block.shape[1] // 2])
     return tl.split(tl.permute(pairs, [0, 2, 1]))
+
+
+def overlaps(config: Any) -> bool:
+    """Whether a kernel with this configuration overlaps; Triton's interpreter has no such launches."""
+    return bool(config.overlap and not knobs.runtime.interpret)
+
+
+def beside(overlapping: bool) -> dict[str, bool]:
+    """The launch option of a kernel that begins before the one before it has ended."""
+    return {"launch_pdl": True} if overlapping else {}

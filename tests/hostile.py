@@ -36,11 +36,13 @@ from fastlora.medical import checkpointing, grids, manifest, prepared
 from fastlora.medical.grids import StructureGrid
 from fastlora.medical.layouts import find_cases
 from fastlora.medical.run_folder import RunFolder
-from fastlora.medical.slat import read_slat
+from fastlora.medical.sam3d import latent_scale, read_generator
+from fastlora.medical.slat import read_slat, read_structure
 from fastlora.medical.train_config import TrainConfig, read_yaml
 from fastlora.medical.volumes import load_labels, load_png, load_volume
 from tests.layouts import Scan, write_dicom_scan
 from tests.models import Decoder
+from tests.sam3d_folder import STRUCTURE, TARGETS
 from tests.tiny_run import tiny_trainer
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it tells each repair of a header
@@ -251,11 +253,38 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
 
     coords = np.arange(12, dtype=np.int64).reshape(4, 3)
     latents = {"coords": coords, "feats": np.ones((4, 8), np.float32)}
+    latents["condition"] = np.ones((2, 3), np.float32)
     np.savez(folder / "slat.npz", **latents)
     save_file({k: torch.from_numpy(v) for k, v in latents.items()}, folder / "slat.safetensors")
     slat = (folder / "slat.npz").read_bytes()
+    named = {name: np.ones((4, 8), np.float32) for name in ("shape", "pose", "condition")}
+    np.savez(folder / "structure.npz", **named)
+
+    def structure(path: Path) -> None:
+        read_structure(path, {"shape": (4, 8), "pose": (None, 8)}, 8)
+
+    # A checkpoint folder's YAML; what stands in it is built in test_sam3d_loading.py.
+    sam3d = folder / "sam3d"
+    about = {"ss_generator_config_path": "ss.yaml", "slat_mean": [0.5] * 8, "slat_std": [2.0] * 8}
+    model = {"_target_": TARGETS["structure"], **STRUCTURE}
+    sampler = {"_target_": "a.lognorm_sampler", "mean": 0.0, "std": 1.0}
+    flow = {"reverse_fn": model, "sigma_min": 0.0, "training_time_sampler_fn": sampler}
+    sam3d.mkdir()
+    (sam3d / "pipeline.yaml").write_text(yaml.safe_dump(about))
+    (sam3d / "ss.yaml").write_text(yaml.safe_dump({"module": {"generator": {"backbone": flow}}}))
+
+    def generator(path: Path) -> None:
+        read_generator(path.parent, "structure")
+        latent_scale(path.parent)
 
     return {
+        "read_structure .npz, its arrays": Reader(
+            (folder / "structure.npz").read_bytes(), structure, "y.npz", inside=".npy", header=128
+        ),
+        "SAM 3D's pipeline.yaml": Reader(
+            (sam3d / "pipeline.yaml").read_bytes(), generator, "sam3d/pipeline.yaml"
+        ),
+        "a generator's YAML": Reader((sam3d / "ss.yaml").read_bytes(), generator, "sam3d/ss.yaml"),
         "read_slat .npz, its arrays": Reader(slat, read_slat, "y.npz", inside=".npy", header=128),
         "read_slat .safetensors": Reader(
             (folder / "slat.safetensors").read_bytes(), read_slat, "y.safetensors", header=200

@@ -62,6 +62,8 @@ GOOD = {
     "instructions_per_element": 10.0,
     "bytes_moved": 1_000_000,
     "tensor_core": 8,
+    "dependencies": 0,
+    "accesses_before_wait": 0,
     "wide_multiplications_in_loops": 2,
 }
 HALF = gate.Problem("split", 64, 64, 64, 4)
@@ -74,6 +76,12 @@ HALF = gate.Problem("split", 64, 64, 64, 4)
         ({"shared": 300_000}, "300000 bytes of shared memory, the device has 232448"),
         ({"tensor_memory": 1024}, "1024 columns of tensor memory"),
         ({"tensor_core": 0}, "no tensor-core instruction"),
+        ({"dependencies": 1}, "1 instructions for a dependent launch"),
+        ({"kernel": "pointer OVERLAP"}, "0 instructions for a dependent launch"),
+        (
+            {"kernel": "a OVERLAP", "dependencies": 1, "accesses_before_wait": 2},
+            "2 accesses before the wait",
+        ),
     ],
 )
 def test_what_a_device_cannot_run_fails(change, message):
@@ -126,6 +134,28 @@ def test_the_report_says_what_fails_and_what_got_better(tmp_path, monkeypatch, c
     assert "FAILED: instructions: 1040, the record has 1000" in capsys.readouterr().out
     assert bad({"instructions": 900}) == 0
     assert "better than the record, renew it with --write" in capsys.readouterr().out
+
+
+def test_accesses_before_the_wait_are_counted():
+    wait = ["UTMALDG.2D [UR4], [UR24]", "ACQBULK", "LDG.E R8, desc[UR32][R4.64]", "STG.E [R2], R1"]
+    assert gate.before_wait(wait) == 0
+    assert gate.before_wait(["@P1 LDG.E.128 R4, desc[UR32][R2.64]", *wait]) == 1
+    assert gate.before_wait(["UTMASTG.2D [UR4]", "LDGSTS.E [R7]", *wait]) == 2
+    assert gate.before_wait(wait[2:]) == 0  # nothing to wait for
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_overlapping_kernels_are_in_the_record(arch):
+    """Both ends of each pair: what lets the next one begin, and what waits."""
+    kernels = json.loads(gate.file(arch).read_text())["kernels"]
+    found = {
+        name.split()[0]
+        for problem in gate.problems_of(arch)
+        if problem.overlap
+        for name in kernels[problem.name]
+        if "OVERLAP" in name.split()
+    }
+    assert {"down", "x", "descriptor", "stream", "combine"} <= found
 
 
 def test_wide_multiplications_count_in_innermost_loops_only():

@@ -279,9 +279,11 @@ def test_the_settings_reach_the_loss():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"time_scale": True}, "time_scale: expected a number, got True"),
         ({"sigma_min": "a"}, "sigma_min: expected a number, got 'a'"),
         ({"loss_weights": {"feats": None}}, "feats: expected a number, got None"),
         ({"training_time_sampler_fn": {"_target_": "torch.rand"}}, "expected lognorm_sampler"),
+        ({"training_time_sampler_fn": ["a"]}, r"expected lognorm_sampler, got \['a'\]"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(own_folder, changes, message):

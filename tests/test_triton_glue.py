@@ -197,6 +197,42 @@ def test_a_model_trains_the_same_on_both_backends():
     assert triton == pytest.approx(torch_, rel=1e-5) and triton[-1] < triton[0]
 
 
+@pytest.mark.parametrize(("plan", "rows"), [("split", 200), ("split", 2100), ("decode", 7)])
+def test_overlapping_launches_change_no_bit(plan, rows, monkeypatch):
+    """On a device thirty times, with a wrong S, dS and mask left where the right ones will be; the interpreter launches them apart."""
+    from fastlora import dispatch, triton_ops
+
+    if not GPU and rows > 1000:
+        pytest.skip("one size is enough for the interpreter")
+    dtype = torch.bfloat16 if GPU else torch.float32
+    t = _inputs(Case((rows,), 256, 384, 8, p=0.1), dtype)
+    choose, told = dispatch.launch_choice, False
+
+    def launch_choice(*arguments):
+        choice = choose(*arguments)
+        if not told:
+            return choice
+        return dataclasses.replace(choice, config=choice.config.overlapped())
+
+    monkeypatch.setattr(dispatch, "launch_choice", launch_choice)
+
+    def step():
+        arguments = (t.x, t.weight, t.lora_a, t.lora_b)
+        y, s = triton_ops._forward(
+            t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.1, SEED.to(DEVICE), plan
+        )
+        rest = (t.scaling, 0.1, SEED.to(DEVICE), True, True, True)
+        dx_plan = plan if plan == "split" else None
+        return [y, s, *triton_ops._backward(t.dy, *arguments, s, *rest, dx_plan)]
+
+    apart = step()
+    told = True
+    for _ in range(30 if GPU else 1):
+        spoilt = [torch.full_like(one, float("nan")) for one in apart]
+        del spoilt  # their memory is given out again
+        _same(step(), apart)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -188,8 +188,9 @@ def read_generator(sam3d_dir: str | Path, part: str) -> GeneratorSettings:
             latents[str(name)] = _tokens(latent.get("pos_embedder")), channels
     given = flow.get("loss_weights", 1.0)
     weights = given if isinstance(given, dict) else dict.fromkeys(latents, given)
-    sampler = flow.get("training_time_sampler_fn", {})
-    if sampler and not str(sampler.get("_target_", "")).endswith(".lognorm_sampler"):
+    sampler = flow.get("training_time_sampler_fn") or {"_target_": ".lognorm_sampler"}
+    named = sampler.get("_target_") if isinstance(sampler, dict) else None
+    if not str(named).endswith(".lognorm_sampler"):
         raise ConfigError(
             f"{where}: training_time_sampler_fn: expected lognorm_sampler, got {sampler!r}"
         )
