@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -127,9 +128,12 @@ def setup_lora_for_medical_finetuning(
     unfreeze_output_layers: bool = True,
     output_layer_names: Sequence[str] | None = None,
     include_ffn: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Inject adapters into the attention projections, freeze the rest, and let the output layer train.
 
+    rank_pattern: pattern → rank of the layers that match, in place of `rank`; their scaling stays alpha / rank. An output layer that
+        is named here gets an adapter of that rank, and is not trained whole.
     include_ffn: also adapt the layers under a component that contains `mlp`.
     output_layer_names: whole path components, default ("out_layer",): `out_layer` does not take `upsample.0.out_layers`.
     unfreeze_output_layers: train all parameters of the layers so named. They are then part of
@@ -137,21 +141,39 @@ def setup_lora_for_medical_finetuning(
     Returns `count_parameters(model)`.
 
     Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or is a
-    layer that gets an adapter. The model is unchanged then.
+    layer that gets an adapter by another pattern. The model is unchanged then.
     """
     check_hyperparameters(rank, alpha, dropout)
-    targets = (*DEFAULT_TARGETS, "mlp") if include_ffn else DEFAULT_TARGETS
-    config = LoRAConfig(targets, rank=rank, alpha=alpha, dropout=dropout)
+    ranks = dict(rank_pattern or {})
+    names = DEFAULT_OUTPUT_LAYERS if output_layer_names is None else tuple(output_layer_names)
+    # As whole components: `out_layer` is not `upsample.0.out_layers`.
+    heads = [re.compile(rf"(.*\.)?{re.escape(name)}(\..*)?") for name in names if name in ranks]
+    config = LoRAConfig(
+        (*DEFAULT_TARGETS, *(["mlp"] if include_ffn else []), *heads),
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        rank_pattern=ranks,
+        alpha_pattern={name: alpha * own / rank for name, own in ranks.items()},
+    )
     plan = make_plan(model, config)
     if not plan:
-        raise InjectionError(f"model: no layer matches {targets!r}. {suggest(model, config)}")
-    heads: list[nn.Parameter] = []
+        raise InjectionError(
+            f"model: no layer matches {config.target_modules!r}. {suggest(model, config)}"
+        )
+    taken = [path for path, _ in plan.values()]
+    for pattern in ranks:
+        if not any(config.matches(pattern, path) for path in taken):
+            raise InjectionError(
+                f"rank_pattern: {pattern!r} matches none of the {len(taken)} adapted layers. {nearest_names(pattern, taken)}"
+            )
+    trained: list[nn.Parameter] = []
     if unfreeze_output_layers:
-        names = DEFAULT_OUTPUT_LAYERS if output_layer_names is None else tuple(output_layer_names)
-        heads = _output_parameters(model, names, {path for path, _ in plan.values()})
+        whole = [name for name in names if name not in ranks]
+        trained = _output_parameters(model, whole, set(taken))
     _wrap(model, plan)
     freeze_base_params(model)
-    for parameter in heads:
+    for parameter in trained:
         parameter.requires_grad_(True)
     return count_parameters(model)
 

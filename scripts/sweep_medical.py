@@ -24,14 +24,16 @@ from fastlora.medical.train_config import TrainConfig, read_yaml
 from fastlora.medical.train_data import load_splits
 from fastlora.medical.trainer import MedicalTrainer, load_finetuned
 
+LORA_LR = 5e-3  # at every rank, unless the shared settings say otherwise
 METRICS = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd": f"NSD@{TOLERANCE_MM:g} mm"}
 
 
 def settings(ranks: Sequence[int], dropouts: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """What is trained, by the name of its run: alpha is twice the rank throughout."""
+    """What is trained, by the name of its run: one rank for all layers, alpha twice of it, and the output layer whole."""
 
     def lora(rank: int, **more: Any) -> dict[str, Any]:
-        return {"finetune": "lora", "lora_rank": rank, "lora_alpha": 2.0 * rank, **more}
+        same = {"finetune": "lora", "lora_ranks": []}
+        return {**same, "lora_rank": rank, "lora_alpha": 2.0 * rank, **more}
 
     middle = 8 if 8 in ranks else ranks[len(ranks) // 2]
     return {
@@ -44,7 +46,8 @@ def settings(ranks: Sequence[int], dropouts: Sequence[float]) -> dict[str, dict[
 
 def train(name: str, change: dict[str, Any], common: dict[str, Any], folder: Path) -> TrainConfig:
     """Trains one setting, or goes on with it, or finds it finished; returns its configuration."""
-    values = {**common, **change, "checkpoint_dir": str(folder / name), "resume": "auto"}
+    own = {"lr": LORA_LR} if change["finetune"] == "lora" else {}
+    values = {**own, **common, **change, "checkpoint_dir": str(folder / name), "resume": "auto"}
     config = TrainConfig.from_dict(values)
     print(f"== {name}", flush=True)
     MedicalTrainer(config).train()

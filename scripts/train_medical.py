@@ -24,6 +24,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "amp": {"nargs": "?", "const": "bf16"},
     "device": {"metavar": "NAME"},
     "classes": {"nargs": "+", "metavar": "NAME"},
+    "lora_ranks": {"nargs": "*", "metavar": "NAME=N"},
 }
 
 

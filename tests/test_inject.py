@@ -267,6 +267,25 @@ def test_medical_setup_options():
     assert model.upsample[0]["out_layers"].weight.requires_grad
 
 
+def test_medical_setup_gives_layers_ranks_of_their_own():
+    model = Decoder()
+    counts = setup_lora_for_medical_finetuning(
+        model, rank=2, alpha=4.0, rank_pattern={"to_qkv": 3, "out_layer": 8}
+    )
+    assert counts["trainable"] == counts["lora"]  # the output layer is not trained whole
+    layers = dict(named_lora_layers(model))
+    assert "out_layer" in layers and not any("out_layers" in path for path in layers)
+    for path, layer in layers.items():
+        own = 3 if "to_qkv" in path else 8 if path == "out_layer" else 2
+        assert (layer.rank, layer.scaling) == (own, 2.0), path
+    model = Decoder()
+    with pytest.raises(InjectionError, match="rank_pattern: 'mlp' matches none of the 4 adapted"):
+        setup_lora_for_medical_finetuning(model, rank_pattern={"mlp": 3})
+    with pytest.raises(ConfigError, match="rank"):
+        setup_lora_for_medical_finetuning(model, rank_pattern={"to_qkv": 0})
+    assert paths(model) == [] and all(p.requires_grad for p in model.parameters())
+
+
 def test_medical_setup_refuses_before_it_changes_anything():
     model = Decoder()
     for arguments, message in (

@@ -17,8 +17,8 @@ from fastlora import LoRALinear, load_adapter, merged_model
 from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fastlora.medical import checkpointing
 from fastlora.medical import trainer as trainer_module
-from fastlora.medical.finetuned import trainable_parameters
-from fastlora.medical.model import SparseMeshDecoder, save_base_model
+from fastlora.medical.finetuned import make_trainable, trainable_parameters
+from fastlora.medical.model import SparseMeshDecoder, load_base_model, save_base_model
 from fastlora.medical.regions import collate_regions
 from fastlora.medical.train_config import TrainConfig, read_yaml
 from fastlora.medical.trainer import MedicalTrainer, epoch_order, inside_dice, load_finetuned
@@ -403,3 +403,31 @@ def test_read_yaml(tmp_path: Path) -> None:
             read_yaml(path)
     with pytest.raises(ConfigError, match="cannot read .*missing.yaml"):
         read_yaml(tmp_path / "missing.yaml")
+
+
+def test_ranks_that_are_not_asked_for_are_the_recipes() -> None:
+    config = TrainConfig()
+    assert (config.rank, config.alpha) == (2, 4.0)
+    assert config.rank_pattern == {"to_qkv": 3, "out_layer": 32}
+    again = TrainConfig.from_dict(config.to_dict())
+    assert again == config
+    asked = TrainConfig(lora_rank=8)
+    assert (asked.rank, asked.alpha, asked.rank_pattern) == (8, 16.0, {})
+    mixed = TrainConfig(lora_rank=8, lora_alpha=4.0, lora_ranks=["mlp.0=2"])
+    assert (mixed.alpha, mixed.rank_pattern) == (4.0, {"mlp.0": 2})
+    other = TrainConfig(model="sam3d", sam3d_dir="x")
+    assert (other.rank, other.alpha, other.rank_pattern) == (4, 8.0, {})
+    for entry in ("to_qkv", "to_qkv=0", "to_qkv=x", "=3", "a b=3", "to_qkv=123456"):
+        with pytest.raises(ConfigError, match="lora_ranks: expected name=rank with a rank >= 1"):
+            TrainConfig(lora_ranks=[entry])
+    with pytest.raises(ConfigError, match="lora_ranks: expected none with model 'sam3d'"):
+        TrainConfig(model="sam3d", sam3d_dir="x", lora_ranks=["to_qkv=3"])
+
+
+def test_the_default_recipe_trains_less_than_three_percent() -> None:
+    model = load_base_model()
+    total = sum(p.numel() for p in model.parameters())
+    make_trainable(model, TrainConfig())
+    trained = trainable_parameters(model)
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
+    assert sum(p.numel() for p in trained.values()) == 24_832 < 0.03 * total

@@ -30,6 +30,7 @@ def test_settings(script: Any) -> None:
     assert list(found) == ["rank_1", "rank_8", "rank_8_no_ffn", "rank_8_dropout_0.1", "full"]
     assert found["rank_8_no_ffn"] == {
         "finetune": "lora",
+        "lora_ranks": [],
         "lora_rank": 8,
         "lora_alpha": 16.0,
         "lora_ffn": False,

@@ -53,7 +53,7 @@ def predict(model: MeshModel, batch: RegionBatch) -> Tensor:
 
 
 def make_trainable(model: nn.Module, config: TrainConfig) -> None:
-    """Leaves trainable what `config.finetune` says: adapters, put in here, and the output layer; or everything.
+    """Leaves trainable what `config.finetune` says: adapters, put in here, and the output layer where it has none; or everything.
 
     Of SAM 3D adapters in the decoder, and the encoder, or adapters in a generator.
 
@@ -67,14 +67,15 @@ def make_trainable(model: nn.Module, config: TrainConfig) -> None:
             )
         model.requires_grad_(True)
     elif isinstance(model, (Sam3dModel, Sam3dFlow)):
-        model.adapt(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_ffn)
+        model.adapt(config.rank, config.alpha, config.lora_dropout, config.lora_ffn)
     else:
         setup_lora_for_medical_finetuning(
             model,
-            config.lora_rank,
-            config.lora_alpha,
+            config.rank,
+            config.alpha,
             config.lora_dropout,
             include_ffn=config.lora_ffn,
+            rank_pattern=config.rank_pattern,
         )
 
 

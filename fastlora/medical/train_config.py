@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -72,8 +73,13 @@ def option(default: Any, group: str, text: str, rule: Rule | None = None, unit: 
     )
 
 
+RANK, RANKS = 2, ("to_qkv=3", "out_layer=32")
+"""LoRA in the packaged decoder where no rank is asked for: 2.86 % of its parameters (docs/medical_experiments.md)."""
+
+SAM3D_RANK = 4
+
 PEAK_LR = {
-    ("compact", "lora"): 5e-3,
+    ("compact", "lora"): 1e-2,
     ("compact", "full"): 1e-3,
     ("sam3d", "lora"): 1e-3,
     ("sam3d", "full"): 1e-4,
@@ -138,8 +144,21 @@ class TrainConfig:
         one_of("compact", "sam3d"),
     )
     finetune: str = option("lora", MODEL, "what is trained", one_of("lora", "full"))
-    lora_rank: int = option(4, MODEL, "rank of the LoRA update", AT_LEAST_ONE)
-    lora_alpha: float = option(8.0, MODEL, "LoRA scaling is alpha / rank", POSITIVE)
+    lora_rank: int | None = option(
+        None,
+        MODEL,
+        f"rank of the LoRA update; without it {RANK} and the packaged decoder's lora_ranks, {SAM3D_RANK} with sam3d",
+        AT_LEAST_ONE,
+    )
+    lora_ranks: tuple[str, ...] | None = option(
+        None,
+        MODEL,
+        f"ranks of layers by name, as name=rank, at the scaling of the others ({' '.join(RANKS)} where no rank is asked for, else none); "
+        "the packaged decoder's out_layer is trained whole where it is not named",
+    )
+    lora_alpha: float | None = option(
+        None, MODEL, "LoRA scaling is alpha / rank; without it alpha is twice the rank", POSITIVE
+    )
     lora_dropout: float = option(0.0, MODEL, "dropout on the LoRA path", PROBABILITY, "probability")
     lora_ffn: bool = option(True, MODEL, "adapt the feed-forward layers beside the attention")
     base_weights: str | None = option(
@@ -191,7 +210,7 @@ class TrainConfig:
     lr: float | None = option(
         None,
         OPTIMISATION,
-        "AdamW's peak learning rate; without it 5e-3 for lora and 1e-3 for full; with sam3d 1e-3 and 1e-4",
+        "AdamW's peak learning rate; without it 1e-2 for lora and 1e-3 for full; with sam3d 1e-3 and 1e-4",
         POSITIVE,
     )
     weight_decay: float = option(0.01, OPTIMISATION, "AdamW's decay", NOT_NEGATIVE)
@@ -282,9 +301,46 @@ class TrainConfig:
             raise ConfigError("amp, parallel: expected bf16 beside 'fsdp', got 'fp16'")
 
         self._check_model()
+        self._resolve_ranks()
         if self.split == "auto":
             own = self.data_root or self.demo
             object.__setattr__(self, "split", "patient" if own else "structure")
+
+    def _resolve_ranks(self) -> None:
+        """Puts in the ranks and alpha that were not given, so that a run's folder says them."""
+        compact = self.model == "compact"
+        if self.lora_ranks is None:
+            recipe = compact and self.lora_rank is None
+            object.__setattr__(self, "lora_ranks", RANKS if recipe else ())
+        if self.lora_rank is None:
+            object.__setattr__(self, "lora_rank", RANK if compact else SAM3D_RANK)
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", 2.0 * self.rank)
+        if self.lora_ranks and not compact:
+            raise ConfigError(
+                f"lora_ranks: expected none with model 'sam3d', got {list(self.lora_ranks)}"
+            )
+        for entry in self.lora_ranks or ():
+            if not re.fullmatch(r"[\w.]+=[1-9]\d{0,4}", entry):
+                raise ConfigError(f"lora_ranks: expected name=rank with a rank >= 1, got {entry!r}")
+
+    @property
+    def rank(self) -> int:
+        """The rank of layers that `lora_ranks` does not name."""
+        assert self.lora_rank is not None
+        return self.lora_rank
+
+    @property
+    def alpha(self) -> float:
+        """LoRA's alpha beside `rank`."""
+        assert self.lora_alpha is not None
+        return self.lora_alpha
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """`lora_ranks` by name."""
+        pairs = [entry.partition("=") for entry in self.lora_ranks or ()]
+        return {name: int(rank) for name, _, rank in pairs}
 
     def _check_model(self) -> None:
         """Refuses what belongs to the other model, and what SAM 3D's cannot do."""
