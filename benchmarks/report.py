@@ -163,27 +163,22 @@ def overhead_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def medical_table(records: list[dict[str, Any]], small: list[dict[str, Any]]) -> str:
-    """Held-out means of each method and group, averaged over the seeds, with the lowest and highest Dice.
-
-    small: records of the same seeds with LoRA at rank 2.
-    """
+def medical_table(records: list[dict[str, Any]]) -> str:
+    """Held-out means of each method and group, averaged over the seeds, with the lowest and highest Dice."""
     groups = [group for group in records[0]["means"]["base"] if group != "all"]
     lines = [
         "| held out | method | trained parameters | Dice (lowest–highest seed) | HD95 mm | NSD@2 mm | volume error |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    rows = [(records, method, label) for method, label in METHODS.items()]
-    rows.insert(-1, (small, "lora", "LoRA, rank 2"))
     for group in groups:
-        for found, method, label in rows:
-            means = [record["means"][method][group] for record in found]
+        for method, label in METHODS.items():
+            means = [record["means"][method][group] for record in records]
             dice = [mean["dice"] for mean in means]
             hd95, nsd, volume = (
                 statistics.fmean(mean[key] for mean in means)
                 for key in ("hd95_mm", "nsd", "volume_error")
             )
-            run = found[0]["runs"].get(method)
+            run = records[0]["runs"].get(method)
             trained = f"{run['trainable']:,}" if run else "–"
             lines.append(
                 f"| {group} | {label} | {trained} | {statistics.fmean(dice):.3f} ({min(dice):.3f}–{max(dice):.3f}) "
@@ -196,15 +191,15 @@ def medical_table(records: list[dict[str, Any]], small: list[dict[str, Any]]) ->
     lines.append(
         f"\nStructures where LoRA lost to the frozen base in Dice, HD95 or NSD: {'; '.join(worse)}."
     )
-    lora, full = ([record["runs"][name] for record in small] for name in ("lora", "full"))
+    lora, full = ([record["runs"][name] for record in records] for name in ("lora", "full"))
     share = lora[0]["trainable"] / full[0]["trainable"]
     size = max(
         a["checkpoint_bytes"] / b["checkpoint_bytes"] for a, b in zip(lora, full, strict=True)
     )
     lines.append(
-        f"\nAt rank 2 LoRA trains {share:.2%} of what full fine-tuning does, and its checkpoint, optimizer included, has {size:.1%} of the bytes. "
+        f"\nLoRA trains {share:.2%} of what full fine-tuning does, and its checkpoint, optimizer included, has {size:.1%} of the bytes. "
         "Mean Dice of the structures with its bootstrap 95 % interval, and the paired difference with its own: "
-        + "; ".join(_interval(record) for record in small)
+        + "; ".join(_interval(record) for record in records)
         + "."
     )
     return "\n".join(lines)
@@ -229,7 +224,6 @@ def _interval(record: dict[str, Any]) -> str:
 def tables() -> dict[Path, dict[str, str]]:
     """File -> marker -> table, for every record there is."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    small = [json.loads(p.read_text()) for p in sorted((RESULTS / "medical-rank2").glob("*.json"))]
     overhead = [record for record in records if record.get("kind") == "overhead"]
     # The compile gate's records have no table.
     records = [record for record in records if not {"kernels", "kind"} & record.keys()]
@@ -242,7 +236,7 @@ def tables() -> dict[Path, dict[str, str]]:
             "targets": targets_table(kinds["cuda"]),
             "cpu": cpu_table(*kinds["cpu"]),
             "step": model_table(kinds["step"]),
-            "medical": medical_table(kinds["medical"], small),
+            "medical": medical_table(kinds["medical"]),
         },
         ROOT / "docs" / "benchmarks.md": {
             "scaling": scaling_table(scaling_records()),
