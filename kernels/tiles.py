@@ -5,11 +5,11 @@
 is the dropout mask of `fastlora.reference.keep_mask`, bit for bit. One Philox call serves eight neighbouring columns.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from triton import knobs
+
+from fastlora.kernels.config import GemmConfig, PassConfig
 
 
 @triton.jit
@@ -66,9 +66,9 @@ def halves(block):
     return tl.split(tl.permute(pairs, [0, 2, 1]))
 
 
-def overlaps(config: Any) -> bool:
+def overlaps(config: GemmConfig | PassConfig) -> bool:
     """Whether a kernel with this configuration overlaps; Triton's interpreter has no such launches."""
-    return bool(config.overlap and not knobs.runtime.interpret)
+    return config.overlap and not knobs.runtime.interpret
 
 
 def beside(overlapping: bool) -> dict[str, bool]:
