@@ -193,18 +193,21 @@ def test_fuse_finds_the_groups_by_what_the_layers_are_given():
     assert "fused" not in explain(model.gate, X).reason
 
 
-def step(model, x=X):
+def step(model, x=X, memory=MEMORY):
     x = x.clone().requires_grad_()
-    y = model(x, MEMORY)
+    y = model(x, memory)
     return y, torch.autograd.grad(y.sin().sum(), [x, *get_lora_params(model)][:-2])
 
 
 def assert_same_step(fused, plain):
+    """On many rows: the largest errors of two orders of summation are alike only over many elements."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(8, 64, K, generator=generator) for _ in range(2)]
     wide = copy.deepcopy(plain).double()
-    x = X.double().requires_grad_()
-    y = wide(x, MEMORY.double())
+    x, memory = (value.double() for value in inputs)
+    y = wide(x.requires_grad_(), memory)
     wants = torch.autograd.grad(y.sin().sum(), [x, *get_lora_params(wide)][:-2])
-    (got, gots), (same, sames) = step(fused), step(plain)
+    (got, gots), (same, sames) = step(fused, *inputs), step(plain, *inputs)
     assert_close(got, same, y)
     for g, s, w in zip(gots, sames, wants, strict=True):
         assert_close(g, s, w)
