@@ -121,10 +121,10 @@ class Tiles:
     x: PassConfig
     dx: GemmConfig
 
-    def overlapped(self, overlap: bool = True) -> Tiles:
-        """The same tiles with every launch that can overlap the one before it told so, or not to."""
+    def overlapped(self) -> Tiles:
+        """The same tiles with every launch that can overlap the one before it told so."""
         names = ("split", "down", "decode", "x", "dx")
-        changed = {name: replace(getattr(self, name), overlap=overlap) for name in names}
+        changed = {name: replace(getattr(self, name), overlap=True) for name in names}
         return replace(self, **changed)
 
 

@@ -26,7 +26,7 @@ from fastlora.medical.model import (
     save_base_model,
 )
 from fastlora.medical.regions import TOKEN_CHANNELS
-from tests.tolerance import assert_close
+from tests.tolerance import assert_close, assert_same_distances
 
 CONFIG = DecoderConfig(in_channels=70, channels=24, blocks=2, heads=2, context=0, knots=5)
 
@@ -70,7 +70,7 @@ def test_the_residual_lands_in_its_own_cells() -> None:
     assert torch.equal(touched, expected)
     b, i, j, k = tokens.coords[4].tolist()
     cell = patch[b, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4, 4 * k : 4 * k + 4]
-    torch.testing.assert_close(cell, torch.arange(64.0).view(4, 4, 4), atol=1e-4, rtol=0)
+    assert_same_distances(cell.numpy(), torch.arange(64.0).view(4, 4, 4).numpy())
 
 
 def test_the_curve_maps_grey_values_to_distances_linearly_between_knots() -> None:
@@ -85,7 +85,7 @@ def test_the_curve_maps_grey_values_to_distances_linearly_between_knots() -> Non
     expected = np.interp(grey, [-2, -1, 0, 1, 2], knots.numpy())
     _, i, j, k = tokens.coords[3].tolist()
     cell = got[0, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4, 4 * k : 4 * k + 4]
-    np.testing.assert_allclose(cell.flatten().numpy(), expected, atol=1e-5)
+    assert_same_distances(cell.flatten().numpy(), expected)
 
 
 def test_a_fresh_decoder_gives_the_base_and_only_its_head_has_gradient() -> None:
