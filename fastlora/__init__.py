@@ -44,14 +44,13 @@ from fastlora.inject import (
     setup_lora_for_medical_finetuning,
 )
 from fastlora.layer import LoRALinear, LoRATransposedLinear
-from fastlora.lora_layer import LoRALayer
+from fastlora.lora_layer import LoRALayer, named_lora_layers
 from fastlora.loraplus import loraplus_groups
 from fastlora.memory import MemoryEstimate, estimate
 from fastlora.merge import MergeReport, merge_lora_weights, merge_report, merged_model
 from fastlora.ops import lora_linear
 from fastlora.peft import AccelerationReport, accelerate, restore
 from fastlora.peft_format import from_pretrained, save_pretrained
-from fastlora.selection import named_lora_layers
 from fastlora.selftest import CheckReport, check
 from fastlora.survey import LayerTable, explain, preview
 from fastlora.switch import disable_adapter

@@ -24,10 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastlora.checkpoint import _METADATA_KEY, read_safetensors, safetensors_bytes
-from fastlora.config import LoRAConfig
+from fastlora.config import LoRAConfig, check_hyperparameters, scaling_divisor
 from fastlora.errors import CheckpointError, ConfigError
 from fastlora.files import read_json, write_files
-from fastlora.lora_layer import check_hyperparameters, scaling_divisor
 from fastlora.peft_config import (
     CONFIG_FILE,
     PREFIX,

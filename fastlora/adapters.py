@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastlora.config import LoRAConfig, Targets
+from fastlora.config import LoRAConfig, Targets, check_hyperparameters
 from fastlora.errors import ConfigError, InjectionError
 from fastlora.inject import inject_lora
-from fastlora.lora_layer import LoRALayer, check_hyperparameters
+from fastlora.lora_layer import LoRALayer
 from fastlora.record import AdapterRecord, forget_trained, get_record, records, set_record
 from fastlora.selection import make_plan, suggest, to_config
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError
 from fastlora.files import read_torch, write_files
-from fastlora.selection import named_lora_layers
+from fastlora.lora_layer import named_lora_layers
 
 _METADATA_KEY = "fastlora"
 

@@ -6,8 +6,10 @@ import difflib
 import fnmatch
 import functools
 import json
+import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,11 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastlora.dispatch import BACKENDS
 from fastlora.errors import ConfigError
 from fastlora.files import import_yaml, read_json, read_yaml, write_files
-from fastlora.lora_layer import check_hyperparameters
 
+BACKENDS = ("auto", "torch", "triton")
 DEFAULT_TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")
 ALL_LINEAR = "all-linear"
 
@@ -371,3 +372,26 @@ def _format(path: str | os.PathLike[str]) -> str:
     if suffix not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"path: expected a .json, .yaml or .yml file, got {os.fspath(path)!r}")
     return "json" if suffix == ".json" else "yaml"
+
+
+def scaling_divisor(rank: int, use_rslora: bool) -> float:
+    """What alpha is divided by: the rank, or its root under rsLoRA."""
+    return math.sqrt(rank) if use_rslora else rank
+
+
+def check_hyperparameters(rank: int, alpha: float, dropout: float) -> None:
+    """Raises: ConfigError that names the argument, what was expected and what came."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ConfigError(f"rank: expected an integer ≥ 1, got {rank!r}")
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, (int, float))
+        or not abs(alpha) <= sys.float_info.max
+    ):
+        raise ConfigError(f"alpha: expected a finite number, got {alpha!r}")
+    if (
+        isinstance(dropout, bool)
+        or not isinstance(dropout, (int, float))
+        or not 0.0 <= dropout < 1.0
+    ):
+        raise ConfigError(f"dropout: expected a probability with 0 ≤ p < 1, got {dropout!r}")

@@ -7,12 +7,7 @@ measurement corrected one.
 
 from __future__ import annotations
 
-from fastlora.kernels.config import (
-    Architecture,
-    Problem,
-    fused_rank,
-    rank_block,
-)
+from fastlora.kernels.config import Architecture, Problem, fused_rank, rank_block
 
 _LAUNCH = 2e-6  # seconds between dependent kernels
 # Speed of a float32 product relative to a 16-bit one on tensor cores: (cuBLAS, ours).

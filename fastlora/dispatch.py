@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastlora import cost, tuned
+from fastlora.config import BACKENDS
 from fastlora.errors import BackendError, ConfigError
 from fastlora.kernels.config import MAX_RANK, Architecture, Problem, Tiles, architecture, tiles
 
-BACKENDS = ("auto", "torch", "triton")
 TRITON_PLANS = ("fused", "split", "in_place", "decode")
 _OLDEST_TRITON = (3, 4)  # the first with host-made tensor descriptors
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tokenize
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -311,3 +311,54 @@ def _check_tensor(tensor: Tensor) -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, and puts it in `path`'s place once it is on the disk.
+
+    The temporary name starts with a dot and ends in `.tmp`: no reader of `*.pt` or `*.json` ever sees it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # refuses a link that someone left there
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power failure; only POSIX can open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as JSON; NaN and infinity, which JSON does not have, raise ValueError."""
+    data = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    atomic_write(path, lambda file: file.write(data))
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
+    """Checks that two sets of tensors have the same names and shapes.
+
+    Raises:
+        CheckpointError: naming every tensor that is missing, unexpected or of another shape.
+    """
+    problems = [f"{name}: missing" for name in wanted.keys() - found.keys()]
+    problems += [f"{name}: unexpected" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name}: expected {tuple(wanted[name].shape)}, got {tuple(found[name].shape)}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name].shape != found[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: does not fit the model: {'; '.join(sorted(problems))}")

@@ -13,8 +13,8 @@ from fastlora.dispatch import why_not_triton
 from fastlora.errors import InjectionError
 from fastlora.group_ops import GroupMember, lora_linear_group
 from fastlora.layer import LoRALinear, is_plain
+from fastlora.lora_layer import named_lora_layers
 from fastlora.ops import autocast, autocasts
-from fastlora.selection import named_lora_layers
 
 
 @dataclass(frozen=True)

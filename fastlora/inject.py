@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets
+from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
 from fastlora.errors import InjectionError
 from fastlora.initialise import initialise
 from fastlora.kinds import wrap
-from fastlora.lora_layer import LoRALayer, check_hyperparameters
+from fastlora.lora_layer import LoRALayer, named_lora_layers
 from fastlora.record import TRAINED
 from fastlora.selection import (
     Plan,
     attention_projections,
     make_plan,
-    named_lora_layers,
     nearest_names,
     suggest,
     to_config,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora import ops
-from fastlora.dispatch import BACKENDS, Choice
+from fastlora.config import BACKENDS, check_hyperparameters, scaling_divisor
+from fastlora.dispatch import Choice
 from fastlora.errors import BackendError, ConfigError, InjectionError, MergeError
 from fastlora.quantised import dequantised, quantisation
 
@@ -257,11 +258,6 @@ def of_wrapped(name: str) -> Any:
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
 
 
-def scaling_divisor(rank: int, use_rslora: bool) -> float:
-    """What alpha is divided by: the rank, or its root under rsLoRA."""
-    return math.sqrt(rank) if use_rslora else rank
-
-
 def exactly(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which products on the tensor's device keep their dtype, whatever autocast is around."""
     if ops.autocasts(tensor):
@@ -288,19 +284,8 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def check_hyperparameters(rank: int, alpha: float, dropout: float) -> None:
-    """Raises: ConfigError that names the argument, what was expected and what came."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"rank: expected an integer ≥ 1, got {rank!r}")
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, (int, float))
-        or not abs(alpha) <= sys.float_info.max
-    ):
-        raise ConfigError(f"alpha: expected a finite number, got {alpha!r}")
-    if (
-        isinstance(dropout, bool)
-        or not isinstance(dropout, (int, float))
-        or not 0.0 <= dropout < 1.0
-    ):
-        raise ConfigError(f"dropout: expected a probability with 0 ≤ p < 1, got {dropout!r}")
+def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """(path, layer) of every adapted layer, each once under its first name."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            yield path, module

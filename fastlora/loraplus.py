@@ -9,7 +9,7 @@ from torch import nn
 
 from fastlora.embedding import LoRAEmbedding
 from fastlora.errors import ConfigError, InjectionError
-from fastlora.selection import named_lora_layers
+from fastlora.lora_layer import named_lora_layers
 
 
 def loraplus_groups(

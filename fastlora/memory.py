@@ -22,12 +22,11 @@ from fastlora.config import LoRAConfig, Targets
 from fastlora.errors import ConfigError, InjectionError
 from fastlora.kinds import kind_of, layer_class
 from fastlora.layer import LoRALinear
-from fastlora.lora_layer import default_adapter_dtype
+from fastlora.lora_layer import default_adapter_dtype, named_lora_layers
 from fastlora.quantised import compute_dtype
 from fastlora.selection import (
     attention_projections,
     make_plan,
-    named_lora_layers,
     to_config,
     trained_beside,
     why_patterns_fail,

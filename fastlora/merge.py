@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, MergeError
 from fastlora.lora_layer import LoRALayer
-from fastlora.record import (
-    copy_without_records,
-    drop_records,
-    forget_trained,
-    inactive_adapters,
-)
+from fastlora.record import copy_without_records, drop_records, forget_trained, inactive_adapters
 
 LOST_SHARE = 0.1  # of an update, by norm; a merge that loses more warns
 _ROWS = 8

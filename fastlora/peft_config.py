@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, LoRAConfig
+from fastlora.config import ALL_LINEAR, LoRAConfig, check_hyperparameters, scaling_divisor
 from fastlora.errors import CheckpointError, ConfigError
 from fastlora.files import check_regexes, read_json
 from fastlora.kinds import kind_of
 from fastlora.layer import LoRATransposedLinear
-from fastlora.lora_layer import LoRALayer, check_hyperparameters, scaling_divisor
+from fastlora.lora_layer import LoRALayer
 from fastlora.selection import nearest_names, output_embeddings
 
 CONFIG_FILE = "adapter_config.json"

@@ -27,13 +27,13 @@ from fastlora.checkpoint import (
     refuse_complex,
     safetensors_bytes,
 )
-from fastlora.config import KINDS, LoRAConfig
+from fastlora.config import KINDS, LoRAConfig, scaling_divisor
 from fastlora.embedding import LoRAEmbedding
 from fastlora.errors import CheckpointError
 from fastlora.files import write_files
 from fastlora.inject import freeze_base_params, inject_lora
 from fastlora.kinds import kind_of, layer_class, why_unsuitable
-from fastlora.lora_layer import LoRALayer, scaling_divisor
+from fastlora.lora_layer import LoRALayer, named_lora_layers
 from fastlora.peft_config import (
     CONFIG_FILE,
     PREFIX,
@@ -46,7 +46,6 @@ from fastlora.peft_config import (
     read_config,
 )
 from fastlora.record import inactive_adapters
-from fastlora.selection import named_lora_layers
 
 
 def save_pretrained(

@@ -13,7 +13,7 @@ from torch import nn
 from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, layer_index
 from fastlora.errors import ConfigError, InjectionError
 from fastlora.kinds import kind_of, why_unsuitable
-from fastlora.lora_layer import LoRALayer
+from fastlora.lora_layer import named_lora_layers
 from fastlora.record import inactive_adapters
 
 # The layers to wrap, each with its path and the config whose rank, alpha and dropout it gets.
@@ -167,13 +167,6 @@ def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str |
     if not plan:
         return f"target_modules: no layer was selected. {suggest(model, config)}"
     return None
-
-
-def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(path, layer) of every adapted layer, each once under its first name."""
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield path, module
 
 
 def candidates(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:

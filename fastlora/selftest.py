@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.errors import CheckError, InjectionError
-from fastlora.lora_layer import LoRALayer
-from fastlora.selection import named_lora_layers
+from fastlora.lora_layer import LoRALayer, named_lora_layers
 
 Modes = list[tuple[nn.Module, bool]]
 

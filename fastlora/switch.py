@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastlora.errors import InjectionError
-from fastlora.selection import named_lora_layers
+from fastlora.lora_layer import named_lora_layers
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.errors import ConfigError, FastLoRAError
-from fastlora.medical.checkpointing import atomic_write, write_json
+from fastlora.files import atomic_write, write_json
 from fastlora.medical.console import Parser, show_log
 from fastlora.medical.evaluate import LABELS, Run, compare_runs
 from fastlora.medical.metrics import TOLERANCE_MM

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.errors import ConfigError, DataError, FastLoRAError
-from fastlora.medical.checkpointing import atomic_write
+from fastlora.files import atomic_write
 from fastlora.medical.console import Parser, show_log
 from fastlora.medical.finetuned import load_finetuned
 from fastlora.medical.layouts import find_cases

@@ -21,17 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastlora.errors import ConfigError, FastLoRAError
+from fastlora.medical.batch import collate_regions
+from fastlora.medical.grids import FINE, SPACING_MM, truncated_sdf
 from fastlora.medical.losses import mesh_losses
 from fastlora.medical.model import BASE_WEIGHTS, DecoderConfig, SparseMeshDecoder, save_base_model
 from fastlora.medical.phantom import make_phantom
-from fastlora.medical.regions import (
-    FINE,
-    SPACING_MM,
-    TOKEN_CHANNELS,
-    collate_regions,
-    region_arrays,
-    truncated_sdf,
-)
+from fastlora.medical.regions import TOKEN_CHANNELS, region_arrays
 
 
 class PhantomRegions(Dataset[dict[str, Any]]):

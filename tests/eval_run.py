@@ -12,7 +12,8 @@ from pathlib import Path
 from fastlora.medical.evaluate import Evaluation, Run, compare_runs
 from fastlora.medical.model import save_base_model
 from fastlora.medical.phantom import write_phantom_dataset
-from fastlora.medical.trainer import MedicalTrainer, TrainConfig
+from fastlora.medical.train_config import TrainConfig
+from fastlora.medical.trainer import MedicalTrainer
 from tests.tiny_run import tiny_model
 
 ROOT = Path(__file__).parent.parent

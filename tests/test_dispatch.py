@@ -21,14 +21,7 @@ from fastlora import (
     triton_ops,
     tuned,
 )
-from fastlora.kernels.config import (
-    ARCHITECTURES,
-    DY_RANK,
-    Problem,
-    architecture,
-    rank_block,
-    tiles,
-)
+from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, architecture, rank_block, tiles
 from tests.cases import CASES, Case, make
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,6 +20,7 @@ import fastlora
 from fastlora import files
 from fastlora.adapter_files import merge_files, read_adapter
 from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.files import atomic_write
 from fastlora.medical import checkpointing, volumes
 from fastlora.medical.train_config import read_yaml
 from tests.hostile import attack, readers, replace_leaf, time_limit
@@ -304,7 +305,7 @@ def test_links_in_a_folder_are_replaced_and_not_followed(tmp_path):
     fastlora.save_pretrained(_adapted(), folder, include_trainable=False)
     checkpoint = folder / "last.pt"
     (folder / f".last.pt.{os.getpid()}.tmp").symlink_to(outside)
-    checkpointing.atomic_write(checkpoint, lambda file: file.write(b"new"))
+    atomic_write(checkpoint, lambda file: file.write(b"new"))
     assert outside.read_text() == "mine" and checkpoint.read_bytes() == b"new"
     assert not any(path.is_symlink() for path in folder.iterdir())
     config = tmp_path / "c.json"

@@ -14,13 +14,7 @@ import triton.language as tl
 from fastlora import dispatch, lora_linear, reference, triton_ops
 from fastlora.dispatch import TRITON_PLANS
 from fastlora.kernels.backward import dy_pass, x_pass
-from fastlora.kernels.config import (
-    ARCHITECTURES,
-    DY_RANK,
-    Problem,
-    fused_rank,
-    tiles,
-)
+from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, fused_rank, tiles
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
 from fastlora.kernels.reduce import sum_partials

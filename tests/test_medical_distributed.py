@@ -21,11 +21,11 @@ from fastlora import load_adapter
 from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical import checkpointing
 from fastlora.medical.distributed import Ranks, local_device
-from fastlora.medical.finetuned import trainable_parameters
+from fastlora.medical.finetuned import load_finetuned, trainable_parameters
 from fastlora.medical.model import save_base_model
 from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.run_folder import RunFolder
-from fastlora.medical.trainer import MedicalTrainer, load_finetuned
+from fastlora.medical.trainer import MedicalTrainer
 from tests.ranks import run_ranks
 from tests.tiny_run import TinyRegions, flatten, tiny_model, tiny_trainer
 from tests.tolerance import assert_same_training

@@ -14,6 +14,7 @@ import trimesh
 import yaml
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical.batch import collate_regions
 from fastlora.medical.evaluate import (
     LABELS,
     Evaluation,
@@ -25,9 +26,10 @@ from fastlora.medical.evaluate import (
     largest_difference,
     model_method,
 )
+from fastlora.medical.finetuned import load_finetuned
 from fastlora.medical.metrics import METRIC_KEYS, baseline, surface_metrics, tune_threshold
 from fastlora.medical.model import save_base_model
-from fastlora.medical.regions import RegionDataset, collate_regions
+from fastlora.medical.regions import RegionDataset
 from fastlora.medical.results import (
     compact_record,
     document,
@@ -39,7 +41,6 @@ from fastlora.medical.results import (
     write_csv,
     write_meshes,
 )
-from fastlora.medical.trainer import load_finetuned
 from tests.eval_run import eval_main, evaluate_home, read_runs, shared_home, train_tiny
 from tests.test_medical_layouts import command
 from tests.tiny_run import TinyRegions, tiny_model

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.losses import TRUNCATION_VOX, LossWeights, mesh_losses
+from fastlora.medical.grids import TRUNCATION_VOX
+from fastlora.medical.losses import LossWeights, mesh_losses
 
 TERMS = ("sdf", "occupancy", "normal")
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical.batch import SparseTokens
 from fastlora.medical.model import (
     BASE_WEIGHTS,
     DecoderConfig,
     SparseLinear,
     SparseMeshDecoder,
-    SparseTokens,
     load_base_model,
     position_embedding,
     save_base_model,

@@ -14,18 +14,16 @@ from torch.utils.data import DataLoader
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical import grids
+from fastlora.medical.batch import collate_regions
 from fastlora.medical.bundled import build_bundled
 from fastlora.medical.geometry import apply_affine
+from fastlora.medical.grids import FINE, SPACING_MM, TRUNCATION_VOX
 from fastlora.medical.layouts import find_cases
-from fastlora.medical.losses import TRUNCATION_VOX
 from fastlora.medical.regions import (
-    FINE,
-    SPACING_MM,
     TOKEN_CHANNELS,
     RegionDataset,
     active_cells,
     coarse_structure,
-    collate_regions,
     token_features,
     upsample_coarse,
 )

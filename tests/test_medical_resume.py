@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastlora.errors import CheckpointError, ConfigError
+from fastlora.files import atomic_write
 from fastlora.medical import checkpointing
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.trainer import MedicalTrainer
@@ -96,14 +97,14 @@ def test_killed(moment: str, kept: int, whole_lora: MedicalTrainer, tmp_path: Pa
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
-    checkpointing.atomic_write(path, lambda file: file.write(b"old"))
+    atomic_write(path, lambda file: file.write(b"old"))
 
     def fail(file: Any) -> None:
         file.write(b"ne")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpointing.atomic_write(path, fail)
+        atomic_write(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -17,11 +17,11 @@ from fastlora import LoRALinear, load_adapter, merged_model
 from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fastlora.medical import checkpointing
 from fastlora.medical import trainer as trainer_module
-from fastlora.medical.finetuned import make_trainable, trainable_parameters
+from fastlora.medical.batch import collate_regions
+from fastlora.medical.finetuned import load_finetuned, make_trainable, trainable_parameters
 from fastlora.medical.model import SparseMeshDecoder, load_base_model, save_base_model
-from fastlora.medical.regions import collate_regions
 from fastlora.medical.train_config import TrainConfig, read_yaml
-from fastlora.medical.trainer import MedicalTrainer, epoch_order, inside_dice, load_finetuned
+from fastlora.medical.trainer import MedicalTrainer, epoch_order, inside_dice
 from tests.tiny_run import TinyRegions, tiny_model, tiny_trainer
 
 

@@ -13,16 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical.batch import RegionBatch, collate_regions
 from fastlora.medical.checkpointing import read_checkpoint
 from fastlora.medical.finetuned import load_finetuned, predict
 from fastlora.medical.phantom import write_phantom_dataset
-from fastlora.medical.regions import (
-    RegionBatch,
-    RegionDataset,
-    base_distance,
-    coarse_structure,
-    collate_regions,
-)
+from fastlora.medical.regions import RegionDataset, base_distance, coarse_structure
 from fastlora.medical.sam3d import load_part
 from fastlora.medical.sam3d_losses import SurfaceLossWeights, surface_losses, true_points
 from fastlora.medical.sam3d_model import (

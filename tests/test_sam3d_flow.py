@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 import fastlora
 from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical.batch import collate_regions
 from fastlora.medical.checkpointing import read_checkpoint
 from fastlora.medical.evaluate import Run
 from fastlora.medical.finetuned import load_base, load_finetuned
 from fastlora.medical.phantom import write_phantom_dataset
-from fastlora.medical.regions import RegionDataset, collate_regions
+from fastlora.medical.regions import RegionDataset
 from fastlora.medical.sam3d import TARGETS, latent_scale, load_part, read_generator
 from fastlora.medical.sam3d_flow import VALIDATION_DRAWS, Sam3dFlow, flow_matching_loss
 from fastlora.medical.sam3d_model import active_voxels

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fastlora
+from fastlora.medical.batch import collate_regions
 from fastlora.medical.finetuned import load_finetuned, predict
 from fastlora.medical.geometry import mesh_from_sdf
-from fastlora.medical.regions import collate_regions
 from fastlora.medical.sam3d import TARGETS as COMPONENTS
 from fastlora.medical.sam3d import load_part, sparse_tensor
 from fastlora.medical.sam3d_flow import flow_matching_loss

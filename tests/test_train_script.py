@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from fastlora.medical import checkpointing
+from fastlora.medical.finetuned import load_finetuned
 from fastlora.medical.model import save_base_model
 from fastlora.medical.phantom import write_phantom_dataset
 from fastlora.medical.train_config import TrainConfig, read_yaml
-from fastlora.medical.trainer import MedicalTrainer, load_finetuned
+from fastlora.medical.trainer import MedicalTrainer
 from tests.tiny_run import tiny_model, tiny_trainer
 
 ROOT = Path(__file__).parent.parent

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from fastlora.medical import checkpointing
+from fastlora.medical.grids import truncated_sdf
 from fastlora.medical.model import DecoderConfig, SparseMeshDecoder
-from fastlora.medical.regions import TOKEN_CHANNELS, region_arrays, truncated_sdf
+from fastlora.medical.regions import TOKEN_CHANNELS, region_arrays
 from fastlora.medical.run_folder import RunFolder
-from fastlora.medical.trainer import MedicalTrainer, TrainConfig
+from fastlora.medical.train_config import TrainConfig
+from fastlora.medical.trainer import MedicalTrainer
 
 
 @cache

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.errors import ConfigError, TrainingError
-from fastlora.medical.model import SparseTokens
+from fastlora.medical.batch import SparseTokens
 from fastlora.medical.sam3d_flow import Sam3dFlow
 from fastlora.medical.sam3d_model import Decoded, Sam3dModel, Surface
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical.batch import RegionBatch, collate_regions
 from fastlora.medical.checkpointing import read_checkpoint
 from fastlora.medical.finetuned import MeshModel, load_base, load_finetuned, predict
 from fastlora.medical.metrics import (
@@ -25,8 +26,9 @@ from fastlora.medical.metrics import (
     surface_metrics,
     tune_threshold,
 )
-from fastlora.medical.regions import SPLIT_NOTES, RegionBatch, RegionDataset, collate_regions
+from fastlora.medical.regions import RegionDataset
 from fastlora.medical.run_folder import RunFolder
+from fastlora.medical.splits import SPLIT_NOTES
 from fastlora.medical.train_config import TrainConfig, read_yaml
 from fastlora.medical.train_data import load_splits, with_latents
 from fastlora.medical.trainer import resolve_device

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fastlora import merged_model, named_lora_layers, setup_lora_for_medical_finetuning
 from fastlora.errors import CheckpointError, ConfigError
-from fastlora.medical.checkpointing import check_tensors, model_sha256, read_checkpoint
+from fastlora.files import check_tensors
+from fastlora.medical.batch import RegionBatch
+from fastlora.medical.checkpointing import model_sha256, read_checkpoint
 from fastlora.medical.model import SparseMeshDecoder, load_base_model
-from fastlora.medical.regions import RegionBatch
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.sam3d_flow import Sam3dFlow, load_flow
 from fastlora.medical.sam3d_model import Decoded, Sam3dModel, load_sam3d

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from fastlora import files
 from fastlora.errors import DataError
 from fastlora.medical.geometry import regrid, resample, sdf_from_mask
-from fastlora.medical.losses import TRUNCATION_VOX
 from fastlora.medical.volumes import Case, Volume, window
 
 log = logging.getLogger(__name__)
@@ -28,6 +27,9 @@ COARSE = 8
 CELL = 4
 FINE = COARSE * CELL
 """A region has FINE³ fine voxels of SPACING_MM, in COARSE³ cells of CELL³."""
+
+TRUNCATION_VOX = 4.0
+"""Distance (fine voxels) at which the true SDF is truncated: one coarse cell."""
 
 MARGIN = FINE // 2
 """Fine voxels kept around a structure's bounding box."""

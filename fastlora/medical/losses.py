@@ -22,14 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical.batch import RegionBatch
+from fastlora.medical.grids import TRUNCATION_VOX
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from fastlora.medical.regions import RegionBatch
-
-TRUNCATION_VOX = 4.0
-"""Distance (fine voxels) at which the true SDF is truncated: one coarse cell."""
 
 OCCUPANCY_WIDTH_VOX = 0.5
 """Width ``w`` (fine voxels) of the sigmoid that turns a distance into an occupancy."""

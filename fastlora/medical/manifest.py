@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.errors import DataError
-from fastlora.files import read_json
-from fastlora.medical.checkpointing import atomic_write, write_json
+from fastlora.files import atomic_write, read_json, write_json
 from fastlora.medical.generated import sha256
 from fastlora.medical.volumes import Case
 

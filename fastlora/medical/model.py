@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,43 +28,10 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
-
-if TYPE_CHECKING:
-    from fastlora.medical.regions import RegionBatch
+from fastlora.medical.batch import RegionBatch, SparseTokens
 
 BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
 """The packaged base: pretrained on procedural shapes, it has seen no anatomy. ``base.json`` beside it says how."""
-
-
-@dataclass(frozen=True, eq=False)
-class SparseTokens:
-    """Features at active cells.
-
-    feats: (T, C), one row a token.
-    coords: (T, 4) int64, ``[sample, i, j, k]`` of each token's cell, the samples in ascending order.
-
-    Raises:
-        DataError: the shapes do not belong together.
-    """
-
-    feats: Tensor
-    coords: Tensor
-
-    def __post_init__(self) -> None:
-        if self.feats.ndim != 2:
-            raise DataError(f"feats: expected (T, C), got {tuple(self.feats.shape)}")
-        if self.coords.shape != (len(self.feats), 4):
-            raise DataError(
-                f"coords: expected ({len(self.feats)}, 4), got {tuple(self.coords.shape)}"
-            )
-
-    def replace(self, feats: Tensor) -> SparseTokens:
-        """Other features at the same cells."""
-        return SparseTokens(feats, self.coords)
-
-    def to(self, device: torch.device | str) -> SparseTokens:
-        """The same tokens on another device."""
-        return SparseTokens(self.feats.to(device), self.coords.to(device))
 
 
 class SparseLinear(nn.Linear):

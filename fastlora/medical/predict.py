@@ -21,14 +21,15 @@ import trimesh
 from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.files import atomic_write
 from fastlora.medical import dicom
-from fastlora.medical.checkpointing import atomic_write
+from fastlora.medical.batch import collate_regions
 from fastlora.medical.finetuned import MeshModel, predict
 from fastlora.medical.geometry import mesh_from_sdf, voxelise
 from fastlora.medical.grids import FINE, SPACING_MM, Array, StructureGrid
 from fastlora.medical.layouts import DICOM_MODALITIES, IMAGE_NAMES, NIFTI_ENDINGS, structure_name
 from fastlora.medical.metrics import overlap
-from fastlora.medical.regions import base_distance, coarse_structure, collate_regions, region_arrays
+from fastlora.medical.regions import base_distance, coarse_structure, region_arrays
 from fastlora.medical.volumes import (
     Modality,
     Source,

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastlora.errors import ConfigError, DataError
@@ -30,40 +27,12 @@ from fastlora.medical.grids import (
     SPACING_MM,
     Array,
     StructureGrid,
-    truncated_sdf,
 )
-from fastlora.medical.model import SparseTokens
 from fastlora.medical.splits import (
     MIN_FILLED,
-    SPLIT_NOTES,
     RegionSpec,
-    check_no_leak,
     group_of,
-    kind_of,
-    make_splits,
 )
-
-__all__ = [
-    "FINE",
-    "SPACING_MM",
-    "SPLIT_NOTES",
-    "TOKEN_CHANNELS",
-    "RegionBatch",
-    "RegionDataset",
-    "RegionSpec",
-    "active_cells",
-    "base_distance",
-    "check_no_leak",
-    "coarse_structure",
-    "collate_regions",
-    "group_of",
-    "kind_of",
-    "make_splits",
-    "region_arrays",
-    "token_features",
-    "truncated_sdf",
-    "upsample_coarse",
-]
 
 CONTEXT = 2
 """Image voxels around a cell that its token sees as well."""
@@ -252,71 +221,3 @@ def _augmented(
     # Not cut to [0, 1] again: that would wipe out the contrast among bright tissues.
     changed = ((image - 0.5) * gain + 0.5 + bias + noise).astype(np.float32)
     return changed, np.ascontiguousarray(sdf), affine
-
-
-@dataclass(frozen=True, eq=False)
-class RegionBatch:
-    """A batch of regions; shapes as in ``RegionDataset`` with B in front, the tokens of all regions in one list.
-
-    Where the dataset gives them, slat: cached latents at voxels of SAM 3D's decoder; latents: (B, N, C) by name, of its stage-1 model;
-    condition: (B, L, D), of a generator.
-    """
-
-    tokens: SparseTokens
-    coarse: Tensor
-    base_vox: Tensor
-    sdf_vox: Tensor
-    image: Tensor
-    affine: Tensor
-    spacing: Tensor
-    meta: list[dict[str, str]]
-    slat: SparseTokens | None = None
-    latents: dict[str, Tensor] | None = None
-    condition: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.meta)
-
-    def to(self, device: torch.device | str) -> RegionBatch:
-        """The same batch on another device."""
-        kept = ("meta", "latents")
-        moved = {n: v.to(device) for n, v in vars(self).items() if n not in kept and v is not None}
-        latents = self.latents and {name: x.to(device) for name, x in self.latents.items()}
-        return RegionBatch(**moved, meta=self.meta, latents=latents)
-
-
-def collate_regions(samples: Sequence[dict[str, Any]]) -> RegionBatch:
-    """Samples of ``RegionDataset`` -> one batch, tokens' coords as ``[sample, i, j, k]``."""
-    coords = _numbered([s["coords"] for s in samples])
-    stacked = {
-        name: torch.from_numpy(np.stack([s[name] for s in samples]))
-        for name in ("coarse", "base_vox", "sdf_vox", "image", "affine")
-    }
-    return RegionBatch(
-        tokens=SparseTokens(
-            torch.from_numpy(np.concatenate([s["feats"] for s in samples])),
-            torch.from_numpy(coords),
-        ),
-        spacing=torch.tensor([s["spacing"] for s in samples], dtype=torch.float64),
-        meta=[s["meta"] for s in samples],
-        slat=SparseTokens(
-            torch.cat([s["slat_feats"] for s in samples]),
-            torch.from_numpy(_numbered([s["slat_coords"].numpy() for s in samples])),
-        )
-        if "slat_coords" in samples[0]
-        else None,
-        latents={n: torch.stack([s["latents"][n] for s in samples]) for n in samples[0]["latents"]}
-        if "latents" in samples[0]
-        else None,
-        condition=torch.stack([s["condition"] for s in samples])
-        if "condition" in samples[0]
-        else None,
-        **stacked,
-    )
-
-
-def _numbered(cells: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Cells (T, 3) of each sample -> one list (T, 4), the sample's number in front."""
-    return np.concatenate(
-        [np.concatenate([np.full((len(c), 1), n), c], axis=1) for n, c in enumerate(cells)]
-    )

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
 from fastlora.errors import ConfigError
-from fastlora.medical.checkpointing import atomic_write
+from fastlora.files import atomic_write
 from fastlora.medical.evaluate import LABELS, Evaluation, Record, Run
 from fastlora.medical.geometry import apply_affine, mesh_from_sdf
 from fastlora.medical.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined

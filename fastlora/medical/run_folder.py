@@ -16,14 +16,8 @@ from typing import Any, BinaryIO
 import yaml
 
 from fastlora.errors import CheckpointError, ConfigError, TrainingError
-from fastlora.files import read_json
-from fastlora.medical.checkpointing import (
-    atomic_write,
-    check_history,
-    read_checkpoint,
-    write_checkpoint,
-    write_json,
-)
+from fastlora.files import atomic_write, read_json, write_json
+from fastlora.medical.checkpointing import check_history, read_checkpoint, write_checkpoint
 
 
 class RunFolder:

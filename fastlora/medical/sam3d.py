@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastlora import files
 from fastlora.errors import CheckpointError, ConfigError, FastLoRAError
-from fastlora.medical.checkpointing import check_tensors
+from fastlora.files import check_tensors
 
 log = logging.getLogger(__name__)
 

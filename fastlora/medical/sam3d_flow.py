@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastlora import freeze_base_params, inject_lora
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.regions import RegionBatch
+from fastlora.medical.batch import RegionBatch
 from fastlora.medical.sam3d import (
     TARGETS,
     GeneratorSettings,

@@ -23,11 +23,12 @@ from skimage import measure
 from torch import Tensor
 
 from fastlora.errors import DataError
-from fastlora.medical.losses import TRUNCATION_VOX, check_weights
+from fastlora.medical.grids import TRUNCATION_VOX
+from fastlora.medical.losses import check_weights
 from fastlora.medical.sam3d_model import Decoded, Surface, sample_volume
 
 if TYPE_CHECKING:
-    from fastlora.medical.regions import RegionBatch
+    from fastlora.medical.batch import RegionBatch
 
 CHAMFER_POINTS = 2048
 """How many points of each surface are compared, evenly spread over its list."""

@@ -21,10 +21,8 @@ from torch import Tensor, nn
 
 from fastlora import freeze_base_params, inject_lora
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.grids import FINE
-from fastlora.medical.losses import TRUNCATION_VOX
-from fastlora.medical.model import SparseTokens
-from fastlora.medical.regions import RegionBatch
+from fastlora.medical.batch import RegionBatch, SparseTokens
+from fastlora.medical.grids import FINE, TRUNCATION_VOX
 from fastlora.medical.sam3d import load_part, sparse_tensor
 
 PATCH = 5

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from fastlora import files
 from fastlora.errors import DataError
-from fastlora.medical.grids import FINE
-from fastlora.medical.losses import TRUNCATION_VOX
+from fastlora.medical.grids import FINE, TRUNCATION_VOX
 from fastlora.medical.regions import RegionDataset
 
 KINDS = ("safetensors", "npz")

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.geometry import FloatArray, apply_affine, pointmap, spacing_of
 from fastlora.medical.prepared import Prepared, SliceConfig, load_prepared, to_canonical
-from fastlora.medical.regions import kind_of
+from fastlora.medical.splits import kind_of
 from fastlora.medical.volumes import Case
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order

@@ -29,7 +29,9 @@ from tqdm import tqdm
 
 from fastlora import count_parameters, save_adapter
 from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
+from fastlora.files import check_tensors
 from fastlora.medical import checkpointing
+from fastlora.medical.batch import RegionBatch, collate_regions
 from fastlora.medical.checkpointing import score
 from fastlora.medical.distributed import (
     Ranks,
@@ -58,7 +60,6 @@ from fastlora.medical.finetuned import (
     trainable_parameters,
 )
 from fastlora.medical.losses import LossWeights, mesh_losses
-from fastlora.medical.regions import RegionBatch, collate_regions
 from fastlora.medical.run_folder import RunFolder
 from fastlora.medical.sam3d_flow import Sam3dFlow
 from fastlora.medical.sam3d_losses import SurfaceLossWeights, surface_losses
@@ -527,7 +528,7 @@ class MedicalTrainer:
         best = content["best"] or content
         parameters = trainable_parameters(self.model)
         for state in (content, best):
-            checkpointing.check_tensors(state["model"], parameters, str(path))
+            check_tensors(state["model"], parameters, str(path))
         self._check_same_run(content, path)
         where = str(path)
         checkpointing.check_optimizer(content["optimizer"], self.optimizer, f"{where}: optimizer")
