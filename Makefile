@@ -14,7 +14,7 @@ test: $(VENV)/.test  ## the whole test suite
 	$(VENV)/bin/python -m pytest -q
 
 soak: $(VENV)/.test  ## the long forms of the reliability tests, and the table of docs/reliability.md
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.soak
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.support.soak
 
 lint: $(VENV)/.test  ## style and types
 	$(VENV)/bin/ruff check .

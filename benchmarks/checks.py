@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from workload import Workload, trainable
 
 import fastlora
-from fastlora import reference
+from fastlora.ops import reference
 
 NAMES = ("y", "dx", "dlora_a", "dlora_b")
 SEED = 0x5EED

@@ -120,8 +120,8 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from fastlora import dispatch, triton_ops
     from fastlora.kernels.config import ARCHITECTURES
+    from fastlora.ops import dispatch, triton_ops
 
     class Named:
         """A driver that says which GPU to compile for, and can do nothing else."""

@@ -1,26 +1,6 @@
 """fastlora: low-rank adapters for linear layers, with less time and memory. See the README for a first example."""
 
-from fastlora.adapters import (
-    active_adapter,
-    add_adapter,
-    combine_adapters,
-    delete_adapter,
-    list_adapters,
-    set_adapter,
-    use_adapter,
-)
-from fastlora.base_state import base_state_dict, load_base_state_dict
-from fastlora.checkpoint import (
-    LoadResult,
-    get_lora_state_dict,
-    load_adapter,
-    load_lora_state_dict,
-    save_adapter,
-)
 from fastlora.config import LoRAConfig
-from fastlora.conv import LoRAConv
-from fastlora.dispatch import Choice
-from fastlora.embedding import LoRAEmbedding
 from fastlora.errors import (
     BackendError,
     CheckError,
@@ -33,9 +13,30 @@ from fastlora.errors import (
     MergeError,
     TrainingError,
 )
-from fastlora.exporter import export
-from fastlora.fusion import FusionReport, fuse, unfuse
-from fastlora.inject import (
+from fastlora.io.base_state import base_state_dict, load_base_state_dict
+from fastlora.io.checkpoint import (
+    LoadResult,
+    get_lora_state_dict,
+    load_adapter,
+    load_lora_state_dict,
+    save_adapter,
+)
+from fastlora.io.exporter import export
+from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.conv import LoRAConv
+from fastlora.layers.embedding import LoRAEmbedding
+from fastlora.layers.linear import LoRALinear, LoRATransposedLinear
+from fastlora.model.adapters import (
+    active_adapter,
+    add_adapter,
+    combine_adapters,
+    delete_adapter,
+    list_adapters,
+    set_adapter,
+    use_adapter,
+)
+from fastlora.model.fusion import FusionReport, fuse, unfuse
+from fastlora.model.inject import (
     count_parameters,
     freeze_base_params,
     get_lora_params,
@@ -43,17 +44,17 @@ from fastlora.inject import (
     print_trainable_parameters,
     setup_lora_for_medical_finetuning,
 )
-from fastlora.layer import LoRALinear, LoRATransposedLinear
-from fastlora.lora_layer import LoRALayer, named_lora_layers
-from fastlora.loraplus import loraplus_groups
-from fastlora.memory import MemoryEstimate, estimate
-from fastlora.merge import MergeReport, merge_lora_weights, merge_report, merged_model
-from fastlora.ops import lora_linear
-from fastlora.peft import AccelerationReport, accelerate, restore
-from fastlora.peft_format import from_pretrained, save_pretrained
-from fastlora.selftest import CheckReport, check
-from fastlora.survey import LayerTable, explain, preview
-from fastlora.switch import disable_adapter
+from fastlora.model.loraplus import loraplus_groups
+from fastlora.model.merge import MergeReport, merge_lora_weights, merge_report, merged_model
+from fastlora.model.switch import disable_adapter
+from fastlora.ops.dispatch import Choice
+from fastlora.ops.linear import lora_linear
+from fastlora.peft import accelerate
+from fastlora.peft.accelerate import AccelerationReport, restore
+from fastlora.peft.format import from_pretrained, save_pretrained
+from fastlora.report.memory import MemoryEstimate, estimate
+from fastlora.report.selftest import CheckReport, check
+from fastlora.report.survey import LayerTable, explain, preview
 
 __version__ = "0.1.0"
 

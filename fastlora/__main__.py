@@ -2,7 +2,7 @@
 
 import sys
 
-from fastlora.cli import main
+from fastlora.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
     keep(i, j) = int16(lane j % 8 of Philox(seed; j // 8, i, 0, 0)) ≥ threshold − 2¹⁵
 
-is the dropout mask of `fastlora.reference.keep_mask`, bit for bit. One Philox call serves eight neighbouring columns.
+is the dropout mask of `fastlora.ops.reference.keep_mask`, bit for bit. One Philox call serves eight neighbouring columns.
 """
 
 import triton

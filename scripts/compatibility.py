@@ -42,12 +42,12 @@ def requirements(oldest: bool) -> list[str]:
 def left_out() -> list[str]:
     """The test files that need the medical application, or look at this checkout's documents."""
     other = re.compile(
-        r"fastlora\.medical|tests\.hostile|tests\.layouts|tests\.tiny_run|endurance|nibabel"
+        r"fastlora\.medical|support\.(hostile|layouts|tiny_run|endurance)|import endurance|nibabel"
     )
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     pages = ("test_docs.py", "test_layout.py")
     found = [file for file in files if file.name in pages or other.search(file.read_text())]
-    return [f"tests/{file.name}" for file in found]
+    return [str(file.relative_to(ROOT)) for file in found]
 
 
 def environment(folder: Path, python: str, oldest: bool) -> Path:
@@ -122,7 +122,7 @@ def page(rows: Sequence[dict[str, str | int]], failed: dict[str, list[str]]) -> 
             "",
             "- The kernels need Triton 3.4. Before that the library imports, runs torch on every device, and `explain` says so; the five test files of the",
             "  kernels (`tests/conftest.py` names them) are then not collected, and are in no count.",
-            "- Tests that an old torch cannot pass are skipped with the reason (`tests/versions.py`); so are those of packages that are not installed here",
+            "- Tests that an old torch cannot pass are skipped with the reason (`tests/support/versions.py`); so are those of packages that are not installed here",
             "  (ONNX, bitsandbytes, torchao, diffusers, accelerate's trainer).",
             "- The medical application is not in this table.",
             "",

@@ -12,10 +12,10 @@ from typing import Any
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.files import atomic_write, write_json
 from fastlora.medical.console import Parser, show_log
-from fastlora.medical.evaluate import LABELS, Run, compare_runs
-from fastlora.medical.metrics import TOLERANCE_MM
-from fastlora.medical.report import examples, render, slices_png
-from fastlora.medical.results import (
+from fastlora.medical.evaluation.evaluate import LABELS, Run, compare_runs
+from fastlora.medical.evaluation.metrics import TOLERANCE_MM
+from fastlora.medical.evaluation.report import examples, render, slices_png
+from fastlora.medical.evaluation.results import (
     EVERYTHING,
     MESH_FORMATS,
     compact_record,
@@ -23,7 +23,7 @@ from fastlora.medical.results import (
     write_csv,
     write_meshes,
 )
-from fastlora.medical.tables import number
+from fastlora.medical.evaluation.tables import number
 
 
 def build_parser() -> argparse.ArgumentParser:

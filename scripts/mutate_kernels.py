@@ -20,7 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/test_kernels.py", "tests/test_triton_glue.py", "tests/test_dispatch.py")
+TESTS = (
+    "tests/kernels/test_kernels.py",
+    "tests/ops/test_triton_ops.py",
+    "tests/ops/test_dispatch.py",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Mutant:
 
 TILES, GEMM, FORWARD = "kernels/tiles.py", "kernels/gemm.py", "kernels/forward.py"
 BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/config.py"
-OPS, GLUE = "fastlora/triton_ops.py", "fastlora/ops.py"
+OPS, GLUE = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
 
 MUTANTS = (
     # the mask

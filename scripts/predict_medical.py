@@ -13,16 +13,23 @@ from typing import Any
 from fastlora.errors import ConfigError, DataError, FastLoRAError
 from fastlora.files import atomic_write
 from fastlora.medical.console import Parser, show_log
-from fastlora.medical.finetuned import load_finetuned
-from fastlora.medical.layouts import find_cases
-from fastlora.medical.overlay import overlay_picture
-from fastlora.medical.predict import SPACES, Subject, predict_mesh, read_subject, stem, write_mesh
-from fastlora.medical.results import MESH_FORMATS
-from fastlora.medical.run_folder import RunFolder
-from fastlora.medical.slices import select_structures
-from fastlora.medical.train_config import TrainConfig
-from fastlora.medical.trainer import resolve_device
-from fastlora.medical.volumes import Volume, tissue_of, window
+from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.slices import select_structures
+from fastlora.medical.data.volumes import Volume, tissue_of, window
+from fastlora.medical.evaluation.overlay import overlay_picture
+from fastlora.medical.evaluation.predict import (
+    SPACES,
+    Subject,
+    predict_mesh,
+    read_subject,
+    stem,
+    write_mesh,
+)
+from fastlora.medical.evaluation.results import MESH_FORMATS
+from fastlora.medical.training.config import TrainConfig
+from fastlora.medical.training.finetuned import load_finetuned
+from fastlora.medical.training.run_folder import RunFolder
+from fastlora.medical.training.trainer import resolve_device
 
 COLUMNS = ["subject", "structure", "mesh", "volume_ml", "dice_with_mask", "watertight", "problem"]
 

@@ -20,16 +20,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastlora.errors import FastLoRAError
-from fastlora.medical.bundled import build_bundled
 from fastlora.medical.console import show_log
-from fastlora.medical.layouts import find_cases
-from fastlora.medical.manifest import NAME, SKIPPED, Outcome, read_manifest, verify, write_manifest
-from fastlora.medical.phantom import write_phantom_dataset
-from fastlora.medical.prepared import SliceConfig
-from fastlora.medical.preprocess import Plan, preprocess
-from fastlora.medical.slices import AXES, parse_axes, select_structures
-from fastlora.medical.train_data import BUNDLED, SYNTHETIC
-from fastlora.medical.volumes import Case
+from fastlora.medical.data.bundled import build_bundled
+from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.manifest import (
+    NAME,
+    SKIPPED,
+    Outcome,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from fastlora.medical.data.phantom import write_phantom_dataset
+from fastlora.medical.data.prepared import SliceConfig
+from fastlora.medical.data.preprocess import Plan, preprocess
+from fastlora.medical.data.slices import AXES, parse_axes, select_structures
+from fastlora.medical.data.volumes import Case
+from fastlora.medical.training.data import BUNDLED, SYNTHETIC
 
 HEADER = f"{'subject':16} {'structure':34} {'box':12} {'spacing mm':15} {'volume ml':>10} "
 

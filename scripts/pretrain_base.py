@@ -21,12 +21,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastlora.errors import ConfigError, FastLoRAError
-from fastlora.medical.batch import collate_regions
-from fastlora.medical.grids import FINE, SPACING_MM, truncated_sdf
-from fastlora.medical.losses import mesh_losses
-from fastlora.medical.model import BASE_WEIGHTS, DecoderConfig, SparseMeshDecoder, save_base_model
-from fastlora.medical.phantom import make_phantom
-from fastlora.medical.regions import TOKEN_CHANNELS, region_arrays
+from fastlora.medical.data.batch import collate_regions
+from fastlora.medical.data.grids import FINE, SPACING_MM, truncated_sdf
+from fastlora.medical.data.phantom import make_phantom
+from fastlora.medical.data.regions import TOKEN_CHANNELS, region_arrays
+from fastlora.medical.models.decoder import (
+    BASE_WEIGHTS,
+    DecoderConfig,
+    SparseMeshDecoder,
+    save_base_model,
+)
+from fastlora.medical.models.losses import mesh_losses
 
 
 class PhantomRegions(Dataset[dict[str, Any]]):
@@ -115,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = pretrain(config, args.steps, args.batch_size, args.lr, args.seed)
         recipe = {k: v for k, v in vars(args).items() if k != "output"}
         provenance = {
-            "trained_on": "procedural shapes (fastlora.medical.phantom), no anatomy",
+            "trained_on": "procedural shapes (fastlora.medical.data.phantom), no anatomy",
             "command": "python scripts/pretrain_base.py "
             + " ".join(f"--{k} {v}" for k, v in recipe.items()),
             "seconds": round(time.monotonic() - began),

@@ -16,14 +16,14 @@ from matplotlib import pyplot as plt
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.files import write_json
-from fastlora.medical.evaluate import evaluate, model_method
-from fastlora.medical.finetuned import load_finetuned
-from fastlora.medical.metrics import TOLERANCE_MM
-from fastlora.medical.regions import RegionDataset
-from fastlora.medical.results import environment, summarise
-from fastlora.medical.train_config import TrainConfig, read_yaml
-from fastlora.medical.train_data import load_splits
-from fastlora.medical.trainer import MedicalTrainer
+from fastlora.medical.data.regions import RegionDataset
+from fastlora.medical.evaluation.evaluate import evaluate, model_method
+from fastlora.medical.evaluation.metrics import TOLERANCE_MM
+from fastlora.medical.evaluation.results import environment, summarise
+from fastlora.medical.training.config import TrainConfig, read_yaml
+from fastlora.medical.training.data import load_splits
+from fastlora.medical.training.finetuned import load_finetuned
+from fastlora.medical.training.trainer import MedicalTrainer
 
 LORA_LR = 5e-3  # at every rank, unless the shared settings say otherwise
 METRICS = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd": f"NSD@{TOLERANCE_MM:g} mm"}

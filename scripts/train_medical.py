@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.errors import ConfigError, FastLoRAError
-from fastlora.medical.checkpointing import read_checkpoint
 from fastlora.medical.console import Parser, show_log
-from fastlora.medical.distributed import local_device, process_group
-from fastlora.medical.run_folder import RunFolder
-from fastlora.medical.train_config import TrainConfig, nearest, read_yaml, value_type
-from fastlora.medical.trainer import MedicalTrainer, resolve_device
+from fastlora.medical.training.checkpointing import read_checkpoint
+from fastlora.medical.training.config import TrainConfig, nearest, read_yaml, value_type
+from fastlora.medical.training.distributed import local_device, process_group
+from fastlora.medical.training.run_folder import RunFolder
+from fastlora.medical.training.trainer import MedicalTrainer, resolve_device
 
 # What argparse has to know of a field beyond its type.
 EXTRAS: dict[str, dict[str, Any]] = {

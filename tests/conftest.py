@@ -15,8 +15,8 @@ try:
     import triton.tools.tensor_descriptor  # noqa: F401
 except ImportError:
     collect_ignore = [
-        *("test_compile.py", "test_dispatch.py", "test_kernels.py"),
-        *("test_triton_glue.py", "test_tune.py"),
+        *("ops/test_compile.py", "ops/test_dispatch.py", "ops/test_triton_ops.py"),
+        *("ops/test_tune.py", "kernels/test_kernels.py"),
     ]
 
 

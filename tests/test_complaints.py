@@ -38,9 +38,9 @@ from fastlora import (
     set_adapter,
     setup_lora_for_medical_finetuning,
 )
-from tests.models import Decoder, randomise_adapters
-from tests.tolerance import assert_close, assert_differs
-from tests.versions import needs_torch
+from tests.support.models import Decoder, randomise_adapters
+from tests.support.tolerance import assert_close, assert_differs
+from tests.support.versions import needs_torch
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 

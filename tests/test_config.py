@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlora import ConfigError, InjectionError, LoRAConfig, inject_lora, named_lora_layers
-from tests.models import Decoder
+from tests.support.models import Decoder
 
 
 def test_pefts_names_are_accepted():

@@ -2,14 +2,14 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastlora
+from tests.support.paths import ROOT
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 def run(code, folder, monkeypatch, names=None):
@@ -88,7 +88,7 @@ def test_every_integration_is_tested():
             "accelerate",
             "DPO, as in TRL",
             "Lightning",
-            "PEFT's own tests",  # a command for another repository's tests; tests/test_peft_suite.py tests the plugin
+            "PEFT's own tests",  # a command for another repository's tests; tests/peft/test_suite.py tests the plugin
         ]
     )
 

@@ -18,14 +18,15 @@ import torch
 
 import fastlora
 from fastlora import files
-from fastlora.adapter_files import merge_files, read_adapter
+from fastlora.cli.adapter_files import merge_files, read_adapter
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.files import atomic_write
-from fastlora.medical import checkpointing, volumes
-from fastlora.medical.train_config import read_yaml
-from tests.hostile import attack, readers, replace_leaf, time_limit
-from tests.models import Decoder
-from tests.tiny_run import tiny_trainer
+from fastlora.medical.data import volumes
+from fastlora.medical.training import checkpointing
+from fastlora.medical.training.config import read_yaml
+from tests.support.hostile import attack, readers, replace_leaf, time_limit
+from tests.support.models import Decoder
+from tests.support.tiny_run import tiny_trainer
 
 INPUTS = 25
 

@@ -11,73 +11,31 @@ from pathlib import Path
 import pytest
 
 import fastlora
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# module of fastlora -> the modules of fastlora it may import
+# package or module of fastlora -> what of fastlora it may import, itself left out; "medical" may use the public names besides
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "reference": set(),
-    "cost": {"kernels"},
-    "tuned": {"errors", "files", "kernels"},
-    "dispatch": {"config", "cost", "errors", "kernels", "tuned"},
-    "triton_ops": {"dispatch", "kernels", "reference"},
-    "cpu_dropout": {"reference"},
-    "ops": {"cpu_dropout", "dispatch", "errors", "reference"},
-    "tune": {"cost", "dispatch", "errors", "kernels", "reference", "triton_ops", "tuned"},
-    "group_ops": {"ops", "reference", "triton_ops"},
-    "fusion": {"dispatch", "errors", "group_ops", "layer", "lora_layer", "ops"},
-    "quantised": set(),
-    "lora_layer": {"config", "dispatch", "errors", "ops", "quantised"},
-    "layer": {"dispatch", "lora_layer", "ops", "quantised", "reference"},
-    "conv": {"dispatch", "errors", "lora_layer"},
-    "embedding": {"dispatch", "lora_layer"},
     "config": {"errors", "files"},
-    "kinds": {"config", "conv", "embedding", "layer", "lora_layer"},
-    "memory": {"config", "errors", "kinds", "layer", "lora_layer", "quantised", "selection"},
-    "survey": {
-        "config",
-        "dispatch",
-        "errors",
-        "kinds",
-        "layer",
-        "lora_layer",
-        "memory",
-        "quantised",
-        "selection",
-    },
-    "loraplus": {"embedding", "errors", "lora_layer"},
-    "selftest": {"errors", "lora_layer"},
-    "initialise": {"embedding", "layer", "lora_layer"},
-    "selection": {"config", "errors", "kinds", "lora_layer", "record"},
-    "record": {"lora_layer"},
-    "inject": {"config", "errors", "initialise", "kinds", "lora_layer", "record", "selection"},
-    "adapters": {"config", "errors", "inject", "lora_layer", "record", "selection"},
-    "merge": {"errors", "lora_layer", "record"},
-    "switch": {"errors", "lora_layer"},
-    "checkpoint": {"errors", "files", "lora_layer"},
-    "base_state": {"checkpoint", "errors", "layer", "lora_layer"},
-    "exporter": {"errors", "layer", "lora_layer", "merge", "record"},
-    "peft_layer": {"layer", "ops"},
-    "peft": {"errors", "peft_layer"},
-    "peft_config": {"config", "errors", "files", "kinds", "layer", "lora_layer", "selection"},
-    "peft_format": {
-        "adapters",
-        "checkpoint",
-        "config",
-        "embedding",
-        "errors",
-        "files",
-        "inject",
-        "kinds",
-        "lora_layer",
-        "peft_config",
-        "record",
-    },
-    "adapter_files": {"checkpoint", "config", "errors", "files", "peft_config"},
-    "cli": {"adapter_files", "errors"},
+    "ops": {"errors", "files", "config", "kernels"},
+    "layers": {"errors", "config", "ops"},
+    "model": {"errors", "config", "ops", "layers"},
+    "io": {"errors", "files", "config", "layers", "model"},
+    "report": {"errors", "config", "ops", "layers", "model"},
+    "peft": {"errors", "files", "config", "ops", "layers", "model", "io"},
+    "cli": {"errors", "files", "config", "io", "peft"},
+    "tune": {"ops"},
     "__main__": {"cli"},
+    "medical": {"errors", "files"},
+}
+MEDICAL_MAY_IMPORT = {
+    "console": set(),
+    "data": set(),
+    "models": {"data"},
+    "sam3d": {"data", "models"},
+    "training": {"data", "models", "sam3d"},
+    "evaluation": {"data", "models", "training"},
 }
 
 PUBLIC = [
@@ -158,22 +116,53 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def test_the_core_imports_downward_only():
-    core = {file.stem: file for file in (ROOT / "fastlora").glob("*.py") if file.stem != "__init__"}
-    assert set(core) == set(MAY_IMPORT)
-    for name, file in core.items():
-        used = {i.split(".")[1] for i in imports(file) if i.startswith("fastlora.")}
-        assert used <= MAY_IMPORT[name], f"{name} imports {used - MAY_IMPORT[name]}"
+def rooms(folder: Path) -> dict[str, list[Path]]:
+    """The files of each package, and of each module, that lies in `folder`."""
+    found = {file.stem: [file] for file in folder.glob("*.py") if file.stem != "__init__"}
+    packages = [path.parent for path in folder.glob("*/__init__.py")]
+    return found | {path.name: sorted(path.rglob("*.py")) for path in packages}
 
 
-def test_medical_uses_only_public_names_and_nothing_uses_medical():
-    for file in (ROOT / "fastlora" / "medical").rglob("*.py"):
-        for name in imports(file):
-            if not name.startswith("fastlora.") or name.startswith("fastlora.medical"):
-                continue
-            public = name.removeprefix("fastlora.").removeprefix("errors.")
-            shared = name.startswith("fastlora.files")  # as public as the errors
-            assert shared or public in fastlora.__all__, f"{file.name} imports {name}"
+@pytest.mark.parametrize(
+    ("folder", "allowed"), [("fastlora", MAY_IMPORT), ("fastlora/medical", MEDICAL_MAY_IMPORT)]
+)
+def test_packages_import_downward_only(folder, allowed):
+    found = rooms(ROOT / folder)
+    assert set(found) == set(allowed)
+    prefix = folder.replace("/", ".") + "."
+    for name, files in found.items():
+        for file in files:
+            names = {i.removeprefix(prefix) for i in imports(file) if i.startswith(prefix)}
+            above = {n.split(".")[0] for n in names} - {name} - allowed[name]
+            if name == "medical":
+                above -= set(fastlora.__all__)
+            assert not above, f"{file.relative_to(ROOT)} imports {above}"
+
+
+def test_no_module_reaches_itself_through_its_imports():
+    """Imports for types only and inside functions count as well."""
+    files = {
+        ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f
+        for f in (ROOT / "fastlora").rglob("*.py")
+    }
+    graph = {
+        name: {m for i in imports(f) for m in (i, i.rpartition(".")[0]) if m in files}
+        - {"fastlora"}
+        for name, f in files.items()
+    }
+    while graph:  # take away, again and again, what imports nothing that is left
+        ends = {name for name, used in graph.items() if not used & graph.keys()}
+        assert ends, f"a circle among {sorted(graph)}"
+        graph = {name: used for name, used in graph.items() if name not in ends}
+
+
+def test_every_package_has_its_tests_in_a_folder_of_its_name():
+    packages = {
+        f.parent.relative_to(ROOT / "fastlora") for f in (ROOT / "fastlora").rglob("*/__init__.py")
+    }
+    packages -= {Path(".")}
+    folders = {f.parent.relative_to(ROOT / "tests") for f in (ROOT / "tests").rglob("test_*.py")}
+    assert packages - {Path("medical")} <= folders
 
 
 def test_kernels_import_nothing_of_fastlora_and_are_no_package():
@@ -252,7 +241,7 @@ import site, sys
 for path in sys.argv[1:]:
     site.addsitedir(path)
 import torch, fastlora, fastlora.kernels.config
-from fastlora.medical.model import load_base_model
+from fastlora.medical.models.decoder import load_base_model
 model = torch.nn.Sequential(torch.nn.Linear(8, 8))
 assert fastlora.inject_lora(model, ["0"], rank=2) == 1
 load_base_model()
@@ -274,18 +263,20 @@ def test_the_wheel_holds_the_kernels_the_types_and_the_weights(wheel):
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
     (entries,) = (name for name in names if name.endswith("entry_points.txt"))
-    assert "fastlora = fastlora.cli:main" in archive.read(entries).decode()
-    modules = {
-        f"fastlora/{f.relative_to(ROOT / 'fastlora')}" for f in (ROOT / "fastlora").glob("*.py")
-    }
+    assert "fastlora = fastlora.cli.commands:main" in archive.read(entries).decode()
+    modules = {str(f.relative_to(ROOT)) for f in (ROOT / "fastlora").rglob("*.py")}
     kernels = {f"fastlora/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")}
-    medical = {f"fastlora/medical/{f.name}" for f in (ROOT / "fastlora" / "medical").glob("*.py")}
-    assert modules | kernels | medical | {"fastlora/py.typed"} <= names
-    assert {
-        "fastlora/medical/weights/base.safetensors",
-        "fastlora/medical/weights/base.json",
-    } <= names
+    weights = {f"fastlora/medical/models/weights/base.{end}" for end in ("safetensors", "json")}
+    page = {"fastlora/medical/evaluation/report_template.html"}
+    assert modules | kernels | weights | page | {"fastlora/py.typed"} <= names
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
+
+
+def test_medical_hands_out_its_two_classes():
+    from fastlora.medical import MedicalTrainer, TS_SAM3D_Dataset
+
+    assert MedicalTrainer.__module__ == "fastlora.medical.training.trainer"
+    assert TS_SAM3D_Dataset.__module__ == "fastlora.medical.data.slices"
 
 
 def test_the_public_names_are_these():

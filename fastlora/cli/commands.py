@@ -1,0 +1,306 @@
+"""The command `fastlora`: look into adapters, merge, convert and compare them, as files and without a model."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastlora.cli.adapter_files import (
+    SCHEMES,
+    Adapter,
+    convert,
+    difference_norm,
+    merge_files,
+    read_adapter,
+    update_norm,
+)
+from fastlora.errors import CheckpointError, FastLoRAError
+
+_EPILOG = """\
+An ADAPTER is a .safetensors file of fastlora's or loralib's, or a folder in PEFT's format. Pickles are never read.
+Nothing is overwritten without --force, and a file appears only when it is complete.
+
+examples:
+  fastlora inspect adapter.safetensors
+  fastlora merge model.safetensors adapter.safetensors merged.safetensors
+  fastlora convert adapter.safetensors peft_folder --to peft
+  fastlora diff before.safetensors after.safetensors
+
+exit code: 0; for diff 1 if the adapters differ; 2 if something is wrong with the input, with one line on stderr.
+`fastlora COMMAND --help` says more about each.
+"""
+
+_INSPECT = """\
+For each adapted layer: the shapes of A and B, dtype, rank r, alpha, the applied scaling, and the size of the update as
+Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained.
+
+examples:
+  fastlora inspect adapter.safetensors
+  fastlora inspect peft_folder --json
+"""
+
+_MERGE = """\
+W + scaling * B A goes to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in
+the adapter replace those of the base. Everything else is copied byte by byte. The share of the update that rounding
+lost is printed: in bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
+
+examples:
+  fastlora merge model.safetensors adapter.safetensors merged.safetensors
+  fastlora merge model.safetensors.index.json peft_folder merged_folder    (a sharded base: OUT is a folder)
+  fastlora merge model.safetensors loralib.safetensors merged.safetensors --alpha 16
+
+A file does not say which weights a model ties together: if an adapted weight is tied, merge in Python (merged_model).
+"""
+
+_CONVERT = """\
+fastlora   one file; rank, alpha and rsLoRA stand in its metadata
+peft       a folder with adapter_config.json; loads with PeftModel.from_pretrained and fastlora.from_pretrained
+loralib    one file with loralib's keys, for load_state_dict(..., strict=False). It cannot hold alpha, so converting to it
+           is refused unless you give, with --alpha, the lora_alpha that the loralib model will be built with
+
+examples:
+  fastlora convert peft_folder adapter.safetensors --to fastlora
+  fastlora convert adapter.safetensors peft_folder --to peft
+  fastlora convert loralib.safetensors adapter.safetensors --to fastlora --alpha 16
+"""
+
+_DIFF = """\
+For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, where dW = scaling * B A. So two files may hold other factors,
+ranks or key schemes and still be the same adapter. Heads saved with the adapters are compared too.
+
+examples:
+  fastlora diff adapter.safetensors peft_folder
+  fastlora diff step100.safetensors step200.safetensors --tolerance 0.01
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. argv: the arguments, default those of the process. Returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a layer's name may be in any script
+    arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        try:
+            code: int = arguments.run(arguments)
+        except (FastLoRAError, OSError) as error:
+            print(f"fastlora: error: {_printable(error)}", file=sys.stderr)
+            code = 2
+    for note in notes:
+        print(f"fastlora: note: {_printable(note.message)}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("fastlora", description=__doc__, epilog=_EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str, description: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=help, description=f"{help}.\n\n{description}", formatter_class=raw
+        )
+        made.set_defaults(run=run)
+        return made
+
+    def add_alpha(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--alpha", type=float, help="alpha of a loralib file, which does not hold its own"
+        )
+
+    def add_force(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--force", action="store_true", help="replace what is there already")
+
+    inspect = command("inspect", _inspect, "Show what an adapter holds", _INSPECT)
+    inspect.add_argument("adapter", type=Path, metavar="ADAPTER")
+    inspect.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+    merge = command("merge", _merge, "Merge an adapter into a file of base weights", _MERGE)
+    merge.add_argument(
+        "base", type=Path, metavar="BASE", help=".safetensors, or .index.json of a sharded base"
+    )
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER")
+    merge.add_argument("out", type=Path, metavar="OUT")
+    add_alpha(merge)
+    add_force(merge)
+    converted = command("convert", _convert, "Write an adapter in another scheme", _CONVERT)
+    converted.add_argument("source", type=Path, metavar="SRC")
+    converted.add_argument("target", type=Path, metavar="DST")
+    converted.add_argument("--to", required=True, choices=SCHEMES)
+    add_alpha(converted)
+    add_force(converted)
+    diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF)
+    diff.add_argument("a", type=Path, metavar="A")
+    diff.add_argument("b", type=Path, metavar="B")
+    diff.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-6,
+        help="relative difference up to which a layer counts as equal (default %(default)g)",
+    )
+    add_alpha(diff)
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    adapter = read_adapter(arguments.adapter)
+    rows: list[dict[str, Any]] = []
+    for path, layer in adapter.layers.items():
+        norm = update_norm(layer)
+        scaling = None if layer.alpha is None else layer.scaling
+        rows.append(
+            {
+                "layer": path,
+                "lora_A": list(layer.lora_a.shape),
+                "lora_B": list(layer.lora_b.shape),
+                "dtype": _dtype(layer.lora_a.dtype),
+                "r": layer.rank,
+                "alpha": layer.alpha,
+                "use_rslora": layer.use_rslora,
+                "dropout": layer.dropout,
+                "scaling": scaling,
+                "|BA|": norm,
+                "|dW|": None if scaling is None else abs(scaling) * norm,
+            }
+        )
+    others: list[dict[str, Any]] = [
+        {"tensor": name, "shape": list(value.shape), "dtype": _dtype(value.dtype)}
+        for name, value in adapter.others.items()
+    ]
+    if arguments.json:
+        print(json.dumps({"scheme": adapter.scheme, "layers": rows, "others": others}, indent=1))
+        return 0
+    tensors = [t for layer in adapter.layers.values() for t in (layer.lora_a, layer.lora_b)]
+    tensors += adapter.others.values()
+    count, size = (
+        sum(t.numel() for t in tensors),
+        sum(t.numel() * t.element_size() for t in tensors),
+    )
+    print(
+        f"{_printable(adapter.source)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
+        f"{count:,} parameters, {size:,} bytes"
+    )
+    if any(layer.use_rslora for layer in adapter.layers.values()):
+        print("rsLoRA: scaling is alpha / sqrt(r) where the table says r*")
+    _table(
+        ["layer", "A", "B", "dtype", "r", "alpha", "scaling", "|BA|", "|dW|"],
+        [
+            [
+                row["layer"] or "(the whole model)",
+                _shape(row["lora_A"]),
+                _shape(row["lora_B"]),
+                row["dtype"],
+                f"{row['r']}{'*' if row['use_rslora'] else ''}",
+                *(_number(row[name]) for name in ("alpha", "scaling", "|BA|", "|dW|")),
+            ]
+            for row in rows
+        ],
+    )
+    for other in others:
+        print(f"also {_printable(other['tensor'])}  {_shape(other['shape'])}  {other['dtype']}")
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    adapter = read_adapter(arguments.adapter, arguments.alpha)
+    merged = merge_files(arguments.base, adapter, arguments.out, force=arguments.force)
+    worst = max(merged, key=lambda layer: layer.lost)
+    print(
+        f"{_printable(arguments.out)}: merged {len(merged)} layers, replaced {len(adapter.others)} other tensors; "
+        f"rounding to {_dtype(worst.dtype)} lost at most {100 * worst.lost:.2g}% of an update "
+        f"({_printable(worst.path)})"
+    )
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    adapter = read_adapter(arguments.source)
+    known = any(layer.alpha is not None for layer in adapter.layers.values())
+    if arguments.alpha is not None and not known:
+        adapter = read_adapter(arguments.source, arguments.alpha)
+    elif arguments.alpha is not None and arguments.to != "loralib":
+        raise CheckpointError(f"--alpha: {arguments.source} holds its own alpha")
+    convert(adapter, arguments.target, arguments.to, force=arguments.force, alpha=arguments.alpha)
+    print(f"{_printable(arguments.target)}: {len(adapter.layers)} layers, {arguments.to}")
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    a, b = (_with_alpha(path, arguments.alpha) for path in (arguments.a, arguments.b))
+    rows, equal = [], True
+    for path in dict.fromkeys([*a.layers, *b.layers]):
+        one, two = a.layers.get(path), b.layers.get(path)
+        norms = [abs(x.scaling) * update_norm(x) if x else None for x in (one, two)]
+        if one is None or two is None:
+            rows.append([path, *map(_number, norms), "", f"only in {'B' if one is None else 'A'}"])
+            equal = False
+            continue
+        try:
+            difference = difference_norm(one, two)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        largest = max(norm for norm in norms if norm is not None)
+        relative = difference / largest if largest else 0.0
+        equal = equal and relative <= arguments.tolerance
+        rows.append([path, *map(_number, norms), _number(difference), f"{relative:.2g}"])
+    for name in dict.fromkeys([*a.others, *b.others]):
+        if name not in a.others or name not in b.others:
+            rows.append([name, "", "", "", f"only in {'B' if name in b.others else 'A'}"])
+            equal = False
+            continue
+        left, right = a.others[name].double(), b.others[name].double()
+        if left.shape != right.shape:
+            raise CheckpointError(f"{name}: shapes {_shape(left.shape)} and {_shape(right.shape)}")
+        size, difference = float(max(left.norm(), right.norm())), float((left - right).norm())
+        relative = difference / size if size else 0.0
+        equal = equal and relative <= arguments.tolerance
+        sizes = [_number(float(left.norm())), _number(float(right.norm()))]
+        rows.append([name, *sizes, _number(difference), f"{relative:.2g}"])
+    _table(["layer or tensor", "|A|", "|B|", "|A - B|", "relative"], rows)
+    print("the same" if equal else "they differ")
+    return 0 if equal else 1
+
+
+def _with_alpha(path: Path, alpha: float | None) -> Adapter:
+    """The adapter, with `alpha` if it does not hold its own."""
+    adapter = read_adapter(path)
+    unknown = any(layer.alpha is None for layer in adapter.layers.values())
+    return read_adapter(path, alpha) if unknown else adapter
+
+
+def _table(head: list[str], rows: list[list[str]]) -> None:
+    cells = [head, *([_printable(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        print("  ".join([first, *rest]).rstrip())
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.4g}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _printable(text: object) -> str:
+    """One line without control characters: names in a file come from whoever wrote it."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))

@@ -1,0 +1,1 @@
+"""Adapters and base models on disk: state dicts, adapter files, export."""

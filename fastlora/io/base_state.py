@@ -1,0 +1,115 @@
+"""The base model's own state dict, under the keys that it has without adapters, both ways."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.errors import CheckpointError
+from fastlora.io.checkpoint import LoadResult, compare
+from fastlora.layers.base import LoRALayer
+from fastlora.layers.linear import LoRALinear
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Any]:
+    """`model.state_dict()` with the keys of the model before injection: no adapters, and no `original_linear.` or `original_layer.`.
+
+    Tensors are detached and share storage. Loads strictly into the model as it was built. Without adapters it is
+    `model.state_dict()`.
+    """
+    state = model.state_dict()
+    return {original: state[key] for original, key in _key_map(model).items()}
+
+
+def load_base_state_dict(
+    model: nn.Module, state: Mapping[str, Any], strict: bool = True
+) -> LoadResult:
+    """Load a checkpoint of the base model, saved without adapters, into a model that has them. The adapters stay as they are;
+    DoRA's magnitudes that are still the norms of the old weights become those of the new.
+
+    state: keys as in `base_state_dict`. Values are cast and moved as `load_state_dict` does. Of keys that name one tensor (tied
+        weights, a module under two names) one is enough; if there are several, they must be equal.
+    strict: every key must be there with the right shape, and nothing unknown; on failure nothing is changed. False loads
+        what fits and warns about the rest.
+    Returns the keys loaded, missing and unexpected, as the state has them.
+
+    Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also when
+    strict is False but nothing at all would be loaded.
+    """
+    keys = _key_map(model)
+    own = model.state_dict()
+    current = {original: own[key] for original, key in keys.items()}
+    shapes = {key: value.shape for key, value in current.items() if isinstance(value, Tensor)}
+    extras = [key for key in current if key not in shapes]  # what a module's get_extra_state gave
+    bad_type = [k for k in shapes if k in state and not isinstance(state[k], Tensor)]
+    if bad_type:
+        kind = type(state[bad_type[0]]).__name__
+        raise CheckpointError(f"state: expected a tensor at {bad_type[0]!r}, got {kind}")
+    names = _names_of_one_tensor(model, keys)
+    wanted = [k for k in shapes if k in state or not any(n in state for n in names.get(k, ()))]
+    loadable, missing, unexpected, problems = compare(
+        {key: value for key, value in state.items() if key not in extras}, wanted, shapes
+    )
+    conflicts = [
+        f"{key}: differs from {other}, which is the same tensor in the model"
+        for key in loadable
+        for other in names.get(key, ())
+        if key < other and other in loadable and not _equal(state[key], state[other])
+    ]
+    absent = [key for key in extras if key not in state]
+    problems += conflicts + [f"missing {key}" for key in absent]
+    missing += absent
+    loadable += [key for key in extras if key in state]
+    if problems and (strict or not loadable):
+        summary = f"{len(problems)} problems, nothing was changed:\n  "
+        raise CheckpointError("state does not fit the model: " + summary + "\n  ".join(problems))
+    if not loadable:
+        raise CheckpointError("state: is empty, so nothing would be loaded")
+    if problems:
+        warnings.warn(
+            f"load_base_state_dict: loaded {len(loadable)} entries; problems:\n  "
+            + "\n  ".join(problems),
+            stacklevel=2,
+        )
+    fresh = [m for m in model.modules() if isinstance(m, LoRALinear) and m.scales_nothing()]
+    model.load_state_dict({keys[key]: state[key] for key in loadable}, strict=False)
+    for layer in fresh:
+        layer.reset_magnitude()
+    return LoadResult(loadable, missing, unexpected)
+
+
+def _key_map(model: nn.Module) -> dict[str, str]:
+    """Key before injection → key now, for all that is not an adapter, in the order of the state dict."""
+    adapted = {
+        path: module.wrapped_name
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LoRALayer)
+    }
+    found = {}
+    for key in model.state_dict():
+        parts = key.split(".")
+        depth = next((i for i in range(len(parts)) if ".".join(parts[:i]) in adapted), None)
+        if depth is None:
+            found[key] = key
+        elif parts[depth] == adapted[".".join(parts[:depth])]:
+            found[".".join(parts[:depth] + parts[depth + 1 :])] = key
+    return found
+
+
+def _names_of_one_tensor(model: nn.Module, keys: Mapping[str, str]) -> dict[str, list[str]]:
+    """For each key before injection whose tensor has other keys too, all of them."""
+    before = {key: original for original, key in keys.items()}
+    owners: dict[int, list[str]] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for key, tensor in named(remove_duplicate=False):
+            if key in before:
+                owners.setdefault(id(tensor), []).append(before[key])
+    return {key: group for group in owners.values() if len(group) > 1 for key in group}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.is_meta or b.is_meta or torch.equal(a, b.to(a))

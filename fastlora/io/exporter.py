@@ -1,0 +1,176 @@
+"""Export for deployment: `export` writes a model, merged or with its adapters beside the weights, for other runtimes.
+
+What is exported is a copy that shares the model's parameters. In it every adapted layer computes
+`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ` as plain torch expressions: no autograd function, kernel or in-place product is left for
+another runtime to stumble over.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora.errors import ExportError
+from fastlora.layers.base import LoRALayer
+from fastlora.layers.linear import LoRALinear
+from fastlora.model.merge import merge_lora_weights
+from fastlora.model.record import copy_without_records
+
+FORMATS = ("torch.export", "onnx", "torchscript")
+_ONNX_PACKAGES = ("onnx", "onnxscript")
+
+
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    format: str = "torch.export",
+    merged: bool = True,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+) -> Any:
+    """Export what `model` computes in evaluation mode, and write it to a file.
+
+    The model itself is left as it is, its training mode included. In memory the result shares the parameters that were not
+    merged with it, as torch's own exporters do; a file shares nothing.
+
+    args, kwargs: an example call. Values are only used for tracing, shapes and dtypes matter.
+    path: the file to write, replaced only when the new one is complete; None writes nothing. By custom `.pt2`, `.onnx`, `.pt`.
+    format: "torch.export", "onnx" (needs the packages onnx and onnxscript), or "torchscript" (by tracing: control flow
+        that depends on values is frozen as the example took it).
+    merged: True folds the adapters into the weights; False keeps `lora_A` and `lora_B` as parameters of their own.
+    dynamic_batch: the first dimension of every tensor in the example may vary; the example's must then be 2 or more.
+        A trace has no fixed shapes in any case.
+    dynamic_shapes: as `torch.export.export` takes it, instead of dynamic_batch.
+    Returns a `torch.export.ExportedProgram`, a `torch.onnx.ONNXProgram` or a `torch.jit.ScriptModule`.
+
+    Raises: ExportError for an unknown format, a missing package, an unsuitable example, accelerated PEFT layers, disabled adapters or a file
+    that cannot be written; MergeError if an adapter cannot be merged. What torch cannot export raises torch's own error.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if not isinstance(args, tuple):
+        raise ExportError(f"args: expected a tuple of inputs, got {type(args).__name__}")
+    if format == "onnx":
+        _require(*_ONNX_PACKAGES)
+    named = dict(kwargs or {})
+    if format == "torchscript":
+        if dynamic_shapes is not None:
+            raise ExportError("dynamic_shapes: a trace has no fixed shapes; leave it out")
+        if args and named:
+            raise ExportError("kwargs: a trace takes args or kwargs, not both")
+    elif dynamic_shapes is None and dynamic_batch:
+        by_place = [_first_dimension(value, f"args[{i}]") for i, value in enumerate(args)]
+        by_name = {key: _first_dimension(value, f"kwargs[{key!r}]") for key, value in named.items()}
+        try:
+            bound = inspect.signature(model.forward).bind(*by_place, **by_name)
+        except TypeError as error:
+            raise ExportError(f"args, kwargs: do not fit the model's forward: {error}") from None
+        dynamic_shapes = dict(bound.arguments)
+    plain = _plain_copy(model, merged)
+    save: Callable[[Path], object]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # The fused encoder layer of `nn.TransformerEncoder` is an operator that other runtimes do not know.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            if format == "torchscript":
+                result: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+                    plain, args or None, example_kwarg_inputs=named or None
+                )
+                save = result.save
+            else:
+                # strict=False is the default only since torch 2.7; before, a lone nn.Linear cannot be exported.
+                result = torch.export.export(
+                    plain, args, named, dynamic_shapes=dynamic_shapes, strict=False
+                )
+                save = partial(torch.export.save, result)
+                if format == "onnx":
+                    result = torch.onnx.export(result, dynamo=True, verbose=False)
+                    save = result.save
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    if path is not None:
+        _write(Path(path), save)
+    return result
+
+
+class _Plain(LoRALinear):
+    """Makes a `LoRALinear` compute its update by plain expressions, in evaluation mode."""
+
+    def _forward_tensor(self, x: Tensor) -> Tensor:
+        return self._update(self.original_linear(x), x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        return self._update(F.linear(x, self.matrix, self.original_linear.bias), x)
+
+    def _add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        a, b = self.factors()
+        s = F.linear(x.to(y.dtype), a.to(y.dtype))  # [..., K] @ [K, R] -> [..., R]
+        return y + self.scaling * F.linear(s, b.to(y.dtype))
+
+
+def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
+    """A copy in evaluation mode that shares every parameter and buffer, its adapters merged or written out plainly."""
+    if any(type(module).__module__ == "fastlora.peft.layer" for module in model.modules()):
+        raise ExportError("model: has accelerated PEFT layers; call fastlora.restore(model) first")
+    if any(isinstance(module, LoRALayer) and module.disabled for module in model.modules()):
+        raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    plain = copy_without_records(model, shared).eval()
+    if merged:
+        return merge_lora_weights(plain, inplace=not isinstance(plain, LoRALayer))
+    for module in plain.modules():
+        if isinstance(module, LoRALinear):
+            module.__class__ = type("Plain", (_Plain, type(module)), {})
+    return plain
+
+
+def _first_dimension(value: Any, name: str) -> Any:
+    """The shape specification in which the first dimension of every tensor in `value` is dynamic."""
+    if isinstance(value, Tensor):
+        if value.ndim == 0:
+            return None
+        if value.shape[0] < 2:
+            raise ExportError(
+                f"{name}: expected a first dimension of 2 or more, since torch takes 0 and 1 for constants, "
+                f"got {tuple(value.shape)}; or pass dynamic_batch=False"
+            )
+        return {0: torch.export.Dim.DYNAMIC}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_first_dimension(v, f"{name}[{i}]") for i, v in enumerate(value))
+    if isinstance(value, dict):
+        return {key: _first_dimension(v, f"{name}[{key!r}]") for key, v in value.items()}
+    return None
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"format='onnx' needs {' and '.join(missing)}: pip install 'fastlora[export]'"
+        )
+
+
+def _write(target: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write beside the target, with whatever files it adds, and put the target in its place last."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
+            save(Path(folder) / target.name)
+            written = sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name)
+            for file in written:  # large ONNX models bring a second file with the weights
+                os.replace(file, target.parent / file.name)
+    except OSError as error:
+        raise ExportError(f"path: cannot write {target}: {error}") from error

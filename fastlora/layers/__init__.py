@@ -1,0 +1,1 @@
+"""Adapted layers: linear, convolution, embedding; how they start; which layer fits which module."""

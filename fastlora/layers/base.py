@@ -1,0 +1,291 @@
+"""`LoRALayer`: what every adapted layer has, whatever it wraps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastlora.config import BACKENDS, check_hyperparameters, scaling_divisor
+from fastlora.errors import BackendError, ConfigError, InjectionError, MergeError
+from fastlora.layers.quantised import dequantised, quantisation
+from fastlora.ops.dispatch import Choice
+from fastlora.ops.linear import autocasts
+
+Shape = tuple[int, ...]
+
+
+class LoRALayer(nn.Module, ABC):
+    """A frozen layer and the trainable update ΔW = scaling · B A of its weight. The base of `LoRALinear`, `LoRAConv`, `LoRAEmbedding`.
+
+    original_layer: what to adapt. The other arguments are those of `LoRALinear`.
+
+    After a start that is not zero (PiSSA, OLoRA) the buffers `initial_A` and `initial_B` hold it, and
+    ΔW = scaling · (B A − B₀ A₀): the wrapped weight never changes, and ΔW starts at zero as always.
+    """
+
+    wrapped_name: ClassVar[str]  # the attribute that holds the wrapped layer
+    has_kernels: ClassVar[bool] = False  # whether there are kernels and DoRA for it
+    takes_dropout: ClassVar[bool] = True  # whether the input can be dropped out
+    kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; stands in adapter files
+    disabled: bool = False  # set by `fastlora.disable_adapter` for as long as it lasts
+    initial_A: Tensor | None
+    initial_B: Tensor | None
+    lora_magnitude: nn.Parameter | None
+
+    def __init__(
+        self,
+        original_layer: nn.Module,
+        rank: int = 4,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        use_rslora: bool = False,
+        use_dora: bool = False,
+    ) -> None:
+        super().__init__()
+        reason = self.why_unsuitable(original_layer)
+        if reason is not None:
+            raise InjectionError(f"{self.wrapped_name}: {reason}")
+        check_hyperparameters(rank, alpha, dropout)
+        for name, value in (("use_rslora", use_rslora), ("use_dora", use_dora)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}: expected True or False, got {value!r}")
+        if backend not in BACKENDS:
+            raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        if not self.has_kernels:
+            what = type(original_layer).__name__
+            if use_dora:
+                raise ConfigError(f"use_dora: is for linear layers, got {what}")
+            if backend == "triton":
+                raise BackendError(f"backend='triton' cannot run: there is no kernel for {what}")
+        weight = original_layer.weight
+        assert isinstance(weight, Tensor)
+        if adapter_dtype is None:
+            adapter_dtype = default_adapter_dtype(original_layer)
+        if not adapter_dtype.is_floating_point:
+            raise ConfigError(f"adapter_dtype: expected a float dtype, got {adapter_dtype}")
+        self.add_module(self.wrapped_name, original_layer)
+        self.rank = rank
+        self.alpha = float(alpha)
+        self.dropout = float(dropout) if self.takes_dropout else 0.0
+        self.backend = backend
+        self.use_rslora = use_rslora
+        shape_a, shape_b = self.factor_shapes(original_layer, rank)
+        self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=adapter_dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(shape_b, dtype=adapter_dtype, device=weight.device))
+        self.register_parameter("lora_magnitude", None)
+        self.register_buffer("initial_A", None)
+        self.register_buffer("initial_B", None)
+        self.reset_lora_parameters()
+        self.train(original_layer.training)
+
+    @classmethod
+    @abstractmethod
+    def why_unsuitable(cls, layer: object) -> str | None:
+        """Why a layer cannot be wrapped, or None if it can."""
+
+    @staticmethod
+    @abstractmethod
+    def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """The shapes of lora_A and lora_B around `original`."""
+
+    def reset_lora_parameters(self) -> None:
+        """Make lora_A Kaiming-uniform (as `nn.Linear` does its weight) and lora_B zero, and ΔW with them."""
+        self.initial_A = self.initial_B = None
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The layer that is adapted, whatever the attribute is called."""
+        module = self._modules[self.wrapped_name]
+        assert module is not None
+        return module
+
+    @property
+    def scaling(self) -> float:
+        """The applied factor: alpha / rank, or alpha / √rank under rsLoRA."""
+        return self.alpha / scaling_divisor(self.rank, self.use_rslora)
+
+    @property
+    def weight(self) -> Tensor:
+        """The wrapped weight + ΔW, in its shape, computed anew at each access.
+
+        Summed in float32 or wider and rounded once to the weight's dtype (that of `wrapped_weight`). Differentiable, so code
+        that reads `.weight` and multiplies by itself (`nn.MultiheadAttention` does) still sees and trains the adapter,
+        without dropout. The wrapped weight itself while the adapter is disabled.
+        """
+        if self.disabled:
+            return self.wrapped_weight()
+        weight = self.wrapped_weight()
+        with exactly(weight):
+            return self._merged_weight(weight).to(weight.dtype)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The wrapped layer's bias, or None."""
+        bias = getattr(self.wrapped, "bias", None)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        return bias
+
+    def wrapped_weight(self) -> Tensor:
+        """The weight of the wrapped layer, in floating point also where that is quantised."""
+        return dequantised(self.wrapped)
+
+    @property
+    def wrapped_device(self) -> torch.device:
+        """The device of the wrapped weight."""
+        weight = self.wrapped.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, beside them the start that is taken off, if any."""
+        start_a, start_b = self._buffers["initial_A"], self._buffers["initial_B"]
+        if start_a is None or start_b is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, start_a]), torch.cat([self.lora_B, -start_b], 1)
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name: lora_A, lora_B and, under DoRA, lora_magnitude."""
+        return {
+            name: parameter
+            for name in ("lora_A", "lora_B", "lora_magnitude")
+            if (parameter := self._parameters[name]) is not None
+        }
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """What the adapter consists of by name: its parameters, and the start that is taken off, if any."""
+        start = {"initial_A": self.initial_A, "initial_B": self.initial_B}
+        return {**self.lora_parameters(), **{k: v for k, v in start.items() if v is not None}}
+
+    def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
+        """ΔW in the weight's shape, computed in `dtype`.
+
+        magnitude: give the sum of the magnitudes of its terms instead, of which rounding errors are a share.
+        """
+        a, b = (factor.to(dtype) for factor in self.factors())
+        if magnitude:
+            return self._product(a.abs(), b.abs()) * abs(self.scaling)
+        return self._product(a, b) * self.scaling
+
+    @abstractmethod
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the wrapped layer computes of `x`, with another weight and bias."""
+
+    @abstractmethod
+    def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
+        """A small random input for the wrapped layer, on the CPU."""
+
+    @abstractmethod
+    def choose(self, x: Tensor) -> Choice:
+        """The backend and plan that a call with the tensor `x` takes, and the reason."""
+
+    def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A fresh layer of the wrapped class whose weight is W + ΔW; this layer is left as it is.
+
+        dtype: dtype of the merged weight; None keeps the wrapped weight's. The sum is made in float32 or wider and rounded
+        once. Device, bias (a copy), training mode and requires_grad are kept.
+
+        Raises: MergeError if the wrapped weight is parametrised (the parametrisation would be lost) or quantised, or the adapter is
+        disabled.
+        """
+        reason = self.why_unmergeable()
+        if reason is not None:
+            raise MergeError(f"cannot merge: {reason}")
+        original = self.wrapped.weight
+        assert isinstance(original, nn.Parameter)
+        with torch.no_grad(), exactly(original):
+            merged = self._merged_weight(original).to(dtype or original.dtype)
+        parameter = nn.Parameter(merged, requires_grad=original.requires_grad)
+        # Telling deepcopy that the weight is already copied builds the new layer without a second copy of it.
+        fresh: nn.Module = copy.deepcopy(self.wrapped, {id(original): parameter})
+        return fresh
+
+    def why_unmergeable(self) -> str | None:
+        """Why folding the update into the wrapped weight would be wrong, or None if it would not."""
+        if self.disabled:
+            return "the adapter is disabled; merge outside of disable_adapter"
+        package = quantisation(self.wrapped)
+        if package is not None:
+            return f"the weight is quantised by {package}, which would round the update away; merge into the model as it was before"
+        if parametrize.is_parametrized(self.wrapped, "weight"):
+            return "the weight is parametrised; remove the parametrisation first"
+        if "weight" not in self.wrapped._parameters:
+            return "the weight is computed by a hook, not a parameter"
+        return None
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+            + (", use_rslora=True" if self.use_rslora else "")
+            + (", use_dora=True" if self.lora_magnitude is not None else "")
+            + (", disabled" if self.disabled else "")
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A copy made inside disable_adapter would never be enabled again.
+        self.__dict__.pop("disabled", None)
+
+    @abstractmethod
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """B A in the weight's shape."""
+
+    def _wide(self, weight: Tensor) -> torch.dtype:
+        """The dtype in which weights are summed: float32 or wider."""
+        # Not torch.promote_types, which exporters of torch 2.6 take for an operation of the model.
+        both = (weight.dtype, self.lora_A.dtype)
+        return torch.float64 if torch.float64 in both else torch.float32
+
+    def _merged_weight(self, weight: Tensor) -> Tensor:
+        wide = self._wide(weight)
+        return weight.to(wide) + self.delta(wide)
+
+
+def of_wrapped(name: str) -> Any:
+    """A read-only property: the wrapped layer's attribute `name`, which code around the layer may ask for."""
+    return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
+
+
+def exactly(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which products on the tensor's device keep their dtype, whatever autocast is around."""
+    if autocasts(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext()
+
+
+def default_adapter_dtype(original: nn.Module) -> torch.dtype:
+    """The weight's dtype, but float32 for one of 16 bits, because small updates vanish in 16 bits, and for a quantised one."""
+    weight = original.weight
+    assert isinstance(weight, Tensor)
+    if quantisation(original) is not None:
+        return torch.float32
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the layer has forward or backward hooks of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """(path, layer) of every adapted layer, each once under its first name."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            yield path, module

@@ -1,0 +1,114 @@
+"""`LoRAConv`: a convolution with a trainable low-rank update beside its frozen weight."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora.errors import ConfigError
+from fastlora.layers.base import LoRALayer, Shape, of_wrapped
+from fastlora.ops.dispatch import Choice
+
+_POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class LoRAConv(LoRALayer):
+    """y = conv(x, W) + bias + scaling · conv₁(conv(dropout(x), A), B) around an `nn.Conv1d`, `Conv2d` or `Conv3d`.
+
+    `lora_A` (rank, in_channels / groups, *kernel_size) is applied with the stride, padding, padding mode, dilation and groups of
+    the wrapped layer, `lora_B` (out_channels, rank / groups, 1, …) at single positions; with groups, each has its own share of the
+    rank. So the update is one of W, and can be merged; PEFT's is not where there are groups, dilation or a padding mode. The wrapped layer is kept as `original_layer`. Plain torch operations, on every device.
+
+    Arguments as in `LoRALinear`; the rank must be a multiple of groups.
+
+    Raises: ConfigError for a value that cannot work, BackendError for backend="triton", InjectionError if the layer cannot be
+    adapted: a transposed or lazy convolution, or a subclass with a forward of its own.
+    """
+
+    wrapped_name = "original_layer"
+    kind = "conv"
+    original_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    in_channels = of_wrapped("in_channels")
+    out_channels = of_wrapped("out_channels")
+    kernel_size = of_wrapped("kernel_size")
+    stride = of_wrapped("stride")
+    padding = of_wrapped("padding")
+    padding_mode = of_wrapped("padding_mode")
+    dilation = of_wrapped("dilation")
+    groups = of_wrapped("groups")
+
+    @classmethod
+    def why_unsuitable(cls, layer: object) -> str | None:
+        """Why a layer cannot be wrapped, or None if it can."""
+        kind = type(layer).__name__
+        if not isinstance(layer, _KINDS):
+            return f"expected an nn.Conv1d, Conv2d or Conv3d, got {kind}"
+        if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+            return f"{kind} has no weight yet (lazy): run one forward pass first"
+        own = next(k for k in _KINDS if isinstance(layer, k))
+        if type(layer).forward is not own.forward or (
+            type(layer)._conv_forward is not own._conv_forward
+        ):
+            return f"{kind} has a forward of its own, beside which the update would be wrong"
+        if not layer.weight.dtype.is_floating_point:
+            return f"{kind} holds a {layer.weight.dtype} weight, which is not supported"
+        return None
+
+    @staticmethod
+    def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        conv = cast(nn.Conv2d, original)
+        if rank % conv.groups:
+            raise ConfigError(f"rank: expected a multiple of groups={conv.groups}, got {rank}")
+        ones = (1,) * len(conv.kernel_size)
+        inside = (rank, conv.in_channels // conv.groups, *conv.kernel_size)
+        return inside, (conv.out_channels, rank // conv.groups, *ones)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, in_channels, *size) or without B. Gives (B, out_channels, *size after the convolution)."""
+        y = self.original_layer(x)
+        if self.disabled:
+            return cast(Tensor, y)
+        conv = self.original_layer
+        a, b = (factor.to(x.dtype) for factor in self.factors())
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        s = conv._conv_forward(x, a, None)
+        update = _POINTWISE[len(conv.kernel_size)](s, b, groups=conv.groups)
+        return cast(Tensor, y + self.scaling * update)
+
+    def choose(self, x: Tensor) -> Choice:
+        """How a call with `x` runs, and why."""
+        if self.disabled:
+            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
+        return Choice("torch", "around", "a convolution: torch's own, three of them")
+
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        made: Any = self.original_layer._conv_forward(x, weight, bias)
+        return cast(Tensor, made)
+
+    def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
+        conv = self.original_layer
+        # Just what the kernel spans and one more, but no less than a padding that reflects needs.
+        spans = zip(conv.kernel_size, conv.dilation, _paddings(conv), strict=True)
+        size = [max(d * (k - 1) + 2, p + 1) for k, d, p in spans]
+        return torch.randn(rows, conv.in_channels, *size, generator=generator)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", bias={self.bias is not None}"
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        conv = self.original_layer
+        groups = conv.groups
+        a = a.reshape(groups, a.shape[0] // groups, -1)  # [G, R/G, C/G·k]
+        b = b.reshape(groups, conv.out_channels // groups, -1)  # [G, N/G, R/G]
+        return (b @ a).reshape(conv.weight.shape)
+
+
+def _paddings(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    if isinstance(conv.padding, str):
+        return tuple(d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+    return tuple(conv.padding)

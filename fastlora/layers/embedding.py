@@ -1,0 +1,82 @@
+"""`LoRAEmbedding`: an embedding with a trainable low-rank update beside its frozen weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora.layers.base import LoRALayer, Shape, of_wrapped
+from fastlora.ops.dispatch import Choice
+
+
+class LoRAEmbedding(LoRALayer):
+    """y = W[ids] + scaling · (Aᵀ[ids]) Bᵀ around an `nn.Embedding`.
+
+    `lora_A` (rank, num_embeddings) starts at zero and `lora_B` (embedding_dim, rank) normal, as in PEFT and loralib. The row
+    `padding_idx` gets no gradient. The wrapped layer is kept as `original_layer`. Plain torch operations, on every device.
+
+    Arguments as in `LoRALinear`. There is no dropout, since the input is indices: `dropout` is 0 whatever is given.
+
+    Raises: ConfigError for a value that cannot work, BackendError for backend="triton", InjectionError if the layer cannot be
+    adapted: with max_norm, which changes the weight in every call, or a subclass with a forward of its own.
+    """
+
+    wrapped_name = "original_layer"
+    kind = "embedding"
+    takes_dropout = False
+    original_layer: nn.Embedding
+    num_embeddings = of_wrapped("num_embeddings")
+    embedding_dim = of_wrapped("embedding_dim")
+    padding_idx = of_wrapped("padding_idx")
+
+    @classmethod
+    def why_unsuitable(cls, layer: object) -> str | None:
+        """Why a layer cannot be wrapped, or None if it can."""
+        kind = type(layer).__name__
+        if not isinstance(layer, nn.Embedding):
+            return f"expected an nn.Embedding, got {kind}"
+        if type(layer).forward is not nn.Embedding.forward:
+            return f"{kind} has a forward of its own, beside which the update would be wrong"
+        if layer.max_norm is not None:
+            return f"{kind} has max_norm={layer.max_norm}, which changes the weight in every call"
+        if not layer.weight.dtype.is_floating_point:
+            return f"{kind} holds a {layer.weight.dtype} weight, which is not supported"
+        return None
+
+    @staticmethod
+    def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        assert isinstance(original, nn.Embedding)
+        return (rank, original.num_embeddings), (original.embedding_dim, rank)
+
+    def reset_lora_parameters(self) -> None:
+        """Make lora_A zero and lora_B normal."""
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: integers of any shape (...). Gives (..., embedding_dim)."""
+        embedding = self.original_layer
+        y: Tensor = embedding(ids)
+        if self.disabled:
+            return y
+        a, b = (factor.to(y.dtype) for factor in self.factors())
+        s = F.embedding(
+            ids, a.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
+        )
+        return y + (self.scaling * (s @ b.T)).to(y.dtype)  # [..., R] @ [R, N] -> [..., N]
+
+    def choose(self, x: Tensor) -> Choice:
+        """How a call with `x` runs, and why."""
+        if self.disabled:
+            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
+        return Choice("torch", "around", "an embedding: two look-ups and a product of torch")
+
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, weight)
+
+    def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.original_layer.num_embeddings, (rows,), generator=generator)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).T  # ([N, R] @ [R, V])ᵀ -> [V, N]

@@ -1,0 +1,84 @@
+"""Which adapted layer fits which module."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastlora.config import KINDS, LoRAConfig
+from fastlora.layers.base import LoRALayer
+from fastlora.layers.conv import LoRAConv
+from fastlora.layers.embedding import LoRAEmbedding
+from fastlora.layers.linear import LoRALinear, LoRATransposedLinear, is_transposed_linear
+
+# Transposed convolutions are of the kind so that a pattern which takes one is refused by name.
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The module's kind as in `LoRAConfig.kinds`, or None if an adapter does not go with it."""
+    if isinstance(module, nn.Linear) or is_transposed_linear(module):
+        return "linear"
+    if isinstance(module, _CONVOLUTIONS):
+        return "conv"
+    return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | None:
+    """Why a module cannot be adapted, or None if it can. config: its own rank and settings, if they matter."""
+    if isinstance(module, LoRALayer):
+        return f"already a {type(module).__name__}"
+    kind = kind_of(module) if isinstance(module, nn.Module) else None
+    if kind is None or not isinstance(module, nn.Module):
+        return f"expected one of {', '.join(KINDS)}, got {type(module).__name__}"
+    reason = layer_class(module).why_unsuitable(module)
+    if reason is not None or config is None:
+        return reason
+    if kind != "linear":
+        if config.use_dora:
+            return f"use_dora is for linear layers, not for a {type(module).__name__}"
+        if config.takes_start_off or config.init_lora_weights == "orthogonal":
+            return f"init_lora_weights={config.init_lora_weights!r} is for linear layers, not for a {type(module).__name__}"
+    if kind == "conv" and config.rank % module.groups:  # type: ignore[operator]
+        return f"rank {config.rank} is no multiple of its groups={module.groups}"
+    if kind == "linear" and config.takes_start_off:
+        (_, k), (n, _) = layer_class(module).factor_shapes(module, 1)
+        if config.rank > min(n, k):
+            return f"init_lora_weights={config.init_lora_weights!r} needs a rank of at most {min(n, k)}, got {config.rank}"
+    return None
+
+
+def layer_class(
+    module: nn.Module,
+) -> type[LoRALinear] | type[LoRAConv] | type[LoRAEmbedding]:
+    """The class of layer that wraps `module`, which must have a kind."""
+    kind = kind_of(module)
+    if kind == "conv":
+        return LoRAConv
+    if kind == "embedding":
+        return LoRAEmbedding
+    return LoRATransposedLinear if is_transposed_linear(module) else LoRALinear
+
+
+def wrap(module: nn.Module, config: LoRAConfig) -> LoRALayer:
+    """The layer that adapts `module` under its own `config`, started at Kaiming-uniform and zero.
+
+    Raises: as the layer's class.
+    """
+    make = layer_class(module)
+    return make(
+        module,  # type: ignore[arg-type]
+        config.rank,
+        config.alpha,
+        config.dropout,
+        adapter_dtype=config.adapter_dtype,
+        backend=config.backend,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )

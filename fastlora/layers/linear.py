@@ -1,0 +1,375 @@
+"""`LoRALinear`: a linear layer with a trainable low-rank update beside its frozen weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora.layers.base import LoRALayer, Shape, exactly, has_hooks
+from fastlora.layers.quantised import quantisation
+from fastlora.ops import reference
+from fastlora.ops.dispatch import Choice, choose
+from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update
+
+_NORM_ROWS = 1024
+
+
+class LoRALinear(LoRALayer):
+    """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ around an `nn.Linear` or a subclass of it.
+
+    The wrapped layer is kept as `original_linear`, its weight shared and never changed. `lora_A` (rank, in_features)
+    starts Kaiming-uniform and `lora_B` (out_features, rank) at zero, so a new layer computes what the wrapped one does.
+
+    The input may be a tensor (..., in_features), or a token object with `.feats` (T, in_features) and `.replace(feats)`
+    (as SAM 3D's SparseTensor); what comes back is of the same kind.
+
+    A subclass with a forward of its own is trusted to be F.linear on `.feats` when it is given a token object. On a
+    plain tensor, wherever the wrapped layer has forward or backward hooks, and where its weight is quantised by bitsandbytes
+    or torchao, it is called as it is and the low-rank product is added to its output. `fastlora.explain(layer, x)` says
+    which of these runs.
+
+    original_linear: the layer to adapt; its weight must be a floating-point (out_features, in_features), or quantised.
+    rank: 1 or more. alpha: the update is scaled by alpha / rank, or by alpha / √rank
+    if use_rslora (rank-stabilised LoRA). dropout: probability in [0, 1) on the LoRA path's input,
+    in training mode only; quantised to multiples of 2⁻¹⁶.
+    adapter_dtype: dtype of lora_A and lora_B. None takes the weight's, but float32 for a weight of 16 bits or fewer, because small
+    updates vanish in 16 bits. They are cast to the input's dtype in the computation.
+    backend: "auto", "torch" or "triton".
+    use_dora: weight-decomposed LoRA. `lora_magnitude` (out_features,) starts as the norms of the rows of W, and the layer computes
+    y = g ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias with g = lora_magnitude / ‖W + scaling · B A‖ by rows, the
+    norms taken as constants in the backward pass. Unlike in PEFT, dropout leaves the path through W alone.
+
+    Source: rsLoRA, arXiv 2312.03732. DoRA, arXiv 2402.09353, section 4.3 for the constant norms.
+
+    Raises: ConfigError for a value that cannot work, InjectionError if the layer cannot be adapted.
+    """
+
+    wrapped_name = "original_linear"
+    kind = "linear"
+    has_kernels = True
+    original_linear: nn.Linear
+    group: Any = None  # set by `fastlora.fuse`: the layers that share this one's input
+
+    def __init__(
+        self,
+        original_linear: nn.Linear,
+        rank: int = 4,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        use_rslora: bool = False,
+        use_dora: bool = False,
+    ) -> None:
+        super().__init__(
+            original_linear,
+            rank,
+            alpha,
+            dropout,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
+        if use_dora:
+            self.lora_magnitude = nn.Parameter(self._row_norms().to(self.lora_A.dtype))
+
+    def reset_lora_parameters(self) -> None:
+        super().reset_lora_parameters()
+        if self.lora_magnitude is not None:
+            self.reset_magnitude()
+
+    def scales_nothing(self) -> bool:
+        """Whether DoRA's magnitudes are the norms of the rows as they stand, so that g is 1, as at the start."""
+        magnitude = self.lora_magnitude
+        if magnitude is None or magnitude.is_meta:
+            return False
+        return torch.equal(magnitude, self._row_norms().to(magnitude.dtype))
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """Make DoRA's magnitudes the norms of the rows as they stand."""
+        assert self.lora_magnitude is not None
+        self.lora_magnitude.copy_(self._row_norms())
+
+    @classmethod
+    def why_unsuitable(cls, layer: object) -> str | None:
+        kind = type(layer).__name__
+        if not isinstance(layer, nn.Linear):
+            return f"expected an nn.Linear or a subclass, got {kind}"
+        weight = layer.weight
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            return f"{kind} has no weight yet (lazy): run one forward pass first"
+        if quantisation(layer) is not None:
+            return None
+        if not weight.dtype.is_floating_point:
+            return f"{kind} holds a {weight.dtype} weight of a quantisation that is not known"
+        if weight.shape != (layer.out_features, layer.in_features):
+            expected = (layer.out_features, layer.in_features)
+            return f"{kind} holds a weight of shape {tuple(weight.shape)}, expected {expected}"
+        return None
+
+    @staticmethod
+    def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        linear = cast(nn.Linear, original)
+        return (rank, linear.in_features), (linear.out_features, rank)
+
+    @property
+    def in_features(self) -> int:
+        """K, the size of the input's last dimension."""
+        return self.original_linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N, the size of the output's last dimension."""
+        return self.original_linear.out_features
+
+    @property
+    def matrix(self) -> Tensor:
+        """The wrapped weight as (out_features, in_features)."""
+        return self._turned(self.original_linear.weight)
+
+    def dequantised_matrix(self) -> Tensor:
+        """The wrapped weight as (out_features, in_features), in floating point also where it is quantised."""
+        return self._turned(self.wrapped_weight())
+
+    def forward(self, input: Any) -> Any:
+        """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Gives back the same kind."""
+        if isinstance(input, Tensor):
+            return self.original_linear(input) if self.disabled else self._forward_tensor(input)
+        if not (hasattr(input, "feats") and hasattr(input, "replace")):
+            raise TypeError(
+                "input: expected a tensor or an object with .feats and .replace, "
+                f"got {type(input).__name__}"
+            )
+        if quantisation(self.original_linear) is not None:
+            y = self.original_linear(input.feats)
+            return input.replace(y if self.disabled else self._update(y, input.feats))
+        if self.disabled:
+            if self._is_plain():
+                return input.replace(self.original_linear(input.feats))
+            return self.original_linear(input)
+        if self._has_hooks():
+            base = self.original_linear(input)
+            return base.replace(self._update(base.feats, input.feats))
+        return input.replace(self._fused(input.feats))
+
+    def choose(self, x: Tensor) -> Choice:
+        """The backend and plan that a call with the tensor `x` takes, and the reason."""
+        if self.disabled:
+            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
+        dropout = self.training and reference.dropout_threshold(self.dropout) > 0
+        choice = self._choose(autocast(x) if autocasts(x) else x, dropout)
+        package = quantisation(self.original_linear)
+        if package is not None:
+            return replace(
+                choice, reason=f"the weight is quantised by {package}, whose product runs"
+            )
+        if self.lora_magnitude is not None:
+            return replace(
+                choice, reason=f"{choice.reason}; DoRA scales the output in another pass"
+            )
+        if self.group is not None and (choice.backend, choice.plan) == ("torch", "in_place"):
+            others = len(self.group.layers) - 1
+            return replace(
+                choice, reason=f"{choice.reason}; fused with {others} that share its input"
+            )
+        return choice
+
+    def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
+        update = super().delta(dtype, magnitude=magnitude)
+        if self.lora_magnitude is None:
+            return update
+        weight = self.wrapped_weight().to(dtype)
+        scale = self._turned(self._dora_scale().to(dtype)[:, None])
+        if magnitude:
+            return (scale - 1).abs() * weight.abs() + scale.abs() * update
+        return (scale - 1) * weight + scale * update
+
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self._turned(weight), bias)
+
+    def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(rows, self.in_features, generator=generator)
+
+    def extra_repr(self) -> str:
+        features = f"{self.in_features}, {self.out_features}, "
+        return (
+            features
+            + super().extra_repr()
+            + f", bias={self.bias is not None}, backend={self.backend}"
+        )
+
+    def _forward_tensor(self, x: Tensor) -> Tensor:
+        if self._is_plain():
+            return self._fused(x)
+        self._choose(x, False)  # raises if a backend is forced
+        return self._update(self.original_linear(x), x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        if self.group is not None and not torch.compiler.is_compiling():
+            shared: Tensor | None = self.group.output(self, x)
+            if shared is not None:
+                return shared
+        linear = self.original_linear  # an attribute of a module costs half a microsecond
+        bias = linear.bias
+        dora = self._parameters["lora_magnitude"] is not None
+        y = lora_linear(
+            x,
+            self._turned(linear.weight),
+            None if dora else bias,
+            *self.factors(),
+            self.scaling,
+            self.dropout,
+            self._draw_seed(x),
+            backend=self.backend,
+        )
+        if not dora:
+            return y
+        scale = self._dora_scale().to(y.dtype)
+        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output, from that of the wrapped layer, y."""
+        if self.lora_magnitude is None:
+            return self._add_product(y, x)
+        bias = self.original_linear.bias
+        scale = self._dora_scale().to(y.dtype)
+        if bias is None:
+            return scale * self._add_product(y, x)
+        return torch.addcmul(bias.to(y.dtype), self._add_product(y - bias.to(y.dtype), x), scale)
+
+    def _add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        return lora_update(y, x, *self.factors(), self.scaling, self.dropout, self._draw_seed(x))
+
+    def _dora_scale(self) -> Tensor:
+        """g (N,), in float32 or wider."""
+        assert self.lora_magnitude is not None
+        norms = self._row_norms()
+        return self.lora_magnitude.to(norms.dtype) / norms
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """‖W + scaling · B A‖ of each of the N rows, without the N×K product: ‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B."""
+        weight = self.dequantised_matrix()
+        wide = self._wide(weight)
+        a, b = (factor.to(wide) for factor in self.factors())
+        squares = []
+        with exactly(weight):
+            gram = a @ a.T  # [R, K] @ [K, R] -> [R, R]
+            for w, rows in zip(
+                torch.split(weight, _NORM_ROWS), torch.split(b, _NORM_ROWS), strict=True
+            ):
+                w, rows = w.to(wide), self.scaling * rows
+                update = 2 * w @ a.T + rows @ gram  # [rows, K] @ [K, R] + [rows, R] @ [R, R]
+                squares.append((w * w).sum(1) + (update * rows).sum(1))
+        return torch.cat(squares).clamp_(min=torch.finfo(wide).tiny).sqrt_()
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        """A matrix in the stored orientation as (N, K), or the other way round."""
+        return matrix
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._turned(b @ a)  # [N, R] @ [R, K] -> [N, K]
+
+    def _draw_seed(self, x: Tensor) -> Tensor | None:
+        # From torch's generator, outside the op: checkpointing, `torch.manual_seed` and compiled graphs all see it.
+        if not self.training or self.dropout == 0.0:
+            return None
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+
+    def _choose(self, x: Tensor, dropout: bool) -> Choice:
+        return choose(
+            x,
+            self.matrix,
+            self.factors()[0].shape[0],
+            dropout=dropout,
+            plain_base=self._is_plain(),
+            backend=self.backend,
+        )
+
+    def _is_plain(self) -> bool:
+        return is_plain(self.original_linear)
+
+    def _has_hooks(self) -> bool:
+        return has_hooks(self.original_linear)
+
+    def _merged_weight(self, weight: Tensor) -> Tensor:
+        if self.lora_magnitude is not None:
+            return super()._merged_weight(weight)
+        wide = self._wide(weight)
+        a, b = (factor.to(wide) for factor in self.factors())
+        return self._turned(torch.addmm(self._turned(weight.to(wide)), b, a, alpha=self.scaling))
+
+
+class LoRATransposedLinear(LoRALinear):
+    """`LoRALinear` around Hugging Face's `Conv1D` (GPT-2), whose weight is stored as (in_features, out_features).
+
+    Its transpose is a view, which the products read as it lies, so nothing is copied. `weight` and the merged layer keep the
+    stored orientation. Arguments as in `LoRALinear`.
+    """
+
+    kind = "transposed"
+
+    @classmethod
+    def why_unsuitable(cls, layer: object) -> str | None:
+        kind = type(layer).__name__
+        if not is_transposed_linear(layer):
+            return f"expected transformers' Conv1D or a subclass, got {kind}"
+        weight = cast(Tensor, layer.weight)
+        if quantisation(layer) is not None or not weight.dtype.is_floating_point:
+            return f"{kind} holds a quantised weight, which is not supported for this layer"
+        return None
+
+    @staticmethod
+    def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        k, n = cast(Tensor, original.weight).shape
+        return (rank, k), (n, rank)
+
+    @property
+    def in_features(self) -> int:
+        return self.original_linear.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.original_linear.weight.shape[1]
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+
+def is_transposed_linear(module: object) -> TypeGuard[nn.Module]:
+    """Whether the module is transformers' `Conv1D` or a subclass, found without importing transformers."""
+    return isinstance(module, nn.Module) and _conv1d(type(module)) is not None
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether calling the layer is `F.linear` with its own weight and nothing else."""
+    return computes_linear(linear) and not has_hooks(linear) and quantisation(linear) is None
+
+
+def computes_linear(linear: nn.Module) -> bool:
+    """Whether the layer's class has no other forward, nor the layer one of its own, than `nn.Linear` or transformers' `Conv1D`."""
+    kind = type(linear)
+    if "forward" in linear.__dict__:  # hooks of the package accelerate replace it so
+        return False
+    if kind.forward is nn.Linear.forward:
+        return True
+    conv1d = _conv1d(kind)
+    return conv1d is not None and kind.forward is conv1d.forward
+
+
+def _conv1d(kind: type) -> Any:
+    return next(
+        (
+            c
+            for c in kind.__mro__
+            if (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        ),
+        None,
+    )

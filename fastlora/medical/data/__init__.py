@@ -1,0 +1,1 @@
+"""Volumes, masks and the samples made of them."""

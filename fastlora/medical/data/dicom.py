@@ -1,0 +1,229 @@
+"""DICOM: which series and segmentations a folder holds, and their voxels; pydicom and highdicom read.
+
+The two packages are the extra ``dicom`` and imported on first use. Positions are turned from
+DICOM's LPS to RAS: x to the patient's right side is negative there, positive here.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastlora.errors import DataError
+from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription", "PatientID")
+
+
+def unusable() -> tuple[type[Exception], ...]:
+    """What the two packages raise on files that are damaged, of another kind, or no regular volume."""
+    from pydicom import errors
+
+    return (
+        *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
+        *(MemoryError, OverflowError, IndexError, struct.error, zlib.error, sqlite3.Error),
+        *(
+            errors.BytesLengthException,
+            errors.InvalidDicomError,
+        ),  # these have no base but Exception
+    )
+
+
+@dataclass(frozen=True)
+class Series:
+    """The files of one series. modality: DICOM's word, as CT, MR or SEG. patient: its ID."""
+
+    uid: str
+    modality: str
+    description: str
+    patient: str
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A DICOM SEG. segments: number -> label. refers_to: UIDs of the series that it segments."""
+
+    path: Path
+    segments: dict[int, str]
+    refers_to: frozenset[str]
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file carries DICOM's mark (after a preamble of 128 bytes)."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Whether a DICOM file lies anywhere below a folder."""
+    return any(is_dicom(path) for path in folder.rglob("*"))
+
+
+def list_series(folder: Path) -> list[Series]:
+    """Every series below a folder (or of one file), by UID; headers are read, voxels are not.
+
+    Raises: DataError if a file cannot be read, or without the packages.
+    """
+    pydicom, _ = _packages(folder)
+    found: dict[str, Series] = {}
+    paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+    for path in (p for p in paths if is_dicom(p)):
+        try:
+            _refuse_deflated(pydicom, path)
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
+            values = [str(header.get(name, "")) for name in HEADER]
+        except unusable() as error:
+            raise _unreadable(path, error) from error
+        if values[0]:  # a DICOMDIR has no series
+            uid, modality, description, patient = values
+            series = found.setdefault(uid, Series(uid, modality, description, patient))
+            series.files.append(path)
+    return [found[uid] for uid in sorted(found)]
+
+
+def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray[np.float32], FloatArray]:
+    """The voxels of one series (X, Y, Z), float32 (Hounsfield units of CT), and their affine, RAS mm.
+
+    uid: which one; None: the only series of the folder that is no segmentation.
+    Raises: DataError if there is no such series or several, or if it is no regular volume.
+    """
+    series = [s for s in list_series(folder) if s.modality != "SEG" and uid in (None, s.uid)]
+    if len(series) != 1:
+        names = "; ".join(f"{s.modality} {s.description!r}, {len(s.files)} files" for s in series)
+        wanted = "one image series" if uid is None else f"the series {uid}"
+        raise DataError(f"{folder}: expected {wanted}, got {names or 'none'}")
+    pydicom, highdicom = _packages(folder)
+    files = series[0].files
+    try:
+        for path in files:
+            _check_size(pydicom.dcmread(path, stop_before_pixels=True), len(files))
+        if len(files) == 1:
+            volume = highdicom.imread(files[0]).get_volume(dtype=np.float32)
+        else:
+            datasets = [pydicom.dcmread(path) for path in files]
+            volume = highdicom.get_volume_from_series(datasets, dtype=np.float32)
+    except unusable() as error:
+        raise DataError(
+            f"{folder}: expected a series of parallel slices at equal distances, got "
+            f"{len(files)} files of {series[0].modality} {series[0].description!r}: {error}"
+        ) from error
+    if volume.array.ndim != 3:
+        raise DataError(f"{folder}: expected grey values, got an array {volume.array.shape}")
+    return volume.array, LPS_TO_RAS @ volume.affine
+
+
+def read_segmentation(path: Path) -> Segmentation:
+    """What a DICOM SEG holds. Raises: DataError if it cannot be read."""
+    pydicom, _ = _packages(path)
+    try:
+        _refuse_deflated(pydicom, path)
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        modality = str(header.Modality)
+        sequence = header.SegmentSequence if modality == "SEG" else ()
+        segments = {int(s.SegmentNumber): str(s.SegmentLabel) for s in sequence}
+        references = header.get("ReferencedSeriesSequence", [])
+        refers_to = frozenset(str(item.SeriesInstanceUID) for item in references)
+    except unusable() as error:
+        raise _unreadable(path, error) from error
+    if modality != "SEG":
+        raise DataError(f"{path}: expected a DICOM SEG, got {modality}")
+    return Segmentation(path, segments, refers_to)
+
+
+def read_segment(
+    path: Path, number: int, affine: FloatArray, shape: Sequence[int]
+) -> NDArray[np.bool_]:
+    """One segment of a DICOM SEG on an image's grid, (X, Y, Z) bool; voxels it leaves out are False.
+
+    affine: (4, 4) index to RAS mm. A fractional segmentation counts from one half.
+    Raises: DataError if there is no such segment, if its voxels are not the image's, or if some of
+    it lies outside the image.
+    """
+    pydicom, highdicom = _packages(path)
+    segments = read_segmentation(path).segments
+    if number not in segments:
+        raise DataError(f"{path}: expected a segment among {segments}, got {number}")
+    try:
+        _check_size(pydicom.dcmread(path, stop_before_pixels=True), 1)
+        # Left unchecked: two segments may overlap, and each has its own channel here.
+        volume = highdicom.seg.segread(path).get_volume(
+            segment_numbers=[number], skip_overlap_checks=True, dtype=np.float32
+        )
+        volume = volume.with_array(volume.array[..., 0])
+        like = highdicom.VolumeGeometry(LPS_TO_RAS @ affine, list(shape), "PATIENT")
+        placed = volume.match_geometry(like, tol=1e-3).array >= 0.5
+    except unusable() as error:
+        raise DataError(
+            f"{path}: expected segment {number} on the voxels of the image, {tuple(shape)}: {error}"
+        ) from error
+    lost = int((volume.array >= 0.5).sum()) - int(placed.sum())
+    if lost:
+        raise DataError(
+            f"{path}: expected segment {number} within the image, got {lost} voxels outside it"
+        )
+    result: NDArray[np.bool_] = placed
+    return result
+
+
+def _refuse_deflated(pydicom: ModuleType, path: Path) -> None:
+    """Raises: ValueError for the transfer syntax that inflates a whole file, of whatever size, before its header can be read."""
+    meta = pydicom.filereader.read_file_meta_info(path)
+    if str(meta.get("TransferSyntaxUID", "")) == "1.2.840.10008.1.2.1.99":
+        raise ValueError(
+            "expected another transfer syntax than Deflated Explicit VR, which hides its size"
+        )
+
+
+def _check_size(header: Any, files: int) -> None:
+    """Raises: ValueError if a header declares more voxels than a volume may hold, the gaps between its frames included."""
+    rows, columns = int(header.Rows), int(header.Columns)
+    frames = int(header.get("NumberOfFrames", 1) or 1)
+    shared = header.get("SharedFunctionalGroupsSequence")
+    spacing = 0.0
+    if shared and shared[0].get("PixelMeasuresSequence"):
+        measures = shared[0].PixelMeasuresSequence[0]
+        spacing = float(
+            measures.get("SpacingBetweenSlices", measures.get("SliceThickness", 0)) or 0
+        )
+    positions = [
+        [float(x) for x in group.PlanePositionSequence[0].ImagePositionPatient]
+        for group in header.get("PerFrameFunctionalGroupsSequence", [])
+        if group.get("PlanePositionSequence")
+    ]
+    planes = float(frames * files)
+    if positions and spacing > 0:
+        reach = np.ptp(np.asarray(positions), axis=0)
+        planes = max(planes, float(np.linalg.norm(reach)) / spacing + 1)
+    if not rows * columns * planes <= MAX_VOXELS:
+        raise ValueError(
+            f"expected at most {MAX_VOXELS:,} voxels, the header declares {rows}×{columns} in {planes:,.0f} planes"
+        )
+
+
+def _packages(path: Path) -> tuple[ModuleType, Any]:
+    try:
+        import highdicom
+        import pydicom
+    except ImportError as error:
+        raise DataError(
+            f"{path}: DICOM is read by pydicom and highdicom, expected both, got: {error} "
+            "(pip install 'fastlora[dicom]')"
+        ) from error
+    return pydicom, highdicom
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: expected a readable DICOM file, got {type(error).__name__}: {error}")

@@ -1,0 +1,346 @@
+"""Data sets on disk: which layout a folder has, and the cases it holds.
+
+| layout | image | masks | split |
+| --- | --- | --- | --- |
+| TotalSegmentator | `<subject>/ct.nii.gz` or `mri.nii.gz` | `<subject>/segmentations/<structure>.nii.gz` | `meta.csv` (`;`, columns `image_id`, `split`) |
+| Decathlon | `dataset.json`: `training` lists image and label | label map, names in `labels` (value: name) | – |
+| nnU-Net | `imagesTr/<case>_<channel>.nii.gz` | `labelsTr/<case>.nii.gz`, names in `labels` (name: value) | fold 0 of `splits_final.json` |
+| image/label pairs | `<subject>/*-image.nii.gz` | `<subject>/*-label.nii.gz`, called `label_1`, … | `meta.csv` |
+| DICOM | `<subject>/…`: the series that a SEG refers to | DICOM SEG, names are the segments' labels | `meta.csv` |
+
+The layout is found, not asked for, and named in the log. Names of structures are brought to lower
+case with `_` for whatever is no letter or digit, but in TotalSegmentator's layout, whose names are
+file names already.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlora.errors import DataError
+from fastlora.files import read_json
+from fastlora.medical.data import dicom
+from fastlora.medical.data.volumes import Case, Modality, Source, load_labels
+
+log = logging.getLogger(__name__)
+
+IMAGE_NAMES: dict[str, Modality] = {"ct.nii.gz": "ct", "mri.nii.gz": "mr"}
+DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DICOM")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller decides where a layout leaves it open; see `find_cases`."""
+
+    modality: Modality
+    channel: int
+
+
+def find_cases(
+    root: str | os.PathLike[str],
+    modality: Modality = "ct",
+    problems: list[str] | None = None,
+    channel: int = 0,
+) -> list[Case]:
+    """All cases below a folder, by subject's name; its layout (see the module) goes to the log.
+
+    modality: of image/label pairs, whose name does not tell it. channel: of images with several, as
+    `dataset.json` numbers them. problems: if given, a case that cannot be used is left out and
+    described there instead of raising.
+    Raises: DataError if the folder is missing, holds no case or an unreadable table, or if a case
+        lacks image or masks.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: expected a folder of cases, got nothing at that path")
+    found: list[tuple[str, Callable[[], Case]]] = []
+    request = Request(modality, channel)
+    if (root / "dataset.json").is_file():
+        found = _listed_cases(root, request)
+    else:
+        splits = _read_splits(root / "meta.csv")
+        for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
+            reader = _reader_of(folder, request)
+            if reader is not None:
+                layout, read = reader
+                found.append((layout, _with_split(read, folder, splits.get(folder.name))))
+    cases, layouts = [], Counter[str]()
+    for layout, make in found:
+        try:
+            case = make()
+        except DataError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+        else:
+            cases.append(case)
+            layouts[layout] += 1
+    if not cases:
+        raise DataError(
+            f"{root}: expected a data set in one of the layouts {', '.join(LAYOUTS)} "
+            "(docs/quickstart_training.md shows each), got none"
+            + "".join(f"; {problem}" for problem in problems or ())
+        )
+    named = ", ".join(f"{name} ({count} cases)" for name, count in layouts.items())
+    log.info("%s: layout %s", root, named)
+    return cases
+
+
+def structure_name(label: str) -> str:
+    """A label's name as structures are called here: `Left Kidney` -> `left_kidney`."""
+    return re.sub(r"[^0-9a-z]+", "_", label.lower()).strip("_")
+
+
+# -------------------------------------------------------------------------- one folder a subject
+
+
+def _reader_of(
+    folder: Path, request: Request
+) -> tuple[str, Callable[[Path, str | None], Case]] | None:
+    """The layout of a subject's folder and what reads it; None if it holds nothing of any."""
+    if (folder / "segmentations").is_dir() or any((folder / n).is_file() for n in IMAGE_NAMES):
+        return "TotalSegmentator", _totalsegmentator_case
+    if any(folder.glob("*-image.nii.gz")) or any(folder.glob("*-label.nii.gz")):
+        return "image/label pairs", lambda f, split: _pair_case(f, request.modality, split)
+    if dicom.holds_dicom(folder):
+        return "DICOM", _dicom_case
+    return None
+
+
+def _with_split(
+    read: Callable[[Path, str | None], Case], folder: Path, split: str | None
+) -> Callable[[], Case]:
+    return lambda: read(folder, split)
+
+
+def _totalsegmentator_case(folder: Path, split: str | None) -> Case:
+    images = [name for name in IMAGE_NAMES if (folder / name).is_file()]
+    if len(images) != 1:
+        raise DataError(
+            f"{folder}: expected one of {', '.join(IMAGE_NAMES)}, got {', '.join(images) or 'none'}"
+        )
+    masks = sorted((folder / "segmentations").glob("*.nii.gz"))
+    structures = {
+        p.name.removesuffix(".nii.gz"): Source(p) for p in masks if not p.name.startswith(".")
+    }
+    if not structures:
+        raise DataError(f"{folder}: expected masks in segmentations/<structure>.nii.gz, got none")
+    return Case(folder.name, IMAGE_NAMES[images[0]], folder / images[0], structures, split)
+
+
+def _pair_case(folder: Path, modality: Modality, split: str | None) -> Case:
+    images, labels = sorted(folder.glob("*-image.nii.gz")), sorted(folder.glob("*-label.nii.gz"))
+    if len(images) != 1 or len(labels) != 1:
+        raise DataError(
+            f"{folder}: expected one *-image.nii.gz and one *-label.nii.gz, "
+            f"got {len(images)} and {len(labels)}"
+        )
+    values = np.unique(load_labels(labels[0]).array)
+    structures = {f"label_{value}": Source(labels[0], int(value)) for value in values if value != 0}
+    if not structures:
+        raise DataError(f"{labels[0]}: expected at least one label, got an empty label map")
+    return Case(folder.name, modality, images[0], structures, split)
+
+
+def _dicom_case(folder: Path, split: str | None) -> Case:
+    series = {s.uid: s for s in dicom.list_series(folder)}
+    segmentations = [
+        dicom.read_segmentation(path)
+        for s in series.values()
+        if s.modality == "SEG"
+        for path in s.files
+    ]
+    if not segmentations:
+        raise DataError(f"{folder}: expected a DICOM SEG beside the images, got none")
+    images = {uid for seg in segmentations for uid in seg.refers_to if uid in series}
+    if len(images) != 1:
+        raise DataError(
+            f"{folder}: expected one series that a DICOM SEG refers to, got {len(images)}; there are: "
+            + "; ".join(f"{s.modality} {s.description!r}" for s in series.values())
+        )
+    (uid,) = images
+    kind = series[uid].modality
+    if kind not in DICOM_MODALITIES:
+        raise DataError(f"{folder}: expected a series of CT or MR, got {kind}")
+    structures: dict[str, Source] = {}
+    for seg in segmentations:
+        if uid not in seg.refers_to:
+            continue
+        for number, label in seg.segments.items():
+            _add(structures, label, Source(seg.path, number), seg.path)
+    # Only the image's files decide whether what was prepared from them is still good.
+    parents = {path.parent for path in series[uid].files}
+    image = parents.pop() if len(parents) == 1 else folder
+    return Case(folder.name, DICOM_MODALITIES[kind], image, structures, split, part=uid)
+
+
+def _add(structures: dict[str, Source], label: str, source: Source, where: Path) -> None:
+    name = structure_name(label)
+    if not name or name in structures:
+        raise DataError(
+            f"{where}: expected labels whose names differ in letters and digits, got {label!r}"
+            + (" twice" if name else "")
+        )
+    structures[name] = source
+
+
+def _read_splits(path: Path) -> dict[str, str]:
+    """subject → split from TotalSegmentator's meta.csv; empty without the file or the column."""
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream, delimiter=";", restkey="more"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: expected a table in UTF-8, got {error}") from error
+    if rows and "image_id" not in rows[0]:
+        raise DataError(
+            f"{path}: expected a column image_id (separator ';'), got {', '.join(rows[0])}"
+        )
+    return {row["image_id"]: row["split"] for row in rows if row.get("split")}
+
+
+# ---------------------------------------------------------------------------------- dataset.json
+
+
+def _listed_cases(root: Path, request: Request) -> list[tuple[str, Callable[[], Case]]]:
+    """The cases of a Decathlon or nnU-Net folder: its layout, and what makes the case."""
+    path = root / "dataset.json"
+    content = _read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
+        raise DataError(f"{path}: expected an object with 'labels', got none")
+    nnunet = "channel_names" in content
+    channels = content.get("channel_names" if nnunet else "modality")
+    if not isinstance(channels, dict) or not channels:
+        raise DataError(f"{path}: expected 'channel_names' or 'modality', got neither")
+    number = str(request.channel)
+    if number not in channels:
+        raise DataError(f"channel: {path} has {channels}, expected one of them, got {number}")
+    name = str(channels[number])
+    if len(channels) > 1:
+        log.info(
+            "%s: channel %s (%s) of %s", root, number, name, ", ".join(map(str, channels.values()))
+        )
+    modality: Modality = "ct" if name.upper() == "CT" else "mr"
+    labels = _labels(content["labels"], path)
+    splits = _folds(root / "splits_final.json")
+    listed = _nnunet_files(root, content, request) if nnunet else _decathlon_files(root, content)
+
+    def maker(subject: str, image: Path, label: Path) -> Callable[[], Case]:
+        def make() -> Case:
+            file, part = image, request.channel
+            if not file.is_file() and not nnunet:  # nnU-Net 1: the list has no channel's number
+                end = next((e for e in NIFTI_ENDINGS if image.name.endswith(e)), "")
+                file = image.with_name(f"{image.name.removesuffix(end)}_{part:04d}{end}")
+            for needed in (file, label):
+                if not needed.is_file():
+                    raise DataError(f"{subject}: expected {needed}, got nothing at that path")
+            structures = {n: Source(label, value) for n, value in labels.items()}
+            return Case(subject, modality, file, structures, splits.get(subject), part)
+
+        return make
+
+    layout = "nnU-Net" if nnunet else "Decathlon"
+    return [(layout, maker(*files)) for files in sorted(listed)]
+
+
+def _nnunet_files(
+    root: Path, content: Mapping[str, Any], request: Request
+) -> list[tuple[str, Path, Path]]:
+    ending = content.get("file_ending", NIFTI_ENDINGS[0])
+    if ending not in NIFTI_ENDINGS:
+        raise DataError(
+            f"{root / 'dataset.json'}: expected file_ending {' or '.join(NIFTI_ENDINGS)}, got {ending!r}"
+        )
+    found = []
+    for label in (root / "labelsTr").glob(f"[!.]*{ending}"):
+        subject = label.name.removesuffix(ending)
+        image = root / "imagesTr" / f"{subject}_{request.channel:04d}{ending}"
+        found.append((subject, image, label))
+    return found
+
+
+def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[tuple[str, Path, Path]]:
+    path = root / "dataset.json"
+    found = []
+    listed = content.get("training", ())
+    if not isinstance(listed, (list, tuple)):
+        raise DataError(f"{path}: expected a list in 'training', got {type(listed).__name__}")
+    for entry in listed:
+        pair = [entry.get(key) for key in ("image", "label")] if isinstance(entry, dict) else []
+        names = [name for name in pair if isinstance(name, str) and name]
+        if len(names) != 2:
+            raise DataError(
+                f"{path}: expected the paths 'image' and 'label' in each of 'training', got {entry}"
+            )
+        image, label = (_below(root, name, path) for name in names)
+        end = next((e for e in NIFTI_ENDINGS if label.name.endswith(e)), "")
+        found.append((label.name.removesuffix(end), image, label))
+    return found
+
+
+def _below(root: Path, name: str, path: Path) -> Path:
+    """The file `name` of the data set. Raises: DataError if it would lie outside of its folder."""
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{path}: expected paths within {root}, got {name!r}")
+    try:
+        (root / name).is_file()
+    except OSError as error:  # a name that no file can have
+        raise DataError(f"{path}: expected paths within {root}, got {name!r}: {error}") from error
+    return root / name
+
+
+def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int, ...]]:
+    """structure -> value or values, from `{value: name}` or `{name: value}`, without the background.
+
+    The value that nnU-Net calls `ignore` marks what nobody labelled and is no structure.
+    """
+    found: dict[str, Source] = {}
+    for key, entry in labels.items():
+        label, value = (entry, key) if isinstance(entry, str) else (key, entry)
+        several = isinstance(value, (list, tuple))
+        try:
+            values = tuple(int(v) for v in (value if several else [value]))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{path}: expected labels as whole numbers, got {key!r}: {entry!r}"
+            ) from error
+        if label.lower() in ("background", "ignore") or values == (0,):
+            continue
+        _add(found, label, Source(path, values if several else values[0]), path)
+    if not found:
+        raise DataError(f"{path}: expected a label beside the background, got none")
+    return {name: source.label for name, source in found.items() if source.label is not None}
+
+
+def _folds(path: Path) -> dict[str, str]:
+    """subject -> `train` or `val` of the first fold of nnU-Net's splits_final.json, if it is there."""
+    if not path.is_file():
+        return {}
+    content = _read_json(path)
+    try:
+        fold = content[0]
+        return {str(s): side for side in ("train", "val") for s in fold[side]}
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(
+            f"{path}: expected a list of folds with 'train' and 'val', got none"
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected readable JSON, got {error}") from error

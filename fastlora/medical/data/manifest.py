@@ -1,0 +1,163 @@
+"""What preprocessing left in its cache: `manifest.json`, with checksums, and `skipped.csv`.
+
+The manifest lists every usable structure with the SHA-256 of its sources and of the files made from
+them, and whatever was skipped with the reason. Training with `--cache_dir` uses what is listed
+there and nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastlora.errors import DataError
+from fastlora.files import atomic_write, read_json, write_json
+from fastlora.medical.data.generated import sha256
+from fastlora.medical.data.volumes import Case
+
+FORMAT = "fastlora-medical-manifest-1"
+NAME = "manifest.json"
+SKIPPED = "skipped.csv"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one structure: its size, or the problem for which it was left out.
+
+    shape, spacing (mm), volume_ml: of the box cut out around it. slices: how many of each axis are
+    samples. regions: how many windows of the fine grid. sources: digest of each path that was read.
+    files: digest of each file in the cache.
+    """
+
+    subject: str
+    structure: str
+    problem: str | None = None
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    volume_ml: float = 0.0
+    slices: tuple[int, ...] = ()
+    regions: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and digests of all files below a folder.
+
+    Raises: DataError if there is nothing at the path.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        lines = [f"{p.relative_to(path).as_posix()} {sha256(p)}\n" for p in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file, got nothing at that path")
+    return sha256(path)
+
+
+def write_manifest(
+    cache_dir: Path, settings: dict[str, Any], outcomes: Sequence[Outcome], problems: Sequence[str]
+) -> None:
+    """Write both files, each whole or not at all; those of an earlier run are replaced.
+
+    settings: how it was made, as JSON can hold it. problems: of cases that could not even be listed.
+    """
+    ready = [asdict(outcome) for outcome in outcomes if outcome.problem is None]
+    skipped: list[dict[str, str | None]] = [
+        {"subject": o.subject, "structure": o.structure, "reason": o.problem}
+        for o in outcomes
+        if o.problem is not None
+    ]
+    skipped += [{"subject": None, "structure": None, "reason": problem} for problem in problems]
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, ["subject", "structure", "reason"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(skipped)
+    atomic_write(cache_dir / SKIPPED, lambda file: file.write(text.getvalue().encode()))
+    for entry in ready:
+        del entry["problem"]
+    content = {"format": FORMAT, "settings": settings, "structures": ready, "skipped": skipped}
+    write_json(cache_dir / NAME, content)
+
+
+def read_manifest(cache_dir: Path) -> dict[str, Any]:
+    """The manifest's content.
+
+    Raises: DataError if there is none, or if it is not one of `write_manifest`.
+    """
+    path = cache_dir / NAME
+    try:
+        content = read_json(path)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"cache_dir: expected {path}, which scripts/preprocess_medical.py writes, got nothing there"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected a manifest, got {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: expected a manifest of format {FORMAT!r}, got another file")
+    listed = content.get("structures")
+    if not isinstance(listed, list) or not all(_is_entry(entry) for entry in listed):
+        raise DataError(
+            f"{path}: expected subject, structure, and digests of sources and files in each of 'structures'"
+        )
+    return content
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    digests = [entry.get("sources"), entry.get("files")]
+    return all(isinstance(entry.get(name), str) for name in ("subject", "structure")) and all(
+        isinstance(part, dict) and all(isinstance(value, str) for value in part.values())
+        for part in digests
+    )
+
+
+def usable_cases(cases: Sequence[Case], cache_dir: Path) -> list[Case]:
+    """The cases with those structures that the manifest lists as usable.
+
+    Raises: DataError as `read_manifest`, or if it lists none of them.
+    """
+    listed = {(s["subject"], s["structure"]) for s in read_manifest(cache_dir)["structures"]}
+    kept = [
+        replace(
+            case,
+            structures={n: s for n, s in case.structures.items() if (case.subject, n) in listed},
+        )
+        for case in cases
+    ]
+    kept = [case for case in kept if case.structures]
+    if not kept:
+        raise DataError(
+            f"{cache_dir / NAME}: expected structures of {cases[0].subject}, …, got those of "
+            f"{', '.join(sorted({subject for subject, _ in listed})[:3]) or 'none'}: "
+            "it was made from another data set"
+        )
+    return kept
+
+
+def verify(cache_dir: Path) -> list[str]:
+    """What differs from the manifest, a line each: files of the cache and their sources.
+
+    Raises: DataError as `read_manifest`.
+    """
+    wanted: dict[Path, str] = {}
+    for entry in read_manifest(cache_dir)["structures"]:
+        wanted |= {Path(name): value for name, value in entry["sources"].items()}
+        wanted |= {cache_dir / name: value for name, value in entry["files"].items()}
+    differences = []
+    for path, value in wanted.items():
+        try:
+            found = digest(path)
+        except (DataError, OSError) as error:  # the latter for a name that no file can have
+            differences.append(str(error))
+        else:
+            if found != value:
+                differences.append(f"{path}: expected SHA-256 {value[:12]}…, got {found[:12]}…")
+    return differences

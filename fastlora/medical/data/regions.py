@@ -1,0 +1,212 @@
+"""Region samples: a coarse structure with its image in, the fine surface out.
+
+A region is a cube of 32³ fine voxels (``SPACING_MM`` each) around one structure, or around one block of a large
+one, of one subject. The input is its 8³ coarse structure (the fraction of each 4³ cell that the structure fills,
+as a fast low-resolution segmentation would give) and the image; the target is the signed distance field (SDF) of
+the structure on the fine grid. Distances are in fine voxels, negative inside; the affine maps a region's fine
+voxel to mm in the patient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data.grids import CELL, COARSE, FINE, SPACING_MM, Array, StructureGrid
+from fastlora.medical.data.splits import MIN_FILLED, RegionSpec, group_of
+
+CONTEXT = 2
+"""Image voxels around a cell that its token sees as well."""
+
+PATCH = CELL + 2 * CONTEXT
+TOKEN_CHANNELS = PATCH**3 + 3**3
+"""A token carries its cell's image patch with context and the coarse values of the 3³ cells around it."""
+
+SHIFT_VOX = 8
+"""How far augmentation moves a window along each axis."""
+
+
+def upsample_coarse(coarse: Array) -> Array:
+    """(8, 8, 8) fractions -> (32, 32, 32), trilinear between cell centres, constant beyond the outer centres."""
+    matrix = _interpolation()
+    up: Array = np.einsum("ai,bj,ck,ijk->abc", matrix, matrix, matrix, coarse, optimize=True)
+    return up
+
+
+@lru_cache(maxsize=1)
+def _interpolation() -> Array:
+    """(32, 8) weights of linear interpolation along one axis."""
+    centre = np.clip((np.arange(FINE) + 0.5) / CELL - 0.5, 0, COARSE - 1)
+    weights: Array = np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(COARSE))).astype(
+        np.float32
+    )
+    return weights
+
+
+def coarse_structure(mask: NDArray[np.bool_]) -> Array:
+    """(32, 32, 32) bool -> (8, 8, 8): the fraction of each cell that is inside."""
+    cells = mask.reshape(COARSE, CELL, COARSE, CELL, COARSE, CELL)
+    fraction: Array = cells.mean((1, 3, 5), dtype=np.float32)
+    return fraction
+
+
+def active_cells(coarse: Array) -> NDArray[np.int64]:
+    """(T, 3) cells that can hold surface: those whose 3³ neighbourhood is neither all empty nor all full."""
+    around = _neighbourhoods(coarse)
+    return np.argwhere((around.max(-1) > 0) & (around.min(-1) < 1))
+
+
+def _neighbourhoods(coarse: Array) -> Array:
+    """(8, 8, 8, 27): the coarse values around each cell, the outer ones repeated beyond the cube."""
+    padded = np.pad(coarse, 1, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3, 3))
+    return windows.reshape(COARSE, COARSE, COARSE, 27)
+
+
+def base_distance(coarse: Array) -> Array:
+    """(32, 32, 32) the upsampled coarse structure as a distance: zero where half is filled, within ±CELL voxels.
+
+    Not the distance transform of its surface: that is far from any surface where the coarse structure has missed a
+    thin sheet, and a residual would first have to undo it. This is small wherever the coarse structure is unsure.
+    """
+    return 2 * CELL * (np.float32(0.5) - upsample_coarse(coarse))
+
+
+def token_features(image: Array, coarse: Array, cells: NDArray[np.int64]) -> Array:
+    """(T, TOKEN_CHANNELS): image patches, brought from [0, 1] to [-2, 2], then coarse values, to [-1, 1].
+
+    image: (32, 32, 32) in [0, 1]; beyond the cube its outer voxels are repeated.
+    """
+    padded = np.pad(image, CONTEXT, mode="edge")
+    patches = np.lib.stride_tricks.sliding_window_view(padded, (PATCH, PATCH, PATCH))
+    i, j, k = cells.T
+    patch = patches[i * CELL, j * CELL, k * CELL].reshape(len(cells), -1)
+    around = _neighbourhoods(coarse)[i, j, k]
+    return np.concatenate([4 * (patch - 0.5), 2 * (around - 0.5)], axis=1).astype(np.float32)
+
+
+def region_arrays(image: Array, sdf_vox: Array) -> dict[str, Array | NDArray[np.int64]]:
+    """What a region's sample derives from its image and SDF (both (32, 32, 32)); see ``RegionDataset``."""
+    coarse = coarse_structure(sdf_vox < 0)
+    cells = active_cells(coarse)
+    return {
+        "coarse": coarse,
+        "coords": cells,
+        "feats": token_features(image, coarse, cells),
+        "base_vox": base_distance(coarse),
+        "sdf_vox": sdf_vox,
+        "image": image,
+    }
+
+
+class RegionDataset(Dataset[dict[str, Any]]):
+    """Region samples of ``specs``, ``samples_per_region`` times over; a pure function of (seed, epoch, index).
+
+    ``dataset[i]`` is a dict:
+        coarse (8, 8, 8) float32, the fraction of each cell that is inside;
+        coords (T, 3) int64, the active cells; feats (T, TOKEN_CHANNELS) float32, their tokens;
+        base_vox, sdf_vox (32, 32, 32) float32, distances of the upsampled coarse and of the true structure;
+        image (32, 32, 32) float32 in [0, 1]; affine (4, 4) float64, index to mm; spacing, mm per fine voxel;
+        meta: subject, structure, region, modality, group.
+
+    With ``augment`` the window moves, mirrors and changes its brightness, contrast and noise a little (the image may
+    then leave [0, 1]). Only symmetries of the grid are used, and the same for image and SDF: the SDF stays exact,
+    nothing has to be recomputed.
+
+    Raises:
+        DataError: ``specs`` is empty. ConfigError: ``samples_per_region`` < 1.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[RegionSpec],
+        *,
+        augment: bool = False,
+        seed: int = 0,
+        samples_per_region: int = 1,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        if not specs:
+            raise DataError("specs: expected at least one region, got none")
+        if samples_per_region < 1:
+            raise ConfigError(f"samples_per_region: expected >= 1, got {samples_per_region}")
+        self.specs = list(specs)
+        self.augment = augment
+        self.seed = seed
+        self.samples_per_region = samples_per_region
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else None
+        self.epoch = 0
+
+    def identity(self) -> str:
+        """A fingerprint of which regions these are: subjects, structures and places, not their voxels."""
+        names = sorted(repr((s.case.subject, s.structure, s.name)) for s in self.specs)
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentations are drawn."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.specs) * self.samples_per_region
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        spec = self.specs[index % len(self.specs)]
+        grid = StructureGrid.load(spec.case, spec.structure, self.cache_dir)
+        start = np.array(spec.start)
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        if self.augment:
+            start = _moved(spec, grid, rng)
+        image, sdf = grid.crop(start.tolist())
+        affine = grid.affine.copy()
+        affine[:3, 3] += grid.affine[:3, :3] @ (start - grid.offset)
+        if self.augment:
+            image, sdf, affine = _augmented(image, sdf, affine, rng)
+        return {
+            **region_arrays(image, sdf),
+            "affine": affine,
+            "spacing": SPACING_MM,
+            "meta": {
+                "subject": spec.case.subject,
+                "structure": spec.structure,
+                "region": spec.name,
+                "modality": spec.case.modality,
+                "group": group_of(spec.structure),
+            },
+        }
+
+
+def _moved(spec: RegionSpec, grid: StructureGrid, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A start within SHIFT_VOX of the spec's and within its bounds, whose window still holds structure."""
+    for _ in range(8):
+        shift = rng.integers(-SHIFT_VOX, SHIFT_VOX + 1, 3)
+        start: NDArray[np.int64] = np.clip(np.array(spec.start) + shift, spec.low, spec.high)
+        filled = float((grid.crop(start.tolist())[1] < 0).mean())
+        if MIN_FILLED <= filled <= 1 - MIN_FILLED:
+            return start
+    return np.array(spec.start)
+
+
+def _augmented(
+    image: Array, sdf: Array, affine: NDArray[np.float64], rng: np.random.Generator
+) -> tuple[Array, Array, NDArray[np.float64]]:
+    """Mirror along random axes (image, SDF and affine together), then change brightness, contrast and noise."""
+    for axis in np.flatnonzero(rng.random(3) < 0.5).tolist():
+        image, sdf = np.flip(image, axis), np.flip(sdf, axis)
+        affine = affine.copy()
+        affine[:3, 3] += affine[:3, axis] * (FINE - 1)
+        affine[:3, axis] *= -1
+    gain, bias = rng.uniform(0.95, 1.05), rng.uniform(-0.03, 0.03)
+    noise = rng.normal(0, rng.uniform(0, 0.02), image.shape)
+    # Not cut to [0, 1] again: that would wipe out the contrast among bright tissues.
+    changed = ((image - 0.5) * gain + 0.5 + bias + noise).astype(np.float32)
+    return changed, np.ascontiguousarray(sdf), affine

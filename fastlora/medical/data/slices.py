@@ -1,0 +1,317 @@
+"""Slice samples: one slice of one structure of one subject, with the whole structure's 3-D shape.
+
+A slice is cut out of a structure that `prepared` has made ready, and where asked moved by one
+random similarity that image, mask, distances, canonical cube and mesh all follow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+
+from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data.geometry import FloatArray, apply_affine, pointmap, spacing_of
+from fastlora.medical.data.prepared import Prepared, SliceConfig, load_prepared, to_canonical
+from fastlora.medical.data.splits import kind_of
+from fastlora.medical.data.volumes import Case
+
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order
+KEPT_IN_MEMORY = 8  # structures
+
+
+class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
+    """Slices of the structures of some cases.
+
+    cases: as `find_cases` gives them; split them by subject before (`split_by_subject`).
+    classes: names or kinds of structures, None for all. axes: among sagittal, coronal, axial or 0,
+    1, 2. extract_mesh: whether samples carry the mesh. augment: move each sample at random, a
+    function of (seed, epoch, index) alone, so of no worker. cache_dir: where prepared structures
+    are kept.
+
+    Raises: ConfigError on an unknown axis; DataError if a class is in no case or a file is bad.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        classes: Sequence[str] | None = None,
+        axes: Sequence[str | int] = ("sagittal", "coronal", "axial"),
+        config: SliceConfig | None = None,
+        extract_mesh: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.config = config or SliceConfig()
+        self.extract_mesh = extract_mesh
+        self.augment = augment
+        self.seed = seed
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        # Shared memory: workers that outlive an epoch see the next one's number.
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._kept: OrderedDict[int, Prepared] = OrderedDict()
+        self.structures = select_structures(cases, classes)
+        self.slices: list[tuple[int, int, int]] = []  # (structure, axis, index along it)
+        for number in range(len(self.structures)):
+            mask = self._prepared(number).mask
+            for axis in parse_axes(axes):
+                found = slice_indices(mask, axis, self.config.min_area_px)
+                self.slices += [(number, axis, index) for index in found]
+        if not self.slices:
+            raise DataError(
+                f"cases: expected a slice of {self.config.min_area_px} pixels, got none"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's random moves; also seen by workers that are already running."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample.
+
+        image (1, H, W) float32 in [0, 1]; mask (1, H, W) float32 of 0 and 1; pointmap (3, H, W)
+        float32 mm; affine (4, 4) float64, index to mm, in whose index space slice_idx counts;
+        axis; gt_sdf (D, D, D) float32 mm of the whole structure, and canonical_to_mm (4, 4)
+        float64; subject, structure; with extract_mesh vertices (V, 3) float32 mm, faces (F, 3).
+        """
+        number, axis, slice_idx = self.slices[index]
+        case, structure = self.structures[number]
+        item = self._prepared(number)
+        move = self._move(index, item)
+        image, mask, gt_sdf, to_mm = _moved(item, move, axis, slice_idx)
+        points = pointmap(item.affine, item.shape, axis, slice_idx)
+        sample: dict[str, Any] = {
+            "image": torch.from_numpy(image)[None],
+            "mask": torch.from_numpy(mask)[None],
+            "pointmap": torch.from_numpy(points).permute(2, 0, 1).contiguous(),
+            "affine": torch.from_numpy(item.affine.copy()),
+            "slice_idx": slice_idx,
+            "axis": axis,
+            "gt_sdf": torch.from_numpy(gt_sdf),
+            "canonical_to_mm": torch.from_numpy(to_mm),
+            "subject": case.subject,
+            "structure": structure,
+        }
+        if self.extract_mesh:
+            mirrored = np.linalg.det(move[:3, :3]) < 0  # and with it the winding
+            vertices = apply_affine(move, item.vertices).astype(np.float32)
+            sample["vertices"] = torch.from_numpy(vertices)
+            sample["faces"] = torch.from_numpy(item.faces[:, :: -1 if mirrored else 1].copy())
+        return sample
+
+    def _move(self, index: int, item: Prepared) -> FloatArray:
+        if not self.augment:
+            return np.eye(4)
+        _, axis, slice_idx = self.slices[index]
+        rng = np.random.default_rng((self.seed, int(self._epoch), index))
+        return random_move(rng, item.affine, item.mask, axis, slice_idx)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": OrderedDict()}  # a worker reads for itself
+
+    def _prepared(self, number: int) -> Prepared:
+        if number not in self._kept:
+            case, structure = self.structures[number]
+            self._kept[number] = load_prepared(case, structure, self.config, self.cache_dir)
+            if len(self._kept) > KEPT_IN_MEMORY:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return self._kept[number]
+
+
+def select_structures(
+    cases: Sequence[Case], classes: Sequence[str] | None
+) -> list[tuple[Case, str]]:
+    """The (case, structure) pairs of some classes; None: all.
+
+    classes: names, or kinds of structures (`vertebra` for `vertebra_22`).
+    Raises: DataError on a class that no case has.
+    """
+    names = sorted({name for case in cases for name in case.structures})
+    missing = set(classes or ()) - {*names, *map(kind_of, names)}
+    if missing:
+        raise DataError(
+            f"classes: expected some of {', '.join(names)}, got {', '.join(sorted(missing))}"
+        )
+    wanted = set(names if classes is None else classes)
+    return [(c, name) for c in cases for name in c.structures if {name, kind_of(name)} & wanted]
+
+
+def parse_axes(axes: Sequence[str | int]) -> list[int]:
+    """Axis numbers from names or numbers. Raises: ConfigError on anything else, or on none."""
+    numbers = {str(number): number for number in AXES.values()} | AXES
+    unknown = [axis for axis in axes if str(axis) not in numbers]
+    if unknown or not axes:
+        raise ConfigError(f"axes: expected some of {', '.join(AXES)} or 0, 1, 2, got {list(axes)}")
+    return sorted({numbers[str(axis)] for axis in axes})
+
+
+def slice_indices(mask: NDArray[np.bool_], axis: int, min_area_px: int) -> list[int]:
+    """Where along an axis a mask's cross-section has at least so many pixels."""
+    area = mask.sum(axis=tuple(_plane(axis)))
+    found: list[int] = np.flatnonzero(area >= min_area_px).tolist()
+    return found
+
+
+def split_by_subject(
+    cases: Sequence[Case], val_fraction: float = 0.2, seed: int = 0
+) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases that share no subject.
+
+    If cases carry a split (meta.csv), those of split "train" train, the others validate; else a
+    share of the subjects is drawn.
+    Raises: DataError if one side would be empty, as with a single subject.
+    """
+    if any(case.split for case in cases):
+        chosen = {case.subject for case in cases if case.split != "train"}
+    else:
+        subjects = sorted({case.subject for case in cases})
+        count = max(1, round(val_fraction * len(subjects)))
+        chosen = set(np.random.default_rng(seed).permutation(subjects)[:count].tolist())
+    train = [case for case in cases if case.subject not in chosen]
+    val = [case for case in cases if case.subject in chosen]
+    if not train or not val:
+        raise DataError(
+            f"cases: expected subjects for both training and validation, got {len(train)} cases "
+            f"and {len(val)}"
+        )
+    return train, val
+
+
+def random_move(
+    rng: np.random.Generator,
+    affine: FloatArray,
+    mask: NDArray[np.bool_],
+    axis: int,
+    slice_idx: int,
+) -> FloatArray:
+    """A random similarity (4, 4) of mm space that keeps a slice's plane.
+
+    It turns by up to 20°, scales by 0.85 to 1.18 and flips half the time, about the normal through
+    the middle of the structure's cross-section.
+    """
+    first, second = _plane(axis)
+    local = np.eye(3)  # in mm along the volume's axes
+    angle = np.radians(rng.uniform(-20, 20))
+    local[np.ix_((first, second), (first, second))] = (
+        (np.cos(angle), -np.sin(angle)),
+        (np.sin(angle), np.cos(angle)),
+    )
+    if rng.random() < 0.5:
+        local[:, first] *= -1
+    local *= np.exp(rng.uniform(-1, 1) * np.log(1.18))
+    centre = np.zeros(3)
+    centre[[first, second]] = np.argwhere(mask.take(slice_idx, axis)).mean(0)
+    centre[axis] = slice_idx
+    axes = affine[:3, :3] / spacing_of(affine)
+    move = np.eye(4)
+    move[:3, :3] = axes @ local @ axes.T
+    middle = apply_affine(affine, centre)
+    move[:3, 3] = middle - move[:3, :3] @ middle
+    return move
+
+
+def _moved(
+    item: Prepared, move: FloatArray, axis: int, slice_idx: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], FloatArray]:
+    """Image and mask (H, W) on the slice's pixels after the structure has moved, and its new cube.
+
+    The pixels stay where they are. ``move`` is a similarity that keeps the slice's plane, so the
+    slice is sampled in 2-D; it takes distances to distances times its scale, so the structure's are
+    scaled and then read anew in a cube about the moved structure.
+    """
+    image: NDArray[np.float32] = np.take(item.image, slice_idx, axis)
+    mask: NDArray[np.float32] = np.take(item.mask, slice_idx, axis).astype(np.float32)
+    if np.array_equal(move, np.eye(4)):
+        return image, mask, item.canonical_sdf.copy(), item.canonical_to_mm.copy()
+    moved_affine = move @ item.affine
+    back = np.linalg.inv(moved_affine) @ item.affine  # index after → index before the move
+    plane = _plane(axis)
+    matrix, offset = back[np.ix_(plane, plane)], back[plane, axis] * slice_idx + back[plane, 3]
+    image = ndimage.affine_transform(image, matrix, offset, order=1, mode="nearest")
+    mask = (ndimage.affine_transform(mask, matrix, offset, order=1) >= 0.5).astype(np.float32)
+    scale = np.float32(np.cbrt(abs(np.linalg.det(move[:3, :3]))))
+    vertices = apply_affine(move, item.vertices).astype(np.float32)
+    cube, to_mm = to_canonical(
+        item.sdf * scale, moved_affine, vertices, item.canonical_sdf.shape[0]
+    )
+    return image, mask, cube, to_mm
+
+
+def _plane(axis: int) -> list[int]:
+    """The two axes of a slice: of its height and of its width."""
+    return [a for a in range(3) if a != axis]
+
+
+def collate_slices(
+    samples: Sequence[dict[str, Any]], crop_size: int | None = None
+) -> dict[str, Any]:
+    """Batch slices of different sizes: each cut or padded about its structure to one size.
+
+    The size is crop_size, or else the largest height and width. Padding is 0 in image and mask and
+    marked in `valid` (B, 1, H, W) bool; pointmap goes on there, for its pixels have a place too.
+    gt_sdf, canonical_to_mm, affine, slice_idx and axis are stacked, the rest (meshes, names) are
+    lists, as long as the batch.
+    """
+    if crop_size is None:
+        height, width = (max(s["image"].shape[d] for s in samples) for d in (1, 2))
+    else:
+        height = width = crop_size
+    cut = [_cut(sample, height, width) for sample in samples]
+    batch: dict[str, Any] = {name: torch.stack([c[name] for c in cut]) for name in cut[0]}
+    for name in ("gt_sdf", "canonical_to_mm", "affine"):
+        batch[name] = torch.stack([sample[name] for sample in samples])
+    for name in ("slice_idx", "axis"):
+        batch[name] = torch.tensor([sample[name] for sample in samples])
+    for name in samples[0]:
+        if name not in batch:
+            batch[name] = [sample[name] for sample in samples]
+    return batch
+
+
+def _cut(sample: dict[str, Any], height: int, width: int) -> dict[str, torch.Tensor]:
+    """Image, mask, valid and pointmap of a sample in a frame of (height, width) about its mask."""
+    mask = sample["mask"]
+    top = _frame_start(mask[0].any(dim=1), height)
+    left = _frame_start(mask[0].any(dim=0), width)
+    _, rows, columns = mask.shape
+    grow = (-left, left + width - columns, -top, top + height - rows)  # negative: cut off
+    index = torch.empty(height, width, 3, dtype=torch.float64)
+    first, second = _plane(sample["axis"])
+    index[..., first] = torch.arange(top, top + height, dtype=torch.float64)[:, None]
+    index[..., second] = torch.arange(left, left + width, dtype=torch.float64)
+    index[..., sample["axis"]] = sample["slice_idx"]
+    affine = sample["affine"]
+    points = index @ affine[:3, :3].T + affine[:3, 3]
+    return {
+        "image": pad(sample["image"], grow),
+        "mask": pad(mask, grow),
+        "valid": pad(torch.ones_like(mask), grow).bool(),
+        "pointmap": points.permute(2, 0, 1).float().contiguous(),
+    }
+
+
+def _frame_start(filled: torch.Tensor, size: int) -> int:
+    """Where a frame of ``size`` pixels begins that has the filled ones in its middle.
+
+    It is shifted so that no pixels are cut off on one side while there is padding on the other.
+    """
+    length = len(filled)
+    inside = filled.nonzero()
+    middle = int(inside.min() + inside.max() + 1) / 2 if len(inside) else length / 2
+    slack = length - size
+    return min(max(round(middle - size / 2), min(0, slack)), max(0, slack))

@@ -1,0 +1,303 @@
+"""Which regions train, which choose, which test: windows over structures, splits, and the check that none leaks."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data.grids import FINE, SPACING_MM, StructureGrid
+from fastlora.medical.data.volumes import Case
+
+Index = tuple[int, int, int]
+
+GROUPS = {
+    "vertebra": "spine",
+    "vertebra_corpus": "spine",
+    "vertebra_posterior_elements": "spine",
+    "disc": "spine",
+    "white_matter": "brain",
+    "grey_matter": "brain",
+}
+"""Table heading of a kind of structure; another kind is its own heading."""
+
+TEST_STRUCTURES = ("vertebra_22", "vertebra_6", "disc_106")
+VAL_STRUCTURES = ("vertebra_21",)
+"""What the ``structure`` split of the bundled cases tests and validates on, parts (``…_corpus``) included."""
+
+Box = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+"""Ranges of x, y, z in mm (RAS)."""
+
+_ALL = (-np.inf, np.inf)
+BLOCKS: dict[str, dict[str, Box]] = {
+    kind: {
+        "train": (_ALL, (-np.inf, -30.0), (-np.inf, 20.0)),
+        "val": (_ALL, (-np.inf, -30.0), (28.0, np.inf)),
+        "test": (_ALL, (0.0, np.inf), _ALL),
+    }
+    for kind in ("white_matter", "grey_matter")
+}
+"""Large structures that the ``structure`` split cuts into blocks of the patient, with gaps between them."""
+
+SPLIT_NOTES = {
+    "structure": (
+        "Tested on vertebra 22 (CT), vertebra 6 and disc 106 (MR), and the brain in front of y = 0 mm. Trained on "
+        "their neighbours in the same two patients and on the brain behind y = -30 mm below z = 20 mm of the same "
+        "template; vertebra 21 and the brain behind y = -30 mm above z = 28 mm validate. The sides share patient "
+        "and scanner, and on the spine image voxels where neighbours touch (never target voxels). The score is of "
+        "adaptation to these images, not of generalisation to new patients."
+    ),
+    "patient": (
+        "Tested on other subjects than those trained on; only kinds of structure that both have are used. With the "
+        "bundled data that is one patient in CT against one in MR, validated on one vertebra of the former."
+    ),
+    "file": "The division comes with the data (the split column of meta.csv); no image is on two sides.",
+}
+"""What the sides of each split share, in words for the report."""
+
+MIN_FILLED = 0.01
+"""A window is a region if the structure fills at least this fraction of it, and leaves as much empty."""
+
+
+def kind_of(structure: str) -> str:
+    """The name without its number: ``vertebra_22_corpus`` -> ``vertebra_corpus``."""
+    return re.sub(r"_\d+(?=_|$)", "", structure)
+
+
+def group_of(structure: str) -> str:
+    """The heading under which tables list a structure."""
+    return GROUPS.get(kind_of(structure), kind_of(structure))
+
+
+@dataclass(frozen=True, eq=False)
+class RegionSpec:
+    """A 32³ window of a case's fine grid; augmentation may move ``start`` between ``low`` and ``high``."""
+
+    case: Case
+    structure: str
+    start: Index
+    low: Index
+    high: Index
+
+    @property
+    def name(self) -> str:
+        """Unique within a case."""
+        return f"{self.structure}@{'.'.join(map(str, self.start))}"
+
+
+def region_specs(
+    case: Case, structure: str, box_mm: Box | None = None, cache_dir: Path | None = None
+) -> list[RegionSpec]:
+    """The windows that cover a structure, evenly spread; with ``box_mm`` only within that part of the patient.
+
+    Raises:
+        DataError: no window holds enough of the structure, or a box is asked of an oblique volume.
+    """
+    grid = StructureGrid.load(case, structure, cache_dir)
+    low, high = (
+        grid.offset.copy(),
+        grid.offset + grid.image.shape,
+    )  # half-open, where windows may lie
+    box = grid.box.copy()
+    if box_mm is not None:
+        first, stop = _box_voxels(grid, case, box_mm)
+        low, high = np.maximum(low, first), np.minimum(high, stop)
+        box = np.clip(box, low, high)
+        if (high - low < FINE).any():
+            raise DataError(
+                f"{case.subject}: {structure}: no window of {FINE} voxels fits the box {box_mm} mm"
+            )
+    last = high - FINE
+    starts = [_cover(box[0, axis], box[1, axis], low[axis], last[axis]) for axis in range(3)]
+    found = []
+    for start in np.stack(np.meshgrid(*starts, indexing="ij"), -1).reshape(-1, 3).tolist():
+        filled = float((grid.crop(start)[1] < 0).mean())
+        if MIN_FILLED <= filled <= 1 - MIN_FILLED:
+            found.append(
+                RegionSpec(case, structure, tuple(start), tuple(low.tolist()), tuple(last.tolist()))
+            )
+    if not found:
+        raise DataError(
+            f"{case.subject}: {structure}: no window of {FINE * SPACING_MM:g} mm is filled by "
+            f"{MIN_FILLED:.0%} to {1 - MIN_FILLED:.0%}"
+        )
+    return found
+
+
+def _cover(begin: int, end: int, low: int, last: int) -> list[int]:
+    """Evenly spread starts of the fewest windows that cover ``begin`` to ``end``, each within low to last."""
+    count = max(1, -(-(end - begin) // FINE))
+    spread = np.linspace(begin, end - FINE, count) if count > 1 else [(begin + end - FINE) / 2]
+    return [int(s) for s in np.unique(np.clip(np.round(spread), low, last).astype(np.int64))]
+
+
+def _box_voxels(
+    grid: StructureGrid, case: Case, box_mm: Box
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The half-open range of the subject's fine indices whose voxel centres lie within ``box_mm``."""
+    if not np.allclose(grid.affine[:3, :3], SPACING_MM * np.eye(3), atol=1e-3):
+        raise DataError(
+            f"{case.subject}: expected axes along the patient's to cut a block in mm, got an oblique volume"
+        )
+    ends = np.clip((np.array(box_mm) - grid.affine[:3, 3:]) / SPACING_MM, -1e6, 1e6)  # (3, 2)
+    first = np.ceil(ends[:, 0]).astype(np.int64) + grid.offset
+    return first, np.floor(ends[:, 1]).astype(np.int64) + 1 + grid.offset
+
+
+Splits = dict[str, list[RegionSpec]]
+
+
+def make_splits(
+    cases: Sequence[Case],
+    split: str = "structure",
+    *,
+    test_structures: Sequence[str] = TEST_STRUCTURES,
+    val_structures: Sequence[str] = VAL_STRUCTURES,
+    test_subjects: Sequence[str] | None = None,
+    cache_dir: str | Path | None = None,
+) -> Splits:
+    """Regions to ``train`` on, to choose on (``val``, from the training side) and to report (``test``).
+
+    ``test`` is for the final figures only; see ``SPLIT_NOTES`` for what the sides share.
+
+    Args:
+        split: ``structure`` tests on the structures of those names and on the ``BLOCKS``'s test block;
+            ``patient`` tests on ``test_subjects`` (default: the last fifth by name, at least one) and validates on
+            one more subject if there are three, else on the first structure of each kind; ``file`` follows
+            ``Case.split`` and may have no ``test``.
+
+    Raises:
+        ConfigError: an unknown split.
+        DataError: a volume cannot be used, a side is empty, or ``check_no_leak`` finds a leak.
+    """
+    cache = Path(cache_dir) if cache_dir is not None else None
+    whole: tuple[str, ...] = ()
+    if split == "structure":
+        sides = _structure_sides(cases, test_structures, val_structures, cache)
+    elif split == "patient":
+        sides, whole = _patient_sides(cases, test_subjects, cache), ("test",)
+    elif split == "file":
+        sides, whole = _file_sides(cases, cache), ("val", "test")
+    else:
+        raise ConfigError(f"split: expected one of {sorted(SPLIT_NOTES)}, got {split!r}")
+    for name, specs in sides.items():
+        if not specs:
+            found = "; ".join(f"{c.subject}: {', '.join(sorted(c.structures))}" for c in cases)
+            raise DataError(
+                f"split {split!r}: expected regions to {name} on, got none among {found or 'no case'}"
+            )
+    check_no_leak(sides, whole)
+    return sides
+
+
+def _structure_sides(
+    cases: Sequence[Case], test: Sequence[str], val: Sequence[str], cache: Path | None
+) -> Splits:
+    sides: Splits = {"train": [], "val": [], "test": []}
+    for case in cases:
+        for structure in sorted(case.structures):
+            if boxes := BLOCKS.get(kind_of(structure)):
+                for side, box in boxes.items():
+                    sides[side] += region_specs(case, structure, box, cache)
+            else:
+                side = (
+                    "test"
+                    if _named(structure, test)
+                    else "val"
+                    if _named(structure, val)
+                    else "train"
+                )
+                sides[side] += region_specs(case, structure, cache_dir=cache)
+    return sides
+
+
+def _named(structure: str, names: Sequence[str]) -> bool:
+    """Whether the structure, or the whole that it is a part of, is one of ``names``."""
+    return any(f"{structure}_".startswith(f"{name}_") for name in names)
+
+
+def _patient_sides(
+    cases: Sequence[Case], test_subjects: Sequence[str] | None, cache: Path | None
+) -> Splits:
+    kinds = {case.subject: {kind_of(s) for s in case.structures} for case in cases}
+    linked = [a for a in sorted(kinds) if any(kinds[a] & kinds[b] for b in kinds if b != a)]
+    fifth = max(1, len(linked) // 5)
+    test = set(linked[-fifth:] if test_subjects is None else test_subjects)
+    if unknown := sorted(test - set(kinds)):
+        raise DataError(f"test_subjects: expected some of {sorted(kinds)}, got {unknown}")
+    others = [s for s in linked if s not in test]
+    val = set(others[-fifth:]) if len(others) > fifth else set()
+    common = {k for s in test for k in kinds[s]} & {
+        k for s in set(kinds) - test - val for k in kinds[s]
+    }
+    sides: Splits = {"train": [], "val": [], "test": []}
+    for case in cases:
+        seen: set[str] = set()
+        for structure in sorted(s for s in case.structures if kind_of(s) in common):
+            first = kind_of(structure) not in seen
+            seen.add(kind_of(structure))
+            if case.subject in test:
+                side = "test"
+            else:
+                side = "val" if case.subject in val or (first and not val) else "train"
+            sides[side] += region_specs(case, structure, cache_dir=cache)
+    return sides
+
+
+def _file_sides(cases: Sequence[Case], cache: Path | None) -> Splits:
+    sides: Splits = {"train": [], "val": []}
+    for case in cases:
+        if case.split not in ("train", "val", "test"):
+            raise DataError(
+                f"{case.subject}: expected split train, val or test in meta.csv, got {case.split!r}"
+            )
+        for structure in sorted(case.structures):
+            sides.setdefault(case.split, []).extend(region_specs(case, structure, cache_dir=cache))
+    return sides
+
+
+def check_no_leak(splits: Splits, whole_subjects: Sequence[str] = ()) -> None:
+    """Refuse splits whose sides share what they must not.
+
+    A side named in ``whole_subjects`` may share no image with another. Elsewhere, within one image, the windows of
+    one structure must not overlap across sides wherever augmentation moves them, and no voxel may belong to a
+    target on both.
+
+    Raises:
+        DataError: naming the pair that leaks.
+    """
+    for first, second in itertools.combinations(sorted(splits), 2):
+        apart = first in whole_subjects or second in whole_subjects
+        checked: set[tuple[object, ...]] = set()
+        for a, b in itertools.product(splits[first], splits[second]):
+            if a.case.image_path != b.case.image_path:
+                continue
+            pair = f"{a.case.subject}: {first} {a.name} and {second} {b.name}"
+            if apart:
+                raise DataError(f"{pair}: expected a subject on one side only")
+            key = (a.case.image_path, a.structure, a.low, a.high, b.structure, b.low, b.high)
+            if key not in checked and _share_target(a, b):
+                raise DataError(f"{pair}: expected no common target voxel")
+            checked.add(key)
+
+
+def _share_target(a: RegionSpec, b: RegionSpec) -> bool:
+    """Whether the reach of two specs of one image holds a voxel that is target of both."""
+    low = np.maximum(a.low, b.low)
+    high = np.minimum(a.high, b.high) + FINE
+    if (low >= high).any():
+        return False
+    if a.structure == b.structure:
+        return True
+    masks = []
+    for spec in (a, b):
+        grid = StructureGrid.load(spec.case, spec.structure)
+        at = tuple(slice(s, e) for s, e in zip(low - grid.offset, high - grid.offset, strict=True))
+        masks.append(grid.sdf_vox[at] < 0)
+    return bool((masks[0] & masks[1]).any())

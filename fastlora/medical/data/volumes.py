@@ -1,0 +1,387 @@
+"""Cases and volumes: reading, checking and windowing.
+
+Every volume is brought to the RAS orientation closest to its own axes; its affine follows. Images
+are read from NIfTI, from a folder of one DICOM series, and from PNG; masks from NIfTI and DICOM SEG.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data import dicom
+from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray, check_affine, spacing_of
+
+DEFLATE_RATIO = 1032  # no gzip file expands by more
+_UNREADABLE = (
+    *(ImageFileError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error),
+    *(OverflowError, MemoryError, struct.error),
+    *(WrapStructError, HeaderDataError, OrientationError),
+)
+
+Modality = Literal["ct", "mr", "grey"]
+
+# Hounsfield windows by tissue; a structure whose name holds none of the words gets the soft one.
+CT_WINDOWS = {"soft": (-160.0, 240.0), "bone": (-500.0, 1300.0), "lung": (-1350.0, 150.0)}
+CT_TISSUES = {
+    "bone": (
+        "vertebra",
+        "rib",
+        "bone",
+        "skull",
+        "sternum",
+        "sacrum",
+        "hip",
+        "femur",
+        "humerus",
+        "scapula",
+        "clavicula",
+        "clavicle",
+        "mandible",
+    ),
+    "lung": ("lung", "trachea", "airway", "bronchus"),
+}
+MR_PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """array (X, Y, Z) in RAS order, float32 (image) or int32 (label map); affine (4, 4) index to mm;
+    spacing (3,) mm.
+    """
+
+    array: NDArray[Any]
+    affine: FloatArray
+    spacing: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spacing", spacing_of(self.affine))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        x, y, z = self.array.shape
+        return x, y, z
+
+
+@dataclass(frozen=True)
+class Source:
+    """A structure's mask: the voxels of ``path`` equal to ``label`` (or to one of several).
+
+    Without a label, those that are not zero. Of a DICOM SEG the label is a segment's number.
+    """
+
+    path: Path
+    label: int | tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image of one subject with its structures' masks, as paths: nothing is read yet.
+
+    image_path: a NIfTI file, or a folder that holds a DICOM series. part: which channel of a 4-D
+    file, or which series (its UID) of the folder; None: the only one.
+    """
+
+    subject: str
+    modality: Modality
+    image_path: Path
+    structures: dict[str, Source]
+    split: str | None = None
+    part: int | str | None = None
+
+    def load_image(self) -> Volume:
+        """The image, float32. Raises: DataError as `load_volume`."""
+        return load_volume(self.image_path, self.part)
+
+    def stamp(self, structure: str) -> tuple[object, ...]:
+        """What changes when the files of the image or of a structure's mask do; nothing is read.
+
+        Raises: DataError if a file is missing.
+        """
+        source = self.structures[structure]
+        files = file_stamps(self.image_path), file_stamps(source.path)
+        return (self.modality, self.part, structure, source.label, *files)
+
+    def load_mask(self, structure: str, image: Volume) -> NDArray[np.bool_]:
+        """The structure's mask on the image's grid, (X, Y, Z) bool.
+
+        Raises: DataError if the case has no such structure, if the label map's shape or affine
+        differ from the image's, or if the mask is empty.
+        """
+        if structure not in self.structures:
+            raise DataError(
+                f"{self.subject}: expected a structure among "
+                f"{', '.join(sorted(self.structures))}, got {structure!r}"
+            )
+        source = self.structures[structure]
+        return load_mask(source, image, self.image_path.name)
+
+
+def load_mask(source: Source, image: Volume, name: str = "the image") -> NDArray[np.bool_]:
+    """A mask on an image's grid, (X, Y, Z) bool. name: of the image, for errors.
+
+    A DICOM SEG may hold fewer slices than the image, or more; its voxels must lie on the image's.
+    Raises: DataError as `Case.load_mask`.
+    """
+    if dicom.is_dicom(source.path):
+        if not isinstance(source.label, int):
+            raise DataError(f"{source.path}: expected a segment's number, got {source.label}")
+        mask = dicom.read_segment(source.path, source.label, image.affine, image.shape)
+    else:
+        labels = load_labels(source.path)
+        if labels.shape != image.shape:
+            raise DataError(
+                f"{source.path}: expected the shape of {name}, {image.shape}, got {labels.shape}"
+            )
+        if not same_grid(labels.affine, image.affine, image.shape):
+            raise DataError(
+                f"{source.path}: expected the affine of {name}, "
+                f"{image.affine.round(4).tolist()}, got {labels.affine.round(4).tolist()}"
+            )
+        mask = labels.array != 0 if source.label is None else np.isin(labels.array, source.label)
+    if not mask.any():
+        of_label = "" if source.label is None else f" of label {source.label}"
+        raise DataError(f"{source.path}: expected at least one voxel{of_label}, got an empty mask")
+    return mask
+
+
+def file_stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of a file, or of every file below a folder.
+
+    Raises: DataError if there is none.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stamps = []
+    for file in files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise DataError(f"{file}: expected a file, got {error.strerror}") from error
+        stamps.append((str(file.absolute()), stat.st_size, stat.st_mtime_ns))
+    return tuple(stamps)
+
+
+def same_grid(
+    a: ArrayLike, b: ArrayLike, shape: Sequence[int], tolerance_vox: float = 0.01
+) -> bool:
+    """Whether two affines put every voxel of a volume at the same place, but for a tolerance."""
+    corners = np.stack(np.meshgrid(*((0, n - 1) for n in shape), indexing="ij"), -1).reshape(-1, 3)
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    apart = np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max()
+    return bool(apart <= tolerance_vox * spacing_of(b).min())
+
+
+def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> Volume:
+    """Read a 3-D image as float32 in RAS order.
+
+    path: a NIfTI file, a folder with a DICOM series, or a DICOM file that holds one whole. part: of a 4-D file the channel, of a folder
+    the series' UID; None where there is only one.
+    Raises: DataError, naming the file, if it cannot be read, is not 3-D, holds NaN or infinity, or
+    has an affine that is singular or sheared.
+    """
+    path = Path(path)
+    if path.is_dir() or dicom.is_dicom(path):
+        stored, matrix = dicom.read_series(path, None if part is None else str(part))
+        data, affine = _made(stored, matrix, path)
+    else:
+        data, affine = _read(path, part)
+    with np.errstate(over="ignore"):
+        array = data.astype(np.float32)
+    bad = np.count_nonzero(~np.isfinite(array))
+    if bad:
+        raise DataError(
+            f"{path}: expected finite values, got NaN or infinity in {bad} of {array.size} voxels"
+        )
+    return Volume(array, affine)
+
+
+def load_labels(path: str | os.PathLike[str]) -> Volume:
+    """Read a 3-D label map as int32 in RAS order.
+
+    Raises: DataError as `load_volume`, and if a value is not a whole number.
+    """
+    path = Path(path)
+    data, affine = _read(path)
+    limits = np.iinfo(np.int32)
+    fits = np.isfinite(data).all() and limits.min <= data.min() and data.max() <= limits.max
+    array = data.astype(np.int32) if fits else None
+    if array is None or (array != data).any():
+        raise DataError(
+            f"{path}: expected a label map of whole numbers, got others (stored as {data.dtype})"
+        )
+    return Volume(array, affine)
+
+
+def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
+    """Read a grey PNG, or a folder of them as a stack, as float32 in [0, 1] of its type's range.
+
+    A PNG knows no patient: its columns are taken to run to the patient's left, its rows to the
+    back, and the stack, in the order of the names, to the head (axial, as on a viewing station);
+    the first pixel of the first one is the origin.
+
+    spacing: mm from column to column, from row to row, and from slice to slice (of a single one its
+    thickness).
+    Raises: DataError if a file cannot be read, is coloured, or differs in size from the first.
+    """
+    path = Path(path)
+    steps = np.asarray(spacing, dtype=np.float64)
+    if steps.shape != (3,) or not (np.isfinite(steps) & (steps > 0)).all():
+        raise DataError(f"spacing: expected three positive lengths in mm, got {steps.tolist()}")
+    files = sorted(path.glob("*.png")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: expected PNG files, got none")
+    slices = [_read_png(file, len(files)) for file in files]
+    for file, grey in zip(files, slices, strict=True):
+        if grey.shape != slices[0].shape:
+            raise DataError(f"{file}: expected {slices[0].shape} pixels, got {grey.shape}")
+    stack = np.stack([grey.T for grey in slices], axis=2)  # (columns, rows, slices)
+    affine = np.diag([-steps[0], -steps[1], steps[2], 1.0])
+    return Volume(*_made(stack, affine, path))
+
+
+def _made(array: NDArray[Any], affine: FloatArray, path: Path) -> tuple[NDArray[Any], FloatArray]:
+    """Voxels of another format, and their affine, in RAS order; path: for errors."""
+    try:
+        with np.errstate(all="ignore"):  # what overflows is looked for in the result
+            return _canonical(nib.Nifti1Image(array, affine), path)
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: expected a usable place in space, got {error}") from error
+
+
+def _read_png(path: Path, slices: int) -> NDArray[np.float32]:
+    """(rows, columns) in [0, 1]; slices: how many such files there are."""
+    try:
+        # By content Pillow would open anything, and start other programs for some of it.
+        with Image.open(path, formats=("PNG",)) as picture:
+            if math.prod(picture.size) * slices > MAX_VOXELS:
+                raise ValueError(
+                    f"{slices} of {picture.size} pixels; expected at most {MAX_VOXELS:,} in all"
+                )
+            pixels = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
+    except (SyntaxError, Image.DecompressionBombError, *_UNREADABLE) as error:
+        raise DataError(f"{path}: expected a readable PNG, got {error}") from error
+    if pixels.ndim == 3:
+        colours = pixels[..., :3] if pixels.shape[2] in (3, 4) else pixels[..., :1]
+        if (colours != colours[..., :1]).any():
+            raise DataError(f"{path}: expected a grey picture, got a coloured one")
+        pixels = colours[..., 0]
+    most = 1 if pixels.dtype == np.bool_ else 255 if pixels.dtype == np.uint8 else 65535
+    return pixels.astype(np.float32) / np.float32(most)
+
+
+def _read(path: Path, part: int | str | None = None) -> tuple[NDArray[np.generic], FloatArray]:
+    if not path.is_file():
+        raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
+    try:
+        with np.errstate(all="ignore"):  # what overflows is looked for in the result
+            stored = nib.load(path)
+            _check_size(path, stored)
+            return _canonical(stored, path, part)
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(
+            f"{path}: expected a readable NIfTI file, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _canonical(
+    image: Any, path: Path, part: int | str | None = None
+) -> tuple[NDArray[Any], FloatArray]:
+    """The voxels and the affine of a nibabel image in RAS order; path: for errors."""
+    if part is not None and len(image.shape) == 4:
+        if not (isinstance(part, int) and 0 <= part < image.shape[3]):
+            raise DataError(f"{path}: expected a channel below {image.shape[3]}, got {part}")
+        image = image.slicer[..., part]
+    image = nib.as_closest_canonical(image)
+    data = np.asanyarray(image.dataobj)
+    if data.ndim == 4 and data.shape[3] == 1:
+        data = data[..., 0]
+    if data.ndim != 3 or data.size == 0 or data.dtype.kind not in "iuf":
+        raise DataError(
+            f"{path}: expected a volume (X, Y, Z) of numbers, got {data.shape} {data.dtype}"
+        )
+    return data, check_affine(image.affine, f"affine of {path}")
+
+
+def _check_size(path: Path, image: Any) -> None:
+    """Raises: ValueError if the header declares more than a volume may hold, or than the file can, before it is read."""
+    if not isinstance(image, nib.Nifti1Pair):  # of which NIfTI-2 and single files are kinds
+        raise ValueError(f"the file holds a {type(image).__name__}")
+    shape = tuple(int(n) for n in image.shape)
+    voxels = math.prod(shape)
+    if min(shape, default=0) < 0 or voxels > MAX_VOXELS:
+        raise ValueError(f"expected at most {MAX_VOXELS:,} voxels, the header declares {shape}")
+    offset = image.dataobj.offset
+    declared = offset + voxels * image.get_data_dtype().itemsize
+    most = path.stat().st_size * (DEFLATE_RATIO if path.suffix.lower() == ".gz" else 1)
+    if offset < 0 or declared > most:
+        raise ValueError(
+            f"the header declares {declared:,} bytes, and the file holds at most {most:,}"
+        )
+
+
+def save_volume(
+    path: str | os.PathLike[str], array: NDArray[np.generic], affine: ArrayLike
+) -> None:
+    """Write a volume as NIfTI, whole or not at all: under another name first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        nib.save(nib.Nifti1Image(array, np.asarray(affine, dtype=np.float64)), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def window(image: NDArray[np.floating], modality: str, structure: str = "") -> NDArray[np.float32]:
+    """Intensities cut to a window and scaled to [0, 1], float32.
+
+    image: whole volume (MR takes its 0.5 and 99.5 percentiles as the window). modality: "ct"
+    (Hounsfield units; the window is the tissue's: bone, lung or soft, by the structure's name),
+    "mr", or "grey" (in [0, 1] already).
+    Raises: ConfigError on another modality, DataError on an MR image without contrast.
+    """
+    if modality == "ct":
+        low, high = CT_WINDOWS[tissue_of(structure)]
+    elif modality == "mr":
+        low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
+        if not high > low:
+            raise DataError(
+                f"image: expected an MR image with contrast, got {low:g} at both percentiles"
+            )
+    elif modality == "grey":
+        low, high = 0.0, 1.0
+    else:
+        raise ConfigError(f"modality: expected 'ct', 'mr' or 'grey', got {modality!r}")
+    scaled = (np.asarray(image, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    clipped: NDArray[np.float32] = np.clip(scaled, 0.0, 1.0)
+    return clipped
+
+
+def tissue_of(structure: str) -> str:
+    """The CT window for a structure: that of the tissue one of whose words its name holds.
+
+    A word counts as a whole (`rib_left_3`, `ribs`, `vertebrae_L1`): `hip` is not in `hippocampus`.
+    """
+    words = {word for part in structure.lower().split("_") for word in (part, part[:-1])}
+    return next((t for t, names in CT_TISSUES.items() if words & set(names)), "soft")

@@ -1,0 +1,269 @@
+"""Held-out evaluation: every method on the same regions, a record for each.
+
+`compare_runs` takes run folders to an `Evaluation`; what it says is made of it in `results`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical.data.batch import RegionBatch, collate_regions
+from fastlora.medical.data.regions import RegionDataset
+from fastlora.medical.data.splits import SPLIT_NOTES
+from fastlora.medical.evaluation.metrics import (
+    TOLERANCE_MM,
+    Regions,
+    baseline,
+    region_status,
+    surface_metrics,
+    tune_threshold,
+)
+from fastlora.medical.training.checkpointing import read_checkpoint
+from fastlora.medical.training.config import TrainConfig, read_yaml
+from fastlora.medical.training.data import load_splits, with_latents
+from fastlora.medical.training.finetuned import MeshModel, load_base, load_finetuned, predict
+from fastlora.medical.training.run_folder import RunFolder
+from fastlora.medical.training.trainer import resolve_device
+
+FloatArray = NDArray[np.float32]
+Record = dict[str, Any]
+
+LABELS = {
+    "baseline": "Coarse structure, upsampled",
+    "base": "Base model, frozen",
+    "lora": "LoRA",
+    "merged": "LoRA, merged",
+    "full": "Full fine-tuning",
+}
+"""The methods, in the order of every table."""
+
+SAME_IN_BOTH_RUNS = (
+    *("data_root", "demo", "classes", "modality", "channel", "split"),
+    *("model", "base_weights", "latents_dir"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to predict: `predict` maps a batch of B regions to signed distances (B, X, Y, Z)."""
+
+    key: str
+    predict: Callable[[RegionBatch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions on held-out regions, and a record for each region and method.
+
+    samples: the regions, as `RegionDataset` gives them.
+    predictions: method -> one (X, Y, Z) level set a sample, negative inside.
+    records: `meta` of the region, `index` among the samples, `method`, `spacing_mm`, `status`
+        and the metrics.
+    """
+
+    samples: list[dict[str, Any]]
+    predictions: dict[str, list[FloatArray]]
+    records: list[Record]
+    tolerance_mm: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run's folder, read: its configuration and history, and the checkpoint to use."""
+
+    folder: Path
+    config: TrainConfig
+    history: dict[str, Any]
+    which: str
+
+    @classmethod
+    def read(cls, path: str | Path, finetune: str) -> Run:
+        """Reads a run folder, whose best checkpoint is used, or `<run>/checkpoints/<which>.pt`.
+
+        Raises:
+            CheckpointError: it is no run folder, or no run of that kind of fine-tuning.
+            ConfigError: its config.yaml cannot be used.
+        """
+        folder, which = RunFolder.split(path)
+        files = RunFolder(folder)
+        if not files.config.is_file() or not files.history.is_file():
+            raise CheckpointError(
+                f"{path}: expected a run folder with config.yaml and history.json, got none there"
+            )
+        config = TrainConfig.from_dict(read_yaml(files.config))
+        if config.finetune != finetune:
+            raise CheckpointError(
+                f"{path}: expected a run with finetune {finetune!r}, got {config.finetune!r}"
+            )
+        if config.is_generator:
+            raise CheckpointError(
+                f"{path}: expected a run of a mesh decoder, got the generator {config.sam3d_part!r}, which makes no mesh"
+            )
+        files.find(which)
+        history = files.read_history()
+        return cls(folder, config, history, which)
+
+    @property
+    def regions(self) -> list[str]:
+        """Fingerprints of the regions that it was trained on and chosen by; none in runs of older versions."""
+        found: list[str] = read_checkpoint(RunFolder(self.folder).find(self.which))["regions"]
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What the run cost and made."""
+        files = RunFolder(self.folder)
+        checkpoint = files.find(self.which)
+        content = read_checkpoint(checkpoint)
+        counts = self.history["counts"]
+        base_parameters = counts["total"] - counts["lora"]
+        return {
+            "config": self.config.to_dict(),
+            "checkpoint": self.which,
+            "used_epoch": content["epoch"],
+            "epochs": len(self.history["epochs"]) - 1,
+            "seconds": round(sum(self.history["seconds"]), 1),
+            "base_parameters": base_parameters,
+            "trainable": counts["trainable"],
+            "trainable_share": counts["trainable"] / base_parameters,
+            "weights_bytes": sum(tensor.nbytes for tensor in content["model"].values()),
+            "checkpoint_bytes": checkpoint.stat().st_size,
+        }
+
+
+# ------------------------------------------------------------------------------------- predictions
+
+
+def baseline_method(threshold: float) -> Method:
+    """The upsampled coarse structure, cut at `threshold`; it looks at no image."""
+
+    def predict(batch: RegionBatch) -> torch.Tensor:
+        return torch.from_numpy(np.stack([baseline(c, threshold) for c in batch.coarse.numpy()]))
+
+    return Method("baseline", predict)
+
+
+def model_method(key: str, model: MeshModel, device: torch.device | str = "cpu") -> Method:
+    """A decoder, put in eval mode and on `device`."""
+    model.eval().to(device)
+    return Method(key, lambda batch: predict(model, batch.to(device)).float().cpu())
+
+
+@torch.inference_mode()
+def evaluate(
+    dataset: Regions, methods: Sequence[Method], tolerance_mm: float, batch_size: int = 8
+) -> Evaluation:
+    """Every method on every region.
+
+    Raises:
+        DataError: there is no region, or a prediction is not finite (the method and region are
+            named).
+    """
+    samples = [dataset[index] for index in range(len(dataset))]
+    if not samples:
+        raise DataError("dataset: expected at least one held-out region, got none")
+    predictions: dict[str, list[FloatArray]] = {method.key: [] for method in methods}
+    for start in range(0, len(samples), batch_size):
+        batch = collate_regions(samples[start : start + batch_size])
+        for method in methods:
+            predictions[method.key] += list(method.predict(batch).numpy())
+    records = []
+    for index, sample in enumerate(samples):
+        for method in methods:
+            pred, true = predictions[method.key][index], sample["sdf_vox"]
+            try:
+                values = surface_metrics(pred, true, sample["spacing"], tolerance_mm)
+            except DataError as error:
+                where = f"{sample['meta']['subject']}/{sample['meta']['region']}"
+                raise DataError(f"{LABELS[method.key]}, {where}: {error}") from error
+            record = {**sample["meta"], "index": index, "spacing_mm": float(sample["spacing"])}
+            record |= {"method": method.key, "status": region_status(pred, true), **values}
+            records.append(record)
+    return Evaluation(samples, predictions, records, tolerance_mm)
+
+
+def compare_runs(
+    lora: Run,
+    full: Run | None = None,
+    *,
+    data_root: str | None = None,
+    cache_dir: str | None = None,
+    tolerance_mm: float = TOLERANCE_MM,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Evaluates trivial baseline, base, LoRA, merged LoRA and, if given, full fine-tuning.
+
+    The side `test` of the runs' split is used, or `val` where the data has no `test`.
+    data_root: read the cases from here instead of where the run found them. cache_dir: what was prepared of them; the run's own
+        without it, and none beside a data_root.
+
+    Returns the evaluation and the facts of the comparison: the split and what its sides share, the
+    baseline's threshold (tuned on the training regions), the largest difference that merging made.
+
+    Raises:
+        FastLoRAError: DataError, CheckpointError or ConfigError, naming what does not fit.
+    """
+    config = replace(lora.config, device=device, amp="off")
+    if full is not None:
+        for name in SAME_IN_BOTH_RUNS:
+            mine, other = getattr(lora.config, name), getattr(full.config, name)
+            if mine != other:
+                raise ConfigError(f"full: expected a run with {name} {mine!r}, got {other!r}")
+    if data_root is not None:
+        config = replace(config, data_root=data_root, demo=None, cache_dir=None)
+    if cache_dir is not None:
+        config = replace(config, cache_dir=cache_dir)
+    models = {
+        # SAM 3D's decoder means nothing without latents: with adapters off it has those of the trained encoder.
+        "base": cast(MeshModel, load_base(config))
+        if config.model == "compact"
+        else load_finetuned(lora.folder, which=lora.which, adapters=False),
+        "lora": load_finetuned(lora.folder, which=lora.which),
+        "merged": load_finetuned(lora.folder, which=lora.which, merged=True),
+    }
+    if full is not None:
+        models["full"] = load_finetuned(full.folder, which=full.which)
+
+    splits = load_splits(config)
+    side = "test" if "test" in splits else "val"
+    training = RegionDataset(splits["train"], cache_dir=config.cache_dir)
+    now = [training.identity(), RegionDataset(splits["val"]).identity()]
+    for run in (lora, *([full] if full is not None else [])):
+        if data_root is None and run.regions and run.regions != now:
+            raise DataError(
+                f"{run.folder}: was trained on other regions than its data gives now, so a region that it trained on might be "
+                "tested; prepare the data as it was, or train again"
+            )
+    threshold = tune_threshold(training)
+    methods = [baseline_method(threshold)]
+    where = resolve_device(config)
+    methods += [model_method(key, model, where) for key, model in models.items()]
+    held_out = with_latents(RegionDataset(splits[side], cache_dir=config.cache_dir), config)
+    evaluation = evaluate(held_out, methods, tolerance_mm, batch_size)
+    facts = {
+        "split": {
+            "kind": config.split,
+            "held_out_side": side,
+            "train_regions": len(training),
+            "held_out_regions": len(evaluation.samples),
+            "notes": SPLIT_NOTES[config.split],
+        },
+        "baseline_threshold": threshold,
+        "merged_difference_vox": largest_difference(evaluation, "lora", "merged"),
+        "device": str(where),
+    }
+    return evaluation, facts
+
+
+def largest_difference(evaluation: Evaluation, one: str, other: str) -> float:
+    """Largest |difference| between two methods' predictions over all regions, in fine voxels."""
+    pairs = zip(evaluation.predictions[one], evaluation.predictions[other], strict=True)
+    return max(float(np.abs(a - b).max()) for a, b in pairs)

@@ -1,0 +1,313 @@
+"""What the report draws: charts, slices with outlines, and surfaces for the browser.
+
+Charts and surfaces are plain values that plotly.js draws in the reader's browser.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
+
+from fastlora.medical.data.geometry import apply_affine
+from fastlora.medical.evaluation.evaluate import LABELS, Run
+from fastlora.medical.evaluation.metrics import zero_level
+from fastlora.medical.evaluation.tables import words
+
+FloatArray = NDArray[np.float32]
+
+
+Content = Mapping[str, Any]
+
+MARKS = {
+    "baseline": ("#767676", "circle-open"),
+    "base": ("#D55E00", "square"),
+    "lora": ("#0072B2", "circle"),
+    "full": ("#009E73", "diamond"),
+}
+"""Colour and symbol in charts. Merged LoRA, the same figures as LoRA, has none."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """How a method's outline is drawn; told apart by colour, dashes and width."""
+
+    label: str
+    color: str
+    dashes: tuple[float, ...]
+    width: float
+
+
+OUTLINES: dict[str, Line] = {
+    "baseline": Line("Coarse structure, the input", "#FFFFFF", (), 1.2),
+    "truth": Line("True outline", "#F0E442", (), 2.2),
+    "base": Line(LABELS["base"], "#E8743B", (4.0, 2.0), 1.6),
+    "lora": Line(LABELS["lora"], "#56B4E9", (1.2, 1.2), 1.8),
+}
+"""Colours of the Okabe-Ito set, which colour-blind readers tell apart; the dashes serve print."""
+
+# plane -> axis that is sliced, axis across the picture, axis up the picture
+PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
+WHITE: dict[str, Any] = {
+    "color": "white",
+    "path_effects": [withStroke(linewidth=3, foreground="black")],
+}
+ERROR_RANGE_MM = 4.0
+POSITION_UNIT_MM = 0.01
+ERROR_UNIT_MM = 0.05
+
+
+# ------------------------------------------------------------------------------------------- charts
+
+
+def _layout(title: str, x: str, y: str, **more: Any) -> dict[str, Any]:
+    axis = {"gridcolor": "#d8dee4", "zeroline": False, "automargin": True}
+    return {
+        "title": {"text": title, "font": {"size": 15}, "x": 0, "xref": "paper"},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#1b1f24"},
+        "margin": {"l": 50, "r": 15, "t": 40, "b": 100},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        "plot_bgcolor": "#fff",
+        "paper_bgcolor": "#fff",
+        "xaxis": {"title": {"text": x}, **axis},
+        "yaxis": {"title": {"text": y}, **axis},
+        **more,
+    }
+
+
+def dice_chart(content: Content) -> dict[str, Any]:
+    """Dice of each structure, a row each, a mark for each method."""
+    rows = content["structures"]
+    order = sorted(
+        (r for r in rows if r["method"] == "lora"), key=lambda r: (r["group"], -(r["dice"] or 0))
+    )
+    names = {
+        (r["subject"], r["structure"]): f"{words(r['structure'])} ({r['subject']})" for r in order
+    }
+    data = []
+    for method, (color, symbol) in MARKS.items():
+        mine = {(r["subject"], r["structure"]): r["dice"] for r in rows if r["method"] == method}
+        if mine:
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": LABELS[method],
+                    "x": [mine[key] for key in names],
+                    "y": list(names.values()),
+                    "marker": {
+                        "color": color,
+                        "symbol": symbol,
+                        "size": 10,
+                        "line": {"width": 2, "color": color},
+                    },
+                }
+            )
+    layout = _layout(
+        "Dice of each structure", "Dice", "", height=150 + 26 * len(names), hovermode="y unified"
+    )
+    layout["yaxis"]["autorange"] = "reversed"
+    return {"data": data, "layout": layout}
+
+
+def training_charts(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    """Loss, and Dice on the validation regions, by epoch."""
+    loss, validation = [], []
+    for key, run in runs.items():
+        epochs = run.history["epochs"]
+        color = MARKS[key][0]
+        for part, dash in (("train", "solid"), ("val", "dash")):
+            points = [(e["epoch"], e[part]["total"]) for e in epochs if part in e]
+            name = f"{LABELS[key]}, {'training' if part == 'train' else 'validation'}"
+            loss.append(_curve(name, points, color, dash))
+        points = [(e["epoch"], e["val"]["dice"]) for e in epochs]
+        validation.append(_curve(LABELS[key], points, color, "solid"))
+    return {
+        "loss-chart": {"data": loss, "layout": _layout("Loss", "epoch", "loss", height=380)},
+        "validation-chart": {
+            "data": validation,
+            "layout": _layout("Dice on the validation regions", "epoch", "Dice", height=380),
+        },
+    }
+
+
+def _curve(name: str, points: Sequence[tuple[int, float]], color: str, dash: str) -> dict[str, Any]:
+    x, y = zip(*points, strict=True) if points else ((), ())
+    line = {"color": color, "dash": dash, "width": 2}
+    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": line}
+
+
+# ------------------------------------------------------------------------------------------ slices
+
+
+def slice_picture(
+    image: FloatArray, fields: Mapping[str, FloatArray], affine: NDArray[np.float64], spacing: float
+) -> bytes:
+    """PNG: the input in an axial slice, then axial, coronal and sagittal slices with the outlines.
+
+    image: (X, Y, Z) in [0, 1]. fields: for each of `OUTLINES` (X, Y, Z), negative inside.
+    affine: (4, 4) index to mm. spacing: mm.
+    """
+    figure = Figure(figsize=(12.0, 3.25), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 4)
+    inside = fields["truth"] < 0
+    inputs = {"baseline": fields["baseline"]}
+    outlines = {key: fields[key] for key in OUTLINES if key not in inputs}
+    for ax, plane, drawn in zip(axes, ("axial", *PLANES), (inputs, *3 * [outlines]), strict=True):
+        axis = PLANES[plane][0]
+        rest = tuple(n for n in range(3) if n != axis)
+        index = int(inside.sum(axis=rest).argmax())
+        _draw_slice(ax, image, drawn, affine, spacing, plane, index)
+        ax.set_title(f"{plane}: the input" if drawn is inputs else plane, fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_slice(
+    ax: Axes,
+    image: FloatArray,
+    fields: Mapping[str, FloatArray],
+    affine: NDArray[np.float64],
+    spacing: float,
+    plane: str,
+    index: int,
+) -> None:
+    axis, across, up = PLANES[plane]
+    wide, high = (spacing * (image.shape[n] - 0.5) for n in (across, up))
+    low = -0.5 * spacing
+    ax.imshow(
+        np.take(image, index, axis=axis).T,  # rows of a picture run up, columns across
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        origin="lower",
+        extent=(low, wide, low, high),
+        interpolation="bilinear",
+    )
+    for name, field in fields.items():
+        values, line = np.take(field, index, axis=axis).T, OUTLINES[name]
+        if values.min() < 0 < values.max():
+            y, x = (spacing * np.arange(count) for count in values.shape)
+            drawn = ax.contour(x, y, values, [0.0], colors=line.color, linewidths=line.width)
+            drawn.set_linestyle((0, line.dashes) if line.dashes else "solid")
+    mark_sides(ax, affine, across, up)
+    begin = low + 2 * spacing
+    ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
+    ax.text(begin + 5.0, begin + 0.6 * spacing, "10 mm", fontsize=8, ha="center", **WHITE)
+    ax.set_axis_off()
+
+
+def mark_sides(ax: Axes, affine: NDArray[np.float64], across: int, up: int) -> None:
+    """Letters of the patient's sides on a slice; it is turned so that right and front are on the left.
+
+    affine: (4, 4) index to RAS mm. across, up: the axes that run across and up the picture.
+    """
+    letters = [nib.aff2axcodes(affine), nib.aff2axcodes(affine @ np.diag((-1, -1, -1, 1)))]
+    to_left = letters[0][across] in "RA"  # right of the patient, and the front, on the left
+    if to_left:
+        ax.invert_xaxis()
+    sides = [letters[0][across], letters[1][across]]
+    if not to_left:
+        sides.reverse()
+    where = {sides[0]: (0.03, 0.5), sides[1]: (0.97, 0.5)}
+    where |= {letters[0][up]: (0.5, 0.97), letters[1][up]: (0.5, 0.03)}
+    for letter, (right, top) in where.items():
+        ha = {0.03: "left", 0.5: "center", 0.97: "right"}[right]
+        va = {0.03: "bottom", 0.5: "center", 0.97: "top"}[top]
+        ax.text(right, top, letter, transform=ax.transAxes, ha=ha, va=va, fontsize=10, **WHITE)
+
+
+def png_tag(png: bytes, alt: str) -> str:
+    """An <img> that holds its picture. alt: plain text without quotes."""
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def outline_legend(keys: Sequence[str]) -> str:
+    """The outlines' colours and dashes, as inline SVG."""
+    items = []
+    for key in keys:
+        line = OUTLINES[key]
+        dashes = ",".join(f"{d * line.width:g}" for d in line.dashes)
+        dash = f' stroke-dasharray="{dashes}"' if dashes else ""
+        items.append(
+            '<span class="key"><svg width="48" height="16" aria-hidden="true"><line x1="4" y1="8" '
+            f'x2="44" y2="8" stroke="{line.color}" stroke-width="{line.width + 0.6:g}"{dash}/></svg>'
+            f"{line.label}</span>"
+        )
+    return "".join(items)
+
+
+# ---------------------------------------------------------------------------------------- surfaces
+
+
+def browser_region(sample: Mapping[str, Any], fields: Mapping[str, FloatArray]) -> dict[str, Any]:
+    """A region of the 3-D view: the meshes of the truth and of `fields` (title -> level set), and the
+    box in mm that every view of it shows."""
+    truth, affine = sample["sdf_vox"], sample["affine"]
+    meshes: list[dict[str, Any]] = [{"title": "Truth", **(browser_mesh(truth, affine) or {})}]
+    for title, field in fields.items():
+        mesh = browser_mesh(field, affine, truth, float(sample["spacing"]))
+        meshes.append({"title": title, **mesh} if mesh else {"title": f"{title} (no surface)"})
+    corners = np.array(list(itertools.product(*((-0.5, n - 0.5) for n in truth.shape))))
+    box = apply_affine(affine, corners)
+    return {"meshes": meshes, "box": np.stack([box.min(0), box.max(0)], axis=1).round(1).tolist()}
+
+
+def error_axis() -> dict[str, Any]:
+    """The colours of a signed distance to the truth: blue inside it, orange outside."""
+    colors = ("#0050a0", "#7fb4e6", "#f2f2f2", "#f0a35e", "#a34700")
+    return {
+        "cmin": -ERROR_RANGE_MM,
+        "cmax": ERROR_RANGE_MM,
+        "colorscale": [[n / 4, color] for n, color in enumerate(colors)],
+        "colorbar": {"title": {"text": "distance to<br>truth (mm)"}, "thickness": 14, "len": 0.8},
+    }
+
+
+def browser_mesh(
+    field: FloatArray,
+    affine: NDArray[np.float64],
+    true_sdf_vox: FloatArray | None = None,
+    spacing: float = 1.0,
+) -> dict[str, Any] | None:
+    """A surface as the report's script reads it, base64 of whole numbers; None without a surface.
+
+    It is open where the structure was cut at the cube's faces. true_sdf_vox: (X, Y, Z) in voxels of
+    `spacing` mm; given, every vertex carries its signed distance to the true surface, in mm,
+    limited to what an int8 holds (6 mm) and to the truth's truncation.
+    """
+    if not (field.min() < 0 < field.max()):
+        return None
+    mesh = zero_level(field)
+    vertices = apply_affine(affine, mesh.vertices)
+    origin = vertices.mean(axis=0)
+    steps = np.round((vertices - origin) / POSITION_UNIT_MM)
+    result: dict[str, Any] = {
+        "vertices": _base64(steps.clip(-32768, 32767), "<i2"),
+        "faces": _base64(mesh.faces, "<u4"),
+        "origin": [round(float(x), 3) for x in origin],
+        "unit_mm": POSITION_UNIT_MM,
+    }
+    if true_sdf_vox is not None:
+        error = spacing * map_coordinates(true_sdf_vox, mesh.vertices.T, order=1, mode="nearest")
+        result["error"] = _base64(np.round(error / ERROR_UNIT_MM).clip(-127, 127), "<i1")
+        result["error_unit_mm"] = ERROR_UNIT_MM
+    return result
+
+
+def _base64(values: NDArray[Any], dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).astype(dtype).tobytes()).decode()

@@ -1,0 +1,283 @@
+"""From an image and a rough mask to a surface in the patient's mm.
+
+The mask's 6 mm cells are the coarse structure that the decoder refines; overlapping windows of 32³
+fine voxels cover it and are blended. What is written says its coordinates: RAS (x to the patient's
+right is positive; NIfTI's convention) or LPS (to the left; DICOM's, and ITK's).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trimesh
+from numpy.typing import NDArray
+
+from fastlora.errors import ConfigError, DataError
+from fastlora.files import atomic_write
+from fastlora.medical.data import dicom
+from fastlora.medical.data.batch import collate_regions
+from fastlora.medical.data.geometry import mesh_from_sdf, voxelise
+from fastlora.medical.data.grids import FINE, SPACING_MM, Array, StructureGrid
+from fastlora.medical.data.layouts import (
+    DICOM_MODALITIES,
+    IMAGE_NAMES,
+    NIFTI_ENDINGS,
+    structure_name,
+)
+from fastlora.medical.data.regions import base_distance, coarse_structure, region_arrays
+from fastlora.medical.data.volumes import (
+    Modality,
+    Source,
+    Volume,
+    load_labels,
+    load_mask,
+    load_png,
+    load_volume,
+    same_grid,
+)
+from fastlora.medical.evaluation.metrics import overlap
+from fastlora.medical.training.finetuned import MeshModel, predict
+
+SPACES = ("ras", "lps")
+OVERLAP_VOX = FINE // 2
+"""How far neighbouring windows reach into each other, at least."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One image with one rough mask on its grid, (X, Y, Z) bool. structure: its name."""
+
+    image: Volume
+    mask: NDArray[np.bool_]
+    modality: Modality
+    structure: str
+
+
+# ------------------------------------------------------------------------------------------ input
+
+
+def read_subject(
+    image_path: Path,
+    mask_path: Path,
+    *,
+    modality: Modality | None = None,
+    structure: str | None = None,
+    label: int | None = None,
+    spacing: Sequence[float] | None = None,
+) -> Subject:
+    """Read an image and its mask, each PNG (one, or a folder as a stack), NIfTI or DICOM.
+
+    modality: needed for NIfTI whose name does not tell it. structure: its name, which chooses the CT
+    window; default: the mask's file name, or the segment's label. label: of a label map with several
+    values, or of a SEG with several segments. spacing: three mm, for PNG (see `load_png`).
+
+    Raises: DataError if a file cannot be used or the two do not lie on one grid; ConfigError if one
+        of the arguments is needed and missing.
+    """
+    pictures = [path for path in (image_path, mask_path) if _is_png(path)]
+    if bool(pictures) != (spacing is not None):
+        raise ConfigError(
+            "spacing: expected three lengths in mm for PNG, which has none, and for nothing else; "
+            f"got {spacing} with {image_path.name} and {mask_path.name}"
+        )
+    if _is_png(image_path):
+        if modality is not None:
+            raise ConfigError(f"modality: expected none, since {image_path} is PNG, got {modality}")
+        image, modality = load_png(image_path, spacing or ()), "grey"
+    else:
+        image, modality = load_volume(image_path), modality or _modality(image_path)
+    if _is_png(mask_path):
+        if label is not None:
+            raise ConfigError(
+                f"label: expected none, since {mask_path} is PNG, whose pixels above 0 are the structure, got {label}"
+            )
+        drawn = load_png(mask_path, spacing or ())
+        if drawn.shape != image.shape or not same_grid(drawn.affine, image.affine, image.shape):
+            raise DataError(
+                f"{mask_path}: expected the shape and place of {image_path.name}, {image.shape}, "
+                f"got {drawn.shape}"
+            )
+        mask = drawn.array > 0
+        if not mask.any():
+            raise DataError(f"{mask_path}: expected at least one pixel above 0, got an empty mask")
+    else:
+        source, name = _source(mask_path, label)
+        mask = load_mask(source, image, image_path.name)
+        structure = structure or name
+    return Subject(image, mask, modality, structure or structure_name(stem(mask_path)))
+
+
+def stem(path: Path) -> str:
+    """A file's name without its ending, `.nii.gz` being one."""
+    for ending in NIFTI_ENDINGS:
+        if path.name.endswith(ending):
+            return path.name.removesuffix(ending)
+    return path.stem if path.is_file() else path.name
+
+
+def _is_png(path: Path) -> bool:
+    return any(path.glob("*.png")) if path.is_dir() else path.suffix.lower() == ".png"
+
+
+def _modality(path: Path) -> Modality:
+    if path.is_dir() or dicom.is_dicom(path):
+        kinds = {s.modality for s in dicom.list_series(path) if s.modality in DICOM_MODALITIES}
+        if len(kinds) == 1:
+            return DICOM_MODALITIES[kinds.pop()]
+    elif path.name in IMAGE_NAMES:
+        return IMAGE_NAMES[path.name]
+    raise ConfigError(f"modality: expected ct or mr, since {path} does not tell it, got none")
+
+
+def _source(path: Path, label: int | None) -> tuple[Source, str | None]:
+    """The mask, and its name if the file has one."""
+    if dicom.is_dicom(path):
+        segments = dicom.read_segmentation(path).segments
+        if label is None and len(segments) != 1:
+            raise ConfigError(
+                f"label: expected one of the segments of {path}, {segments}, got none"
+            )
+        number = next(iter(segments)) if label is None else label
+        return Source(path, number), structure_name(segments.get(number, ""))
+    if label is None:
+        values = [int(value) for value in np.unique(load_labels(path).array) if value]
+        if len(values) > 1:
+            raise ConfigError(f"label: expected one of the values of {path}, {values}, got none")
+    return Source(path, label), None
+
+
+# ------------------------------------------------------------------------------------- prediction
+
+
+@torch.inference_mode()
+def predict_field(model: MeshModel, grid: StructureGrid, batch_size: int = 8) -> Array:
+    """The decoder's distances on a grid, (X, Y, Z) float32 in fine voxels, negative inside.
+
+    model: in eval mode, on any device. Windows overlap by at least half; where several meet, their
+    distances are averaged with weights that fall to the windows' faces. A window whose coarse
+    structure is all full or all empty has no token and keeps the upsampled coarse structure.
+    """
+    device = next(model.parameters()).device
+    shape = grid.image.shape
+    tent = np.minimum(np.arange(FINE) + 0.5, FINE - np.arange(FINE) - 0.5).astype(np.float32)
+    weight = tent[:, None, None] * tent[:, None] * tent
+    total, weights = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+
+    def blend(start: tuple[int, ...], distance: Array) -> None:
+        at = tuple(slice(s, s + FINE) for s in start)
+        total[at] += weight * distance
+        weights[at] += weight
+
+    waiting: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+
+    def run() -> None:
+        if waiting:
+            batch = collate_regions([sample for _, sample in waiting]).to(device)
+            predicted = predict(model, batch).float().cpu().numpy()
+            for (start, _), distance in zip(waiting, predicted, strict=True):
+                blend(start, distance)
+            waiting.clear()
+
+    for start in itertools.product(*(_starts(n) for n in shape)):
+        image, sdf = grid.crop((grid.offset + start).tolist())
+        sample = region_arrays(image, sdf)
+        if len(sample["coords"]) == 0:
+            blend(start, base_distance(coarse_structure(sdf < 0)))
+            continue
+        about = {"affine": grid.affine, "spacing": SPACING_MM, "meta": {}}
+        waiting.append((start, {**sample, **about}))
+        if len(waiting) == batch_size:
+            run()
+    run()
+    field: Array = total / weights
+    if not np.isfinite(field).all():
+        raise DataError(
+            f"prediction: expected finite distances, got {np.count_nonzero(~np.isfinite(field))} others"
+        )
+    return field
+
+
+def _starts(length: int) -> list[int]:
+    """Evenly spread starts of windows that cover ``length`` voxels and overlap by OVERLAP_VOX or more."""
+    steps = -(-(length - FINE) // (FINE - OVERLAP_VOX))
+    starts: list[int] = np.linspace(0, length - FINE, steps + 1).round().astype(int).tolist()
+    return starts
+
+
+def predict_mesh(
+    model: MeshModel, subject: Subject, batch_size: int = 8
+) -> tuple[trimesh.Trimesh, dict[str, Any]]:
+    """The predicted surface, closed, in RAS mm, and what there is to say about it.
+
+    Facts: `volume_ml`, `watertight`, and `dice_with_mask`: the overlap of the mesh, made voxels of
+    the image again, with the rough mask, which shows a misplaced mesh at once.
+    Raises: DataError if the mask cannot be used, or if the prediction is empty.
+    """
+    grid = StructureGrid.make(subject.image, subject.mask, subject.modality, subject.structure)
+    mesh = mesh_from_sdf(predict_field(model, grid, batch_size), grid.affine)
+    again = voxelise(mesh, subject.image.affine, subject.image.shape)
+    facts = {
+        "structure": subject.structure,
+        "modality": subject.modality,
+        "volume_ml": round(float(mesh.volume) / 1000, 4),
+        "watertight": bool(mesh.is_watertight),
+        "vertices": len(mesh.vertices),
+        "faces": len(mesh.faces),
+        "dice_with_mask": round(overlap(again, subject.mask)["dice"], 4),
+    }
+    return mesh, facts
+
+
+# ----------------------------------------------------------------------------------------- output
+
+
+def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, Any]) -> None:
+    """Write a mesh of RAS mm in a space, as the path's ending says, and `facts` beside it as JSON.
+
+    The space stands in both: in the JSON as `coordinates`, and in the mesh where the format has room
+    (the header of STL, a comment in PLY and OBJ, `extras` in GLB), as `SPACE=LPS`, which 3D Slicer
+    reads. glTF's own unit is the metre and its y points up: neither is done to a GLB.
+
+    Raises: ConfigError on a space or an ending that is not known.
+    """
+    if space not in SPACES:
+        raise ConfigError(f"coordinates: expected one of {', '.join(SPACES)}, got {space!r}")
+    kind = path.suffix.removeprefix(".")
+    note = f"SPACE={space.upper()}"
+    placed = mesh.copy()
+    if space == "lps":  # half a turn about z: the winding stays
+        placed.vertices = placed.vertices * (-1.0, -1.0, 1.0)
+    if kind == "stl":
+        data = placed.export(file_type="stl")
+        data = f"{note} UNIT=mm fastlora".encode().ljust(80) + data[80:]
+    elif kind == "ply":
+        head, separator, rest = placed.export(file_type="ply").partition(b"\nelement")
+        data = head + f"\ncomment {note}\ncomment UNIT=mm".encode() + separator + rest
+    elif kind == "obj":
+        data = f"# {note}\n# UNIT=mm\n{placed.export(file_type='obj')}".encode()
+    elif kind == "glb":
+        scene = trimesh.Scene(placed)
+        scene.metadata = {"SPACE": space.upper(), "UNIT": "mm"}
+        data = scene.export(file_type="glb")
+    else:
+        raise ConfigError(f"mesh_format: expected ply, stl, obj or glb, got {path.name!r}")
+    words = {"ras": "right, anterior, superior", "lps": "left, posterior, superior"}[space]
+    about = {
+        "mesh": path.name,
+        "coordinates": space.upper(),
+        "axes": f"x, y, z grow towards the patient's {words}",
+        "unit": "mm",
+        **facts,
+    }
+    text = json.dumps(about, indent=1, allow_nan=False) + os.linesep
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: file.write(data))
+    atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))

@@ -1,0 +1,224 @@
+"""One HTML file that shows an evaluation, whole without a network: tables, curves, slices, surfaces.
+
+`render` fills `report_template.html` with what `tables` and `pictures` make.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from fastlora.medical.evaluation import tables
+from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Run
+from fastlora.medical.evaluation.pictures import (
+    OUTLINES,
+    browser_region,
+    dice_chart,
+    error_axis,
+    outline_legend,
+    png_tag,
+    slice_picture,
+    training_charts,
+)
+from fastlora.medical.evaluation.results import EVERYTHING
+from fastlora.medical.evaluation.tables import number, place, words
+from fastlora.medical.training.config import TrainConfig
+
+TITLE = "From coarse structure to surface: held-out evaluation"
+
+Content = Mapping[str, Any]
+Shown = Sequence[tuple[int, str]]
+
+
+def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) -> str:
+    """The page.
+
+    content: of `results.document`. runs: 'lora' and perhaps 'full', for their curves.
+    """
+    shown = examples(evaluation)
+    split = content["split"]
+    view = {
+        "charts": {"dice-chart": dice_chart(content), **training_charts(runs)},
+        "regions": [
+            {"title": f"{title(evaluation, index)} ({why})", **_region(evaluation, index)}
+            for index, why in shown
+        ],
+        "coloraxis": error_axis(),
+    }
+    rules = [
+        f".tabs > input:nth-of-type({n}):checked ~ .panel:nth-of-type({n})"
+        for n in range(1, len(tables.DETAIL) + 1)
+    ]
+    commands = [*(train_command(run.config) for run in runs.values()), content["command"]]
+    template = (
+        files("fastlora.medical.evaluation").joinpath("report_template.html").read_text("utf-8")
+    )
+    return Template(template).substitute(
+        title=html.escape(TITLE),
+        subtitle=html.escape(
+            f"{content['date'][:10]} · {split['held_out_regions']} held-out regions, "
+            f"split “{split['kind']}” · seed {content['seed']}"
+        ),
+        tab_rules=",\n".join(rules) + " { display: block; }",
+        lead=lead(content),
+        headline=tables.headline(content),
+        undefined_note=tables.undefined_note(content),
+        cost=tables.cost(content),
+        merged_difference=f"{content['merged_difference_vox']:.1e}",
+        intervals=tables.intervals(content),
+        paired=tables.paired(content),
+        worse=tables.worse(content),
+        gallery="".join(_slices(evaluation, index, why) for index, why in worst(evaluation)),
+        structures=tables.detail(content["structures"], content, "structures"),
+        regions=tables.detail(content["records"], content, "regions"),
+        spacing=" or ".join(
+            f"{s:g}" for s in sorted({r["spacing_mm"] for r in content["records"]})
+        ),
+        legend=outline_legend(list(OUTLINES)),
+        slices="".join(_slices(evaluation, index, why) for index, why in shown),
+        validation_note=(
+            "These regions also chose the checkpoint used here, so the figures above flatter every "
+            "trained model a little: this data has no side of its own for the test."
+            if split["held_out_side"] == "val"
+            else "They chose the checkpoint used here, and are none of the held-out regions above."
+        ),
+        split=html.escape(
+            f"{split['train_regions']} regions to train on, {split['held_out_regions']} held out "
+            f"(the side “{split['held_out_side']}” of the split “{split['kind']}”). {split['notes']}"
+        ),
+        definitions=tables.definitions(content),
+        tolerance=f"{content['tolerance_mm']:g}",
+        threshold=f"{content['baseline_threshold']:g}",
+        settings=tables.settings(content),
+        environment=tables.environment(content),
+        commands=html.escape("\n".join(commands)),
+        eval_json=_script_json(content),
+        view_json=_script_json(view),
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def lead(content: Content) -> str:
+    """What came out, in a few sentences."""
+    summary = content["summary"]
+    parts = []
+    for group in (g for g in summary["lora"] if g != EVERYTHING):
+        dice = {m: number("dice", groups[group]["dice"]["mean"]) for m, groups in summary.items()}
+        hd95 = {m: number("hd95_mm", g[group]["hd95_mm"]["mean"]) for m, g in summary.items()}
+        full = f", full fine-tuning {dice['full']}" if "full" in dice else ""
+        parts.append(
+            f"<p><strong>{html.escape(words(group).capitalize())}:</strong> LoRA reached a mean Dice "
+            f"of <strong>{dice['lora']}</strong>, the frozen base model {dice['base']}, the upsampled "
+            f"coarse structure {dice['baseline']}{full}. 95 % of the surface lay within "
+            f"{hd95['lora']} mm on average (base model: {hd95['base']} mm).</p>"
+        )
+    lost = sum("dice" in region["worse"] for region in content["worse"]["base"]["regions"])
+    share = 100 * content["runs"]["lora"]["trainable_share"]
+    parts.append(
+        f"<p>LoRA trained {share:.1f} % as many parameters as the base model has. Its Dice fell below "
+        f"the base model's in {lost} of {content['split']['held_out_regions']} regions; they are "
+        "listed below.</p>"
+    )
+    for key, run in content["runs"].items():
+        if run["used_epoch"] == 0:
+            parts.append(
+                f"<p><strong>Note:</strong> no epoch of {LABELS[key]} was better on the validation "
+                "regions than the model before training, which therefore stands for it here.</p>"
+            )
+    return "".join(parts)
+
+
+def examples(evaluation: Evaluation, most: int = 6) -> list[tuple[int, str]]:
+    """(index, why): of each group the regions of median, largest and smallest gain.
+
+    The gain is LoRA's Dice less the base model's. At most `most` regions, the groups' medians first.
+    """
+    dice = {(r["index"], r["method"]): r["dice"] for r in evaluation.records}
+    groups: dict[str, list[tuple[float, int]]] = {}
+    for index, sample in enumerate(evaluation.samples):
+        lora, base = dice[index, "lora"], dice[index, "base"]
+        if lora is not None and base is not None:
+            groups.setdefault(sample["meta"]["group"], []).append((lora - base, index))
+    choices: dict[str, Callable[[int], int]] = {
+        "median gain": lambda n: n // 2,
+        "largest gain": lambda n: n - 1,
+        "smallest gain or largest loss": lambda n: 0,
+    }
+    picks: dict[int, tuple[str, str]] = {}
+    for why, position in choices.items():
+        for group, gains in sorted(groups.items()):
+            gain, index = sorted(gains)[position(len(gains))]
+            if len(picks) < most and index not in picks:
+                change = f"{gain:+.3f}".replace("-", "−")
+                picks[index] = (group, f"{why} in {words(group)}: Dice {change}")
+    return [(i, why) for i, (_, why) in sorted(picks.items(), key=lambda pick: pick[1][0])]
+
+
+def worst(evaluation: Evaluation, most: int = 5) -> list[tuple[int, str]]:
+    """(index, why): the regions where LoRA's Dice is lowest, the lowest first."""
+    dice = [
+        (r["dice"], r["index"])
+        for r in evaluation.records
+        if r["method"] == "lora" and r["dice"] is not None
+    ]
+    return [(index, f"number {n}") for n, (_, index) in enumerate(sorted(dice)[:most], 1)]
+
+
+def title(evaluation: Evaluation, index: int) -> str:
+    """A region's name for people."""
+    meta = evaluation.samples[index]["meta"]
+    where = place(meta["region"])
+    return f"{words(meta['structure'])}, {meta['subject']}" + (f", region {where}" if where else "")
+
+
+def slices_png(evaluation: Evaluation, index: int) -> bytes:
+    """A region's slices with the outlines of truth, base and LoRA."""
+    sample = evaluation.samples[index]
+    fields = {key: evaluation.predictions[key][index] for key in OUTLINES if key != "truth"}
+    fields["truth"] = sample["sdf_vox"]
+    return slice_picture(sample["image"], fields, sample["affine"], float(sample["spacing"]))
+
+
+def _slices(evaluation: Evaluation, index: int, why: str) -> str:
+    name = html.escape(title(evaluation, index))
+    dice = {r["method"]: r["dice"] for r in evaluation.records if r["index"] == index}
+    scores = f"base {number('dice', dice['base'])}, LoRA {number('dice', dice['lora'])}"
+    picture = png_tag(slices_png(evaluation, index), f"Slices of {name} with outlines")
+    return (
+        f"<figure><figcaption><strong>{name}</strong> ({html.escape(why)}; {scores})</figcaption>"
+        f"{picture}</figure>"
+    )
+
+
+def _region(evaluation: Evaluation, index: int) -> dict[str, Any]:
+    fields = {LABELS[key]: evaluation.predictions[key][index] for key in ("base", "lora")}
+    return browser_region(evaluation.samples[index], fields)
+
+
+def train_command(config: TrainConfig) -> str:
+    """The command that trains this run: every setting that is not a default."""
+    defaults = TrainConfig().to_dict()
+    parts = ["python", "scripts/train_medical.py"]
+    for name, value in config.to_dict().items():
+        if value == defaults[name]:
+            continue
+        if isinstance(value, bool):
+            parts.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            parts += [
+                f"--{name}",
+                *(str(v) for v in (value if isinstance(value, list) else [value])),
+            ]
+    return shlex.join(parts)
+
+
+def _script_json(value: Any) -> str:
+    """JSON that may stand inside a <script>."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

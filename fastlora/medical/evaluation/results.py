@@ -1,0 +1,273 @@
+"""What an evaluation says, as plain values and files: means, what got worse, eval.json, CSV, meshes.
+
+`document` gathers everything that is known; `compact_record` is its short form for benchmarks.
+Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trimesh
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
+
+from fastlora.errors import ConfigError
+from fastlora.files import atomic_write
+from fastlora.medical.data.geometry import apply_affine, mesh_from_sdf
+from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Record, Run
+from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
+from fastlora.medical.evaluation.statistics import statistics
+
+PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "trimesh", "monai", "nibabel", "plotly")
+MESH_FORMATS = ("ply", "stl", "obj", "glb")
+EVERYTHING = "all"
+"""The group that every region belongs to."""
+
+COMPARED = ("dice", "hd95_mm", "nsd")
+"""The metrics that decide whether something got worse."""
+
+
+def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
+    """method -> group (and 'all') -> metric -> {'mean', 'n', 'undefined'} over the regions.
+
+    Beside the metrics, `regions` and `status` count.
+    """
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for method in dict.fromkeys(r["method"] for r in records):
+        mine = [r for r in records if r["method"] == method]
+        groups = {
+            g: [r for r in mine if r["group"] == g] for g in sorted({r["group"] for r in mine})
+        }
+        summary[method] = {}
+        for group, rows in {**groups, EVERYTHING: mine}.items():
+            statuses = sorted({r["status"] for r in rows})
+            summary[method][group] = {
+                **{key: mean_defined(r[key] for r in rows) for key in METRIC_KEYS},
+                "regions": len(rows),
+                "status": {s: sum(r["status"] == s for r in rows) for s in statuses},
+            }
+    return summary
+
+
+def structure_means(records: Sequence[Record]) -> list[Record]:
+    """One record for each structure of a subject and each method: its regions' means.
+
+    `regions` says how many; a metric that no region defines is None.
+    """
+    rows: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        key = (record["subject"], record["structure"], record["method"])
+        rows.setdefault(key, []).append(record)
+    names = ("group", "subject", "modality", "structure", "method")
+    return [
+        {name: mine[0][name] for name in names}
+        | {"regions": len(mine)}
+        | {key: mean_defined(r[key] for r in mine)["mean"] for key in METRIC_KEYS}
+        for mine in rows.values()
+    ]
+
+
+def is_worse(key: str, value: float | None, reference: float | None) -> bool:
+    """Whether a metric is worse than the reference at the digits that are shown, both defined."""
+    if value is None or reference is None:
+        return False
+    return METRIC_OF[key].merit(value) < METRIC_OF[key].merit(reference)
+
+
+def worse_than(records: Sequence[Record], method: str, reference: str) -> list[dict[str, Any]]:
+    """Where `method` is worse than `reference` in one of `COMPARED`, the largest loss of Dice first.
+
+    records: of regions, or means of structures. Each entry names the place, `worse` (the metrics it
+    lost in), and in `values` for each of `COMPARED` the method's and the reference's value.
+    """
+    place = ("group", "subject", "structure", "region")
+    others = {tuple(r.get(n) for n in place): r for r in records if r["method"] == reference}
+    losses = []
+    for record in (r for r in records if r["method"] == method):
+        other = others[tuple(record.get(n) for n in place)]
+        worse = [key for key in COMPARED if is_worse(key, record[key], other[key])]
+        if worse:
+            where = {name: record[name] for name in place if name in record}
+            values = {key: [record[key], other[key]] for key in COMPARED}
+            losses.append({**where, "worse": worse, "values": values})
+    return sorted(losses, key=lambda loss: loss["values"]["dice"][0] - loss["values"]["dice"][1])
+
+
+def document(
+    evaluation: Evaluation,
+    facts: Mapping[str, Any],
+    runs: Mapping[str, Run],
+    command: str,
+) -> dict[str, Any]:
+    """The content of eval.json: everything that is known, as plain JSON values.
+
+    facts: of `compare_runs`. runs: 'lora' and perhaps 'full'.
+    """
+    records = evaluation.records
+    structures = structure_means(records)
+    return {
+        "format": "fastlora-medical-eval-1",
+        "methods": {key: LABELS[key] for key in evaluation.predictions},
+        "metrics": {metric.key: asdict(metric) for metric in METRICS},
+        "tolerance_mm": evaluation.tolerance_mm,
+        **facts,
+        "seed": runs["lora"].config.seed,
+        "runs": {key: run.facts() for key, run in runs.items()},
+        "environment": environment(),
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "summary": summarise(records),
+        "statistics": statistics(structures),
+        "worse": {
+            reference: {
+                "structures": worse_than(structures, "lora", reference),
+                "regions": worse_than(records, "lora", reference),
+            }
+            for reference in ("base", "baseline")
+        },
+        "structures": structures,
+        "records": records,
+    }
+
+
+def compact_record(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark's record: `document` without the regions, each mean as one number."""
+    means = {
+        method: {
+            group: {
+                key: round(value["mean"], 6)
+                for key, value in figures.items()
+                if isinstance(value, dict) and value.get("mean") is not None
+            }
+            | {"regions": figures["regions"], "status": figures["status"]}
+            for group, figures in groups.items()
+        }
+        for method, groups in content["summary"].items()
+    }
+    worse = {
+        reference: {
+            "structures": [f"{w['subject']}/{w['structure']}" for w in lists["structures"]],
+            "regions": len(lists["regions"]),
+        }
+        for reference, lists in content["worse"].items()
+    }
+    left_out = ("format", "metrics", "summary", "worse", "structures", "records")
+    kept = {key: value for key, value in content.items() if key not in left_out}
+    return {"format": "fastlora-medical-record-1", **kept, "means": means, "lora_worse_than": worse}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and, in a git checkout, the commit."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "torch_threads": torch.get_num_threads(),
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit, and whether files differ from it; None where this file is not part of a git checkout."""
+    answers = []
+    for arguments in (
+        ["ls-files", "--error-unmatch", Path(__file__).name],
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain"],
+    ):
+        try:
+            done = subprocess.run(
+                ["git", *arguments],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode != 0:
+            return None
+        answers.append(done.stdout.strip())
+    return {"sha": answers[1], "dirty": bool(answers[2])}
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    """One row per region and method; an undefined metric is an empty cell."""
+    columns = ["group", "subject", "modality", "structure", "region", "spacing_mm"]
+    columns += ["method", "status", *METRIC_KEYS]
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(records)
+    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply") -> int:
+    """Truth and predictions as meshes in the patient's mm (RAS): `<subject>_<region>_<method>.<ext>`.
+
+    The folder is replaced as a whole. A method whose prediction is empty has no file. Merged
+    LoRA, whose meshes are those of LoRA, has none either. A predicted PLY carries `distance_mm` at
+    each vertex (see `distance_to_truth`). Returns the number of files.
+
+    Raises:
+        ConfigError: a format that is not in `MESH_FORMATS`.
+    """
+    if mesh_format not in MESH_FORMATS:
+        raise ConfigError(f"mesh_format: expected one of {MESH_FORMATS}, got {mesh_format!r}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    count = 0
+    try:
+        for index, sample in enumerate(evaluation.samples):
+            fields = {k: p[index] for k, p in evaluation.predictions.items() if k != "merged"}
+            for method, field in {"truth": sample["sdf_vox"], **fields}.items():
+                if not (field < 0).any():
+                    continue
+                name = f"{sample['meta']['subject']}_{sample['meta']['region']}_{method}"
+                mesh = mesh_from_sdf(field, sample["affine"])
+                if method != "truth" and mesh_format == "ply":
+                    mesh.vertex_attributes["distance_mm"] = distance_to_truth(mesh, sample)
+                mesh.export(partial / f"{name.replace('@', '_at_')}.{mesh_format}")
+                count += 1
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.chmod(0o755)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+def distance_to_truth(mesh: trimesh.Trimesh, sample: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Signed distance in mm of each vertex (V,) to the true surface, negative inside it.
+
+    It is limited to the truncation of the sample's field (4 fine voxels, 6 mm).
+    """
+    index = apply_affine(np.linalg.inv(sample["affine"]), mesh.vertices)
+    voxels = map_coordinates(sample["sdf_vox"], index.T, order=1, mode="nearest")
+    distance: NDArray[np.float32] = (voxels * float(sample["spacing"])).astype(np.float32)
+    return distance

@@ -1,0 +1,273 @@
+"""The report's tables, as HTML. Content is what `results.document` gives."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastlora.medical.evaluation.evaluate import LABELS
+from fastlora.medical.evaluation.metrics import METRIC_OF
+from fastlora.medical.evaluation.results import COMPARED, EVERYTHING, is_worse
+
+HEADLINE = ("dice", "nsd", "hd95_mm", "asd_mm", "chamfer_mm", "volume_error", "volume_error_abs")
+DETAIL = ("dice", "hd95_mm", "nsd", "asd_mm", "chamfer_mm", "iou", "volume_error")
+
+Content = Mapping[str, Any]
+
+
+def words(name: str) -> str:
+    """A name for people: vertebra_22_corpus -> vertebra 22 corpus."""
+    return name.replace("_", " ")
+
+
+def place(region: str) -> str:
+    """Where in its subject a region begins, as grid indices: vertebra_22@1.2.3 -> 1.2.3."""
+    return region.partition("@")[2]
+
+
+def number(key: str, value: float | None) -> str:
+    """A metric's value as text; a dash where it is undefined."""
+    if value is None:
+        return "–"
+    if key == "volume_error":
+        text = f"{100 * value:+.1f} %"
+    elif key == "volume_error_abs":
+        text = f"{100 * value:.1f} %"
+    else:
+        text = f"{value:.{METRIC_OF[key].digits}f}"
+    return text.replace("-", "−")
+
+
+def heading(key: str, tolerance_mm: float) -> str:
+    """A metric's name with its unit."""
+    unit = {"mm": "mm", "share of the true volume": "%"}.get(METRIC_OF[key].unit, "")
+    if key == "nsd":
+        unit = f"at {tolerance_mm:g} mm"
+    return f"{METRIC_OF[key].label}{f' <small>{unit}</small>' if unit else ''}"
+
+
+def table(head: Iterable[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """head: the headings' HTML. rows: each cell a whole <td>, or the HTML inside one.
+
+    text_columns: how many columns, from the left, are text and not numbers.
+    """
+
+    def attribute(column: int) -> str:
+        return " class=text" if column < text_columns else ""
+
+    titles = "".join(f"<th scope=col{attribute(n)}>{cell}</th>" for n, cell in enumerate(head))
+    body = "".join(
+        "<tr>"
+        + "".join(
+            cell if cell.startswith("<td") else f"<td{attribute(n)}>{cell}</td>"
+            for n, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def prose(text: str) -> str:
+    """A cell of running text."""
+    return f'<td class="wrap">{html.escape(text)}</td>'
+
+
+def headline(content: Content) -> str:
+    """For each group a table: methods down, metrics across, the best value of a column bold."""
+    summary = content["summary"]
+    groups = list(summary["lora"])
+    if len(groups) == 2:  # the only group, and 'all', which is the same
+        groups = groups[:1]
+    parts = []
+    for group in groups:
+        title = "All regions" if group == EVERYTHING else words(group).capitalize()
+        count = summary["lora"][group]["regions"]
+        parts.append(f"<h3>{html.escape(title)} <small class=soft>({count} regions)</small></h3>")
+        rows = [[html.escape(LABELS[method])] for method in summary]
+        for key in HEADLINE:
+            means = [figures[group][key]["mean"] for figures in summary.values()]
+            merits = [None if m is None else METRIC_OF[key].merit(m) for m in means]
+            best = max((m for m in merits if m is not None), default=None)
+            for row, mean, merit in zip(rows, means, merits, strict=True):
+                mark = " class=best" if mean is not None and merit == best else ""
+                row.append(f"<td{mark}>{number(key, mean)}</td>")
+        titles = [heading(key, content["tolerance_mm"]) for key in HEADLINE]
+        parts.append(table(["Method", *titles], rows))
+    return "".join(parts)
+
+
+def interval(key: str, value: Content) -> str:
+    """A mean with its 95 % interval as text."""
+    if value["low"] is None:
+        return number(key, value["mean"])
+    low, high = number(key, value["low"]), number(key, value["high"])
+    return f"{number(key, value['mean'])} <small>({low} to {high})</small>"
+
+
+def intervals(content: Content) -> str:
+    """Means over structures with their intervals: of all, then of each subject."""
+    stats = content["statistics"]
+    titles = [heading(key, content["tolerance_mm"]) for key in COMPARED]
+    parts = []
+    subjects = stats["subjects"] if len(stats["subjects"]) > 1 else {}
+    for title, methods in {"All subjects": stats["methods"], **subjects}.items():
+        count = max(value["dice"]["n"] for value in methods.values())
+        rows = [
+            [html.escape(LABELS[m]), *(interval(key, values[key]) for key in COMPARED)]
+            for m, values in methods.items()
+        ]
+        caption = f"<h3>{html.escape(title)} <small class=soft>({count} structures)</small></h3>"
+        parts.append(caption + table(["Method", *titles], rows))
+    return "".join(parts)
+
+
+def paired(content: Content) -> str:
+    """The differences between methods on the same structures, with p-values."""
+    titles = [heading(key, content["tolerance_mm"]) for key in COMPARED]
+    rows = []
+    for pair in content["statistics"]["pairs"]:
+        row = [html.escape(f"{LABELS[pair['one']]} less {LABELS[pair['other']].lower()}")]
+        for key in COMPARED:
+            p = pair[key]["p"]
+            row.append(interval(key, pair[key]) + ("" if p is None else f", p = {p:.2g}"))
+        rows.append(row)
+    return table(["Difference", *titles], rows)
+
+
+def undefined_note(content: Content) -> str:
+    """Which regions had no ordinary figures."""
+    texts = []
+    for method, groups in content["summary"].items():
+        odd = {s: n for s, n in groups[EVERYTHING]["status"].items() if s != "ok"}
+        if odd:
+            counts = ", ".join(f"{n} × {words(status)}" for status, n in odd.items())
+            texts.append(f"{LABELS[method]}: {counts}.")
+    if not texts:
+        return "No prediction and no truth was empty."
+    return "Regions without ordinary figures: " + " ".join(texts)
+
+
+def cost(content: Content) -> str:
+    """What each kind of fine-tuning trained, stored and took."""
+    rows = [
+        [
+            LABELS[key],
+            f"{run['trainable']:,} <small>({100 * run['trainable_share']:.1f} %)</small>",
+            f"{run['weights_bytes'] / 1e6:.2f} MB",
+            f"{run['checkpoint_bytes'] / 1e6:.2f} MB",
+            f"{run['seconds']:.0f} s",
+            f"{run['epochs']} <small>(used: {run['used_epoch']})</small>",
+        ]
+        for key, run in content["runs"].items()
+    ]
+    titles = [
+        "Method",
+        "Trained parameters <small>share of the base model's</small>",
+        "Trained weights",
+        "Checkpoint <small>with all that resuming needs</small>",
+        "Training time",
+        "Epochs",
+    ]
+    return table(titles, rows)
+
+
+def worse(content: Content) -> str:
+    """The structures and regions where LoRA is worse than the base, or than the baseline."""
+    total = content["split"]["held_out_regions"]
+    parts = []
+    for reference, lists in content["worse"].items():
+        parts.append(f"<h3>LoRA against: {LABELS[reference].lower()}</h3>")
+        structures, regions = lists["structures"], lists["regions"]
+        if not regions:
+            parts.append(f"<p>None of {total} regions is worse in Dice, HD95 or NSD.</p>")
+            continue
+        in_dice = sum("dice" in region["worse"] for region in regions)
+        parts.append(
+            f"<p>Dice is lower in {in_dice} of {total} regions; Dice, HD95 or NSD is worse in "
+            f"{len(regions)}. {'As means of structures:' if structures else 'No structure as a whole.'}</p>"
+        )
+        if structures:
+            parts.append(_losses(structures, content, reference))
+        parts.append(f"<details><summary>The {len(regions)} regions</summary>")
+        parts.append(_losses(regions, content, reference) + "</details>")
+    return "".join(parts)
+
+
+def _losses(losses: Sequence[Content], content: Content, reference: str) -> str:
+    rows = []
+    for loss in losses:
+        where = place(loss.get("region", ""))
+        row = [html.escape(words(loss["structure"]) + (f" at {where}" if where else ""))]
+        row.append(html.escape(loss["subject"]))
+        for key in COMPARED:
+            mine, theirs = (number(key, value) for value in loss["values"][key])
+            mark = " class=worse" if key in loss["worse"] else ""
+            row.append(f"<td{mark}>{mine} <small>({theirs})</small></td>")
+        rows.append(row)
+    against = f"<br><small>LoRA ({reference})</small>"
+    titles = [heading(key, content["tolerance_mm"]) + against for key in COMPARED]
+    return table(["Structure", "Case", *titles], rows, 2)
+
+
+def detail(rows: Sequence[Content], content: Content, name: str) -> str:
+    """Tabs, one a metric: places down, methods across; LoRA's cell is marked where base is better.
+
+    rows: records of regions, or means of structures. name: of the tabs, unique on the page.
+    """
+    places: dict[tuple[str, str, str, str], dict[str, Content]] = {}
+    for row in rows:
+        where = (row["group"], row["subject"], row["structure"], row.get("region", ""))
+        places.setdefault(where, {})[row["method"]] = row
+    of_regions = "region" in rows[0]
+    methods = list(content["methods"])
+    titles = ["Structure", "Case", "Region" if of_regions else "Regions"]
+    titles += [html.escape(LABELS[method]) for method in methods]
+    tabs, panels = [], []
+    for n, key in enumerate(DETAIL):
+        title = heading(key, content["tolerance_mm"])
+        tabs.append(
+            f'<input type="radio" name="{name}" id="{name}-{n}"{"" if n else " checked"}>'
+            f'<label for="{name}-{n}" class="screen">{title}</label>'
+        )
+        body = []
+        for (_, subject, structure, region), mine in sorted(places.items()):
+            where_text = place(region) if of_regions else str(mine["lora"]["regions"])
+            cells = [html.escape(text) for text in (words(structure), subject, where_text)]
+            for method in methods:
+                lost = method == "lora" and is_worse(key, mine["lora"][key], mine["base"][key])
+                mark = " class=worse" if lost else ""
+                cells.append(f"<td{mark}>{number(key, mine[method][key])}</td>")
+            body.append(cells)
+        note = f"<p class=note>{title}: {html.escape(METRIC_OF[key].definition)}</p>"
+        panels.append(f'<div class="panel">{note}{table(titles, body, 3)}</div>')
+    return f'<div class="tabs">{"".join(tabs + panels)}</div>'
+
+
+def definitions(content: Content) -> str:
+    """What each metric means and what computed it."""
+    rows = [
+        [html.escape(metric["label"]), prose(metric["definition"]), prose(metric["source"])]
+        for metric in content["metrics"].values()
+    ]
+    return table(["Figure", "Meaning", "Computed by"], rows, 3)
+
+
+def settings(content: Content) -> str:
+    """The runs' configurations, side by side."""
+    configs = {key: run["config"] for key, run in content["runs"].items()}
+    rows = [
+        [html.escape(name), *(html.escape(str(c[name])) for c in configs.values())]
+        for name in configs["lora"]
+    ]
+    return table(["Setting", *(LABELS[key] for key in configs)], rows, 1 + len(configs))
+
+
+def environment(content: Content) -> str:
+    """Versions and machine."""
+    rows = [[html.escape(name), prose(str(v))] for name, v in content["environment"].items()]
+    return table(["", "Version or value"], rows, 2)

@@ -1,0 +1,1 @@
+"""The packaged mesh decoder, its weights and its losses."""

@@ -1,0 +1,339 @@
+"""A compact sparse mesh decoder, built like SAM 3D's ``SLatMeshDecoder``.
+
+    tokens at the active cells of a coarse structure (8³ cells, each with its image patch)
+      → input_layer → N × (attention, MLP), pre-norm → out_layer
+      → per token a 4³ patch of distance residuals and a transfer curve (grey value → distance) for its voxels
+      → both added to the upsampled coarse structure (32³)
+
+The curve lets a token say "what is brighter than this is inside" for its whole cell: one function of the grey
+value, which 64 separate outputs learn far more slowly.
+
+The module names are the original's (``blocks.N.attn.to_qkv``, ``.attn.to_out``, ``blocks.N.mlp.mlp.0`` and
+``.mlp.mlp.2``, ``input_layer``, ``out_layer``), and so is the convention that a token object flows through
+linears: what adapts this model with LoRA adapts that one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical.data.batch import RegionBatch, SparseTokens
+
+BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
+"""The packaged base: pretrained on procedural shapes, it has seen no anatomy. ``base.json`` beside it says how."""
+
+
+class SparseLinear(nn.Linear):
+    """A linear layer that takes and gives tokens: ``tokens.replace(feats @ Wᵀ + b)``."""
+
+    def forward(self, tokens: SparseTokens) -> SparseTokens:  # type: ignore[override]
+        return tokens.replace(F.linear(tokens.feats, self.weight, self.bias))
+
+
+class SparseGELU(nn.GELU):
+    """GELU of the tokens' features."""
+
+    def forward(self, tokens: SparseTokens) -> SparseTokens:  # type: ignore[override]
+        return tokens.replace(super().forward(tokens.feats))
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a ``SparseMeshDecoder``.
+
+    in_channels: what a token carries (``regions.TOKEN_CHANNELS``); the first ``(cell_size + 2·context)³`` are its
+        image patch, grey values in [-2, 2]. knots: of the transfer curve, evenly over that range.
+
+    Raises:
+        ConfigError: a number is out of range, or ``heads`` does not divide ``channels``.
+    """
+
+    in_channels: int
+    channels: int = 128
+    blocks: int = 4
+    heads: int = 4
+    mlp_ratio: int = 4
+    coarse_size: int = 8
+    cell_size: int = 4
+    context: int = 2
+    knots: int = 8
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = {"context": 0, "channels": 6, "knots": 2}.get(field.name, 1)
+            if type(value) is not int or value < least:
+                raise ConfigError(
+                    f"DecoderConfig.{field.name}: expected an int >= {least}, got {value!r}"
+                )
+        if self.in_channels < self.patch_size**3:
+            raise ConfigError(
+                f"DecoderConfig.in_channels: expected at least the image patch's {self.patch_size}³ = "
+                f"{self.patch_size**3}, got {self.in_channels}"
+            )
+        if self.channels % self.heads:
+            raise ConfigError(
+                f"DecoderConfig.heads: expected a divisor of channels={self.channels}, got {self.heads}"
+            )
+
+    @property
+    def patch_size(self) -> int:
+        """Edge in voxels of the image patch that a token carries."""
+        return self.cell_size + 2 * self.context
+
+    @property
+    def fine_size(self) -> int:
+        """Edge of the fine cube in voxels."""
+        return self.coarse_size * self.cell_size
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
+        """The inverse of ``dataclasses.asdict``. Raises ConfigError on unknown or missing names."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(
+                f"DecoderConfig: unknown names {unknown}, expected some of {sorted(known)}"
+            )
+        if "in_channels" not in values:
+            raise ConfigError("DecoderConfig.in_channels: missing")
+        return cls(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Where each token lies in a dense (B, L, ·) batch padded to the longest sample."""
+
+    sample: Tensor  # (T,)
+    slot: Tensor  # (T,)
+    size: tuple[int, int]  # (B, L)
+    mask: Tensor | None  # (B, 1, 1, L) bool, True at tokens; None where nothing is padded
+
+    @classmethod
+    def of(cls, coords: Tensor, batch: int) -> _Layout:
+        sample = coords[:, 0]
+        lengths = torch.bincount(sample, minlength=batch)
+        starts = lengths.cumsum(0) - lengths
+        slot = torch.arange(len(sample), device=sample.device) - starts[sample]
+        longest = int(lengths.max())
+        slots = torch.arange(longest, device=sample.device)
+        mask = slots < lengths[:, None]
+        return cls(sample, slot, (batch, longest), None if mask.all() else mask[:, None, None])
+
+    def pad(self, feats: Tensor) -> Tensor:
+        """(T, C) -> (B, L, C)."""
+        dense = feats.new_zeros(*self.size, feats.shape[1])
+        return dense.index_put((self.sample, self.slot), feats)
+
+
+class SparseAttention(nn.Module):
+    """Multi-head self-attention among the tokens of each sample."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, tokens: SparseTokens, layout: _Layout) -> SparseTokens:
+        batch, longest = layout.size
+        qkv = layout.pad(self.to_qkv(tokens.feats))  # (B, L, 3C)
+        # Sizes are given, not inferred: a batch may have no tokens, and still has to touch every weight.
+        width = qkv.shape[2] // (3 * self.heads)
+        q, k, v = qkv.view(batch, longest, 3, self.heads, width).permute(2, 0, 3, 1, 4)
+        # A sample with no tokens has an all-False row here; its output is never gathered.
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
+        mixed = mixed.transpose(1, 2).reshape(batch, longest, self.heads * width)
+        return tokens.replace(self.to_out(mixed[layout.sample, layout.slot]))
+
+
+class SparseFeedForward(nn.Module):
+    """Linear, GELU, linear, on each token."""
+
+    def __init__(self, channels: int, ratio: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            SparseLinear(channels, ratio * channels),
+            SparseGELU(approximate="tanh"),
+            SparseLinear(ratio * channels, channels),
+        )
+
+    def forward(self, tokens: SparseTokens) -> SparseTokens:
+        out: SparseTokens = self.mlp(tokens)
+        return out
+
+
+class SparseBlock(nn.Module):
+    """A pre-norm transformer block over sparse tokens."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.channels, elementwise_affine=False)
+        self.attn = SparseAttention(config.channels, config.heads)
+        self.norm2 = nn.LayerNorm(config.channels, elementwise_affine=False)
+        self.mlp = SparseFeedForward(config.channels, config.mlp_ratio)
+
+    def forward(self, tokens: SparseTokens, layout: _Layout) -> SparseTokens:
+        mixed = self.attn(tokens.replace(self.norm1(tokens.feats)), layout)
+        tokens = tokens.replace(tokens.feats + mixed.feats)
+        fed = self.mlp(tokens.replace(self.norm2(tokens.feats)))
+        return tokens.replace(tokens.feats + fed.feats)
+
+
+def position_embedding(cells: Tensor, channels: int) -> Tensor:
+    """Sine-cosine embedding (T, channels) of integer cells (T, 3); channels beyond a multiple of 6 are zero."""
+    count = channels // 6
+    steps = torch.arange(count, dtype=torch.float32, device=cells.device) / count
+    angles = cells[:, :, None].float() / 10000.0**steps  # (T, 3, count)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    return F.pad(waves, (0, channels - waves.shape[1]))
+
+
+class SparseMeshDecoder(nn.Module):
+    """Coarse structure with image patches -> signed distances on the fine grid.
+
+    ``out_layer`` starts at zero: a fresh decoder gives the upsampled coarse structure, and no gradient reaches
+    the layers before it until it has been trained.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_layer = SparseLinear(config.in_channels, config.channels)
+        self.blocks = nn.ModuleList(SparseBlock(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.channels, elementwise_affine=False)
+        self.out_layer = SparseLinear(config.channels, config.cell_size**3 + config.knots)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.out_layer.weight)
+
+    @property
+    def base(self) -> SparseMeshDecoder:
+        """What a run starts from; a larger model has more than that."""
+        return self
+
+    def inputs(self, batch: RegionBatch) -> tuple[SparseTokens, Tensor]:
+        """What `forward` takes of a batch."""
+        return batch.tokens, batch.base_vox
+
+    def forward(self, tokens: SparseTokens, base_vox: Tensor) -> Tensor:
+        """Signed distances in fine-voxel units, negative inside: (B, X, Y, Z).
+
+        Args:
+            tokens: feats (T, in_channels), coords (T, 4) sorted by sample.
+            base_vox: (B, X, Y, Z), signed distances of the upsampled coarse structure.
+
+        Raises:
+            DataError: a shape, a cell or the order of the samples is not as said.
+        """
+        self._check(tokens, base_vox)
+        batch = len(base_vox)
+        layout = _Layout.of(tokens.coords, batch)
+        hidden = self.input_layer(tokens)
+        embedding = position_embedding(tokens.coords[:, 1:], self.config.channels)
+        hidden = hidden.replace(hidden.feats + embedding.to(hidden.feats.dtype))
+        for block in self.blocks:
+            hidden = block(hidden, layout)
+        out = self.out_layer(hidden.replace(self.norm(hidden.feats)))
+        residual, curve = out.feats.split([self.config.cell_size**3, self.config.knots], dim=1)
+        residual = residual + (self._grey_weights(tokens) * curve[:, None]).sum(-1)
+        return base_vox + self._scatter(tokens.replace(residual), batch).to(base_vox.dtype)
+
+    def _grey_weights(self, tokens: SparseTokens) -> Tensor:
+        """How much each knot of the curve counts at each voxel of the cells: (T, cell³, knots), linear between two."""
+        size, cell = self.config.patch_size, self.config.cell_size
+        inner = slice(self.config.context, self.config.context + cell)
+        patch = tokens.feats[:, : size**3].view(-1, size, size, size)
+        grey = patch[:, inner, inner, inner].reshape(-1, cell**3, 1).clamp(-2, 2)
+        knots = torch.linspace(-2, 2, self.config.knots, dtype=grey.dtype, device=grey.device)
+        return (1 - (grey - knots).abs() * ((self.config.knots - 1) / 4)).clamp_min(0)
+
+    def _scatter(self, residual: SparseTokens, batch: int) -> Tensor:
+        """Put each token's patch into its cell: (T, cell³) -> (B, X, Y, Z), zero in inactive cells."""
+        n, c = self.config.coarse_size, self.config.cell_size
+        cells = residual.feats.new_zeros(batch, n, n, n, c**3)
+        cells = cells.index_put(tuple(residual.coords.unbind(1)), residual.feats)
+        patches = cells.view(batch, n, n, n, c, c, c).permute(0, 1, 4, 2, 5, 3, 6)
+        return patches.reshape(batch, n * c, n * c, n * c)
+
+    def _check(self, tokens: SparseTokens, base_vox: Tensor) -> None:
+        config = self.config
+        if tokens.feats.shape[1] != config.in_channels:
+            raise DataError(
+                f"tokens.feats: expected (T, {config.in_channels}), got {tuple(tokens.feats.shape)}"
+            )
+        edge = config.fine_size
+        if base_vox.ndim != 4 or base_vox.shape[1:] != (edge, edge, edge):
+            raise DataError(
+                f"base_vox: expected (B, {edge}, {edge}, {edge}), got {tuple(base_vox.shape)}"
+            )
+        if len(tokens.coords) == 0:
+            return
+        upper = torch.tensor(
+            [len(base_vox)] + 3 * [config.coarse_size], device=tokens.coords.device
+        )
+        if bool((tokens.coords < 0).any()) or bool((tokens.coords >= upper).any()):
+            raise DataError(
+                f"tokens.coords: expected [sample, i, j, k] below {upper.tolist()}, "
+                f"got up to {tokens.coords.amax(0).tolist()} and down to {tokens.coords.amin(0).tolist()}"
+            )
+        if bool((tokens.coords[:, 0].diff() < 0).any()):
+            raise DataError("tokens.coords: expected the samples in ascending order")
+
+
+def save_base_model(model: SparseMeshDecoder, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Write ``path`` (safetensors, fp32) and beside it a json: sha256, configuration, provenance."""
+    from safetensors.torch import save as save_safetensors
+
+    data = save_safetensors(
+        {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+    )
+    card = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "config": asdict(model.config),
+        **provenance,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:
+    """A decoder with the weights of ``path`` (default: the packaged base), checked against its json card.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, its sha256 is not the card's, or its tensors do not
+            fit the card's configuration.
+    """
+    weights = BASE_WEIGHTS if path is None else Path(path)
+    card_path = weights.with_suffix(".json")
+    for file in (weights, card_path):
+        if not file.is_file():
+            raise CheckpointError(f"base model: no file {file}")
+    try:
+        card = json.loads(card_path.read_text(encoding="utf-8"))
+        expected, config = card["sha256"], DecoderConfig.from_dict(card["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"base model: {card_path} is not a model card ({error})") from error
+    data = weights.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise CheckpointError(f"base model: {weights} has sha256 {found}, expected {expected}")
+    model = SparseMeshDecoder(config)
+    try:
+        model.load_state_dict(load_safetensors(data))
+    except RuntimeError as error:
+        raise CheckpointError(f"base model: {weights} does not fit {card_path}: {error}") from error
+    return model

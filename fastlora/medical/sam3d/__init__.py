@@ -1,0 +1,1 @@
+"""SAM 3D Objects' modules from a user's own installation."""

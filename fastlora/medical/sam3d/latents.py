@@ -1,0 +1,226 @@
+"""Cached latents: for each region a file with what SAM 3D Objects' encoders and embedders made of it.
+
+`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as evaluations and errors give it) holds for the mesh
+decoder and for the generator "slat" the structured latent (SLat)
+
+    coords     (T, 3) integers, the active voxels of the decoder's grid, each once; the region fills the grid, axes in its order
+    feats      (T, C) floating-point numbers, the latents, as the decoder takes them: not normalised
+
+for the generator "structure" each of its latents by name, (N, C), as the generator gives them, and for both generators
+
+    condition  (L, D), what the condition embedder made of the region's image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastlora import files
+from fastlora.errors import DataError
+from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
+from fastlora.medical.data.regions import RegionDataset
+
+KINDS = ("safetensors", "npz")
+MIN_SHARE = 0.5
+"""Part of the voxels that must lie near the region's surface, and of the surface that must lie in voxels."""
+
+
+def slat_path(folder: Path, meta: Mapping[str, str]) -> Path:
+    """The file of a region. Raises: DataError if there is none, or two."""
+    stem = f"{meta['subject']}-{meta['region']}"
+    found = [path for kind in KINDS if (path := folder / f"{stem}.{kind}").is_file()]
+    if len(found) != 1:
+        raise DataError(
+            f"latents_dir: expected {folder / stem}.safetensors or .npz, got {'both' if found else 'neither'}"
+        )
+    return found[0]
+
+
+def read_slat(path: Path) -> dict[str, Tensor]:
+    """`coords` (T, 3) int64, `feats` (T, C) float32, and where it has one the `condition` (L, D) float32 of a file.
+
+    Nothing in it is run, and no size in it is trusted. Raises: DataError if it cannot be read, or holds anything else.
+    """
+    found = _read_tensors(path)
+    if found.keys() - {"condition"} != {"coords", "feats"}:
+        raise DataError(f"latents_dir: {path}: expected coords and feats, got {sorted(found)}")
+    coords, feats = found["coords"], found["feats"]
+    if coords.ndim != 2 or coords.shape[1] != 3 or coords.is_floating_point() or len(coords) == 0:
+        raise DataError(
+            f"latents_dir: {path}: coords: expected (T, 3) integers, got {tuple(coords.shape)} {coords.dtype}"
+        )
+    if feats.ndim != 2 or len(feats) != len(coords) or not feats.is_floating_point():
+        raise DataError(
+            f"latents_dir: {path}: feats: expected ({len(coords)}, C) floats, got {tuple(feats.shape)} {feats.dtype}"
+        )
+    numbers = _float_rows({name: value for name, value in found.items() if name != "coords"}, path)
+    return {"coords": coords.long(), **numbers}
+
+
+def read_structure(
+    path: Path, latents: Mapping[str, tuple[int | None, int]], condition: int
+) -> dict[str, Tensor]:
+    """The latents of "structure" by name, (N, C) float32, and its `condition` (L, D).
+
+    latents: tokens (None: any number) and channels of each. condition: D. Raises: DataError as `read_slat`, and if a size is another.
+    """
+    found = _read_tensors(path)
+    if found.keys() != {*latents, "condition"}:
+        wanted = ", ".join([*latents, "condition"])
+        raise DataError(f"latents_dir: {path}: expected {wanted}, got {sorted(found)}")
+    found = _float_rows(found, path)
+    for name, (tokens, channels) in {**latents, "condition": (None, condition)}.items():
+        shape = tuple(found[name].shape)
+        if shape[1] != channels or tokens not in (None, shape[0]):
+            raise DataError(
+                f"latents_dir: {path}: {name}: expected ({tokens or 'N'}, {channels}), got {shape}"
+            )
+    return found
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"latents_dir: cannot read {path}: {error}") from error
+
+
+def _float_rows(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors as float32. Raises: DataError if one is not a table of finite numbers with at least one row."""
+    for name, value in tensors.items():
+        if value.ndim != 2 or len(value) == 0 or not value.is_floating_point():
+            raise DataError(
+                f"latents_dir: {path}: {name}: expected rows of floats, got {tuple(value.shape)} {value.dtype}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise DataError(f"latents_dir: {path}: {name}: expected finite numbers")
+    return {name: value.float() for name, value in tensors.items()}
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of an uncompressed `.npz`, of numbers. Raises: as `files.read_arrays`."""
+    found = {}
+    for name, array in files.read_arrays(path).items():
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"{name}: expected numbers, got {array.dtype}")
+        kind = np.float32 if array.dtype.kind == "f" else np.int64
+        found[name] = torch.from_numpy(array.astype(kind))
+    return found
+
+
+def check_slat(
+    slat: Mapping[str, Tensor], sdf_vox: NDArray[np.float32], resolution: int, channels: int, where: str
+) -> None:  # fmt: skip
+    """Checks that latents belong to a decoder and a region.
+
+    sdf_vox: (32, 32, 32), the region's truth. resolution, channels: the decoder's. where: for the message.
+
+    Raises: DataError, saying what does not fit; among it a region whose surface is elsewhere (another window, mirrored axes).
+    """
+    coords, feats = slat["coords"], slat["feats"]
+    if feats.shape[1] != channels:
+        raise DataError(f"{where}: feats: expected (T, {channels}), got {tuple(feats.shape)}")
+    if bool((coords < 0).any()) or bool((coords >= resolution).any()):
+        raise DataError(
+            f"{where}: coords: expected 0 to {resolution - 1}, got {int(coords.min())} to {int(coords.max())}"
+        )
+    if len(torch.unique(coords, dim=0)) != len(coords):
+        raise DataError(f"{where}: coords: expected each voxel once, got some again")
+    edge = FINE / resolution
+    fine = ((coords + 0.5) * edge).long().numpy()
+    near = np.abs(sdf_vox) < TRUNCATION_VOX
+    share = float(near[tuple(fine.T)].mean())
+    crossed = np.argwhere(np.abs(sdf_vox) < 1)
+    active = np.zeros(3 * [resolution], bool)
+    active[tuple(coords.numpy().T)] = True
+    covered = active[tuple(((crossed + 0.5) / edge).astype(np.int64).T)]
+    # A voxel smaller than ours is only one of those that a fine voxel of ours spans: then the share of voxels must do.
+    reach = float(covered.mean()) if edge >= 1 and len(crossed) else 1.0
+    if share < MIN_SHARE or reach < MIN_SHARE:
+        raise DataError(
+            f"{where}: expected the latents of this region, got voxels of which {share:.0%} lie within {TRUNCATION_VOX:g} fine "
+            f"voxels of its surface, and which hold {reach:.0%} of it"
+        )
+
+
+class CachedRegions:
+    """`regions` with the cached latents of each. Samples gain `slat_coords` and `slat_feats`, or `latents`, and `condition`.
+
+    read: what a region's file holds, checked against the region's sample: keys as above.
+
+    Raises: DataError if a region lacks its file, the file does not fit it, or conditions differ in length. All are looked at here, none later
+    for the first time.
+    """
+
+    def __init__(
+        self,
+        regions: RegionDataset,
+        folder: str | Path,
+        read: Callable[[Path, Mapping[str, Any]], dict[str, Any]],
+    ) -> None:
+        self.regions, self.folder, self.read = regions, Path(folder), read
+        lengths: dict[int, str] = {}
+        for index in range(len(regions.specs)):
+            sample = self[index]
+            if "condition" in sample:
+                lengths[len(sample["condition"])] = sample["meta"]["region"]
+        if len(lengths) > 1:
+            raise DataError(
+                f"latents_dir: {folder}: condition: expected as many rows in each file, got {lengths}"
+            )
+
+    def identity(self) -> str:
+        """As `RegionDataset.identity`."""
+        return self.regions.identity()
+
+    def set_epoch(self, epoch: int) -> None:
+        """As `RegionDataset.set_epoch`."""
+        self.regions.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.regions[index]
+        return {**sample, **self.read(slat_path(self.folder, sample["meta"]), sample)}
+
+
+def slat_reader(
+    resolution: int, channels: int, condition: int | None = None
+) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
+    """Reads what the decoder takes, or with `condition`, its channels, what the generator "slat" is trained on."""
+
+    def read(path: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
+        slat = read_slat(path)
+        check_slat(slat, sample["sdf_vox"], resolution, channels, f"latents_dir: {path}")
+        found = {"slat_coords": slat["coords"], "slat_feats": slat["feats"]}
+        if condition is None:
+            return found
+        given = slat.get("condition")
+        if given is None or given.shape[1] != condition:
+            got = "none" if given is None else tuple(given.shape)
+            raise DataError(f"latents_dir: {path}: condition: expected (L, {condition}), got {got}")
+        return {**found, "condition": given}
+
+    return read
+
+
+def structure_reader(
+    latents: Mapping[str, tuple[int | None, int]], condition: int
+) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
+    """Reads what the generator "structure" is trained on; arguments as of `read_structure`."""
+
+    def read(path: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
+        found = read_structure(path, latents, condition)
+        return {"condition": found.pop("condition"), "latents": found}
+
+    return read

@@ -1,0 +1,131 @@
+"""Losses between the surfaces that SAM 3D's decoder gives and the true signed distances: of meshes alone, nothing is rendered.
+
+With ``s`` the decoder's distances at its corners and ``t`` the truth (fine voxels, negative inside, truncated at ``τ``):
+
+    sdf             mean |s - t| at the corners where |t| < τ; beyond it only a distance on the wrong side of ±τ counts
+    vertex          mean |t| at the mesh's vertices
+    chamfer         mean distance from vertices to the true surface's points, plus that from those to the vertices
+    normal          mean 1 - cos(normal, ∇t) over the faces near the true surface
+    regularisation  the decoder's own: corners that neighbouring voxels agree on, FlexiCubes' weights and deviation
+
+Each is a mean over the batch's regions. An empty mesh gives 0 in `vertex`, `chamfer` and `normal`, and is counted in `empty`; its
+`sdf` and `regularisation` go on reaching every weight, so it can fill again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from skimage import measure
+from torch import Tensor
+
+from fastlora.errors import DataError
+from fastlora.medical.data.grids import TRUNCATION_VOX
+from fastlora.medical.models.losses import check_weights
+from fastlora.medical.sam3d.decoder import Decoded, Surface, sample_volume
+
+if TYPE_CHECKING:
+    from fastlora.medical.data.batch import RegionBatch
+
+CHAMFER_POINTS = 2048
+"""How many points of each surface are compared, evenly spread over its list."""
+
+
+@dataclass(frozen=True)
+class SurfaceLossWeights:
+    """Weight of each term in the total; a term of weight 0 is reported and not trained on.
+
+    Raises:
+        ConfigError: a weight is negative or not finite, or all are zero.
+    """
+
+    sdf: float = 1.0
+    vertex: float = 0.2
+    chamfer: float = 0.1
+    normal: float = 0.05
+    regularisation: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_weights(self)
+
+
+def surface_losses(
+    decoded: Decoded, batch: RegionBatch, weights: SurfaceLossWeights | None = None
+) -> dict[str, Tensor]:
+    """The terms above, their weighted sum `total`, and `empty`, the part of the regions without a mesh; all 0-d.
+
+    Raises:
+        DataError: a region's truth has no surface, or none near the decoder's corners.
+    """
+    weights = weights or SurfaceLossWeights()
+    terms: list[dict[str, Tensor]] = []
+    for surface, true, meta in zip(
+        decoded.surfaces, batch.sdf_vox.float(), batch.meta, strict=True
+    ):
+        if not bool((true < 0).any() and (true > 0).any()):
+            raise DataError(f"batch.sdf_vox: expected a surface in each region, got none in {meta}")
+        term = {"sdf": _corner_loss(surface, true, meta), "regularisation": surface.regularisation}
+        terms.append({**term, **_mesh_terms(surface, true)})
+    means = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+    total = sum(
+        (getattr(weights, f.name) * means[f.name] for f in fields(weights)),
+        means["sdf"].new_zeros(()),
+    )
+    return {**means, "total": total}
+
+
+def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Tensor:
+    """Term `sdf` of one region; the corners may be moved, so the truth follows them without a gradient."""
+    true = sample_volume(true_vox, surface.points.detach())
+    near = true.abs() < TRUNCATION_VOX - 1e-3  # on the plateau, rounding must not decide
+    if not bool(near.any()):
+        raise DataError(f"batch: expected active voxels near the true surface, got none in {meta}")
+    beyond = F.relu(TRUNCATION_VOX - true.sign() * surface.distance)
+    error = torch.where(near, (surface.distance - true).abs(), beyond)
+    return error.sum() / near.sum()
+
+
+def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
+    """Terms `vertex`, `chamfer` and `normal` of one region, and whether it was `empty`."""
+    zero = true_vox.new_zeros(())
+    if surface.empty:
+        return {"vertex": zero, "chamfer": zero, "normal": zero, "empty": zero + 1}
+    points = _thinned(surface.vertices)
+    distances = torch.cdist(points, _thinned(true_points(true_vox)))
+    triangles = surface.vertices[surface.faces]
+    normals = torch.linalg.cross(
+        triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0], dim=1
+    )
+    centres = triangles.detach().mean(1)
+    near = sample_volume(true_vox, centres).abs() < TRUNCATION_VOX / 2  # farther ones face nothing
+    slopes = true_gradient(true_vox, centres)
+    bent = 1 - F.cosine_similarity(normals, slopes, dim=1, eps=1e-6)
+    return {
+        "vertex": sample_volume(true_vox, surface.vertices).abs().mean(),
+        "chamfer": distances.amin(1).mean() + distances.amin(0).mean(),
+        "normal": (bent * near).sum() / near.sum().clamp(min=1),
+        "empty": zero,
+    }
+
+
+def true_points(true_vox: Tensor) -> Tensor:
+    """Points (N, 3) of the zero level of (X, Y, Z), in index coordinates, open where it leaves the volume."""
+    vertices, *_ = measure.marching_cubes(true_vox.cpu().numpy(), 0.0)
+    return torch.from_numpy(vertices.copy()).to(true_vox)
+
+
+def true_gradient(true_vox: Tensor, points: Tensor) -> Tensor:
+    """∇t (N, 3) at index coordinates, from differences of one voxel; along it the outside lies."""
+    half = 0.5 * torch.eye(3, dtype=points.dtype, device=points.device)
+    return torch.stack(
+        [sample_volume(true_vox, points + h) - sample_volume(true_vox, points - h) for h in half],
+        dim=1,
+    )
+
+
+def _thinned(points: Tensor) -> Tensor:
+    """At most CHAMFER_POINTS of them."""
+    return points[:: -(-len(points) // CHAMFER_POINTS)]

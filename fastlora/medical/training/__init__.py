@@ -1,0 +1,1 @@
+"""Runs: configuration, data, trainer, checkpoints, several processes."""

@@ -1,0 +1,210 @@
+"""The folder of one training run: where its files lie, who may write there, what is written after an epoch.
+
+config.yaml  history.json  tb/  adapter.safetensors (LoRA only)  checkpoints/{last,previous,best,epoch_NNN}.pt  .lock
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from fastlora.errors import CheckpointError, ConfigError, TrainingError
+from fastlora.files import atomic_write, read_json, write_json
+from fastlora.medical.training.checkpointing import check_history, read_checkpoint, write_checkpoint
+
+
+class RunFolder:
+    """A run's folder; nothing is created before `open`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.history = self.path / "history.json"
+        self.board = self.path / "tb"
+        self.adapter = self.path / "adapter.safetensors"
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: BinaryIO | None = None
+        self._epoch: int | None = None  # of the `last` that this object wrote
+        self._last = self._state_of_last()  # as this object found or left it
+
+    @staticmethod
+    def split(path: str | Path) -> tuple[Path, str]:
+        """A run folder and which checkpoint: `best`, unless the path is `<run>/checkpoints/<which>.pt`."""
+        path = Path(path)
+        if path.is_file() and path.parent.name == "checkpoints":
+            return path.parent.parent, path.stem
+        return path, "best"
+
+    def checkpoint(self, which: str) -> Path:
+        """The file of `last`, `previous` (the epoch before it), `best` or `epoch_NNN`."""
+        return self.checkpoints / f"{which}.pt"
+
+    def find(self, which: str) -> Path:
+        """The same, which must exist. Raises CheckpointError, naming the checkpoints that do."""
+        path = self.checkpoint(which)
+        if not path.is_file():
+            there = ", ".join(sorted(file.stem for file in self.checkpoints.glob("*.pt"))) or "none"
+            raise CheckpointError(f"{self.path}: no checkpoint {which!r}; there are: {there}")
+        return path
+
+    def read_history(self) -> dict[str, Any]:
+        """What history.json holds: `epochs` (a record each), `seconds`, `best_epoch` and `counts` of parameters.
+
+        Raises: CheckpointError if it is no such file.
+        """
+        try:
+            history = read_json(self.history)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.history}: is no history: {error}") from error
+        kinds = {"epochs": list, "seconds": list, "counts": dict}
+        missing = kinds.keys() - (history.keys() if isinstance(history, dict) else set())
+        if missing:
+            raise CheckpointError(f"{self.history}: lacks {', '.join(sorted(missing))}")
+        for name, kind in kinds.items():
+            if not isinstance(history[name], kind) or not history[name]:
+                raise CheckpointError(f"{self.history}: {name}: expected a filled {kind.__name__}")
+        counts = history["counts"]
+        if not all(type(counts.get(name)) is int for name in ("total", "trainable", "lora")):
+            raise CheckpointError(f"{self.history}: counts: expected total, trainable and lora")
+        check_history(history["epochs"], history["seconds"], str(self.history))
+        return dict(history)
+
+    def resume_from(self, resume: str | None) -> Path | None:
+        """The checkpoint that `--resume` means: a file, a run folder's `last`, or with 'auto' this run's `last` if any.
+
+        Where `last` is damaged it is `previous`, with a warning. Raises CheckpointError if that cannot be read either.
+        """
+        if resume is None:
+            return None
+        if resume == "auto":
+            return self._readable() if self.checkpoint("last").is_file() else None
+        path = Path(resume)
+        return RunFolder(path)._readable() if path.is_dir() else path
+
+    def _readable(self) -> Path:
+        last, previous = self.find("last"), self.checkpoint("previous")
+        try:
+            read_checkpoint(last)
+        except CheckpointError as error:
+            if not previous.is_file():
+                raise
+            epoch = read_checkpoint(previous)["epoch"]
+            warnings.warn(f"{error}; going on from {previous}, epoch {epoch}", stacklevel=3)
+            return previous
+        return last
+
+    def check_free(self, resume: Path | None, auto: bool, overwrite: bool) -> None:
+        """Refuses to mix two runs.
+
+        Raises:
+            ConfigError: the folder holds something, and the run neither continues it nor may overwrite it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"checkpoint_dir: expected a folder, got the file {self.path}")
+        continued = auto or (
+            resume is not None and resume.resolve().parent == self.checkpoints.resolve()
+        )
+        if self.path.is_dir() and any(self.path.iterdir()) and not (continued or overwrite):
+            raise ConfigError(
+                f"checkpoint_dir: {self.path} is not empty; continue its run with --resume, replace it with "
+                "--overwrite, or choose another folder"
+            )
+
+    def open(self, config: Mapping[str, Any], overwrite: bool) -> None:
+        """Creates the folder, without the files of a run that is to be overwritten, and writes config.yaml.
+
+        The folder is this process's until `close`. Raises ConfigError if it cannot be written, TrainingError if another
+        process has it, or had it since this object was made: what was read before would undo what that process did.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / ".lock")
+            if not overwrite and self._state_of_last() != self._last:
+                self.close()
+                raise TrainingError(
+                    f"checkpoint_dir: another run wrote to {self.path} since this one was set up; start it again to go on from there"
+                )
+            if overwrite:
+                for file in (self.config, self.history, self.adapter):
+                    file.unlink(missing_ok=True)
+                for folder in (self.board, self.checkpoints):
+                    shutil.rmtree(folder, ignore_errors=not folder.exists())
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoint_dir: cannot write to {self.path}: {error.strerror or error}"
+            ) from error
+        for pattern in (".*.tmp", ".*.partial"):  # of a run killed while it wrote
+            for leftover in self.path.rglob(pattern):
+                leftover.unlink()
+        text = yaml.safe_dump(dict(config), sort_keys=False)
+        atomic_write(self.config, lambda file: file.write(text.encode()))
+
+    def _state_of_last(self) -> tuple[int, int, int] | None:
+        """What changes with every writing of `last`; None where there is none."""
+        try:
+            state = self.checkpoint("last").stat()
+        except OSError:
+            return None
+        return state.st_ino, state.st_mtime_ns, state.st_size
+
+    def close(self) -> None:
+        """Leaves the folder to other processes."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write(
+        self, last: Mapping[str, Any], best: Mapping[str, Any] | None, history: object
+    ) -> None:
+        """Writes `last` first, then what can be made again from it: `best` (if given) and history.json.
+
+        The old `last` stays as `previous` when the new one is of another epoch than it.
+        """
+        if self._epoch not in (None, last["epoch"]):
+            _keep(self.checkpoint("last"), self.checkpoint("previous"))
+        self._epoch = last["epoch"]
+        write_checkpoint(self.checkpoint("last"), last)
+        self._last = self._state_of_last()
+        if best is not None:
+            write_checkpoint(self.checkpoint("best"), best)
+        write_json(self.history, history)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A file that this process alone holds until it is closed, or the process ends in whatever way."""
+    file = path.open("a+b")
+    if os.name != "posix":
+        return file
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise TrainingError(
+                f"checkpoint_dir: another run is writing to {path.parent}; wait for it or choose another folder"
+            ) from None
+        warnings.warn(f"{path}: no locks here ({error}); do not start a second run", stacklevel=3)
+    return file
+
+
+def _keep(last: Path, previous: Path) -> None:
+    """Gives `last` a second name, so that it is still there when a new one takes its place."""
+    temporary = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            os.link(last, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(last, temporary)
+        os.replace(temporary, previous)
+    finally:
+        temporary.unlink(missing_ok=True)

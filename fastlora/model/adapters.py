@@ -1,0 +1,384 @@
+"""Several named adapters on one model: add, switch, delete and combine them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.config import LoRAConfig, Targets, check_hyperparameters
+from fastlora.errors import ConfigError, InjectionError
+from fastlora.layers.base import LoRALayer
+from fastlora.model.inject import inject_lora
+from fastlora.model.record import AdapterRecord, forget_trained, get_record, records, set_record
+from fastlora.model.selection import make_plan, suggest, to_config
+
+DEFAULT_NAME = "default"
+
+Method = Literal["cat", "svd"]
+_METHODS = ("cat", "svd")
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    target_modules: Targets | LoRAConfig | None = None,
+    rank: int = 4,
+    alpha: float = 8.0,
+    dropout: float = 0.0,
+    *,
+    activate: bool = False,
+) -> int:
+    """Give `model` another adapter under a name of its own, beside those it has. Returns the number of its layers.
+
+    One adapter at most is active: its wrappers stand in the module tree, where everything else in fastlora sees them
+    (training, saving, merging, export, reports). The wrappers of the others are kept out of it, around the same
+    base layers. They are copied and pickled with the model; they follow it to another device, and into its training mode, when
+    they become active; which of their parameters train, and their dtype, stay as they were. What `inject_lora` and
+    `from_pretrained` make is called "default".
+
+    target_modules, rank, alpha, dropout: as in `inject_lora`. The adapters of one model may differ in all of them.
+    activate: make it the active one. Otherwise the active one stays, and without one the model stays plain.
+
+    Raises: ConfigError if there is an adapter of this name, or for `modules_to_save` or `bias` beside other adapters. InjectionError as `inject_lora`, if no layer matches, inside
+    `disable_adapter`, or if a module at one of the active adapter's places was replaced. The model is unchanged then.
+    """
+    config = to_config(target_modules, rank, alpha, dropout)
+    if (config.modules_to_save or config.bias != "none") and list_adapters(model):
+        raise ConfigError(
+            "modules_to_save, bias: expected none for an adapter beside others: all adapters of a model share its heads and "
+            "biases, so training them for one would change the others"
+        )
+    with adding(model, name) as plain:
+        if not make_plan(plain, config):
+            raise InjectionError(
+                f"model: no layer matches {config.target_modules!r}. {suggest(plain, config)}"
+            )
+        count = inject_lora(plain, target_modules, rank, alpha, dropout)
+    if activate:
+        set_adapter(model, name)
+    return count
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Make the adapter `name` the active one, or none with None: the plain model stands there then, under its own keys.
+
+    Takes time in proportion to the layers of the two adapters, whatever the size of the model. Parameters stay the same objects, so an
+    optimizer goes on with its adapter after switching away and back; hooks of the base layers stay, those of a
+    wrapper go with it. A further name that the model gives an adapted layer after its injection is not switched.
+
+    Raises: ConfigError if there is no such adapter. InjectionError inside `disable_adapter`, or naming each place where a
+    module was replaced (merged, quantised, assigned) since the adapter was installed. The model is unchanged then.
+    """
+    keeper, record = _record(model)
+    _switch(keeper, record, None if name is None else _known(record, name))
+    set_record(keeper, record)
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The name of the adapter that stands in the model, or None."""
+    return _record(model)[1].active
+
+
+def list_adapters(model: nn.Module) -> list[str]:
+    """The names of the model's adapters, active or not, in the order in which they were added."""
+    return list(_record(model)[1].adapters)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter; its memory is free when nobody else (an optimizer) holds its parameters.
+
+    Deleting the active one leaves the plain layers in its places and no adapter active. Where a module was replaced since, it stays.
+
+    Raises: ConfigError if there is no such adapter. InjectionError if it is the active one inside `disable_adapter`.
+    """
+    keeper, record = _record(model)
+    _known(record, name)
+    if name == record.active:
+        _refuse_disabled(record)
+        _take_out(keeper, record.adapters[name])
+        record.active = None
+    del record.adapters[name]
+    if not record.adapters:
+        forget_trained(keeper)
+    set_record(keeper, record)
+
+
+@contextmanager
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Within `with use_adapter(model, name):` the adapter `name` is active; the one before is again afterwards.
+
+    None takes all adapters out, as `disable_adapter` does for the active one without touching the module tree.
+
+    Raises: as `set_adapter`, at both ends.
+    """
+    before = active_adapter(model)
+    set_adapter(model, name)
+    try:
+        yield
+    finally:
+        set_adapter(model, before)
+
+
+def combine_adapters(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    new_name: str,
+    method: Method = "cat",
+    rank: int | None = None,
+) -> int:
+    """Add the adapter ΔW = Σ w · ΔW_name over `weights`, for every layer that one of them has, without activating it.
+
+    weights: name → w, any finite number; a negative one takes a task away.
+    method: "cat" puts the factors side by side: exact, and the ranks of a layer add up. "svd" is the best approximation of a
+        lower rank, by the singular values of the product of the factors; no (out_features, in_features) matrix is formed.
+    rank: for "svd" only, the highest rank of a layer; None takes the highest among its adapters'.
+    Returns the number of its layers. The new adapter has scaling 1, no dropout, parameters of its own in float32 or wider, and the
+    backends of the adapters it is made of. Later training of those does not change it.
+
+    Source: "Editing models with task arithmetic", arXiv 2212.04089; PEFT's add_weighted_adapter.
+
+    Raises: ConfigError for a name that is not there or is taken, and for a bad weight, method or rank. InjectionError if the adapters are
+    around different base layers, have DoRA, or adapt a convolution with groups.
+    """
+    keeper, record = _record(model)
+    _check_new(record, new_name, "new_name")
+    if not isinstance(weights, Mapping) or not weights:
+        raise ConfigError(f"weights: expected a mapping of adapter name → weight, got {weights!r}")
+    for name, weight in weights.items():
+        _known(record, name, "weights")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise ConfigError(f"weights[{name!r}]: expected a number, got {weight!r}")
+        if not math.isfinite(weight):
+            raise ConfigError(f"weights[{name!r}]: expected a finite number, got {weight!r}")
+    if method not in _METHODS:
+        raise ConfigError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
+    if rank is not None:
+        if method == "cat":
+            raise ConfigError('rank: the ranks add up under "cat"; give it with method="svd"')
+        check_hyperparameters(rank, 1.0, 0.0)
+    bases: dict[str, nn.Module] = {}
+    parts: dict[nn.Module, dict[LoRALayer, float]] = {}
+    for name, weight in weights.items():
+        for path, layer in record.adapters[name].items():
+            base = layer.wrapped
+            if bases.setdefault(path, base) is not base:
+                raise InjectionError(
+                    f"weights: at {path} the adapter {name!r} is around another layer than the ones before"
+                )
+            reason = _why_not_combined(layer)
+            if reason is not None:
+                raise InjectionError(f"weights: {path} of {name!r} {reason}")
+            parts.setdefault(base, {})[layer] = float(weight)
+    made = {base: _combined(layers, method, rank) for base, layers in parts.items()}
+    record.adapters[new_name] = {path: made[base] for path, base in bases.items()}
+    set_record(keeper, record)
+    return len(made)
+
+
+@contextmanager
+def adding(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Within it the model that it gives is plain and has no record; what is injected there is kept, inactive, as the adapter `name`.
+
+    The adapter that was active before is active again afterwards. On an exception all is as before.
+
+    Raises: as `add_adapter`; InjectionError if nothing was injected.
+    """
+    keeper, record = _record(model)
+    _check_new(record, name)
+    before = record.active
+    _switch(keeper, record, None)
+    set_record(keeper, None)
+    try:
+        yield keeper
+        added = _installed(keeper)
+        if not added:
+            raise InjectionError("model: no layer was adapted")
+        record.adapters[name] = added
+    finally:
+        _take_out(keeper, _installed(keeper))
+        set_record(keeper, record)
+        _switch(keeper, record, before)
+
+
+def _record(model: nn.Module) -> tuple[nn.Module, AdapterRecord]:
+    """The module that keeps the record of `model`'s adapters, and the record; a new one if there is none yet.
+
+    What `torch.compile`, DistributedDataParallel and the like wrap around a model is seen through.
+    """
+    keeper = model
+    while len(keeper._modules) == 1 and (inner := _wrapped(keeper)) is not None:
+        keeper = inner
+    record = get_record(keeper)
+    if record is not None:
+        return keeper, record
+    for path, other in records(keeper):
+        names = ", ".join(map(repr, other.adapters))
+        raise InjectionError(
+            f"model: its part {path} keeps the adapters {names}; call with that part"
+        )
+    layers = _installed(keeper)
+    if "" in layers:
+        raise InjectionError(
+            "model: is itself an adapted layer; call with the model that holds it, or give it a parent"
+        )
+    return keeper, AdapterRecord(
+        {DEFAULT_NAME: layers} if layers else {}, DEFAULT_NAME if layers else None
+    )
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    return module._modules.get("module", module._modules.get("_orig_mod"))
+
+
+def _installed(model: nn.Module) -> dict[str, LoRALayer]:
+    """Every wrapper in the module tree, under each of its paths."""
+    return {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LoRALayer)
+    }
+
+
+def _switch(keeper: nn.Module, record: AdapterRecord, name: str | None) -> None:
+    """Put the wrappers of `name` in the place of the active adapter's. All places are checked before the first changes."""
+    if name == record.active:
+        return
+    _refuse_disabled(record)
+    old = {} if record.active is None else record.adapters[record.active]
+    new = {} if name is None else record.adapters[name]
+    problems, swaps = [], []
+    for path in old | new:
+        parent, attribute, present = _look_up(keeper, path)
+        if path in old and present is not old[path]:
+            problems.append(
+                f"{path}: the wrapper of {record.active!r} was replaced by {_kind(present)}"
+            )
+            continue
+        plain = old[path].wrapped if path in old else present
+        if path in new:
+            layer = new[path]
+            if layer.wrapped is not plain:
+                problems.append(f"{path}: the layer under {name!r} was replaced by {_kind(plain)}")
+            elif layer.lora_A.is_meta != (layer.wrapped_device.type == "meta"):
+                problems.append(f"{path}: either the layer or the adapter {name!r} is on meta")
+        swaps.append((parent, attribute, new.get(path, plain)))
+    if problems:
+        raise InjectionError(
+            f"cannot switch from {record.active!r} to {name!r}: " + "; ".join(problems)
+        )
+    for layer in new.values():
+        _follow(layer)
+    for parent, attribute, module in swaps:
+        setattr(parent, attribute, module)
+    record.active = name
+
+
+def _follow(layer: LoRALayer) -> None:
+    """Bring the wrapper to its base layer's device, as `Module.to` does, and into its training mode."""
+    device = layer.wrapped_device
+    if layer.lora_A.device != device:
+        layer._apply(lambda t: t.to(device), recurse=False)  # type: ignore[no-untyped-call]
+    layer.training = layer.wrapped.training
+
+
+def _take_out(keeper: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Put the wrapped layer in each place where the wrapper still stands."""
+    for path, layer in layers.items():
+        parent, attribute, present = _look_up(keeper, path)
+        if present is layer:
+            setattr(parent, attribute, layer.wrapped)
+
+
+def _look_up(keeper: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module | None]:
+    """(parent, attribute, module) at `path`; the module is None if it or its parent is gone."""
+    place, _, attribute = path.rpartition(".")
+    try:
+        parent = keeper.get_submodule(place)
+    except AttributeError:
+        return keeper, attribute, None
+    return parent, attribute, parent._modules.get(attribute)
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "nothing" if module is None else f"another {type(module).__name__}"
+
+
+def _refuse_disabled(record: AdapterRecord) -> None:
+    active = {} if record.active is None else record.adapters[record.active]
+    if any(layer.disabled for layer in active.values()):
+        raise InjectionError(
+            f"model: its adapter {record.active!r} is disabled; switch adapters outside of disable_adapter"
+        )
+
+
+def _check_new(record: AdapterRecord, name: str, argument: str = "name") -> None:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{argument}: expected a non-empty string, got {name!r}")
+    if name in record.adapters:
+        raise ConfigError(f"{argument}: the model already has an adapter {name!r}; delete it first")
+
+
+def _known(record: AdapterRecord, name: str, argument: str = "name") -> str:
+    if name in record.adapters:
+        return name
+    names = list(record.adapters)
+    if not names:
+        raise ConfigError(f"{argument}: the model has no adapters, so none is called {name!r}")
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or names[:5]
+    raise ConfigError(
+        f"{argument}: the model has no adapter {name!r}. Nearest names: {', '.join(close)}"
+    )
+
+
+def _why_not_combined(layer: LoRALayer) -> str | None:
+    if layer.lora_magnitude is not None:
+        return "has DoRA, whose update is no product of two factors"
+    if getattr(layer.wrapped, "groups", 1) != 1:
+        return "is around a convolution with groups, whose factors do not lie side by side"
+    return None
+
+
+@torch.no_grad()
+def _combined(layers: Mapping[LoRALayer, float], method: Method, rank: int | None) -> LoRALayer:
+    """A wrapper around the base layer of `layers` whose update is the weighted sum of theirs."""
+    first = next(iter(layers))
+    base, dtype = first.wrapped, torch.float32
+    device = first.wrapped_device
+    for layer in layers:
+        dtype = torch.promote_types(dtype, layer.lora_A.dtype)
+    a = torch.cat([_matrix(layer.factors()[0], device) for layer in layers])  # [ΣR, K]
+    b = torch.cat(
+        [_matrix(layer.factors()[1], device) * (w * layer.scaling) for layer, w in layers.items()],
+        1,
+    )  # [N, ΣR]
+    if method == "svd":
+        highest = max(layer.rank for layer in layers) if rank is None else rank
+        a, b = _truncated(a, b, highest)
+    total = a.shape[0]
+    kind: Any = type(first)
+    fresh: LoRALayer = kind(base, total, float(total), adapter_dtype=dtype, backend=first.backend)
+    fresh.lora_A.copy_(a.view_as(fresh.lora_A))
+    fresh.lora_B.copy_(b.view_as(fresh.lora_B))
+    return fresh
+
+
+def _matrix(factor: Tensor, device: torch.device) -> Tensor:
+    return factor.flatten(1).to(device, torch.float64)
+
+
+def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of the best approximation of b a with at most `rank`: a with orthonormal rows, the singular values in b.
+
+    With a = (Qa Ra)ᵀ and b = Qb Rb, the singular values of b a are those of Rb Raᵀ, which is ΣR×ΣR at most.
+    """
+    qa, ra = torch.linalg.qr(a.T)  # [K, Q], [Q, ΣR]
+    qb, rb = torch.linalg.qr(b)  # [N, P], [P, ΣR]
+    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    kept = slice(min(rank, s.numel()))
+    return vh[kept] @ qa.T, qb @ (u[:, kept] * s[kept])

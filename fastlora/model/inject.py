@@ -1,0 +1,222 @@
+"""Give layers their adapters; freeze, count and set up a model for fine-tuning."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
+from fastlora.errors import InjectionError
+from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.initialise import initialise
+from fastlora.layers.kinds import wrap
+from fastlora.model.record import TRAINED
+from fastlora.model.selection import (
+    Plan,
+    attention_projections,
+    make_plan,
+    nearest_names,
+    suggest,
+    to_config,
+    trained_beside,
+    why_patterns_fail,
+)
+
+DEFAULT_OUTPUT_LAYERS = ("out_layer",)
+
+
+def inject_lora(
+    model: nn.Module,
+    target_modules: Targets | LoRAConfig | None = None,
+    rank: int = 4,
+    alpha: float = 8.0,
+    dropout: float = 0.0,
+) -> int:
+    """Wrap the matching linear layers of `model` in `LoRALinear`, in place.
+
+    A target matches a layer when it is contained in any component of the layer's dotted path: `to_qkv` takes
+    `blocks.0.attn.to_qkv`, and also the children `to_qkv.shape` and `to_qkv.pose` of a ModuleDict. Pass a `LoRAConfig`
+    for exact names, globs, regular expressions, exclusions and ranks by layer.
+
+    model: changed only if everything can be wrapped. A module that the model holds under several names is wrapped once
+        and stays shared.
+    target_modules: patterns, "all-linear", a callback `(path, module) -> bool | LoRAConfig`, or a `LoRAConfig`, which then
+        also holds rank, alpha and dropout. None means to_qkv, to_q, to_kv, to_out.
+    rank, alpha, dropout: as in `LoRALinear`.
+    Returns the number of layers wrapped. If nothing matches, warns and returns 0; if one pattern of several matches nothing,
+    warns and wraps the rest; under a LoRAConfig both raise. Dropout on the projection of an `nn.MultiheadAttention` warns: that
+    module multiplies by the merged weight itself. `fastlora.preview` shows beforehand what would be done.
+
+    Raises: ConfigError for a bad value. InjectionError if the model already has adapters (`fastlora.add_adapter` adds others by
+    name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing; the message names the nearest
+    names there are.
+    """
+    config = to_config(target_modules, rank, alpha, dropout)
+    plan = make_plan(model, config)
+    problem = why_patterns_fail(model, config, plan)
+    trained = trained_beside(model, config, plan)
+    if isinstance(target_modules, LoRAConfig):
+        if problem is not None:
+            raise InjectionError(problem)
+    elif not plan:
+        warnings.warn(
+            f"inject_lora: no layer matches {target_modules or DEFAULT_TARGETS!r}; nothing was changed. "
+            f"{suggest(model, config)}",
+            stacklevel=2,
+        )
+    elif problem is not None and target_modules is not None:  # the defaults name several families
+        warnings.warn(f"inject_lora: {problem}", stacklevel=2)
+    count = _wrap(model, plan)
+    for module, names in trained.items():
+        setattr(module, TRAINED, names)  # for freeze_base_params
+    return count
+
+
+def freeze_base_params(model: nn.Module) -> tuple[int, int]:
+    """Let only the adapters train, and what `bias` and `modules_to_save` of the `LoRAConfig` that was injected name.
+
+    Returns (frozen, trainable), counted in parameters (elements).
+    """
+    adapters = {id(parameter) for parameter in get_lora_params(model)}
+    if not adapters:
+        warnings.warn("freeze_base_params: the model has no adapters; all is frozen", stacklevel=2)
+    kept = adapters | {
+        id(module._parameters[name])
+        for module in model.modules()
+        for name in getattr(module, TRAINED, ())
+    }
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
+    counts = count_parameters(model)
+    return counts["total"] - counts["trainable"], counts["trainable"]
+
+
+def get_lora_params(model: nn.Module) -> list[nn.Parameter]:
+    """Every lora_A, lora_B and, under DoRA, lora_magnitude of the model, each once, in module order."""
+    return [p for _, layer in named_lora_layers(model) for p in layer.lora_parameters().values()]
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """{"total", "trainable", "lora"}: numbers of elements; a shared parameter counts once."""
+    parameters = list(model.parameters())
+    return {
+        "total": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "lora": sum(p.numel() for p in get_lora_params(model)),
+    }
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print one line in PEFT's format: `trainable params: … || all params: … || trainable%: …`."""
+    counts = count_parameters(model)
+    percent = 100 * counts["trainable"] / max(1, counts["total"])
+    print(
+        f"trainable params: {counts['trainable']:,} || all params: {counts['total']:,} "
+        f"|| trainable%: {percent:.4f}"
+    )
+
+
+def setup_lora_for_medical_finetuning(
+    model: nn.Module,
+    rank: int = 4,
+    alpha: float = 8.0,
+    dropout: float = 0.0,
+    unfreeze_output_layers: bool = True,
+    output_layer_names: Sequence[str] | None = None,
+    include_ffn: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Inject adapters into the attention projections, freeze the rest, and let the output layer train.
+
+    rank_pattern: pattern → rank of the layers that match, in place of `rank`; their scaling stays alpha / rank. An output layer that
+        is named here gets an adapter of that rank, and is not trained whole.
+    include_ffn: also adapt the layers under a component that contains `mlp`.
+    output_layer_names: whole path components, default ("out_layer",): `out_layer` does not take `upsample.0.out_layers`.
+    unfreeze_output_layers: train all parameters of the layers so named. They are then part of
+        `get_lora_state_dict(model, include_trainable=True)`.
+    Returns `count_parameters(model)`.
+
+    Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or is a
+    layer that gets an adapter by another pattern. The model is unchanged then.
+    """
+    check_hyperparameters(rank, alpha, dropout)
+    ranks = dict(rank_pattern or {})
+    names = DEFAULT_OUTPUT_LAYERS if output_layer_names is None else tuple(output_layer_names)
+    # As whole components: `out_layer` is not `upsample.0.out_layers`.
+    heads = [re.compile(rf"(.*\.)?{re.escape(name)}(\..*)?") for name in names if name in ranks]
+    config = LoRAConfig(
+        (*DEFAULT_TARGETS, *(["mlp"] if include_ffn else []), *heads),
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        rank_pattern=ranks,
+        alpha_pattern={name: alpha * own / rank for name, own in ranks.items()},
+    )
+    plan = make_plan(model, config)
+    if not plan:
+        raise InjectionError(
+            f"model: no layer matches {config.target_modules!r}. {suggest(model, config)}"
+        )
+    taken = [path for path, _ in plan.values()]
+    for pattern in ranks:
+        if not any(config.matches(pattern, path) for path in taken):
+            raise InjectionError(
+                f"rank_pattern: {pattern!r} matches none of the {len(taken)} adapted layers. {nearest_names(pattern, taken)}"
+            )
+    trained: list[nn.Parameter] = []
+    if unfreeze_output_layers:
+        whole = [name for name in names if name not in ranks]
+        trained = _output_parameters(model, whole, set(taken))
+    _wrap(model, plan)
+    freeze_base_params(model)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return count_parameters(model)
+
+
+def _wrap(model: nn.Module, plan: Plan) -> int:
+    """Put an adapted layer in the place of every layer of the plan, under all its names. Returns how many there are."""
+    projections = attention_projections(model)
+    deaf = [
+        path
+        for linear, (path, chosen) in plan.items()
+        if chosen.dropout > 0 and linear in projections
+    ]
+    if deaf:
+        warnings.warn(
+            f"dropout has no effect on {', '.join(deaf)}: nn.MultiheadAttention multiplies by "
+            "the merged weight itself",
+            stacklevel=3,
+        )
+    wrapped = {module: wrap(module, chosen) for module, (_, chosen) in plan.items()}
+    for module, layer in wrapped.items():
+        initialise(layer, plan[module][1].init_lora_weights)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in wrapped and not isinstance(parent, LoRALayer):
+                setattr(parent, name, wrapped[child])
+    return len(wrapped)
+
+
+def _output_parameters(
+    model: nn.Module, names: Sequence[str], adapted: set[str]
+) -> list[nn.Parameter]:
+    """The parameters of every module that one of `names` names by a whole path component."""
+    found: list[nn.Parameter] = []
+    for name in names:
+        paths = [path for path, _ in model.named_modules() if name in path.split(".")]
+        if not paths:
+            components = {c for path, _ in model.named_modules() for c in path.split(".") if c}
+            raise InjectionError(
+                f"output_layer_names: {name!r} is no module of the model. {nearest_names(name, components)}"
+            )
+        both = sorted(adapted.intersection(paths))
+        if both:
+            raise InjectionError(
+                f"output_layer_names: {both[0]} would get an adapter and be unfrozen"
+            )
+        found += [p for path in paths for p in model.get_submodule(path).parameters()]
+    return found

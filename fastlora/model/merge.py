@@ -1,0 +1,276 @@
+"""Fold adapters into the weights they adapt, in place or in a copy, and say what the folding costs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.errors import ConfigError, MergeError
+from fastlora.layers.base import LoRALayer
+from fastlora.model.record import (
+    copy_without_records,
+    drop_records,
+    forget_trained,
+    inactive_adapters,
+)
+
+LOST_SHARE = 0.1  # of an update, by norm; a merge that loses more warns
+_ROWS = 8
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """What merging one layer costs.
+
+    dtype: of the merged weight. unchanged: share of the weights that the update should change and rounding leaves as they
+    were. lost: norm of what rounding changes, relative to the norm of the update (0 if there is no update).
+    max_error: largest difference of the merged layer's output from the layer's own, for random x in eval mode. allowed: the
+    most that rounding explains. Both are None, and `skipped` says why, for a layer that could not be called.
+    """
+
+    path: str
+    dtype: torch.dtype
+    unchanged: float
+    lost: float
+    max_error: float | None
+    allowed: float | None
+    skipped: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the merged layer computes the same up to rounding, as far as it could be called."""
+        return self.max_error is None or self.allowed is None or self.max_error <= self.allowed
+
+    def __str__(self) -> str:
+        error = (
+            f"not called: {self.skipped}"
+            if self.max_error is None
+            else f"error {self.max_error:.2g}, of which rounding explains {self.allowed:.2g}"
+        )
+        return (
+            f"{self.path or 'the layer'}: {self.dtype}, {self.lost:.2%} of the update lost, "
+            f"{self.unchanged:.1%} of the weights unchanged, {error}"
+        )
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge costs, layer by layer. `str(report)` has a line for each."""
+
+    layers: tuple[LayerMerge, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every merged layer computes the same up to rounding."""
+        return all(layer.ok for layer in self.layers)
+
+    @property
+    def lossy(self) -> tuple[LayerMerge, ...]:
+        """The layers whose update loses more than `LOST_SHARE` to rounding."""
+        return tuple(layer for layer in self.layers if layer.lost > LOST_SHARE)
+
+    def __str__(self) -> str:
+        head = (
+            f"{len(self.layers)} layers to merge, {len(self.lossy)} lose more than {LOST_SHARE:.0%}"
+        )
+        return "\n  ".join([head, *map(str, self.layers)])
+
+
+def merge_lora_weights(
+    model: nn.Module, inplace: bool = True, *, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Replace every adapted layer by a plain layer of the wrapped class with W + ΔW.
+
+    The sum is made in float32 or wider and rounded once. All layers are checked before the first is replaced, and each
+    merged layer is called on random rows beside its original. `merge_report` gives the figures without merging.
+
+    inplace: True changes `model` and returns it. False leaves it as it is and returns a merged copy.
+    dtype: of the result; None keeps each weight's. Otherwise the whole model is cast to it, after merging, so that its
+        layers still fit each other: float32 keeps what a 16-bit weight would round away.
+
+    Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`).
+    Raises: MergeError, naming the layers, if a weight is parametrised, quantised or shared with another module (merging would
+    change that one too, or cut the tie), if a merged layer computes something else than its original, or, where inplace is
+    True, if `model` is itself an adapted layer or has inactive adapters, whose base layers would be gone. ConfigError if dtype
+    is no float dtype.
+    """
+    if isinstance(model, LoRALayer) and inplace:
+        raise MergeError("model: is itself an adapted layer; use model.merge_weights()")
+    inactive = inactive_adapters(model)
+    if inactive and inplace:
+        raise MergeError(
+            f"model: the inactive adapters {', '.join(map(repr, inactive))} could never be switched to again; "
+            "delete them first, or merge a copy (merged_model)"
+        )
+    _raise_or_warn(merge_report(model, dtype), "merge_lora_weights")
+    return _merge(model if inplace else copy_without_records(model), dtype)
+
+
+def merged_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """A deep copy of `model` with its active adapter merged, sharing nothing with it. As `merge_lora_weights` otherwise."""
+    _raise_or_warn(merge_report(model, dtype), "merged_model")
+    return _merge(copy_without_records(model), dtype)
+
+
+def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
+    """What merging would cost, each layer merged by itself and thrown away. The model is not changed.
+
+    dtype: as in `merge_lora_weights`. Random rows come from a generator of their own; forward hooks of the layers run.
+
+    Raises: MergeError, naming the layers, if a weight is parametrised or shared. ConfigError if dtype is no float dtype.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"dtype: expected a float dtype or None, got {dtype}")
+    check_mergeable(model)
+    return MergeReport(
+        tuple(
+            _report(path, module, dtype)
+            for path, module in model.named_modules()
+            if isinstance(module, LoRALayer)
+        )
+    )
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raises: MergeError naming every layer whose weight cannot be merged rightly, and why."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
+    problems = []
+    for path, module in model.named_modules():
+        if not isinstance(module, LoRALayer):
+            continue
+        where = path or "the layer"
+        reason = module.why_unmergeable()
+        if reason is None:
+            mine = f"{path}.{module.wrapped_name}.weight".lstrip(".")
+            tied = [n for n in owners[id(module.wrapped.weight)] if n != mine]
+            reason = f"the weight is tied to {', '.join(tied)}" if tied else None
+        if reason is not None:
+            problems.append(f"{where}: {reason}")
+    if problems:
+        raise MergeError("cannot merge " + "; ".join(problems))
+
+
+class _Rows:
+    """The least that is a token object: for layers that take nothing else."""
+
+    def __init__(self, feats: Tensor) -> None:
+        self.feats = feats
+
+    def replace(self, feats: Tensor) -> _Rows:
+        return _Rows(feats)
+
+
+def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    if isinstance(model, LoRALayer):
+        model = model.merge_weights(dtype)
+    else:
+        for layer, places in _layers_and_places(model):
+            fresh = layer.merge_weights(dtype)
+            for parent, name in places:
+                setattr(parent, name, fresh)
+        drop_records(model)
+    forget_trained(model)
+    return model if dtype is None else model.to(dtype)
+
+
+def _raise_or_warn(report: MergeReport, caller: str) -> None:
+    wrong = [str(layer) for layer in report.layers if not layer.ok]
+    if wrong:
+        raise MergeError(
+            "cannot merge; the merged layer computes something else: " + "; ".join(wrong)
+        )
+    if report.lossy:
+        worst = max(report.lossy, key=lambda layer: layer.lost)
+        warnings.warn(
+            f"{caller}: rounding loses more than {LOST_SHARE:.0%} of the update in {len(report.lossy)} of "
+            f"{len(report.layers)} layers; the worst: {worst}. Merge with dtype=torch.float32 to keep it",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def _report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> LayerMerge:
+    fresh = layer.merge_weights(dtype)
+    original, merged = layer.wrapped_weight(), cast(Tensor, fresh.weight)
+    if original.device.type == "meta":
+        return LayerMerge(path, merged.dtype, 0.0, 0.0, None, None, "the weight is on meta")
+    wide = torch.float32
+    for narrow in (original.dtype, merged.dtype, layer.lora_A.dtype):
+        wide = torch.promote_types(wide, narrow)
+    update = layer.delta(wide)
+    rounding = merged.to(wide) - (original.to(wide) + update)
+    touched = update != 0
+    stayed = touched & (merged.to(wide) == original.to(wide))
+    norm = float(update.norm())
+    unchanged = float(stayed.sum()) / max(1, int(touched.sum()))
+    lost = float(rounding.norm()) / norm if norm > 0 else 0.0
+    error, allowed, skipped = _compare(layer, fresh, wide)
+    return LayerMerge(path, merged.dtype, unchanged, lost, error, allowed, skipped)
+
+
+def _compare(
+    layer: LoRALayer, fresh: nn.Module, wide: torch.dtype
+) -> tuple[float | None, float | None, str | None]:
+    """(largest error of the merged output, what rounding explains where that is exceeded most, why it was not called).
+
+    wide: the dtype of the comparison. Outputs may differ by 16 units in the last place, for the merged weight's rounding (half a
+    unit) and those of the two computations, and by 4 √K units of the sum's precision, relative to the sum of magnitudes.
+    """
+    weight, merged = layer.wrapped_weight(), cast(Tensor, fresh.weight)
+    rows = layer.sample_input(_ROWS, torch.Generator().manual_seed(0)).to(weight.device)
+    floats = rows.is_floating_point()
+    rows = rows.to(weight.dtype) if floats else rows
+    modes = [(module, module.training) for module in (*layer.modules(), *fresh.modules())]
+    try:
+        for module, _ in modes:
+            module.training = False
+        fresh.to(merged.dtype)  # a bias in a narrower dtype would not go with the weight
+        merged_rows = rows.to(merged.dtype) if floats else rows
+        try:
+            got, want = fresh(merged_rows), layer(rows)
+        except (AttributeError, TypeError):  # a layer that takes token objects only
+            got, want = fresh(_Rows(merged_rows)).feats, layer(_Rows(rows)).feats
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        # What a forward of its own raises on an input that it is not made for, and a forced backend that is not here.
+        return None, None, f"random rows do not fit it: {type(error).__name__}: {error}"
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    x = rows.to(wide).abs() if floats else rows
+    bias = None if layer.bias is None else layer.bias.abs().to(wide)
+    magnitudes = weight.abs().to(wide) + layer.delta(wide, magnitude=True)
+    magnitude = layer.apply_weight(x, magnitudes, bias)
+    unit = max(torch.finfo(want.dtype).eps, torch.finfo(merged.dtype).eps)
+    summed = torch.finfo(torch.promote_types(want.dtype, torch.float32)).eps
+    if weight.device.type == "cuda" and want.dtype == torch.float32:
+        summed = 2**-10  # TF32 may be allowed
+    terms = layer.lora_A[0].numel() if floats else 1
+    share = 16 * unit + 4 * terms**0.5 * summed
+    allowed = share * magnitude
+    difference = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=float("inf"))
+    if difference.numel() == 0:
+        return 0.0, 0.0, None
+    worst = int((difference - allowed).argmax())
+    return float(difference.flatten()[worst]), float(allowed.flatten()[worst]), None
+
+
+def _layers_and_places(
+    model: nn.Module,
+) -> Iterator[tuple[LoRALayer, list[tuple[nn.Module, str]]]]:
+    """Each adapted layer once, with every (parent, attribute) that holds it."""
+    places: dict[LoRALayer, list[tuple[nn.Module, str]]] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, LoRALayer):
+                places.setdefault(child, []).append((parent, name))
+    yield from places.items()

@@ -1,0 +1,254 @@
+"""The one place where a backend and a plan are chosen, and the reason is kept.
+
+Plans of backend "torch":
+    in_place   base GEMM, then the rank-R product added into its output; saves x, S and the dropout seed.
+    composed   the reference mathematics under autograd, for functorch transforms (vmap, grad, jvp).
+    around     the wrapped module is called, then the rank-R product is added: for a base that is more than F.linear.
+
+Plans of backend "triton":
+    fused      one kernel: the base tile and S together.
+    split      S by one pass over x (dropout happens there), then a product whose epilogue adds S Bᵀ and the bias.
+    in_place   S by the same pass, cuBLAS for the base, then one kernel that adds S Bᵀ into it.
+    decode     few rows: W streams once, split along K, in two launches.
+dx has "split" or "in_place" of its own; the rest of the backward pass is the same for all.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastlora.config import BACKENDS
+from fastlora.errors import BackendError, ConfigError
+from fastlora.kernels.config import MAX_RANK, Architecture, Problem, Tiles, architecture, tiles
+from fastlora.ops import cost, tuned
+
+TRITON_PLANS = ("fused", "split", "in_place", "decode")
+_OLDEST_TRITON = (3, 4)  # the first with host-made tensor descriptors
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What will run, and why. `str(choice)` is one line for people.
+
+    backend: "torch" or "triton". plan: see above. reason: why. dx_plan and config: only for Triton, how dx is made and
+    the tiles of every kernel that the call may launch.
+    """
+
+    backend: str
+    plan: str
+    reason: str
+    dx_plan: str | None = None
+    config: Tiles | None = None
+
+    def __str__(self) -> str:
+        dx = "" if self.dx_plan is None else f" (dx {self.dx_plan})"
+        return f"{self.backend}/{self.plan}{dx}: {self.reason}"
+
+
+_CPU = Choice("torch", "in_place", "torch runs this on the CPU; Triton kernels are for CUDA")
+_OTHER = Choice("torch", "in_place", "the device is neither a CPU nor CUDA")
+_ASKED = Choice("torch", "in_place", "torch was asked for")
+_SUBCLASS = Choice(
+    "torch", "in_place", "a tensor subclass (DTensor, quantised) has operators of its own"
+)
+_FUNCTORCH = Choice("torch", "composed", "a functorch transform (vmap, grad, jvp) is active")
+_LATER = Choice("triton", "operator", "the plan is chosen inside the operator, at run time")
+_AROUND = Choice("torch", "around", "the wrapped layer has hooks or a forward of its own")
+
+
+def choose(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rank: int,
+    *,
+    dropout: bool = False,
+    plain_base: bool = True,
+    backend: str = "auto",
+    with_plan: bool = True,
+) -> Choice:
+    """Choose how one call runs.
+
+    x: (..., K), the input of the layer, in the dtype in which it will be computed. weight: (N, K). Values are not looked at.
+    rank: R of the adapters. dropout: whether a mask will be applied.
+    plain_base: whether the wrapped layer computes `F.linear` and nothing else.
+    backend: "auto", "torch" or "triton". "auto" takes the environment's FASTLORA_BACKEND, if that is set.
+    with_plan: False leaves the plan to the operator, which chooses it again anyway, unless Triton is forced.
+
+    Raises: ConfigError for an unknown backend, BackendError if "triton" is forced and cannot run.
+    """
+    wanted = resolve(backend)
+    if not plain_base:
+        return _or_raise(_AROUND, wanted)
+    # While compiling, the tracer handles the autograd function; the query below is for eager transforms.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _or_raise(_FUNCTORCH, wanted)
+    if wanted == "torch":
+        return _CPU if x.device.type == "cpu" else _ASKED
+    if not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight)):
+        return _or_raise(_SUBCLASS, wanted)
+    reason = why_not_triton(x.device.type, x.dtype, rank, forced=wanted == "triton")
+    if reason is not None:
+        return _or_raise(reason, wanted)
+    if torch.compiler.is_compiling() or (wanted == "auto" and not with_plan):
+        return _LATER
+    return _or_raise(launch_choice(x, weight, rank, dropout), wanted)
+
+
+def resolve(backend: str) -> str:
+    """`backend`, or for "auto" what FASTLORA_BACKEND says. Raises: ConfigError for anything but the three names."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != "auto":
+        return backend
+    if _ENVIRONMENT not in BACKENDS:
+        raise ConfigError(
+            f"FASTLORA_BACKEND: expected one of {', '.join(BACKENDS)}, got {_ENVIRONMENT!r}"
+        )
+    return _ENVIRONMENT
+
+
+def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) -> Choice | None:
+    """What runs instead of Triton, judged by what does not change from call to call; None if Triton may run.
+
+    forced: whether Triton was asked for by name; then its interpreter, if it is on, may also run on a CPU.
+    """
+    if device == "cpu" and not (forced and _interpreting()):
+        return _CPU
+    if device not in ("cpu", "cuda"):
+        return _OTHER
+    if dtype not in _DTYPES:
+        return _torch(f"no kernel for {dtype}")
+    if device == "cpu" and dtype == torch.bfloat16:
+        return _torch("Triton's interpreter multiplies bfloat16 wrongly")
+    if rank > MAX_RANK:
+        return _torch(f"rank {rank} is above {MAX_RANK}, the most that a kernel holds")
+    if device == "cuda" and torch.version.hip is not None:
+        return _torch("the kernels were never compiled for ROCm")
+    if not _HAS_TRITON:
+        return _torch(f"needs Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer")
+    return None
+
+
+def launch_choice(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rank: int,
+    dropout: bool,
+    plan: str | None = None,
+    dy: torch.Tensor | None = None,
+) -> Choice:
+    """The plan and tiles of a call that `why_not_triton` lets pass, or torch where this device or shape has none.
+
+    plan: one of TRITON_PLANS to force it. dy: (M, N) in the backward pass, whose tiles depend on its alignment.
+
+    Raises: BackendError if the forced plan cannot run this problem, ConfigError if the tuner's file is damaged.
+    """
+    n, k = weight.shape
+    m = x.numel() // k if k else 0
+    if m == 0 or n == 0 or k == 0:
+        return _torch("an empty tensor has nothing to launch")
+    if device_architecture(x.device) is None:
+        return _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
+    precision = float32_precision() if x.dtype == torch.float32 else "ieee"
+    # The large product reads x or dy, and its output has rows of n or k elements.
+    large, width = (x, n) if dy is None else (dy, k)
+    aligned = width % 16 == 0 and _aligned(large) and _aligned(weight)
+    problem = Problem(_bucket(m), n, k, rank, x.element_size(), dropout, precision, aligned)
+    return _plan(x.device, problem, plan)
+
+
+def _bucket(m: int) -> int:
+    """m rounded up by less than an eighth, so that a stream of different lengths needs few choices; exact up to 16."""
+    step = 1 << max(0, m.bit_length() - 4)
+    return -(-m // step) * step
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
+    arch = device_architecture(device)
+    assert arch is not None  # the caller has looked
+    forward, dx = cost.forward_seconds(arch, problem), cost.dx_seconds(arch, problem)
+    config = tiles(arch, problem)
+    if forced is not None:
+        if forced not in forward:
+            raise BackendError(
+                f"plan={forced!r} cannot run {problem}: expected one of {sorted(forward)}"
+            )
+        dx_plan = "split" if forced in ("split", "fused") else "in_place"
+        return Choice("triton", forced, "the plan was asked for", dx_plan, config)
+    measured = tuned.lookup(device, problem) if device.type == "cuda" else None
+    if measured is not None:
+        return Choice(
+            "triton", measured.plan, "measured by fastlora.tune", measured.dx_plan, measured.config
+        )
+    ranking = sorted(forward, key=forward.__getitem__)
+    times = ", ".join(f"{plan} {1e6 * forward[plan]:.0f}" for plan in ranking)
+    reason = f"least predicted time, not measured (microseconds: {times})"
+    return Choice("triton", ranking[0], reason, min(dx, key=dx.__getitem__), config)
+
+
+def float32_precision() -> str:
+    """How float32 products are made, following torch's switch: "tf32" if it allows that, else "ieee"."""
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 there are two switches, and the old one may not be read once the new one was set.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def device_architecture(device: torch.device) -> Architecture | None:
+    """The table row of a CUDA device, with its own number of processors; under the interpreter, on a CPU, that of sm_90."""
+    return architecture((9, 0)) if device.type == "cpu" else _cuda_architecture(device)
+
+
+@functools.lru_cache
+def _cuda_architecture(device: torch.device) -> Architecture | None:
+    row = architecture(_capability(device))
+    if row is None:
+        return None
+    return replace(row, sms=torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _aligned(matrix: torch.Tensor) -> bool:
+    """What `Problem.aligned` says, for a tensor whose leading dimensions will be flattened into rows."""
+    pitch = matrix.stride(-2) if matrix.ndim > 1 else matrix.shape[-1]
+    return (
+        matrix.stride(-1) == 1
+        and pitch >= matrix.shape[-1]
+        and pitch % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _torch(reason: str) -> Choice:
+    return Choice("torch", "in_place", reason)
+
+
+def _or_raise(choice: Choice, wanted: str) -> Choice:
+    if wanted == "triton" and choice.backend != "triton":
+        raise BackendError(f"backend='triton' cannot run: {choice.reason}")
+    return choice
+
+
+def _has_triton() -> bool:
+    installed = tuned.triton_version()
+    return installed is not None and tuple(map(int, installed.split(".")[:2])) >= _OLDEST_TRITON
+
+
+# Read once: a compiler can trace a constant, not a look at the file system or the environment.
+_HAS_TRITON = _has_triton()
+_ENVIRONMENT = os.environ.get("FASTLORA_BACKEND", "auto")

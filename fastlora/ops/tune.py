@@ -1,0 +1,295 @@
+"""Measure every plan and many tiles on the GPU at hand, and keep the fastest for `dispatch` to use.
+
+    python -m fastlora.tune --shapes 8192,4096,4096,16,0.1 32768,1024,1024,16,0 [--dtype bfloat16] [--dry-run]
+
+A shape is M,K,N,R,p: x (M, K), weight (N, K), rank R, dropout p. Each kernel is timed alone under each of its candidate
+tiles, in a cold L2; then each plan is timed whole with the best tiles of its kernels, on sm_90 and newer also with
+launches that overlap. A kernel that gives a wrong
+result gets no time: results are compared with float64 by the rule of the tests. The outcome goes to the file of
+`fastlora.ops.tuned`, where it serves this GPU, these versions and these kernels only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastlora.errors import BackendError, ConfigError
+from fastlora.kernels.config import GemmConfig, PassConfig, Problem, Tiles
+from fastlora.ops import cost, dispatch, reference, tuned
+from fastlora.ops.dispatch import Choice
+
+Timer = Callable[[Callable[[], object]], float]
+Config = TypeVar("Config", GemmConfig, PassConfig)
+_REPORT = "{:10s} {:9.1f} us  {}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x (m, k), weight (n, k), adapters of rank `rank`, dropout probability p."""
+
+    m: int
+    k: int
+    n: int
+    rank: int
+    p: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """`M,K,N,R` or `M,K,N,R,p`. Raises: ConfigError for anything else."""
+        try:
+            numbers = text.split(",")
+            shape = cls(*(int(v) for v in numbers[:4]), *(float(v) for v in numbers[4:]))
+        except (ValueError, TypeError):
+            raise ConfigError(f"shapes: expected M,K,N,R or M,K,N,R,p, got {text!r}") from None
+        if min(shape.m, shape.k, shape.n, shape.rank) < 1 or not 0.0 <= shape.p < 1.0:
+            raise ConfigError(f"shapes: expected sizes of 1 or more and 0 <= p < 1, got {text!r}")
+        return shape
+
+
+def candidates(config: Config) -> Iterator[Config]:
+    """`config` itself first, then its neighbours: other blocks, warps, stages, splits, one or two changed at a time."""
+    yield config
+    seen = {config}
+    changes: dict[str, list[int]] = {
+        "num_stages": [2, 3, 4, 5],
+        "num_warps": [4, 8],
+        "block_m": [32, 64, 128, 256],
+        "block_n": [32, 64, 128, 256],
+        "block_k": [32, 64, 128],
+        "group_m": [4, 8, 16],
+        "subtiles": [1, 2, 4],
+        "splits": [1, 2, 4, 8, 16],
+    }
+    own = {field.name for field in fields(config)}
+    singles: list[dict[str, Any]] = [
+        {name: value}
+        for name, values in changes.items()
+        if name in own
+        and getattr(config, name) > 0  # 0 marks a block that the kernel does not have
+        for value in values
+    ]
+    for first in singles:
+        for second in ({}, *singles):
+            changed = replace(config, **(first | second))
+            if changed not in seen and _sensible(changed):
+                seen.add(changed)
+                yield changed
+
+
+def _sensible(config: GemmConfig | PassConfig) -> bool:
+    """Whether an accumulator of a tile fits its registers: at most 128 float32 per thread."""
+    wide = max(config.block_n, 1)
+    if isinstance(config, PassConfig):
+        wide = max(config.block_n, config.block_k, config.block_r)
+    return config.block_m * wide <= 128 * 32 * config.num_warps
+
+
+class Bench:
+    """The tensors of one shape, the exact results, and a way to run each kernel with given tiles."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        from fastlora.ops import triton_ops  # imports Triton
+
+        self.ops, self.shape, self.dtype = triton_ops, shape, dtype
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*size: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(*size, generator=generator, device=device)).to(dtype)
+
+        m, k, n, r = shape.m, shape.k, shape.n, shape.rank
+        self.x, self.dy = draw(m, k), draw(m, n)
+        self.weight, self.bias = draw(n, k, scale=k**-0.5), draw(n)
+        self.lora_a, self.lora_b = draw(r, k, scale=k**-0.5).float(), draw(n, r).float()
+        self.scaling = 2.0
+        self.seed = (
+            torch.tensor(1234567, device=device) if reference.dropout_threshold(shape.p) else None
+        )
+        precision = dispatch.float32_precision() if dtype == torch.float32 else "ieee"
+        size = self.x.element_size()
+        self.problem = Problem(m, n, k, r, size, self.seed is not None, precision)
+        self.exact, self.plain = self._results(torch.float64), self._results(dtype)
+
+    def _results(self, dtype: torch.dtype) -> list[Tensor]:
+        x, weight, bias, dy = (t.to(dtype) for t in (self.x, self.weight, self.bias, self.dy))
+        # The kernels cast the adapters to x's dtype.
+        a, b = (t.to(self.dtype).to(dtype) for t in (self.lora_a, self.lora_b))
+        y, s = reference.forward(x, weight, bias, a, b, self.scaling, self.shape.p, self.seed)
+        rest = reference.backward(dy, x, weight, a, b, s, self.scaling, self.shape.p, self.seed)
+        return [y, *rest]
+
+    def forward(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        return self.ops.run_forward(
+            choice, self.x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, self.shape.p, self.seed
+        )  # fmt: skip
+
+    def backward(self, choice: Choice, s: Tensor, needs: tuple[bool, bool, bool]) -> list[Tensor]:
+        return self.ops.run_backward(
+            choice, self.dy, self.x, self.weight, self.lora_a, self.lora_b, s, self.scaling, self.shape.p, self.seed,
+            needs,
+        )  # fmt: skip
+
+    def is_right(self, choice: Choice) -> bool:
+        """Whether every result of the choice is as close to float64 as the tests ask."""
+        y, s = self.forward(choice)
+        got = [y, *self.backward(choice, s, (True, True, True))]
+        for mine, plain, exact in zip(got, self.plain, self.exact, strict=True):
+            error = (mine.double() - exact).abs().max().item()
+            allowed = 2 * (plain.double() - exact).abs().max().item()
+            allowed += 4 * torch.finfo(self.dtype).eps * exact.abs().max().item()
+            if not error <= allowed:  # a NaN is wrong too
+                return False
+        return True
+
+
+def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tuned.Tuned:
+    """The fastest right plans and tiles for a shape.
+
+    start: the tiles to begin from. timer: seconds of a call. most: how many candidates of one kernel are tried.
+    """
+    arch = dispatch.device_architecture(bench.x.device)
+    assert arch is not None  # the kernels run here
+    plans = list(cost.forward_seconds(arch, bench.problem))
+    best: Tiles = start
+    # kernel -> a plan whose forward or backward pass runs it, and which gradients to ask for
+    kernels: dict[str, tuple[str, str, tuple[bool, bool, bool] | None]] = {
+        "down": ("in_place", "in_place", None),
+        "dy": ("in_place", "in_place", (False, True, True)),
+        "x": ("in_place", "in_place", (False, True, False)),
+        # with dA, so that dx finds the mask in bits as it does in training
+        "dx": ("in_place", "split", (True, True, False)),
+        "update": ("in_place", "in_place", None),
+        **{
+            plan: (plan, "in_place", None) for plan in ("split", "fused", "decode") if plan in plans
+        },
+    }
+    for name, (plan, dx_plan, needs) in kernels.items():
+        options = [c for c, _ in zip(candidates(getattr(best, name)), range(most), strict=False)]
+        times = [
+            _seconds(
+                bench,
+                Choice("triton", plan, "tuning", dx_plan, replace(best, **{name: c})),
+                needs,
+                timer,
+            )
+            for c in options
+        ]
+        fastest = min(range(len(options)), key=times.__getitem__)
+        best = replace(best, **{name: options[fastest]})
+        print(_REPORT.format(name, 1e6 * times[fastest], options[fastest]), flush=True)
+    if arch.capability >= 90:
+        best = _with_overlap(bench, best, plans, timer)
+    forward = {
+        plan: _seconds(bench, Choice("triton", plan, "tuning", "in_place", best), None, timer)
+        for plan in plans
+    }
+    dx = {
+        plan: _seconds(
+            bench, Choice("triton", "in_place", "tuning", plan, best), (True, True, False), timer
+        )
+        for plan in ("split", "in_place")
+    }
+    for kind, times_of in (("y", forward), ("dx", dx)):
+        for plan, time in times_of.items():
+            print(_REPORT.format(kind, 1e6 * time, plan), flush=True)
+    plan, dx_plan = min(forward, key=forward.__getitem__), min(dx, key=dx.__getitem__)
+    if not math.isfinite(forward[plan] + dx[dx_plan]):
+        raise BackendError(f"{bench.shape}: no plan gave a right result, so nothing was stored")
+    return tuned.Tuned(plan, dx_plan, best)
+
+
+def _with_overlap(bench: Bench, best: Tiles, plans: Sequence[str], timer: Timer) -> Tiles:
+    """The tiles, told to overlap their launches where a whole pass is right and faster with it."""
+    trials: dict[str, tuple[tuple[str, ...], str, str, tuple[bool, bool, bool] | None]] = {
+        "split": (("down", "split"), "split", "in_place", None),
+        "decode": (("decode",), "decode", "in_place", None),
+        "dx": (("x", "dx"), "in_place", "split", (True, True, False)),
+    }
+    for name, (kernels, plan, dx_plan, needs) in trials.items():
+        if plan not in plans:
+            continue
+        told = {kernel: replace(getattr(best, kernel), overlap=True) for kernel in kernels}
+        options = [best, replace(best, **told)]
+        times = [
+            _seconds(bench, Choice("triton", plan, "tuning", dx_plan, tiles), needs, timer)
+            for tiles in options
+        ]
+        best = options[times[1] < times[0]]
+        print(
+            _REPORT.format(f"{name} over", 1e6 * times[1], f"apart {1e6 * times[0]:.1f} us"),
+            flush=True,
+        )
+    return best
+
+
+def _seconds(
+    bench: Bench, choice: Choice, needs: tuple[bool, bool, bool] | None, timer: Timer
+) -> float:
+    """Seconds of the forward pass, or of the backward pass for the gradients in `needs`; infinity if it cannot count."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        if not bench.is_right(choice):
+            return math.inf
+        if needs is None:
+            return timer(lambda: bench.forward(choice))
+        _, s = bench.forward(choice)
+        return timer(lambda: bench.backward(choice, s, needs))
+    except (
+        OutOfResources,
+        CompilationError,
+        PTXASError,
+    ):  # tiles that the device or the compiler cannot do
+        return math.inf
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=25, return_mode="median")) / 1e3
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlora.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shapes", nargs="+", required=True, metavar="M,K,N,R[,p]")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--most", type=int, default=60, help="tiles tried per kernel (default 60)")
+    parser.add_argument("--dry-run", action="store_true", help="print the outcome, store nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        shapes = [Shape.parse(text) for text in arguments.shapes]
+        if arguments.most < 1:
+            raise ConfigError(f"most: expected 1 or more, got {arguments.most}")
+        if not torch.cuda.is_available():
+            raise BackendError("fastlora.tune measures on a CUDA device, and there is none")
+        device = torch.device("cuda")
+        for shape in shapes:
+            bench = Bench(shape, getattr(torch, arguments.dtype), device)
+            choice = dispatch.launch_choice(
+                bench.x, bench.weight, shape.rank, bench.seed is not None, "in_place"
+            )
+            if choice.config is None:
+                raise BackendError(f"nothing to tune: {choice.reason}")
+            print(f"{shape} {arguments.dtype}", flush=True)
+            result = tune_shape(bench, choice.config, _cuda_seconds, arguments.most)
+            if not arguments.dry_run:
+                tuned.store(torch.cuda.get_device_name(device), bench.problem, result)
+                print(f"stored in {tuned.path()}", flush=True)
+    except (ConfigError, BackendError) as error:
+        parser.exit(2, f"fastlora.tune: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

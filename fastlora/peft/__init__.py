@@ -1,0 +1,1 @@
+"""PEFT: its models on the fused path, and its folder format."""

@@ -1,0 +1,110 @@
+"""The fused path inside a PEFT model: `accelerate` and `restore`. Needs the package peft only when called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastlora.errors import InjectionError
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """Which forward one PEFT layer takes, and why."""
+
+    path: str
+    fast: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'fast' if self.fast else 'PEFT'}  {self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What `accelerate` did. `str(report)` is a line for the whole and one for each layer.
+
+    layers: every LoRA layer of the model, in module order.
+    changed: how many of them were given the fused forward by this call.
+    """
+
+    layers: tuple[LayerPath, ...]
+    changed: int
+
+    def __str__(self) -> str:
+        fast = sum(layer.fast for layer in self.layers)
+        head = (
+            f"{fast} of {len(self.layers)} LoRA layers take the fused path ({self.changed} changed)"
+        )
+        return "\n  ".join([head, *map(str, self.layers)])
+
+
+def accelerate(peft_model: nn.Module) -> AccelerationReport:
+    """Give every `peft.tuners.lora.Linear` of the model fastlora's forward, in place.
+
+    Only the class of a layer changes, to a subclass: parameters, state-dict keys, optimizers, `isinstance`, saving, merging
+    and switching of adapters stay PEFT's. A layer goes back to PEFT's forward by itself while it is merged or disabled,
+    has several active adapters, DoRA or another variant, a LoRA bias, `adapter_names`, hooks, or a base that is not
+    a plain `nn.Linear`; the report says which and why, as the layers stand now. Calling it again changes nothing that was
+    changed before, takes layers that PEFT has added since, and reports anew.
+
+    peft_model: a `PeftModel`, or any module that holds PEFT's LoRA layers.
+
+    Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed or too old.
+    """
+    layers = _lora_layers(peft_model)
+    from peft.tuners.lora import Linear
+
+    from fastlora.peft.layer import FastLinear, why_slow
+
+    changed, report = 0, []
+    for path, layer in layers:
+        if type(layer) is Linear:
+            layer.__class__ = FastLinear
+            changed += 1
+        if isinstance(layer, FastLinear):
+            reason = why_slow(layer)
+        else:
+            reason = f"is a lora.{type(layer).__name__}; only lora.Linear itself is taken"
+        report.append(LayerPath(path, reason is None, reason or "one adapter on a plain nn.Linear"))
+    return AccelerationReport(tuple(report), changed)
+
+
+def restore(peft_model: nn.Module) -> int:
+    """Undo `accelerate`: every changed layer is exactly PEFT's `lora.Linear` again. Returns how many were changed back.
+
+    Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed or too old.
+    """
+    layers = _lora_layers(peft_model)
+    from peft.tuners.lora import Linear
+
+    from fastlora.peft.layer import FastLinear
+
+    changed = [layer for _, layer in layers if type(layer) is FastLinear]
+    for layer in changed:
+        layer.__class__ = Linear
+    return len(changed)
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    try:
+        import peft
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        raise InjectionError(
+            f"peft_model: needs the package peft (pip install peft): {error}"
+        ) from error
+    found = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
+    if not found:
+        raise InjectionError(
+            "peft_model: expected a model with peft's LoRA layers (peft.get_peft_model makes one), "
+            f"got a {type(model).__name__} without any"
+        )
+    if not hasattr(found[0][1], "lora_variant"):
+        raise InjectionError(
+            f"peft_model: needs peft 0.16 or newer, whose layers say which variant they compute; got {peft.__version__}"
+        )
+    return found

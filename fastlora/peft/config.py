@@ -1,0 +1,327 @@
+"""`adapter_config.json`, PEFT's: the layers that it finds in a model by PEFT's rules, what they get, and how it is read and written."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastlora.config import ALL_LINEAR, LoRAConfig, check_hyperparameters, scaling_divisor
+from fastlora.errors import CheckpointError, ConfigError
+from fastlora.files import check_regexes, read_json
+from fastlora.layers.base import LoRALayer
+from fastlora.layers.kinds import kind_of
+from fastlora.layers.linear import LoRATransposedLinear
+from fastlora.model.selection import nearest_names, output_embeddings
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Fields that say nothing about what the saved adapter computes.
+_IGNORED = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "eva_config",
+        "inference_mode",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    )
+)
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that leave W alone
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The fields of `adapter_config.json` that fastlora acts on, under PEFT's names and with PEFT's defaults."""
+
+    target_modules: str | list[str]
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False  # says so of Conv1D layers, which fastlora knows by their class
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that PEFT would adapt, by path."""
+        paths = dict(base_modules(model))
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            head = output_embeddings(model)
+            return {
+                path: module
+                for path, module in paths.items()
+                if kind_of(module) == "linear" and module is not head and not self._excludes(path)
+            }
+        return {path: module for path, module in paths.items() if self._takes(path)}
+
+    def layer(self, path: str) -> LoRAConfig:
+        """What the layer at `path` gets."""
+        rank = _by_pattern(self.rank_pattern, path, self.r)
+        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return LoRAConfig(
+            rank=int(rank),
+            alpha=alpha,
+            dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+    def no_match(self, model: nn.Module) -> str:
+        """What to say where no layer of the model is a target, with the nearest names."""
+        wanted = self.target_modules
+        first = wanted if isinstance(wanted, str) else wanted[0]
+        paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
+        return f"{wanted!r} matches no layer of the model. {nearest_names(first, paths)}"
+
+    def heads(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that PEFT would train whole: those whose path ends with a name, dot or no dot before it."""
+        names = tuple(self.modules_to_save or ())
+        return {path: module for path, module in base_modules(model) if path.endswith(names)}
+
+    def _takes(self, path: str) -> bool:
+        if self._excludes(path):
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, path) is not None
+        return _has_suffix(path, self.target_modules) and self._takes_index(path)
+
+    def _excludes(self, path: str) -> bool:
+        excluded = self.exclude_modules or []
+        if isinstance(excluded, str):
+            by_name = re.fullmatch(excluded, path) is not None
+        else:
+            by_name = _has_suffix(path, excluded)
+        heads = self.modules_to_save or []
+        return by_name or any(re.match(_head_regex(head), path) for head in heads)
+
+    def _takes_index(self, path: str) -> bool:
+        """Whether the first index in the path (or the first after a pattern) is one of layers_to_transform."""
+        indices = self.layers_to_transform
+        if indices is None or indices == []:
+            return True
+        for regex in self._index_regexes():
+            match = re.match(regex, path)
+            if match:
+                wanted = [indices] if isinstance(indices, int) else indices
+                return int(match["index"]) in wanted
+        return False
+
+    def _index_regexes(self) -> list[str]:
+        patterns = self.layers_pattern or [r"[^.]*"]
+        anywhere = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
+        return [
+            rf"{anywhere}{pattern}\.(?P<index>\d+)\."
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        ]
+
+    def check_matching(self, paths: Iterable[str]) -> None:
+        """Raises: CheckpointError if a regex of the file would take forever on one of these paths."""
+        regexes = [v for v in (self.target_modules, self.exclude_modules) if isinstance(v, str)]
+        for key in {**self.rank_pattern, **self.alpha_pattern}:
+            regexes += [_key_regex(key)] if _repeats(key) else []
+        for head in self.modules_to_save or ():
+            regexes += [_head_regex(head)] if _repeats(head) else []
+        if self.layers_pattern:
+            regexes += self._index_regexes()
+        try:
+            check_regexes(regexes, paths)
+        except ValueError as error:
+            raise CheckpointError(f"{CONFIG_FILE}: {error}") from None
+
+
+def config_for(
+    targets: str | list[str],
+    layers: Mapping[str, LoRAConfig],
+    heads: list[str],
+) -> PeftConfig:
+    """The config that gives these layers, named by `targets`, their ranks and alphas; the highest dropout where they differ."""
+    stabilised = {layer.use_rslora for layer in layers.values()}
+    use_rslora = stabilised == {True}
+    alphas = {
+        path: layer.alpha
+        * (scaling_divisor(layer.rank, True) if layer.use_rslora and not use_rslora else 1)
+        for path, layer in layers.items()
+    }
+    ranks = {path: layer.rank for path, layer in layers.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return PeftConfig(
+        targets,
+        r=int(rank),
+        lora_alpha=alpha,
+        lora_dropout=max(layer.dropout for layer in layers.values()),
+        use_rslora=use_rslora,
+        modules_to_save=heads or None,
+        rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
+    )
+
+
+def as_json(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
+    """What `adapter_config.json` holds, with every field that PEFT expects."""
+    name = getattr(model, "name_or_path", None)
+
+    def whole(value: float) -> float:
+        return int(value) if float(value).is_integer() else value
+
+    return vars(config) | {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": name if isinstance(name, str) and name else None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(m, LoRATransposedLinear) for m in model.modules()),
+        "init_lora_weights": True,
+        "lora_alpha": whole(config.lora_alpha),
+        "alpha_pattern": {key: whole(value) for key, value in config.alpha_pattern.items()},
+    }
+
+
+def overlap(path: str, adapted: Iterable[str]) -> str | None:
+    """The first adapted layer that is, holds, or is held by the module at `path`."""
+    for other in adapted:
+        if f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}."):
+            return other
+    return None
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) as in the plain model: what is inside an adapted layer is left out."""
+    inside: str | None = None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        inside = f"{path}." if isinstance(module, LoRALayer) else None
+        if path:
+            yield path, module
+
+
+def _has_suffix(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
+    return next((v for key, v in patterns.items() if re.match(_key_regex(key), path)), default)
+
+
+def _key_regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _head_regex(head: str) -> str:
+    return rf"(^|.*\.){head}($|\..*)"
+
+
+def _repeats(pattern: str) -> bool:
+    return any(character in pattern for character in "*+?{|")
+
+
+def _most_common(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def read_config(file: Path) -> PeftConfig:
+    """Raises: CheckpointError with one line that names the file and the field."""
+    if not file.is_file():
+        raise CheckpointError(f"folder: no such file: {file}")
+    try:
+        raw = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a readable JSON file: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(raw).__name__}")
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{file}: peft_type: expected 'LORA', got {raw.get('peft_type')!r}")
+    fields = PeftConfig.__dataclass_fields__
+    for key, value in raw.items():
+        if key in _IGNORED or key in fields or value in (None, False, [], {}, ""):
+            continue
+        if key == "bias" and value == "none":
+            continue
+        if key == "init_lora_weights" and value in _INITIALISATIONS:
+            continue
+        raise CheckpointError(f"{file}: {key}={value!r} is not supported by fastlora")
+    for key, (expected, fits) in _CHECKS.items():
+        if key in raw and not fits(raw[key]):
+            raise CheckpointError(f"{file}: {key}: expected {expected}, got {raw[key]!r}")
+    if raw.get("target_modules") is None:
+        raise CheckpointError(f"{file}: target_modules: expected a list or a regex, got None")
+    known = {key: raw[key] for key in fields if raw.get(key) is not None}
+    config = PeftConfig(**known)
+    _check_values(file, config)
+    return config
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_pattern(value: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, kind) for v in value.values())
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target_modules": (
+        "a list or a regex",
+        lambda v: v is None or (bool(v) and (isinstance(v, str) or _is_names(v))),
+    ),
+    "exclude_modules": (
+        "a list or a regex",
+        lambda v: v is None or isinstance(v, str) or _is_names(v),
+    ),
+    "modules_to_save": ("a list of names", lambda v: v is None or _is_names(v)),
+    "layers_pattern": ("names", lambda v: v is None or isinstance(v, str) or _is_names(v)),
+    "layers_to_transform": (
+        "indices",
+        lambda v: (
+            v is None or _is_index(v) or (isinstance(v, list) and all(_is_index(i) for i in v))
+        ),
+    ),
+    "rank_pattern": ("pattern → rank", lambda v: v is None or _is_pattern(v, int)),
+    "alpha_pattern": ("pattern → alpha", lambda v: v is None or _is_pattern(v, (int, float))),
+    "use_rslora": ("true or false", lambda v: v is None or isinstance(v, bool)),
+    "use_dora": ("true or false", lambda v: v is None or isinstance(v, bool)),
+    "fan_in_fan_out": ("true or false", lambda v: v is None or isinstance(v, bool)),
+}
+
+
+def _check_values(file: Path, config: PeftConfig) -> None:
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        raise CheckpointError(f"{file}: layers_to_transform: needs a list of target_modules")
+    try:
+        for rank in (config.r, *config.rank_pattern.values()):
+            check_hyperparameters(rank, config.lora_alpha, config.lora_dropout)
+        for alpha in config.alpha_pattern.values():
+            check_hyperparameters(config.r, alpha, config.lora_dropout)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    regexes = [v for v in (config.target_modules, config.exclude_modules) if isinstance(v, str)]
+    layers = config.layers_pattern or []
+    regexes += [*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or [])]
+    regexes += [layers] if isinstance(layers, str) else layers
+    for regex in regexes:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise CheckpointError(f"{file}: {regex!r} is no regex: {error}") from None

@@ -1,0 +1,114 @@
+"""The subclass of PEFT's `lora.Linear` that `accelerate` swaps in. Imports peft, so only `fastlora.peft` imports it, lazily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from fastlora.layers.linear import computes_linear, is_transposed_linear
+from fastlora.ops.linear import lora_linear
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class FastLinear(Linear):  # type: ignore[misc]
+    """PEFT's `lora.Linear` with the fused forward wherever that computes the same; else PEFT's own forward.
+
+    It has no state of its own: keys, saving, merging and switching of adapters are PEFT's. Dropout masks come from torch's
+    generator, as PEFT's do, but are other masks than PEFT draws from the same seed.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or why_slow(self) is not None or not _fits(x, self.base_layer.weight):
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        (name,) = active_adapters(self)
+        dropout = self.lora_dropout[name]
+        p, seed = 0.0, None
+        if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0:
+            p = dropout.p
+            seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+        weight = self.base_layer.weight
+        return lora_linear(
+            x,
+            weight.T if self.fan_in_fan_out else weight,  # transformers' Conv1D holds (K, N)
+            self.base_layer.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+            p,
+            seed,
+        )
+
+    def _get_name(self) -> str:  # what repr prints
+        return "Linear"
+
+
+def active_adapters(layer: Linear) -> list[str]:
+    """The active adapters that this layer holds."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def why_slow(layer: Linear) -> str | None:
+    """Why the layer, as it stands, must take PEFT's forward, or None if the fused one computes the same."""
+    if "forward" in layer.__dict__:
+        return (
+            "its forward was replaced on the instance (a hook of the package accelerate does that)"
+        )
+    if layer.disable_adapters:
+        return "the adapters are disabled"
+    if layer.merged:
+        return f"{', '.join(layer.merged_adapters)} is merged into the base weight"
+    names = active_adapters(layer)
+    if len(names) != 1:
+        return f"{len(names)} adapters are active; the fused path takes exactly one"
+    (name,) = names
+    if name in layer.lora_variant:
+        return f"{type(layer.lora_variant[name]).__name__} is no plain LoRA"
+    if layer.lora_B[name].bias is not None:
+        return "lora_bias=True"
+    reason = _why_not_linear("the base layer", layer.base_layer, layer.fan_in_fan_out)
+    reason = reason or _why_not_linear("lora_A", layer.lora_A[name])
+    return reason or _why_not_linear("lora_B", layer.lora_B[name]) or _why_dropout(layer, name)
+
+
+def _why_not_linear(label: str, module: nn.Module, transposed: bool = False) -> str | None:
+    plain = computes_linear(module) and is_transposed_linear(module) == transposed
+    if not plain or "forward" in module.__dict__:
+        return f"{label} is a {type(module).__name__} with a forward of its own"
+    if _has_hooks(module):
+        return f"{label} has hooks"
+    weight = module.weight
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
+        return f"{label} holds a {weight.dtype} {type(weight).__name__}"
+    return None
+
+
+def _why_dropout(layer: Linear, name: str) -> str | None:
+    dropout = layer.lora_dropout[name]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or "forward" in dropout.__dict__:
+        return f"the dropout is a {type(dropout).__name__}"
+    if _has_hooks(dropout):
+        return "the dropout has hooks"
+    if isinstance(dropout, nn.Dropout) and dropout.p >= 1.0:
+        return f"the dropout's p is {dropout.p}"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _fits(x: object, weight: Tensor) -> bool:
+    """Whether the fused path takes this input; where dtypes disagree, PEFT's forward gives PEFT's error."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
+        return False
+    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

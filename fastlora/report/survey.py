@@ -1,0 +1,346 @@
+"""A table of a model's layers: which have adapters, which could, which cannot, and why. Nothing is changed or computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.config import LoRAConfig, Targets
+from fastlora.errors import BackendError, ConfigError, InjectionError
+from fastlora.layers.base import LoRALayer
+from fastlora.layers.kinds import kind_of, why_unsuitable
+from fastlora.layers.linear import LoRALinear
+from fastlora.layers.quantised import compute_dtype
+from fastlora.model.selection import (
+    Verdict,
+    attention_projections,
+    judge,
+    make_plan,
+    to_config,
+    trained_beside,
+    why_patterns_fail,
+)
+from fastlora.ops.dispatch import Choice
+from fastlora.report.memory import format_bytes, planned_parameters, planned_shape, shape_of
+
+Status = Literal[
+    "adapted", "selected", "no adapter", "not targeted", "excluded", "unsuitable", "container"
+]
+_WEIGHT_READ = "nn.MultiheadAttention multiplies by the merged weight itself, made at each call"
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One module of a `LayerTable`.
+
+    path: its first name, or the one under which it was selected. kind: the class, of the wrapped layer for an adapted one.
+    status: "adapted"; "selected" (would be, by the config); "no adapter" (it could have one); "not targeted" or "excluded" by
+        the config; "unsuitable" (it cannot have one); "container" (a target names it, and it is no layer itself).
+    reason: why. pattern: the config's pattern that selects or excludes it.
+    rank, alpha, dropout: of the adapter that is there or would be; None without one.
+    choice: backend and plan for the number of rows asked for. trainable: elements that train here.
+    saved_bytes: kept for the backward pass of that many rows, its input counted.
+    """
+
+    path: str
+    kind: str
+    status: Status
+    reason: str
+    pattern: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    choice: Choice | None = None
+    trainable: int = 0
+    saved_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """What `explain` and `preview` give: rows in module order, and `str(table)` for people.
+
+    rows: every layer that can have an adapter or has one, and every other module with a matrix of its own. counts: pattern → how many layers
+    it takes or excludes. problems: what `inject_lora` would raise or warn about. sample_rows: the `rows` asked for.
+    """
+
+    rows: tuple[LayerRow, ...]
+    counts: dict[str, int]
+    problems: tuple[str, ...] = ()
+    sample_rows: int | None = None
+
+    def where(self, status: Status) -> tuple[LayerRow, ...]:
+        """The rows of one status."""
+        return tuple(row for row in self.rows if row.status == status)
+
+    def __str__(self) -> str:
+        tally: dict[str, int] = {}
+        for row in self.rows:
+            tally[row.status] = tally.get(row.status, 0) + 1
+        lines = [", ".join(f"{count} {status}" for status, count in tally.items()) or "no layers"]
+        if self.rows:
+            header = ["layer", "class", "status", "r", "alpha", "dropout", "trains"]
+            header += ["saved"] if self.sample_rows is not None else []
+            table = [[*header, "why"], *(self._cells(row) for row in self.rows)]
+            widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+            for line in table:
+                cells = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)]
+                lines.append("  ".join([*cells, line[-1]]).rstrip())
+        lines += [f"pattern {pattern!r}: {count} layers" for pattern, count in self.counts.items()]
+        if self.sample_rows is not None:
+            total = sum(row.saved_bytes or 0 for row in self.rows)
+            lines.append(
+                f"saved for backward, {self.sample_rows:,} rows: at most {format_bytes(total)}, "
+                "less where layers share an input"
+            )
+        return "\n".join(lines + [f"problem: {problem}" for problem in self.problems])
+
+    def _cells(self, row: LayerRow) -> list[str]:
+        saved = "" if row.saved_bytes is None else format_bytes(row.saved_bytes)
+        return [
+            row.path or "(the model)",
+            row.kind,
+            row.status,
+            "" if row.rank is None else str(row.rank),
+            "" if row.alpha is None else f"{row.alpha:g}",
+            "" if row.dropout is None else f"{row.dropout:g}",
+            f"{row.trainable:,}" if row.trainable else "",
+            *([saved] if self.sample_rows is not None else []),
+            row.reason,
+        ]
+
+
+@overload
+def explain(model: LoRALayer, x: Tensor) -> Choice: ...
+@overload
+def explain(
+    model: nn.Module,
+    x: None = None,
+    *,
+    rows: int | None = None,
+    config: LoRAConfig | Targets | None = None,
+) -> LayerTable: ...
+
+
+def explain(
+    model: nn.Module,
+    x: Tensor | None = None,
+    *,
+    rows: int | None = None,
+    config: LoRAConfig | Targets | None = None,
+) -> Choice | LayerTable:
+    """Why each layer of a model has an adapter or not, and how it runs. Nothing is computed.
+
+    model: with `x`, one adapted layer: which backend and plan it takes for `x` (..., in_features), and why. Without `x`, any module.
+    rows: M of a call, the same for every layer in its weight's dtype; the table then has each layer's plan and saved bytes.
+        A tensor (M, in_features) is allocated, and not filled, for one layer at a time.
+    config: the config that the model was injected with; it says which layers were not targeted and which were excluded.
+
+    Raises: BackendError if the layer given with `x` forces a backend that cannot run; in a table that is the row's reason.
+    ConfigError for a bad value, and for `x` beside a module that is no adapted layer.
+    """
+    if x is not None:
+        if not isinstance(model, LoRALayer):
+            raise ConfigError(
+                f"x: expected only beside an adapted layer, got a {type(model).__name__}; give rows instead"
+            )
+        if rows is not None or config is not None:
+            raise ConfigError("rows, config: expected without x, which decides about one call")
+        return model.choose(x)
+    _check_rows(rows)
+    if config is None:
+        return _table(model, {}, None, rows)
+    settings = to_config(config)
+    return _table(model, _verdicts(model, settings), settings, rows)
+
+
+def preview(
+    model: nn.Module,
+    target_modules: Targets | LoRAConfig | None = None,
+    rank: int = 4,
+    alpha: float = 8.0,
+    dropout: float = 0.0,
+    *,
+    rows: int | None = None,
+) -> LayerTable:
+    """What `inject_lora` with the same arguments would do. The model is not changed.
+
+    rows: as in `explain`. What `inject_lora` would raise or warn about the model is in the table's `problems`.
+
+    Raises: ConfigError for a bad value.
+    """
+    _check_rows(rows)
+    config = to_config(target_modules, rank, alpha, dropout)
+    problems: list[str] = []
+    try:
+        plan = make_plan(model, config)
+        unmatched = why_patterns_fail(model, config, plan)
+        trained_beside(model, config, plan)
+        if unmatched is not None and target_modules is not None:
+            problems.append(unmatched)
+    except InjectionError as error:
+        problems.append(str(error))
+    return _table(model, _verdicts(model, config), config, rows, tuple(problems))
+
+
+def _check_rows(rows: int | None) -> None:
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        raise ConfigError(f"rows: expected an integer ≥ 1 or None, got {rows!r}")
+
+
+def _verdicts(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, Verdict]:
+    """The verdict on each layer: that of the name under which it is selected, else of its first."""
+    found: dict[nn.Module, Verdict] = {}
+    for verdict in judge(model, config):
+        if verdict.module not in found or verdict.config is not None:
+            found[verdict.module] = verdict
+    return found
+
+
+def _table(
+    model: nn.Module,
+    verdicts: dict[nn.Module, Verdict],
+    config: LoRAConfig | None,
+    rows: int | None,
+    problems: tuple[str, ...] = (),
+) -> LayerTable:
+    read = attention_projections(model)
+    table = []
+    for path, module in _outside_adapters(model):
+        if isinstance(module, LoRALayer):
+            table.append(_adapted(path, module, config, rows, module in read))
+        elif kind_of(module) is not None:
+            table.append(_plain(path, module, verdicts.get(module), config, rows, module in read))
+        elif _holds_a_matrix(module):
+            trainable = _trainable(module)
+            kind, reason = type(module).__name__, str(why_unsuitable(module))
+            table.append(LayerRow(path, kind, "unsuitable", reason, trainable=trainable))
+        elif config is not None and (name := _target(config, path.rpartition(".")[2])) is not None:
+            below = sum(
+                kind_of(child) in config.kinds or isinstance(child, LoRALayer)
+                for child in module.modules()
+            )
+            reason = f"a container of {below} layers, which are judged one by one"
+            table.append(LayerRow(path, type(module).__name__, "container", reason, name))
+    counts: dict[str, int] = {}
+    if config is not None:
+        every = [*config.targets, *config.exclude]
+        counts = {p if isinstance(p, str) else p.pattern: 0 for p in every}
+        for row in table:
+            if row.pattern is not None and row.status != "container":
+                counts[row.pattern] = counts.get(row.pattern, 0) + 1
+    return LayerTable(tuple(table), counts, problems, rows)
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) in module order, each once; what an adapted layer wraps is left out."""
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if module in inside:
+            continue
+        if isinstance(module, LoRALayer):
+            inside.update(module.wrapped.modules())
+        yield path, module
+
+
+def _adapted(
+    path: str, layer: LoRALayer, config: LoRAConfig | None, rows: int | None, weight_read: bool
+) -> LayerRow:
+    choice, saved, reason = None, None, "has an adapter"
+    if not isinstance(layer, LoRALinear):
+        reason = str(layer.choose(layer.lora_A))
+    elif rows is not None:
+        dtype = compute_dtype(layer.original_linear)
+        x = torch.empty(rows, layer.in_features, dtype=dtype, device=layer.lora_A.device)
+        saved = shape_of(layer, weight_read).saved_bytes(rows)
+        try:
+            choice = layer.choose(x)
+            reason = str(choice)
+        except BackendError as error:
+            reason = str(error)
+    if weight_read:
+        choice, reason = None, _WEIGHT_READ + ("; dropout has no effect" if layer.dropout else "")
+    return LayerRow(
+        path,
+        type(layer.wrapped).__name__,
+        "adapted",
+        reason,
+        None if config is None else _target(config, path),
+        layer.rank,
+        layer.alpha,
+        layer.dropout,
+        choice,
+        _trainable(layer),
+        saved,
+    )
+
+
+def _plain(
+    path: str,
+    module: nn.Module,
+    verdict: Verdict | None,
+    config: LoRAConfig | None,
+    rows: int | None,
+    weight_read: bool,
+) -> LayerRow:
+    kind, trainable = type(module).__name__, _trainable(module)
+    if config is not None and kind_of(module) not in config.kinds:
+        name = _target(config, path)
+        reason = f"kinds has no {kind_of(module)!r}" + (f"; {name!r} matches it" if name else "")
+        return LayerRow(path, kind, "not targeted", reason, trainable=trainable)
+    unsuitable = why_unsuitable(module, None if verdict is None else verdict.config)
+    if unsuitable is not None:
+        pattern = None if verdict is None else verdict.pattern
+        return LayerRow(path, kind, "unsuitable", unsuitable, pattern, trainable=trainable)
+    if verdict is None:
+        reason = f"a layer as it was (kind {kind_of(module)!r})"
+        return LayerRow(path, kind, "no adapter", reason, trainable=trainable)
+    own, reason = verdict.config, verdict.reason
+    if own is None:
+        status: Status = verdict.status
+        return LayerRow(verdict.path, kind, status, reason, verdict.pattern, trainable=trainable)
+    if weight_read:
+        reason += "; " + _WEIGHT_READ + ("; dropout has no effect" if own.dropout else "")
+    return LayerRow(
+        verdict.path,
+        kind,
+        "selected",
+        reason,
+        verdict.pattern,
+        own.rank,
+        own.alpha,
+        own.dropout,
+        None,
+        sum(planned_parameters(module, own)),
+        planned_shape(module, own, weight_read).saved_bytes(rows)
+        if rows is not None and kind_of(module) == "linear"
+        else None,
+    )
+
+
+def _trainable(module: nn.Module) -> int:
+    own = list(
+        module.parameters(recurse=isinstance(module, LoRALayer) or kind_of(module) is not None)
+    )
+    lazy = nn.parameter.UninitializedParameter
+    return sum(p.numel() for p in own if p.requires_grad and not isinstance(p, lazy))
+
+
+def _holds_a_matrix(module: nn.Module) -> bool:
+    """Whether the module has a parameter or buffer of its own that multiplies like a linear layer's, as far as one can tell."""
+    leaf_by_name = "linear" in type(module).__name__.lower() and not module._modules
+    return leaf_by_name or any(
+        isinstance(p, nn.parameter.UninitializedParameter) or p.ndim >= 2
+        for p in module.parameters(recurse=False)
+    )
+
+
+def _target(config: LoRAConfig, path: str) -> str | None:
+    """The first target that matches `path`, or None."""
+    for pattern in config.targets:
+        if path and config.matches(pattern, path):
+            return pattern if isinstance(pattern, str) else pattern.pattern
+    return None

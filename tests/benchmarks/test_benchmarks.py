@@ -1,0 +1,494 @@
+"""The benchmark runs, refuses to time what is wrong, and keeps its records whole."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from tests.support.paths import ROOT
+
+pytest_plugins = "tests.support.bench_fixtures"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """torch.compile without its code generator, which takes half a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch.compiler.reset()
+
+
+def run_one(bench, case, contestants, reps=1):
+    record = bench.record.new_record(CPU, reps, [case.name], None)
+    bench.case_run.run_case(case, CPU, contestants, reps, record)
+    return record
+
+
+# The CPU's record
+
+
+def test_a_record_has_everything_needed_to_trust_it(tmp_path):
+    output = tmp_path / "record.json"
+    command = [sys.executable, "-W", "error", "benchmarks/run.py"]
+    command += ["--device", "cpu", "--reps", "1", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(output.read_text())
+    facts = "cpu threads torch triton peft python git_sha dirty date reps baseline command"
+    for key in facts.split():
+        assert record["environment"][key] is not None
+    assert record["absent"] == record["not_run"] == record["eta"] == []
+    assert len(record["results"]) == 5 * 2 * 3
+    for result in record["results"]:
+        assert 0 < result["ms_p20"] <= result["ms_p50"] <= result["ms_p80"]
+        assert result["timing"] == "eager" and result["peak_bytes"] is None
+        assert (result["choice"] is not None) == (result["backend"] == "fastlora")
+    assert len(record["call_overhead"]) == 2 * 2 * 3
+    for result in record["call_overhead"]:
+        assert 0 < result["us_p20"] <= result["us_p50"] <= result["us_p80"]
+    kept = {
+        (r["case"], r["backend"]): r["saved_bytes"]
+        for r in record["results"]
+        if r["saved_bytes"] is not None
+    }
+    for case in {case for case, _ in kept if "p0.1" in case}:
+        assert kept[case, "fastlora"] < 0.6 * kept[case, "peft"]
+
+
+# Contestants
+
+CASES = {
+    "p0 no-bias": dict(m=33, k=40, n=72, rank=8, bias=False),
+    "p0.1 bias": dict(m=33, k=40, n=72, rank=3, p=0.1),
+    "p0.1 bfloat16": dict(m=33, k=48, n=48, rank=4, p=0.1, dtype="bfloat16"),
+    "p0 float16": dict(m=1, k=64, n=48, rank=16, dtype="float16"),
+}
+CONTESTANTS = [
+    "linear",
+    "fastlora",
+    "fastlora-bf16",
+    "fastlora-torch",
+    "fastlora-triton",
+    "peft",
+    "peft-bf16",
+    "peft-compiled",
+    "addmm",
+    "lorafusion",
+    "unsloth",
+    "unsloth-library",
+    "lorafusion-library",
+]
+
+
+def test_the_contestants_are_the_ones_tested_here(bench):
+    assert list(bench.peers.CONTESTANTS) == CONTESTANTS
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own imports
+@pytest.mark.parametrize("values", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_a_contestant_is_right_or_says_why_it_is_absent(bench, quick_compile, name, values):
+    case = bench.cases.Case(**values)
+    work = bench.workload.Workload(case, CPU)
+    try:
+        layer = bench.peers.CONTESTANTS[name](case, work.frozen[0], work.lora_a, work.lora_b)
+    except bench.peers.Unimportable as error:
+        assert str(error).startswith(f"{bench.peers.PUBLISHED[name]} cannot be imported: ")
+        return
+    except bench.peers.Absent as absent:
+        allowed = {
+            "fastlora-triton": "backend='triton' cannot run: ",
+            "fastlora-bf16": "the weight is float32: this is the contestant fastlora",
+            "peft-bf16": "the weight is float32: this is the contestant peft",
+            "unsloth": "its fast path has no ",
+        }
+        assert str(absent).startswith(allowed[name])
+        return
+    bench.checks.Oracle(work).check(name, layer)
+    assert layer.training
+    shapes = [tuple(p.shape) for p in bench.workload.trainable(layer)]
+    assert shapes == ([] if name == "linear" else [(case.rank, case.k), (case.n, case.rank)])
+
+
+def test_each_contestant_adapts_the_same_frozen_layer_with_the_dtype_it_promises(bench):
+    case = bench.cases.Case(4, 24, 40, 2, dtype="bfloat16", bias=False)
+    work = bench.workload.Workload(case, CPU)
+    expected = dict.fromkeys(("fastlora-bf16", "peft-bf16"), torch.bfloat16)
+    expected |= dict.fromkeys(("fastlora", "peft", "addmm", "lorafusion", "unsloth"), torch.float32)
+    for name, dtype in expected.items():
+        layer = bench.peers.CONTESTANTS[name](case, work.frozen[0], work.lora_a, work.lora_b)
+        lora_a, lora_b = bench.workload.trainable(layer)
+        assert lora_a.dtype == lora_b.dtype == dtype
+        assert torch.equal(lora_a.float(), work.lora_a) and torch.equal(lora_b.float(), work.lora_b)
+        assert any(p is work.frozen[0].weight for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["addmm", "lorafusion"])
+def test_a_hand_written_peer_drops_out_as_its_backward_pass_thinks(bench, name):
+    case = bench.cases.Case(6, 5, 7, 2, 0.4)
+    frozen = nn.Linear(5, 7, dtype=torch.float64).requires_grad_(False)
+    lora_a, lora_b = torch.randn(2, 5).double(), torch.randn(7, 2).double()
+    layer = bench.peers.CONTESTANTS[name](case, frozen, lora_a, lora_b)
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+
+    def seeded(x, lora_a, lora_b):
+        torch.manual_seed(3)
+        return torch.func.functional_call(layer, {"lora_A": lora_a, "lora_B": lora_b}, (x,))
+
+    torch.manual_seed(3)
+    dropped, mask = torch.native_dropout(x.detach(), 0.4, True)
+    assert 0 < mask.sum() < mask.numel()
+    expected = frozen(x) + bench.peers.ALPHA_PER_RANK * (dropped @ lora_a.T) @ lora_b.T
+    torch.testing.assert_close(seeded(x, lora_a, lora_b), expected)
+    leaves = (x, lora_a.requires_grad_(), lora_b.requires_grad_())
+    assert torch.autograd.gradcheck(seeded, leaves)
+
+
+def test_what_a_hand_written_peer_keeps(bench):
+    case = bench.cases.Case(64, 32, 48, 4, 0.1)
+    work = bench.workload.Workload(case, CPU)
+    kept = {}
+    for name in ("addmm", "lorafusion"):
+        layer = bench.peers.CONTESTANTS[name](case, work.frozen[0], work.lora_a, work.lora_b)
+        kept[name] = bench.workload.saved_bytes(layer, work.x[0])
+    x, mask, s = 4 * 64 * 32, 64 * 32, 4 * 64 * 4
+    assert kept == {"addmm": x + mask + s, "lorafusion": x + mask + s}
+
+
+UNSLOTH = """
+import torch
+class LoRA_W(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, X, W, W_quant, A, B, S):
+        assert X.dim() == 3 and W_quant is None
+        ctx.save_for_backward(X, W, A, B)
+        ctx.S = S
+        return X @ W.T + S * (X @ A.T) @ B.T
+    @staticmethod
+    def backward(ctx, dY):
+        X, W, A, B = ctx.saved_tensors
+        dS, X = ctx.S * dY[0] @ B, X[0]
+        return (dY[0] @ W + dS @ A)[None], None, None, dS.T @ X, ctx.S * dY[0].T @ (X @ A.T), None
+"""
+LORAFUSION = """
+from torch.nn.functional import dropout, linear
+def fused_linear_lora(x, w, a, b, alpha, seed=None, dropout_p=0.0, linear_bias=None):
+    return linear(x, w, linear_bias) + alpha * (dropout(x, dropout_p) @ a.T) @ b.T
+"""
+
+
+@pytest.fixture
+def peer_folder(bench, monkeypatch, tmp_path):
+    """A folder of published peers, as far as the harness calls them."""
+    for name, source in {"unsloth-library": UNSLOTH, "lorafusion-library": LORAFUSION}.items():
+        file = tmp_path.joinpath(*bench.peers.PUBLISHED[name].split(".")).with_suffix(".py")
+        file.parent.mkdir(parents=True)
+        file.write_text(source)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in [n for n in sys.modules if n.split(".")[0] in ("unsloth", "lorafusion")]:
+        del sys.modules[name]
+
+
+def run_with_peers(bench, monkeypatch, folder, case):
+    monkeypatch.setattr(bench.run, "CPU_CASES", (case,))
+    output = folder / "record.json"
+    bench.run.main(["--peer-path", str(folder), "--reps", "1", "--output", str(output)])
+    record = json.loads(output.read_text())
+    return {row["backend"] for row in record["results"]}, record["absent"]
+
+
+def test_published_peers_are_timed_from_a_peer_path(bench, monkeypatch, peer_folder):
+    timed, absent = run_with_peers(
+        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
+    )
+    assert timed == {"linear", "fastlora", "peft", "unsloth-library", "lorafusion-library"}
+    assert absent == []
+
+
+def test_a_published_peer_that_cannot_be_imported_is_named(bench, monkeypatch, peer_folder, capsys):
+    (peer_folder / "unsloth" / "kernels" / "fast_lora.py").write_text(
+        "raise NotImplementedError('needs a GPU')"
+    )
+    timed, (absent,) = run_with_peers(
+        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, 0.1)
+    )
+    assert timed == {"linear", "fastlora", "peft", "lorafusion-library"}
+    assert (absent["backend"], absent["kind"]) == ("unsloth-library", "Unimportable")
+    reason = "unsloth.kernels.fast_lora cannot be imported: NotImplementedError: needs a GPU"
+    assert absent["reason"] == reason and reason in capsys.readouterr().err
+
+
+def test_a_published_peer_that_is_wrong_gets_no_time(bench, monkeypatch, peer_folder):
+    file = peer_folder / "lorafusion" / "ops" / "lora_v1.py"
+    file.write_text(LORAFUSION.replace("alpha *", "0.99 * alpha *"))
+    timed, absent = run_with_peers(
+        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
+    )
+    assert "lorafusion-library" not in timed
+    assert [(a["backend"], a["kind"]) for a in absent] == [("lorafusion-library", "wrong")]
+
+
+def test_a_peer_path_must_be_a_folder(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.run.main(["--peer-path", "no/such/folder"])
+    assert "--peer-path: expected a folder, got no/such/folder" in capsys.readouterr().err
+
+
+def test_published_peers_join_when_installed_or_sought(bench, monkeypatch):
+    default = bench.run._default_contestants
+    monkeypatch.setattr(bench.run, "is_installed", lambda name: name == "unsloth-library")
+    assert default(False, False) == (*bench.run.CPU_CONTESTANTS, "unsloth-library")
+    assert set(default(True, True)) == set(bench.peers.CONTESTANTS)
+
+
+# What is wrong gets no time
+
+
+def test_a_wrong_layer_gets_no_time(bench, monkeypatch, capsys):
+    def build(case, frozen, lora_a, lora_b):
+        layer = bench.peers.CONTESTANTS["addmm"](case, frozen, lora_a, lora_b)
+        layer.register_forward_hook(lambda module, inputs, y: y * 1.001)
+        return layer
+
+    monkeypatch.setitem(bench.peers.CONTESTANTS, "peft", build)
+    record = run_one(bench, bench.cases.Case(16, 8, 12, 2), ("linear", "peft"))
+    assert {row["backend"] for row in record["results"]} == {"linear"}
+    (absent,) = record["absent"]
+    assert absent["backend"] == "peft" and absent["kind"] == "wrong"
+    assert absent["reason"].startswith("peft: y is off by ")
+    assert "peft gets no time" in capsys.readouterr().err
+
+
+def test_a_layer_that_drops_out_the_wrong_elements_gets_no_time(bench, monkeypatch):
+    right = fastlora.lora_linear
+
+    def wrong(*arguments, backend):
+        *others, seed = arguments
+        return right(*others, seed + 1, backend=backend)
+
+    monkeypatch.setattr(fastlora, "lora_linear", wrong)
+    record = run_one(bench, bench.cases.Case(16, 8, 12, 2, 0.1), ("linear", "fastlora"))
+    (absent,) = record["absent"]
+    assert absent["reason"].startswith("fastlora with dropout: y is off by ")
+
+
+def test_an_update_left_out_is_not_taken_for_rounding(bench):
+    for case in bench.cases.CUDA_CASES:
+        small = bench.cases.Case(64, min(case.k, 768), 96, case.rank, dtype="bfloat16")
+        work = bench.workload.Workload(small, CPU)
+        layer = bench.peers.CONTESTANTS["addmm"](small, work.frozen[0], work.lora_a, work.lora_b)
+        with torch.no_grad():
+            layer.lora_B.zero_()
+        with pytest.raises(bench.checks.Wrong, match="addmm: y is off"):
+            bench.checks.Oracle(work).check("addmm", layer)
+
+
+def test_a_contestant_that_fails_does_not_take_the_others_with_it(bench, monkeypatch):
+    def explode(*arguments):
+        raise RuntimeError("no such instruction\nat line 2")
+
+    monkeypatch.setitem(bench.peers.CONTESTANTS, "peft", explode)
+    record = run_one(bench, bench.cases.Case(16, 8, 12, 2), ("linear", "peft", "fastlora"))
+    assert {row["backend"] for row in record["results"]} == {"linear", "fastlora"}
+    (absent,) = record["absent"]
+    assert absent["kind"] == "RuntimeError" and absent["reason"].startswith("no such instruction")
+
+
+def test_who_cannot_be_captured_is_absent_from_graphs_only(bench, monkeypatch):
+    record = bench.record.new_record(CPU, 1, [], None)
+    work = bench.workload.Workload(bench.cases.Case(16, 8, 12, 2), CPU)
+    run = bench.case_run.CaseRun(work, ("linear", "fastlora"), record)
+
+    def capture(run):
+        if run == "fastlora":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return run
+
+    monkeypatch.setattr(bench.case_run, "capture", capture)
+    runs = {"linear": "linear", "fastlora": "fastlora"}
+    assert run._keep_running(runs, capture, "forward") == {"linear": "linear"}
+    (absent,) = record["absent"]
+    assert (absent["backend"], absent["mode"], absent["timing"]) == ("fastlora", "forward", "graph")
+
+
+def test_a_step_trains_the_adapters_of_three_layers_and_nothing_else(bench):
+    case = bench.cases.Case(16, 12, 12, 2, step=True)
+    work = bench.workload.Workload(case, CPU, copies=4)
+    layers = [
+        bench.peers.CONTESTANTS["fastlora"](case, frozen, work.lora_a, work.lora_b)
+        for frozen in work.frozen
+    ]
+    before = [[p.clone() for p in layer.parameters()] for layer in layers]
+    step = bench.workload.round_of("training step", layers, work)
+    step()
+    for index, layer in enumerate(layers):
+        for old, parameter in zip(before[index], layer.parameters(), strict=True):
+            trained = index < 3 and parameter.requires_grad
+            assert torch.equal(old, parameter) != trained
+    assert bench.workload.calls_in_round("training step", work) == 1
+    assert bench.workload.calls_in_round("forward", work) == 4
+    record = run_one(bench, case, ("linear", "fastlora"))
+    assert {row["mode"] for row in record["results"]} == set(case.modes)
+
+
+def test_tf32_is_allowed_for_its_case_only(bench, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        bench.case_run.CaseRun,
+        "time_all",
+        lambda self, reps: seen.append(torch.backends.cuda.matmul.allow_tf32),
+    )
+    for dtype in ("tf32", "float32"):
+        run_one(bench, bench.cases.Case(4, 8, 8, 2, dtype=dtype), ("linear",))
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert seen == [True, False]
+
+
+# Cases, samples, budget
+
+
+def test_the_case_tables_are_valid(bench):
+    cases = bench.cases
+    for table in (cases.CPU_CASES, cases.CUDA_CASES):
+        assert len({case.name for case in table}) == len(table)
+        for case in table:
+            assert min(case.m, case.k, case.n) >= 1 and case.rank in cases.RANKS
+            assert case.p in (0.0, 0.1) and case.dtype in cases.DTYPES
+            assert not case.step or case.k == case.n
+    assert {case.rank for case in cases.CUDA_CASES} == set(cases.RANKS)
+    assert {case.dtype for case in cases.CUDA_CASES} == set(cases.DTYPES)
+    quick = [case for case in cases.CUDA_CASES if case.quick]
+    wanted = [case for target in cases.TARGETS for case in target.cases]
+    assert quick[: len(wanted)] == wanted and len(quick) <= 12
+    assert any(
+        case.m % 128 and case.k % 128 and case.n % 128 and not case.overhead for case in quick
+    )
+    assert all(case.dtype == "float32" for case in cases.CPU_CASES)
+
+
+def test_copies_outgrow_the_cache(bench):
+    for case in bench.cases.CUDA_CASES:
+        if not case.overhead:
+            copies = bench.workload.copies_needed(case, 50 * 2**20)
+            itemsize = bench.workload.torch_dtype(case).itemsize
+            assert copies * itemsize * (case.m * case.k + case.n * case.k) >= 4 * 50 * 2**20
+            assert 4 <= copies <= 40
+
+
+def test_samples_are_interleaved_and_the_first_ones_do_not_count(bench):
+    order = []
+    runs = {name: functools.partial(order.append, name) for name in "ab"}
+
+    def sample(run, rounds):
+        run()
+        return 2.0 * len(order) * rounds
+
+    times = bench.timing.interleave(runs, 2, sample, rounds=5)
+    assert order == list("ba" + "ab" + "ba" + "ab" + "ba")
+    assert times == {"a": [14.0, 20.0], "b": [16.0, 18.0]}
+    assert bench.timing.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == (2.0, 3.0, 5.0)
+    assert bench.timing.rounds_for(None, lambda run, rounds: 0.3) == 7
+    assert bench.timing.rounds_for(None, lambda run, rounds: 9.0) == 1
+    assert bench.timing.rounds_for(None, lambda run, rounds: 1e-4) == bench.timing.MAX_ROUNDS
+
+
+def test_the_budget_begins_no_case_that_would_not_end_in_time(bench):
+    now = [100.0]
+    budget = bench.record.Budget(10.0, lambda: now[0])
+    for seconds in (2.0, 3.0, 1.0, 1.0):
+        assert budget.begin_case()
+        now[0] += seconds
+        budget.end_case()
+    assert not budget.begin_case()  # 7 s are spent, and the slowest case took 3
+    endless = bench.record.Budget(None, lambda: now[0])
+    assert endless.begin_case()
+
+
+def test_a_run_out_of_time_writes_what_it_has_and_names_the_rest(
+    bench, monkeypatch, tmp_path, capsys
+):
+    output = tmp_path / "new" / "record.json"
+    cases = (bench.cases.Case(4, 8, 8, 2), bench.cases.Case(8, 8, 8, 2))
+    now = iter(
+        [0.0, 0.0, 0.0, 6.0, 6.0]
+    )  # construction reads the clock twice, then each begin and end
+
+    class Clocked(bench.record.Budget):
+        def __init__(self, seconds):
+            super().__init__(seconds, lambda: next(now))
+
+    monkeypatch.setattr(bench.run, "Budget", Clocked)
+    monkeypatch.setattr(bench.run, "CPU_CASES", cases)
+    command = ["--budget-seconds", "10", "--reps", "1", "--output", str(output)]
+    assert bench.run.main([*command, "--contestants", "fastlora,peft"]) == 0
+    record = json.loads(output.read_text())
+    assert record["not_run"] == [cases[1].name] and record["seconds"] == {cases[0].name: 6.0}
+    assert {row["case"] for row in record["results"]} == {cases[0].name}
+    assert {row["backend"] for row in record["results"]} == {"linear", "fastlora", "peft"}
+    assert f"no time left for {cases[1].name}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.run.main(["--contestants", "fastlora,nobody"])
+    assert "got nobody" in capsys.readouterr().err
+
+
+def test_a_record_is_replaced_whole_or_not_at_all(bench, tmp_path):
+    path = tmp_path / "record.json"
+    bench.record.write({"results": [1]}, path)
+    with pytest.raises(TypeError):
+        bench.record.write({"results": [object()]}, path)
+    assert json.loads(path.read_text()) == {"results": [1]}
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_git_and_the_driver_may_be_missing(bench, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    facts = bench.record.environment(CPU, 3, git_sha="abc")
+    assert facts["git_sha"] == "abc" and facts["dirty"] is None
+    assert bench.record.nvidia_smi() is None
+    assert bench.record.gpu_file_name("Some GPU 80GB (X)") == "some-gpu-80gb-x.json"
+
+
+# Whole models
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
+def test_a_step_of_a_model_is_the_same_for_all_and_keeps_less(bench, tmp_path, capsys):
+    output = tmp_path / "step.json"
+    assert bench.model_step.main(["--only=llama-tiny", "--reps=1", f"--output={output}"]) == 0
+    record = json.loads(output.read_text())
+    rows = {row["backend"]: row for row in record["results"]}
+    assert tuple(rows) == bench.model_step.CONTESTANTS and record["absent"] == []
+    assert all(row["ms_p50"] > 0 for row in rows.values())
+    assert rows["fastlora-fused"]["saved_bytes"] <= rows["fastlora"]["saved_bytes"]
+    assert rows["fastlora"]["saved_bytes"] < rows["peft"]["saved_bytes"]
+    assert rows["fastlora"]["trainable"] == rows["peft"]["trainable"] < rows["full"]["trainable"]
+    table = bench.report.model_table([record])
+    assert "| llama-tiny | fastlora, `fuse` |" in table and "Rank 8, dropout 0.1" in table
+    assert "ms a step" in capsys.readouterr().out
+    assert bench.report.model_table([]) == "No record: not measured."
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_contestant_that_computes_something_else_gets_no_time(bench, monkeypatch):
+    adapted = bench.model_step.adapted
+
+    def broken(name, *arguments):
+        model = adapted(name, *arguments)
+        if name == "fastlora":
+            with torch.no_grad():
+                for parameter in fastlora.get_lora_params(model):
+                    parameter.fill_(0.1)
+        return model
+
+    monkeypatch.setattr(bench.model_step, "adapted", broken)
+    record = {"results": [], "absent": []}
+    with pytest.raises(RuntimeError, match="fastlora on llama-tiny: loss .* the base has"):
+        bench.model_step.run_model("llama-tiny", 1, record)
+    assert record["results"] == []

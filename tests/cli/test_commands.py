@@ -1,0 +1,630 @@
+"""The command `fastlora`: what it prints and writes, and that bad input gives one line and no file."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.cli import commands as cli
+from fastlora.cli.adapter_files import (
+    AdapterLayer,
+    convert,
+    difference_norm,
+    merge_files,
+    read_adapter,
+    update_norm,
+)
+from tests.support.models import Decoder, randomise_adapters
+
+
+def decoder(dtype=torch.float32):
+    torch.manual_seed(7)
+    return Decoder().to(dtype)
+
+
+def adapted(rank=4, use_rslora=False, head=False, seed=1, dtype=torch.float32, dropout=0.0):
+    model = decoder(dtype)
+    config = LoRAConfig(
+        ["to_qkv", "to_out"],
+        rank=rank,
+        alpha=12.0,
+        use_rslora=use_rslora,
+        dropout=dropout,
+        rank_pattern={"to_out": 2},
+        alpha_pattern={"to_out": 6.0},
+    )
+    fastlora.inject_lora(model, config)
+    randomise_adapters(model, seed)
+    fastlora.freeze_base_params(model)
+    if head:
+        model.out_layer.requires_grad_(True)
+        nn.init.normal_(model.out_layer.weight)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a base file, an adapter file and the same adapter as PEFT's folder."""
+    monkeypatch.chdir(tmp_path)
+    save_file(decoder().state_dict(), "base.safetensors", {"format": "pt", "note": "kept"})
+    fastlora.save_adapter(adapted(head=True), "adapter.safetensors")
+    fastlora.save_pretrained(adapted(head=True), "peft")
+    state = fastlora.get_lora_state_dict(uniform())
+    save_file({key: value.clone() for key, value in state.items()}, "loralib.safetensors")
+    return tmp_path
+
+
+def uniform():
+    """An adapter with one alpha in all layers."""
+    model = decoder()
+    fastlora.inject_lora(model, LoRAConfig(["to_"], rank=4, alpha=12.0))
+    randomise_adapters(model)
+    fastlora.freeze_base_params(model)
+    return model.eval()
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of one command."""
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as left:
+        code = left.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def listing():
+    return {str(p): p.stat().st_mtime_ns for p in Path(".").rglob("*")}
+
+
+# inspect
+
+
+@pytest.mark.parametrize(
+    "source", ["adapter.safetensors", "peft", "peft/adapter_model.safetensors"]
+)
+def test_inspect_shows_what_the_layers_are(folder, capsys, source):
+    code, out, err = run(capsys, "inspect", source)
+    assert (code, err) == (0, "")
+    assert "4 layers, 2 other tensors" in out and "out_layer.weight  5x16  float32" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("blocks.1.attn.to_out"))
+    layer = adapted().blocks[1].attn.to_out
+    product = layer.lora_B.double() @ layer.lora_A.double()
+    assert row[1:7] == ["2x16", "16x2", "float32", "2", "6", "3"]
+    norm = product.norm().item()
+    assert [float(x) for x in row[7:]] == pytest.approx([norm, 3 * norm], rel=1e-3)
+
+
+def test_inspect_as_json_and_under_rslora(folder, capsys):
+    fastlora.save_adapter(adapted(use_rslora=True), "rs.safetensors")
+    _, out, _ = run(capsys, "inspect", "rs.safetensors", "--json")
+    said = json.loads(out)
+    assert said["scheme"] == "fastlora" and said["others"] == []
+    first = said["layers"][0]
+    assert (first["layer"], first["r"], first["alpha"]) == ("blocks.0.attn.to_out", 2, 6.0)
+    assert first["use_rslora"] and first["scaling"] == pytest.approx(6 / 2**0.5)
+    assert first["|dW|"] == pytest.approx(first["scaling"] * first["|BA|"])
+    _, out, _ = run(capsys, "inspect", "rs.safetensors")
+    assert " 4*  " in out and "alpha / sqrt(r)" in out
+
+
+def test_layers_are_listed_in_the_order_of_their_numbers(folder, capsys):
+    names = ["m.10", "m.2", "m.x", "m", "m." + "9" * 5000]
+    state = {f"{n}.lora_{k}": torch.ones(1, 1) for n in names for k in "AB"}
+    save_file(state, "numbers.safetensors")
+    _, out, _ = run(capsys, "inspect", "numbers.safetensors")
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [
+        "m",
+        "m.x",
+        "m.2",
+        "m.10",
+        names[-1],
+    ]
+
+
+def test_inspect_a_file_that_does_not_say_its_alpha(folder, capsys):
+    code, out, _ = run(capsys, "inspect", "loralib.safetensors")
+    assert code == 0 and ": loralib, 4 layers" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("blocks.0"))
+    assert row[5:7] == ["?", "?"] and row[8] == "?"
+    assert (
+        json.loads(run(capsys, "inspect", "loralib.safetensors", "--json")[1])["layers"][0]["alpha"]
+        is None
+    )
+
+
+# merge
+
+
+@pytest.mark.parametrize("source", ["adapter.safetensors", "peft"])
+def test_merged_files_hold_what_merged_models_hold(folder, capsys, source):
+    code, out, err = run(capsys, "merge", "base.safetensors", source, "out.safetensors")
+    assert (code, err) == (0, "")
+    assert "merged 4 layers, replaced 2 other tensors; rounding to float32 lost at most" in out
+    expected = fastlora.merged_model(adapted(head=True)).state_dict()
+    got = load_file("out.safetensors")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in got)
+    with safe_open("out.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "note": "kept"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_merging_rounds_once_and_says_what_that_cost(folder, capsys, dtype):
+    save_file(decoder(dtype).state_dict(), "base.safetensors")
+    model = adapted(dtype=dtype).requires_grad_(False)
+    fastlora.save_adapter(model, "a.safetensors")
+    _, out, _ = run(capsys, "merge", "base.safetensors", "a.safetensors", "out.safetensors")
+    expected = fastlora.merged_model(model).state_dict()
+    got = load_file("out.safetensors")
+    assert all(got[k].dtype == dtype and torch.equal(got[k], expected[k]) for k in got)
+    shares = []
+    for path, layer in fastlora.named_lora_layers(model):
+        wide = torch.promote_types(dtype, torch.float32)
+        exact = layer.original_linear.weight.to(wide) + layer.scaling * (
+            layer.lora_B.to(wide) @ layer.lora_A.to(wide)
+        )
+        change = exact - layer.original_linear.weight.to(wide)
+        shares.append(float((got[f"{path}.weight"].to(wide) - exact).norm() / change.norm()))
+    said = float(re.search(r"lost at most (\S+)%", out)[1]) / 100
+    assert said == pytest.approx(max(shares), rel=0.06, abs=1e-6)
+    assert (said > 1e-4) == (dtype != torch.float64)
+
+
+def test_a_sharded_base_goes_to_a_folder_shard_by_shard(folder, capsys):
+    state = decoder().state_dict()
+    keys = list(state)
+    halves = {"one.safetensors": keys[::2], "two.safetensors": keys[1::2]}
+    Path("sharded").mkdir()
+    for name, part in halves.items():
+        save_file({key: state[key] for key in part}, f"sharded/{name}")
+    index = {"metadata": {}, "weight_map": {k: n for n, part in halves.items() for k in part}}
+    Path("sharded/m.safetensors.index.json").write_text(json.dumps(index))
+    arguments = ("merge", "sharded/m.safetensors.index.json", "adapter.safetensors", "merged")
+    assert run(capsys, *arguments)[0] == 0
+    assert sorted(os.listdir("merged")) == ["m.safetensors.index.json", *sorted(halves)]
+    expected = fastlora.merged_model(adapted(head=True)).state_dict()
+    got = load_file("merged/one.safetensors") | load_file("merged/two.safetensors")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in got)
+    assert json.loads(Path("merged/m.safetensors.index.json").read_text()) == index
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "exists; --force replaces it" in err
+    assert run(capsys, *arguments, "--force")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "names", [["../x.safetensors"], ["/etc/x.safetensors"], ["x.bin"], [], [3], [["a"]]]
+)
+def test_an_index_names_only_files_beside_it(folder, capsys, names):
+    index = {"weight_map": {f"k{i}": name for i, name in enumerate(names)}}
+    Path("m.index.json").write_text(json.dumps(index))
+    before = listing()
+    code, _, err = run(capsys, "merge", "m.index.json", "adapter.safetensors", "merged")
+    assert code == 2 and err.count("\n") == 1 and "m.index.json" in err
+    assert listing() == before
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_written(folder, capsys):
+    other = Decoder(blocks=1).state_dict()
+    other["blocks.0.attn.to_out.weight"] = torch.zeros(16, 4)
+    other["out_layer.weight"] = other["out_layer.weight"].int()
+    save_file(other, "other.safetensors")
+    before = listing()
+    code, out, err = run(
+        capsys, "merge", "other.safetensors", "adapter.safetensors", "o.safetensors"
+    )
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "blocks.0.attn.to_out.weight: expected shape (16, 16), got (16, 4)" in err
+    assert "no blocks.1.attn.to_qkv.weight (nearest: " in err and "and 1 more" in err
+    assert listing() == before
+    save_file({k: v for k, v in other.items() if k != "out_layer.weight"}, "other.safetensors")
+    state = decoder().state_dict()
+    state["out_layer.weight"] = state["out_layer.weight"].int()
+    save_file(state, "other.safetensors")
+    _, _, err = run(capsys, "merge", "other.safetensors", "adapter.safetensors", "o.safetensors")
+    assert "out_layer.weight: expected one of F16, BF16, F32, F64, got I32" in err
+
+
+def test_alpha_can_be_said_where_the_file_does_not_hold_it(folder, capsys):
+    arguments = ("merge", "base.safetensors", "loralib.safetensors", "out.safetensors")
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "give it with --alpha" in err and not Path("out.safetensors").exists()
+    assert run(capsys, *arguments, "--alpha", 12)[0] == 0
+    expected = fastlora.merged_model(uniform()).state_dict()
+    got = load_file("out.safetensors")
+    assert all(torch.equal(got[key], expected[key]) for key in got)
+    code, _, err = run(
+        capsys, "merge", "base.safetensors", "peft", "x.safetensors", "--alpha", "12"
+    )
+    assert code == 2 and "--alpha: peft holds its own alpha" in err
+
+
+def test_a_full_disk_leaves_nothing_half_written(folder, capsys, monkeypatch):
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    Path("m.index.json").write_text(json.dumps({"weight_map": {"k": "base.safetensors"}}))
+    before = listing()
+    monkeypatch.setattr("shutil.copyfile", full)
+    for base, out in (("base.safetensors", "out.safetensors"), ("m.index.json", "merged")):
+        code, _, err = run(capsys, "merge", base, "adapter.safetensors", out)
+        assert code == 2 and "No space left" in err and err.count("\n") == 1
+        assert listing().keys() == before.keys()
+
+
+def test_force_may_replace_the_base_itself(folder, capsys):
+    arguments = ("merge", "base.safetensors", "adapter.safetensors", "base.safetensors")
+    assert run(capsys, *arguments)[0] == 2
+    assert run(capsys, *arguments, "--force")[0] == 0
+    expected = fastlora.merged_model(adapted(head=True)).state_dict()
+    assert torch.equal(
+        load_file("base.safetensors")["blocks.0.attn.to_qkv.weight"],
+        expected["blocks.0.attn.to_qkv.weight"],
+    )
+
+
+# convert
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_to_peft_and_back(folder, capsys, use_rslora):
+    source = adapted(head=True, use_rslora=use_rslora)
+    fastlora.save_adapter(source, "a.safetensors")
+    assert run(capsys, "convert", "a.safetensors", "p", "--to", "peft")[0] == 0
+    model = decoder()
+    fastlora.from_pretrained(model, "p")
+    x = torch.randn(3, 7, 8)
+    assert torch.equal(model.eval()(x), source(x))
+    assert [layer.alpha for _, layer in fastlora.named_lora_layers(model)] == [12.0, 6.0] * 2
+    assert run(capsys, "convert", "p", "b.safetensors", "--to", "fastlora")[0] == 0
+    again = adapted(head=True, use_rslora=use_rslora, seed=9)
+    fastlora.load_adapter(again, "b.safetensors")
+    assert torch.equal(again(x), source(x))
+    assert run(capsys, "diff", "a.safetensors", "b.safetensors")[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_peft_loads_a_converted_folder(folder, capsys):
+    peft = pytest.importorskip("peft")
+    assert run(capsys, "convert", "adapter.safetensors", "p", "--to", "peft")[0] == 0
+    theirs = peft.PeftModel.from_pretrained(decoder(), "p").eval()
+    x = torch.randn(3, 7, 8)
+    torch.testing.assert_close(theirs(x), adapted(head=True)(x))
+
+
+def test_loralib_both_ways_with_alpha_said(folder, capsys):
+    arguments = ("convert", "loralib.safetensors", "a.safetensors", "--to", "fastlora")
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "give it with --alpha" in err
+    assert run(capsys, *arguments, "--alpha", 12)[0] == 0
+    model = uniform()
+    fastlora.load_adapter(model, "a.safetensors")
+    back = ("convert", "a.safetensors", "l.safetensors", "--to", "loralib")
+    code, _, err = run(capsys, *back)
+    assert code == 2 and "would be lost" in err and "say so with --alpha 12" in err
+    code, _, err = run(capsys, *back, "--alpha", "16")
+    assert code == 2 and "lora_alpha=12, not 16" in err
+    assert not Path("l.safetensors").exists()
+    assert run(capsys, *back, "--alpha", "12")[0] == 0
+    old, new = load_file("loralib.safetensors"), load_file("l.safetensors")
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    code, _, err = run(
+        capsys,
+        "convert",
+        "adapter.safetensors",
+        "x.safetensors",
+        "--to",
+        "loralib",
+        "--alpha",
+        "12",
+    )
+    assert code == 2 and "2 different ones (6 to 12)" in err
+    code, _, err = run(
+        capsys, "convert", "a.safetensors", "x.safetensors", "--to", "fastlora", "--alpha", "12"
+    )
+    assert code == 2 and "holds its own alpha" in err
+
+
+def test_different_dropouts_are_noted(folder, capsys):
+    model = adapted(dropout=0.25)
+    model.blocks[0].attn.to_out.dropout = 0.5
+    fastlora.save_adapter(model, "a.safetensors")
+    code, _, err = run(capsys, "convert", "a.safetensors", "p", "--to", "peft")
+    assert code == 0 and "note: layers have the dropouts [0.25, 0.5]" in err
+    assert json.loads(Path("p/adapter_config.json").read_text())["lora_dropout"] == 0.5
+
+
+@pytest.mark.parametrize("scheme", ["fastlora", "peft"])
+def test_nothing_is_replaced_without_force(folder, capsys, scheme):
+    target = {"fastlora": "adapter.safetensors", "peft": "peft"}[scheme]
+    source = {"fastlora": "peft", "peft": "adapter.safetensors"}[scheme]
+    before = listing()
+    code, _, err = run(capsys, "convert", source, target, "--to", scheme)
+    assert code == 2 and "exists; --force replaces it" in err and listing() == before
+    assert run(capsys, "convert", source, target, "--to", scheme, "--force")[0] == 0
+
+
+def test_a_target_of_the_wrong_kind(folder, capsys):
+    for source, target, to, said in (
+        ("adapter.safetensors", "base.safetensors", "peft", "is a file; PEFT's format is a folder"),
+        ("peft", "peft", "fastlora", "is a folder; expected the name of a file"),
+        ("adapter.safetensors", "none/x.safetensors", "fastlora", "cannot write"),
+        ("adapter.safetensors", "base.safetensors/x", "peft", "cannot make the folder"),
+    ):
+        code, _, err = run(capsys, "convert", source, target, "--to", to, "--force")
+        assert code == 2 and said in err and err.count("\n") == 1
+    for base, target, said in (
+        ("base.safetensors", "peft", "is a folder; expected the name of a file"),
+        ("m.index.json", "base.safetensors", "a sharded base needs a folder"),
+    ):
+        Path("m.index.json").write_text(json.dumps({"weight_map": {"k": "base.safetensors"}}))
+        code, _, err = run(capsys, "merge", base, "adapter.safetensors", target, "--force")
+        assert code == 2 and said in err
+
+
+def test_what_pefts_format_cannot_say_is_refused(folder, capsys):
+    layer = fastlora.LoRALinear(nn.Linear(4, 4), 2)
+    fastlora.save_adapter(layer, "whole.safetensors")
+    code, _, err = run(capsys, "convert", "whole.safetensors", "p", "--to", "peft")
+    assert code == 2 and "the adapted layer is the whole model" in err
+    assert "(the whole model)" in run(capsys, "inspect", "whole.safetensors")[1]
+    model = adapted()
+    model.scale = nn.Parameter(torch.ones(1))
+    fastlora.save_adapter(model, "own.safetensors")
+    assert (
+        "of the model itself" in run(capsys, "convert", "own.safetensors", "p", "--to", "peft")[2]
+    )
+    model = adapted()
+    model.blocks[0].attn.to_out.original_linear.bias.requires_grad_(True)
+    fastlora.save_adapter(model, "inner.safetensors")
+    code, _, err = run(capsys, "convert", "inner.safetensors", "p", "--to", "peft")
+    assert code == 2 and "with the adapted blocks.0.attn.to_out" in err
+    assert not Path("p").exists()
+
+
+# diff
+
+
+def test_diff_compares_updates_and_not_factors(folder, capsys):
+    state = load_file("adapter.safetensors")
+    with safe_open("adapter.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    for key in state:
+        state[key] = state[key] * (4 if key.endswith("A") else 0.25 if key.endswith("B") else 1)
+    save_file(state, "same.safetensors", metadata)
+    code, out, err = run(capsys, "diff", "peft", "same.safetensors")
+    assert (code, err) == (0, "") and out.endswith("the same\n")
+    state["blocks.0.attn.to_qkv.lora_B"] *= 1.5
+    save_file(state, "other.safetensors", metadata)
+    code, out, _ = run(capsys, "diff", "peft", "other.safetensors")
+    assert code == 1 and out.endswith("they differ\n")
+    row = next(line.split() for line in out.splitlines() if line.startswith("blocks.0.attn.to_qkv"))
+    one, two, difference = map(float, row[1:4])
+    assert two == pytest.approx(1.5 * one, rel=1e-3)
+    assert difference == pytest.approx(0.5 * one, rel=1e-3)
+    assert float(row[4]) == pytest.approx(1 / 3, rel=0.02)
+    assert run(capsys, "diff", "peft", "other.safetensors", "--tolerance", "0.4")[0] == 0
+
+
+def test_diff_of_heads_layers_and_alphas(folder, capsys):
+    model = adapted(head=True)
+    with torch.no_grad():
+        model.out_layer.bias += 1
+    fastlora.save_adapter(model, "head.safetensors")
+    code, out, _ = run(capsys, "diff", "adapter.safetensors", "head.safetensors")
+    assert code == 1 and re.search(r"^out_layer.bias .* 2.236 ", out, flags=re.M)
+    fastlora.save_adapter(adapted(), "none.safetensors")
+    code, out, _ = run(capsys, "diff", "adapter.safetensors", "none.safetensors")
+    assert code == 1 and out.count("only in A") == 2
+    fastlora.save_adapter(uniform(), "uniform.safetensors")
+    assert run(capsys, "diff", "loralib.safetensors", "uniform.safetensors")[0] == 2
+    assert (
+        run(capsys, "diff", "loralib.safetensors", "uniform.safetensors", "--alpha", "12")[0] == 0
+    )
+    assert run(capsys, "diff", "loralib.safetensors", "uniform.safetensors", "--alpha", "6")[0] == 1
+    small = Decoder(blocks=1)
+    fastlora.inject_lora(small, ["to_qkv"])
+    fastlora.save_adapter(small, "small.safetensors")
+    code, out, _ = run(capsys, "diff", "small.safetensors", "none.safetensors")
+    assert code == 1 and out.count("only in B") == 3
+    wide = Decoder(width=8)
+    fastlora.inject_lora(wide, ["to_qkv"])
+    fastlora.save_adapter(wide, "wide.safetensors")
+    code, _, err = run(capsys, "diff", "wide.safetensors", "none.safetensors")
+    assert code == 2 and "blocks.0.attn.to_qkv: the layers have different sizes" in err
+    wide.out_layer.weight.requires_grad_(True)
+
+
+def test_norms_agree_with_the_dense_products():
+    for n, k, r in ((7, 5, 2), (3, 4, 8), (1, 1, 1)):
+        a = AdapterLayer(torch.randn(r, k), torch.randn(n, r), 2.0 * r)
+        b = AdapterLayer(torch.randn(3, k), torch.randn(n, 3), 3.0)
+        dense = [x.scaling * x.lora_b.double() @ x.lora_a.double() for x in (a, b)]
+        assert 2 * update_norm(a) == pytest.approx(dense[0].norm().item())
+        assert difference_norm(a, b) == pytest.approx((dense[0] - dense[1]).norm().item())
+        assert difference_norm(a, a) <= 1e-14 * dense[0].norm().item()
+
+
+# bad input
+
+
+def hostile():
+    """name -> a function that writes an input which must be refused."""
+    a, b = torch.ones(2, 4), torch.ones(4, 2)
+    good = {"m.lora_A": a, "m.lora_B": b}
+
+    def file(tensors, metadata=None):
+        return lambda path: save_file(tensors, path, metadata)
+
+    def described(layers):
+        return file(good, {"fastlora": json.dumps({"version": 1, "layers": layers})})
+
+    def text(content):
+        return lambda path: Path(path).write_bytes(content)
+
+    deep = {"fastlora": "[" * 100_000}
+    fine = {"rank": 2, "alpha": 4.0, "dropout": 0.0}
+    return {
+        "missing": lambda path: None,
+        "empty": text(b""),
+        "text": text(b"no safetensors at all, just text"),
+        "huge header": text((2**62).to_bytes(8, "little") + b"{}"),
+        "wrong offsets": text(
+            (67).to_bytes(8, "little")
+            + b'{"m.lora_A":{"dtype":"F32","shape":[2,4],"data_offsets":[0,9999]}}'.ljust(67)
+        ),
+        "no adapter": file({"m.weight": a}),
+        "A alone": file({"m.lora_A": a}),
+        "B alone": file({"m.lora_B": b}),
+        "not a pair": file({"m.lora_A": a, "m.lora_B": torch.ones(4, 3)}),
+        "one dimension": file({"m.lora_A": torch.ones(4), "m.lora_B": torch.ones(4)}),
+        "no rank": file({"m.lora_A": torch.ones(0, 4), "m.lora_B": torch.ones(4, 0)}),
+        "integers": file({"m.lora_A": a.int(), "m.lora_B": b.int()}),
+        "dora": file(good | {"m.lora_magnitude_vector": torch.ones(4)}),
+        "peft without config": file({"base_model.model.m.lora_A.weight": a}),
+        "metadata no json": file(good, {"fastlora": "{"}),
+        "metadata too deep": file(good, deep),
+        "metadata a list": file(good, {"fastlora": "[]"}),
+        "rank differs": described({"m": fine | {"rank": 3}}),
+        "rank a string": described({"m": fine | {"rank": "2"}}),
+        "alpha a string": described({"m": fine | {"alpha": "x"}}),
+        "alpha too large": described({"m": fine | {"alpha": 10**400}}),
+        "alpha infinite": described({"m": fine | {"alpha": float("inf")}}),
+        "alpha missing": described({"m": {"rank": 2}}),
+        "rslora a number": described({"m": fine | {"use_rslora": 1}}),
+        "another layer described": described({"m\x1b[2J\ud800": fine}),
+        "no layers": described({"n": fine, "m": fine}),
+    }
+
+
+@pytest.mark.parametrize("name", hostile())
+def test_bad_adapters_give_one_line_and_nothing_else(folder, capsys, name):
+    hostile()[name]("bad.safetensors")
+    before = listing()
+    for arguments in (
+        ("inspect", "bad.safetensors"),
+        ("merge", "base.safetensors", "bad.safetensors", "out.safetensors"),
+        ("convert", "bad.safetensors", "out", "--to", "peft"),
+        ("diff", "adapter.safetensors", "bad.safetensors"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert err.startswith("fastlora: error: ") and err.count("\n") == 1
+        assert err.strip().isprintable()
+        assert listing() == before
+
+
+def test_a_base_that_is_damaged_or_missing(folder, capsys):
+    Path("bad.safetensors").write_bytes(Path("base.safetensors").read_bytes()[:-1])
+    for base in ("bad.safetensors", "none.safetensors", "none.index.json", "peft"):
+        code, out, err = run(capsys, "merge", base, "adapter.safetensors", "out.safetensors")
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert not Path("out.safetensors").exists()
+
+
+def test_pickles_are_not_read(folder, capsys):
+    for name in ("evil.pt", "evil.bin"):
+        Path(name).write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+        code, _, err = run(capsys, "inspect", name)
+        assert code == 2 and "pickles (.pt, .bin) are not read" in err
+    Path("evil.safetensors").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    assert run(capsys, "inspect", "evil.safetensors")[0] == 2 and not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda: Path("peft/adapter_model.safetensors").unlink(), "only safetensors are read"),
+        (lambda: Path("peft/adapter_config.json").write_text("{"), "not a readable JSON file"),
+        (lambda: edit_config(r=3), "has rank 4 in the weights, 3 in the config"),
+        (lambda: edit_config(lora_alpha=10**400), "alpha: expected a finite number"),
+        (
+            lambda: edit_config(use_dora=True),
+            "use_dora=True: only fastlora.from_pretrained reads DoRA",
+        ),
+        (
+            lambda: save_file({"x": torch.ones(1)}, "peft/adapter_model.safetensors"),
+            "keys that start",
+        ),
+    ],
+)
+def test_bad_folders(folder, capsys, change, said):
+    change()
+    code, _, err = run(capsys, "inspect", "peft")
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def edit_config(**fields):
+    file = Path("peft/adapter_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(folder, capsys):
+    state = {"m\x1b[2J.lora_A": torch.ones(2, 4), "m\x1b[2J.lora_B": torch.ones(4, 2)}
+    save_file(state | {"head\x07": torch.ones(1)}, "evil.safetensors")
+    code, out, _ = run(capsys, "inspect", "evil.safetensors")
+    assert code == 0 and "m?[2J" in out and "\x1b" not in out and "\x07" not in out
+
+
+# the command itself
+
+
+def test_wrong_arguments_give_one_line(capsys):
+    for arguments in ([], ["merge"], ["inspect", "a", "b"], ["convert", "a", "b", "--to", "x"]):
+        code, out, err = run(capsys, *arguments)
+        assert code == 2 and out == "" and err.count("\n") == 1 and "--help" in err
+
+
+def test_help_has_an_example_of_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("inspect", "merge", "convert", "diff"):
+        assert f"  fastlora {command} " in out
+        code, own, _ = run(capsys, command, "--help")
+        assert code == 0 and f"  fastlora {command} " in own
+
+
+def test_it_runs_as_a_module_and_is_an_entry_point(folder):
+    root = Path(fastlora.__file__).resolve().parent.parent
+    lines = (root / "pyproject.toml").read_text().splitlines()
+    assert 'fastlora = "fastlora.cli:main"' in lines
+    command = [sys.executable, "-W", "error", "-m", "fastlora", "inspect", "adapter.safetensors"]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "4 layers" in done.stdout
+    done = subprocess.run([*command[:-1], "none"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr == "fastlora: error: no such file or folder: none\n"
+
+
+def test_a_terminal_without_unicode(folder):
+    names = {"größe.lora_A": torch.ones(1, 2), "größe.lora_B": torch.ones(2, 1)}
+    save_file(names, "names.safetensors")
+    root = Path(fastlora.__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", "inspect", "names.safetensors"],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(root), "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0 and rb"gr\xf6\xdfe" in done.stdout
+
+
+def test_the_functions_behind_it(folder):
+    adapter = read_adapter(Path("adapter.safetensors"))
+    convert(adapter, Path("p"), "peft", force=False, alpha=None)
+    assert read_adapter(Path("p")).layers.keys() == adapter.layers.keys()
+    merged = merge_files(Path("base.safetensors"), adapter, Path("o.safetensors"), force=False)
+    assert [layer.path for layer in merged] == list(adapter.layers)
+    with pytest.raises(fastlora.ConfigError, match="alpha: expected a finite number"):
+        read_adapter(Path("loralib.safetensors"), float("nan"))

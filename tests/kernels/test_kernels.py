@@ -1,0 +1,401 @@
+"""The Triton kernels against float64, over the table of cases, and the mask bit for bit.
+
+Without a GPU Triton's interpreter runs them, on the tiles of an architecture with tensor descriptors (sm_90) and of one
+without (sm_80); it multiplies bfloat16 wrongly, so that dtype is left to a device.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastlora import lora_linear
+from fastlora.kernels.backward import dy_pass, x_pass
+from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, fused_rank, tiles
+from fastlora.kernels.forward import decode, down_project
+from fastlora.kernels.gemm import rank_gemm, rank_update_
+from fastlora.kernels.reduce import sum_partials
+from fastlora.kernels.tiles import keep_bits
+from fastlora.ops import dispatch, reference, triton_ops
+from fastlora.ops.dispatch import TRITON_PLANS
+from tests.support.cases import CASES, Case, Tensors, make
+from tests.support.tolerance import assert_close
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+SEED = torch.tensor(-1234567890123)
+SHAPES = [case for case in CASES if case.m > 0]
+# Several tiles in every direction, several splits of every sum, and sizes that tensor descriptors take.
+LARGE = [
+    Case((520,), 1040, 528, 20, p=0.2),
+    Case((200,), 96, 160, 4, bias=False),
+    Case((130,), 1024, 136, 200, p=0.1),
+]
+
+
+@pytest.fixture(params=[80, 90] if not GPU else [None])
+def arch(request, monkeypatch):
+    """The table row whose tiles are used; on a GPU its own."""
+    if request.param is not None:
+        row = ARCHITECTURES[request.param]
+        dispatch._plan.cache_clear()
+        monkeypatch.setattr(dispatch, "device_architecture", lambda device: row)
+        yield row
+        dispatch._plan.cache_clear()
+    else:
+        yield dispatch.device_architecture(torch.device("cuda"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Fresh memory holds NaN, so that a kernel that reads what it did not write is caught."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+
+def _run(function, t: Tensors, case: Case, seed=SEED) -> list[torch.Tensor]:
+    """y, dx, dA, dB as if x were one batch of rows."""
+    x, dy = t.x.reshape(-1, case.k).contiguous(), t.dy.reshape(-1, case.n).contiguous()
+    if case.strided:  # rows that are not contiguous
+        x, dy = x.T.contiguous().T, dy.T.contiguous().T
+    return function(x, dy, t, seed if case.p else None)
+
+
+def _by_plan(plan, case):
+    def run(x, dy, t, seed):
+        low_rank = (
+            t.lora_a.float(),
+            t.lora_b.float(),
+        )  # adapters of another dtype, cast inside the kernels
+        y, s = triton_ops._forward(
+            x, t.weight, t.bias, *low_rank, t.scaling, case.p, seed, plan=plan
+        )
+        gradients = triton_ops._backward(
+            dy, x, t.weight, *low_rank, s, t.scaling, case.p, seed, True, True, True, plan=plan
+        )
+        return [y, *gradients]
+
+    return run
+
+
+def _by_reference(case):
+    def run(x, dy, t, seed):
+        y, s = reference.forward(x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, case.p, seed)
+        gradients = reference.backward(
+            dy, x, t.weight, t.lora_a, t.lora_b, s, t.scaling, case.p, seed
+        )
+        return [y, *gradients]
+
+    return run
+
+
+def _runs(plan: str, case: Case, dtype: torch.dtype) -> bool:
+    if plan not in ("fused", "decode"):
+        return True
+    fits = case.p == 0 if plan == "fused" else case.m <= 64
+    return fits and case.rank <= fused_rank(dtype.itemsize, "ieee")
+
+
+def _on_device(t: Tensors) -> Tensors:
+    return Tensors(
+        *(
+            None if v is None else v.to(DEVICE)
+            for v in (t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.dy)
+        ),
+        t.scaling,
+    )
+
+
+def _check(plan: str, case: Case, dtype: torch.dtype) -> None:
+    t = _on_device(make(case))
+    got = _run(_by_plan(plan, case), t.to(dtype), case)
+    same = _run(_by_reference(case), t.to(dtype), case)
+    exact = _run(_by_reference(case), t.to(torch.float64), case)
+    for name, g, s, e in zip(("y", "dx", "dA", "dB"), got, same, exact, strict=True):
+        # Adapter gradients come in the adapters' float32: more exact than the product's dtype needs them.
+        assert_close(g.to(dtype), s, e, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("plan", TRITON_PLANS)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_every_plan_matches_the_reference(case, plan, dtype, arch):
+    if _runs(plan, case, dtype):
+        _check(plan, case, dtype)
+
+
+@pytest.mark.parametrize("plan", TRITON_PLANS)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_many_tiles_and_splits_match_the_reference(case, plan, arch):
+    if _runs(plan, case, torch.float16):
+        _check(plan, case, torch.float16)
+
+
+def test_the_large_cases_use_what_they_are_there_for():
+    problem = Problem(520, 528, 1040, 20, 2, True)
+    ours = tiles(ARCHITECTURES[90], problem)
+    assert ours.split.descriptor and ours.split.subtiles > 1 and ours.dx.descriptor
+    assert min(ours.down.splits, ours.x.splits, ours.dy.splits) > 1
+    assert problem.n > ours.dy.block_n and problem.m > ours.split.block_m
+    assert DY_RANK < 200, "the last case must take the products of cuBLAS for dS and dB"
+    wide = tiles(ARCHITECTURES[90], Problem(130, 136, 1024, 200, 2, True))
+    assert wide.split.block_r < 200, "the rank term must need more than one block of ranks"
+    assert not tiles(ARCHITECTURES[80], problem).split.descriptor
+
+
+@pytest.mark.parametrize("plan", ["split", "fused"])
+@pytest.mark.parametrize("descriptor", [True, False])
+def test_a_persistent_program_makes_several_tiles(plan, descriptor):
+    """One program for all tiles: the loop over tiles, the order of tiles, and the last tiles being partial."""
+    m, k, n, r = 600, 64, 328, 8
+    t = _on_device(make(Case((m,), k, n, r)))
+    half = t.to(torch.float16)
+    ours = tiles(ARCHITECTURES[90], Problem(m, n, k, r, 2, False, aligned=descriptor))
+    config = getattr(ours, plan)
+    config = replace(config, programs=1, group_m=2)
+    assert -(-m // config.block_m) > 2 * config.group_m, (
+        "the last group of tile rows must be a partial one"
+    )
+    s = (half.x.float() @ half.lora_a.float().T).half()
+    arguments = {"lora_a": half.lora_a} if plan == "fused" else {}
+    low = torch.empty_like(s) if plan == "fused" else s
+    y = rank_gemm(half.x, half.weight, half.bias, low, half.lora_b, config, **arguments)
+    wide = t.to(torch.float64)
+    exact = wide.x @ wide.weight.T + wide.bias + wide.x @ wide.lora_a.T @ wide.lora_b.T
+    plain = half.x @ half.weight.T + half.bias + s @ half.lora_b.T
+    assert_close(y, plain, exact)
+    if plan == "fused":
+        assert_close(low, s, wide.x @ wide.lora_a.T)
+
+
+def _ones(*shape):
+    return torch.ones(*shape, device=DEVICE)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_every_place_that_drops_out_uses_the_references_bits(p):
+    """With operands of ones and unit matrices the products are the mask itself."""
+    m, k = 70, 64
+    row = ARCHITECTURES[90]
+    seed, threshold = SEED.to(DEVICE), reference.dropout_threshold(p)
+    keep = reference.keep_mask(SEED, p, m, k).float().to(DEVICE)
+    mask = {"seed": seed, "threshold": threshold}
+    ours = tiles(row, Problem(m, k, k, k, 4, True))
+    assert torch.equal(
+        down_project(_ones(m, k), torch.eye(k, device=DEVICE), ours.down, **mask), keep
+    )
+    zero = torch.zeros(k, k, device=DEVICE)
+    few, unit = keep[:33].half(), torch.eye(k, dtype=torch.float16, device=DEVICE)
+    small = tiles(row, Problem(33, k, k, k, 2, True)).decode
+    y, s = decode(_ones(33, k).half(), zero.half(), None, unit, unit, small, **mask)
+    assert torch.equal(s, few) and torch.equal(y, few)
+    rows = tiles(row, Problem(m, k, k, m, 4, True))
+    da, packed = x_pass(_ones(m, k), torch.eye(m, device=DEVICE), torch.float32, rows.x, **mask)
+    assert torch.equal(da, keep)
+    assert torch.equal(_unpack(packed, k).float(), keep)
+    low, up = _ones(m, 1), _ones(k, 1)
+    half = tiles(row, Problem(m, k, k, k, 2, True))
+    assert half.dx.descriptor
+    for source in (mask, {"packed": packed}):
+        base = torch.zeros(m, k, device=DEVICE)
+        assert torch.equal(rank_update_(base, low, up, ours.update, **source), keep)
+        dx = rank_gemm(torch.zeros(m, k, device=DEVICE), zero, None, low, up, ours.dx, **source)
+        assert torch.equal(dx, keep)
+        blank = torch.zeros(m, k, dtype=torch.float16, device=DEVICE)
+        dx = rank_gemm(blank, zero.half(), None, low.half(), up, half.dx, **source)
+        assert torch.equal(dx.float(), keep)
+
+
+@triton.jit
+def _write_bits(
+    out_ptr,
+    seed_ptr,
+    threshold,
+    first_row,
+    first_group,
+    BLOCK_M: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    o_row, o_group = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_G)
+    bits = keep_bits(tl.load(seed_ptr), threshold, first_row + o_row, first_group + o_group)
+    tl.store(out_ptr + o_row[:, None] * BLOCK_G + o_group[None, :], bits)
+
+
+def _unpack(bits, columns):
+    return (
+        ((bits[:, :, None] >> torch.arange(8, device=bits.device)) & 1)
+        .reshape(len(bits), columns)
+        .bool()
+    )
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("seed", [0, -1, 2**62 + 99, -(2**63)])
+def test_the_mask_is_the_references_bit_for_bit(seed, p):
+    rows, groups, first_row, first_group = 16, 4, 37, 3
+    out = torch.empty(rows, groups, dtype=torch.int32, device=DEVICE)
+    threshold = reference.dropout_threshold(p)
+    key = torch.tensor(seed, device=DEVICE)
+    _write_bits[(1,)](out, key, threshold, first_row, first_group, rows, groups)
+    whole = reference.keep_mask(seed, p, rows, 8 * (first_group + groups), first_row)
+    assert torch.equal(_unpack(out.cpu(), 8 * groups), whole[:, 8 * first_group :])
+
+
+def test_a_dropped_element_is_zero_even_if_it_was_infinite():
+    seed, p = SEED.to(DEVICE), 0.5
+    config = tiles(ARCHITECTURES[90], Problem(32, 16, 16, 16, 4, True)).down
+    assert config.block_m == 32, (
+        "a full tile: a row past the end repeats row 0 under another mask, and is not stored"
+    )
+    keep = reference.keep_mask(SEED, p, 32, 16).to(DEVICE)
+    x = torch.where(keep, 1.0, float("inf"))
+    threshold = reference.dropout_threshold(p)
+    s = down_project(x, torch.eye(16, device=DEVICE), config, seed=seed, threshold=threshold)
+    assert torch.equal(s, keep.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("splits", [1, 5, 32, 70])
+def test_partial_sums_are_sums(splits, dtype):
+    part = torch.randn(splits, 37, 70, device=DEVICE)
+    got = sum_partials(part, dtype)
+    assert_close(got, part.sum(0).to(dtype), part.double().sum(0))
+    assert torch.equal(got, sum_partials(part, dtype))
+
+
+@pytest.mark.parametrize("plan", TRITON_PLANS)
+def test_every_operand_may_be_strided(plan, arch):
+    """Weight and adapters by columns, a bias with gaps, an x whose rows lie apart: views as models make them."""
+    case = Case((40,), 48, 32, 8)
+    t = _on_device(make(case))
+    straight = _run(_by_plan(plan, case), t, case)
+    t.weight, t.lora_a, t.lora_b = (v.T.contiguous().T for v in (t.weight, t.lora_a, t.lora_b))
+    t.bias = torch.stack([t.bias, -t.bias], 1)[:, 0]
+    wide = torch.cat([t.x, t.x], 1)
+
+    def run(x, dy, t, seed):
+        return _by_plan(plan, case)(wide[:, : case.k], dy, t, seed)
+
+    exact = _run(_by_reference(case), t.to(torch.float64), case)
+    for g, s, e in zip(_run(run, t, case), straight, exact, strict=True):
+        assert_close(g, s, e)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("rank", [16, 17, 32, 33, 64])
+def test_float32_is_right_at_every_rank_under_the_plan_that_is_chosen(
+    rank, precision, arch, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "float32_precision", lambda: precision)
+    case = Case((40,), 16, 16, rank)
+    _check(None, case, torch.float32)
+
+
+def test_kernels_refuse_ranks_that_their_tiles_do_not_hold():
+    config = tiles(ARCHITECTURES[90], Problem(16, 16, 16, 32, 4, False)).fused
+    x, low = torch.zeros(16, 16, device=DEVICE), torch.zeros(16, 32, device=DEVICE)
+    with pytest.raises(ValueError, match="lora_a: expected at most 16 ranks, got 32"):
+        rank_gemm(x, x, None, low, low, config, lora_a=low.T.contiguous())
+    ours = tiles(ARCHITECTURES[90], Problem(16, 16, 16, 64, 4, False))
+    wide = torch.zeros(16, 64, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=r"expected at most \(16, 16\) rows and ranks, got \(16, 64\)"
+    ):
+        decode(x, x, None, wide.T.contiguous(), wide, ours.decode)
+    with pytest.raises(ValueError, match="s: expected at most 32 ranks, got 64"):
+        dy_pass(x, wide, wide, ours.dy, scale=1.0)
+
+
+def test_two_runs_give_the_same_bits(arch):
+    case = Case((260,), 1040, 528, 4, p=0.2)
+    t = _on_device(make(case)).to(torch.float16)
+    first, second = (_run(_by_plan("split", case), t, case) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
+def test_only_what_is_needed_is_computed(needs, arch, monkeypatch):
+    case = SHAPES[1]
+    t = _on_device(make(case))
+    launched = []
+    for name in ("dy_pass", "x_pass", "rank_gemm", "rank_update_"):
+        function = getattr(triton_ops, name)
+
+        def spy(*args, _name=name, _function=function, **named):
+            launched.append((_name, named))
+            return _function(*args, **named)
+
+        monkeypatch.setattr(triton_ops, name, spy)
+    low_rank = (t.lora_a, t.lora_b)
+    _, s = triton_ops._forward(t.x, t.weight, t.bias, *low_rank, 1.0, case.p, SEED)
+    launched.clear()
+    everything = triton_ops._backward(
+        t.dy, t.x, t.weight, *low_rank, s, 1.0, case.p, SEED, True, True, True, "split"
+    )
+    launched.clear()
+    some = triton_ops._backward(
+        t.dy, t.x, t.weight, *low_rank, s, 1.0, case.p, SEED, *needs, "split"
+    )
+    assert len(some) == sum(needs)
+    for one, other in zip(
+        some, [g for g, n in zip(everything, needs, strict=True) if n], strict=True
+    ):
+        assert torch.equal(one, other)
+    names = [name for name, _ in launched]
+    assert ("rank_gemm" in names) == needs[0] and ("x_pass" in names) == needs[1]
+    (of_dy,) = [named for name, named in launched if name == "dy_pass"]
+    assert of_dy["needs_db"] == needs[2] and of_dy["needs_ds"] == (needs[0] or needs[1])
+
+
+def test_an_expanded_dy_is_read_where_it_lies(arch):
+    case = Case((40,), 48, 32, 8)
+    t = _on_device(make(case))
+    dy = t.dy[:1].expand(40, 32)
+    s = t.x @ t.lora_a.T
+
+    def run(dy, low_rank=(t.lora_a, t.lora_b)):
+        return triton_ops._backward(
+            dy, t.x, t.weight, *low_rank, s, 1.0, 0.0, None, True, True, True, "split"
+        )
+
+    wide = t.to(torch.float64)
+    factors = (wide.lora_a, wide.lora_b, s.double(), 1.0)
+    exact = reference.backward(dy.double(), wide.x, wide.weight, *factors)
+    for one, other, e in zip(run(dy), run(dy.contiguous()), exact, strict=True):
+        assert_close(one, other, e)
+
+
+def test_dy_pass_leaves_out_what_is_not_needed():
+    config = tiles(ARCHITECTURES[90], Problem(20, 24, 16, 4, 4, False)).dy
+    dy, b, s = torch.randn(20, 24), torch.randn(24, 4), torch.randn(20, 4)
+    dy, b, s = dy.to(DEVICE), b.to(DEVICE), s.to(DEVICE)
+    assert dy_pass(dy, b, s, config, scale=1.0, needs_ds=False)[0] is None
+    assert dy_pass(dy, b, s, config, scale=1.0, needs_db=False)[1] is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lora_linear_through_autograd_matches_the_reference(case, dtype, arch):
+    t = _on_device(make(case))
+
+    def run(t, backend):
+        x, a, b = (v.detach().requires_grad_() for v in (t.x, t.lora_a, t.lora_b))
+        y = lora_linear(x, t.weight, t.bias, a, b, t.scaling, case.p, SEED, backend=backend)
+        return [y, *torch.autograd.grad(y, (x, a, b), t.dy)]
+
+    # An empty tensor launches nothing, so forcing Triton on it is refused.
+    got = run(t.to(dtype), "triton" if case.m else "auto")
+    same, exact = run(t.to(dtype), "torch"), run(t.to(torch.float64), "torch")
+    for name, g, s, e in zip(("y", "dx", "dA", "dB"), got, same, exact, strict=True):
+        assert_close(g, s, e, name)

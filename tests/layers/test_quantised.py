@@ -1,0 +1,196 @@
+"""Bases that bitsandbytes or torchao hold in few bits: their own product runs, the adapter's is added to it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora import (
+    LoRAConfig,
+    LoRALinear,
+    MergeError,
+    check,
+    disable_adapter,
+    estimate,
+    explain,
+    freeze_base_params,
+    get_lora_params,
+    inject_lora,
+    load_adapter,
+    merge_lora_weights,
+    save_adapter,
+)
+from tests.support.models import randomise_adapters
+from tests.support.tolerance import assert_close, assert_differs
+
+pytestmark = [
+    # bitsandbytes multiplies 8 bits in float16; both packages look for libraries that a CPU does not need.
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torchao"),
+]
+
+
+def nf4(linear):
+    nn4 = pytest.importorskip("bitsandbytes").nn
+    made = nn4.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32)
+    made.weight = nn4.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    made.bias = linear.bias
+    return made.to("cpu")
+
+
+def int8(linear):
+    nn8 = pytest.importorskip("bitsandbytes").nn
+    made = nn8.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+    made.weight = nn8.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.bias = linear.bias
+    return made.to("cpu")
+
+
+def torchao_int8(linear):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization = pytest.importorskip("torchao.quantization")
+        model = nn.Sequential(linear)
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model[0]
+
+
+BASES = {"nf4": nf4, "int8": int8, "torchao": torchao_int8}
+
+
+@pytest.fixture(params=BASES)
+def base(request):
+    torch.manual_seed(0)
+    return BASES[request.param](nn.Linear(64, 96))
+
+
+X = torch.linspace(-1, 1, 192).view(3, 64)
+
+
+def test_the_wrapped_product_runs_and_the_update_is_added(base):
+    before = base(X).detach()
+    layer = LoRALinear(base, rank=4, alpha=6.0)
+    assert layer.lora_A.dtype == torch.float32
+    assert layer.lora_A.shape == (4, 64) and layer.lora_B.shape == (96, 4)
+    assert torch.equal(layer(X), before)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    choice = explain(layer, X)
+    assert (choice.backend, choice.plan) == ("torch", "around")
+    package = "torchao" if type(base) is nn.Linear else "bitsandbytes"
+    assert choice.reason == f"the weight is quantised by {package}, whose product runs"
+    x, x64 = X.clone().requires_grad_(), X.double().requires_grad_()
+    a, b = layer.lora_A.detach().requires_grad_(), layer.lora_B.detach().requires_grad_()
+    a64, b64 = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
+    same = before + 1.5 * (x @ a.T) @ b.T
+    wide = before.double() + 1.5 * (x64 @ a64.T) @ b64.T
+    y = layer(X)
+    assert_close(y, same, wide)
+    y.sin().sum().backward()
+    wants = torch.autograd.grad(wide.sin().sum(), [a64, b64])
+    sames = torch.autograd.grad(same.sin().sum(), [a, b])
+    for parameter, s, want in zip((layer.lora_A, layer.lora_B), sames, wants, strict=True):
+        assert_close(parameter.grad, s, want)
+    layer(x).sum().backward()
+    assert_differs(x.grad, torch.zeros_like(x))
+    layer.disabled = True
+    assert torch.equal(layer(X), before)
+
+
+def test_dropout_keeps_the_input_once(base):
+    layer = LoRALinear(base, rank=4, dropout=0.5)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    own = {p.untyped_storage().data_ptr() for p in (layer.lora_A, layer.lora_B)}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        layer(X.clone().requires_grad_())
+    sizes = [shape for place, shape in kept.items() if place not in own]
+    assert sizes.count((3, 64)) <= 1 and (3, 4) in sizes and () in sizes
+
+
+def test_a_model_on_a_quantised_base_goes_through_the_api(base, tmp_path):
+    model = nn.Sequential(base, nn.ReLU(), nn.Linear(96, 5))
+    planned = estimate(copy.deepcopy(model), 3, LoRAConfig("all-linear"))
+    assert inject_lora(model, "all-linear") == 2
+    freeze_base_params(model)
+    assert estimate(model, 3).saved_bytes == planned.saved_bytes
+    assert check(model, X).ok
+    with torch.no_grad():
+        y = model(X)
+    with pytest.raises(MergeError, match="0: the weight is quantised by .* round the update away"):
+        merge_lora_weights(model)
+    optimizer = torch.optim.SGD(get_lora_params(model), 0.05)
+    losses = []
+    for _ in range(5):
+        loss = model(X).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    with disable_adapter(model), torch.no_grad():
+        assert torch.equal(model(X), y)
+    randomise_adapters(model)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        y = model(X)
+        for parameter in get_lora_params(twin):
+            parameter.zero_()
+        load_adapter(twin, tmp_path / "adapter.safetensors")
+        assert torch.equal(twin(X), y)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_variants_read_the_dequantised_weight(base, settings):
+    with torch.no_grad():
+        y = base(X)
+        identity = base(torch.eye(64)) - base.bias
+    model = nn.Sequential(base)
+    inject_lora(model, LoRAConfig(["0"], rank=4, **settings))
+    layer = model[0]
+    # 8 bits are multiplied in float16, whose rounding is not that of the weight.
+    unit = 2**-10 if "8bit" in type(base).__name__ else 2**-20
+    assert (layer.wrapped_weight().T - identity).abs().max() <= unit * identity.abs().max() * 4
+    assert (layer(X) - y).abs().max() <= 4 * 2**-20 * y.abs().max()
+    with torch.no_grad():
+        layer.lora_B.add_(0.1)
+        delta = layer.weight.float() - layer.wrapped_weight().float()
+    assert (delta - layer.delta(torch.float32)).abs().max() < 1e-5
+    assert delta.abs().max() > 1e-2
+
+
+def test_an_unknown_quantisation_is_refused():
+    from fastlora import InjectionError
+
+    linear = nn.Linear(4, 4)
+    linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(InjectionError, match="torch.int8 weight of a quantisation that is not"):
+        LoRALinear(linear)
+
+
+class Tokens:
+    def __init__(self, feats):
+        self.feats = feats
+
+    def replace(self, feats):
+        return Tokens(feats)
+
+
+def test_token_objects_go_through_a_quantised_base(base):
+    layer = LoRALinear(base, rank=4)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = X.clone().requires_grad_()
+    assert torch.equal(layer(Tokens(x)).feats, layer(x))
+    layer(Tokens(x)).feats.sum().backward()
+    assert layer.lora_B.grad is not None
+    layer.disabled = True
+    assert torch.equal(layer(Tokens(X)).feats, base(X))

@@ -1,0 +1,236 @@
+"""The preprocessing command: what it prepares, what it refuses, and how."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import trimesh
+
+from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.phantom import write_phantom_dataset
+from fastlora.medical.data.prepared import SliceConfig
+from fastlora.medical.data.preprocess import Plan, preprocess
+from fastlora.medical.data.slices import TS_SAM3D_Dataset, select_structures
+from fastlora.medical.data.volumes import load_volume, save_volume
+from tests.support.paths import ROOT
+
+SCRIPT = ROOT / "scripts" / "preprocess_medical.py"
+
+
+def load_main():
+    namespace: dict = {"__name__": "preprocess_medical"}
+    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec"), namespace)
+    return namespace["main"]
+
+
+main = load_main()
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantom") / "data"
+    write_phantom_dataset(root, subjects=2, seed=0)
+    return root
+
+
+@pytest.fixture
+def broken(phantom, tmp_path):
+    """A copy to spoil, and the path of one of its masks."""
+    root = tmp_path / "data"
+    shutil.copytree(phantom, root)
+    return root, root / "phantom_001" / "segmentations" / "tube.nii.gz"
+
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_it_fills_the_cache_that_the_data_set_reads(phantom, tmp_path, capsys, monkeypatch):
+    cache = tmp_path / "cache"
+    code, out, err = run(
+        capsys, "--data_root", phantom, "--cache_dir", cache, "--classes", "blob", "tube",
+        "--axes", "axial", "--spacing", 2.0, "--preprocess_crop_size", 20, "--extract_mesh",
+    )  # fmt: skip
+    assert code == 0 and not err
+    assert "4 structures of 2 subjects ready, 0 skipped" in out
+    assert out.splitlines()[0] == f"{phantom}: layout TotalSegmentator (2 cases)"
+    assert out.splitlines()[1].endswith("axial") and "2.00×2.00×2.00" in out
+    monkeypatch.setattr(
+        "fastlora.medical.data.prepared.prepare", lambda *a: pytest.fail("not cached")
+    )
+    data = TS_SAM3D_Dataset(
+        find_cases(phantom),
+        classes=["blob", "tube"],
+        axes=["axial"],
+        config=SliceConfig(spacing=2.0, crop_size=20),
+        cache_dir=cache,
+    )
+    counts = [int(line.split()[-1]) for line in out.splitlines()[2:6]]
+    assert sum(counts) == len(data)
+    meshes = sorted((cache / "meshes").iterdir())
+    assert [p.name for p in meshes] == [
+        f"phantom_00{n}-{s}.ply" for n in (0, 1) for s in ("blob", "tube")
+    ]
+    assert trimesh.load(meshes[0]).volume == pytest.approx(
+        float(out.splitlines()[2].split()[4]) * 1000, rel=0.05
+    )
+
+
+def test_workers_give_the_same_table(phantom, tmp_path, capsys):
+    one = run(capsys, "--data_root", phantom, "--cache_dir", tmp_path / "c")
+    two = run(capsys, "--data_root", phantom, "--cache_dir", tmp_path / "c", "--num_workers", 2)
+    assert one == two and one[0] == 0
+
+
+def test_without_a_source_it_builds_the_bundled_cases(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "--classes", "disc")
+    assert code == 0 and "2 structures of 1 subjects ready" in out
+    assert len(list((tmp_path / "data" / "cache").glob("spine_mr-disc_10*.npz"))) == 4
+    code, out, _ = run(capsys, "--demo", "synthetic", "--classes", "tree")
+    assert code == 0 and "3 structures of 3 subjects ready" in out
+    assert (tmp_path / "data" / "synthetic" / "phantom_002").is_dir()
+
+
+def spoil_missing(root, mask):
+    shutil.rmtree(root)
+
+
+def spoil_no_image(root, mask):
+    (root / "phantom_001" / "ct.nii.gz").unlink()
+
+
+def spoil_empty(root, mask):
+    volume = load_volume(mask)
+    save_volume(mask, np.zeros(volume.shape, dtype=np.uint8), volume.affine)
+
+
+def spoil_shape(root, mask):
+    volume = load_volume(mask)
+    save_volume(mask, volume.array[1:].astype(np.uint8), volume.affine)
+
+
+def spoil_affine(root, mask):
+    volume = load_volume(mask)
+    save_volume(mask, volume.array.astype(np.uint8), volume.affine @ np.diag([1, 1, 1.1, 1]))
+
+
+def spoil_nan(root, mask):
+    path = root / "phantom_001" / "ct.nii.gz"
+    volume = load_volume(path)
+    volume.array[3, 3, 3] = np.nan
+    save_volume(path, volume.array, volume.affine)
+
+
+def spoil_file(root, mask):
+    mask.write_bytes(mask.read_bytes()[:200])
+
+
+SPOILS = {
+    spoil_missing: "data: expected a folder of cases, got nothing at that path",
+    spoil_no_image: "phantom_001: expected one of ct.nii.gz, mri.nii.gz, got none",
+    spoil_empty: "tube.nii.gz: expected at least one voxel, got an empty mask",
+    spoil_shape: "tube.nii.gz: expected the shape of ct.nii.gz",
+    spoil_affine: "tube.nii.gz: expected the affine of ct.nii.gz",
+    spoil_nan: "ct.nii.gz: expected finite values, got NaN or infinity in 1 of",
+    spoil_file: "tube.nii.gz: expected a readable NIfTI file",
+}
+CASES = [(spoil, message, 0) for spoil, message in SPOILS.items()]
+CASES += [(spoil_shape, SPOILS[spoil_shape], 1), (spoil_nan, SPOILS[spoil_nan], 1)]
+
+
+@pytest.mark.parametrize(("spoil", "message", "workers"), CASES)
+def test_bad_input_is_one_line_and_exit_code_2(broken, tmp_path, capsys, spoil, message, workers):
+    root, mask = broken
+    spoil(root, mask)
+    cache = tmp_path / "cache"
+    code, _, err = run(
+        capsys, "--data_root", root, "--cache_dir", cache, "--num_workers", workers,
+        "--classes", "tube",
+    )  # fmt: skip
+    assert code == 2
+    assert err.startswith("error: ") and message in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    # What is there is whole.
+    for entry in cache.glob("*"):
+        assert entry.suffix == ".npz" and not entry.name.startswith(".")
+        with np.load(entry) as stored:
+            assert {name: stored[name] for name in stored}
+
+
+@pytest.mark.parametrize("spoil", [s for s in SPOILS if s is not spoil_missing])
+def test_bad_cases_can_be_left_out_and_are_said(broken, tmp_path, capsys, spoil):
+    root, mask = broken
+    spoil(root, mask)
+    code, out, err = run(
+        capsys, "--data_root", root, "--cache_dir", tmp_path / "c", "--skip_invalid",
+        "--classes", "tube", "blob",
+    )  # fmt: skip
+    assert code == 0 and not err
+    lines = [line for line in out.splitlines() if "skipped: " in line]
+    assert lines and all(SPOILS[spoil] in line for line in lines)
+    whole_case = spoil in (spoil_no_image, spoil_nan)
+    assert f"{2 if whole_case else 3} structures of" in out
+
+
+def test_nothing_left_is_an_error(broken, tmp_path, capsys):
+    root, mask = broken
+    spoil_empty(root, mask)
+    shutil.rmtree(root / "phantom_000")
+    code, _, err = run(
+        capsys, "--data_root", root, "--cache_dir", tmp_path, "--classes", "tube", "--skip_invalid"
+    )
+    assert (code, err) == (2, "error: expected a structure that can be used, got none\n")
+
+
+def test_bad_arguments(phantom, tmp_path, capsys):
+    for extra, message in (
+        (["--axes", "up"], "axes: expected some of sagittal"),
+        (["--classes", "liver"], "classes: expected some of blob"),
+        (["--spacing", "-1"], "spacing: expected a positive number"),
+        (["--num_workers", "-1"], "num_workers: expected 0 or more"),
+    ):
+        code, _, err = run(capsys, "--data_root", phantom, "--cache_dir", tmp_path / "c", *extra)
+        assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, "--data_root", phantom, "--cache_dir", tmp_path / "file")
+    assert code == 2 and err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        main(["--data_root", "x", "--demo", "synthetic"])
+    assert stop.value.code == 2
+    capsys.readouterr()
+
+
+def test_the_script_runs_as_a_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--data_root", str(tmp_path / "nix")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.endswith("nix: expected a folder of cases, got nothing at that path\n")
+
+
+def test_preprocess_yields_outcomes_and_raises(broken, tmp_path):
+    root, mask = broken
+    spoil_empty(root, mask)
+    selected = select_structures(find_cases(root), ["tube"])
+    plan = Plan([0, 2], SliceConfig(), tmp_path / "c")
+    with pytest.raises(DataError, match="empty mask"):
+        list(preprocess(selected, plan))
+    with pytest.raises(ConfigError, match="num_workers"):
+        list(preprocess(selected, plan, -1))
+    skipping = Plan([0, 2], SliceConfig(), tmp_path / "c", skip_invalid=True)
+    good, bad = preprocess(selected, skipping)
+    assert good.problem is None and len(good.slices) == 2 and good.volume_ml > 0
+    assert "empty mask" in bad.problem and bad.slices == ()

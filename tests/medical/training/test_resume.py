@@ -1,0 +1,210 @@
+"""A run that is stopped, killed or continued equals the one that was not, and no file is ever half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora.errors import CheckpointError, ConfigError
+from fastlora.files import atomic_write
+from fastlora.medical.training import checkpointing
+from fastlora.medical.training.run_folder import RunFolder
+from fastlora.medical.training.trainer import MedicalTrainer
+from tests.support.paths import ROOT
+from tests.support.tiny_run import TinyRegions, assert_same_run, tiny_model, tiny_trainer
+
+
+@pytest.fixture(scope="module")
+def whole_lora(tmp_path_factory: pytest.TempPathFactory) -> MedicalTrainer:
+    """A finished, uninterrupted run that kept a checkpoint of every epoch."""
+    trainer = tiny_trainer(tmp_path_factory.mktemp("lora") / "run", save_every=1)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole_full(tmp_path_factory: pytest.TempPathFactory) -> MedicalTrainer:
+    trainer = tiny_trainer(tmp_path_factory.mktemp("full") / "run", finetune="full")
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("kind", "epoch"), [("lora", 0), ("lora", 1), ("lora", 2), ("lora", 3), ("full", 2)]
+)
+def test_interrupted_after_any_epoch(
+    kind: str, epoch: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    whole: MedicalTrainer = request.getfixturevalue(f"whole_{kind}")
+    first = tiny_trainer(tmp_path, finetune=kind)
+    step = first._step
+
+    def interrupt(batch: Any) -> float:
+        if first.epoch == epoch:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    first._step = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = tiny_trainer(tmp_path, finetune=kind, resume="auto")
+    assert second.epoch == epoch
+    second.train()
+    assert_same_run(tmp_path, whole.folder.path)
+
+
+def test_one_checkpoint_continues_in_another_folder(
+    whole_lora: MedicalTrainer, tmp_path: Path
+) -> None:
+    """Each epoch's file holds the best state so far, so `best` comes out the same without the old folder."""
+    for epoch in (1, 4):
+        file = shutil.copy(whole_lora.folder.find(f"epoch_{epoch:03d}"), tmp_path / "moved.pt")
+        run = tmp_path / f"from_{epoch}"
+        tiny_trainer(run, resume=str(file)).train()
+        assert_same_run(run, whole_lora.folder.path)
+
+
+@pytest.mark.parametrize(("moment", "kept"), [("training", 2), ("saving", 2), ("between", 3)])
+def test_killed(moment: str, kept: int, whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+    """SIGKILL in the 3rd epoch loses at most that epoch, and leaves only files that can be read."""
+    run = tmp_path / "run"
+    root = ROOT
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.tiny_run", str(run), moment],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list(run.rglob(".*.tmp"))) == (moment == "saving")  # it did die while writing
+    for file in run.rglob("*.pt"):
+        checkpointing.read_checkpoint(file)
+    json.loads((run / "history.json").read_text())
+
+    trainer = tiny_trainer(run, resume="auto")
+    assert trainer.epoch == kept
+    trainer.train()
+    assert_same_run(run, whole_lora.folder.path)
+    assert not list(run.rglob(".*.tmp"))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    atomic_write(path, lambda file: file.write(b"old"))
+
+    def fail(file: Any) -> None:
+        file.write(b"ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_more_epochs_stretch_the_schedule(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+    last = whole_lora.folder.find("last")
+    longer = tiny_trainer(tmp_path / "run", epochs=6, resume=str(last))
+    assert (
+        longer.optimizer.param_groups[0]["lr"] == longer.config.peak_lr * longer._lr_factor(8) > 0
+    )
+    history = longer.train()
+    assert [record["epoch"] for record in history] == list(range(7))
+    assert history[:5] == whole_lora.history[:5]
+
+
+def test_a_finished_run_stays_as_it_is(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_lora.folder.path, run)
+    assert tiny_trainer(run, resume="auto").train() == whole_lora.history
+    assert_same_run(run, whole_lora.folder.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_rank": 2}, r"to_qkv.lora_A: expected \(2, 12\), got \(4, 12\)"),
+        ({"finetune": "full"}, "lora_A: unexpected.*input_layer.weight: missing"),
+        ({"lora_alpha": 9.0}, "lora_alpha was 8.0 in this run, got 9.0"),
+        ({"seed": 4}, "seed was 3 in this run, got 4"),
+    ],
+)
+def test_checkpoint_of_another_run(
+    change: dict[str, Any], message: str, whole_lora: MedicalTrainer, tmp_path: Path
+) -> None:
+    trainer = tiny_trainer(tmp_path / "run", **change)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    optimizer, rng = trainer.optimizer.state_dict(), torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=message):
+        trainer.load_checkpoint(whole_lora.folder.find("last"))
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items()
+    )
+    assert trainer.optimizer.state_dict() == optimizer and torch.equal(torch.get_rng_state(), rng)
+    assert trainer.epoch == 0 and trainer.history == [] and not (tmp_path / "run").exists()
+
+
+def test_checkpoint_of_another_model_base_or_data(
+    whole_lora: MedicalTrainer, tmp_path: Path
+) -> None:
+    config, last = tiny_trainer(tmp_path).config, whole_lora.folder.find("last")
+    data = TinyRegions(7, 0), TinyRegions(3, 1)
+    with pytest.raises(CheckpointError, match=r"to_qkv.lora_A: expected \(4, 16\), got \(4, 12\)"):
+        MedicalTrainer(config, tiny_model(channels=16), *data).load_checkpoint(last)
+    with pytest.raises(CheckpointError, match="another base model"):
+        MedicalTrainer(config, tiny_model(seed=2), *data).load_checkpoint(last)
+    with pytest.raises(CheckpointError, match="trained on 7 samples, the data now has 6"):
+        MedicalTrainer(config, tiny_model(), TinyRegions(6, 0), data[1]).load_checkpoint(last)
+
+
+def test_unreadable_checkpoints(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+    data = whole_lora.folder.find("last").read_bytes()
+    (tmp_path / "half.pt").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    content = checkpointing.read_checkpoint(whole_lora.folder.find("last"))
+    del content["rng"]
+    torch.save(content, tmp_path / "lacking.pt")
+    for name, message in {
+        "half.pt": "cannot be read as a checkpoint",
+        "text.pt": "cannot be read as a checkpoint",
+        "other.pt": "not a checkpoint of this trainer",
+        "lacking.pt": "lacks rng",
+        "missing.pt": "no such checkpoint",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+            checkpointing.read_checkpoint(tmp_path / name)
+
+
+def test_two_runs_do_not_mix(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_lora.folder.path, run)
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="run is not empty; continue its run with --resume"):
+        tiny_trainer(run)
+    with pytest.raises(ConfigError, match="is not empty"):
+        tiny_trainer(run, resume=str(whole_lora.folder.path))  # another run's checkpoint
+    with pytest.raises(ConfigError, match="expected a folder, got the file"):
+        tiny_trainer(run / "notes.txt")
+    tiny_trainer(run, epochs=1, overwrite=True).train()
+    assert len(json.loads((run / "history.json").read_text())["epochs"]) == 2
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_where_resume_leads(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+    folder = whole_lora.folder
+    assert folder.resume_from("auto") == folder.resume_from(str(folder.path)) == folder.find("last")
+    assert RunFolder(tmp_path).resume_from("auto") is RunFolder(tmp_path).resume_from(None) is None
+    with pytest.raises(
+        CheckpointError,
+        match="no checkpoint 'epoch_009'; there are: best, epoch_001, epoch_002, epoch_003, epoch_004, last, previous",
+    ):
+        folder.find("epoch_009")

@@ -1,0 +1,279 @@
+"""scripts/train_medical.py as a user meets it: its help, its errors, its run folder, Ctrl-C; and the pipeline's order."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from fastlora.medical.data.phantom import write_phantom_dataset
+from fastlora.medical.models.decoder import save_base_model
+from fastlora.medical.training import checkpointing
+from fastlora.medical.training.config import TrainConfig, read_yaml
+from fastlora.medical.training.finetuned import load_finetuned
+from fastlora.medical.training.trainer import MedicalTrainer
+from tests.support.paths import ROOT
+from tests.support.tiny_run import tiny_model, tiny_trainer
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], int]:
+    spec = importlib.util.spec_from_file_location(
+        "train_medical", ROOT / "scripts" / "train_medical.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Callable[[list[str]], int] = module.main
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with two phantom subjects and a tiny base model."""
+    home = tmp_path_factory.mktemp("home")
+    write_phantom_dataset(home / "volumes", subjects=2, seed=0)
+    save_base_model(tiny_model(), home / "base.safetensors", {})
+    return home
+
+
+@pytest.fixture
+def flags(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run of a second in tmp_path/run."""
+    monkeypatch.chdir(tmp_path)
+    names = {"data_root": home / "volumes", "base_weights": home / "base.safetensors"}
+    values: dict[str, Any] = {
+        **names,
+        "classes": "blob",
+        "split": "file",
+        "epochs": 2,
+        "lr": 0.01,
+        "checkpoint_dir": "run",
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def test_help_groups_every_flag_with_its_default(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in text
+    for group in ("data:", "model:", "optimisation:", "run:"):
+        assert group in text
+    assert "--original_nifti_dir" in text
+    assert (
+        "--batch_size N regions per micro-batch, over all processes (regions; default: 8)" in text
+    )
+
+
+def test_run_resume_and_use(
+    main: Callable[[list[str]], int], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--use_dataset", "--lora_rank", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "lora fine-tuning of" in out and out.count("\nepoch ") == 3 and "best.pt" in out
+    assert len(json.loads(Path("run/history.json").read_text())["epochs"]) == 3
+    assert (
+        main(["--checkpoint_dir", "run", "--resume", "--epochs", "3"]) == 0
+    )  # the rest from the checkpoint
+    assert read_yaml("run/config.yaml")["lora_rank"] == 2
+    assert main(["--resume", "run/checkpoints/last.pt", "--epochs", "4"]) == 0
+    assert len(json.loads(Path("run/history.json").read_text())["epochs"]) == 5
+    load_finetuned("run", merged=True)
+
+
+def test_demo_and_yaml(main: Callable[[list[str]], int], flags: list[str], home: Path) -> None:
+    """The file's values hold unless a flag says otherwise."""
+    Path("config.yaml").write_text(
+        f"demo: synthetic\nfinetune: full\nepochs: 5\nlr: 1e-4\nbase_weights: {home / 'base.safetensors'}\n"
+    )
+    assert main(["--config", "config.yaml", "--epochs", "1", "--checkpoint_dir", "run"]) == 0
+    config = TrainConfig.from_dict(read_yaml("run/config.yaml"))
+    assert (config.finetune, config.epochs, config.lr) == ("full", 1, 1e-4)
+    assert Path("data/synthetic/meta.csv").is_file()
+
+
+def test_interrupt_keeps_the_last_epoch(
+    main: Callable[[list[str]], int],
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    step = MedicalTrainer._step
+
+    def interrupted(self: MedicalTrainer, batch: Any) -> float:
+        if self.epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(MedicalTrainer, "_step", interrupted)
+    assert main(flags) == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")
+    assert checkpointing.read_checkpoint("run/checkpoints/last.pt")["epoch"] == 1
+
+
+def with_volume(change: Callable[[Path], None]) -> Callable[[Path], list[str]]:
+    """Writes a data set, damages it by `change`, and gives the flags to train on it."""
+
+    def prepare(folder: Path) -> list[str]:
+        write_phantom_dataset(folder / "volumes", subjects=2, seed=0)
+        change(folder / "volumes" / "phantom_000")
+        return ["--data_root", str(folder / "volumes")]
+
+    return prepare
+
+
+def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)), image.affine), path)
+
+
+def nan_image(case: Path) -> None:
+    rewrite(
+        case / "ct.nii.gz",
+        lambda data: np.where(data > data.mean(), np.nan, data).astype(np.float32),
+    )
+
+
+def empty_mask(case: Path) -> None:
+    rewrite(case / "segmentations" / "blob.nii.gz", np.zeros_like)
+
+
+def small_mask(case: Path) -> None:
+    rewrite(case / "segmentations" / "blob.nii.gz", lambda data: data[:-1])
+
+
+def other_model(folder: Path) -> list[str]:
+    tiny_trainer(folder / "other", epochs=1).train()
+    return ["--resume", str(folder / "other"), "--lora_rank", "3"]
+
+
+def no_checkpoint(folder: Path) -> list[str]:
+    (folder / "broken.pt").write_bytes(b"PK")
+    return ["--resume", str(folder / "broken.pt")]
+
+
+def unknown_key(folder: Path) -> list[str]:
+    (folder / "config.yaml").write_text("epoch: 3\n")
+    return ["--config", str(folder / "config.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda _: ["--data_root", "nowhere"], "nowhere: expected a folder of cases"),
+        (with_volume(nan_image), "phantom_000/ct.nii.gz: expected finite values, got NaN"),
+        (with_volume(empty_mask), "segmentations/blob.nii.gz: expected at least one voxel"),
+        (with_volume(small_mask), "segmentations/blob.nii.gz: expected the shape of ct.nii.gz"),
+        (other_model, r"to_qkv.lora_A: expected \(3, 12\), got \(4, 12\)"),
+        (no_checkpoint, "broken.pt: cannot be read as a checkpoint"),
+        (unknown_key, "epoch: unknown key; did you mean 'epochs'"),
+        (lambda _: ["--config", "nowhere.yaml"], "config: cannot read nowhere.yaml"),
+        (lambda _: ["--classes", "bolb"], "classes: no case has 'bolb'; did you mean 'blob'"),
+        (lambda _: ["--lora_rank", "0"], "lora_rank: expected >= 1, got 0"),
+        (lambda _: ["--lora_rank", "two"], "argument --lora_rank: invalid int value: 'two'"),
+        (
+            lambda _: ["--lora_rnak", "2"],
+            "unknown argument --lora_rnak; did you mean '--lora_rank'",
+        ),
+        (lambda _: ["--amp", "--device", "cpu"], "amp: expected 'off' on cpu"),
+        (lambda _: ["--base_weights", "no.safetensors"], "base model: no file no.safetensors"),
+    ],
+)
+def test_bad_input(
+    prepare: Callable[[Path], list[str]],
+    message: str,
+    main: Callable[[list[str]], int],
+    flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line, exit code 2, no run folder."""
+    extra = prepare(tmp_path)
+    capsys.readouterr()
+    assert main([*flags, *extra]) == 2
+    out, err = capsys.readouterr()
+    assert all("layout TotalSegmentator" in line for line in out.splitlines())
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(message, err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite(
+    main: Callable[[list[str]], int], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--lr", "1e30", "--clip_norm", "0", "--warmup", "0"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("error: ")
+        and " is not finite" in err
+        and re.search(r"phantom_00[01]/blob", err)
+    )
+    assert checkpointing.read_checkpoint("run/checkpoints/last.pt")["epoch"] == 0
+
+
+# -- the pipeline
+
+
+def pipeline(arguments: list[str], folder: Path, fail_at: str = "") -> tuple[int, list[str], str]:
+    """Runs it with an interpreter that only notes what it is asked; gives exit code, commands and the last line."""
+    python = folder / "python"
+    python.write_text(
+        f'#!/bin/sh\nshift 0\necho "$(basename "$1") $(shift; echo "$*")" >> "{folder}/calls"\n'
+        f'case "$*" in *"{fail_at or "never"}"*) exit 2;; esac\n'
+    )
+    python.chmod(0o755)
+    script = str(ROOT / "scripts" / "run_medical_pipeline.sh")
+    done = subprocess.run(
+        ["bash", script, *arguments],
+        env={**os.environ, "PYTHON": str(python)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    calls = folder / "calls"
+    last = (done.stdout + done.stderr).strip().splitlines()[-1]
+    return done.returncode, calls.read_text().splitlines() if calls.exists() else [], last
+
+
+def test_pipeline_runs_all_steps_in_order(tmp_path: Path) -> None:
+    code, calls, last = pipeline(["--out", "my run", "--seed", "3", "--epochs", "2"], tmp_path)
+    assert code == 0 and last == "report: my run/eval/report.html"
+    assert calls == [
+        "preprocess_medical.py --seed 3 --cache_dir my run/cache",
+        "train_medical.py --epochs 2 --resume auto --seed 3 --cache_dir my run/cache --finetune lora --checkpoint_dir my run/lora",
+        "train_medical.py --epochs 2 --resume auto --seed 3 --cache_dir my run/cache --finetune full --checkpoint_dir my run/full",
+        "eval_medical.py --checkpoint my run/lora --full my run/full --output_dir my run/eval "
+        "--save_predictions --visualize",
+    ]
+
+
+def test_pipeline_passes_flags_where_they_belong(tmp_path: Path) -> None:
+    flags = ["--data_root", "d", "--classes", "a", "b", "--device", "cpu", "--overwrite"]
+    flags += ["--channel", "1", "--skip_invalid"]
+    code, calls, _ = pipeline(flags, tmp_path)
+    assert code == 0
+    assert calls[0].endswith("--data_root d --classes a b --channel 1 --skip_invalid")
+    assert "--data_root d --classes a b --device cpu --overwrite --channel 1 --seed 0" in calls[1]
+    assert calls[3].endswith("--visualize --device cpu")
+
+
+def test_pipeline_stops_at_the_first_failure(tmp_path: Path) -> None:
+    code, calls, last = pipeline([], tmp_path, fail_at="--finetune lora")
+    assert code == 2 and len(calls) == 2 and last == "== 2/4 train lora"
+    assert pipeline(["--out"], tmp_path)[2] == "error: --out: expected a value"

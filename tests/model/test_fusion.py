@@ -1,0 +1,424 @@
+"""Groups of adapted layers that share their input: what is computed together is what each computes alone."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import (
+    InjectionError,
+    LoRAConfig,
+    add_adapter,
+    explain,
+    freeze_base_params,
+    fuse,
+    get_lora_params,
+    inject_lora,
+    lora_linear,
+    merged_model,
+    set_adapter,
+    unfuse,
+)
+from fastlora.ops.group import GroupMember, lora_linear_group
+from tests.support.models import randomise_adapters
+from tests.support.tolerance import assert_close, assert_differs
+
+K, NS, RS = 16, (16, 8, 24), (4, 2, 3)
+NAMES = ("weight", "bias", "lora_a", "lora_b")
+
+
+def members(dtype=torch.float32, bias=True):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
+
+    return [
+        GroupMember(draw(n, K), draw(n) if bias else None, draw(r, K), draw(n, r), 0.5 + r)
+        for n, r in zip(NS, RS, strict=True)
+    ]
+
+
+def as_wide(group):
+    return [
+        GroupMember(*(None if t is None else leaf(t) for t in parts(m)), m.scaling) for m in group
+    ]
+
+
+def leaf(tensor):
+    return tensor.detach().double().requires_grad_()
+
+
+def parts(member):
+    return [getattr(member, name) for name in NAMES]
+
+
+def alone(x, group, p=0.0, seed=None):
+    return [lora_linear(x, *parts(m), m.scaling, p, seed) for m in group]
+
+
+def gradients(outputs, x, group, skip=None):
+    inputs = [x] + [t for m in group for t in parts(m) if t is not None]
+    loss = sum(y.sin().sum() for i, y in enumerate(outputs) if i != skip)
+    return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [None, 1])
+def test_a_group_computes_what_its_members_do_alone(p, dtype, skip):
+    group, seed = members(dtype, bias=skip is None), torch.tensor(5) if p else None
+    x = torch.randn(2, 5, K).to(dtype).requires_grad_()
+    got, same = lora_linear_group(x, group, p, seed), alone(x, group, p, seed)
+    wide_x, wide = leaf(x), as_wide(group)
+    want = alone(wide_x, wide, p, seed)
+    for g, s, w in zip(got, same, want, strict=True):
+        assert_close(g, s, w)
+    compared = zip(
+        gradients(got, x, group, skip),
+        gradients(same, x, group, skip),
+        gradients(want, wide_x, wide, skip),
+        strict=True,
+    )
+    found = 0
+    for g, s, w in compared:
+        assert (g is None or not g.any()) == (w is None or not w.any())
+        if w is not None and g is not None:
+            assert_close(g, s, w.double())
+            found += 1
+    assert found >= (13 if skip is None else 7)
+    with torch.no_grad():
+        for g, y in zip(lora_linear_group(x, group, p, seed), got, strict=True):
+            assert torch.equal(g, y)
+
+
+def test_a_group_has_second_derivatives():
+    group = members(torch.float64)
+    x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
+    seed = torch.tensor(3)
+
+    def function(x, a, b):
+        first = GroupMember(group[0].weight, group[0].bias, a, b, 2.0)
+        return tuple(lora_linear_group(x, [first, group[1]], 0.3, seed))
+
+    arguments = (x, group[0].lora_a, group[0].lora_b)
+    assert torch.autograd.gradcheck(function, arguments)
+    assert torch.autograd.gradgradcheck(function, arguments)
+
+
+def test_a_group_keeps_x_once():
+    group, x = members(), torch.randn(6, K, requires_grad=True)
+    own = {t.untyped_storage().data_ptr() for m in group for t in parts(m)}
+    kept = {}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        lora_linear_group(x, group, 0.5, torch.tensor(1))
+    assert sorted(kept.values()) == [8, 6 * sum(RS) * 4, 6 * K * 4]
+
+
+class Attention(nn.Module):
+    def __init__(self, width=K):
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width // 2)
+        self.v_proj = nn.Linear(width, width // 2, bias=False)
+        self.o_proj = nn.Linear(width // 2, width)
+        self.cross_k = nn.Linear(width, width)
+
+    def forward(self, x, memory):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        mixed = torch.softmax(q[..., :8] @ k.mT, -1) @ v
+        return self.o_proj(mixed) + self.cross_k(memory)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+        self.gate, self.up = nn.Linear(K, 12), nn.Linear(K, 12)
+        self.unused = nn.Linear(K, 4)
+
+    def forward(self, x, memory):
+        for layer in self.layers:
+            x = torch.tanh(layer(x, memory))
+        return F.silu(self.gate(x)) * self.up(x)
+
+
+X, MEMORY = torch.randn(2, 5, K), torch.randn(2, 5, K)
+
+
+def net(**settings):
+    torch.manual_seed(0)
+    model = Net()
+    inject_lora(model, LoRAConfig("all-linear", rank=3, **settings))
+    randomise_adapters(model)
+    freeze_base_params(model)
+    return model
+
+
+def test_fuse_finds_the_groups_by_what_the_layers_are_given():
+    model = net()
+    report = fuse(model, X, memory=MEMORY)
+    assert report.groups == (
+        ("layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj"),
+        ("layers.0.cross_k", "layers.1.cross_k"),
+        ("layers.1.q_proj", "layers.1.k_proj", "layers.1.v_proj"),
+        ("gate", "up"),
+    )
+    assert report.alone == {
+        "layers.0.o_proj": "no other adapted layer with these settings is given the same tensor",
+        "layers.1.o_proj": "no other adapted layer with these settings is given the same tensor",
+        "unused": "its forward is not called on this sample",
+    }
+    text = str(report)
+    assert text.startswith("10 of 13 adapted layers in 4 groups")
+    assert "together  gate, up" in text and "alone     unused: its forward" in text
+    assert explain(model.gate, X).reason.endswith("fused with 1 that share its input")
+    assert model.training and all(m.training for m in model.modules())
+    assert unfuse(model) == 10 and unfuse(model) == 0
+    assert "fused" not in explain(model.gate, X).reason
+
+
+def step(model, x=X, memory=MEMORY):
+    x = x.clone().requires_grad_()
+    y = model(x, memory)
+    return y, torch.autograd.grad(y.sin().sum(), [x, *get_lora_params(model)][:-2])
+
+
+def assert_same_step(fused, plain):
+    """On many rows: the largest errors of two orders of summation are alike only over many elements."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(8, 64, K, generator=generator) for _ in range(2)]
+    wide = copy.deepcopy(plain).double()
+    x, memory = (value.double() for value in inputs)
+    y = wide(x.requires_grad_(), memory)
+    wants = torch.autograd.grad(y.sin().sum(), [x, *get_lora_params(wide)][:-2])
+    (got, gots), (same, sames) = step(fused, *inputs), step(plain, *inputs)
+    assert_close(got, same, y)
+    for g, s, w in zip(gots, sames, wants, strict=True):
+        assert_close(g, s, w)
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "olora"}])
+def test_a_fused_model_computes_the_same(settings):
+    plain = net(**settings)
+    fused = copy.deepcopy(plain)
+    fuse(fused, X, MEMORY)
+    for model in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        calls = count_group_calls(model)
+        assert_same_step(model, plain)
+        assert len(calls) == 4
+    own = {id(m) for m in fused.modules()}
+    twin = copy.deepcopy(fused)
+    assert all(id(m) not in own for m in twin.gate.group.layers)
+    assert {id(m) for m in twin.gate.group.layers} == {id(twin.gate), id(twin.up)}
+
+
+def count_group_calls(model):
+    """A list that grows with each group product, and the model as it was."""
+    import fastlora.model.fusion as module
+
+    calls = []
+    original = lora_linear_group
+
+    def counted(*args, **named):
+        calls.append(1)
+        return original(*args, **named)
+
+    module.lora_linear_group = counted
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _uncounted():
+    yield
+    import fastlora.model.fusion as module
+
+    module.lora_linear_group = lora_linear_group
+
+
+def test_dropout_is_one_mask_for_a_group():
+    model = net(dropout=0.5)
+    fuse(model, X, MEMORY)
+    torch.manual_seed(1)
+    together = model.gate(X), model.up(X)
+    unfuse(model)
+    torch.manual_seed(1)
+    gate = model.gate(X)
+    torch.manual_seed(1)
+    up = model.up(X)
+    for got, alone in zip(together, (gate, up), strict=True):
+        assert_close(got, alone, alone.double())
+
+
+def test_what_was_computed_is_not_used_for_something_else():
+    model = net()
+    fuse(model, X, MEMORY)
+    calls = count_group_calls(model)
+    with torch.no_grad():
+        x = X.clone()
+        model.gate(x)
+        up = model.up(x)  # handed out
+        assert len(calls) == 1
+        again = model.up(x)  # computed anew
+        assert len(calls) == 2 and torch.equal(up, again)
+        x.mul_(2)
+        assert_differs(model.gate(x), model.gate(X))  # the contents changed
+        model.gate(x)
+        model.up.lora_B.add_(1.0)
+        assert_differs(model.up(x), merged_model(net()).up(x))  # a parameter changed
+        model.gate(x)
+    with_gradient = model.up(x)
+    assert with_gradient.requires_grad  # not the one computed without
+    model.gate(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.up(x).dtype == torch.bfloat16
+    before = len(calls)
+    model.gate.eval()
+    model.up(x)  # one in training, one not: each by itself
+    assert len(calls) == before
+
+
+def test_no_output_is_kept_once_it_was_handed_out_or_the_next_input_came():
+    model = net()
+    fuse(model, X, MEMORY)
+    group, x = model.gate.group, X.clone()
+    model.gate(x)
+    kept = weakref.ref(model.up(x))
+    gc.collect()
+    assert kept() is None and group._ready is None
+    model.gate(x)
+    kept = weakref.ref(group._ready.outputs[id(model.up)])
+    model.gate(X.clone())
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_copy_of_a_layer_runs_alone():
+    """As `nn.DataParallel` makes them: the same group, other parameters."""
+    model = net()
+    replica = copy.copy(model.gate)
+    replica._parameters = dict(model.gate._parameters) | {
+        name: nn.Parameter(2 * parameter)
+        for name, parameter in model.gate.lora_parameters().items()
+    }
+    expected = replica(X)
+    fuse(model, X, MEMORY)
+    replica.group = model.gate.group
+    assert torch.equal(replica(X), expected)
+
+
+def test_checkpointing_and_repeated_steps_on_one_input():
+    model, twin = net(dropout=0.3), net(dropout=0.3)
+    fuse(model, X, MEMORY)
+    fuse(twin, X, MEMORY)
+    runs = []
+    for each, use_checkpoint in ((model, True), (twin, False)):
+        optimizer = torch.optim.SGD(get_lora_params(each), 0.1)
+        torch.manual_seed(4)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if use_checkpoint:
+                y = checkpoint(each, X, MEMORY, use_reentrant=False)
+            else:
+                y = each(X, MEMORY)
+            y.square().sum().backward()
+            optimizer.step()
+        runs.append([p.detach().clone() for p in get_lora_params(each)])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
+def test_under_a_compiler_and_functorch_layers_run_alone():
+    model = net()
+    plain = copy.deepcopy(model)
+    fuse(model, X, MEMORY)
+    calls = count_group_calls(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(X, MEMORY)
+    with torch.inference_mode():
+        inferred = model(X.clone(), MEMORY)
+    mapped = torch.func.vmap(lambda x, m: model(x, m))(X, MEMORY)
+    for got in (compiled, inferred, mapped):
+        assert_close(
+            got, plain(X, MEMORY), copy.deepcopy(plain).double()(X.double(), MEMORY.double())
+        )
+    assert not calls
+
+
+def test_groups_follow_named_adapters_and_merging():
+    model = net()
+    fuse(model, X, MEMORY)
+    y = model(X, MEMORY)
+    add_adapter(model, "other", ["gate"], activate=True)
+    assert not model.gate.group
+    set_adapter(model, "default")
+    assert torch.equal(model(X, MEMORY), y)
+    wide = copy.deepcopy(model).double()(X.double(), MEMORY.double())
+    assert_close(merged_model(model)(X, MEMORY), y, wide)
+
+
+def test_outputs_may_be_changed_in_place():
+    model = net()
+    fuse(model, X, MEMORY)
+    x = X.clone().requires_grad_()
+    gate, up = model.gate(x), model.up(x)
+    gate.mul_(2)
+    (gate + up).sum().backward()
+    assert x.grad is not None
+
+
+def test_what_cannot_be_fused_is_named():
+    with pytest.raises(InjectionError, match="no adapted linear layers, so there is nothing to"):
+        fuse(Net(), X, MEMORY)
+    model = net(use_dora=True)
+    report = fuse(model, X, MEMORY)
+    assert report.groups == () and report.alone["gate"] == "it has DoRA"
+    model = net()
+    fuse(model, X, MEMORY)
+    model.up.original_linear.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError):
+        fuse(model)
+    assert model.gate.group is not None  # as before
+    report = fuse(model, X, MEMORY)
+    assert report.alone["up"].startswith("the wrapped layer has hooks")
+    assert "no other adapted layer" in report.alone["gate"]
+    parametrizations.weight_norm(model.gate.original_linear)
+    assert "parametrised" in fuse(model, X, MEMORY).alone["gate"]
+
+
+def test_a_backward_pass_of_one_member_does_not_spoil_the_others():
+    model = net()
+    fuse(model, X, MEMORY)
+    x = X.clone().requires_grad_()
+    model.gate(x).sum().backward()
+    model.up(x).sum().backward()  # another graph: that of the first is gone
+    assert model.up.lora_B.grad is not None
+
+
+def test_a_bias_that_changes_and_layers_called_by_name_are_seen():
+    model = net()
+    fuse(model, X, MEMORY)
+    with torch.no_grad():
+        model.gate(X)
+        stale = model.up(X)
+        model.gate(X)
+        model.up.original_linear.bias.add_(1.0)
+        assert_differs(model.up(X), stale)
+    model.forward = lambda x, memory: model.gate(input=x) * model.up(input=x)
+    assert fuse(model, X, MEMORY).groups == (("gate", "up"),)

@@ -1,0 +1,345 @@
+"""Which layers are found, what is refused, freezing, counting, the medical set-up."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora import (
+    ConfigError,
+    InjectionError,
+    LoRAConfig,
+    LoRALinear,
+    count_parameters,
+    freeze_base_params,
+    get_lora_params,
+    get_lora_state_dict,
+    inject_lora,
+    load_lora_state_dict,
+    named_lora_layers,
+    print_trainable_parameters,
+    setup_lora_for_medical_finetuning,
+)
+from tests.support.models import Decoder, MixtureOfTransformers
+
+
+def paths(model):
+    return [path for path, _ in named_lora_layers(model)]
+
+
+def test_the_documented_call_wraps_the_attention_projections():
+    model = Decoder()
+    x = torch.randn(4, 8)
+    before = model(x)
+    assert inject_lora(model) == 4
+    assert paths(model) == [f"blocks.{i}.attn.{n}" for i in (0, 1) for n in ("to_qkv", "to_out")]
+    layer = model.blocks[0].attn.to_qkv
+    assert (layer.rank, layer.alpha, layer.dropout) == (4, 8.0, 0.0)
+    assert torch.equal(model(x), before)
+
+
+def test_the_children_of_a_module_dict_are_found():
+    model = MixtureOfTransformers()
+    assert inject_lora(model) == 4
+    assert set(paths(model)) == {
+        f"self_attn.{n}.{k}" for n in ("to_qkv", "to_out") for k in ("shape", "pose")
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["mlp"], ["blocks.0.mlp.mlp.0", "blocks.0.mlp.mlp.2"]),
+        ("to_out", ["blocks.0.attn.to_out"]),
+        (["attn.to_q"], []),
+        (["attn.to_qkv"], ["blocks.0.attn.to_qkv"]),
+        (["out_layer"], ["upsample.0.out_layers", "out_layer"]),
+        (re.compile(r".*\.to_(qkv|out)"), ["blocks.0.attn.to_qkv", "blocks.0.attn.to_out"]),
+        (LoRAConfig("out_layer", match="exact"), ["out_layer"]),
+        (
+            LoRAConfig(["to_qkv", "mlp.0"], match="exact"),
+            ["blocks.0.attn.to_qkv", "blocks.0.mlp.mlp.0"],
+        ),
+        (
+            LoRAConfig("blocks.*.to_*", match="glob"),
+            ["blocks.0.attn.to_qkv", "blocks.0.attn.to_out"],
+        ),
+        (
+            LoRAConfig(r"blocks\.\d+\.mlp.*", match="regex"),
+            ["blocks.0.mlp.mlp.0", "blocks.0.mlp.mlp.2"],
+        ),
+        (
+            LoRAConfig(["to_", "mlp"], exclude=["to_out", "mlp.2"]),
+            ["blocks.0.attn.to_qkv", "blocks.0.mlp.mlp.0"],
+        ),
+        (lambda path, module: module.out_features == 5, ["out_layer"]),
+    ],
+    ids=str,
+)
+def test_patterns_select_exactly(targets, expected):
+    model = Decoder(blocks=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not expected else "error")
+        assert inject_lora(model, targets) == len(expected)
+    assert paths(model) == expected
+
+
+def test_all_linear_takes_everything_but_the_output_embeddings():
+    model = Decoder(blocks=1)
+    assert inject_lora(model, "all-linear") == 7
+    model = Decoder(blocks=1)
+    model.get_output_embeddings = lambda: model.out_layer
+    assert inject_lora(model, "all-linear") == 6
+    assert "out_layer" not in paths(model)
+
+
+def test_rank_alpha_and_dropout_by_pattern_and_by_callback():
+    config = LoRAConfig(
+        ["to_qkv", "to_out", "mlp"],
+        rank=4,
+        rank_pattern={"blocks.1": 8, "to_qkv": 2},
+        alpha_pattern={"mlp": 32.0},
+        dropout_pattern={"to_out": 0.5},
+    )
+    model = Decoder()
+    inject_lora(model, config)
+    layers = dict(named_lora_layers(model))
+    assert layers["blocks.0.attn.to_qkv"].rank == 2
+    assert layers["blocks.1.attn.to_qkv"].rank == 8  # the first pattern that matches wins
+    assert (
+        layers["blocks.0.mlp.mlp.0"].alpha == 32.0 and layers["blocks.0.attn.to_out"].alpha == 8.0
+    )
+    assert (
+        layers["blocks.0.attn.to_out"].dropout == 0.5
+        and layers["blocks.0.mlp.mlp.0"].dropout == 0.0
+    )
+    model = Decoder()
+    inject_lora(model, lambda path, module: LoRAConfig(rank=3) if "mlp" in path else False, rank=5)
+    assert {layer.rank for _, layer in named_lora_layers(model)} == {3}
+
+
+def test_nothing_matched_warns_when_plain_and_raises_under_a_config():
+    model = Decoder()
+    with pytest.warns(UserWarning, match="no layer matches.*to_kqv.*Nearest names: to_qkv"):
+        assert inject_lora(model, ["to_kqv"]) == 0
+    with pytest.raises(
+        InjectionError,
+        match="target_modules: 'to_kqv' matches none of the 11 linear layers. Nearest names: to_qkv",
+    ):
+        inject_lora(model, LoRAConfig(["to_out", "to_kqv"]))
+    for field in ("exclude", "rank_pattern", "alpha_pattern", "dropout_pattern"):
+        value = ["typo"] if field == "exclude" else {"typo": 1 if field == "rank_pattern" else 0.5}
+        with pytest.raises(InjectionError, match=f"{field}: 'typo' matches none"):
+            inject_lora(model, LoRAConfig(["to_out"], **{field: value}))
+    with pytest.raises(InjectionError, match="no layer was selected"):
+        inject_lora(model, LoRAConfig(lambda *_: False))
+    assert paths(model) == []
+
+
+def test_a_second_injection_raises_and_changes_nothing():
+    model = Decoder()
+    inject_lora(model, ["to_qkv"])
+    with pytest.raises(InjectionError, match="already has 2 adapted layers"):
+        inject_lora(model, ["to_out"])
+    assert len(paths(model)) == 2
+    with pytest.raises(
+        InjectionError, match="already has 1 adapted layers .first: the model itself"
+    ):
+        inject_lora(LoRALinear(nn.Linear(2, 2)), "all-linear")
+
+
+def test_a_shared_module_is_wrapped_once_under_all_its_names():
+    model = Decoder()
+    model.blocks[1].attn.to_qkv = model.blocks[0].attn.to_qkv
+    model.alias = model.blocks[0].attn.to_qkv
+    assert inject_lora(model) == 3
+    first = model.blocks[0].attn.to_qkv
+    assert isinstance(first, LoRALinear)
+    assert model.blocks[1].attn.to_qkv is first and model.alias is first
+    assert len(get_lora_params(model)) == 6
+
+
+def test_an_unsuitable_layer_is_named_and_nothing_is_changed():
+    model = Decoder()
+    model.blocks[1].attn.to_out = nn.LazyLinear(16)
+    with pytest.raises(
+        InjectionError, match=r"cannot adapt blocks.1.attn.to_out: LazyLinear has no weight yet"
+    ):
+        inject_lora(model)
+    assert paths(model) == []
+    with pytest.raises(InjectionError, match="is itself a Linear; .* use LoRALinear"):
+        inject_lora(nn.Linear(2, 2), "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRAConfig([]), "target_modules: expected at least one pattern, got none"),
+        (
+            lambda: LoRAConfig([""]),
+            "target_modules: expected non-empty strings or patterns, got ''",
+        ),
+        (
+            lambda: LoRAConfig(["a"], match="fuzzy"),
+            "match: expected one of contains, exact, glob, regex, got 'fuzzy'",
+        ),
+        (lambda: LoRAConfig(["a*"]), "looks like a glob or a regex"),
+        (lambda: LoRAConfig("(", match="regex"), r"target_modules: '\(' is no regex"),
+        (lambda: LoRAConfig(exclude="to_q"), "exclude: expected a list of patterns, got 'to_q'"),
+        (lambda: LoRAConfig(use_rslora=None), "use_rslora: expected True or False, got None"),
+        (lambda: LoRAConfig(rank_pattern={"a": 0}), "rank: expected an integer"),
+        (lambda: LoRAConfig(alpha_pattern={"a": float("inf")}), "alpha: expected a finite number"),
+        (lambda: LoRAConfig(dropout_pattern={"a": 1}), "dropout: expected a probability"),
+        (lambda: inject_lora(Decoder(), LoRAConfig(), rank=8), "give them in the LoRAConfig"),
+        (
+            lambda: inject_lora(Decoder(), lambda *_: 1),
+            "the callback must return a bool or a LoRAConfig, got 1 for input_layer",
+        ),
+    ],
+)
+def test_bad_configurations_are_named(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_freeze_and_count():
+    model = Decoder()
+    total = count_parameters(model)["total"]
+    assert count_parameters(model) == {"total": total, "trainable": total, "lora": 0}
+    inject_lora(model, rank=4)
+    lora = 2 * (4 * (16 + 48) + 4 * (16 + 16))
+    assert freeze_base_params(model) == (total, lora)
+    assert count_parameters(model) == {"total": total + lora, "trainable": lora, "lora": lora}
+    assert all(p.requires_grad for p in get_lora_params(model))
+    with pytest.warns(UserWarning, match="has no adapters"):
+        assert freeze_base_params(nn.Linear(2, 2)) == (6, 0)
+
+
+def test_only_adapters_change_in_training():
+    model = Decoder()
+    inject_lora(model)
+    freeze_base_params(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(get_lora_params(model), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_print_trainable_parameters_has_pefts_format(capsys):
+    model = Decoder()
+    inject_lora(model)
+    freeze_base_params(model)
+    print_trainable_parameters(model)
+    counts = count_parameters(model)
+    assert capsys.readouterr().out == (
+        f"trainable params: {counts['trainable']:,} || all params: {counts['total']:,} "
+        f"|| trainable%: {100 * counts['trainable'] / counts['total']:.4f}\n"
+    )
+
+
+def test_medical_setup_adapts_freezes_and_opens_the_head():
+    model = Decoder()
+    counts = setup_lora_for_medical_finetuning(model, rank=2, alpha=4.0, dropout=0.1)
+    assert counts == count_parameters(model)
+    assert counts["trainable"] == counts["lora"] + 16 * 5 + 5
+    trainable = {
+        name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name
+    }
+    assert trainable == {"out_layer.weight", "out_layer.bias"}  # not upsample.0.out_layers
+    assert {layer.dropout for _, layer in named_lora_layers(model)} == {0.1}
+
+
+def test_medical_setup_options():
+    model = Decoder()
+    counts = setup_lora_for_medical_finetuning(
+        model, unfreeze_output_layers=False, include_ffn=True
+    )
+    assert counts["trainable"] == counts["lora"]
+    assert len(paths(model)) == 8
+    model = Decoder()
+    setup_lora_for_medical_finetuning(model, output_layer_names=["upsample", "out_layer"])
+    assert model.upsample[0]["out_layers"].weight.requires_grad
+
+
+def test_medical_setup_gives_layers_ranks_of_their_own():
+    model = Decoder()
+    counts = setup_lora_for_medical_finetuning(
+        model, rank=2, alpha=4.0, rank_pattern={"to_qkv": 3, "out_layer": 8}
+    )
+    assert counts["trainable"] == counts["lora"]  # the output layer is not trained whole
+    layers = dict(named_lora_layers(model))
+    assert "out_layer" in layers and not any("out_layers" in path for path in layers)
+    for path, layer in layers.items():
+        own = 3 if "to_qkv" in path else 8 if path == "out_layer" else 2
+        assert (layer.rank, layer.scaling) == (own, 2.0), path
+    model = Decoder()
+    with pytest.raises(InjectionError, match="rank_pattern: 'mlp' matches none of the 4 adapted"):
+        setup_lora_for_medical_finetuning(model, rank_pattern={"mlp": 3})
+    with pytest.raises(ConfigError, match="rank"):
+        setup_lora_for_medical_finetuning(model, rank_pattern={"to_qkv": 0})
+    assert paths(model) == [] and all(p.requires_grad for p in model.parameters())
+
+
+def test_medical_setup_refuses_before_it_changes_anything():
+    model = Decoder()
+    for arguments, message in (
+        (
+            {"output_layer_names": ["out_layr"]},
+            "'out_layr' is no module of the model. Nearest names: out_layer",
+        ),
+        (
+            {"output_layer_names": ["blocks"]},
+            "blocks.0.attn.to_out would get an adapter and be unfrozen",
+        ),
+        ({"output_layer_names": ["to_out"]}, "would get an adapter and be unfrozen"),
+    ):
+        with pytest.raises(InjectionError, match=message):
+            setup_lora_for_medical_finetuning(model, **arguments)
+    with pytest.raises(ConfigError, match="rank"):
+        setup_lora_for_medical_finetuning(model, rank=0)
+    with pytest.raises(InjectionError, match="no layer matches"):
+        setup_lora_for_medical_finetuning(nn.Sequential(nn.Linear(2, 2)))
+    assert paths(model) == [] and all(p.requires_grad for p in model.parameters())
+
+
+def test_what_medical_setup_unfreezes_is_saved_and_restored():
+    model, twin = Decoder(), Decoder()
+    for m in (model, twin):
+        setup_lora_for_medical_finetuning(m)
+    with torch.no_grad():
+        model.out_layer.weight.fill_(3.0)
+    state = get_lora_state_dict(model, include_trainable=True)
+    load_lora_state_dict(twin, state)
+    assert torch.equal(twin.out_layer.weight, model.out_layer.weight)
+
+
+def test_one_unmatched_pattern_of_a_plain_list_warns_and_the_rest_is_wrapped():
+    model = Decoder()
+    with pytest.warns(
+        UserWarning, match="'to_qvk' matches none of the 11 .* Nearest names: to_qkv"
+    ):
+        assert inject_lora(model, ["to_out", "to_qvk"]) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert inject_lora(Decoder()) == 4  # the defaults name families that a model need not have
+        setup_lora_for_medical_finetuning(Decoder(), include_ffn=True)
+
+
+def test_dropout_that_multihead_attention_would_ignore_warns():
+    for adapt in (
+        lambda model: inject_lora(model, ["out_proj", "linear1"], dropout=0.1),
+        lambda model: inject_lora(model, LoRAConfig(["out_proj"], dropout=0.1)),
+    ):
+        model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        with pytest.warns(
+            UserWarning, match="dropout has no effect on self_attn.out_proj: nn.Multi"
+        ):
+            adapt(model)
+    inject_lora(nn.TransformerEncoderLayer(16, 4, 32), ["linear1", "linear2"], dropout=0.1)
+    inject_lora(nn.MultiheadAttention(16, 4), ["out_proj"])

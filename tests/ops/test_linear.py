@@ -1,0 +1,250 @@
+"""`lora_linear` against the reference in float64, over the table; what it saves; and the contexts it must work in."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import lora_linear
+from fastlora.errors import BackendError, ConfigError
+from fastlora.ops import cpu_dropout, linear, reference
+from tests.support.cases import CASES, Case, Tensors, make
+from tests.support.tolerance import assert_close
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SEED = torch.tensor(-1234567890123)
+
+
+def _run(function, t: Tensors, case: Case) -> list[Tensor]:
+    names = ("x", "lora_a", "lora_b", "weight", "bias")
+    leaves = [
+        getattr(t, name).detach().requires_grad_() for name in names if getattr(t, name) is not None
+    ]
+    x, lora_a, lora_b, weight, *bias = leaves
+    y = function(x, weight, bias[0] if bias else None, lora_a, lora_b, t.scaling, case.p, SEED)
+    return [y, *torch.autograd.grad(y, leaves, t.dy)]
+
+
+def _reference(x, weight, bias, lora_a, lora_b, scaling, p, seed):
+    y, _ = reference.forward(
+        x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, p, seed
+    )
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward_match_the_reference(case, dtype):
+    t = make(case)
+    got = _run(lora_linear, t.to(dtype), case)
+    same = _run(_reference, t.to(dtype), case)
+    exact = _run(_reference, t.to(torch.float64), case)
+    for name, g, s, e in zip(
+        ("y", "dx", "dA", "dB", "dW", "dbias"), got, same, exact, strict=False
+    ):
+        assert_close(g, s, e, name)
+
+
+def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
+    case = Case((70,), 24, 16, 4, p=0.3)
+    whole = _run(lora_linear, make(case).to(torch.float64), case)
+    monkeypatch.setattr(cpu_dropout, "_BLOCK_CALLS", 3 * 9)
+    blocks = _run(lora_linear, make(case).to(torch.float64), case)
+    for a, b in zip(whole, blocks, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_factors_that_are_not_finite_stay_out_of_gradients_that_do_not_hold_them():
+    t = make(Case((9,), 6, 7, 3))
+    t.lora_b.fill_(float("nan"))
+    lora_b = t.lora_b.requires_grad_()
+    y = lora_linear(t.x, t.weight, t.bias, t.lora_a, lora_b, 0.7)
+    (got,) = torch.autograd.grad(y, lora_b, t.dy)
+    torch.testing.assert_close(got, 0.7 * t.dy.T @ (t.x @ t.lora_a.T), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_gradcheck_and_double_backward(p):
+    t = make(Case((5,), 6, 7, 3)).to(torch.float64)
+    leaves = [v.requires_grad_() for v in (t.x, t.weight, t.bias, t.lora_a, t.lora_b)]
+
+    def function(*tensors):
+        return lora_linear(*tensors, 0.7, p, SEED)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_only_the_asked_for_gradients_are_computed():
+    t = make(CASES[1])
+    t.lora_b.requires_grad_()
+    y = lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.1, SEED)
+    y.backward(t.dy)
+    assert t.lora_b.grad is not None
+    assert t.x.grad is None and t.lora_a.grad is None and t.weight.grad is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_saves_x_itself_s_and_a_seed(p):
+    case = Case((64,), 48, 32, 4, p=p)
+    t = make(case)
+    t.x.requires_grad_(), t.lora_a.requires_grad_(), t.lora_b.requires_grad_()
+    saved: list[Tensor] = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, p, SEED)
+    given = {v.untyped_storage().data_ptr() for v in (t.x, t.weight, t.lora_a, t.lora_b)}
+    new = [v for v in saved if v.untyped_storage().data_ptr() not in given]
+    assert sum(v.numel() * v.element_size() for v in new) == 64 * 4 * 4 + (8 if p else 0)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.float64, torch.bfloat16])
+def test_adapters_of_another_dtype_are_cast_and_get_gradients_of_their_own(adapter):
+    t = make(CASES[3]).to(torch.bfloat16)
+    lora_a, lora_b = t.lora_a.to(adapter).requires_grad_(), t.lora_b.to(adapter).requires_grad_()
+    y = lora_linear(t.x, t.weight, t.bias, lora_a, lora_b, t.scaling)
+    y.backward(t.dy)
+    assert y.dtype == torch.bfloat16
+    assert lora_a.grad.dtype == adapter and lora_b.grad.dtype == adapter
+
+
+def test_autocast_behaves_as_for_linear():
+    t = make(Case((8,), 16, 24, 4, p=0.1))
+    leaves = [v.requires_grad_() for v in (t.x, t.lora_a, t.lora_b)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.1, SEED)
+    half = t.to(torch.bfloat16)
+    expected = lora_linear(
+        half.x, half.weight, half.bias, half.lora_a, half.lora_b, t.scaling, 0.1, SEED
+    )
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    y.backward(t.dy.bfloat16())
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = t.to(torch.float64)
+        assert (
+            lora_linear(wide.x, wide.weight, None, wide.lora_a, wide.lora_b, 1.0).dtype
+            == torch.float64
+        )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_compile_fullgraph_gives_the_eager_result(backend, p):
+    case = Case((2, 9), 16, 24, 4, p=p)
+    t = make(case)
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        # torch's own compiler imports deprecated modules of torch and of the standard library.
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(lora_linear, fullgraph=True, backend=backend)
+        got = _run(compiled, t, case)
+    for mine, eager in zip(got, _run(lora_linear, t, case), strict=True):
+        assert_close(mine, eager, eager.double())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_recomputes_the_same_mask(reentrant):
+    t = make(Case((9,), 16, 24, 4, p=0.5))
+    t.x.requires_grad_(), t.lora_a.requires_grad_()
+
+    def block(x):
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+        return lora_linear(x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.5, seed)
+
+    torch.manual_seed(5)
+    expected = torch.autograd.grad(block(t.x), [t.x, t.lora_a], t.dy)
+    torch.manual_seed(5)
+    y = checkpoint(block, t.x, use_reentrant=reentrant)
+    y.backward(t.dy)
+    assert torch.equal(t.x.grad, expected[0]) and torch.equal(t.lora_a.grad, expected[1])
+
+
+def test_functorch_transforms_take_the_composed_plan():
+    t = make(Case((5,), 8, 6, 2))
+
+    def loss(lora_b, x):
+        return lora_linear(x, t.weight, t.bias, t.lora_a, lora_b, t.scaling).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(t.lora_b, t.x)
+    t.lora_b.requires_grad_()
+    (total,) = torch.autograd.grad(loss(t.lora_b, t.x), t.lora_b)
+    torch.testing.assert_close(per_sample.sum(0), total)
+
+
+def test_lora_update_adds_what_lora_linear_would():
+    case = Case((2, 7), 16, 24, 4, p=0.3)
+    t = make(case)
+    base = torch.nn.functional.linear(t.x, t.weight, t.bias)
+    got = linear.lora_update(base, t.x, t.lora_a, t.lora_b, t.scaling, 0.3, SEED)
+    expected = lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.3, SEED)
+    assert_close(got, expected, _reference(*_double(t), 0.3, SEED))
+
+
+def _double(t: Tensors):
+    d = t.to(torch.float64)
+    return d.x, d.weight, d.bias, d.lora_a, d.lora_b, d.scaling
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 5)}, r"x: expected \(\.\.\., K=16\), got \(3, 5\)"),
+        ({"x": torch.tensor(1.0)}, r"x: expected \(\.\.\., K=16\), got \(\)"),
+        (
+            {"x": torch.zeros(3, 16).double()},
+            "x: expected the weight's dtype torch.float32, got torch.float64",
+        ),
+        ({"x": torch.zeros(3, 16, device="meta")}, "x: expected the weight's device cpu, got meta"),
+        ({"lora_a": torch.zeros(1, 5)}, r"lora_a: expected \(R, K=16\), got \(1, 5\)"),
+        ({"lora_b": torch.zeros(16, 2)}, r"lora_b: expected \(N=16, R=1\), got \(16, 2\)"),
+        ({"bias": torch.zeros(16, device="meta")}, "bias: expected x's device cpu, got meta"),
+        (
+            {"lora_a": torch.zeros(1, 16, device="meta")},
+            "lora_a: expected x's device cpu, got meta",
+        ),
+        ({"bias": torch.zeros(3)}, r"bias: expected \(N=16,\), got \(3,\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    t = make(CASES[0])
+    arguments = {
+        name: getattr(t, name) for name in ("x", "weight", "bias", "lora_a", "lora_b")
+    } | change
+    with pytest.raises(ConfigError, match=message):
+        lora_linear(**arguments, scaling=1.0)
+
+
+def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    t = make(CASES[0])
+    with pytest.raises(
+        BackendError, match="backend='triton' cannot run: torch runs this on the CPU"
+    ):
+        lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, 1.0, backend="triton")
+    with pytest.raises(
+        ConfigError, match="backend: expected one of auto, torch, triton, got 'cuda'"
+    ):
+        lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, 1.0, backend="cuda")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_an_update_keeps_the_dtype_of_the_base_output_under_autocast(p):
+    seed = torch.tensor(3) if p else None
+    y, x = torch.randn(4, 6, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    want = linear.lora_update(y, x, a, b, 0.5, p, seed)
+    wants = torch.autograd.grad(want.sin().sum(), [y, x, a, b])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear.lora_update(y, x, a, b, 0.5, p, seed)
+        with torch.no_grad():
+            assert linear.lora_update(y, x, a, b, 0.5, p, seed).dtype == torch.float32
+    assert torch.equal(got, want)
+    for g, w in zip(torch.autograd.grad(got.sin().sum(), [y, x, a, b]), wants, strict=True):
+        assert torch.equal(g, w)

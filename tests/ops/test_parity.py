@@ -1,0 +1,89 @@
+"""Parity with float64 over random calls, extreme values, and the long runs in their short form (`make soak` has the long one)."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.ops import reference
+from tests.support import endurance
+from tests.support.parity import check_call, check_extreme, check_gradients, check_kernels
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_random_calls_match_float64(first):
+    for number in range(first, first + 50):
+        check_call(number)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+def test_random_kernel_calls_match_float64():
+    pytest.importorskip("triton.tools.tensor_descriptor", reason="the kernels need Triton 3.4")
+    for number in range(8):
+        check_kernels(number)
+
+
+def test_extreme_values_come_out_as_in_plain_torch():
+    for number in range(60):
+        check_extreme(number)
+
+
+def test_gradcheck_over_random_sizes():
+    for number in range(4):
+        check_gradients(number)
+
+
+@pytest.mark.parametrize("check", [check_call, check_extreme, check_kernels])
+def test_the_checks_can_fail(monkeypatch, check):
+    """A fused path that is wrong by a thousandth is seen by each of them."""
+    if check is check_kernels:
+        pytest.importorskip("triton.tools.tensor_descriptor", reason="the kernels need Triton 3.4")
+    forward = reference.forward
+
+    def off(x, weight, bias, lora_a, lora_b, scaling, p=0.0, seed=None):
+        return forward(x, weight, bias, lora_a, lora_b, scaling * 1.001 + 1e-3, p, seed)
+
+    monkeypatch.setattr(reference, "forward", off)
+    failures = 0
+    for number in range(12):
+        try:
+            check(number)
+        except AssertionError:
+            failures += 1
+    assert failures >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_back_does_not_drift(dtype):
+    assert endurance.merge_rounds(20, dtype) == []
+
+
+@linux
+def test_steps_injections_and_files_leave_nothing_behind(tmp_path):
+    assert endurance.training_steps(100) == []
+    assert endurance.injections(30) == []
+    assert endurance.file_rounds(tmp_path, 20) == []
+
+
+@linux
+def test_a_leak_is_seen(monkeypatch):
+    kept = []
+    inject = fastlora.inject_lora
+
+    def leaky(model, *arguments, **options):
+        count = inject(model, *arguments, **options)
+        kept.append(fastlora.get_lora_params(model))
+        return count
+
+    monkeypatch.setattr(fastlora, "inject_lora", leaky)
+    lost = " ".join(endurance.injections(30))
+    assert "adapters are still alive" in lost and "tensors became" in lost
+
+
+def test_masks_are_the_same_under_any_number_of_threads():
+    assert endurance.repeated_calls(6) == []

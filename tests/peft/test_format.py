@@ -1,0 +1,523 @@
+"""PEFT's folder format: equal outputs in both directions, PEFT's matching rules, and refusals by name."""
+
+import copy
+import json
+import os
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastlora import (
+    CheckpointError,
+    LoRAConfig,
+    LoRALinear,
+    freeze_base_params,
+    from_pretrained,
+    inject_lora,
+    named_lora_layers,
+    save_pretrained,
+)
+from tests.support.models import Decoder, randomise_adapters
+from tests.support.tolerance import assert_differs
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def base(seed=7, make=Decoder):
+    torch.manual_seed(seed)
+    return make().eval()
+
+
+def adapted(targets=("to_qkv", "to_out"), **options):
+    """A fastlora model with trained-looking adapters and a frozen base."""
+    model = base()
+    inject_lora(model, LoRAConfig(list(targets), **{"rank": 4, **options}))
+    freeze_base_params(model)
+    randomise_adapters(model)
+    return model
+
+
+def peft_adapted(make=Decoder, seed=5, **options):
+    """A PEFT model whose B is not zero."""
+    model = peft.get_peft_model(base(make=make), peft.LoraConfig(**{"r": 4, **options})).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def in_peft(folder, make=Decoder):
+    return peft.PeftModel.from_pretrained(base(make=make), folder).eval()
+
+
+def same(left, right, x):
+    torch.testing.assert_close(left(x), right(x))
+    assert_differs(left(x), base()(x))  # the adapters do something
+
+
+X = torch.linspace(-1, 1, 24).view(3, 8)
+
+
+# fastlora → PEFT
+
+
+def test_pefts_output_equals_ours_after_saving(tmp_path):
+    model = adapted()
+    save_pretrained(model, tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    same(in_peft(folder), model, X)
+    config = json.loads((folder / CONFIG).read_text())
+    assert config["target_modules"] == ["to_out", "to_qkv"]
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
+    keys = set(load_file(folder / WEIGHTS))
+    assert "base_model.model.blocks.0.attn.to_qkv.lora_A.weight" in keys and len(keys) == 8
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [
+        (["to_qkv", "to_out"], {"rank_pattern": {"blocks.1": 2}, "alpha_pattern": {"to_out": 3.5}}),
+        (["to_qkv", "mlp"], {"use_rslora": True, "dropout": 0.25}),
+        (["blocks.0.attn"], {}),
+        (["out_layer"], {"match": "exact"}),
+    ],
+    ids=["patterns", "rslora", "one block", "a name that is a suffix"],
+)
+def test_layers_that_differ_are_said_exactly(targets, options, tmp_path):
+    model = adapted(targets, **options)
+    save_pretrained(model, tmp_path)
+    theirs = in_peft(tmp_path)
+    same(theirs, model, X)
+    found = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "base_layer")}
+    assert found == {path for path, _ in named_lora_layers(model)}
+    mine = base()
+    from_pretrained(mine, tmp_path)
+    assert torch.equal(mine(X), model(X))
+    for (_, got), (_, want) in zip(named_lora_layers(mine), named_lora_layers(model), strict=True):
+        assert (got.rank, got.alpha, got.dropout, got.use_rslora) == (
+            want.rank,
+            want.alpha,
+            want.dropout,
+            want.use_rslora,
+        )
+
+
+def test_mixed_rslora_is_written_as_alphas(tmp_path):
+    model = base()
+    inject_lora(
+        model,
+        lambda path, _: (
+            LoRAConfig(rank=4, use_rslora=path == "blocks.0.attn.to_out")
+            if "attn" in path
+            else False
+        ),
+    )
+    freeze_base_params(model)
+    randomise_adapters(model)
+    save_pretrained(model, tmp_path)
+    same(in_peft(tmp_path), model, X)
+
+
+def test_several_dropouts_become_the_highest_with_a_warning(tmp_path):
+    model = adapted(dropout=0.1, dropout_pattern={"to_out": 0.5})
+    with pytest.warns(
+        UserWarning, match=r"dropouts \[0.1, 0.5\], PEFT's format holds one; 0.5 is written"
+    ):
+        save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["lora_dropout"] == 0.5
+
+
+def test_one_path_that_ends_another_is_told_apart(tmp_path):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Linear(8, 8))
+            self.b = nn.ModuleDict({"a": nn.Sequential(nn.Linear(8, 8))})
+
+        def forward(self, x):
+            return self.b["a"](self.a(x))
+
+    model = base(make=Outer)
+    inject_lora(model, LoRAConfig(r"a\.0", match="regex"))
+    freeze_base_params(model)
+    randomise_adapters(model)
+    save_pretrained(model, tmp_path)
+    theirs = in_peft(tmp_path, Outer)
+    torch.testing.assert_close(theirs(X), model(X))
+    assert isinstance(theirs.base_model.model.b["a"][0], nn.Linear)
+
+
+def test_trained_heads_go_along_both_ways(tmp_path):
+    model = adapted()
+    for head in (model.out_layer, model.upsample[0]["out_layers"]):
+        head.weight.requires_grad_(True)
+        with torch.no_grad():
+            head.weight.mul_(0.5)
+            head.bias.add_(1.0)  # not trained, but saved: PEFT saves modules whole
+    save_pretrained(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert config["modules_to_save"] == ["upsample.0.out_layers", "out_layer"]
+    same(in_peft(tmp_path / "a"), model, X)
+    mine = base()
+    result = from_pretrained(mine, tmp_path / "a")
+    assert torch.equal(mine(X), model(X)) and len(result.loaded) == 8 + 4
+    trained = {n for n, p in mine.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert trained == {
+        f"{head}.{kind}"
+        for head in ("upsample.0.out_layers", "out_layer")
+        for kind in ("weight", "bias")
+    }
+    save_pretrained(mine, tmp_path / "b")  # what was loaded can be saved again, byte for byte
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    save_pretrained(model, tmp_path / "c", include_trainable=False)
+    assert len(load_file(tmp_path / "c" / WEIGHTS)) == 8
+
+
+class Classifier(nn.Module):
+    """`pre_head` ends with `head`, as DistilBERT's pre_classifier does with classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.pre_head = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 5)
+        self.head.weight = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        return self.head(self.norm(self.pre_head(self.body(x))))
+
+
+def test_pefts_suffix_rule_for_heads_and_buffers(tmp_path):
+    theirs = peft_adapted(Classifier, target_modules=["body"], modules_to_save=["head", "norm"])
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.fill_(0.25)
+    theirs.save_pretrained(tmp_path)
+    mine = base(make=Classifier)
+    from_pretrained(mine, tmp_path)
+    torch.testing.assert_close(mine(X), theirs(X))
+    assert mine.pre_head.weight.requires_grad and mine.norm.running_mean[0] == 0.25
+    save_pretrained(mine, tmp_path / "again")
+    torch.testing.assert_close(in_peft(tmp_path / "again", Classifier)(X), theirs(X))
+    only = base(make=Classifier)
+    inject_lora(only, ["body"])
+    freeze_base_params(only)
+    only.head.weight.requires_grad_(True)
+    save_pretrained(only, tmp_path / "only")  # PEFT will look for pre_head too
+    torch.testing.assert_close(in_peft(tmp_path / "only", Classifier)(X), only(X))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 8)
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 8)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x)))
+
+
+def test_tied_heads_are_saved_under_both_names(tmp_path):
+    model = base(make=Tied)
+    inject_lora(model, ["body"])
+    freeze_base_params(model)
+    randomise_adapters(model)
+    model.head.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.head.weight.mul_(2.0)
+    save_pretrained(model, tmp_path)
+    torch.testing.assert_close(in_peft(tmp_path, Tied)(X), model(X))
+    mine = base(make=Tied)
+    from_pretrained(mine, tmp_path)
+    assert torch.equal(mine(X), model(X))
+
+
+@pytest.mark.parametrize("heads", [["head"], ["head", "embed"]], ids=str)
+def test_heads_that_peft_untied_are_not_loaded_into_tied_ones(heads, tmp_path):
+    theirs = peft_adapted(Tied, target_modules=["body"], modules_to_save=heads)
+    theirs.save_pretrained(tmp_path)
+    tied = base(make=Tied)
+    with pytest.raises(CheckpointError, match=r"modules_to_save: \w+.weight is tied to \w+.weight"):
+        from_pretrained(tied, tmp_path)
+    assert not any(isinstance(module, LoRALinear) for module in tied.modules())
+    tied.head.weight = nn.Parameter(tied.head.weight.detach().clone())
+    from_pretrained(tied, tmp_path)
+    torch.testing.assert_close(tied(X), theirs(X))
+
+
+def test_what_the_format_cannot_say_is_refused_when_saving(tmp_path):
+    cases = []
+    with_base = adapted()
+    with_base.blocks[0].attn.to_qkv.original_linear.weight.requires_grad_(True)
+    cases.append((with_base, "holds or is part of the adapted blocks.0.attn.to_qkv. PEFT"))
+    with_parent = adapted()
+    with_parent.blocks[0].attn.gate = nn.Parameter(torch.ones(1))
+    cases.append((with_parent, "blocks.0.attn would be saved whole and holds"))
+    with_root = adapted()
+    with_root.gate = nn.Parameter(torch.ones(1))
+    cases.append((with_root, "gate trains and belongs to the model itself"))
+    with_list = adapted()
+    with_list.gates = nn.ParameterList([torch.ones(1)])
+    cases.append((with_list, "gates.0 trains and belongs to a ParameterList"))
+    shared = base()
+    shared.blocks[1].attn.to_qkv = shared.blocks[0].attn.to_qkv
+    inject_lora(shared)
+    freeze_base_params(shared)
+    cases.append((shared, "blocks.1.attn.to_qkv and blocks.0.attn.to_qkv are one module"))
+    cases.append((base(), "has no adapters"))
+    cases.append((LoRALinear(nn.Linear(2, 2)), "is itself an adapted layer"))
+    for model, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            save_pretrained(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
+    save_pretrained(adapted(), tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    real = type(tmp_path).open
+
+    def full(path, mode="r", **options):
+        if CONFIG in path.name and mode == "xb":
+            raise OSError("no space left on device")
+        return real(path, mode, **options)
+
+    monkeypatch.setattr(type(tmp_path), "open", full)
+    with pytest.raises(CheckpointError, match=f"cannot write .*{CONFIG}.*no space left"):
+        save_pretrained(adapted(alpha=99.0), tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="folder: cannot make"):
+        save_pretrained(adapted(), tmp_path / "file")
+
+
+# PEFT → fastlora
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["to_qkv", "blocks.0.mlp.mlp.0"]},
+        {"target_modules": r".*\.(to_out|mlp\.2)"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["to_qkv", "to_out"], "exclude_modules": ["1.attn.to_out"]},
+        {"target_modules": ["to_qkv", "to_out"], "exclude_modules": r"blocks\.0.*qkv"},
+        {
+            "target_modules": ["to_qkv"],
+            "layers_to_transform": [1],
+            "layers_pattern": ["x", "blocks"],
+        },
+        {"target_modules": ["to_qkv"], "layers_to_transform": 0, "layers_pattern": "blocks"},
+        {"target_modules": ["to_qkv", "to_out"], "rank_pattern": {"to_qkv": 2, "1.attn.to_out": 3}},
+        {"target_modules": ["to_out"], "alpha_pattern": {"^blocks.0.attn.to_out": 32}},
+        {"target_modules": ["to_out"], "use_rslora": True, "lora_alpha": 3},
+        {"target_modules": ["to_qkv"], "lora_dropout": 0.5, "init_lora_weights": "gaussian"},
+        {"target_modules": ["to_qkv", "out_layer"], "modules_to_save": ["out_layer"]},
+    ],
+    ids=str,
+)
+def test_our_output_equals_pefts_after_loading(options, tmp_path):
+    theirs = peft_adapted(**options)
+    theirs.save_pretrained(tmp_path)
+    mine = base()
+    result = from_pretrained(mine, tmp_path)
+    same(mine, theirs, X)
+    assert set(result.loaded) == set(load_file(tmp_path / WEIGHTS))
+    wrapped = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert wrapped == {path for path, _ in named_lora_layers(mine)}
+    assert all(
+        p.requires_grad
+        == ("lora_" in n or n.startswith("out_layer.") and "modules_to_save" in options)
+        for n, p in mine.named_parameters()
+    )
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Decoder()
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def test_layers_to_transform_takes_the_first_index_below_a_named_parent(tmp_path):
+    options = {"target_modules": ["to_qkv", "mlp.0"], "layers_to_transform": [1]}
+    theirs = peft_adapted(Nested, **options)
+    theirs.save_pretrained(tmp_path)
+    mine = base(make=Nested)
+    from_pretrained(mine, tmp_path)
+    torch.testing.assert_close(mine(X), theirs(X))
+    assert [path for path, _ in named_lora_layers(mine)] == [
+        "model.blocks.1.attn.to_qkv",
+        "model.blocks.1.mlp.mlp.0",
+    ]
+    refused(tmp_path, "matches no layer of the model")  # PEFT too finds no index in `blocks.1…`
+
+
+def write(folder, config, state=None):
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(config if isinstance(config, str) else json.dumps(config))
+    if state is not None:
+        save_file(state, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def good(tmp_path):
+    """(config, state) of an adapter that loads."""
+    save_pretrained(adapted(["to_qkv"]), tmp_path / "good")
+    config = json.loads((tmp_path / "good" / CONFIG).read_text())
+    return config, load_file(tmp_path / "good" / WEIGHTS)
+
+
+def refused(folder, message):
+    model = base()
+    before = copy.deepcopy(model)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        from_pretrained(model, folder)
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert all(torch.equal(v, before.state_dict()[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type: expected 'LORA', got 'LOHA'"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        (
+            {"target_parameters": ["experts.w"]},
+            r"target_parameters=\['experts.w'\] is not supported",
+        ),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication=.* is not supported"),
+        ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens=\[3\] is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"something_new": "x"}, "something_new='x' is not supported"),
+        ({"r": 0}, "rank: expected an integer"),
+        ({"r": "8"}, "rank: expected an integer"),
+        ({"lora_alpha": "8"}, "alpha: expected a finite number, got '8'"),
+        ({"lora_dropout": 1.5}, "dropout: expected a probability"),
+        ({"rank_pattern": {"x": 0}}, "rank: expected an integer"),
+        ({"rank_pattern": {"x": "4"}}, "rank_pattern: expected pattern → rank, got"),
+        ({"rank_pattern": {"(": 4}}, r"'\(' is no regex"),
+        ({"alpha_pattern": [1]}, "alpha_pattern: expected pattern → alpha"),
+        ({"alpha_pattern": {"x": float("inf")}}, "alpha: expected a finite number"),
+        ({"use_rslora": "yes"}, "use_rslora: expected true or false, got 'yes'"),
+        ({"target_modules": None}, "target_modules: expected a list or a regex, got None"),
+        ({"target_modules": []}, "target_modules: expected a list or a regex"),
+        ({"target_modules": [1]}, "target_modules: expected a list or a regex"),
+        ({"target_modules": "("}, r"'\(' is no regex"),
+        ({"target_modules": ["to_qvk"]}, "matches no layer of the model. Nearest names: to_qkv"),
+        (
+            {"target_modules": ["attn"]},
+            "cannot adapt blocks.0.attn: expected one of linear, conv, embedding, got Attention",
+        ),
+        ({"exclude_modules": 3}, "exclude_modules: expected a list or a regex, got 3"),
+        ({"modules_to_save": "out_layer"}, "modules_to_save: expected a list of names"),
+        ({"modules_to_save": ["qkv"]}, "modules_to_save: blocks.0.attn.to_qkv holds or is part of"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform: expected indices"),
+        (
+            {"layers_to_transform": [0], "target_modules": ".*to_qkv"},
+            "layers_to_transform: needs a list",
+        ),
+        ({"layers_pattern": 1}, "layers_pattern: expected names, got 1"),
+    ],
+    ids=str,
+)
+def test_what_the_config_may_not_say(change, message, tmp_path):
+    config, state = good(tmp_path)
+    refused(write(tmp_path / "bad", config | change, state), message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a readable JSON file"),
+        ('{"peft_type": "LORA", "r": ', "not a readable JSON file"),
+        ("[" * 100_000, "not a readable JSON file"),
+        ("[1, 2]", "expected a JSON object, got list"),
+        ("{}", "peft_type: expected 'LORA', got None"),
+    ],
+    ids=["empty", "cut", "deep", "list", "no type"],
+)
+def test_damaged_configs_give_one_clear_line(text, message, tmp_path):
+    _, state = good(tmp_path)
+    said = refused(write(tmp_path / "bad", text, state), message)
+    assert "\n" not in said and CONFIG in said
+
+
+def test_damaged_or_missing_weights(tmp_path):
+    config, state = good(tmp_path)
+    refused(tmp_path / "nowhere", f"no such file: .*{CONFIG}")
+    folder = write(tmp_path / "bad", config)
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x05.")  # a pickle is not even opened
+    refused(folder, f"no such file: .*{WEIGHTS}; only safetensors are read")
+    data = (tmp_path / "good" / WEIGHTS).read_bytes()
+    for cut in (b"", data[: len(data) // 2], b"\xff" * 64):
+        (folder / WEIGHTS).write_bytes(cut)
+        refused(folder, "not a readable safetensors file")
+
+
+def test_keys_and_shapes_must_fit_and_the_nearest_is_named(tmp_path):
+    config, state = good(tmp_path)
+    key = "base_model.model.blocks.0.attn.to_qkv.lora_A.weight"
+    renamed = {k.replace("base_model.model.", "model."): v for k, v in state.items()}
+    assert "8 problems, nothing was changed" in refused(
+        write(tmp_path / "a", config, renamed),
+        f"missing {key} .nearest: model.blocks.0.attn.to_qkv.lora_A.weight",
+    )
+    refused(
+        write(tmp_path / "b", config | {"r": 5}, state),
+        rf"{key}: expected shape \(5, 16\), got \(4, 16\)",
+    )
+    extra = state | {"base_model.model.blocks.0.attn.to_out.lora_A.weight": torch.zeros(4, 16)}
+    refused(
+        write(tmp_path / "c", config, extra),
+        "unexpected base_model.model.blocks.0.attn.to_out.lora_A.weight .nearest: base_model",
+    )
+    refused(
+        write(tmp_path / "d", config | {"modules_to_save": ["out_layer"]}, state),
+        "missing base_model.model.out_layer.weight",
+    )
+    dora = state | {"base_model.model.blocks.0.attn.to_qkv.lora_magnitude_vector": torch.zeros(48)}
+    refused(write(tmp_path / "e", config, dora), "unexpected .*lora_magnitude_vector")
+
+
+def test_base_parameters_in_the_file_are_loaded(tmp_path):
+    """PEFT adds the embeddings when the vocabulary was resized."""
+    config, state = good(tmp_path)
+    weight = torch.full((16, 8), 0.5)
+    write(tmp_path / "x", config, state | {"base_model.model.input_layer.weight": weight})
+    mine = base()
+    from_pretrained(mine, tmp_path / "x")
+    assert torch.equal(mine.input_layer.weight, weight)
+    assert not mine.input_layer.weight.requires_grad
+    same(mine, in_peft(tmp_path / "x"), X)
+
+
+def test_a_model_with_adapters_or_a_shared_target_is_refused(tmp_path):
+    good(tmp_path)
+    with pytest.raises(CheckpointError, match="already has adapters"):
+        from_pretrained(adapted(), tmp_path / "good")
+    with pytest.raises(CheckpointError, match="input_layer.weight is on the meta device"):
+        from_pretrained(base().to("meta"), tmp_path / "good")
+    shared = base()
+    shared.blocks[1].attn.to_qkv = shared.blocks[0].attn.to_qkv
+    with pytest.raises(CheckpointError, match="are one module"):
+        from_pretrained(shared, tmp_path / "good")
+    assert not any(isinstance(m, LoRALinear) for m in shared.modules())

@@ -1,0 +1,75 @@
+"""Two tiny trained runs on phantom volumes, and their evaluation, made once for all tests that look at it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from fastlora.medical.data.phantom import write_phantom_dataset
+from fastlora.medical.evaluation.evaluate import Evaluation, Run, compare_runs
+from fastlora.medical.models.decoder import save_base_model
+from fastlora.medical.training.config import TrainConfig
+from fastlora.medical.training.trainer import MedicalTrainer
+from tests.support.paths import ROOT
+from tests.support.tiny_run import tiny_model
+
+
+@lru_cache(maxsize=1)
+def eval_main() -> Callable[[list[str]], int]:
+    """`main` of scripts/eval_medical.py."""
+    path = ROOT / "scripts" / "eval_medical.py"
+    spec = importlib.util.spec_from_file_location("eval_medical", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    main: Callable[[list[str]], int] = module.main
+    return main
+
+
+def train_tiny(folder: Path, finetune: str, **changes: object) -> Path:
+    """A run of two epochs in folder/<finetune>, on the phantoms in folder/volumes."""
+    values: dict[str, object] = {
+        "data_root": str(folder / "volumes"),
+        "base_weights": str(folder / "base.safetensors"),
+        "split": "file",
+        "epochs": 2,
+        "augment": False,
+        "finetune": finetune,
+        "checkpoint_dir": str(folder / finetune),
+        "progress": False,
+    }
+    config = TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+    with contextlib.redirect_stdout(io.StringIO()):
+        MedicalTrainer(config).train()
+    return Path(config.checkpoint_dir)
+
+
+@lru_cache(maxsize=1)
+def shared_home(base: Path) -> Path:
+    """volumes (two phantom subjects, the second held out), base.safetensors, runs lora and full."""
+    folder = base / "eval_home"
+    folder.mkdir()
+    write_phantom_dataset(folder / "volumes", subjects=2, seed=4)
+    save_base_model(tiny_model(), folder / "base.safetensors", {})
+    train_tiny(folder, "lora", lr=1e-2)
+    train_tiny(folder, "full", lr=2e-3)
+    return folder
+
+
+def read_runs(home: Path) -> dict[str, Run]:
+    """The home's runs; of full the last epoch, as its best may be the one before training."""
+    return {
+        "lora": Run.read(home / "lora", "lora"),
+        "full": Run.read(home / "full" / "checkpoints" / "last.pt", "full"),
+    }
+
+
+@lru_cache(maxsize=1)
+def evaluate_home(home: Path) -> tuple[Evaluation, dict[str, object]]:
+    """What `compare_runs` gives for the home's runs."""
+    runs = read_runs(home)
+    return compare_runs(runs["lora"], runs["full"], device="cpu")

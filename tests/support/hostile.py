@@ -1,0 +1,462 @@
+"""Damaged and hostile inputs for every reader of files: a good file of each kind, ways to spoil it, and the only errors allowed.
+
+`attack` is the fuzzer: tests run it short, `tests/support/soak.py` long.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import signal
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+import fastlora
+from fastlora import files
+from fastlora.cli.adapter_files import merge_files, read_adapter
+from fastlora.errors import DataError, FastLoRAError
+from fastlora.medical.data import grids, manifest, prepared
+from fastlora.medical.data.grids import StructureGrid
+from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.volumes import load_labels, load_png, load_volume
+from fastlora.medical.sam3d.folder import latent_scale, read_generator
+from fastlora.medical.sam3d.latents import read_slat, read_structure
+from fastlora.medical.training import checkpointing
+from fastlora.medical.training.config import TrainConfig, read_yaml
+from fastlora.medical.training.run_folder import RunFolder
+from tests.support.layouts import Scan, write_dicom_scan
+from tests.support.models import Decoder
+from tests.support.sam3d_folder import STRUCTURE, TARGETS
+from tests.support.tiny_run import tiny_trainer
+
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it tells each repair of a header
+
+SECONDS = 20  # for one input, on a busy machine; most take a millisecond
+
+
+@dataclass(frozen=True)
+class Reader:
+    """good: the bytes of a good file. read: reads the spoilt one, whose path it gets. inside: mutate the parts of a zip that end so, the zip
+    around them being sound."""
+
+    good: bytes
+    read: Callable[[Path], object]
+    file: str
+    inside: str | None = None
+    header: int | None = None  # most mutations fall into so many first bytes
+
+
+@contextmanager
+def time_limit(seconds: int = SECONDS) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise AssertionError(f"the reader did not end in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def adapted() -> torch.nn.Module:
+    model = Decoder()
+    fastlora.inject_lora(model, ["to_qkv"], rank=2, alpha=4.0)
+    fastlora.freeze_base_params(model)
+    return model
+
+
+def _yaml_run(path: Path) -> None:
+    TrainConfig.from_dict(read_yaml(path))
+
+
+def readers(folder: Path) -> dict[str, Reader]:
+    """A reader by name, with the good files made in `folder`."""
+    model = adapted()
+    fastlora.save_adapter(model, folder / "a.safetensors")
+    torch.save(fastlora.get_lora_state_dict(model), folder / "a.pt")
+    fastlora.save_pretrained(model, folder / "peft", include_trainable=False)
+    config = fastlora.LoRAConfig(
+        ["to_qkv", "to_q"], rank=8, rank_pattern={"to_q": 2}, exclude=["head"]
+    )
+    config.save(folder / "c.json")
+    config.save(folder / "c.yaml")
+    (folder / "run.yaml").write_text(yaml.safe_dump(TrainConfig(epochs=3, lr=1e-3).to_dict()))
+    volume = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "v.nii")
+    trainer = tiny_trainer(folder / "run", epochs=1)
+    trainer.train()
+    last = folder / "run" / "checkpoints" / "last.pt"
+    (folder / "cases" / "s1" / "segmentations").mkdir(parents=True)
+    for name in ("ct.nii.gz", "segmentations/liver.nii.gz"):
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "cases" / "s1" / name)
+    table = b"image_id;age;split\ns1;30;train\ns2;40;test\n"
+    base = {k: v.clone() for k, v in Decoder().state_dict().items()}
+    save_file(base, folder / "base-1.safetensors")
+    index = {"weight_map": dict.fromkeys(base, "base-1.safetensors")}
+    (folder / "base.safetensors.index.json").write_text(json.dumps(index))
+    adapter = read_adapter(folder / "a.safetensors")
+
+    def load(path: Path) -> None:
+        fastlora.load_adapter(model, path)
+
+    def peft(path: Path) -> None:
+        fastlora.from_pretrained(Decoder(), path.parent)
+
+    def inspect(path: Path) -> None:
+        read_adapter(path.parent if path.name.startswith("adapter_") else path)
+
+    def resume(path: Path) -> None:
+        trainer.load_checkpoint(path)
+
+    def merge(path: Path) -> None:
+        merge_files(path, adapter, folder / "merged", force=True)
+
+    weights = (folder / "peft" / "adapter_model.safetensors").read_bytes()
+    peft_config = (folder / "peft" / "adapter_config.json").read_bytes()
+    state, checkpoint = (folder / "a.pt").read_bytes(), last.read_bytes()
+    safe, nifti = (folder / "a.safetensors").read_bytes(), (folder / "v.nii").read_bytes()
+    return {
+        "load_adapter .safetensors": Reader(safe, load, "x.safetensors", header=900),
+        "load_adapter .pt": Reader(state, load, "x.pt"),
+        "load_adapter .pt, its pickle": Reader(state, load, "x.pt", inside="data.pkl"),
+        "read_adapter .safetensors": Reader(safe, inspect, "x.safetensors", header=900),
+        "from_pretrained, weights": Reader(
+            weights, peft, "peft/adapter_model.safetensors", header=900
+        ),
+        "from_pretrained, config": Reader(peft_config, peft, "peft/adapter_config.json"),
+        "read_adapter, PEFT's config": Reader(peft_config, inspect, "peft/adapter_config.json"),
+        "LoRAConfig.load JSON": Reader(
+            (folder / "c.json").read_bytes(), fastlora.LoRAConfig.load, "x.json"
+        ),
+        "LoRAConfig.load YAML": Reader(
+            (folder / "c.yaml").read_bytes(), fastlora.LoRAConfig.load, "x.yaml"
+        ),
+        "TrainConfig YAML": Reader((folder / "run.yaml").read_bytes(), _yaml_run, "x.yaml"),
+        "read_checkpoint": Reader(checkpoint, checkpointing.read_checkpoint, "x.pt"),
+        "load_checkpoint, its pickle": Reader(checkpoint, resume, "x.pt", inside="data.pkl"),
+        "load_volume .nii": Reader(nifti, load_volume, "x.nii", header=352),
+        "load_volume .nii.gz": Reader(gzip.compress(nifti), load_volume, "x.nii.gz"),
+        "load_labels .nii": Reader(nifti, load_labels, "x.nii", header=352),
+        "find_cases meta.csv": Reader(
+            table, lambda path: find_cases(path.parent), "cases/meta.csv"
+        ),
+        "merge_files index": Reader(json.dumps(index).encode(), merge, "x.safetensors.index.json"),
+        **_run_readers(folder),
+        **_dataset_readers(folder),
+        **_cache_readers(folder),
+        **(_dicom_readers(folder) if find_spec("highdicom") else {}),
+    }
+
+
+def _run_readers(folder: Path) -> dict[str, Reader]:
+    """What a run left behind besides its checkpoints."""
+
+    good = (folder / "run" / "history.json").read_bytes()
+    read = RunFolder(folder / "run").read_history
+    return {"history.json": Reader(good, lambda _: read(), "run/history.json")}
+
+
+def _dataset_readers(folder: Path) -> dict[str, Reader]:
+    """Lists of cases, and pictures."""
+    volume = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5) % 3, np.eye(4))
+    for root in ("decathlon", "nnunet"):
+        for kind, name in (("imagesTr", "a_0000"), ("labelsTr", "a"), ("imagesTr", "a")):
+            (folder / root / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(volume, folder / root / kind / f"{name}.nii.gz")
+    decathlon = {
+        "modality": {"0": "CT", "1": "MRI"},
+        "labels": {"0": "background", "1": "liver", "2": "left kidney"},
+        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+    }
+    nnunet = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "liver": 1, "whole": [1, 2]},
+        "file_ending": ".nii.gz",
+    }
+    (folder / "nnunet" / "dataset.json").write_text(json.dumps(nnunet))
+    (folder / "decathlon" / "dataset.json").write_text(json.dumps(decathlon))
+    folds = [{"train": ["a"], "val": ["b"]}]
+    (folder / "nnunet" / "splits_final.json").write_text(json.dumps(folds))
+    picture = io.BytesIO()
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5).save(picture, "PNG")
+
+    def cases(path: Path) -> None:
+        for case in find_cases(path.parent):
+            image = case.load_image()
+            for name in case.structures:
+                case.load_mask(name, image)
+
+    return {
+        "find_cases dataset.json, Decathlon": Reader(
+            json.dumps(decathlon).encode(), cases, "decathlon/dataset.json"
+        ),
+        "find_cases dataset.json, nnU-Net": Reader(
+            json.dumps(nnunet).encode(), cases, "nnunet/dataset.json"
+        ),
+        "find_cases splits_final.json": Reader(
+            json.dumps(folds).encode(), cases, "nnunet/splits_final.json"
+        ),
+        "load_png": Reader(
+            picture.getvalue(), lambda path: load_png(path, (1.0, 1.0, 2.0)), "x.png"
+        ),
+    }
+
+
+def _cache_readers(folder: Path) -> dict[str, Reader]:
+    """What preprocessing keeps: a damaged array is not refused but made anew, so it is read here as it lies."""
+    root = folder / "prepared"
+    (root / "s1" / "segmentations").mkdir(parents=True)
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[3:9, 3:9, 3:9] = 1
+    for name, array in (("ct", mask * 100), ("segmentations/liver", mask)):
+        nib.save(nib.Nifti1Image(array, np.diag([2, 2, 2, 1])), root / "s1" / f"{name}.nii.gz")
+    (case,) = find_cases(root)
+    cache = folder / "cache"
+    settings = prepared.SliceConfig(crop_size=8, sdf_size=8)
+    prepared.load_prepared(case, "liver", settings, cache)
+    StructureGrid.load(case, "liver", cache)
+    outcome = manifest.Outcome("s1", "liver", sources={"a": "b"}, files={"c": "d"})
+    manifest.write_manifest(cache, {}, [outcome], [])
+    slices = prepared.cache_path(case, "liver", settings, cache).read_bytes()
+    grid = grids.grid_path(case, "liver", cache).read_bytes()
+
+    def listed(path: Path) -> None:
+        manifest.usable_cases([case], path.parent)
+        manifest.verify(path.parent)
+
+    def arrays(layout: Any) -> Callable[[Path], object]:
+        def read(path: Path) -> None:
+            try:
+                files.read_npz(path, layout)
+            except (OSError, ValueError) as error:  # what its callers take
+                raise DataError(str(error)) from error
+
+        return read
+
+    coords = np.arange(12, dtype=np.int64).reshape(4, 3)
+    latents = {"coords": coords, "feats": np.ones((4, 8), np.float32)}
+    latents["condition"] = np.ones((2, 3), np.float32)
+    np.savez(folder / "slat.npz", **latents)
+    save_file({k: torch.from_numpy(v) for k, v in latents.items()}, folder / "slat.safetensors")
+    slat = (folder / "slat.npz").read_bytes()
+    named = {name: np.ones((4, 8), np.float32) for name in ("shape", "pose", "condition")}
+    np.savez(folder / "structure.npz", **named)
+
+    def structure(path: Path) -> None:
+        read_structure(path, {"shape": (4, 8), "pose": (None, 8)}, 8)
+
+    # A checkpoint folder's YAML; what stands in it is built in test_sam3d_loading.py.
+    sam3d = folder / "sam3d"
+    about = {"ss_generator_config_path": "ss.yaml", "slat_mean": [0.5] * 8, "slat_std": [2.0] * 8}
+    model = {"_target_": TARGETS["structure"], **STRUCTURE}
+    sampler = {"_target_": "a.lognorm_sampler", "mean": 0.0, "std": 1.0}
+    flow = {"reverse_fn": model, "sigma_min": 0.0, "training_time_sampler_fn": sampler}
+    sam3d.mkdir()
+    (sam3d / "pipeline.yaml").write_text(yaml.safe_dump(about))
+    (sam3d / "ss.yaml").write_text(yaml.safe_dump({"module": {"generator": {"backbone": flow}}}))
+
+    def generator(path: Path) -> None:
+        read_generator(path.parent, "structure")
+        latent_scale(path.parent)
+
+    return {
+        "read_structure .npz, its arrays": Reader(
+            (folder / "structure.npz").read_bytes(), structure, "y.npz", inside=".npy", header=128
+        ),
+        "SAM 3D's pipeline.yaml": Reader(
+            (sam3d / "pipeline.yaml").read_bytes(), generator, "sam3d/pipeline.yaml"
+        ),
+        "a generator's YAML": Reader((sam3d / "ss.yaml").read_bytes(), generator, "sam3d/ss.yaml"),
+        "read_slat .npz, its arrays": Reader(slat, read_slat, "y.npz", inside=".npy", header=128),
+        "read_slat .safetensors": Reader(
+            (folder / "slat.safetensors").read_bytes(), read_slat, "y.safetensors", header=200
+        ),
+        "manifest.json": Reader(
+            (cache / "manifest.json").read_bytes(), listed, "cache/manifest.json"
+        ),
+        "cached slices .npz": Reader(slices, arrays(prepared.STORED), "x.npz"),
+        "cached slices .npz, its arrays": Reader(
+            slices, arrays(prepared.STORED), "x.npz", inside=".npy", header=128
+        ),
+        "cached grid .npz, its arrays": Reader(
+            grid, arrays(grids.STORED), "x.npz", inside=".npy", header=128
+        ),
+    }
+
+
+def _dicom_readers(folder: Path) -> dict[str, Reader]:
+    """One slice of a series, and a SEG beside it."""
+    grid = np.arange(6 * 5 * 3, dtype=np.int16).reshape(6, 5, 3)
+    mask = np.zeros(grid.shape, bool)
+    mask[1:4, 1:4] = True
+    write_dicom_scan(folder / "dicom" / "s1", Scan("s1", "ct", grid, np.eye(4), {"liver": mask}))
+    (slice_0, *_) = sorted((folder / "dicom" / "s1" / "images").iterdir())
+
+    def series(path: Path) -> None:
+        for case in find_cases(folder / "dicom"):
+            case.load_mask("liver", case.load_image())
+
+    def place(path: Path) -> str:
+        return str(path.relative_to(folder))
+
+    segmentation = folder / "dicom" / "s1" / "segmentation.dcm"
+    return {
+        "DICOM series": Reader(slice_0.read_bytes(), series, place(slice_0), header=1200),
+        "DICOM SEG": Reader(segmentation.read_bytes(), series, place(segmentation)),
+    }
+
+
+NUMBERS = [
+    b"0",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"18446744073709551616",
+    b"9" * 400,
+    b"null",
+    b'"\\u0000"',
+]
+TOKENS = [
+    *(b"..", b"../../x", b"/etc/passwd", b"[[", b"{", b"}", b'"', b"\x00", b"\xff\xff\xff\xff"),
+    *(b"&a [*a,*a]", b"!!python/name:os.system", b"<<: ", b"(a+)+$", b"\xc3\x28", b"\n", b"R", b"c"),
+    *(b"\x7f\xff\xff\xff", b"\x80", b"\x00" * 8, b"."),
+]  # fmt: skip
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "byte", "cut", "drop", "token", "number", "copy"]),
+        st.floats(0, 1, width=32),
+        st.integers(0, 255),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def spoil(data: bytes, edits: list[tuple[str, float, int]], header: int | None = None) -> bytes:
+    """`data` after the edits, each at its share of the length."""
+    for kind, where, value in edits:
+        size = len(data) if header is None or value % 4 == 0 else min(header, len(data))
+        at = int(where * max(0, size - 1))
+        if kind == "flip":
+            data = data[:at] + bytes([data[at] ^ (1 << value % 8)] if data else []) + data[at + 1 :]
+        elif kind == "byte":
+            data = data[:at] + bytes([value]) + data[at + 1 :]
+        elif kind == "cut":
+            data = data[:at]
+        elif kind == "drop":
+            data = data[:at] + data[at + 1 + value % 16 :]
+        elif kind == "token":
+            data = data[:at] + TOKENS[value % len(TOKENS)] + data[at:]
+        elif kind == "number":
+            end = at
+            while end < len(data) and data[end : end + 1].isdigit():
+                end += 1
+            data = data[:at] + NUMBERS[value % len(NUMBERS)] + data[end:]
+        else:
+            data = data[: at + value] + data[at:]
+    return data
+
+
+def spoil_inside(archive: bytes, ending: str, edits: list[tuple[str, float, int]]) -> bytes:
+    """A zip whose entries that end so are spoilt while the zip around them is sound."""
+    source, result = zipfile.ZipFile(io.BytesIO(archive)), io.BytesIO()
+    with zipfile.ZipFile(result, "w", zipfile.ZIP_STORED) as target:
+        for entry in source.infolist():
+            data = source.read(entry)
+            target.writestr(
+                entry.filename, spoil(data, edits) if entry.filename.endswith(ending) else data
+            )
+    return result.getvalue()
+
+
+def attack(reader: Reader, folder: Path, inputs: int, number: int = 0) -> int:
+    """Read so many spoilt files; returns how many were refused. An error that is none of fastlora's, or a hang, is raised
+    with the smallest input that shows it.
+    """
+    path = folder / reader.file
+    before = path.read_bytes() if path.exists() else None
+    refused = 0
+
+    @seed(number)
+    @settings(
+        max_examples=inputs,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(EDITS)
+    def run(edits: list[tuple[str, float, int]]) -> None:
+        nonlocal refused
+        data = (
+            spoil_inside(reader.good, reader.inside, edits)
+            if reader.inside
+            else spoil(reader.good, edits, reader.header)
+        )
+        path.write_bytes(data)
+        with warnings.catch_warnings(), time_limit():
+            warnings.simplefilter("ignore")
+            try:
+                reader.read(path)
+            except FastLoRAError as error:
+                assert str(error)
+                refused += 1
+
+    try:
+        run()
+    finally:
+        if before is not None:
+            path.write_bytes(before)
+    return refused
+
+
+def replace_leaf(value: Any, number: int, other: Any) -> Any:
+    """A copy of nested dicts, lists and tuples whose leaf `number` (counted modulo their number) is `other`."""
+    leaves: list[tuple[Any, ...]] = []
+
+    def collect(item: Any, path: tuple[Any, ...]) -> None:
+        pairs = (
+            item.items()
+            if isinstance(item, dict)
+            else enumerate(item)
+            if isinstance(item, (list, tuple))
+            else ()
+        )
+        if path:
+            leaves.append(path)
+        for key, inner in pairs:
+            if len(path) < 3 or not isinstance(inner, int):
+                collect(inner, (*path, key))
+
+    collect(value, ())
+    path = leaves[number % len(leaves)]
+
+    def rebuild(item: Any, rest: tuple[Any, ...]) -> Any:
+        if not rest:
+            return other
+        if isinstance(item, dict):
+            return {**item, rest[0]: rebuild(item[rest[0]], rest[1:])}
+        parts = list(item)
+        parts[rest[0]] = rebuild(parts[rest[0]], rest[1:])
+        return type(item)(parts)
+
+    return rebuild(value, path)
