@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastlora.files import atomic_write
+
 # Told apart by marker and line style; all ink is black.
 STYLES = {"linear": ("o", ":"), "fastlora": ("s", "-"), "peft": ("^", "--")}
 LABELS = {"M": "rows M", "N": "outputs N", "R": "rank R", "layers": "layers"}
@@ -45,9 +47,8 @@ def draw(record: dict[str, Any], picture: Path) -> None:
         f"{facts.get('gpu', facts['cpu'])}\ntorch {facts['torch']}, PEFT {facts['peft']}\n"
         f"best product {peaks['gflops']:,.0f} GFLOP/s\nbest copy {peaks['gbps']:,.1f} GB/s",
     )
-    temporary = picture.with_name(picture.name + ".part")
-    figure.savefig(temporary, dpi=100, format="png", metadata={"Source": digest(record)})
-    temporary.replace(picture)
+    source = {"Source": digest(record)}
+    atomic_write(picture, lambda file: figure.savefig(file, dpi=100, format="png", metadata=source))
 
 
 def _curves(panel: Any, rows: list[dict[str, Any]]) -> None:

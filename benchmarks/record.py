@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from cases import BASELINE
+
+from fastlora.files import write_json
 
 NVIDIA_SMI = (
     "driver_version",
@@ -74,9 +75,7 @@ def new_record(
 def write(record: Record, path: Path) -> None:
     """Write the record beside `path` and move it there, so that a killed run leaves the record of its last case whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, record)
 
 
 def gpu_file_name(gpu: str) -> str:

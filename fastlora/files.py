@@ -1,4 +1,4 @@
-"""Files that a stranger may have made: read without running code or trusting a size they declare. And files written whole."""
+"""Reading untrusted files without running code or trusting a declared size, and writing files whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import math
 import os
 import pickle
 import pickletools
+import secrets
+import shutil
 import struct
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastlora.errors import CheckpointError, ConfigError
+
+Content = bytes | memoryview | Callable[[BinaryIO], object]
 
 MAX_JSON_BYTES = 2**24
 MAX_YAML_BYTES = 2**20  # its parser is a hundred times slower
@@ -195,27 +199,6 @@ for pattern in map(re.compile, patterns):
 """
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write all files beside their places, then put each in its place. A link in a place is replaced, not followed.
-
-    Raises: CheckpointError if one cannot be written; older files are left as they were.
-    """
-    partials = {t: t.with_name(f".{t.name}.{os.getpid()}.partial") for t in contents}
-    target = None
-    try:
-        for target, data in contents.items():
-            partials[target].unlink(missing_ok=True)
-            with partials[target].open("xb") as file:  # refuses a link that someone left there
-                file.write(data)
-        for target, partial in partials.items():
-            os.replace(partial, target)
-    except OSError as error:
-        raise CheckpointError(f"path: cannot write {target}: {error}") from error
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-
-
 def import_yaml() -> Any:
     """The module yaml. Raises: ConfigError without it."""
     try:
@@ -313,26 +296,61 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, and puts it in `path`'s place once it is on the disk.
+LEFTOVERS = ".*.fastlora.tmp"
+"""Matches the temporary files of a process that was killed while it wrote."""
 
-    The temporary name starts with a dot and ends in `.tmp`: no reader of `*.pt` or `*.json` ever sees it.
+
+def atomic_write(path: Path, content: Content) -> None:
+    """Write one file, whole or not at all: see `atomic_write_all`."""
+    atomic_write_all({path: content})
+
+
+def atomic_write_all(contents: Mapping[Path, Content]) -> None:
+    """Write each file under a temporary name beside its place; when all are on the disk, put each in its place.
+
+    The temporary name is new and starts with a dot, so two writers never share one and no reader of `*.pt` sees it. A link at `path`
+    is replaced, not followed. A file that is replaced hands its permissions on.
+
+    contents: path → its bytes, or a function that writes them to the open file. The folders must exist.
+
+    Raises: OSError, and what a function raises. Then no file has changed, unless moving one into place failed after another.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary: dict[Path, Path] = {}
     try:
-        temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # refuses a link that someone left there
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            name = temporary_name(path)
+            with name.open("xb") as file:  # refuses a link
+                temporary[name] = path
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
+        move_into_place(temporary)
     finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        for name in temporary:
+            name.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else has, and that `LEFTOVERS` matches."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.fastlora.tmp")
+
+
+def move_into_place(finished: Mapping[Path, Path]) -> None:
+    """Rename finished files to their places, after all of them are on the disk. finished: file → place, on one file system."""
+    for file, place in finished.items():
+        with file.open("r+b") as opened:
+            os.fsync(opened.fileno())
+        if place.is_file() and not place.is_symlink():
+            shutil.copymode(place, file)
+    for file, place in finished.items():
+        os.replace(file, place)
+    for folder in {place.parent for place in finished.values()}:
+        _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power failure; only POSIX can open a folder."""
+    """Make renames in `folder` survive a power failure; only POSIX can open a folder."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -341,10 +359,18 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def write_files(contents: Mapping[Path, Content]) -> None:
+    """`atomic_write_all` for the files of an adapter or a configuration. Raises: CheckpointError if one cannot be written."""
+    try:
+        atomic_write_all(contents)
+    except OSError as error:
+        names = " and ".join(map(str, contents))
+        raise CheckpointError(f"path: cannot write {names}: {error}") from error
+
+
 def write_json(path: Path, value: object) -> None:
-    """Writes `value` as JSON; NaN and infinity, which JSON does not have, raise ValueError."""
-    data = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
-    atomic_write(path, lambda file: file.write(data))
+    """Write `value` as JSON; NaN and infinity, which JSON does not have, raise ValueError."""
+    atomic_write(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:

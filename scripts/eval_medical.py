@@ -141,10 +141,10 @@ def run(args: argparse.Namespace, command: str) -> list[str]:
         for index, png in pictures.items():
             meta = evaluation.samples[index]["meta"]
             path = output / "slices" / f"{meta['subject']}_{meta['region']}.png"
-            atomic_write(path, lambda file, png=png: file.write(png))
+            atomic_write(path, png)
         written.append(f"slices/ ({len(pictures)} files)")
     if page:
-        atomic_write(output / "report.html", lambda file: file.write(page))
+        atomic_write(output / "report.html", page)
         written.append("report.html")
     if args.record:
         Path(args.record).parent.mkdir(parents=True, exist_ok=True)

@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         if args.picture:
             grey = window(item.image.array, item.modality, structure)
             png = overlay_picture(item.image, grey, item.mask, mesh)
-            atomic_write(path.with_suffix(".png"), lambda file, png=png: file.write(png))
+            atomic_write(path.with_suffix(".png"), png)
         rows.append({**row, "mesh": path.name, **facts})
         print(
             f"{path}: {facts['volume_ml']:.2f} ml, {facts['faces']} triangles, "
@@ -190,9 +190,7 @@ def run(args: argparse.Namespace) -> int:
         table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-        atomic_write(
-            args.output_dir / "predictions.csv", lambda file: file.write(text.getvalue().encode())
-        )
+        atomic_write(args.output_dir / "predictions.csv", text.getvalue().encode())
         print(f"{done} surfaces, {len(rows) - done} skipped: {args.output_dir / 'predictions.csv'}")
     return 0
 

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from fastlora.errors import ConfigError, FastLoRAError
-from fastlora.files import write_json
+from fastlora.files import atomic_write, write_json
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.evaluation.evaluate import evaluate, model_method
 from fastlora.medical.evaluation.metrics import TOLERANCE_MM
@@ -105,7 +105,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.annotate(row["run"], (row["trained_parameters"], row["dice"]), fontsize=8)
     axes.set(xscale="log", xlabel="trained parameters", ylabel="Dice, mean over held-out regions")
     figure.tight_layout()
-    figure.savefig(path)
+    atomic_write(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
 
 
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     write_json(folder / "sweep.json", record)
-    (folder / "sweep.md").write_text(table(rows), encoding="utf-8")
+    atomic_write(folder / "sweep.md", table(rows).encode())
     plot(rows, folder / "sweep.png")
     print(table(rows) + f"record, table and plot: {folder}/sweep.json, sweep.md, sweep.png")
     return 0

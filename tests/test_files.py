@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gzip
 import json
 import os
@@ -15,15 +16,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import trimesh
 
 import fastlora
 from fastlora import files
 from fastlora.cli.adapter_files import merge_files, read_adapter
 from fastlora.errors import CheckpointError, ConfigError, DataError
-from fastlora.files import atomic_write
+from fastlora.files import atomic_write, atomic_write_all
+from fastlora.kernels.config import Problem, architecture, tiles
 from fastlora.medical.data import volumes
+from fastlora.medical.evaluation.predict import write_mesh
+from fastlora.medical.models.decoder import load_base_model, save_base_model
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import read_yaml
+from fastlora.ops import tuned
 from tests.support.hostile import attack, readers, replace_leaf, time_limit
 from tests.support.models import Decoder
 from tests.support.tiny_run import tiny_trainer
@@ -301,18 +307,78 @@ def test_links_in_a_folder_are_replaced_and_not_followed(tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "adapter"
     outside.write_text("mine")
     folder.mkdir()
-    for name in ("adapter_config.json", f".adapter_config.json.{os.getpid()}.partial"):
-        (folder / name).symlink_to(outside)
+    (folder / "adapter_config.json").symlink_to(outside)
     fastlora.save_pretrained(_adapted(), folder, include_trainable=False)
     checkpoint = folder / "last.pt"
-    (folder / f".last.pt.{os.getpid()}.tmp").symlink_to(outside)
-    atomic_write(checkpoint, lambda file: file.write(b"new"))
+    checkpoint.symlink_to(outside)
+    atomic_write(checkpoint, b"new")
     assert outside.read_text() == "mine" and checkpoint.read_bytes() == b"new"
     assert not any(path.is_symlink() for path in folder.iterdir())
     config = tmp_path / "c.json"
     config.symlink_to(outside)
     fastlora.LoRAConfig().save(config)
     assert outside.read_text() == "mine" and fastlora.LoRAConfig.load(config)
+
+
+def _store_tiles(path):
+    problem = Problem(64, 64, 64, 4, 2, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLORA_TUNING", str(path))
+        row = architecture((9, 0))
+        tuned.store("Some GPU", problem, tuned.Tuned("split", "split", tiles(row, problem)))
+
+
+WRITERS = {
+    "tuning.json": _store_tiles,
+    "mesh.ply": lambda path: write_mesh(trimesh.creation.box(), path, "ras", {}),
+    "ct.nii.gz": lambda path: volumes.save_volume(path, np.zeros((2, 2, 2), np.uint8), np.eye(4)),
+    "model.pt2": lambda path: fastlora.export(_adapted(), (torch.randn(2, 2, 8),), path),
+    "base.safetensors": lambda path: save_base_model(load_base_model(), path, {}),
+    "adapter.safetensors": lambda path: fastlora.save_adapter(_adapted(), path),
+    "last.pt": lambda path: checkpointing.write_checkpoint(path, {}),
+    "history.json": lambda path: files.write_json(path, []),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_replaces_a_link(name, tmp_path):
+    outside, place = tmp_path / "outside", tmp_path / name
+    outside.write_text("{}")
+    place.symlink_to(outside)
+    WRITERS[name](place)
+    assert outside.read_text() == "{}" and place.is_file() and not place.is_symlink()
+
+
+def test_permissions_of_a_replaced_file_are_kept(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    fastlora.save_adapter(_adapted(), path)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # what the umask gives a new file
+    for mode in (0o640, 0o444):
+        path.chmod(mode)
+        fastlora.save_adapter(_adapted(), path)
+        assert path.stat().st_mode & 0o777 == mode
+
+
+def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
+    path = tmp_path / "a.bin"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: atomic_write(path, bytes([i]) * 100_000), range(64)))
+    (written,) = tmp_path.iterdir()
+    assert len(set(written.read_bytes())) == 1 and written.stat().st_size == 100_000
+
+
+def test_files_of_one_write_change_together_or_not_at_all(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("old")
+
+    def fail(file):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        atomic_write_all({one: b"new", two: fail})
+    assert one.read_text() == "old" and list(tmp_path.iterdir()) == [one]
 
 
 def test_complex_weights_are_refused(tmp_path):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, check_hyperparameters, scaling_divisor
 from fastlora.errors import CheckpointError, ConfigError
-from fastlora.files import read_json, write_files
+from fastlora.files import move_into_place, read_json, write_files
 from fastlora.io.checkpoint import _METADATA_KEY, read_safetensors, safetensors_bytes
 from fastlora.peft.config import (
     CONFIG_FILE,
@@ -189,8 +189,8 @@ def merge_files(base: Path, adapter: Adapter, target: Path, *, force: bool) -> l
                 shutil.copyfile(base.parent / name, copied)
                 if name in headers:
                     merged += _merge_into(copied, adapter)
-            for name, place in places.items():  # the index, if there is one, comes last
-                os.replace(Path(temporary) / name, place)
+            # The index, if there is one, comes last.
+            move_into_place({Path(temporary) / name: place for name, place in places.items()})
     except OSError as error:
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

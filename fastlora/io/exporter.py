@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.errors import ExportError
+from fastlora.files import move_into_place
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.linear import LoRALinear
 from fastlora.model.merge import merge_lora_weights
@@ -169,8 +170,8 @@ def _write(target: Path, save: Callable[[Path], object]) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
             save(Path(folder) / target.name)
+            # Large ONNX models bring a second file with the weights.
             written = sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name)
-            for file in written:  # large ONNX models bring a second file with the weights
-                os.replace(file, target.parent / file.name)
+            move_into_place({file: target.parent / file.name for file in written})
     except OSError as error:
         raise ExportError(f"path: cannot write {target}: {error}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from fastlora.errors import ConfigError
-from fastlora.files import read_json
+from fastlora.files import read_json, write_json
 from fastlora.kernels import config
 from fastlora.kernels.config import GemmConfig, PassConfig, Problem, Tiles
 
@@ -56,9 +55,7 @@ def store(device_name: str, problem: Problem, tuned: Tuned) -> None:
     file = path()
     entries = dict(_read(file)) | {key(device_name, problem): asdict(tuned)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, file)
+    write_json(file, dict(sorted(entries.items())))
     _read.cache_clear()
 
 

@@ -5,7 +5,6 @@ Run as a program, it trains and kills itself with SIGKILL at a named moment (see
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -138,12 +137,9 @@ def main(folder: str, moment: str) -> None:
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def half_then_die(path: Path, fill: Any) -> None:
-        whole = io.BytesIO()
-        fill(whole)
-
+    def half_then_die(path: Path, content: Any) -> None:
         def fill_half(file: Any) -> None:
-            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.write(content[: len(content) // 2])
             file.flush()
             die()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,12 +165,7 @@ class StructureGrid:
     def _write(self, path: Path) -> None:
         """Whole or not at all: another process may be reading or writing the same file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-        try:
-            np.savez(partial, **vars(self))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        files.atomic_write(path, lambda file: np.savez(file, **vars(self)))
 
     def crop(self, start: Sequence[int]) -> tuple[Array, Array]:
         """Image and SDF of the 32³ window that begins at ``start`` of the subject's fine grid."""

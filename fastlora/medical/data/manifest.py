@@ -78,7 +78,7 @@ def write_manifest(
     table = csv.DictWriter(text, ["subject", "structure", "reason"], lineterminator="\n")
     table.writeheader()
     table.writerows(skipped)
-    atomic_write(cache_dir / SKIPPED, lambda file: file.write(text.getvalue().encode()))
+    atomic_write(cache_dir / SKIPPED, text.getvalue().encode())
     for entry in ready:
         del entry["problem"]
     content = {"format": FORMAT, "settings": settings, "structures": ready, "skipped": skipped}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -167,12 +166,7 @@ def load_prepared(
             log.warning("%s: damaged cache entry is made anew (%s)", path, error)
     prepared = prepare(case, structure, config, image)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        np.savez(partial, **{item.name: getattr(prepared, item.name) for item in fields(prepared)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.atomic_write(path, lambda file: np.savez(file, **vars(prepared)))
     return prepared
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import trimesh
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.files import atomic_write
 from fastlora.medical.data.geometry import spacing_of
 from fastlora.medical.data.grids import StructureGrid, grid_path
 from fastlora.medical.data.manifest import Outcome, digest
@@ -110,6 +111,4 @@ def _outcome(plan: Plan, case: Case, structure: str, image: Volume, image_digest
 def _write_mesh(prepared: Prepared, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     mesh = trimesh.Trimesh(prepared.vertices, prepared.faces, process=False)
-    partial_path = path.with_name(f".partial-{path.name}")
-    mesh.export(partial_path)
-    partial_path.replace(path)
+    atomic_write(path, mesh.export(file_type="ply"))

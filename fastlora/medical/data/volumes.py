@@ -6,6 +6,7 @@ are read from NIfTI, from a folder of one DICOM series, and from PNG; masks from
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 import struct
@@ -25,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.files import atomic_write
 from fastlora.medical.data import dicom
 from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray, check_affine, spacing_of
 
@@ -342,15 +344,13 @@ def _check_size(path: Path, image: Any) -> None:
 def save_volume(
     path: str | os.PathLike[str], array: NDArray[np.generic], affine: ArrayLike
 ) -> None:
-    """Write a volume as NIfTI, whole or not at all: under another name first, then renamed."""
+    """Write a volume as `.nii` or `.nii.gz`, whole or not at all. The folder is made. Raises: DataError on another ending."""
     path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise DataError(f"path: expected a .nii or .nii.gz file, got {path.name}")
+    data = nib.Nifti1Image(array, np.asarray(affine, dtype=np.float64)).to_bytes()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        nib.save(nib.Nifti1Image(array, np.asarray(affine, dtype=np.float64)), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic_write(path, gzip.compress(data, 1, mtime=0) if path.suffix == ".gz" else data)
 
 
 def window(image: NDArray[np.floating], modality: str, structure: str = "") -> NDArray[np.float32]:

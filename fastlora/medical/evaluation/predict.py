@@ -279,5 +279,5 @@ def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, A
     }
     text = json.dumps(about, indent=1, allow_nan=False) + os.linesep
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: file.write(data))
-    atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    atomic_write(path, data)
+    atomic_write(path.with_suffix(".json"), text.encode())

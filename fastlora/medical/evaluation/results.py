@@ -223,7 +223,7 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
     table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(records)
-    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+    atomic_write(path, text.getvalue().encode())
 
 
 def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply") -> int:

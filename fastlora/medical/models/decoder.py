@@ -28,6 +28,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.files import atomic_write_all
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
 
 BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
@@ -306,8 +307,8 @@ def save_base_model(model: SparseMeshDecoder, path: Path, provenance: Mapping[st
         **provenance,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(card, indent=2) + "\n"
+    atomic_write_all({path: data, path.with_suffix(".json"): text.encode()})
 
 
 def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:

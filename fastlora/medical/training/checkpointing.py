@@ -45,7 +45,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Saves a checkpoint; `content` holds what KEYS lists."""
     data = io.BytesIO()  # torch.save into a file on a full disk raises other errors than OSError
     torch.save(dict(content), data)
-    atomic_write(path, lambda file: file.write(data.getbuffer()))
+    atomic_write(path, data.getbuffer())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

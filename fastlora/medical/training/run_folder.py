@@ -16,7 +16,14 @@ from typing import Any, BinaryIO
 import yaml
 
 from fastlora.errors import CheckpointError, ConfigError, TrainingError
-from fastlora.files import atomic_write, read_json, write_json
+from fastlora.files import (
+    LEFTOVERS,
+    atomic_write,
+    move_into_place,
+    read_json,
+    temporary_name,
+    write_json,
+)
 from fastlora.medical.training.checkpointing import check_history, read_checkpoint, write_checkpoint
 
 
@@ -141,11 +148,10 @@ class RunFolder:
             raise ConfigError(
                 f"checkpoint_dir: cannot write to {self.path}: {error.strerror or error}"
             ) from error
-        for pattern in (".*.tmp", ".*.partial"):  # of a run killed while it wrote
-            for leftover in self.path.rglob(pattern):
-                leftover.unlink()
+        for leftover in self.path.rglob(LEFTOVERS):
+            leftover.unlink()
         text = yaml.safe_dump(dict(config), sort_keys=False)
-        atomic_write(self.config, lambda file: file.write(text.encode()))
+        atomic_write(self.config, text.encode())
 
     def _state_of_last(self) -> tuple[int, int, int] | None:
         """What changes with every writing of `last`; None where there is none."""
@@ -199,12 +205,12 @@ def _locked(path: Path) -> BinaryIO:
 
 def _keep(last: Path, previous: Path) -> None:
     """Gives `last` a second name, so that it is still there when a new one takes its place."""
-    temporary = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    second = temporary_name(previous)
     try:
         try:
-            os.link(last, temporary)
+            os.link(last, second)
         except OSError:  # a file system without links
-            shutil.copyfile(last, temporary)
-        os.replace(temporary, previous)
+            shutil.copyfile(last, second)
+        move_into_place({second: previous})
     finally:
-        temporary.unlink(missing_ok=True)
+        second.unlink(missing_ok=True)

@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from fastlora import files
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data import volumes
 from fastlora.medical.data.geometry import apply_affine
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import (
@@ -113,11 +113,10 @@ def test_save_volume_is_whole_or_not_at_all(tmp_path, monkeypatch):
     save_volume(path, blank(3), np.eye(4))
     before = path.read_bytes()
 
-    def half(image, name):
-        name.write_bytes(b"half")
+    def full(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr(volumes.nib, "save", half)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         save_volume(path, blank(4), np.eye(4))
     assert path.read_bytes() == before

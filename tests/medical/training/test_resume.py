@@ -98,7 +98,7 @@ def test_killed(moment: str, kept: int, whole_lora: MedicalTrainer, tmp_path: Pa
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
-    atomic_write(path, lambda file: file.write(b"old"))
+    atomic_write(path, b"old")
 
     def fail(file: Any) -> None:
         file.write(b"ne")
