@@ -9,6 +9,7 @@ from fastlora.errors import (
     DataError,
     ExportError,
     FastLoRAError,
+    FastLoRAWarning,
     InjectionError,
     MergeError,
     TrainingError,
@@ -49,8 +50,7 @@ from fastlora.model.merge import MergeReport, merge_lora_weights, merge_report, 
 from fastlora.model.switch import disable_adapter
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import lora_linear
-from fastlora.peft import accelerate
-from fastlora.peft.accelerate import AccelerationReport, restore
+from fastlora.peft.accelerate import AccelerationReport, accelerate, restore
 from fastlora.peft.format import from_pretrained, save_pretrained
 from fastlora.report.memory import MemoryEstimate, estimate
 from fastlora.report.selftest import CheckReport, check
@@ -69,6 +69,7 @@ __all__ = [
     "DataError",
     "ExportError",
     "FastLoRAError",
+    "FastLoRAWarning",
     "FusionReport",
     "InjectionError",
     "LoRAConfig",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 import json
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastlora.errors import ConfigError
+from fastlora.errors import ConfigError, nearest
 from fastlora.files import import_yaml, read_json, read_yaml, write_files
 
 BACKENDS = ("auto", "torch", "triton")
@@ -137,7 +136,7 @@ class LoRAConfig:
             )
         if self.init_lora_weights == "orthogonal" and self.rank % 2:
             raise ConfigError(f"init_lora_weights: orthogonal needs an even rank, got {self.rank}")
-        if self.takes_start_off and self.alpha == 0:
+        if self.subtracts_init and self.alpha == 0:
             raise ConfigError(f"init_lora_weights: {start!r} needs an alpha other than 0")
         self._check_kinds()
         if self.bias not in _BIASES:
@@ -150,7 +149,7 @@ class LoRAConfig:
         object.__setattr__(self, "modules_to_save", tuple(names))
 
     @property
-    def takes_start_off(self) -> bool:
+    def subtracts_init(self) -> bool:
         """Whether lora_A and lora_B start at a product that is not zero, which is then taken off."""
         return self.init_lora_weights.startswith(("pissa", "olora"))
 
@@ -222,10 +221,7 @@ class LoRAConfig:
         known = [f.name for f in fields(cls)] + list(_ALIASES)
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-                raise ConfigError(
-                    f"{name}: no such field" + (f"; nearest: {close[0]}" if close else "")
-                )
+                raise ConfigError(f"{name}: no such field{nearest(str(name), known)}")
         given = dict(values)
         for name in ("target_modules", "exclude", "exclude_modules"):
             value = given.get(name)

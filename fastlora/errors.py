@@ -1,6 +1,9 @@
-"""The exceptions of fastlora: one small tree, so that a caller can catch all of it or one kind."""
+"""The exceptions and warnings of fastlora: one small tree, so that a caller can catch all of it or one kind."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class FastLoRAError(Exception):
@@ -41,3 +44,13 @@ class TrainingError(FastLoRAError, RuntimeError):
 
 class ExportError(FastLoRAError, RuntimeError):
     """A model cannot be exported as asked (a missing package, an unsuitable example, a file that cannot be written)."""
+
+
+class FastLoRAWarning(UserWarning):
+    """Something that a caller should change; every warning of fastlora is one."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: " (nearest: a, b)", or "" where nothing is like it."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f" (nearest: {', '.join(close)})" if close else ""

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastlora.kernels.config import PassConfig, chunks
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import beside, drop, overlaps
+from fastlora.kernels.tiles import drop, overlaps, pdl_options
 
 
 @triton.jit
@@ -271,6 +271,6 @@ def decode(
         BLOCK_R=config.block_r,
         OVERLAP=overlapping,
         num_warps=config.num_warps,
-        **beside(overlapping),
+        **pdl_options(overlapping),
     )
     return y, s

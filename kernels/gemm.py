@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.tiles import beside, drop, drop_bits, halves, overlaps, tile_of
+from fastlora.kernels.tiles import drop, drop_bits, halves, overlaps, pdl_options, tile_of
 
 
 @triton.jit
@@ -310,7 +310,7 @@ def rank_gemm(
         TRANSPOSED=transposed,
         SUBTILES=config.subtiles,
         OVERLAP=overlapping,
-        **beside(overlapping),
+        **pdl_options(overlapping),
         **shared,
     )
     return out

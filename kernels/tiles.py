@@ -71,6 +71,6 @@ def overlaps(config: GemmConfig | PassConfig) -> bool:
     return config.overlap and not knobs.runtime.interpret
 
 
-def beside(overlapping: bool) -> dict[str, bool]:
+def pdl_options(overlapping: bool) -> dict[str, bool]:
     """The launch option of a kernel that begins before the one before it has ended."""
     return {"launch_pdl": True} if overlapping else {}

@@ -131,7 +131,7 @@ def test_a_file_written_by_hand_may_use_pefts_names(tmp_path):
         ("c.yaml", "a: [1", "c.yaml: not readable as yaml"),
         ("c.yaml", "!!python/object/apply:os.mkdir [pwned]", "c.yaml: not readable as yaml"),
         ("c.yaml", "", "values: expected a mapping of fields, got NoneType"),
-        ("c.json", '{"rnak": 3}', "rnak: no such field; nearest: rank"),
+        ("c.json", '{"rnak": 3}', "rnak: no such field .nearest: rank"),
         ("c.json", '{"adapter_dtype": "float3"}', "adapter_dtype: expected a float dtype"),
         ("c.json", '{"adapter_dtype": "int8"}', "adapter_dtype: expected a float dtype"),
         ("c.json", '{"target_modules": {"glob": "x"}}', "target_modules: expected strings or"),

@@ -6,7 +6,6 @@ Schemes: "fastlora" (one safetensors file, keys `<path>.lora_A`, alpha and the r
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, check_hyperparameters, scaling_divisor
-from fastlora.errors import CheckpointError, ConfigError
+from fastlora.errors import CheckpointError, ConfigError, FastLoRAWarning, nearest
 from fastlora.files import move_into_place, read_json, write_files
 from fastlora.io.checkpoint import _METADATA_KEY, read_safetensors, safetensors_bytes
 from fastlora.peft.config import (
@@ -390,6 +389,7 @@ def _peft_files(adapter: Adapter, folder: Path) -> dict[Path, bytes]:
     if len(dropouts) > 1:
         warnings.warn(
             f"layers have the dropouts {dropouts}, PEFT's format holds one; {dropouts[-1]} is written",
+            FastLoRAWarning,
             stacklevel=2,
         )
     # A regex that is the paths themselves: no rule of PEFT can find more or less than these.
@@ -494,8 +494,7 @@ def _check_fit(adapter: Adapter, base: Mapping[str, _Entry]) -> None:
     problems = []
     for key, shape in shapes.items():
         if key not in base:
-            close = difflib.get_close_matches(key, base, n=1)
-            problems.append(f"no {key}" + (f" (nearest: {close[0]})" if close else ""))
+            problems.append(f"no {key}{nearest(key, base)}")
         elif base[key].shape != shape:
             problems.append(f"{key}: expected shape {shape}, got {base[key].shape}")
         elif base[key].dtype not in _FLOATS:

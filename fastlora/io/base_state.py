@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.io.checkpoint import LoadResult, compare
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.linear import LoRALinear
@@ -73,6 +73,7 @@ def load_base_state_dict(
         warnings.warn(
             f"load_base_state_dict: loaded {len(loadable)} entries; problems:\n  "
             + "\n  ".join(problems),
+            FastLoRAWarning,
             stacklevel=2,
         )
     fresh = [m for m in model.modules() if isinstance(m, LoRALinear) and m.scales_nothing()]

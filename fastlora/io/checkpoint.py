@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import warnings
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, FastLoRAWarning, nearest
 from fastlora.files import read_torch, write_files
 from fastlora.layers.base import named_lora_layers
 
@@ -87,6 +86,7 @@ def load_lora_state_dict(
         warnings.warn(
             f"load_lora_state_dict: loaded {len(loadable)} tensors, and not:\n  "
             + "\n  ".join(problems),
+            FastLoRAWarning,
             stacklevel=2,
         )
     with torch.no_grad():
@@ -124,8 +124,8 @@ def compare(
     misshapen = [k for k, v in state.items() if k in shapes and v.shape != shapes[k]]
     loadable = [k for k in state if k in shapes and k not in misshapen]
     problems = (
-        [f"missing {key}{_hint(key, unexpected)}" for key in missing]
-        + [f"unexpected {key}{_hint(key, missing or wanted)}" for key in unexpected]
+        [f"missing {key}{nearest(key, unexpected)}" for key in missing]
+        + [f"unexpected {key}{nearest(key, missing or wanted)}" for key in unexpected]
         + [
             f"{key}: expected shape {tuple(shapes[key])}, got {tuple(state[key].shape)}"
             for key in misshapen
@@ -202,7 +202,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     if problems and strict:
         raise CheckpointError(f"{file.name} does not fit the model:\n  " + "\n  ".join(problems))
     if problems:
-        warnings.warn(f"load_adapter: {file.name}:\n  " + "\n  ".join(problems), stacklevel=2)
+        warnings.warn(
+            f"load_adapter: {file.name}:\n  " + "\n  ".join(problems), FastLoRAWarning, stacklevel=2
+        )
     return load_lora_state_dict(model, state, strict)
 
 
@@ -244,8 +246,3 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: expected a state dict, got {type(state).__name__}")
     return state
-
-
-def _hint(key: str, candidates: list[str]) -> str:
-    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
-    return f" (nearest: {close[0]})" if close else ""

@@ -128,7 +128,7 @@ class LoRALayer(nn.Module, ABC):
         if self.disabled:
             return self.wrapped_weight()
         weight = self.wrapped_weight()
-        with exactly(weight):
+        with no_autocast(weight):
             return self._merged_weight(weight).to(weight.dtype)
 
     @property
@@ -205,7 +205,7 @@ class LoRALayer(nn.Module, ABC):
             raise MergeError(f"cannot merge: {reason}")
         original = self.wrapped.weight
         assert isinstance(original, nn.Parameter)
-        with torch.no_grad(), exactly(original):
+        with torch.no_grad(), no_autocast(original):
             merged = self._merged_weight(original).to(dtype or original.dtype)
         parameter = nn.Parameter(merged, requires_grad=original.requires_grad)
         # Telling deepcopy that the weight is already copied builds the new layer without a second copy of it.
@@ -242,14 +242,14 @@ class LoRALayer(nn.Module, ABC):
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """B A in the weight's shape."""
 
-    def _wide(self, weight: Tensor) -> torch.dtype:
+    def _accumulate_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype in which weights are summed: float32 or wider."""
         # Not torch.promote_types, which exporters of torch 2.6 take for an operation of the model.
         both = (weight.dtype, self.lora_A.dtype)
         return torch.float64 if torch.float64 in both else torch.float32
 
     def _merged_weight(self, weight: Tensor) -> Tensor:
-        wide = self._wide(weight)
+        wide = self._accumulate_dtype(weight)
         return weight.to(wide) + self.delta(wide)
 
 
@@ -258,7 +258,7 @@ def of_wrapped(name: str) -> Any:
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
 
 
-def exactly(tensor: Tensor) -> AbstractContextManager[object]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which products on the tensor's device keep their dtype, whatever autocast is around."""
     if autocasts(tensor):
         return torch.autocast(tensor.device.type, enabled=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastlora.layers.base import LoRALayer, exactly
+from fastlora.layers.base import LoRALayer, no_autocast
 from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.linear import LoRALinear
 
@@ -48,7 +48,7 @@ def _take_from_weight(layer: LoRALinear, how: str) -> None:
     weight, rank = weight.to(wide), layer.rank
     a: Tensor
     b: Tensor
-    with exactly(weight):
+    with no_autocast(weight):
         if how == "olora":
             q, r = torch.linalg.qr(weight)
             a, b = r[:rank], q[:, :rank]

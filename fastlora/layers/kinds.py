@@ -43,11 +43,11 @@ def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | No
     if kind != "linear":
         if config.use_dora:
             return f"use_dora is for linear layers, not for a {type(module).__name__}"
-        if config.takes_start_off or config.init_lora_weights == "orthogonal":
+        if config.subtracts_init or config.init_lora_weights == "orthogonal":
             return f"init_lora_weights={config.init_lora_weights!r} is for linear layers, not for a {type(module).__name__}"
     if kind == "conv" and config.rank % module.groups:  # type: ignore[operator]
         return f"rank {config.rank} is no multiple of its groups={module.groups}"
-    if kind == "linear" and config.takes_start_off:
+    if kind == "linear" and config.subtracts_init:
         (_, k), (n, _) = layer_class(module).factor_shapes(module, 1)
         if config.rank > min(n, k):
             return f"init_lora_weights={config.init_lora_weights!r} needs a rank of at most {min(n, k)}, got {config.rank}"

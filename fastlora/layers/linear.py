@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, exactly, has_hooks
+from fastlora.layers.base import LoRALayer, Shape, has_hooks, no_autocast
 from fastlora.layers.quantised import quantisation
 from fastlora.ops import reference
 from fastlora.ops.dispatch import Choice, choose
@@ -132,11 +132,11 @@ class LoRALinear(LoRALayer):
     @property
     def matrix(self) -> Tensor:
         """The wrapped weight as (out_features, in_features)."""
-        return self._turned(self.original_linear.weight)
+        return self._as_weight_layout(self.original_linear.weight)
 
     def dequantised_matrix(self) -> Tensor:
         """The wrapped weight as (out_features, in_features), in floating point also where it is quantised."""
-        return self._turned(self.wrapped_weight())
+        return self._as_weight_layout(self.wrapped_weight())
 
     def forward(self, input: Any) -> Any:
         """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Gives back the same kind."""
@@ -186,13 +186,13 @@ class LoRALinear(LoRALayer):
         if self.lora_magnitude is None:
             return update
         weight = self.wrapped_weight().to(dtype)
-        scale = self._turned(self._dora_scale().to(dtype)[:, None])
+        scale = self._as_weight_layout(self._dora_scale().to(dtype)[:, None])
         if magnitude:
             return (scale - 1).abs() * weight.abs() + scale.abs() * update
         return (scale - 1) * weight + scale * update
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self._turned(weight), bias)
+        return F.linear(x, self._as_weight_layout(weight), bias)
 
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         return torch.randn(rows, self.in_features, generator=generator)
@@ -221,7 +221,7 @@ class LoRALinear(LoRALayer):
         dora = self._parameters["lora_magnitude"] is not None
         y = lora_linear(
             x,
-            self._turned(linear.weight),
+            self._as_weight_layout(linear.weight),
             None if dora else bias,
             *self.factors(),
             self.scaling,
@@ -257,10 +257,10 @@ class LoRALinear(LoRALayer):
     def _row_norms(self) -> Tensor:
         """‖W + scaling · B A‖ of each of the N rows, without the N×K product: ‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B."""
         weight = self.dequantised_matrix()
-        wide = self._wide(weight)
+        wide = self._accumulate_dtype(weight)
         a, b = (factor.to(wide) for factor in self.factors())
         squares = []
-        with exactly(weight):
+        with no_autocast(weight):
             gram = a @ a.T  # [R, K] @ [K, R] -> [R, R]
             for w, rows in zip(
                 torch.split(weight, _NORM_ROWS), torch.split(b, _NORM_ROWS), strict=True
@@ -270,12 +270,12 @@ class LoRALinear(LoRALayer):
                 squares.append((w * w).sum(1) + (update * rows).sum(1))
         return torch.cat(squares).clamp_(min=torch.finfo(wide).tiny).sqrt_()
 
-    def _turned(self, matrix: Tensor) -> Tensor:
+    def _as_weight_layout(self, matrix: Tensor) -> Tensor:
         """A matrix in the stored orientation as (N, K), or the other way round."""
         return matrix
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._turned(b @ a)  # [N, R] @ [R, K] -> [N, K]
+        return self._as_weight_layout(b @ a)  # [N, R] @ [R, K] -> [N, K]
 
     def _draw_seed(self, x: Tensor) -> Tensor | None:
         # From torch's generator, outside the op: checkpointing, `torch.manual_seed` and compiled graphs all see it.
@@ -302,9 +302,11 @@ class LoRALinear(LoRALayer):
     def _merged_weight(self, weight: Tensor) -> Tensor:
         if self.lora_magnitude is not None:
             return super()._merged_weight(weight)
-        wide = self._wide(weight)
+        wide = self._accumulate_dtype(weight)
         a, b = (factor.to(wide) for factor in self.factors())
-        return self._turned(torch.addmm(self._turned(weight.to(wide)), b, a, alpha=self.scaling))
+        return self._as_weight_layout(
+            torch.addmm(self._as_weight_layout(weight.to(wide)), b, a, alpha=self.scaling)
+        )
 
 
 class LoRATransposedLinear(LoRALinear):
@@ -339,7 +341,7 @@ class LoRATransposedLinear(LoRALinear):
     def out_features(self) -> int:
         return self.original_linear.weight.shape[1]
 
-    def _turned(self, matrix: Tensor) -> Tensor:
+    def _as_weight_layout(self, matrix: Tensor) -> Tensor:
         return matrix.T
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets, check_hyperparameters
-from fastlora.errors import ConfigError, InjectionError
+from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import LoRALayer
 from fastlora.model.inject import inject_lora
 from fastlora.model.record import AdapterRecord, forget_trained, get_record, records, set_record
@@ -57,7 +56,7 @@ def add_adapter(
     with adding(model, name) as plain:
         if not make_plan(plain, config):
             raise InjectionError(
-                f"model: no layer matches {config.target_modules!r}. {suggest(plain, config)}"
+                f"model: no layer matches {config.target_modules!r}{suggest(plain, config)}"
             )
         count = inject_lora(plain, target_modules, rank, alpha, dropout)
     if activate:
@@ -330,10 +329,8 @@ def _known(record: AdapterRecord, name: str, argument: str = "name") -> str:
     names = list(record.adapters)
     if not names:
         raise ConfigError(f"{argument}: the model has no adapters, so none is called {name!r}")
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or names[:5]
-    raise ConfigError(
-        f"{argument}: the model has no adapter {name!r}. Nearest names: {', '.join(close)}"
-    )
+    close = nearest(str(name), names) or f"; it has {', '.join(names[:5])}"
+    raise ConfigError(f"{argument}: the model has no adapter {name!r}{close}")
 
 
 def _why_not_combined(layer: LoRALayer) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
-from fastlora.errors import InjectionError
+from fastlora.errors import FastLoRAWarning, InjectionError
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
@@ -63,12 +63,13 @@ def inject_lora(
             raise InjectionError(problem)
     elif not plan:
         warnings.warn(
-            f"inject_lora: no layer matches {target_modules or DEFAULT_TARGETS!r}; nothing was changed. "
+            f"inject_lora: no layer matches {target_modules or DEFAULT_TARGETS!r}; nothing was changed"
             f"{suggest(model, config)}",
+            FastLoRAWarning,
             stacklevel=2,
         )
     elif problem is not None and target_modules is not None:  # the defaults name several families
-        warnings.warn(f"inject_lora: {problem}", stacklevel=2)
+        warnings.warn(f"inject_lora: {problem}", FastLoRAWarning, stacklevel=2)
     count = _wrap(model, plan)
     for module, names in trained.items():
         setattr(module, TRAINED, names)  # for freeze_base_params
@@ -82,7 +83,11 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     """
     adapters = {id(parameter) for parameter in get_lora_params(model)}
     if not adapters:
-        warnings.warn("freeze_base_params: the model has no adapters; all is frozen", stacklevel=2)
+        warnings.warn(
+            "freeze_base_params: the model has no adapters; all is frozen",
+            FastLoRAWarning,
+            stacklevel=2,
+        )
     kept = adapters | {
         id(module._parameters[name])
         for module in model.modules()
@@ -158,13 +163,13 @@ def setup_lora_for_medical_finetuning(
     plan = make_plan(model, config)
     if not plan:
         raise InjectionError(
-            f"model: no layer matches {config.target_modules!r}. {suggest(model, config)}"
+            f"model: no layer matches {config.target_modules!r}{suggest(model, config)}"
         )
     taken = [path for path, _ in plan.values()]
     for pattern in ranks:
         if not any(config.matches(pattern, path) for path in taken):
             raise InjectionError(
-                f"rank_pattern: {pattern!r} matches none of the {len(taken)} adapted layers. {nearest_names(pattern, taken)}"
+                f"rank_pattern: {pattern!r} matches none of the {len(taken)} adapted layers{nearest_names(pattern, taken)}"
             )
     trained: list[nn.Parameter] = []
     if unfreeze_output_layers:
@@ -180,15 +185,16 @@ def setup_lora_for_medical_finetuning(
 def _wrap(model: nn.Module, plan: Plan) -> int:
     """Put an adapted layer in the place of every layer of the plan, under all its names. Returns how many there are."""
     projections = attention_projections(model)
-    deaf = [
+    ignores_dropout = [
         path
         for linear, (path, chosen) in plan.items()
         if chosen.dropout > 0 and linear in projections
     ]
-    if deaf:
+    if ignores_dropout:
         warnings.warn(
-            f"dropout has no effect on {', '.join(deaf)}: nn.MultiheadAttention multiplies by "
+            f"dropout has no effect on {', '.join(ignores_dropout)}: nn.MultiheadAttention multiplies by "
             "the merged weight itself",
+            FastLoRAWarning,
             stacklevel=3,
         )
     wrapped = {module: wrap(module, chosen) for module, (_, chosen) in plan.items()}
@@ -211,7 +217,7 @@ def _output_parameters(
         if not paths:
             components = {c for path, _ in model.named_modules() for c in path.split(".") if c}
             raise InjectionError(
-                f"output_layer_names: {name!r} is no module of the model. {nearest_names(name, components)}"
+                f"output_layer_names: {name!r} is no module of the model{nearest_names(name, components)}"
             )
         both = sorted(adapted.intersection(paths))
         if both:

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import ConfigError, MergeError
+from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
 from fastlora.layers.base import LoRALayer
 from fastlora.model.record import (
     copy_without_records,
@@ -192,6 +192,7 @@ def _raise_or_warn(report: MergeReport, caller: str) -> None:
         warnings.warn(
             f"{caller}: rounding loses more than {LOST_SHARE:.0%} of the update in {len(report.lossy)} of "
             f"{len(report.layers)} layers; the worst: {worst}. Merge with dtype=torch.float32 to keep it",
+            FastLoRAWarning,
             stacklevel=3,
         )
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
 from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, layer_index
-from fastlora.errors import ConfigError, InjectionError
+from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.model.record import inactive_adapters
@@ -121,7 +120,7 @@ def trained_beside(
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
         if not paths:
             raise InjectionError(
-                f"modules_to_save: {name!r} is no module of the model. {nearest_names(name, set(modules))}"
+                f"modules_to_save: {name!r} is no module of the model{nearest_names(name, set(modules))}"
             )
         for path in paths:
             inside = next((a for a in adapted if f"{a}.".startswith(f"{path}.")), None)
@@ -157,7 +156,7 @@ def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str |
                 shown = pattern if isinstance(pattern, str) else pattern.pattern
                 return (
                     f"{name}: {shown!r} matches none of the {len(paths)} "
-                    f"{'adapted' if paths is taken else '/'.join(config.kinds)} layers. {nearest_names(shown, paths)}"
+                    f"{'adapted' if paths is taken else '/'.join(config.kinds)} layers{nearest_names(shown, paths)}"
                     + _of_other_kinds(model, config, pattern)
                 )
     numbers = {index for path in taken if (index := layer_index(path)) is not None}
@@ -165,7 +164,7 @@ def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str |
     if unused:
         return f"layers_to_transform: no adapted layer has the index {unused[0]}; there are {sorted(numbers)}"
     if not plan:
-        return f"target_modules: no layer was selected. {suggest(model, config)}"
+        return f"target_modules: no layer was selected{suggest(model, config)}"
     return None
 
 
@@ -207,13 +206,12 @@ def suggest(model: nn.Module, config: LoRAConfig) -> str:
     return nearest_names(first, [path for path, _ in candidates(model, config)])
 
 
-def nearest_names(wanted: str, paths: Sequence[str] | set[str]) -> str:
-    """A hint: the path components most like `wanted`."""
+def nearest_names(wanted: str, paths: Iterable[str]) -> str:
+    """The end of a message: the path components most like `wanted`, or else a few that there are."""
     components = sorted({part for path in paths for part in path.split(".") if not part.isdigit()})
     if not components:
-        return "There are no such layers in the model."
-    close = difflib.get_close_matches(wanted, components, n=3, cutoff=0.4) or components[:5]
-    return f"Nearest names: {', '.join(close)}."
+        return "; there are no such layers in the model"
+    return nearest(wanted, components) or f"; there are {', '.join(components[:5])}"
 
 
 def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None) -> Verdict:

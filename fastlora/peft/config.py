@@ -89,7 +89,7 @@ class PeftConfig:
         wanted = self.target_modules
         first = wanted if isinstance(wanted, str) else wanted[0]
         paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
-        return f"{wanted!r} matches no layer of the model. {nearest_names(first, paths)}"
+        return f"{wanted!r} matches no layer of the model{nearest_names(first, paths)}"
 
     def heads(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that PEFT would train whole: those whose path ends with a name, dot or no dot before it."""

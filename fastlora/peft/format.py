@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig, scaling_divisor
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.files import write_files
 from fastlora.io.checkpoint import (
     LoadResult,
@@ -296,6 +296,7 @@ def _describe(model: nn.Module, layers: dict[str, LoRALayer], heads: list[str]) 
         warnings.warn(
             f"save_pretrained: layers have the dropouts {sorted(dropouts)}, PEFT's format holds one; "
             f"{max(dropouts)} is written",
+            FastLoRAWarning,
             stacklevel=3,
         )
     names = sorted({path.rpartition(".")[2] for path in layers})

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from fastlora.layers.base import has_hooks
 from fastlora.layers.linear import computes_linear, is_transposed_linear
 from fastlora.ops.linear import lora_linear
 
@@ -79,7 +80,7 @@ def _why_not_linear(label: str, module: nn.Module, transposed: bool = False) -> 
     plain = computes_linear(module) and is_transposed_linear(module) == transposed
     if not plain or "forward" in module.__dict__:
         return f"{label} is a {type(module).__name__} with a forward of its own"
-    if _has_hooks(module):
+    if has_hooks(module):
         return f"{label} has hooks"
     weight = module.weight
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
@@ -91,20 +92,11 @@ def _why_dropout(layer: Linear, name: str) -> str | None:
     dropout = layer.lora_dropout[name]
     if type(dropout) not in (nn.Dropout, nn.Identity) or "forward" in dropout.__dict__:
         return f"the dropout is a {type(dropout).__name__}"
-    if _has_hooks(dropout):
+    if has_hooks(dropout):
         return "the dropout has hooks"
     if isinstance(dropout, nn.Dropout) and dropout.p >= 1.0:
         return f"the dropout's p is {dropout.p}"
     return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _fits(x: object, weight: Tensor) -> bool:

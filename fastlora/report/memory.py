@@ -242,14 +242,14 @@ def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = Fal
     return LayerShape(
         k,
         n,
-        2 * config.rank if config.takes_start_off else config.rank,
+        2 * config.rank if config.subtracts_init else config.rank,
         config.dropout > 0,
         compute_dtype(linear),
         config.adapter_dtype or default_adapter_dtype(linear),
         cast(Tensor, linear.weight).device.type,
         weight_read,
         config.use_dora,
-        config.takes_start_off,
+        config.subtracts_init,
     )
 
 

@@ -108,16 +108,20 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         with _stand_ins(model, layers):
             learning = [(p, layer) for p, layer in layers if p not in findings]
             _to_training(modes)
-            deaf = _without_gradient(run, learning)
+            no_gradient = _without_gradient(run, learning)
             for module, _ in modes:
                 module.training = False  # not `eval()`, which may be overridden to do more
             silent = _unseen(run, layers)
-            if deaf or silent:
-                suspects = {path: layer for path, layer in layers if path in deaf or path in silent}
+            if no_gradient or silent:
+                suspects = {
+                    path: layer for path, layer in layers if path in no_gradient or path in silent
+                }
                 _to_training(modes)
                 calls = _watch(run, suspects)
                 for path in suspects:
-                    findings.setdefault(path, _reason(path in deaf, path in silent, calls[path]))
+                    findings.setdefault(
+                        path, _reason(path in no_gradient, path in silent, calls[path])
+                    )
     found = tuple(Finding(path, findings[path]) for path, _ in layers if path in findings)
     return CheckReport(tuple(path for path, _ in layers), found)
 
@@ -140,9 +144,9 @@ def _without_gradient(
 ) -> set[str]:
     """The paths whose lora_A and lora_B both get no gradient, or zeros."""
     _backward(run(True))
-    deaf = {path for path, layer in layers if not _has_gradient(layer)}
+    no_gradient = {path for path, layer in layers if not _has_gradient(layer)}
     _forget_gradients(layer for _, layer in layers)
-    return deaf
+    return no_gradient
 
 
 def _unseen(run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALayer]]) -> set[str]:
@@ -194,8 +198,8 @@ def _watch(
     return calls
 
 
-def _reason(deaf: bool, silent: bool, call: bool | None) -> str:
-    if silent and not deaf:
+def _reason(no_gradient: bool, silent: bool, call: bool | None) -> str:
+    if silent and not no_gradient:
         return (
             "gets a gradient, but does not change the output in eval mode without gradients: "
             "a fast path reads the wrapped weight"

@@ -599,7 +599,7 @@ def test_help_has_an_example_of_every_command(capsys):
 def test_it_runs_as_a_module_and_is_an_entry_point(folder):
     root = Path(fastlora.__file__).resolve().parent.parent
     lines = (root / "pyproject.toml").read_text().splitlines()
-    assert 'fastlora = "fastlora.cli:main"' in lines
+    assert 'fastlora = "fastlora.cli.commands:main"' in lines
     command = [sys.executable, "-W", "error", "-m", "fastlora", "inspect", "adapter.safetensors"]
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -509,7 +509,7 @@ def test_what_cannot_be_added_changes_nothing(tmp_path):
         (ConfigError, "name: expected a non-empty string, got ''", "", (["mlp"],)),
         (ConfigError, "name: the model already has an adapter 'b'", "b", (["mlp"],)),
         (ConfigError, "rank: expected an integer", "c", (["mlp"], 0)),
-        (InjectionError, "no layer matches .* Nearest names: to_out", "c", (["to_uot"],)),
+        (InjectionError, "no layer matches .* .nearest: to_out", "c", (["to_uot"],)),
         (InjectionError, "'to_uot' matches none", "c", (LoRAConfig(["mlp", "to_uot"]),)),
     ):
         with pytest.raises(error, match=said):
@@ -530,7 +530,7 @@ def test_what_cannot_be_added_changes_nothing(tmp_path):
 def test_unknown_names_are_told_the_nearest():
     model = many({"english": ["to_out"], "french": ["to_out"]})
     for call in (set_adapter, delete_adapter):
-        with pytest.raises(ConfigError, match=r"no adapter 'frnch'. Nearest names: french$"):
+        with pytest.raises(ConfigError, match=r"no adapter 'frnch' .nearest: french.$"):
             call(model, "frnch")
     with pytest.raises(ConfigError, match="weights: the model has no adapter 'frnch'"):
         combine_adapters(model, {"frnch": 1.0}, "c")

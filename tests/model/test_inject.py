@@ -122,11 +122,11 @@ def test_rank_alpha_and_dropout_by_pattern_and_by_callback():
 
 def test_nothing_matched_warns_when_plain_and_raises_under_a_config():
     model = Decoder()
-    with pytest.warns(UserWarning, match="no layer matches.*to_kqv.*Nearest names: to_qkv"):
+    with pytest.warns(UserWarning, match="no layer matches.*to_kqv.*nearest: to_qkv"):
         assert inject_lora(model, ["to_kqv"]) == 0
     with pytest.raises(
         InjectionError,
-        match="target_modules: 'to_kqv' matches none of the 11 linear layers. Nearest names: to_qkv",
+        match="target_modules: 'to_kqv' matches none of the 11 linear layers .nearest: to_qkv",
     ):
         inject_lora(model, LoRAConfig(["to_out", "to_kqv"]))
     for field in ("exclude", "rank_pattern", "alpha_pattern", "dropout_pattern"):
@@ -291,7 +291,7 @@ def test_medical_setup_refuses_before_it_changes_anything():
     for arguments, message in (
         (
             {"output_layer_names": ["out_layr"]},
-            "'out_layr' is no module of the model. Nearest names: out_layer",
+            "'out_layr' is no module of the model .nearest: out_layer",
         ),
         (
             {"output_layer_names": ["blocks"]},
@@ -321,9 +321,7 @@ def test_what_medical_setup_unfreezes_is_saved_and_restored():
 
 def test_one_unmatched_pattern_of_a_plain_list_warns_and_the_rest_is_wrapped():
     model = Decoder()
-    with pytest.warns(
-        UserWarning, match="'to_qvk' matches none of the 11 .* Nearest names: to_qkv"
-    ):
+    with pytest.warns(UserWarning, match="'to_qvk' matches none of the 11 .* .nearest: to_qkv"):
         assert inject_lora(model, ["to_out", "to_qvk"]) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")

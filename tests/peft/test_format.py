@@ -422,7 +422,7 @@ def refused(folder, message):
         ({"target_modules": []}, "target_modules: expected a list or a regex"),
         ({"target_modules": [1]}, "target_modules: expected a list or a regex"),
         ({"target_modules": "("}, r"'\(' is no regex"),
-        ({"target_modules": ["to_qvk"]}, "matches no layer of the model. Nearest names: to_qkv"),
+        ({"target_modules": ["to_qvk"]}, "matches no layer of the model .nearest: to_qkv"),
         (
             {"target_modules": ["attn"]},
             "cannot adapt blocks.0.attn: expected one of linear, conv, embedding, got Attention",

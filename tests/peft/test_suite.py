@@ -30,7 +30,7 @@ def test_dora():
 
 def run(folder, *options):
     (folder / "test_inner.py").write_text(CODE)
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "peft_suite"]
     return subprocess.run(
         [*command, *options],

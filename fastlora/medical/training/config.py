@@ -7,17 +7,16 @@ file and the checks are all made from that table, so they cannot disagree.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastlora import files
-from fastlora.errors import ConfigError
+from fastlora.errors import ConfigError, nearest
 
 # Fields that may differ between a run and its continuation. None changes what an epoch computes (another number of samples
 # or another base is refused on its own), except that `epochs` stretches the schedule of the epochs still to come and that
@@ -426,12 +425,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"config: {path}: expected lines 'name: value', got {type(values).__name__}"
         )
     return values
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x', 'y'?"` out of the closest known names, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 
 def value_type(name: str) -> type:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from fastlora.errors import ConfigError, DataError
+from fastlora.errors import ConfigError, DataError, nearest
 from fastlora.medical.data.bundled import build_bundled
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import usable_cases
@@ -17,7 +17,7 @@ from fastlora.medical.data.splits import RegionSpec, kind_of, make_splits
 from fastlora.medical.data.volumes import Case, Modality
 from fastlora.medical.sam3d.folder import latent_shape, read_generator
 from fastlora.medical.sam3d.latents import CachedRegions, slat_reader, structure_reader
-from fastlora.medical.training.config import TrainConfig, nearest
+from fastlora.medical.training.config import TrainConfig
 
 BUNDLED = Path("data/bundled")
 SYNTHETIC = Path("data/synthetic")

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from fastlora.errors import CheckpointError, ConfigError, TrainingError
+from fastlora.errors import CheckpointError, ConfigError, FastLoRAWarning, TrainingError
 from fastlora.files import (
     LEFTOVERS,
     atomic_write,
@@ -103,7 +103,9 @@ class RunFolder:
             if not previous.is_file():
                 raise
             epoch = read_checkpoint(previous)["epoch"]
-            warnings.warn(f"{error}; going on from {previous}, epoch {epoch}", stacklevel=3)
+            warnings.warn(
+                f"{error}; going on from {previous}, epoch {epoch}", FastLoRAWarning, stacklevel=3
+            )
             return previous
         return last
 
@@ -199,7 +201,11 @@ def _locked(path: Path) -> BinaryIO:
             raise TrainingError(
                 f"checkpoint_dir: another run is writing to {path.parent}; wait for it or choose another folder"
             ) from None
-        warnings.warn(f"{path}: no locks here ({error}); do not start a second run", stacklevel=3)
+        warnings.warn(
+            f"{path}: no locks here ({error}); do not start a second run",
+            FastLoRAWarning,
+            stacklevel=3,
+        )
     return file
 
 

@@ -182,9 +182,9 @@ def unknown_key(folder: Path) -> list[str]:
         (with_volume(small_mask), "segmentations/blob.nii.gz: expected the shape of ct.nii.gz"),
         (other_model, r"to_qkv.lora_A: expected \(3, 12\), got \(4, 12\)"),
         (no_checkpoint, "broken.pt: cannot be read as a checkpoint"),
-        (unknown_key, "epoch: unknown key; did you mean 'epochs'"),
+        (unknown_key, "epoch: unknown key (nearest: epochs"),
         (lambda _: ["--config", "nowhere.yaml"], "config: cannot read nowhere.yaml"),
-        (lambda _: ["--classes", "bolb"], "classes: no case has 'bolb'; did you mean 'blob'"),
+        (lambda _: ["--classes", "bolb"], "classes: no case has 'bolb' (nearest: blob"),
         (lambda _: ["--lora_rank", "0"], "lora_rank: expected >= 1, got 0"),
         (lambda _: ["--lora_rank", "two"], "argument --lora_rank: invalid int value: 'two'"),
         (

@@ -360,7 +360,7 @@ def test_mixed_precision_on_cuda(amp: str, tmp_path: Path) -> None:
         ({"classes": "liver"}, "classes: expected a list of names, got 'liver'"),
         ({"augment": "yes"}, "augment: expected true or false, got 'yes'"),
         ({"split": 3}, "split: expected text, got 3"),
-        ({"lora_rnak": 4}, "lora_rnak: unknown key; did you mean 'lora_rank'"),
+        ({"lora_rnak": 4}, "lora_rnak: unknown key .nearest: lora_rank"),
         ({"resume": "auto", "overwrite": True}, "resume, overwrite: expected at most one of them"),
         ({"amp": "fp16", "parallel": "fsdp"}, "amp, parallel: expected bf16 beside 'fsdp'"),
         (
