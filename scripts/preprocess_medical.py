@@ -1,25 +1,27 @@
 #!/usr/bin/env python3
 """Check a data set of medical volumes and prepare it for training.
 
-Without a source it builds the three bundled cases out of installed packages. The layout of a data
-set is found and named. Each structure is checked (readable, three-dimensional, finite, mask not
-empty and on the image's grid, large enough for a training region), cut out, measured and kept in
-the cache, where manifest.json lists it with checksums. Stopped half-way, the same command goes on.
-Exit code 2 and one line on stderr if something cannot be used; --skip_invalid leaves it out, and
-skipped.csv lists it with the reason.
+Without a source it builds the three bundled cases from installed packages. The layout of a data set
+is detected and logged. Each structure is checked (readable, three-dimensional, finite, mask not
+empty and on the image's grid, large enough for a training region), and what training reads of it is
+written to the cache, where manifest.json lists it with checksums. Slices for TS_SAM3D_Dataset and
+meshes are prepared on request (--slices, --extract_mesh). An interrupted run continues where it
+stopped. If something cannot be used, the exit code is 2 with one line on stderr; --skip_invalid
+leaves it out, and skipped.csv lists it with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from fastlora.errors import FastLoRAError
+from fastlora.errors import FastLoRAError, FastLoRAWarning
 from fastlora.medical.console import show_log
 from fastlora.medical.data.bundled import build_bundled
 from fastlora.medical.data.layouts import find_cases
@@ -33,12 +35,14 @@ from fastlora.medical.data.manifest import (
 )
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.prepared import SliceConfig
-from fastlora.medical.data.preprocess import Plan, preprocess
+from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
 from fastlora.medical.data.slices import AXES, parse_axes, select_structures
 from fastlora.medical.data.volumes import Case
 from fastlora.medical.training.data import BUNDLED, SYNTHETIC
 
-HEADER = f"{'subject':16} {'structure':34} {'box':12} {'spacing mm':15} {'volume ml':>10} "
+HEADER = f"{'subject':16} {'structure':34} {'volume ml':>10} {'regions':>7}"
+SLICE_HEADER = f" {'box':12} {'spacing mm':15} "
+OF_SLICES = ("axes", "spacing", "preprocess_crop_size")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,27 +72,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--classes", nargs="+", metavar="NAME", help="structures, or kinds of them (all)"
     )
     what.add_argument(
+        "--slices",
+        action="store_true",
+        help="also cache what TS_SAM3D_Dataset reads, which prepares it on first use otherwise",
+    )
+    what.add_argument(
+        "--extract_mesh", action="store_true", help="also write the surfaces, as PLY in mm"
+    )
+    what.add_argument(
         "--axes",
         nargs="+",
         metavar="AXIS",
         default=list(AXES),
-        help="directions of the slices that are counted: sagittal, coronal, axial or 0, 1, 2 (all)",
+        help="of slices, those to count: sagittal, coronal, axial or 0, 1, 2 (all)",
     )
     what.add_argument(
-        "--spacing", type=float, metavar="MM", help="resample to this (the image's own)"
+        "--spacing",
+        type=float,
+        metavar="MM",
+        help="of slices and meshes: resample to this (the image's own)",
     )
     what.add_argument(
         "--preprocess_crop_size",
         type=int,
         metavar="VOXELS",
         default=SliceConfig.crop_size,
-        help="least side of the box that is cut out around a structure (%(default)s)",
+        help="of slices and meshes: minimum side of the box around a structure (%(default)s)",
     )
     what.add_argument(
-        "--extract_mesh", action="store_true", help="also write the surfaces, as PLY in mm"
-    )
-    what.add_argument(
-        "--skip_invalid", action="store_true", help="leave out what cannot be used, and say so"
+        "--skip_invalid", action="store_true", help="leave out and list what cannot be used"
     )
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -97,14 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         default=Path("data/cache"),
-        help="where prepared structures go (%(default)s)",
+        help="where to write (%(default)s)",
     )
     run.add_argument(
         "--num_workers",
         type=int,
         metavar="N",
         default=0,
-        help="processes, each with a case at a time; 0: this one (%(default)s)",
+        help="processes, each working on one case at a time; 0: none besides this one (%(default)s)",
     )
     run.add_argument(
         "--verify",
@@ -129,21 +141,23 @@ def row(outcome: Outcome) -> str:
     name = f"{outcome.subject:16} {outcome.structure:34}"
     if outcome.problem:
         return f"{name} skipped: {outcome.problem}"
-    shape = "×".join(str(n) for n in outcome.shape)
-    spacing = "×".join(f"{s:.2f}" for s in outcome.spacing)
-    slices = "/".join(str(n) for n in outcome.slices)
-    return f"{name} {shape:12} {spacing:15} {outcome.volume_ml:10.1f} {slices}"
+    line = f"{name} {outcome.volume_ml:10.1f} {outcome.regions:7}"
+    if outcome.slices:
+        shape = "×".join(str(n) for n in outcome.shape)
+        spacing = "×".join(f"{s:.2f}" for s in outcome.spacing)
+        line += f" {shape:12} {spacing:15} {'/'.join(str(n) for n in outcome.slices)}"
+    return line
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """What the manifest says about how it was made."""
+    """The settings that the manifest records."""
     left_out = ("num_workers", "verify", "cache_dir")
     values = {name: value for name, value in vars(args).items() if name not in left_out}
     return {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}
 
 
 def check(cache_dir: Path) -> int:
-    """Prints what differs from the manifest; 0 if nothing does, else 1."""
+    """Print what differs from the manifest; 0 if nothing does, else 1."""
     differences = verify(cache_dir)
     for difference in differences:
         print(difference)
@@ -152,25 +166,38 @@ def check(cache_dir: Path) -> int:
     return 1 if differences else 0
 
 
+def configure(args: argparse.Namespace) -> PreprocessConfig:
+    config = PreprocessConfig(
+        args.cache_dir,
+        args.slices,
+        args.extract_mesh,
+        parse_axes(args.axes),
+        SliceConfig(spacing=args.spacing, crop_size=args.preprocess_crop_size),
+        args.skip_invalid,
+    )
+    parser = build_parser()
+    unused = [name for name in OF_SLICES if getattr(args, name) != parser.get_default(name)]
+    if unused and not (args.slices or args.extract_mesh):
+        message = f"{', '.join(unused)}: no effect without --slices or --extract_mesh"
+        warnings.warn(message, FastLoRAWarning, stacklevel=2)
+    return config
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     show_log()
     try:
         if args.verify:
             return check(args.cache_dir)
-        axes = parse_axes(args.axes)
-        config = SliceConfig(spacing=args.spacing, crop_size=args.preprocess_crop_size)
+        config = configure(args)
         problems: list[str] = []
-        cases = load_cases(args, problems)
-        selected = select_structures(cases, args.classes)
-        meshes = args.cache_dir / "meshes" if args.extract_mesh else None
-        plan = Plan(axes, config, args.cache_dir, meshes, args.skip_invalid)
-        names = "/".join(name for name, axis in AXES.items() if axis in axes)
-        print(HEADER + names)
+        selected = select_structures(load_cases(args, problems), args.classes)
+        names = "/".join(name for name, axis in AXES.items() if axis in config.axes)
+        print(HEADER + (SLICE_HEADER + names if config.slices else ""))
         outcomes = []
         progress = tqdm(total=len(selected), desc="prepared", unit="structure", disable=None)
         with progress:
-            for outcome in preprocess(selected, plan, args.num_workers):
+            for outcome in preprocess(selected, config, args.num_workers):
                 tqdm.write(row(outcome), file=sys.stdout)
                 outcomes.append(outcome)
                 progress.update()
@@ -191,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if left_out:
         skipped = Counter(outcome.structure for outcome in outcomes if outcome.problem)
         often = ", ".join(f"{name} ({count})" for name, count in skipped.most_common(10))
-        print(f"skipped, why in {args.cache_dir / SKIPPED}: {often or 'cases as a whole'}")
+        print(f"skipped, reasons in {args.cache_dir / SKIPPED}: {often or 'whole cases'}")
     print(f"cache: {args.cache_dir}, listed in {NAME}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What the scripts share: how they refuse a command line, and what they print on the way."""
+"""Shared by the scripts: errors of the command line, and printing the log."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastlora.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other error: one line, exit code 2."""
+    """Reports a wrong command line like any other error: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists all flags)")
 
 
 def show_log() -> None:
-    """Send the package's messages to stdout as plain lines: which layout was found, what is made anew."""
+    """Print the log of `fastlora.medical` to stdout as plain lines."""
     logger = logging.getLogger("fastlora.medical")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -222,7 +222,7 @@ def _dataset_readers(folder: Path) -> dict[str, Reader]:
 
 
 def _cache_readers(folder: Path) -> dict[str, Reader]:
-    """What preprocessing keeps: a damaged array is not refused but made anew, so it is read here as it lies."""
+    """The cache of preprocessing: a damaged entry is recomputed, not refused, so it is read directly here."""
     root = folder / "prepared"
     (root / "s1" / "segmentations").mkdir(parents=True)
     mask = np.zeros((12, 12, 12), np.uint8)

@@ -1,23 +1,20 @@
-"""Structures on the fine grid: read once, windowed, resampled, measured, and kept."""
+"""Structures on the fine grid: windowed, resampled, measured, and cached in memory and on disk."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlora import files
 from fastlora.errors import DataError
+from fastlora.medical.data.cache import Layout, read_entry, write_entry
 from fastlora.medical.data.geometry import regrid, resample, sdf_from_mask
 from fastlora.medical.data.volumes import Case, Volume, window
-
-log = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 
@@ -31,13 +28,13 @@ TRUNCATION_VOX = 4.0
 """Distance (fine voxels) at which the true SDF is truncated: one coarse cell."""
 
 MARGIN = FINE // 2
-"""Fine voxels kept around a structure's bounding box."""
+"""Fine voxels around a structure's bounding box."""
 
 MEMORY_BYTES = 2 * 1024**3
-"""How much of the grids a process keeps; the ones longest unused go first."""
+"""Size limit of the in-memory cache of a process; the least recently used grids are dropped first."""
 
 _CACHE_VERSION = 2
-STORED: Mapping[str, tuple[str, tuple[int | str, ...]]] = {
+STORED: Layout = {
     "image": ("float32", ("X", "Y", "Z")),
     "sdf_vox": ("float32", ("X", "Y", "Z")),
     "affine": ("float64", (4, 4)),
@@ -48,7 +45,7 @@ _MEMORY: OrderedDict[str, StructureGrid] = OrderedDict()
 
 
 def truncated_sdf(mask: NDArray[np.bool_]) -> Array:
-    """Fine-voxel distances, within ±TRUNCATION_VOX; a mask that is all one thing is that far from a surface."""
+    """Signed distances in fine voxels, clipped to ±TRUNCATION_VOX; constant for an empty or full mask."""
     if mask.all() or not mask.any():
         return np.full(mask.shape, -TRUNCATION_VOX if mask.all() else TRUNCATION_VOX, np.float32)
     return np.clip(sdf_from_mask(mask, (1.0, 1.0, 1.0)), -TRUNCATION_VOX, TRUNCATION_VOX)
@@ -58,8 +55,8 @@ def truncated_sdf(mask: NDArray[np.bool_]) -> Array:
 class StructureGrid:
     """One structure of one case on the subject's fine grid, cropped to its surroundings.
 
-    image: (X, Y, Z) in [0, 1]. sdf_vox: (X, Y, Z), truncated. affine: (4, 4) index to mm.
-    offset: index of voxel (0, 0, 0) on the subject's whole fine grid. box: (2, 3) extent of the structure there.
+    image: (X, Y, Z) in [0, 1]. sdf_vox: (X, Y, Z), truncated. affine: (4, 4) index to mm. offset:
+    index of voxel (0, 0, 0) on the subject's whole fine grid. box: (2, 3) extent of the structure there.
     """
 
     image: Array
@@ -74,7 +71,7 @@ class StructureGrid:
     ) -> StructureGrid:
         """Window, resample and measure.
 
-        mask: (X, Y, Z) on the image's grid. modality, structure: as `window` takes them.
+        mask: (X, Y, Z) on the image's grid. modality, structure: see `window`.
         Raises: DataError if the mask is empty, or vanishes on the fine grid.
         """
         filled = np.argwhere(mask)
@@ -91,7 +88,7 @@ class StructureGrid:
         affine = whole.copy()
         affine[:3, 3] += whole[:3, :3] @ low
         windowed = window(image.array, modality, structure)
-        # With a layer of nothing around it the mask ends where its voxels do, not at their centres.
+        # Zero-padded, the mask ends at the faces of its outer voxels, not at their centres.
         around = image.affine.copy()
         around[:3, 3] -= image.affine[:3, :3].sum(axis=1)
         fine_mask = resample(np.pad(mask, 1), around, affine, size, cval=0.0) >= 0.5
@@ -110,7 +107,7 @@ class StructureGrid:
 
     @classmethod
     def read(cls, case: Case, structure: str, image: Volume | None = None) -> StructureGrid:
-        """`make` from a case's files; an image already read saves reading it again. Raises DataError."""
+        """`make` from a case's files; image: if it has been read already. Raises: DataError as `make`."""
         image = case.load_image() if image is None else image
         mask = case.load_mask(structure, image)
         try:
@@ -126,62 +123,44 @@ class StructureGrid:
         cache_dir: Path | None = None,
         image: Volume | None = None,
     ) -> StructureGrid:
-        """``read``, kept in memory and, below ``cache_dir``, on disk under a key of the files and the grid.
+        """`read`, cached in memory and, if `cache_dir` is given, on disk by a key of the files and the grid.
 
-        A file in the cache that cannot be read is said in the log and made anew. Raises: as ``read``.
+        A damaged file is logged and recomputed. Raises: DataError as `read`.
         """
         if structure not in case.structures:
             return cls.read(case, structure, image)  # which raises
-        key = _key(case, structure)
-        path = cache_dir / _file_name(case, structure, key) if cache_dir else None
-        grid = _MEMORY.get(key) or (cls._stored(path) if path else None)
+        name = _file_name(case, structure)
+        path = cache_dir / name if cache_dir else None
+        grid, unwritten = _MEMORY.get(name), path is not None and not path.is_file()
+        if grid is None and path and (stored := read_entry(path, STORED)) is not None:
+            grid = cls(**stored)
         if grid is None:
-            grid = cls.read(case, structure, image)
-            if path:
-                path.unlink(missing_ok=True)  # a damaged one
-        if path and not path.is_file():
-            grid._write(path)
-        _MEMORY[key] = grid
-        _MEMORY.move_to_end(key)
+            grid, unwritten = cls.read(case, structure, image), True
+        if path and unwritten:
+            write_entry(path, vars(grid))
+        _MEMORY[name] = grid
+        _MEMORY.move_to_end(name)
         while len(_MEMORY) > 1 and sum(g.nbytes for g in _MEMORY.values()) > MEMORY_BYTES:
             _MEMORY.popitem(last=False)
         return grid
-
-    @classmethod
-    def _stored(cls, path: Path) -> StructureGrid | None:
-        if not path.is_file():
-            return None
-        try:
-            return cls(**files.read_npz(path, STORED))
-        except (OSError, ValueError) as error:
-            log.warning("%s: damaged cache entry is made anew (%s)", path, error)
-            return None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its volumes."""
         return self.image.nbytes + self.sdf_vox.nbytes
 
-    def _write(self, path: Path) -> None:
-        """Whole or not at all: another process may be reading or writing the same file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.atomic_write(path, lambda file: np.savez(file, **vars(self)))
-
     def crop(self, start: Sequence[int]) -> tuple[Array, Array]:
-        """Image and SDF of the 32³ window that begins at ``start`` of the subject's fine grid."""
+        """Image and SDF of the 32³ window that starts at index `start` of the subject's fine grid."""
         at = tuple(slice(s - o, s - o + FINE) for s, o in zip(start, self.offset, strict=True))
         return self.image[at], self.sdf_vox[at]
 
 
 def grid_path(case: Case, structure: str, cache_dir: Path) -> Path:
-    """Where a structure's grid is kept: the name changes with the source files and the grid."""
-    return cache_dir / _file_name(case, structure, _key(case, structure))
+    """The cache file of a structure's grid; its name changes with the source files and the spacing."""
+    return cache_dir / _file_name(case, structure)
 
 
-def _file_name(case: Case, structure: str, key: str) -> str:
-    return f"{case.subject}-{structure}-grid-{key[:16]}.npz"
-
-
-def _key(case: Case, structure: str) -> str:
-    text = repr((_CACHE_VERSION, case.stamp(structure), SPACING_MM))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _file_name(case: Case, structure: str) -> str:
+    key = repr((_CACHE_VERSION, case.stamp(structure), SPACING_MM))
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return f"{case.subject}-{structure}-grid-{digest[:16]}.npz"

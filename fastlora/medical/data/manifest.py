@@ -1,8 +1,8 @@
-"""What preprocessing left in its cache: `manifest.json`, with checksums, and `skipped.csv`.
+"""The index of a preprocessing cache: `manifest.json`, with checksums, and `skipped.csv`.
 
-The manifest lists every usable structure with the SHA-256 of its sources and of the files made from
-them, and whatever was skipped with the reason. Training with `--cache_dir` uses what is listed
-there and nothing else.
+The manifest lists every usable structure with the SHA-256 of its sources and of the cache files
+that were asked for (grids; slices and meshes on request), and every skipped one with the reason.
+Training with `--cache_dir` uses only structures listed there.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SKIPPED = "skipped.csv"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one structure: its size, or the problem for which it was left out.
+    """The result of preprocessing one structure; `problem` is the reason if it cannot be used.
 
-    shape, spacing (mm), volume_ml: of the box cut out around it. slices: how many of each axis are
-    samples. regions: how many windows of the fine grid. sources: digest of each path that was read.
-    files: digest of each file in the cache.
+    volume_ml: measured on the fine grid. regions: number of its windows. shape, spacing (mm): of
+    the box that slices are cut from. slices: number of samples along each axis; all three are empty
+    without slices. sources: digest of each path read. files: digest of each cache file.
     """
 
     subject: str
@@ -49,7 +49,7 @@ class Outcome:
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of the names and digests of all files below a folder.
 
-    Raises: DataError if there is nothing at the path.
+    Raises: DataError if the path does not exist.
     """
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
@@ -63,11 +63,13 @@ def digest(path: Path) -> str:
 def write_manifest(
     cache_dir: Path, settings: dict[str, Any], outcomes: Sequence[Outcome], problems: Sequence[str]
 ) -> None:
-    """Write both files, each whole or not at all; those of an earlier run are replaced.
+    """Write both files atomically, replacing those of an earlier run.
 
-    settings: how it was made, as JSON can hold it. problems: of cases that could not even be listed.
+    settings: of the run, JSON-serialisable. problems: of cases that could not be listed.
     """
     ready = [asdict(outcome) for outcome in outcomes if outcome.problem is None]
+    for entry in ready:
+        del entry["problem"]
     skipped: list[dict[str, str | None]] = [
         {"subject": o.subject, "structure": o.structure, "reason": o.problem}
         for o in outcomes
@@ -79,8 +81,6 @@ def write_manifest(
     table.writeheader()
     table.writerows(skipped)
     atomic_write(cache_dir / SKIPPED, text.getvalue().encode())
-    for entry in ready:
-        del entry["problem"]
     content = {"format": FORMAT, "settings": settings, "structures": ready, "skipped": skipped}
     write_json(cache_dir / NAME, content)
 
@@ -88,7 +88,7 @@ def write_manifest(
 def read_manifest(cache_dir: Path) -> dict[str, Any]:
     """The manifest's content.
 
-    Raises: DataError if there is none, or if it is not one of `write_manifest`.
+    Raises: DataError if it is missing or was not written by `write_manifest`.
     """
     path = cache_dir / NAME
     try:
@@ -120,7 +120,7 @@ def _is_entry(entry: object) -> bool:
 
 
 def usable_cases(cases: Sequence[Case], cache_dir: Path) -> list[Case]:
-    """The cases with those structures that the manifest lists as usable.
+    """The cases, reduced to the structures that the manifest lists as usable.
 
     Raises: DataError as `read_manifest`, or if it lists none of them.
     """
@@ -143,7 +143,7 @@ def usable_cases(cases: Sequence[Case], cache_dir: Path) -> list[Case]:
 
 
 def verify(cache_dir: Path) -> list[str]:
-    """What differs from the manifest, a line each: files of the cache and their sources.
+    """One line for each listed source or cache file whose digest differs from the manifest.
 
     Raises: DataError as `read_manifest`.
     """
@@ -155,7 +155,7 @@ def verify(cache_dir: Path) -> list[str]:
     for path, value in wanted.items():
         try:
             found = digest(path)
-        except (DataError, OSError) as error:  # the latter for a name that no file can have
+        except (DataError, OSError) as error:  # OSError: a name too long for a file
             differences.append(str(error))
         else:
             if found != value:

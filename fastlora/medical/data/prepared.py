@@ -1,16 +1,13 @@
-"""A structure made ready for slicing: cut out of its volume, measured, meshed, kept on disk.
+"""The 3-D data of a structure that slice samples are cut from: computed once, cached on disk.
 
-The image is windowed, image and mask are cut to a box around the structure (and resampled if
-asked), its signed distances, its canonical cube and its mesh are computed. The result is kept under
-a key of the source files and the parameters.
+The image is windowed, image and mask are cropped to a box around the structure (and optionally
+resampled); the signed distances, the canonical cube and the mesh are computed from them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fastlora import files
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data.cache import Layout, read_entry, write_entry
 from fastlora.medical.data.geometry import (
     FloatArray,
     apply_affine,
@@ -31,10 +28,8 @@ from fastlora.medical.data.geometry import (
 )
 from fastlora.medical.data.volumes import Case, Volume, window
 
-log = logging.getLogger(__name__)
-
 CACHE_VERSION = 2  # raise it when what `prepare` computes changes
-STORED: Mapping[str, tuple[str, tuple[int | str, ...]]] = {
+STORED: Layout = {
     **dict.fromkeys(("image", "sdf"), ("float32", ("X", "Y", "Z"))),
     "mask": ("bool", ("X", "Y", "Z")),
     "affine": ("float64", (4, 4)),
@@ -47,12 +42,12 @@ STORED: Mapping[str, tuple[str, tuple[int | str, ...]]] = {
 
 @dataclass(frozen=True)
 class SliceConfig:
-    """What is computed once for a structure, and therefore decides the cache's key.
+    """Settings of `prepare`, part of the cache key.
 
-    spacing: mm of the isotropic grid to resample to; None keeps the image's own. crop_size: least
-    side in voxels of the box around a structure, where the image reaches that far. margin_mm: least
-    room around it. sdf_size: voxels on a side of the canonical cube. min_area_px: the smallest
-    cross-section that makes a sample.
+    spacing: mm of the isotropic grid to resample to; None keeps the image's own. crop_size: minimum
+    side in voxels of the box around a structure, within the image. margin_mm: minimum distance from
+    the structure to the box. sdf_size: voxels along each side of the canonical cube. min_area_px:
+    the smallest cross-section that makes a sample. Raises: ConfigError if one is not positive.
     """
 
     spacing: float | None = None
@@ -70,10 +65,10 @@ class SliceConfig:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A structure in the box around it. Its index space is that of `affine` (4, 4), index to mm.
+    """A structure in the box around it; `affine` (4, 4) maps the box's indices to mm.
 
     image: (X, Y, Z) float32 in [0, 1]. mask: bool. sdf: float32, mm. vertices: (V, 3) float32, mm.
-    faces: (F, 3) int64. canonical_sdf, canonical_to_mm: as `to_canonical` gives them.
+    faces: (F, 3) int64. canonical_sdf, canonical_to_mm: see `to_canonical`.
     """
 
     image: NDArray[np.float32]
@@ -94,9 +89,10 @@ class Prepared:
 def prepare(
     case: Case, structure: str, config: SliceConfig, image: Volume | None = None
 ) -> Prepared:
-    """Compute a structure's volumes from its files; an image already read saves reading it again.
+    """Compute a structure's volumes and mesh from its files.
 
-    Raises: DataError as `Case.load_image` and `Case.load_mask`.
+    image: the case's image if it has been read already. Raises: DataError as `Case.load_image` and
+    `Case.load_mask`, or if nothing is left of the mask at the config's spacing.
     """
     image = case.load_image() if image is None else image
     mask = case.load_mask(structure, image)
@@ -126,7 +122,7 @@ def prepare(
 def _box_around(
     mask: NDArray[np.bool_], spacing: FloatArray, config: SliceConfig
 ) -> tuple[slice, slice, slice]:
-    """The mask's bounding box with its margin, grown to crop_size, cut to the image."""
+    """The mask's bounding box with its margin, at least crop_size wide, clipped to the image."""
     sides = []
     for axis, extent in enumerate(ndimage.find_objects(mask.astype(np.uint8))[0]):
         wanted = config.crop_size * (config.spacing or spacing[axis]) / spacing[axis]
@@ -138,7 +134,7 @@ def _box_around(
 
 
 def cache_path(case: Case, structure: str, config: SliceConfig, cache_dir: Path) -> Path:
-    """Where a prepared structure is kept: its name changes with the source files and parameters."""
+    """The cache file of a structure; its name changes with the source files and the settings."""
     key: dict[str, object] = {"version": CACHE_VERSION, "files": case.stamp(structure)}
     key |= {item.name: getattr(config, item.name) for item in fields(config)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -152,36 +148,31 @@ def load_prepared(
     cache_dir: Path | None = None,
     image: Volume | None = None,
 ) -> Prepared:
-    """A structure out of the cache, or computed and written there.
+    """A structure from the cache; if missing or damaged there, computed and written.
 
-    An entry that cannot be read is said in the log and computed anew. Raises: as `prepare`.
+    cache_dir: None neither reads nor writes a cache. Raises: as `prepare`.
     """
     if cache_dir is None:
         return prepare(case, structure, config, image)
     path = cache_path(case, structure, config, cache_dir)
-    if path.is_file():
-        try:
-            return Prepared(**files.read_npz(path, STORED))
-        except (OSError, ValueError) as error:
-            log.warning("%s: damaged cache entry is made anew (%s)", path, error)
+    if (stored := read_entry(path, STORED)) is not None:
+        return Prepared(**stored)
     prepared = prepare(case, structure, config, image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.atomic_write(path, lambda file: np.savez(file, **vars(prepared)))
+    write_entry(path, vars(prepared))
     return prepared
 
 
 def to_canonical(
     sdf: NDArray[np.float32], affine: FloatArray, vertices: NDArray[np.float32], size: int
 ) -> tuple[NDArray[np.float32], FloatArray]:
-    """A whole structure's distances in the canonical cube [−1, 1]³, and the map from there to mm.
+    """A structure's signed distances in the canonical cube [−1, 1]³, and the map from there to mm.
 
-    The cube is aligned with the patient's axes, centred on the structure and a tenth larger than
-    its longest side. Voxel n of a side lies at ``−1 + (2n + 1) / size``. Inside the given volume
-    the distances are interpolated; beyond it they are measured in the cube.
+    The cube is aligned with the patient's axes, centred on the structure and 10 % larger than its
+    longest side; voxel n of a side lies at `−1 + (2n + 1) / size`. Distances are interpolated
+    inside the given volume and measured in the cube beyond it.
 
     sdf: (X, Y, Z) mm. vertices: (V, 3) mm, of the surface. Returns: (size, size, size) float32 in
-    mm and canonical → mm (4, 4).
-    Raises: DataError if the structure is too thin for the cube to hold a voxel of it.
+    mm, and canonical → mm (4, 4). Raises: DataError if no voxel of the cube lies inside the structure.
     """
     low, high = vertices.min(0).astype(np.float64), vertices.max(0).astype(np.float64)
     half = 0.55 * float((high - low).max())

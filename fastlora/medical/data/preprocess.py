@@ -1,56 +1,60 @@
-"""Check the structures of a data set and prepare them, case by case, for slices and for regions."""
+"""Check the structures of a data set and fill the cache, case by case."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import trimesh
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data.geometry import spacing_of
-from fastlora.medical.data.grids import StructureGrid, grid_path
+from fastlora.medical.data.grids import SPACING_MM, StructureGrid, grid_path
 from fastlora.medical.data.manifest import Outcome, digest
 from fastlora.medical.data.prepared import Prepared, SliceConfig, cache_path, load_prepared
 from fastlora.medical.data.slices import slice_indices
 from fastlora.medical.data.splits import region_specs
 from fastlora.medical.data.volumes import Case, Volume
 
-__all__ = ["Outcome", "Plan", "preprocess"]
-
 
 @dataclass(frozen=True)
-class Plan:
-    """What to do with each structure. mesh_dir: where PLY files go, None for none."""
+class PreprocessConfig:
+    """What to prepare for each structure besides its grid, which is all that training reads.
 
-    axes: Sequence[int]
-    config: SliceConfig
+    slices: cache what `TS_SAM3D_Dataset` reads. meshes: write PLY files to `meshes/` in the cache.
+    axes, slice_config: settings of slices and meshes. skip_invalid: yield an outcome with a problem
+    instead of raising.
+    """
+
     cache_dir: Path
-    mesh_dir: Path | None = None
+    slices: bool = False
+    meshes: bool = False
+    axes: Sequence[int] = (0, 1, 2)
+    slice_config: SliceConfig = SliceConfig()
     skip_invalid: bool = False
 
 
 def preprocess(
-    selected: Sequence[tuple[Case, str]], plan: Plan, num_workers: int = 0
+    selected: Sequence[tuple[Case, str]], config: PreprocessConfig, num_workers: int = 0
 ) -> Iterator[Outcome]:
-    """Prepare (case, structure) pairs, yielding one outcome each; a case's image is read once.
+    """Prepare (case, structure) pairs and yield an outcome for each; a case's image is read once.
 
-    What already lies in the cache is not computed again, so a run that was stopped goes on.
-    num_workers: processes, each with a case at a time; 0 works in this one.
-    Raises: ConfigError on a negative number; DataError at the first structure that cannot be used,
-        unless the plan skips those.
+    Entries already in the cache are not recomputed, so an interrupted run can be continued.
+
+    num_workers: processes, each working on one case at a time; 0 uses the calling process.
+    Raises: ConfigError if it is negative; DataError at the first structure that cannot be used,
+    unless the config skips those.
     """
     if num_workers < 0:
         raise ConfigError(f"num_workers: expected 0 or more processes, got {num_workers}")
     cases: dict[tuple[Path, object], tuple[Case, list[str]]] = {}
     for case, structure in selected:
         cases.setdefault((case.image_path, case.part), (case, []))[1].append(structure)
-    work = partial(_case_outcomes, plan)
+    work = partial(_case_outcomes, config)
     if num_workers == 0:
         for item in cases.values():
             yield from work(item)
@@ -60,52 +64,58 @@ def preprocess(
             yield from outcomes
 
 
-def _case_outcomes(plan: Plan, item: tuple[Case, list[str]]) -> list[Outcome]:
+def _case_outcomes(config: PreprocessConfig, item: tuple[Case, list[str]]) -> list[Outcome]:
     case, structures = item
     try:
         image = case.load_image()
         image_digest = digest(case.image_path)
     except DataError as error:
-        if not plan.skip_invalid:
+        if not config.skip_invalid:
             raise
         return [Outcome(case.subject, structure, str(error)) for structure in structures]
     outcomes = []
     for structure in structures:
         try:
-            outcomes.append(_outcome(plan, case, structure, image, image_digest))
+            outcomes.append(_outcome(config, case, structure, image, image_digest))
         except DataError as error:
-            if not plan.skip_invalid:
+            if not config.skip_invalid:
                 raise
             outcomes.append(Outcome(case.subject, structure, str(error)))
     return outcomes
 
 
-def _outcome(plan: Plan, case: Case, structure: str, image: Volume, image_digest: str) -> Outcome:
-    prepared = load_prepared(case, structure, plan.config, plan.cache_dir, image)
-    StructureGrid.load(case, structure, plan.cache_dir, image)
-    regions = region_specs(case, structure, cache_dir=plan.cache_dir)
-    files = [
-        cache_path(case, structure, plan.config, plan.cache_dir),
-        grid_path(case, structure, plan.cache_dir),
-    ]
-    if plan.mesh_dir is not None:
-        files.append(plan.mesh_dir / f"{case.subject}-{structure}.ply")
-        _write_mesh(prepared, files[-1])
+def _outcome(
+    config: PreprocessConfig, case: Case, structure: str, image: Volume, image_digest: str
+) -> Outcome:
+    cache_dir = config.cache_dir
+    grid = StructureGrid.load(case, structure, cache_dir, image)
+    regions = region_specs(case, structure, cache_dir=cache_dir)
+    files = [grid_path(case, structure, cache_dir)]
     mask_path = case.structures[structure].path
-    spacing = spacing_of(prepared.affine)
-    slices = [len(slice_indices(prepared.mask, a, plan.config.min_area_px)) for a in plan.axes]
-    return Outcome(
+    outcome = Outcome(
         case.subject,
         structure,
-        None,
-        prepared.shape,
-        tuple(spacing.tolist()),
-        float(prepared.mask.sum() * np.prod(spacing) / 1000),
-        tuple(slices),
-        len(regions),
-        {str(case.image_path): image_digest, str(mask_path): digest(mask_path)},
-        {str(file.relative_to(plan.cache_dir)): digest(file) for file in files},
+        volume_ml=float((grid.sdf_vox < 0).sum() * SPACING_MM**3 / 1000),
+        regions=len(regions),
+        sources={str(case.image_path): image_digest, str(mask_path): digest(mask_path)},
     )
+    if config.slices or config.meshes:
+        entries = cache_dir if config.slices else None
+        prepared = load_prepared(case, structure, config.slice_config, entries, image)
+        if config.slices:
+            files.append(cache_path(case, structure, config.slice_config, cache_dir))
+            least = config.slice_config.min_area_px
+            outcome = replace(
+                outcome,
+                shape=prepared.shape,
+                spacing=tuple(spacing_of(prepared.affine).tolist()),
+                slices=tuple(len(slice_indices(prepared.mask, a, least)) for a in config.axes),
+            )
+        if config.meshes:
+            files.append(cache_dir / "meshes" / f"{case.subject}-{structure}.ply")
+            _write_mesh(prepared, files[-1])
+    digests = {str(file.relative_to(cache_dir)): digest(file) for file in files}
+    return replace(outcome, files=digests)
 
 
 def _write_mesh(prepared: Prepared, path: Path) -> None:

@@ -1,11 +1,12 @@
 """Slice samples: one slice of one structure of one subject, with the whole structure's 3-D shape.
 
-A slice is cut out of a structure that `prepared` has made ready, and where asked moved by one
-random similarity that image, mask, distances, canonical cube and mesh all follow.
+A slice is cut from the data that `prepared` computes. Augmentation applies one random similarity to
+image, mask, distances, canonical cube and mesh alike.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,24 +22,34 @@ from torch.utils.data import Dataset
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.geometry import FloatArray, apply_affine, pointmap, spacing_of
-from fastlora.medical.data.prepared import Prepared, SliceConfig, load_prepared, to_canonical
+from fastlora.medical.data.prepared import (
+    Prepared,
+    SliceConfig,
+    cache_path,
+    load_prepared,
+    to_canonical,
+)
 from fastlora.medical.data.splits import kind_of
 from fastlora.medical.data.volumes import Case
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order
 KEPT_IN_MEMORY = 8  # structures
 
+log = logging.getLogger(__name__)
+
 
 class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
     """Slices of the structures of some cases.
 
-    cases: as `find_cases` gives them; split them by subject before (`split_by_subject`).
-    classes: names or kinds of structures, None for all. axes: among sagittal, coronal, axial or 0,
-    1, 2. extract_mesh: whether samples carry the mesh. augment: move each sample at random, a
-    function of (seed, epoch, index) alone, so of no worker. cache_dir: where prepared structures
-    are kept.
+    What is not in the cache yet is prepared when the data set is built, and written there;
+    `preprocess_medical.py --slices` does so in advance.
 
-    Raises: ConfigError on an unknown axis; DataError if a class is in no case or a file is bad.
+    cases: from `find_cases`; split them by subject first (`split_by_subject`). classes: names or
+    kinds of structures, None for all. axes: among sagittal, coronal, axial or 0, 1, 2.
+    extract_mesh: whether samples carry the mesh. augment: move each sample at random, depending on
+    (seed, epoch, index) alone and not on the worker. cache_dir: of preprocessing; None caches a few
+    structures in memory only.
+    Raises: ConfigError if an axis is unknown; DataError if no case has a class or a file is bad.
     """
 
     def __init__(
@@ -62,6 +73,7 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._kept: OrderedDict[int, Prepared] = OrderedDict()
         self.structures = select_structures(cases, classes)
+        self._log_missing()
         self.slices: list[tuple[int, int, int]] = []  # (structure, axis, index along it)
         for number in range(len(self.structures)):
             mask = self._prepared(number).mask
@@ -74,7 +86,7 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's random moves; also seen by workers that are already running."""
+        """Choose the epoch's random moves; workers that are already running see it too."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -121,7 +133,15 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
         return random_move(rng, item.affine, item.mask, axis, slice_idx)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": OrderedDict()}  # a worker reads for itself
+        return self.__dict__ | {"_kept": OrderedDict()}  # each worker has its own cache
+
+    def _log_missing(self) -> None:
+        if self.cache_dir is None:
+            return
+        paths = [cache_path(c, s, self.config, self.cache_dir) for c, s in self.structures]
+        missing = sum(not path.is_file() for path in paths)
+        if missing:
+            log.info("%s: preparing slices of %d structures", self.cache_dir, missing)
 
     def _prepared(self, number: int) -> Prepared:
         if number not in self._kept:
@@ -136,10 +156,10 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
 def select_structures(
     cases: Sequence[Case], classes: Sequence[str] | None
 ) -> list[tuple[Case, str]]:
-    """The (case, structure) pairs of some classes; None: all.
+    """The (case, structure) pairs of some classes.
 
-    classes: names, or kinds of structures (`vertebra` for `vertebra_22`).
-    Raises: DataError on a class that no case has.
+    classes: names, or kinds of structures (`vertebra` for `vertebra_22`); None for all.
+    Raises: DataError if no case has one of the classes.
     """
     names = sorted({name for case in cases for name in case.structures})
     missing = set(classes or ()) - {*names, *map(kind_of, names)}
@@ -152,7 +172,7 @@ def select_structures(
 
 
 def parse_axes(axes: Sequence[str | int]) -> list[int]:
-    """Axis numbers from names or numbers. Raises: ConfigError on anything else, or on none."""
+    """Axis numbers from names or numbers. Raises: ConfigError if there is none or one is unknown."""
     numbers = {str(number): number for number in AXES.values()} | AXES
     unknown = [axis for axis in axes if str(axis) not in numbers]
     if unknown or not axes:
@@ -161,7 +181,7 @@ def parse_axes(axes: Sequence[str | int]) -> list[int]:
 
 
 def slice_indices(mask: NDArray[np.bool_], axis: int, min_area_px: int) -> list[int]:
-    """Where along an axis a mask's cross-section has at least so many pixels."""
+    """The indices along an axis where a mask's cross-section has at least `min_area_px` pixels."""
     area = mask.sum(axis=tuple(_plane(axis)))
     found: list[int] = np.flatnonzero(area >= min_area_px).tolist()
     return found
@@ -172,8 +192,8 @@ def split_by_subject(
 ) -> tuple[list[Case], list[Case]]:
     """Training and validation cases that share no subject.
 
-    If cases carry a split (meta.csv), those of split "train" train, the others validate; else a
-    share of the subjects is drawn.
+    If cases carry a split (meta.csv), subjects of split "train" train and the others validate;
+    otherwise `val_fraction` of the subjects is drawn at random.
     Raises: DataError if one side would be empty, as with a single subject.
     """
     if any(case.split for case in cases):
@@ -199,10 +219,10 @@ def random_move(
     axis: int,
     slice_idx: int,
 ) -> FloatArray:
-    """A random similarity (4, 4) of mm space that keeps a slice's plane.
+    """A random similarity (4, 4) in mm that maps a slice's plane to itself.
 
-    It turns by up to 20°, scales by 0.85 to 1.18 and flips half the time, about the normal through
-    the middle of the structure's cross-section.
+    It rotates by up to 20°, scales by 0.85 to 1.18 and flips with probability ½, about the normal
+    through the centroid of the structure's cross-section.
     """
     first, second = _plane(axis)
     local = np.eye(3)  # in mm along the volume's axes
@@ -228,11 +248,11 @@ def random_move(
 def _moved(
     item: Prepared, move: FloatArray, axis: int, slice_idx: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], FloatArray]:
-    """Image and mask (H, W) on the slice's pixels after the structure has moved, and its new cube.
+    """Image and mask (H, W) on the slice's pixels after moving the structure, and its new cube.
 
-    The pixels stay where they are. ``move`` is a similarity that keeps the slice's plane, so the
-    slice is sampled in 2-D; it takes distances to distances times its scale, so the structure's are
-    scaled and then read anew in a cube about the moved structure.
+    The pixels stay in place. `move` maps the slice's plane to itself, so the slice is resampled in
+    2-D; it multiplies distances by its scale, so the SDF is scaled and resampled in a cube around
+    the moved structure.
     """
     image: NDArray[np.float32] = np.take(item.image, slice_idx, axis)
     mask: NDArray[np.float32] = np.take(item.mask, slice_idx, axis).astype(np.float32)
@@ -253,19 +273,18 @@ def _moved(
 
 
 def _plane(axis: int) -> list[int]:
-    """The two axes of a slice: of its height and of its width."""
+    """The axes of a slice's height and width."""
     return [a for a in range(3) if a != axis]
 
 
 def collate_slices(
     samples: Sequence[dict[str, Any]], crop_size: int | None = None
 ) -> dict[str, Any]:
-    """Batch slices of different sizes: each cut or padded about its structure to one size.
+    """Batch slices of different sizes: each is cropped or padded around its structure to one size.
 
-    The size is crop_size, or else the largest height and width. Padding is 0 in image and mask and
-    marked in `valid` (B, 1, H, W) bool; pointmap goes on there, for its pixels have a place too.
-    gt_sdf, canonical_to_mm, affine, slice_idx and axis are stacked, the rest (meshes, names) are
-    lists, as long as the batch.
+    The size is crop_size, or by default the largest height and width. Padding is 0 in image and
+    mask and False in `valid` (B, 1, H, W) bool; the pointmap is extrapolated there. gt_sdf,
+    canonical_to_mm, affine, slice_idx and axis are stacked; the rest (meshes, names) are lists.
     """
     if crop_size is None:
         height, width = (max(s["image"].shape[d] for s in samples) for d in (1, 2))
@@ -284,12 +303,12 @@ def collate_slices(
 
 
 def _cut(sample: dict[str, Any], height: int, width: int) -> dict[str, torch.Tensor]:
-    """Image, mask, valid and pointmap of a sample in a frame of (height, width) about its mask."""
+    """Image, mask, valid and pointmap of a sample in a frame (height, width) around its mask."""
     mask = sample["mask"]
     top = _frame_start(mask[0].any(dim=1), height)
     left = _frame_start(mask[0].any(dim=0), width)
     _, rows, columns = mask.shape
-    grow = (-left, left + width - columns, -top, top + height - rows)  # negative: cut off
+    grow = (-left, left + width - columns, -top, top + height - rows)  # negative values crop
     index = torch.empty(height, width, 3, dtype=torch.float64)
     first, second = _plane(sample["axis"])
     index[..., first] = torch.arange(top, top + height, dtype=torch.float64)[:, None]
@@ -306,9 +325,9 @@ def _cut(sample: dict[str, Any], height: int, width: int) -> dict[str, torch.Ten
 
 
 def _frame_start(filled: torch.Tensor, size: int) -> int:
-    """Where a frame of ``size`` pixels begins that has the filled ones in its middle.
+    """The first pixel of a frame of `size` pixels centred on the filled ones.
 
-    It is shifted so that no pixels are cut off on one side while there is padding on the other.
+    It is shifted so that one side is not cropped while the other is padded.
     """
     length = len(filled)
     inside = filled.nonzero()

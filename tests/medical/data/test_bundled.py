@@ -93,7 +93,7 @@ def test_building_again_changes_nothing(built):
     assert contents(root) == before
 
 
-def test_a_damaged_folder_is_built_anew(built, tmp_path):
+def test_a_damaged_folder_is_rebuilt(built, tmp_path):
     root = tmp_path / "bundled"
     build_bundled(root)
     whole = {name: data for name, (data, _) in contents(root).items()}

@@ -35,13 +35,13 @@ def prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, 
     """A data set of two phantoms, one mask of which is empty, and its cache."""
     root, cache = tmp_path / "data", tmp_path / "cache"
     write_phantom_dataset(root, subjects=2, seed=0)
-    (root / "manifest.json").unlink()  # else it would be made anew
+    (root / "manifest.json").unlink()  # else the folder would be rebuilt
     mask = root / "phantom_001" / "segmentations" / "tube.nii.gz"
     volume = load_volume(mask)
     save_volume(mask, np.zeros(volume.shape, np.uint8), volume.affine)
     flags = ["--data_root", root, "--cache_dir", cache, "--classes", "blob", "tube"]
     assert main([*map(str, flags), "--skip_invalid"]) == 0
-    assert "skipped, why in" in capsys.readouterr().out
+    assert "skipped, reasons in" in capsys.readouterr().out
     return root, cache
 
 
@@ -88,7 +88,7 @@ def test_verify_finds_changed_files(prepared, capsys):
     assert "2 files differ" in out
 
 
-def test_a_damaged_grid_is_made_anew_and_said(prepared, caplog):
+def test_a_damaged_grid_is_logged_and_recomputed(prepared, caplog):
     root, cache = prepared
     case = find_cases(root)[0]
     path = grids.grid_path(case, "blob", cache)
@@ -96,7 +96,7 @@ def test_a_damaged_grid_is_made_anew_and_said(prepared, caplog):
     path.write_bytes(whole[:500])
     grids._MEMORY.clear()
     grids.StructureGrid.load(case, "blob", cache)
-    assert "damaged cache entry is made anew" in caplog.text
+    assert "damaged cache entry is recomputed" in caplog.text
     assert len(path.read_bytes()) == len(whole)
 
 

@@ -6,18 +6,24 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 
-from fastlora.errors import ConfigError, DataError
+from fastlora.errors import ConfigError, DataError, FastLoRAWarning
+from fastlora.medical.data import grids
 from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.manifest import read_manifest, verify
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.prepared import SliceConfig
-from fastlora.medical.data.preprocess import Plan, preprocess
+from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
 from fastlora.medical.data.slices import TS_SAM3D_Dataset, select_structures
 from fastlora.medical.data.volumes import load_volume, save_volume
+from fastlora.medical.training.config import TrainConfig
+from fastlora.medical.training.data import load_train_data
 from tests.support.paths import ROOT
 
 SCRIPT = ROOT / "scripts" / "preprocess_medical.py"
@@ -53,16 +59,20 @@ def run(capsys, *argv):
     return code, captured.out, captured.err
 
 
-def test_it_fills_the_cache_that_the_data_set_reads(phantom, tmp_path, capsys, monkeypatch):
+def test_slices_and_meshes_are_prepared_on_request(phantom, tmp_path, capsys, monkeypatch):
     cache = tmp_path / "cache"
     code, out, err = run(
         capsys, "--data_root", phantom, "--cache_dir", cache, "--classes", "blob", "tube",
-        "--axes", "axial", "--spacing", 2.0, "--preprocess_crop_size", 20, "--extract_mesh",
+        "--slices", "--axes", "axial", "--spacing", 2.0, "--preprocess_crop_size", 20,
+        "--extract_mesh",
     )  # fmt: skip
     assert code == 0 and not err
     assert "4 structures of 2 subjects ready, 0 skipped" in out
     assert out.splitlines()[0] == f"{phantom}: layout TotalSegmentator (2 cases)"
-    assert out.splitlines()[1].endswith("axial") and "2.00×2.00×2.00" in out
+    assert out.splitlines()[1].endswith("regions box          spacing mm      axial")
+    assert out.count(" 2.00×2.00×2.00 ") == 4
+    entries = read_manifest(cache)["structures"]
+    assert [len(entry["files"]) for entry in entries] == [3] * 4 and verify(cache) == []
     monkeypatch.setattr(
         "fastlora.medical.data.prepared.prepare", lambda *a: pytest.fail("not cached")
     )
@@ -80,8 +90,84 @@ def test_it_fills_the_cache_that_the_data_set_reads(phantom, tmp_path, capsys, m
         f"phantom_00{n}-{s}.ply" for n in (0, 1) for s in ("blob", "tube")
     ]
     assert trimesh.load(meshes[0]).volume == pytest.approx(
-        float(out.splitlines()[2].split()[4]) * 1000, rel=0.05
+        float(out.splitlines()[2].split()[2]) * 1000, rel=0.05
     )
+    next(cache.glob("*[!-]-blob-[!g]*.npz")).write_bytes(b"")
+    meshes[0].unlink()
+    assert len(verify(cache)) == 2
+
+
+def test_a_default_run_prepares_what_training_reads_and_no_more(
+    phantom, tmp_path, capsys, monkeypatch
+):
+    cache = tmp_path / "cache"
+    classes = ("blob", "tube")
+    code, out, err = run(
+        capsys, "--data_root", phantom, "--cache_dir", cache, "--classes", *classes
+    )
+    assert code == 0 and not err
+    assert out.splitlines()[1].split() == ["subject", "structure", "volume", "ml", "regions"]
+    found = sorted(path.name for path in cache.iterdir())
+    assert sum("-grid-" in name for name in found) == 4
+    assert [n for n in found if "-grid-" not in n] == ["manifest.json", "skipped.csv"]
+    for entry in read_manifest(cache)["structures"]:
+        assert [name in found for name in entry["files"]] == [True]
+        assert entry["volume_ml"] > 0 and entry["regions"] >= 1
+        assert entry["shape"] == entry["spacing"] == entry["slices"] == []
+    assert verify(cache) == []
+
+    config = TrainConfig(
+        data_root=str(phantom), classes=classes, cache_dir=str(cache), split="file"
+    )
+    grids._MEMORY.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(grids.StructureGrid, "read", lambda *a: pytest.fail("not from the cache"))
+        for data in load_train_data(config)[:2]:
+            assert [data[n]["sdf_vox"].shape for n in range(len(data))] == [(32,) * 3] * len(data)
+    assert sorted(path.name for path in cache.iterdir()) == found
+
+
+def test_a_data_set_prepares_what_a_default_cache_lacks(phantom, tmp_path, capsys, caplog):
+    base = ["--data_root", phantom, "--classes", "blob"]
+    assert run(capsys, *base, "--cache_dir", tmp_path / "default")[0] == 0
+    assert run(capsys, *base, "--cache_dir", tmp_path / "slices", "--slices")[0] == 0
+    caplog.set_level("INFO", logger="fastlora.medical")
+
+    def build(cache):
+        caplog.clear()
+        return TS_SAM3D_Dataset(find_cases(phantom), ["blob"], extract_mesh=True, cache_dir=cache)
+
+    lacking = build(tmp_path / "default")
+    assert f"{tmp_path / 'default'}: preparing slices of 2 structures" in caplog.text
+    ready = build(tmp_path / "slices")
+    assert "preparing" not in caplog.text
+    assert len(lacking) == len(ready) > 50
+    for index in range(0, len(ready), 7):
+        one, other = lacking[index], ready[index]
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+            assert same(value, other[name]), name
+    names = [sorted(p.name for p in (tmp_path / d).glob("*.npz")) for d in ("default", "slices")]
+    assert names[0] == names[1] and len(names[0]) == 4
+    build(tmp_path / "default")
+    assert "preparing" not in caplog.text
+
+
+def test_meshes_alone_leave_no_slices(phantom, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    flags = ["--data_root", phantom, "--cache_dir", cache, "--classes", "blob", "--extract_mesh"]
+    assert run(capsys, *flags)[0] == 0
+    assert all("-grid-" in path.name for path in cache.glob("*.npz"))
+    files = [sorted(entry["files"]) for entry in read_manifest(cache)["structures"]]
+    assert [names[0] for names in files] == [f"meshes/phantom_00{n}-blob.ply" for n in (0, 1)]
+    assert verify(cache) == []
+
+
+def test_settings_of_slices_without_slices_warn(phantom, tmp_path, capsys):
+    flags = ["--data_root", phantom, "--cache_dir", tmp_path / "c", "--classes", "blob"]
+    with pytest.warns(FastLoRAWarning, match="axes, spacing: no effect without --slices or"):
+        assert run(capsys, *flags, "--axes", "axial", "--spacing", 2)[0] == 0
 
 
 def test_workers_give_the_same_table(phantom, tmp_path, capsys):
@@ -94,7 +180,7 @@ def test_without_a_source_it_builds_the_bundled_cases(tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "--classes", "disc")
     assert code == 0 and "2 structures of 1 subjects ready" in out
-    assert len(list((tmp_path / "data" / "cache").glob("spine_mr-disc_10*.npz"))) == 4
+    assert len(list((tmp_path / "data" / "cache").glob("spine_mr-disc_10*.npz"))) == 2
     code, out, _ = run(capsys, "--demo", "synthetic", "--classes", "tree")
     assert code == 0 and "3 structures of 3 subjects ready" in out
     assert (tmp_path / "data" / "synthetic" / "phantom_002").is_dir()
@@ -159,7 +245,7 @@ def test_bad_input_is_one_line_and_exit_code_2(broken, tmp_path, capsys, spoil, 
     assert code == 2
     assert err.startswith("error: ") and message in err
     assert err.count("\n") == 1 and "Traceback" not in err
-    # What is there is whole.
+    # Every entry is complete.
     for entry in cache.glob("*"):
         assert entry.suffix == ".npz" and not entry.name.startswith(".")
         with np.load(entry) as stored:
@@ -167,7 +253,7 @@ def test_bad_input_is_one_line_and_exit_code_2(broken, tmp_path, capsys, spoil, 
 
 
 @pytest.mark.parametrize("spoil", [s for s in SPOILS if s is not spoil_missing])
-def test_bad_cases_can_be_left_out_and_are_said(broken, tmp_path, capsys, spoil):
+def test_bad_cases_can_be_left_out_and_are_listed(broken, tmp_path, capsys, spoil):
     root, mask = broken
     spoil(root, mask)
     code, out, err = run(
@@ -225,12 +311,11 @@ def test_preprocess_yields_outcomes_and_raises(broken, tmp_path):
     root, mask = broken
     spoil_empty(root, mask)
     selected = select_structures(find_cases(root), ["tube"])
-    plan = Plan([0, 2], SliceConfig(), tmp_path / "c")
+    config = PreprocessConfig(tmp_path / "c", slices=True, axes=[0, 2])
     with pytest.raises(DataError, match="empty mask"):
-        list(preprocess(selected, plan))
+        list(preprocess(selected, config))
     with pytest.raises(ConfigError, match="num_workers"):
-        list(preprocess(selected, plan, -1))
-    skipping = Plan([0, 2], SliceConfig(), tmp_path / "c", skip_invalid=True)
-    good, bad = preprocess(selected, skipping)
+        list(preprocess(selected, config, -1))
+    good, bad = preprocess(selected, replace(config, skip_invalid=True))
     assert good.problem is None and len(good.slices) == 2 and good.volume_ml > 0
     assert "empty mask" in bad.problem and bad.slices == ()

@@ -182,7 +182,7 @@ def test_one_transform_moves_image_mask_distances_and_mesh_together(root, index)
     )
     factor = mesh.volume / mesh_before.volume  # positive: the winding survives a flip
     assert 0.85**3 - 1e-3 < factor < 1.18**3 + 1e-3
-    assert scale == pytest.approx(factor ** (1 / 3), rel=0.25)  # the cube is fitted anew
+    assert scale == pytest.approx(factor ** (1 / 3), rel=0.25)  # a cube of its own
     assert np.abs(cube_at(after, mesh.vertices)).mean() < 0.35  # its surface is the mesh
     # Scaled distances: the deepest point is as much deeper as the structure is larger.
     depth = after["gt_sdf"].min() / before["gt_sdf"].min()
@@ -321,7 +321,7 @@ def test_cache_is_used_until_a_source_or_a_parameter_changes(root, tmp_path, mon
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "another"])
-def test_damaged_cache_entries_are_made_anew_and_said(root, tmp_path, caplog, damage):
+def test_damaged_cache_entries_are_logged_and_recomputed(root, tmp_path, caplog, damage):
     case = find_cases(root)[0]
     first = load_prepared(case, "organ_1", SMALL, tmp_path)
     (entry,) = tmp_path.iterdir()
@@ -337,7 +337,7 @@ def test_damaged_cache_entries_are_made_anew_and_said(root, tmp_path, caplog, da
         np.savez(entry, image=first.image)
     with caplog.at_level(logging.WARNING):
         again = load_prepared(case, "organ_1", SMALL, tmp_path)
-    assert "damaged cache entry is made anew" in caplog.text
+    assert "damaged cache entry is recomputed" in caplog.text
     np.testing.assert_array_equal(again.sdf, first.sdf)
     caplog.clear()
     load_prepared(case, "organ_1", SMALL, tmp_path)
@@ -345,11 +345,11 @@ def test_damaged_cache_entries_are_made_anew_and_said(root, tmp_path, caplog, da
 
 
 def test_an_interrupted_cache_write_leaves_nothing(root, tmp_path, monkeypatch):
-    def stop(path, **arrays):
-        path.write_bytes(b"half")
+    def stop(file, **arrays):
+        file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepared.np, "savez", stop)
+    monkeypatch.setattr(np, "savez", stop)
     with pytest.raises(KeyboardInterrupt):
         load_prepared(find_cases(root)[0], "organ_1", SMALL, tmp_path)
     assert not list(tmp_path.iterdir())
