@@ -1,4 +1,4 @@
-"""Folders of data that code writes: whole or not at all, and only once."""
+"""Generated data folders: written atomically, and only if they are missing, incomplete or outdated."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastlora.errors import DataError
+from fastlora.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 
@@ -18,15 +19,13 @@ MANIFEST = "manifest.json"
 def generate_folder(
     root: str | os.PathLike[str], recipe: Mapping[str, object], write: Callable[[Path], None]
 ) -> Path:
-    """The folder that ``write`` makes after ``recipe``, written unless it is there whole already.
+    """The folder that `write` generates, reused if it is complete and of the same `recipe`.
 
-    A manifest in it keeps the recipe and each file's SHA-256. A folder of another recipe, or with
-    files missing or changed, is made anew; `write` works in a folder beside it that is renamed when
-    finished.
+    A manifest in it stores the recipe and each file's SHA-256. A folder of another recipe, or with
+    files missing or changed, is rebuilt: `write` fills a temporary folder, which then replaces it.
 
-    recipe: anything JSON can hold; what decides the contents. write: fills the empty folder it is
-    given.
-    Raises: DataError if the folder holds files that are not in its manifest: they would be lost.
+    recipe: JSON-serialisable, determines the contents. write: fills the empty folder it is given.
+    Raises: DataError if the folder holds files that are not in its manifest, which would be lost.
     """
     root = Path(root).absolute()
     recipe = json.loads(json.dumps(recipe))
@@ -39,16 +38,14 @@ def generate_folder(
         new = workshop / "new"
         new.mkdir()
         write(new)
-        files = {
-            p.relative_to(new).as_posix(): sha256(p) for p in sorted(new.rglob("*")) if p.is_file()
-        }
-        manifest = json.dumps({"recipe": recipe, "files": files}, indent=1)
-        (new / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+        paths = [path for path in sorted(new.rglob("*")) if path.is_file()]
+        digests = {path.relative_to(new).as_posix(): sha256(path) for path in paths}
+        write_json(new / MANIFEST, {"recipe": recipe, "files": digests})
         if root.exists():
             os.replace(root, workshop / "old")
         os.replace(new, root)
     except OSError:
-        if not _is_complete(root, recipe):  # else another process was faster
+        if not _is_complete(root, recipe):  # otherwise another process has written it
             raise
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
@@ -61,9 +58,9 @@ def sha256(path: Path) -> str:
 
 
 def _manifest(root: Path) -> tuple[object, dict[str, str]]:
-    """Recipe and file hashes of a folder; (None, {}) without a manifest that can be read."""
+    """Recipe and file hashes of a folder; (None, {}) without a readable manifest."""
     try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(root / MANIFEST)
         return manifest["recipe"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None, {}
@@ -80,14 +77,10 @@ def _refuse_foreign(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise DataError(f"{root}: expected a folder or nothing, got a file")
     ours = {MANIFEST, *_manifest(root)[1]}
-    foreign = [
-        p
-        for p in sorted(root.rglob("*"))
-        if p.is_file() and p.relative_to(root).as_posix() not in ours
-    ]
+    found = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    foreign = [name for name in found if name not in ours]
     if foreign:
         raise DataError(
-            f"{root}: expected a folder that was generated here, or none, got "
-            f"{foreign[0].relative_to(root)} in it, which its {MANIFEST} does not list "
-            "(nothing was changed; choose another folder)"
+            f"{root}: expected a generated folder or none, got {foreign[0]} in it, which its "
+            f"{MANIFEST} does not list (nothing was changed; choose another folder)"
         )

@@ -1,9 +1,9 @@
-"""Volumes, signed distances, meshes and the affines between them.
+"""Volumes, signed distances, meshes and affines.
 
-A volume is an array (X, Y, Z); its affine (4, 4) maps a voxel's index to millimetres, ``[x, y, z,
-1] = affine @ [i, j, k, 1]``, voxel centres at whole indices. A signed distance field (SDF) is
-negative inside. An affine may be oblique, anisotropic and of either handedness, but not sheared: a
-distance computed per axis would be wrong then.
+A volume is an array (X, Y, Z); its affine (4, 4) maps a voxel's index to millimetres, `[x, y, z, 1]
+= affine @ [i, j, k, 1]`, with voxel centres at integer indices. A signed distance field (SDF) is
+negative inside. An affine may be oblique, anisotropic and of either handedness, but not sheared,
+because distances are computed per axis.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from skimage import measure
 from fastlora.errors import ConfigError, DataError
 
 FloatArray = NDArray[np.float64]
-MAX_VOXELS = 2**29  # of any volume that is read: 512 × 512 × 2048; as float32 it takes 2 GiB
+MAX_VOXELS = 2**29  # limit for any volume read, 512 × 512 × 2048: 2 GiB as float32
 SHEAR_TOLERANCE = 1e-3  # largest cosine between two axes that still counts as a right angle
 
 
 def check_affine(affine: ArrayLike, name: str = "affine") -> FloatArray:
-    """The affine as float64 (4, 4), refused unless it is finite, invertible and without shear.
+    """The affine as float64 (4, 4). name: of the argument, for errors.
 
-    Raises: DataError, naming ``name`` and what came.
+    Raises: DataError if it is not finite, not invertible or sheared.
     """
     matrix = np.asarray(affine, dtype=np.float64)
     if matrix.shape != (4, 4):
@@ -64,12 +64,12 @@ def apply_affine(affine: ArrayLike, points: ArrayLike) -> FloatArray:
 def sdf_from_mask(mask: NDArray[np.bool_], spacing: ArrayLike) -> NDArray[np.float32]:
     """Signed distance in mm to a mask's surface, negative inside, its zero level between voxels.
 
-    A distance transform measures from a voxel's centre to the nearest centre on the other side, so
-    it never gets below one voxel and has no zero level. The surface lies half a voxel before that
-    centre: n voxels away (the length of the offset in indices), ``± d (1 − ½ / n)``.
+    A distance transform measures from a voxel's centre to the nearest centre on the other side, at
+    least one voxel away. The surface lies half a voxel before that centre, so with n the length of
+    the offset in indices the distance is `± d (1 − ½ / n)`.
 
-    mask: (X, Y, Z) bool. spacing: (3,) mm. What lies beyond the array counts as neither side.
-    Raises: DataError if the mask is empty or full (there is no surface then).
+    mask: (X, Y, Z) bool; voxels beyond the array count as neither side. spacing: (3,) mm.
+    Raises: DataError if the mask is empty or full, since it has no surface then.
     """
     mask = np.asarray(mask)
     steps = np.asarray(spacing, dtype=np.float64)
@@ -81,7 +81,7 @@ def sdf_from_mask(mask: NDArray[np.bool_], spacing: ArrayLike) -> NDArray[np.flo
         raise DataError("mask: expected a surface, got an empty mask")
     if mask.all():
         raise DataError("mask: expected a surface, got a mask that fills the whole array")
-    if np.ptp(steps) <= 1e-4 * steps.max():  # the same, without the indices
+    if np.ptp(steps) <= 1e-4 * steps.max():  # isotropic: the correction is half a voxel
         outside = ndimage.distance_transform_edt(~mask, sampling=steps)
         distance = outside + ndimage.distance_transform_edt(mask, sampling=steps)
         distance -= 0.5 * steps.mean()
@@ -92,7 +92,7 @@ def sdf_from_mask(mask: NDArray[np.bool_], spacing: ArrayLike) -> NDArray[np.flo
 
 
 def _corrected_distance(inside: NDArray[np.bool_], steps: FloatArray) -> FloatArray:
-    """Of each inside voxel, to half a voxel before the nearest outside centre; 0 outside."""
+    """Distance of each inside voxel to half a voxel before the nearest outside centre; 0 outside."""
     nearest = ndimage.distance_transform_edt(
         inside, sampling=steps, return_distances=False, return_indices=True
     )
@@ -106,12 +106,13 @@ def _corrected_distance(inside: NDArray[np.bool_], steps: FloatArray) -> FloatAr
 def mesh_from_sdf(
     sdf: NDArray[np.floating], affine: ArrayLike, level: float = 0.0
 ) -> trimesh.Trimesh:
-    """Surface of ``sdf < level`` in mm, closed, winding outwards whatever the affine's handedness.
+    """The closed surface of `sdf < level` in mm, faces oriented outwards for either handedness.
 
-    sdf: (X, Y, Z), negative inside, any unit. affine: (4, 4) voxel index to mm. A shape that
-    reaches the border of the array is closed half a voxel outside it, where the border voxels end,
-    so its volume is kept.
-    Raises: DataError if nothing lies below ``level``, or on values that are not finite.
+    A shape that reaches the border of the array is closed at the outer faces of the border voxels,
+    which preserves its volume.
+
+    sdf: (X, Y, Z), negative inside, any unit. affine: (4, 4) voxel index to mm.
+    Raises: DataError if no value lies below `level` or one is not finite.
     """
     matrix = check_affine(affine)
     field = np.asarray(sdf, dtype=np.float32)
@@ -122,14 +123,14 @@ def mesh_from_sdf(
             f"sdf: expected finite values, got {np.count_nonzero(~np.isfinite(field))} that are not"
         )
     field = field - np.float32(level)
-    # A vertex on a voxel's centre would collapse triangles: no value may be exactly zero.
+    # A value of exactly zero would put vertices on a voxel's centre and collapse triangles.
     tiny = np.float32(1e-5) * max(float(np.abs(field).max()), 1e-6)
     field = np.where(np.abs(field) < tiny, tiny, field)
     if not (field < 0).any():
         raise DataError(
             f"sdf: expected a surface at level {level:g}, got no value below it (an empty shape)"
         )
-    # A layer of mirrored values, outside everywhere: the surface crosses half way to it.
+    # A layer of mirrored positive values: the surface lies half way between it and the border.
     padded = np.abs(np.pad(field, 1, mode="edge"))
     padded[1:-1, 1:-1, 1:-1] = field
     vertices, faces, _, _ = measure.marching_cubes(padded, 0.0)
@@ -141,10 +142,10 @@ def mesh_from_sdf(
 def pointmap(
     affine: ArrayLike, shape: tuple[int, int, int], axis: int, index: int
 ) -> NDArray[np.float32]:
-    """Position in mm of each pixel of a slice: ``affine @ (i, j, k, 1)``, (H, W, 3) float32.
+    """Position in mm of each pixel of a slice: `affine @ (i, j, k, 1)`, (H, W, 3) float32.
 
-    shape: of the volume. axis: 0, 1 or 2, the one that is sliced; H and W are the other two in
-    their order, so that entry [h, w] belongs to ``volume.take(index, axis)[h, w]``.
+    shape: of the volume. axis: 0, 1 or 2, the sliced one; H and W are the other two in order, so
+    that entry [h, w] belongs to `volume.take(index, axis)[h, w]`.
     Raises: ConfigError if axis or index lie outside the volume.
     """
     matrix = check_affine(affine)
@@ -161,11 +162,10 @@ def pointmap(
 def regrid(
     affine: ArrayLike, shape: tuple[int, int, int], spacing: float
 ) -> tuple[FloatArray, tuple[int, int, int]]:
-    """Affine and shape of an isotropic grid of ``spacing`` mm over the same box, axes kept.
+    """Affine and shape of an isotropic grid of `spacing` mm over the same box, with the same axes.
 
-    The two boxes share the outer corner of voxel (0, 0, 0); the far side is rounded up to whole
-    voxels.
-    Raises: ConfigError if the spacing is not positive.
+    The boxes share the outer corner of voxel (0, 0, 0); the opposite side is rounded up to whole
+    voxels. Raises: ConfigError if the spacing is not positive.
     """
     matrix = check_affine(affine)
     if not spacing > 0:
@@ -186,11 +186,12 @@ def resample(
     order: int = 1,
     cval: float | None = None,
 ) -> NDArray[np.float32]:
-    """The volume read at the voxel centres of another grid, float32 (target_shape).
+    """The volume interpolated at the voxel centres of another grid, float32 (target_shape).
+
+    No low-pass filter is applied, so a grid much coarser than the volume aliases.
 
     volume: (X, Y, Z). order: 0 nearest, 1 linear, 3 cubic. cval: value outside the volume; None
-    repeats the nearest border voxel. Nothing is smoothed: a grid much coarser than the volume
-    aliases.
+    repeats the nearest border voxel.
     """
     to_source = np.linalg.inv(check_affine(affine)) @ check_affine(target_affine, "target_affine")
     sampled: NDArray[np.float32] = ndimage.affine_transform(
@@ -208,11 +209,11 @@ def resample(
 def voxelise(
     mesh: trimesh.Trimesh, affine: ArrayLike, shape: tuple[int, int, int]
 ) -> NDArray[np.bool_]:
-    """Which voxel centres lie inside a closed mesh, (X, Y, Z) bool: odd crossings from below."""
+    """Which voxel centres lie inside a closed mesh, (X, Y, Z) bool: odd number of crossings below."""
     to_index = np.linalg.inv(check_affine(affine))
-    # Shifted by an irregular sliver, no column of the grid runs through an edge or a vertex.
-    sliver = (1.93e-6, 2.71e-6, 0.0)
-    corners = apply_affine(to_index, mesh.vertices)[mesh.faces] - sliver  # (F, 3, 3)
+    # A tiny irregular shift, so that no column of the grid passes through an edge or a vertex.
+    shift = (1.93e-6, 2.71e-6, 0.0)
+    corners = apply_affine(to_index, mesh.vertices)[mesh.faces] - shift  # (F, 3, 3)
     low = np.clip(np.ceil(corners[:, :, :2].min(1)), 0, None).astype(np.int64)
     high = np.minimum(np.floor(corners[:, :, :2].max(1)).astype(np.int64), np.array(shape[:2]) - 1)
     extent = np.clip(high - low + 1, 0, None)

@@ -11,7 +11,7 @@ import pytest
 
 from fastlora.errors import DataError
 from fastlora.medical.data import bundled
-from fastlora.medical.data.bundled import REQUIREMENTS, SOURCES, SourceFile, build_bundled, locate
+from fastlora.medical.data.bundled import REQUIREMENTS, SHA256, SOURCES, build_bundled, locate
 from fastlora.medical.data.generated import MANIFEST, generate_folder
 from tests.support.paths import ROOT
 from tests.support.tolerance import assert_same_geometry
@@ -73,7 +73,7 @@ def test_masks_are_anatomy_in_place(built):
     assert image.array[white].mean() > image.array[grey].mean() > image.array[~white & ~grey].mean()
 
 
-def test_whole_structures_are_whole_and_cut_ones_are_said(built):
+def test_the_readme_states_licences_and_complete_structures_are_complete(built):
     root, cases = built
     readme = (root / "README.txt").read_text()
     for text in ("Apache-2.0", "BSD-3-Clause", "Louis Collins", "cut off", "1.1.0", "0.14.1"):
@@ -122,13 +122,14 @@ def test_a_missing_package_is_named_with_its_version(tmp_path, monkeypatch):
 
 
 def test_another_version_of_a_file_is_refused(monkeypatch):
-    real = SOURCES["white_matter"]
+    monkeypatch.setitem(SHA256, "white_matter", "0" * 64)
     with pytest.raises(
         DataError, match=r"with SHA-256 000+…, got 382d92812de4….*nilearn==0\.14\.1"
     ):
-        locate(SourceFile(real.path, "0" * 64))
+        locate("white_matter")
+    monkeypatch.setitem(SOURCES, "white_matter", "nilearn/datasets/data/gone.nii.gz")
     with pytest.raises(DataError, match=r"got a nilearn without it: .*nilearn==0\.14\.1"):
-        locate(SourceFile("nilearn/datasets/data/gone.nii.gz", "0" * 64))
+        locate("white_matter")
 
 
 def test_packages_are_found_without_being_imported(tmp_path):
