@@ -120,9 +120,7 @@ def locate(name: str) -> Path:
         )
     path = Path(spec.submodule_search_locations[0]) / inside
     if not path.is_file():
-        raise DataError(
-            f"bundled data: expected {source}, got a {package} without it: {install}"
-        )
+        raise DataError(f"bundled data: expected {source}, got a {package} without it: {install}")
     found = sha256(path)
     if found != SHA256[name]:
         raise DataError(

@@ -1,7 +1,7 @@
-"""DICOM: which series and segmentations a folder holds, and their voxels; pydicom and highdicom read.
+"""DICOM: the series and segmentations of a folder, and their voxels, read with pydicom and highdicom.
 
-The two packages are the extra ``dicom`` and imported on first use. Positions are turned from
-DICOM's LPS to RAS: x to the patient's right side is negative there, positive here.
+The two packages are the extra `dicom` and imported on first use. Affines are converted from
+DICOM's LPS to RAS.
 """
 
 from __future__ import annotations
@@ -26,22 +26,20 @@ HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription", "PatientID")
 
 
 def unusable() -> tuple[type[Exception], ...]:
-    """What the two packages raise on files that are damaged, of another kind, or no regular volume."""
+    """What the two packages raise for files that are damaged, of another kind, or not a regular volume."""
     from pydicom import errors
 
     return (
         *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
         *(MemoryError, OverflowError, IndexError, struct.error, zlib.error, sqlite3.Error),
-        *(
-            errors.BytesLengthException,
-            errors.InvalidDicomError,
-        ),  # these have no base but Exception
+        # These derive from Exception only.
+        *(errors.BytesLengthException, errors.InvalidDicomError),
     )
 
 
 @dataclass(frozen=True)
 class Series:
-    """The files of one series. modality: DICOM's word, as CT, MR or SEG. patient: its ID."""
+    """The files of one series. modality: of DICOM, such as CT, MR or SEG. patient: the ID."""
 
     uid: str
     modality: str
@@ -52,7 +50,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A DICOM SEG. segments: number -> label. refers_to: UIDs of the series that it segments."""
+    """A DICOM SEG. segments: number → label. refers_to: UIDs of the series that it segments."""
 
     path: Path
     segments: dict[int, str]
@@ -60,7 +58,7 @@ class Segmentation:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file carries DICOM's mark (after a preamble of 128 bytes)."""
+    """Whether a file has DICOM's magic bytes (after a preamble of 128 bytes)."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -73,9 +71,9 @@ def holds_dicom(folder: Path) -> bool:
 
 
 def list_series(folder: Path) -> list[Series]:
-    """Every series below a folder (or of one file), by UID; headers are read, voxels are not.
+    """Every series below a folder (or in one file), sorted by UID; only headers are read.
 
-    Raises: DataError if a file cannot be read, or without the packages.
+    Raises: DataError if a file cannot be read or the packages are missing.
     """
     pydicom, _ = _packages(folder)
     found: dict[str, Series] = {}
@@ -95,10 +93,10 @@ def list_series(folder: Path) -> list[Series]:
 
 
 def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray[np.float32], FloatArray]:
-    """The voxels of one series (X, Y, Z), float32 (Hounsfield units of CT), and their affine, RAS mm.
+    """The voxels of one series (X, Y, Z), float32 (CT in Hounsfield units), and their affine, RAS mm.
 
-    uid: which one; None: the only series of the folder that is no segmentation.
-    Raises: DataError if there is no such series or several, or if it is no regular volume.
+    uid: of the series; None for the only one in the folder that is not a segmentation.
+    Raises: DataError if there is not exactly one such series, or it is not a regular volume.
     """
     series = [s for s in list_series(folder) if s.modality != "SEG" and uid in (None, s.uid)]
     if len(series) != 1:
@@ -126,7 +124,7 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray[np.float3
 
 
 def read_segmentation(path: Path) -> Segmentation:
-    """What a DICOM SEG holds. Raises: DataError if it cannot be read."""
+    """The segments of a DICOM SEG. Raises: DataError if it cannot be read."""
     pydicom, _ = _packages(path)
     try:
         _refuse_deflated(pydicom, path)
@@ -146,11 +144,11 @@ def read_segmentation(path: Path) -> Segmentation:
 def read_segment(
     path: Path, number: int, affine: FloatArray, shape: Sequence[int]
 ) -> NDArray[np.bool_]:
-    """One segment of a DICOM SEG on an image's grid, (X, Y, Z) bool; voxels it leaves out are False.
+    """One segment of a DICOM SEG on an image's grid, (X, Y, Z) bool; False where it has no voxels.
 
-    affine: (4, 4) index to RAS mm. A fractional segmentation counts from one half.
-    Raises: DataError if there is no such segment, if its voxels are not the image's, or if some of
-    it lies outside the image.
+    affine: (4, 4) index to RAS mm, of the image. A fractional segmentation is thresholded at ½.
+    Raises: DataError if there is no such segment, if its voxels do not coincide with the image's,
+    or if part of it lies outside the image.
     """
     pydicom, highdicom = _packages(path)
     segments = read_segmentation(path).segments
@@ -158,7 +156,7 @@ def read_segment(
         raise DataError(f"{path}: expected a segment among {segments}, got {number}")
     try:
         _check_size(pydicom.dcmread(path, stop_before_pixels=True), 1)
-        # Left unchecked: two segments may overlap, and each has its own channel here.
+        # Segments may overlap: only one is read.
         volume = highdicom.seg.segread(path).get_volume(
             segment_numbers=[number], skip_overlap_checks=True, dtype=np.float32
         )
@@ -179,25 +177,30 @@ def read_segment(
 
 
 def _refuse_deflated(pydicom: ModuleType, path: Path) -> None:
-    """Raises: ValueError for the transfer syntax that inflates a whole file, of whatever size, before its header can be read."""
+    """Refuse the transfer syntax that compresses the header too: reading it inflates the complete file.
+
+    Raises: ValueError if the file uses it.
+    """
     meta = pydicom.filereader.read_file_meta_info(path)
     if str(meta.get("TransferSyntaxUID", "")) == "1.2.840.10008.1.2.1.99":
         raise ValueError(
-            "expected another transfer syntax than Deflated Explicit VR, which hides its size"
+            "expected a transfer syntax other than Deflated Explicit VR, which hides its size"
         )
 
 
 def _check_size(header: Any, files: int) -> None:
-    """Raises: ValueError if a header declares more voxels than a volume may hold, the gaps between its frames included."""
+    """Check the size that a header declares, gaps between frames included. files: of the series.
+
+    Raises: ValueError if it exceeds the limit of a volume.
+    """
     rows, columns = int(header.Rows), int(header.Columns)
     frames = int(header.get("NumberOfFrames", 1) or 1)
     shared = header.get("SharedFunctionalGroupsSequence")
     spacing = 0.0
     if shared and shared[0].get("PixelMeasuresSequence"):
         measures = shared[0].PixelMeasuresSequence[0]
-        spacing = float(
-            measures.get("SpacingBetweenSlices", measures.get("SliceThickness", 0)) or 0
-        )
+        between = measures.get("SpacingBetweenSlices", measures.get("SliceThickness", 0))
+        spacing = float(between or 0)
     positions = [
         [float(x) for x in group.PlanePositionSequence[0].ImagePositionPatient]
         for group in header.get("PerFrameFunctionalGroupsSequence", [])

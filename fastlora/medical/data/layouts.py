@@ -1,4 +1,4 @@
-"""Data sets on disk: which layout a folder has, and the cases it holds.
+"""Data sets on disk: detects the layout of a folder and lists its cases.
 
 | layout | image | masks | split |
 | --- | --- | --- | --- |
@@ -8,9 +8,8 @@
 | image/label pairs | `<subject>/*-image.nii.gz` | `<subject>/*-label.nii.gz`, called `label_1`, … | `meta.csv` |
 | DICOM | `<subject>/…`: the series that a SEG refers to | DICOM SEG, names are the segments' labels | `meta.csv` |
 
-The layout is found, not asked for, and named in the log. Names of structures are brought to lower
-case with `_` for whatever is no letter or digit, but in TotalSegmentator's layout, whose names are
-file names already.
+The layout is detected and logged. Structure names are converted to lower case with `_` for anything
+but letters and digits, except in TotalSegmentator's layout, where they are file names.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DICOM")
 
+Found = tuple[str, Callable[[], Case]]  # a layout and what reads the case, which may raise
+
 
 @dataclass(frozen=True)
 class Request:
-    """What the caller decides where a layout leaves it open; see `find_cases`."""
+    """What a layout does not determine; see `find_cases`."""
 
     modality: Modality
     channel: int
@@ -54,28 +56,20 @@ def find_cases(
     problems: list[str] | None = None,
     channel: int = 0,
 ) -> list[Case]:
-    """All cases below a folder, by subject's name; its layout (see the module) goes to the log.
+    """All cases below a folder, sorted by subject; its layout is logged.
 
-    modality: of image/label pairs, whose name does not tell it. channel: of images with several, as
-    `dataset.json` numbers them. problems: if given, a case that cannot be used is left out and
+    modality: of image/label pairs, whose names do not state it. channel: of images with several, as
+    numbered in `dataset.json`. problems: if given, a case that cannot be used is skipped and
     described there instead of raising.
-    Raises: DataError if the folder is missing, holds no case or an unreadable table, or if a case
-        lacks image or masks.
+    Raises: DataError if the folder is missing, has no case or an unreadable table, or if a case
+    lacks image or masks.
     """
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder of cases, got nothing at that path")
-    found: list[tuple[str, Callable[[], Case]]] = []
     request = Request(modality, channel)
-    if (root / "dataset.json").is_file():
-        found = _listed_cases(root, request)
-    else:
-        splits = _read_splits(root / "meta.csv")
-        for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
-            reader = _reader_of(folder, request)
-            if reader is not None:
-                layout, read = reader
-                found.append((layout, _with_split(read, folder, splits.get(folder.name))))
+    listed = (root / "dataset.json").is_file()
+    found = _listed_cases(root, request) if listed else _subject_folders(root, request)
     cases, layouts = [], Counter[str]()
     for layout, make in found:
         try:
@@ -99,30 +93,26 @@ def find_cases(
 
 
 def structure_name(label: str) -> str:
-    """A label's name as structures are called here: `Left Kidney` -> `left_kidney`."""
+    """The name of a structure from its label: `Left Kidney` → `left_kidney`."""
     return re.sub(r"[^0-9a-z]+", "_", label.lower()).strip("_")
 
 
-# -------------------------------------------------------------------------- one folder a subject
+# -------------------------------------------------------------------------- one folder per subject
 
 
-def _reader_of(
-    folder: Path, request: Request
-) -> tuple[str, Callable[[Path, str | None], Case]] | None:
-    """The layout of a subject's folder and what reads it; None if it holds nothing of any."""
-    if (folder / "segmentations").is_dir() or any((folder / n).is_file() for n in IMAGE_NAMES):
-        return "TotalSegmentator", _totalsegmentator_case
-    if any(folder.glob("*-image.nii.gz")) or any(folder.glob("*-label.nii.gz")):
-        return "image/label pairs", lambda f, split: _pair_case(f, request.modality, split)
-    if dicom.holds_dicom(folder):
-        return "DICOM", _dicom_case
-    return None
-
-
-def _with_split(
-    read: Callable[[Path, str | None], Case], folder: Path, split: str | None
-) -> Callable[[], Case]:
-    return lambda: read(folder, split)
+def _subject_folders(root: Path, request: Request) -> list[Found]:
+    splits = _read_splits(root / "meta.csv")
+    found: list[Found] = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
+        split = splits.get(folder.name)
+        if (folder / "segmentations").is_dir() or any((folder / n).is_file() for n in IMAGE_NAMES):
+            found.append(("TotalSegmentator", partial(_totalsegmentator_case, folder, split)))
+        elif any(folder.glob("*-image.nii.gz")) or any(folder.glob("*-label.nii.gz")):
+            make = partial(_pair_case, folder, request.modality, split)
+            found.append(("image/label pairs", make))
+        elif dicom.holds_dicom(folder):
+            found.append(("DICOM", partial(_dicom_case, folder, split)))
+    return found
 
 
 def _totalsegmentator_case(folder: Path, split: str | None) -> Case:
@@ -180,7 +170,7 @@ def _dicom_case(folder: Path, split: str | None) -> Case:
             continue
         for number, label in seg.segments.items():
             _add(structures, label, Source(seg.path, number), seg.path)
-    # Only the image's files decide whether what was prepared from them is still good.
+    # The cache key follows the files of this folder: other series should not invalidate it.
     parents = {path.parent for path in series[uid].files}
     image = parents.pop() if len(parents) == 1 else folder
     return Case(folder.name, DICOM_MODALITIES[kind], image, structures, split, part=uid)
@@ -197,7 +187,7 @@ def _add(structures: dict[str, Source], label: str, source: Source, where: Path)
 
 
 def _read_splits(path: Path) -> dict[str, str]:
-    """subject → split from TotalSegmentator's meta.csv; empty without the file or the column."""
+    """Subject → split from TotalSegmentator's meta.csv; empty without the file or the column."""
     if not path.is_file():
         return {}
     try:
@@ -215,8 +205,8 @@ def _read_splits(path: Path) -> dict[str, str]:
 # ---------------------------------------------------------------------------------- dataset.json
 
 
-def _listed_cases(root: Path, request: Request) -> list[tuple[str, Callable[[], Case]]]:
-    """The cases of a Decathlon or nnU-Net folder: its layout, and what makes the case."""
+def _listed_cases(root: Path, request: Request) -> list[Found]:
+    """The cases of a Decathlon or nnU-Net folder."""
     path = root / "dataset.json"
     content = _read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
@@ -238,22 +228,23 @@ def _listed_cases(root: Path, request: Request) -> list[tuple[str, Callable[[], 
     splits = _folds(root / "splits_final.json")
     listed = _nnunet_files(root, content, request) if nnunet else _decathlon_files(root, content)
 
-    def maker(subject: str, image: Path, label: Path) -> Callable[[], Case]:
-        def make() -> Case:
-            file, part = image, request.channel
-            if not file.is_file() and not nnunet:  # nnU-Net 1: the list has no channel's number
-                end = next((e for e in NIFTI_ENDINGS if image.name.endswith(e)), "")
-                file = image.with_name(f"{image.name.removesuffix(end)}_{part:04d}{end}")
-            for needed in (file, label):
-                if not needed.is_file():
-                    raise DataError(f"{subject}: expected {needed}, got nothing at that path")
-            structures = {n: Source(label, value) for n, value in labels.items()}
-            return Case(subject, modality, file, structures, splits.get(subject), part)
-
-        return make
+    def make(subject: str, image: Path, label: Path) -> Case:
+        part = request.channel
+        if not image.is_file() and not nnunet:  # nnU-Net 1 lists images without the channel number
+            end = _ending(image)
+            image = image.with_name(f"{image.name.removesuffix(end)}_{part:04d}{end}")
+        for needed in (image, label):
+            if not needed.is_file():
+                raise DataError(f"{subject}: expected {needed}, got nothing at that path")
+        structures = {n: Source(label, value) for n, value in labels.items()}
+        return Case(subject, modality, image, structures, splits.get(subject), part)
 
     layout = "nnU-Net" if nnunet else "Decathlon"
-    return [(layout, maker(*files)) for files in sorted(listed)]
+    return [(layout, partial(make, *files)) for files in sorted(listed)]
+
+
+def _ending(path: Path) -> str:
+    return next((ending for ending in NIFTI_ENDINGS if path.name.endswith(ending)), "")
 
 
 def _nnunet_files(
@@ -273,8 +264,7 @@ def _nnunet_files(
 
 
 def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[tuple[str, Path, Path]]:
-    path = root / "dataset.json"
-    found = []
+    path, found = root / "dataset.json", []
     listed = content.get("training", ())
     if not isinstance(listed, (list, tuple)):
         raise DataError(f"{path}: expected a list in 'training', got {type(listed).__name__}")
@@ -286,26 +276,25 @@ def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[tuple[str, 
                 f"{path}: expected the paths 'image' and 'label' in each of 'training', got {entry}"
             )
         image, label = (_below(root, name, path) for name in names)
-        end = next((e for e in NIFTI_ENDINGS if label.name.endswith(e)), "")
-        found.append((label.name.removesuffix(end), image, label))
+        found.append((label.name.removesuffix(_ending(label)), image, label))
     return found
 
 
 def _below(root: Path, name: str, path: Path) -> Path:
-    """The file `name` of the data set. Raises: DataError if it would lie outside of its folder."""
+    """The file `name` of the data set. Raises: DataError if it lies outside its folder."""
     if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{path}: expected paths within {root}, got {name!r}")
     try:
         (root / name).is_file()
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # such as a name too long
         raise DataError(f"{path}: expected paths within {root}, got {name!r}: {error}") from error
     return root / name
 
 
 def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int, ...]]:
-    """structure -> value or values, from `{value: name}` or `{name: value}`, without the background.
+    """Structure → value or values, from `{value: name}` or `{name: value}`.
 
-    The value that nnU-Net calls `ignore` marks what nobody labelled and is no structure.
+    Without the background, and without `ignore`, which marks unlabelled voxels in nnU-Net.
     """
     found: dict[str, Source] = {}
     for key, entry in labels.items():
@@ -326,7 +315,7 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int,
 
 
 def _folds(path: Path) -> dict[str, str]:
-    """subject -> `train` or `val` of the first fold of nnU-Net's splits_final.json, if it is there."""
+    """Subject → `train` or `val` in the first fold of nnU-Net's splits_final.json; empty without it."""
     if not path.is_file():
         return {}
     content = _read_json(path)

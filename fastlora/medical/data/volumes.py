@@ -1,7 +1,7 @@
 """Cases and volumes: reading, checking and windowing.
 
-Every volume is brought to the RAS orientation closest to its own axes; its affine follows. Images
-are read from NIfTI, from a folder of one DICOM series, and from PNG; masks from NIfTI and DICOM SEG.
+Every volume is reoriented to the closest RAS orientation, with its affine. Images are read from
+NIfTI, from a folder of one DICOM series, and from PNG; masks from NIfTI and DICOM SEG.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastlora.files import atomic_write
 from fastlora.medical.data import dicom
 from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray, check_affine, spacing_of
 
-DEFLATE_RATIO = 1032  # no gzip file expands by more
+DEFLATE_RATIO = 1032  # the largest possible of a gzip file
 _UNREADABLE = (
     *(ImageFileError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error),
     *(OverflowError, MemoryError, struct.error),
@@ -39,33 +39,21 @@ _UNREADABLE = (
 
 Modality = Literal["ct", "mr", "grey"]
 
-# Hounsfield windows by tissue; a structure whose name holds none of the words gets the soft one.
+# Hounsfield windows; a structure is of the tissue that has a word of its name, by default soft.
 CT_WINDOWS = {"soft": (-160.0, 240.0), "bone": (-500.0, 1300.0), "lung": (-1350.0, 150.0)}
-CT_TISSUES = {
-    "bone": (
-        "vertebra",
-        "rib",
-        "bone",
-        "skull",
-        "sternum",
-        "sacrum",
-        "hip",
-        "femur",
-        "humerus",
-        "scapula",
-        "clavicula",
-        "clavicle",
-        "mandible",
-    ),
-    "lung": ("lung", "trachea", "airway", "bronchus"),
+CT_WORDS = {
+    "bone": "vertebra rib bone skull sternum sacrum hip femur humerus scapula clavicula clavicle mandible",
+    "lung": "lung trachea airway bronchus",
 }
 MR_PERCENTILES = (0.5, 99.5)
 
 
 @dataclass(frozen=True)
 class Volume:
-    """array (X, Y, Z) in RAS order, float32 (image) or int32 (label map); affine (4, 4) index to mm;
-    spacing (3,) mm.
+    """An image or a label map.
+
+    array: (X, Y, Z) in RAS order, float32 (image) or int32 (label map). affine: (4, 4) index to mm.
+    spacing: (3,) mm.
     """
 
     array: NDArray[Any]
@@ -83,9 +71,9 @@ class Volume:
 
 @dataclass(frozen=True)
 class Source:
-    """A structure's mask: the voxels of ``path`` equal to ``label`` (or to one of several).
+    """A structure's mask: the voxels of `path` whose value is `label`, or one of several labels.
 
-    Without a label, those that are not zero. Of a DICOM SEG the label is a segment's number.
+    None: those that are not zero. In a DICOM SEG the label is a segment's number.
     """
 
     path: Path
@@ -94,10 +82,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Case:
-    """One image of one subject with its structures' masks, as paths: nothing is read yet.
+    """One image of one subject with its structures' masks, as paths; nothing is read yet.
 
-    image_path: a NIfTI file, or a folder that holds a DICOM series. part: which channel of a 4-D
-    file, or which series (its UID) of the folder; None: the only one.
+    image_path: a NIfTI file, or a folder with a DICOM series. part: the channel of a 4-D file, or
+    the UID of a series in the folder; None if there is only one.
     """
 
     subject: str
@@ -112,7 +100,7 @@ class Case:
         return load_volume(self.image_path, self.part)
 
     def stamp(self, structure: str) -> tuple[object, ...]:
-        """What changes when the files of the image or of a structure's mask do; nothing is read.
+        """A key that changes with the files of the image or of a structure's mask; nothing is read.
 
         Raises: DataError if a file is missing.
         """
@@ -123,23 +111,21 @@ class Case:
     def load_mask(self, structure: str, image: Volume) -> NDArray[np.bool_]:
         """The structure's mask on the image's grid, (X, Y, Z) bool.
 
-        Raises: DataError if the case has no such structure, if the label map's shape or affine
-        differ from the image's, or if the mask is empty.
+        Raises: DataError if the case has no such structure, or as the function `load_mask`.
         """
         if structure not in self.structures:
             raise DataError(
                 f"{self.subject}: expected a structure among "
                 f"{', '.join(sorted(self.structures))}, got {structure!r}"
             )
-        source = self.structures[structure]
-        return load_mask(source, image, self.image_path.name)
+        return load_mask(self.structures[structure], image, self.image_path.name)
 
 
 def load_mask(source: Source, image: Volume, name: str = "the image") -> NDArray[np.bool_]:
     """A mask on an image's grid, (X, Y, Z) bool. name: of the image, for errors.
 
-    A DICOM SEG may hold fewer slices than the image, or more; its voxels must lie on the image's.
-    Raises: DataError as `Case.load_mask`.
+    A DICOM SEG may have other slices than the image, but its voxels must coincide with the image's.
+    Raises: DataError if the mask is unreadable, empty, or not on the image's grid.
     """
     if dicom.is_dicom(source.path):
         if not isinstance(source.label, int):
@@ -164,9 +150,9 @@ def load_mask(source: Source, image: Volume, name: str = "the image") -> NDArray
 
 
 def file_stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of change of a file, or of every file below a folder.
+    """Path, size and modification time of a file, or of every file below a folder.
 
-    Raises: DataError if there is none.
+    Raises: DataError if a file is missing.
     """
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     stamps = []
@@ -182,7 +168,7 @@ def file_stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
 def same_grid(
     a: ArrayLike, b: ArrayLike, shape: Sequence[int], tolerance_vox: float = 0.01
 ) -> bool:
-    """Whether two affines put every voxel of a volume at the same place, but for a tolerance."""
+    """Whether two affines map every voxel of a volume to the same place, within a tolerance."""
     corners = np.stack(np.meshgrid(*((0, n - 1) for n in shape), indexing="ij"), -1).reshape(-1, 3)
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     apart = np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max()
@@ -192,15 +178,14 @@ def same_grid(
 def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> Volume:
     """Read a 3-D image as float32 in RAS order.
 
-    path: a NIfTI file, a folder with a DICOM series, or a DICOM file that holds one whole. part: of a 4-D file the channel, of a folder
-    the series' UID; None where there is only one.
+    path: a NIfTI file, a folder with a DICOM series, or a multi-frame DICOM file. part: see `Case`.
     Raises: DataError, naming the file, if it cannot be read, is not 3-D, holds NaN or infinity, or
-    has an affine that is singular or sheared.
+    has a singular or sheared affine.
     """
     path = Path(path)
     if path.is_dir() or dicom.is_dicom(path):
         stored, matrix = dicom.read_series(path, None if part is None else str(part))
-        data, affine = _made(stored, matrix, path)
+        data, affine = _from_array(stored, matrix, path)
     else:
         data, affine = _read(path, part)
     with np.errstate(over="ignore"):
@@ -216,7 +201,7 @@ def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> 
 def load_labels(path: str | os.PathLike[str]) -> Volume:
     """Read a 3-D label map as int32 in RAS order.
 
-    Raises: DataError as `load_volume`, and if a value is not a whole number.
+    Raises: DataError as `load_volume`, or if a value is not an integer.
     """
     path = Path(path)
     data, affine = _read(path)
@@ -231,14 +216,13 @@ def load_labels(path: str | os.PathLike[str]) -> Volume:
 
 
 def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
-    """Read a grey PNG, or a folder of them as a stack, as float32 in [0, 1] of its type's range.
+    """Read a greyscale PNG, or a folder of them as a stack, as float32, [0, 1] over its type's range.
 
-    A PNG knows no patient: its columns are taken to run to the patient's left, its rows to the
-    back, and the stack, in the order of the names, to the head (axial, as on a viewing station);
-    the first pixel of the first one is the origin.
+    A PNG has no patient coordinates: columns are assumed to run to the patient's left, rows to the
+    back, and the stack, sorted by name, to the head; the first pixel of the first slice is the
+    origin.
 
-    spacing: mm from column to column, from row to row, and from slice to slice (of a single one its
-    thickness).
+    spacing: mm between columns, rows and slices (for a single slice its thickness).
     Raises: DataError if a file cannot be read, is coloured, or differs in size from the first.
     """
     path = Path(path)
@@ -254,24 +238,26 @@ def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
             raise DataError(f"{file}: expected {slices[0].shape} pixels, got {grey.shape}")
     stack = np.stack([grey.T for grey in slices], axis=2)  # (columns, rows, slices)
     affine = np.diag([-steps[0], -steps[1], steps[2], 1.0])
-    return Volume(*_made(stack, affine, path))
+    return Volume(*_from_array(stack, affine, path))
 
 
-def _made(array: NDArray[Any], affine: FloatArray, path: Path) -> tuple[NDArray[Any], FloatArray]:
-    """Voxels of another format, and their affine, in RAS order; path: for errors."""
+def _from_array(
+    array: NDArray[Any], affine: FloatArray, path: Path
+) -> tuple[NDArray[Any], FloatArray]:
+    """Voxels and affine of another format, reoriented to RAS. path: for errors."""
     try:
-        with np.errstate(all="ignore"):  # what overflows is looked for in the result
+        with np.errstate(all="ignore"):  # callers check for values that overflow
             return _canonical(nib.Nifti1Image(array, affine), path)
     except DataError:
         raise
     except _UNREADABLE as error:
-        raise DataError(f"{path}: expected a usable place in space, got {error}") from error
+        raise DataError(f"{path}: expected a usable affine, got {error}") from error
 
 
 def _read_png(path: Path, slices: int) -> NDArray[np.float32]:
-    """(rows, columns) in [0, 1]; slices: how many such files there are."""
+    """(rows, columns) in [0, 1]. slices: the number of files in the stack, for the size limit."""
     try:
-        # By content Pillow would open anything, and start other programs for some of it.
+        # Unrestricted, Pillow opens any format, some of them through external programs.
         with Image.open(path, formats=("PNG",)) as picture:
             if math.prod(picture.size) * slices > MAX_VOXELS:
                 raise ValueError(
@@ -293,7 +279,7 @@ def _read(path: Path, part: int | str | None = None) -> tuple[NDArray[np.generic
     if not path.is_file():
         raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
     try:
-        with np.errstate(all="ignore"):  # what overflows is looked for in the result
+        with np.errstate(all="ignore"):  # callers check for values that overflow
             stored = nib.load(path)
             _check_size(path, stored)
             return _canonical(stored, path, part)
@@ -308,7 +294,7 @@ def _read(path: Path, part: int | str | None = None) -> tuple[NDArray[np.generic
 def _canonical(
     image: Any, path: Path, part: int | str | None = None
 ) -> tuple[NDArray[Any], FloatArray]:
-    """The voxels and the affine of a nibabel image in RAS order; path: for errors."""
+    """The voxels and the affine of a nibabel image in RAS order. path: for errors."""
     if part is not None and len(image.shape) == 4:
         if not (isinstance(part, int) and 0 <= part < image.shape[3]):
             raise DataError(f"{path}: expected a channel below {image.shape[3]}, got {part}")
@@ -325,8 +311,11 @@ def _canonical(
 
 
 def _check_size(path: Path, image: Any) -> None:
-    """Raises: ValueError if the header declares more than a volume may hold, or than the file can, before it is read."""
-    if not isinstance(image, nib.Nifti1Pair):  # of which NIfTI-2 and single files are kinds
+    """Check the size that the header declares, before anything is allocated.
+
+    Raises: ValueError if it exceeds the limit of a volume, or what the file can contain.
+    """
+    if not isinstance(image, nib.Nifti1Pair):  # base class of NIfTI-2 and of single files too
         raise ValueError(f"the file holds a {type(image).__name__}")
     shape = tuple(int(n) for n in image.shape)
     voxels = math.prod(shape)
@@ -344,7 +333,7 @@ def _check_size(path: Path, image: Any) -> None:
 def save_volume(
     path: str | os.PathLike[str], array: NDArray[np.generic], affine: ArrayLike
 ) -> None:
-    """Write a volume as `.nii` or `.nii.gz`, whole or not at all. The folder is made. Raises: DataError on another ending."""
+    """Write a volume atomically, and create its folder. Raises: DataError if it is not `.nii` or `.nii.gz`."""
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"path: expected a .nii or .nii.gz file, got {path.name}")
@@ -354,12 +343,12 @@ def save_volume(
 
 
 def window(image: NDArray[np.floating], modality: str, structure: str = "") -> NDArray[np.float32]:
-    """Intensities cut to a window and scaled to [0, 1], float32.
+    """Intensities clipped to a window and scaled to [0, 1], float32.
 
-    image: whole volume (MR takes its 0.5 and 99.5 percentiles as the window). modality: "ct"
-    (Hounsfield units; the window is the tissue's: bone, lung or soft, by the structure's name),
-    "mr", or "grey" (in [0, 1] already).
-    Raises: ConfigError on another modality, DataError on an MR image without contrast.
+    image: the complete volume, since the window of MR is its 0.5 and 99.5 percentiles. modality:
+    "ct" (Hounsfield units; the window is that of the structure's `tissue_of`), "mr", or "grey" (in
+    [0, 1] already).
+    Raises: ConfigError if the modality is unknown; DataError if an MR image has no contrast.
     """
     if modality == "ct":
         low, high = CT_WINDOWS[tissue_of(structure)]
@@ -379,9 +368,9 @@ def window(image: NDArray[np.floating], modality: str, structure: str = "") -> N
 
 
 def tissue_of(structure: str) -> str:
-    """The CT window for a structure: that of the tissue one of whose words its name holds.
+    """The tissue whose CT window suits a structure: bone, lung or soft, by the words in its name.
 
-    A word counts as a whole (`rib_left_3`, `ribs`, `vertebrae_L1`): `hip` is not in `hippocampus`.
+    Only whole words match (`rib_left_3`, `ribs`, `vertebrae_L1`): `hip` is not in `hippocampus`.
     """
     words = {word for part in structure.lower().split("_") for word in (part, part[:-1])}
-    return next((t for t, names in CT_TISSUES.items() if words & set(names)), "soft")
+    return next((t for t, known in CT_WORDS.items() if words & set(known.split())), "soft")

@@ -178,13 +178,13 @@ def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
     item = pydicom.dcmread(path)
     item.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     item.save_as(path, enforce_file_format=True)
-    with pytest.raises(DataError, match="expected another transfer syntax than Deflated"):
+    with pytest.raises(DataError, match="expected a transfer syntax other than Deflated"):
         dicom.list_series(tmp_path / "s1")
     segmentation = tmp_path / "s1" / "segmentation.dcm"
     item = pydicom.dcmread(segmentation)
     item.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     item.save_as(segmentation, enforce_file_format=True)
-    with pytest.raises(DataError, match="expected another transfer syntax than Deflated"):
+    with pytest.raises(DataError, match="expected a transfer syntax other than Deflated"):
         dicom.read_segmentation(segmentation)
 
 
