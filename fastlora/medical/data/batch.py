@@ -1,4 +1,4 @@
-"""What a model is given: tokens at active cells, and a batch of regions."""
+"""The inputs of the models: tokens at active cells, and batches of regions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ from fastlora.errors import DataError
 class SparseTokens:
     """Features at active cells.
 
-    feats: (T, C), one row a token.
-    coords: (T, 4) int64, ``[sample, i, j, k]`` of each token's cell, the samples in ascending order.
-
-    Raises:
-        DataError: the shapes do not belong together.
+    feats: (T, C), one row per token. coords: (T, 4) int64, `[sample, i, j, k]` of each token's cell,
+    sorted by sample. Raises: DataError if the shapes do not match.
     """
 
     feats: Tensor
@@ -47,10 +44,10 @@ class SparseTokens:
 
 @dataclass(frozen=True, eq=False)
 class RegionBatch:
-    """A batch of regions; shapes as in ``RegionDataset`` with B in front, the tokens of all regions in one list.
+    """A batch of regions; shapes as in `RegionDataset` with B in front, the tokens concatenated.
 
-    Where the dataset gives them, slat: cached latents at voxels of SAM 3D's decoder; latents: (B, N, C) by name, of its stage-1 model;
-    condition: (B, L, D), of a generator.
+    If the data set provides them, slat: cached latents at voxels, of SAM 3D's decoder; latents:
+    (B, N, C) by name, of its stage-1 model; condition: (B, L, D), of a generator.
     """
 
     tokens: SparseTokens
@@ -77,37 +74,30 @@ class RegionBatch:
 
 
 def collate_regions(samples: Sequence[dict[str, Any]]) -> RegionBatch:
-    """Samples of ``RegionDataset`` -> one batch, tokens' coords as ``[sample, i, j, k]``."""
-    coords = _numbered([s["coords"] for s in samples])
-    stacked = {
-        name: torch.from_numpy(np.stack([s[name] for s in samples]))
-        for name in ("coarse", "base_vox", "sdf_vox", "image", "affine")
+    """Samples of `RegionDataset`, with or without latents → one batch."""
+    first = samples[0]
+    arrays = ("coarse", "base_vox", "sdf_vox", "image", "affine")
+    fields: dict[str, Any] = {
+        name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in arrays
     }
+    if "slat_coords" in first:
+        feats = torch.cat([s["slat_feats"] for s in samples])
+        fields["slat"] = SparseTokens(feats, _coords([s["slat_coords"].numpy() for s in samples]))
+    if "latents" in first:
+        names = first["latents"]
+        fields["latents"] = {n: torch.stack([s["latents"][n] for s in samples]) for n in names}
+    if "condition" in first:
+        fields["condition"] = torch.stack([s["condition"] for s in samples])
+    feats = torch.from_numpy(np.concatenate([s["feats"] for s in samples]))
     return RegionBatch(
-        tokens=SparseTokens(
-            torch.from_numpy(np.concatenate([s["feats"] for s in samples])),
-            torch.from_numpy(coords),
-        ),
+        tokens=SparseTokens(feats, _coords([s["coords"] for s in samples])),
         spacing=torch.tensor([s["spacing"] for s in samples], dtype=torch.float64),
         meta=[s["meta"] for s in samples],
-        slat=SparseTokens(
-            torch.cat([s["slat_feats"] for s in samples]),
-            torch.from_numpy(_numbered([s["slat_coords"].numpy() for s in samples])),
-        )
-        if "slat_coords" in samples[0]
-        else None,
-        latents={n: torch.stack([s["latents"][n] for s in samples]) for n in samples[0]["latents"]}
-        if "latents" in samples[0]
-        else None,
-        condition=torch.stack([s["condition"] for s in samples])
-        if "condition" in samples[0]
-        else None,
-        **stacked,
+        **fields,
     )
 
 
-def _numbered(cells: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Cells (T, 3) of each sample -> one list (T, 4), the sample's number in front."""
-    return np.concatenate(
-        [np.concatenate([np.full((len(c), 1), n), c], axis=1) for n, c in enumerate(cells)]
-    )
+def _coords(cells: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Cells (T, 3) of each sample → (T, 4) of the batch, the sample's number in front."""
+    numbers = np.repeat(np.arange(len(cells)), [len(c) for c in cells])
+    return torch.from_numpy(np.column_stack([numbers, np.concatenate(cells)]))

@@ -1,12 +1,11 @@
-"""Procedural phantoms: shapes without anatomy, in images that look as mixed as medical ones.
+"""Procedural phantoms: shapes without anatomy, in images as varied as medical ones.
 
-`make_phantom` is a stream of pretraining samples: one object, its image with anything from a bright
-object on dark ground to a textured one among look-alike neighbours. `write_phantom_dataset` writes
-CT-like volumes with oblique affines in TotalSegmentator layout, for tests and for ``--demo
-synthetic``.
+`make_phantom` draws pretraining samples, from a bright object on a dark background to a textured
+one among similar neighbours. `write_phantom_dataset` writes CT-like volumes with oblique affines in
+TotalSegmentator layout, for tests and for `--demo synthetic`.
 
-A shape is a field over points: negative inside, its zero level the surface, values only roughly
-distances. Everything random comes from the generator that is passed in.
+A shape is a field over points, negative inside and zero on the surface; its values only approximate
+distances. All randomness comes from the generator passed in.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from fastlora.medical.data.volumes import Case, save_volume
 
 Field = NDArray[np.float32]
 Branch = tuple[NDArray[np.float64], NDArray[np.float64], float, float]  # start, end, their radii
-LAYOUT_VERSION = 1  # raise it when what write_phantom_dataset writes changes
+LAYOUT_VERSION = 1  # raise it when the output of write_phantom_dataset changes
 
 
 # Shapes
 
 
 def superquadric(rng: Generator, points: Field) -> Field:
-    """From diamond over ellipsoid to box: ``(Σ |pᵢ / rᵢ|ᵉ)^(1/e) − 1``.
+    """A diamond, ellipsoid or box: `(Σ |pᵢ / rᵢ|ᵉ)^(1/e) − 1`.
 
-    points: (3, X, Y, Z), in about [−1, 1]; as for every shape.
+    points: (3, X, Y, Z), roughly in [−1, 1]; the same for every shape.
     """
     radii = rng.uniform(0.35, 0.95, size=(3, 1, 1, 1)).astype(np.float32)
     exponent = float(rng.choice([1.2, 2.0, 2.0, 3.0, 6.0]))
@@ -46,7 +45,7 @@ def superquadric(rng: Generator, points: Field) -> Field:
 
 
 def blob(rng: Generator, points: Field) -> Field:
-    """A ball or ellipsoid dented by smooth noise, from potato to gyri."""
+    """An ellipsoid with bumps of smooth noise, from a potato to gyri."""
     radii = rng.uniform(0.45, 0.8, size=(3, 1, 1, 1)).astype(np.float32)
     bumps = smooth_noise(rng, points.shape[1:], rng.uniform(0.04, 0.16))
     ellipsoid = _norm(_posed(rng, points) / radii, 2.0) - np.float32(1)
@@ -54,7 +53,7 @@ def blob(rng: Generator, points: Field) -> Field:
 
 
 def tube(rng: Generator, points: Field) -> Field:
-    """A bent tube of changing width, all through the volume or ending in it."""
+    """A bent tube of varying width that ends inside or outside the volume."""
     bend = np.cumsum(rng.normal(0, 0.35, size=(5, 2)), axis=0)
     path = np.column_stack([bend - bend.mean(0), np.linspace(-1, 1, 5) * rng.uniform(0.5, 1.2)])
     radii = rng.uniform(0.15, 0.4) * rng.uniform(0.7, 1.3, size=5)
@@ -63,7 +62,7 @@ def tube(rng: Generator, points: Field) -> Field:
 
 
 def tree(rng: Generator, points: Field) -> Field:
-    """A trunk that forks two or three times, thinner with each fork, like vessels or airways."""
+    """A trunk that forks three times, thinner with each fork, like vessels or airways."""
     branches: list[Branch] = []
     tips = [(np.array([0.0, 0.0, -0.9]), np.array([0.0, 0.0, 1.0]), rng.uniform(0.2, 0.34))]
     for length in (0.8, 0.6, 0.45):
@@ -90,13 +89,13 @@ def sheets(rng: Generator, points: Field) -> Field:
 
 
 def shell(rng: Generator, points: Field) -> Field:
-    """The rind of a blob, as thick as it comes: a hollow organ or a cortical layer."""
+    """A layer of random thickness around the surface of a blob: a hollow organ or a cortex."""
     distance: Field = np.abs(blob(rng, points))
     return distance - np.float32(rng.uniform(0.08, 0.25))
 
 
 def compound(rng: Generator, points: Field) -> Field:
-    """Two solids joined, or one with the other cut out: bones with processes and foramina."""
+    """The union or the difference of two solids: bones with processes and foramina."""
     solids = [superquadric, blob, tube]
     first, second = (solids[i](rng, points) for i in rng.integers(0, 3, size=2))
     if rng.random() < 0.6:
@@ -108,18 +107,12 @@ def compound(rng: Generator, points: Field) -> Field:
 
 Shape = Callable[[Generator, Field], Field]
 SHAPES: dict[str, Shape] = {
-    "superquadric": superquadric,
-    "blob": blob,
-    "tube": tube,
-    "tree": tree,
-    "sheets": sheets,
-    "shell": shell,
-    "compound": compound,
+    shape.__name__: shape for shape in (superquadric, blob, tube, tree, sheets, shell, compound)
 }
 
 
 def _posed(rng: Generator, points: Field) -> Field:
-    """The points in the frame of a shape that is turned at random and moved a little."""
+    """The points in the frame of a shape that is rotated and slightly shifted at random."""
     turn = Rotation.from_quat(rng.normal(size=4)).as_matrix().astype(np.float32)
     shift = rng.normal(0, 0.15, size=(3, 1)).astype(np.float32)
     posed: Field = (turn @ (points.reshape(3, -1) - shift)).reshape(points.shape)
@@ -127,7 +120,7 @@ def _posed(rng: Generator, points: Field) -> Field:
 
 
 def _norm(points: Field, exponent: float) -> Field:
-    """``(Σ |pᵢ|ᵉ)^(1/e)`` over the first axis."""
+    """`(Σ |pᵢ|ᵉ)^(1/e)` over the first axis."""
     if exponent == 2.0:
         norm: Field = np.sqrt((points * points).sum(0))
     else:
@@ -136,7 +129,7 @@ def _norm(points: Field, exponent: float) -> Field:
 
 
 def _capsules(points: Field, branches: list[Branch]) -> Field:
-    """Distance to the nearest of some segments minus its radius, which changes along it."""
+    """Distance to the nearest segment minus its radius, which varies linearly along it."""
     field = np.full(points.shape[1:], np.inf, dtype=np.float32)
     for start, end, start_radius, end_radius in branches:
         along = (end - start).astype(np.float32)
@@ -149,7 +142,7 @@ def _capsules(points: Field, branches: list[Branch]) -> Field:
 
 
 def smooth_noise(rng: Generator, shape: tuple[int, ...], scale: float) -> Field:
-    """Noise of mean 0 and standard deviation 1, blurred by ``scale`` times the longest side."""
+    """Noise of mean 0 and standard deviation 1, smoothed by `scale` times the longest side."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     noise = ndimage.gaussian_filter(noise, scale * max(shape), mode="wrap", truncate=3.0)
     standard: Field = (noise - noise.mean()) / np.float32(max(float(noise.std()), 1e-6))
@@ -163,8 +156,7 @@ def make_phantom(rng: Generator, size: int = 32) -> tuple[NDArray[np.float32], N
     """One random object and its image.
 
     Returns: image (size, size, size) float32 in [0, 1] and mask, the same shape, bool, which fills
-        3 to 70 % of it. About 6 ms at size 32.
-    Raises: ConfigError if size is under 8.
+    3 to 70 % of it. About 6 ms at size 32. Raises: ConfigError if size is below 8.
     """
     if size < 8:
         raise ConfigError(f"size: expected at least 8 voxels, got {size}")
@@ -186,31 +178,28 @@ def _paint(rng: Generator, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     """An image of the mask: grey levels, rim, neighbours, texture, blur, bias field, noise."""
     shape = mask.shape
     ground, contrast = rng.uniform(0.15, 0.85), rng.uniform(0.12, 0.7)
-    bright = rng.random() > ground  # there must be room for the contrast on that side
+    bright = rng.random() > ground  # so that the contrast is not clipped
     level = np.clip(ground + contrast if bright else ground - contrast, 0, 1)
     image = np.full(shape, ground, dtype=np.float32)
-    for _ in range(rng.integers(0, 3)):  # neighbours, some of the object's own grey
-        other = [superquadric, blob, sheets][rng.integers(0, 3)](
-            rng, _cube(shape[0])
-        ) < rng.uniform(-0.4, 0)
+    for _ in range(rng.integers(0, 3)):  # neighbours, some of the object's grey level
+        neighbour = (superquadric, blob, sheets)[rng.integers(0, 3)](rng, _cube(shape[0]))
+        other = neighbour < rng.uniform(-0.4, 0)
         image[other] = level + rng.normal(0, 0.05) if rng.random() < 0.3 else rng.uniform(0, 1)
     near = ndimage.uniform_filter(mask.astype(np.float32), 5)
-    if rng.random() < 0.6:  # a gap of ground around the object, so that its edge can be seen
+    if rng.random() < 0.6:  # a gap around the object, so that its edge is visible
         image[near > 0.05] = ground
     image[mask] = level
-    if rng.random() < 0.35:  # a rim, as cortical bone around marrow
+    if rng.random() < 0.35:  # a rim, like cortical bone around marrow
         image[mask & (near < rng.uniform(0.5, 0.85))] = np.clip(level + rng.normal(0, 0.3), 0, 1)
     if rng.random() < 0.6:
         texture = smooth_noise(rng, shape, rng.uniform(0.02, 0.08))
-        image += (
-            np.where(mask, *rng.uniform(0, 0.25 * contrast, size=2).astype(np.float32)) * texture
-        )
+        strengths = rng.uniform(0, 0.25 * contrast, size=2).astype(np.float32)
+        image += np.where(mask, *strengths) * texture
     image = ndimage.gaussian_filter(image, rng.uniform(0.3, 1.1), truncate=3.0)
     if rng.random() < 0.4:
         image *= 1 + np.float32(rng.uniform(0.05, 0.2)) * smooth_noise(rng, shape, 0.25)
-    image += rng.standard_normal(shape, dtype=np.float32) * np.float32(
-        rng.uniform(0, 0.3) * contrast
-    )
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    image += noise * np.float32(rng.uniform(0, 0.3) * contrast)
     painted: NDArray[np.float32] = np.clip(image, 0, 1)
     return painted
 
@@ -218,12 +207,8 @@ def _paint(rng: Generator, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
 # Volumes on disk
 
 GROUND_HU = -70.0  # fat
-STRUCTURES_HU = {
-    "superquadric": 60.0,
-    "blob": 110.0,
-    "tube": 170.0,
-    "tree": 210.0,
-}  # each shape in a quadrant
+# Each shape is in one quadrant of the volume.
+STRUCTURES_HU = {"superquadric": 60.0, "blob": 110.0, "tube": 170.0, "tree": 210.0}
 
 
 def write_phantom_dataset(
@@ -231,10 +216,9 @@ def write_phantom_dataset(
 ) -> list[Case]:
     """CT-like volumes of four shapes each, in TotalSegmentator layout.
 
-    meta.csv keeps the last of several subjects for validation. Spacing, obliqueness, order and
-    direction of the axes differ from subject to subject. Written whole or not at all, and not again
-    while the folder is as it was written.
-    Raises: ConfigError if subjects is under 1; DataError if the folder holds anything else.
+    The last of several subjects is for validation (meta.csv). Spacing, obliqueness, order and
+    direction of the axes differ between subjects. A folder that is complete is reused.
+    Raises: ConfigError if subjects is below 1; DataError if the folder holds anything else.
     """
     if subjects < 1:
         raise ConfigError(f"subjects: expected at least 1, got {subjects}")
@@ -273,7 +257,7 @@ def _write_subject(folder: Path, rng: Generator) -> None:
 def _solid_shape(
     rng: Generator, shape: Shape, size: tuple[int, ...], spacing: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """A shape of 2 to 50 % of a box of voxels, not stretched by their spacing."""
+    """A shape that fills 2 to 50 % of a box of voxels, undistorted by their spacing."""
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(size, spacing, strict=True)]
     reach = min(float(axis[-1]) for axis in axes)
     points = (np.stack(np.meshgrid(*axes, indexing="ij")) / reach).astype(np.float32)
@@ -284,7 +268,7 @@ def _solid_shape(
 
 
 def _oblique_affine(rng: Generator, spacing: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Up to 20° from the scanner's axes, which come in any order and direction."""
+    """Axes tilted by 5 to 20°, in random order and direction."""
     axes = np.eye(3)[:, rng.permutation(3)] * rng.choice([-1.0, 1.0], size=3)
     tilt = rng.normal(size=3)
     tilt *= np.radians(rng.uniform(5, 20)) / np.linalg.norm(tilt)

@@ -1,10 +1,10 @@
-"""Region samples: a coarse structure with its image in, the fine surface out.
+"""Region samples: the input is a coarse structure with its image, the target the fine surface.
 
-A region is a cube of 32³ fine voxels (``SPACING_MM`` each) around one structure, or around one block of a large
-one, of one subject. The input is its 8³ coarse structure (the fraction of each 4³ cell that the structure fills,
-as a fast low-resolution segmentation would give) and the image; the target is the signed distance field (SDF) of
-the structure on the fine grid. Distances are in fine voxels, negative inside; the affine maps a region's fine
-voxel to mm in the patient.
+A region is a cube of 32³ fine voxels (`SPACING_MM` each) around one structure of one subject, or
+around one block of a large structure. The input is its 8³ coarse structure (the fraction of each 4³
+cell inside the structure, as from a fast low-resolution segmentation) and the image; the target is
+the signed distance field (SDF) of the structure on the fine grid. Distances are in fine voxels,
+negative inside; the affine maps indices of a region's fine voxels to mm in the patient.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data.geometry import FloatArray
 from fastlora.medical.data.grids import CELL, COARSE, FINE, SPACING_MM, Array, StructureGrid
 from fastlora.medical.data.splits import MIN_FILLED, RegionSpec, group_of
 
 CONTEXT = 2
-"""Image voxels around a cell that its token sees as well."""
+"""Image voxels around a cell that its token includes."""
 
 PATCH = CELL + 2 * CONTEXT
 TOKEN_CHANNELS = PATCH**3 + 3**3
-"""A token carries its cell's image patch with context and the coarse values of the 3³ cells around it."""
+"""A token is its cell's image patch with context, and the coarse values of the 3³ cells around it."""
 
 SHIFT_VOX = 8
-"""How far augmentation moves a window along each axis."""
+"""The largest shift of a window along each axis in augmentation."""
 
 
 def upsample_coarse(coarse: Array) -> Array:
-    """(8, 8, 8) fractions -> (32, 32, 32), trilinear between cell centres, constant beyond the outer centres."""
+    """(8, 8, 8) fractions → (32, 32, 32), trilinear between cell centres, constant beyond the outer ones."""
     matrix = _interpolation()
     up: Array = np.einsum("ai,bj,ck,ijk->abc", matrix, matrix, matrix, coarse, optimize=True)
     return up
@@ -45,21 +46,19 @@ def upsample_coarse(coarse: Array) -> Array:
 def _interpolation() -> Array:
     """(32, 8) weights of linear interpolation along one axis."""
     centre = np.clip((np.arange(FINE) + 0.5) / CELL - 0.5, 0, COARSE - 1)
-    weights: Array = np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(COARSE))).astype(
-        np.float32
-    )
-    return weights
+    weights: FloatArray = np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(COARSE)))
+    return weights.astype(np.float32)
 
 
 def coarse_structure(mask: NDArray[np.bool_]) -> Array:
-    """(32, 32, 32) bool -> (8, 8, 8): the fraction of each cell that is inside."""
+    """(32, 32, 32) bool → (8, 8, 8), the fraction of each cell that is inside."""
     cells = mask.reshape(COARSE, CELL, COARSE, CELL, COARSE, CELL)
     fraction: Array = cells.mean((1, 3, 5), dtype=np.float32)
     return fraction
 
 
 def active_cells(coarse: Array) -> NDArray[np.int64]:
-    """(T, 3) cells that can hold surface: those whose 3³ neighbourhood is neither all empty nor all full."""
+    """(T, 3) cells that may contain surface: their 3³ neighbourhood is neither empty nor full."""
     around = _neighbourhoods(coarse)
     return np.argwhere((around.max(-1) > 0) & (around.min(-1) < 1))
 
@@ -72,18 +71,18 @@ def _neighbourhoods(coarse: Array) -> Array:
 
 
 def base_distance(coarse: Array) -> Array:
-    """(32, 32, 32) the upsampled coarse structure as a distance: zero where half is filled, within ±CELL voxels.
+    """(32, 32, 32) the upsampled coarse structure as a distance within ±CELL voxels, zero at one half.
 
-    Not the distance transform of its surface: that is far from any surface where the coarse structure has missed a
-    thin sheet, and a residual would first have to undo it. This is small wherever the coarse structure is unsure.
+    Not the distance transform of its surface: where the coarse structure misses a thin sheet, that
+    is large, and a residual would have to undo it. This is small wherever a cell is partly filled.
     """
     return 2 * CELL * (np.float32(0.5) - upsample_coarse(coarse))
 
 
 def token_features(image: Array, coarse: Array, cells: NDArray[np.int64]) -> Array:
-    """(T, TOKEN_CHANNELS): image patches, brought from [0, 1] to [-2, 2], then coarse values, to [-1, 1].
+    """(T, TOKEN_CHANNELS): image patches, rescaled to [−2, 2], then coarse values, to [−1, 1].
 
-    image: (32, 32, 32) in [0, 1]; beyond the cube its outer voxels are repeated.
+    image: (32, 32, 32) in [0, 1]; its outer voxels are repeated beyond the cube.
     """
     padded = np.pad(image, CONTEXT, mode="edge")
     patches = np.lib.stride_tricks.sliding_window_view(padded, (PATCH, PATCH, PATCH))
@@ -94,7 +93,7 @@ def token_features(image: Array, coarse: Array, cells: NDArray[np.int64]) -> Arr
 
 
 def region_arrays(image: Array, sdf_vox: Array) -> dict[str, Array | NDArray[np.int64]]:
-    """What a region's sample derives from its image and SDF (both (32, 32, 32)); see ``RegionDataset``."""
+    """The arrays of a sample of `RegionDataset` that follow from its image and SDF, (32, 32, 32) each."""
     coarse = coarse_structure(sdf_vox < 0)
     cells = active_cells(coarse)
     return {
@@ -108,21 +107,18 @@ def region_arrays(image: Array, sdf_vox: Array) -> dict[str, Array | NDArray[np.
 
 
 class RegionDataset(Dataset[dict[str, Any]]):
-    """Region samples of ``specs``, ``samples_per_region`` times over; a pure function of (seed, epoch, index).
+    """Region samples of `specs`, `samples_per_region` of each, determined by (seed, epoch, index).
 
-    ``dataset[i]`` is a dict:
-        coarse (8, 8, 8) float32, the fraction of each cell that is inside;
-        coords (T, 3) int64, the active cells; feats (T, TOKEN_CHANNELS) float32, their tokens;
-        base_vox, sdf_vox (32, 32, 32) float32, distances of the upsampled coarse and of the true structure;
-        image (32, 32, 32) float32 in [0, 1]; affine (4, 4) float64, index to mm; spacing, mm per fine voxel;
-        meta: subject, structure, region, modality, group.
+    `dataset[i]` is a dict: coarse (8, 8, 8) float32, the fraction of each cell that is inside;
+    coords (T, 3) int64, the active cells; feats (T, TOKEN_CHANNELS) float32, their tokens;
+    base_vox, sdf_vox (32, 32, 32) float32, distances of the upsampled coarse and of the true
+    structure; image (32, 32, 32) float32 in [0, 1]; affine (4, 4) float64, index to mm; spacing, mm
+    per fine voxel; meta: subject, structure, region, modality, group.
 
-    With ``augment`` the window moves, mirrors and changes its brightness, contrast and noise a little (the image may
-    then leave [0, 1]). Only symmetries of the grid are used, and the same for image and SDF: the SDF stays exact,
-    nothing has to be recomputed.
-
-    Raises:
-        DataError: ``specs`` is empty. ConfigError: ``samples_per_region`` < 1.
+    augment: shift and mirror the window, and vary brightness, contrast and noise slightly (the image
+    may then leave [0, 1]). Image and SDF undergo the same symmetry of the grid, so the SDF stays
+    exact. cache_dir: of preprocessing.
+    Raises: DataError if `specs` is empty; ConfigError if `samples_per_region` < 1.
     """
 
     def __init__(
@@ -146,12 +142,12 @@ class RegionDataset(Dataset[dict[str, Any]]):
         self.epoch = 0
 
     def identity(self) -> str:
-        """A fingerprint of which regions these are: subjects, structures and places, not their voxels."""
+        """A hash of the regions' subjects, structures and positions, not of their voxels."""
         names = sorted(repr((s.case.subject, s.structure, s.name)) for s in self.specs)
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentations are drawn."""
+        """Choose the epoch of the augmentations."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -186,7 +182,7 @@ class RegionDataset(Dataset[dict[str, Any]]):
 
 
 def _moved(spec: RegionSpec, grid: StructureGrid, rng: np.random.Generator) -> NDArray[np.int64]:
-    """A start within SHIFT_VOX of the spec's and within its bounds, whose window still holds structure."""
+    """A random start within SHIFT_VOX and the spec's bounds whose window still contains a surface."""
     for _ in range(8):
         shift = rng.integers(-SHIFT_VOX, SHIFT_VOX + 1, 3)
         start: NDArray[np.int64] = np.clip(np.array(spec.start) + shift, spec.low, spec.high)
@@ -199,7 +195,7 @@ def _moved(spec: RegionSpec, grid: StructureGrid, rng: np.random.Generator) -> N
 def _augmented(
     image: Array, sdf: Array, affine: NDArray[np.float64], rng: np.random.Generator
 ) -> tuple[Array, Array, NDArray[np.float64]]:
-    """Mirror along random axes (image, SDF and affine together), then change brightness, contrast and noise."""
+    """Mirror image, SDF and affine along random axes, then vary brightness, contrast and noise."""
     for axis in np.flatnonzero(rng.random(3) < 0.5).tolist():
         image, sdf = np.flip(image, axis), np.flip(sdf, axis)
         affine = affine.copy()
@@ -207,6 +203,6 @@ def _augmented(
         affine[:3, axis] *= -1
     gain, bias = rng.uniform(0.95, 1.05), rng.uniform(-0.03, 0.03)
     noise = rng.normal(0, rng.uniform(0, 0.02), image.shape)
-    # Not cut to [0, 1] again: that would wipe out the contrast among bright tissues.
+    # Not clipped to [0, 1], which would remove the contrast between bright tissues.
     changed = ((image - 0.5) * gain + 0.5 + bias + noise).astype(np.float32)
     return changed, np.ascontiguousarray(sdf), affine

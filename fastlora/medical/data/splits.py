@@ -1,4 +1,4 @@
-"""Which regions train, which choose, which test: windows over structures, splits, and the check that none leaks."""
+"""Regions and their split into train, val and test: windows over structures, and a check for leaks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ GROUPS = {
     "white_matter": "brain",
     "grey_matter": "brain",
 }
-"""Table heading of a kind of structure; another kind is its own heading."""
+"""Table heading of a kind of structure; any other kind is its own heading."""
 
 TEST_STRUCTURES = ("vertebra_22", "vertebra_6", "disc_106")
 VAL_STRUCTURES = ("vertebra_21",)
-"""What the ``structure`` split of the bundled cases tests and validates on, parts (``…_corpus``) included."""
+"""Test and validation structures of the split `structure`, with their parts (`…_corpus`)."""
 
 Box = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 """Ranges of x, y, z in mm (RAS)."""
@@ -43,7 +43,7 @@ BLOCKS: dict[str, dict[str, Box]] = {
     }
     for kind in ("white_matter", "grey_matter")
 }
-"""Large structures that the ``structure`` split cuts into blocks of the patient, with gaps between them."""
+"""Large structures, which the split `structure` divides into blocks of the patient, with gaps between them."""
 
 SPLIT_NOTES = {
     "structure": (
@@ -57,16 +57,16 @@ SPLIT_NOTES = {
         "Tested on other subjects than those trained on; only kinds of structure that both have are used. With the "
         "bundled data that is one patient in CT against one in MR, validated on one vertebra of the former."
     ),
-    "file": "The division comes with the data (the split column of meta.csv); no image is on two sides.",
+    "file": "The split comes with the data (the split column of meta.csv); no image is on two sides.",
 }
-"""What the sides of each split share, in words for the report."""
+"""What the sides of each split share, for the report."""
 
 MIN_FILLED = 0.01
-"""A window is a region if the structure fills at least this fraction of it, and leaves as much empty."""
+"""A window is a region if at least this fraction of it is inside the structure, and as much outside."""
 
 
 def kind_of(structure: str) -> str:
-    """The name without its number: ``vertebra_22_corpus`` -> ``vertebra_corpus``."""
+    """The name without its number: `vertebra_22_corpus` → `vertebra_corpus`."""
     return re.sub(r"_\d+(?=_|$)", "", structure)
 
 
@@ -77,7 +77,7 @@ def group_of(structure: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class RegionSpec:
-    """A 32³ window of a case's fine grid; augmentation may move ``start`` between ``low`` and ``high``."""
+    """A 32³ window of a case's fine grid; augmentation may move `start` between `low` and `high`."""
 
     case: Case
     structure: str
@@ -94,16 +94,13 @@ class RegionSpec:
 def region_specs(
     case: Case, structure: str, box_mm: Box | None = None, cache_dir: Path | None = None
 ) -> list[RegionSpec]:
-    """The windows that cover a structure, evenly spread; with ``box_mm`` only within that part of the patient.
+    """Evenly spaced windows that cover a structure, or its part within `box_mm` of the patient.
 
-    Raises:
-        DataError: no window holds enough of the structure, or a box is asked of an oblique volume.
+    Raises: DataError if no window contains enough of the structure, or a box is given and the volume
+    is oblique.
     """
     grid = StructureGrid.load(case, structure, cache_dir)
-    low, high = (
-        grid.offset.copy(),
-        grid.offset + grid.image.shape,
-    )  # half-open, where windows may lie
+    low, high = grid.offset.copy(), grid.offset + grid.image.shape  # windows lie in [low, high)
     box = grid.box.copy()
     if box_mm is not None:
         first, stop = _box_voxels(grid, case, box_mm)
@@ -131,7 +128,7 @@ def region_specs(
 
 
 def _cover(begin: int, end: int, low: int, last: int) -> list[int]:
-    """Evenly spread starts of the fewest windows that cover ``begin`` to ``end``, each within low to last."""
+    """Evenly spaced starts, within low to last, of the fewest windows that cover begin to end."""
     count = max(1, -(-(end - begin) // FINE))
     spread = np.linspace(begin, end - FINE, count) if count > 1 else [(begin + end - FINE) / 2]
     return [int(s) for s in np.unique(np.clip(np.round(spread), low, last).astype(np.int64))]
@@ -140,10 +137,10 @@ def _cover(begin: int, end: int, low: int, last: int) -> list[int]:
 def _box_voxels(
     grid: StructureGrid, case: Case, box_mm: Box
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The half-open range of the subject's fine indices whose voxel centres lie within ``box_mm``."""
+    """The half-open range of the subject's fine indices whose voxel centres lie within `box_mm`."""
     if not np.allclose(grid.affine[:3, :3], SPACING_MM * np.eye(3), atol=1e-3):
         raise DataError(
-            f"{case.subject}: expected axes along the patient's to cut a block in mm, got an oblique volume"
+            f"{case.subject}: expected axes along the patient's for a block in mm, got an oblique volume"
         )
     ends = np.clip((np.array(box_mm) - grid.affine[:3, 3:]) / SPACING_MM, -1e6, 1e6)  # (3, 2)
     first = np.ceil(ends[:, 0]).astype(np.int64) + grid.offset
@@ -162,19 +159,16 @@ def make_splits(
     test_subjects: Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
 ) -> Splits:
-    """Regions to ``train`` on, to choose on (``val``, from the training side) and to report (``test``).
+    """Regions for training (`train`), model selection (`val`) and the final figures (`test`).
 
-    ``test`` is for the final figures only; see ``SPLIT_NOTES`` for what the sides share.
+    See `SPLIT_NOTES` for what the sides share.
 
-    Args:
-        split: ``structure`` tests on the structures of those names and on the ``BLOCKS``'s test block;
-            ``patient`` tests on ``test_subjects`` (default: the last fifth by name, at least one) and validates on
-            one more subject if there are three, else on the first structure of each kind; ``file`` follows
-            ``Case.split`` and may have no ``test``.
-
-    Raises:
-        ConfigError: an unknown split.
-        DataError: a volume cannot be used, a side is empty, or ``check_no_leak`` finds a leak.
+    split: `structure` tests on the named structures and on the test block of `BLOCKS`; `patient`
+    tests on `test_subjects` (default: the last fifth by name, at least one) and validates on as many
+    more subjects if enough remain, otherwise on the first structure of each kind; `file` follows
+    `Case.split` and may have no `test`. cache_dir: of preprocessing.
+    Raises: ConfigError if the split is unknown; DataError if a volume cannot be used, a side is
+    empty, or `check_no_leak` finds a leak.
     """
     cache = Path(cache_dir) if cache_dir is not None else None
     whole: tuple[str, ...] = ()
@@ -202,23 +196,17 @@ def _structure_sides(
     sides: Splits = {"train": [], "val": [], "test": []}
     for case in cases:
         for structure in sorted(case.structures):
-            if boxes := BLOCKS.get(kind_of(structure)):
-                for side, box in boxes.items():
-                    sides[side] += region_specs(case, structure, box, cache)
-            else:
-                side = (
-                    "test"
-                    if _named(structure, test)
-                    else "val"
-                    if _named(structure, val)
-                    else "train"
-                )
-                sides[side] += region_specs(case, structure, cache_dir=cache)
+            held_out = [
+                s for s, names in (("test", test), ("val", val)) if _named(structure, names)
+            ]
+            everywhere: dict[str, Box | None] = {held_out[0] if held_out else "train": None}
+            for side, box in BLOCKS.get(kind_of(structure), everywhere).items():
+                sides[side] += region_specs(case, structure, box, cache)
     return sides
 
 
 def _named(structure: str, names: Sequence[str]) -> bool:
-    """Whether the structure, or the whole that it is a part of, is one of ``names``."""
+    """Whether `names` contains the structure, or the one that it is a part of."""
     return any(f"{structure}_".startswith(f"{name}_") for name in names)
 
 
@@ -263,14 +251,11 @@ def _file_sides(cases: Sequence[Case], cache: Path | None) -> Splits:
 
 
 def check_no_leak(splits: Splits, whole_subjects: Sequence[str] = ()) -> None:
-    """Refuse splits whose sides share what they must not.
+    """Refuse splits whose sides share training and test data.
 
-    A side named in ``whole_subjects`` may share no image with another. Elsewhere, within one image, the windows of
-    one structure must not overlap across sides wherever augmentation moves them, and no voxel may belong to a
-    target on both.
-
-    Raises:
-        DataError: naming the pair that leaks.
+    A side in `whole_subjects` may not share an image with another. Otherwise, within one image, the
+    windows of one structure may not overlap across sides after any augmentation, and no voxel may
+    belong to targets on both. Raises: DataError, naming the pair that leaks.
     """
     for first, second in itertools.combinations(sorted(splits), 2):
         apart = first in whole_subjects or second in whole_subjects
@@ -288,7 +273,7 @@ def check_no_leak(splits: Splits, whole_subjects: Sequence[str] = ()) -> None:
 
 
 def _share_target(a: RegionSpec, b: RegionSpec) -> bool:
-    """Whether the reach of two specs of one image holds a voxel that is target of both."""
+    """Whether two specs of one image, within their bounds, share a target voxel."""
     low = np.maximum(a.low, b.low)
     high = np.minimum(a.high, b.high) + FINE
     if (low >= high).any():
