@@ -1,16 +1,15 @@
-"""How well a predicted surface matches the true one: overlap, distances in mm, volume.
+"""Metrics of a predicted surface against the true one: overlap, distances in mm, volume.
 
-Every metric compares two signed distance fields on the same cube, negative inside, so a model, the
-trivial baseline and the truth go through the same code. A field is used twice: its sign gives the
-mask (Dice, IoU, volume, and the voxel surfaces of HD95, ASD and NSD), its zero level gives the
-smooth surface that Chamfer samples.
+Every metric compares two signed distance fields on the same cube, negative inside, whether of a
+model or of the trivial baseline. The sign of a field gives the mask (Dice, IoU, volume, and the
+voxel surfaces of HD95, ASD and NSD), its zero level the smooth surface that Chamfer samples.
 
-Three things are settled here that libraries leave open:
+Three conventions that libraries leave open:
 
-- A block cut out of a large structure (a piece of white matter) ends at the faces of its cube.
-  Those cuts are no anatomy and would always match: they are never part of a surface.
-- A prediction without a surface has an NSD of 0, and is charged the cube's diagonal, the largest
-  distance possible there, for every distance: leaving it out would flatter the mean.
+- A block of a large structure (a piece of white matter) ends at the faces of its cube. These cuts
+  are not anatomy and would always match, so they are never part of a surface.
+- A prediction without a surface has an NSD of 0, and every distance is the cube's diagonal, the
+  largest possible one: excluding it would improve the mean.
 - A region whose truth is empty has no metrics. Each is None and is counted, never averaged.
 """
 
@@ -41,11 +40,10 @@ THRESHOLDS: tuple[float, ...] = tuple(round(0.1 + 0.02 * i, 2) for i in range(41
 
 @dataclass(frozen=True)
 class Metric:
-    """What a figure means.
+    """The meaning of a metric.
 
-    better: 'higher', 'lower', or 'zero' for a signed error.
-    digits: the decimals that are shown; a difference below them is none.
-    source: the package that computes it, with its settings.
+    better: 'higher', 'lower', or 'zero' for a signed error. digits: decimals shown; smaller
+    differences are ignored. source: the package that computes it, with its settings.
     """
 
     key: str
@@ -57,101 +55,54 @@ class Metric:
     source: str
 
     def merit(self, value: float) -> float:
-        """A number that is larger for a better value, and the same for values that show alike."""
+        """A number that is larger for a better value, and equal for values shown alike."""
         shown = round(value, self.digits)
         return {"higher": shown, "lower": -shown, "zero": -abs(shown)}[self.better]
 
 
 _MASK_SOURCE = "NumPy; a voxel belongs to the structure where the signed distance is below 0"
 _EDGE_SOURCE = "MONAI get_mask_edges and get_surface_distance on the boundary voxels' centres"
+_SHARE = "share of the true volume"
 
+# fmt: off
 METRICS: tuple[Metric, ...] = (
-    Metric(
-        "dice",
-        "Dice",
-        "",
-        "higher",
-        3,
-        "Overlap of the two volumes, 2·|A∩B| / (|A|+|B|); 1 is perfect.",
-        _MASK_SOURCE,
-    ),
-    Metric(
-        "iou",
-        "IoU",
-        "",
-        "higher",
-        3,
-        "Overlap of the two volumes, |A∩B| / |A∪B|; 1 is perfect.",
-        _MASK_SOURCE,
-    ),
-    Metric(
-        "hd95_mm",
-        "HD95",
-        "mm",
-        "lower",
-        2,
-        "95 % of each surface lies within this distance of the other (the worse direction).",
-        f"{_EDGE_SOURCE}, each counted once, linear interpolation "
-        "(the definition of MONAI compute_hausdorff_distance, percentile=95)",
-    ),
-    Metric(
-        "asd_mm",
-        "ASD",
-        "mm",
-        "lower",
-        2,
-        "Average distance between the two surfaces, both directions pooled.",
-        f"{_EDGE_SOURCE} "
-        "(the definition of MONAI compute_average_surface_distance, symmetric=True)",
-    ),
-    Metric(
-        "nsd",
-        "NSD",
-        "",
-        "higher",
-        3,
-        "Normalised surface distance (surface Dice): the share of both surfaces that lies within "
-        "the tolerance of the other surface; 1 is perfect.",
-        "MONAI get_mask_edges and get_surface_distance on sub-voxel surface elements weighted by "
-        "area (the definition of MONAI compute_surface_dice, use_subvoxels=True, which is "
-        "DeepMind's)",
-    ),
-    Metric(
-        "chamfer_mm",
-        "Chamfer",
-        "mm",
-        "lower",
-        2,
-        "Average distance from points on one smooth surface to the other surface, mean of the two "
-        "directions.",
-        f"scikit-image marching_cubes; trimesh sample_surface, {CHAMFER_POINTS} points a surface, "
-        f"seed {CHAMFER_SEED}; SciPy KDTree to the nearest triangle",
-    ),
-    Metric(
-        "volume_error",
-        "Volume error, signed",
-        "share of the true volume",
-        "zero",
-        3,
-        "(predicted - true volume) / true volume: +0.10 is 10 % too large, -0.10 too small.",
-        _MASK_SOURCE,
-    ),
-    Metric(
-        "volume_error_abs",
-        "Volume error, size",
-        "share of the true volume",
-        "lower",
-        3,
-        "The same without its sign, so that too large and too small do not cancel in a mean.",
-        _MASK_SOURCE,
-    ),
+    Metric("dice", "Dice", "", "higher", 3,
+           "Overlap of the two volumes, 2·|A∩B| / (|A|+|B|); 1 is perfect.", _MASK_SOURCE),
+    Metric("iou", "IoU", "", "higher", 3,
+           "Overlap of the two volumes, |A∩B| / |A∪B|; 1 is perfect.", _MASK_SOURCE),
+    Metric("hd95_mm", "HD95", "mm", "lower", 2,
+           "95 % of each surface lies within this distance of the other (the worse direction).",
+           f"{_EDGE_SOURCE}, each counted once, linear interpolation "
+           "(the definition of MONAI compute_hausdorff_distance, percentile=95)"),
+    Metric("asd_mm", "ASD", "mm", "lower", 2,
+           "Average distance between the two surfaces, both directions pooled.",
+           f"{_EDGE_SOURCE} "
+           "(the definition of MONAI compute_average_surface_distance, symmetric=True)"),
+    Metric("nsd", "NSD", "", "higher", 3,
+           "Normalised surface distance (surface Dice): the share of both surfaces that lies within "
+           "the tolerance of the other surface; 1 is perfect.",
+           "MONAI get_mask_edges and get_surface_distance on sub-voxel surface elements weighted by "
+           "area (the definition of MONAI compute_surface_dice, use_subvoxels=True, which is "
+           "DeepMind's)"),
+    Metric("chamfer_mm", "Chamfer", "mm", "lower", 2,
+           "Average distance from points on one smooth surface to the other surface, mean of the two "
+           "directions.",
+           f"scikit-image marching_cubes; trimesh sample_surface, {CHAMFER_POINTS} points a surface, "
+           f"seed {CHAMFER_SEED}; SciPy KDTree to the nearest triangle"),
+    Metric("volume_error", "Volume error, signed", _SHARE, "zero", 3,
+           "(predicted - true volume) / true volume: +0.10 is 10 % too large, -0.10 too small.",
+           _MASK_SOURCE),
+    Metric("volume_error_abs", "Volume error, size", _SHARE, "lower", 3,
+           "The same without its sign, so that too large and too small do not cancel in a mean.",
+           _MASK_SOURCE),
 )
+# fmt: on
 METRIC_KEYS: tuple[str, ...] = tuple(metric.key for metric in METRICS)
 METRIC_OF: dict[str, Metric] = {metric.key: metric for metric in METRICS}
 
 
 class Regions(Protocol):
-    """What is needed of a RegionDataset: a length and samples by index."""
+    """The interface of `RegionDataset` used here: a length, and samples by index."""
 
     def __len__(self) -> int: ...
 
@@ -164,19 +115,16 @@ def surface_metrics(
     spacing: float,
     tolerance_mm: float = TOLERANCE_MM,
 ) -> dict[str, float | None]:
-    """All metrics of one region; `METRICS` says what each means and what computes it.
+    """All metrics of one region, as defined in `METRICS`.
 
-    pred_sdf_vox, true_sdf_vox: (X, Y, Z), signed distances or any level set of that sign,
-        negative inside.
-    spacing: mm, the edge of a voxel of the isotropic grid.
-    tolerance_mm: mm, how far apart two surfaces may lie and still match in NSD.
+    pred_sdf_vox, true_sdf_vox: (X, Y, Z), signed distances or any level set, negative inside.
+    spacing: mm, the edge of a voxel of the isotropic grid. tolerance_mm: mm, the largest distance
+    at which surfaces still match in NSD.
 
-    Returns a value for each of `METRIC_KEYS`, None where the truth leaves it undefined: all of
-    them when the truth is empty, those of surfaces when it fills the cube.
-
-    Raises:
-        DataError: the shapes differ or are not 3-D, or a value is not finite.
-        ConfigError: spacing or tolerance_mm is not positive.
+    Returns: a value for each of `METRIC_KEYS`, None where the truth leaves it undefined: all of
+    them if it is empty, those of surfaces if it fills the cube.
+    Raises: DataError if the shapes differ or are not 3-D, or a value is not finite; ConfigError if
+    spacing or tolerance_mm is not positive.
     """
     pred, true = _check_pair(pred_sdf_vox, true_sdf_vox)
     for name, value in (("spacing", spacing), ("tolerance_mm", tolerance_mm)):
@@ -202,10 +150,9 @@ def surface_metrics(
 
 
 def region_status(pred_sdf_vox: ArrayLike, true_sdf_vox: ArrayLike) -> str:
-    """'ok', or what makes a region's metrics special.
+    """'ok', 'empty_truth', 'full_truth', 'empty_prediction' or 'full_prediction'.
 
-    That is 'empty_truth', 'full_truth', 'empty_prediction' or 'full_prediction' (a mask that fills
-    the cube has no surface in it).
+    A mask that fills the cube has no surface in it.
     """
     pred, true = _check_pair(pred_sdf_vox, true_sdf_vox)
     for name, mask in (("truth", true < 0), ("prediction", pred < 0)):
@@ -226,17 +173,17 @@ def overlap(pred_mask: Mask, true_mask: Mask) -> dict[str, float]:
 def zero_level(field: NDArray[np.floating], spacing: float = 1.0) -> trimesh.Trimesh:
     """The surface inside the cube, open where a structure meets the cube's faces.
 
-    field: (X, Y, Z), negative inside, with both signs. spacing: the length of a voxel, in the unit
-    that the vertices get; voxel (0, 0, 0) is the origin.
+    field: (X, Y, Z), negative inside, with both signs. spacing: of the voxels, in the unit of the
+    vertices; voxel (0, 0, 0) is the origin.
     """
-    # Exactly 0 counts as outside, as in the mask; marching cubes would make slivers of it.
+    # As in the mask, 0 counts as outside; marching cubes would produce degenerate triangles there.
     field = np.where(field < 0, np.minimum(field, -1e-6), np.maximum(field, 1e-6))
     vertices, faces, _, _ = marching_cubes(field, 0.0, spacing=(spacing,) * 3)
     return trimesh.Trimesh(vertices, faces, process=False)
 
 
 def mean_defined(values: Iterable[float | None]) -> dict[str, float | int | None]:
-    """{'mean', 'n', 'undefined'}: the mean of the n values that are defined; of none it is None."""
+    """{'mean', 'n', 'undefined'}: the mean of the n defined values, None if there are none."""
     values = list(values)
     defined = [value for value in values if value is not None]
     mean = float(np.mean(defined)) if defined else None
@@ -244,10 +191,10 @@ def mean_defined(values: Iterable[float | None]) -> dict[str, float | int | None
 
 
 def baseline(coarse: ArrayLike, threshold: float) -> NDArray[np.float32]:
-    """The trivial prediction: the upsampled coarse structure, cut at an occupancy of `threshold`.
+    """The trivial prediction: the upsampled coarse structure, thresholded at an occupancy.
 
-    coarse: (8, 8, 8) filled fraction of each cell. Returns a level set (32, 32, 32), negative
-    inside; its values are occupancies, not distances.
+    coarse: (8, 8, 8) filled fraction of each cell. Returns: a level set (32, 32, 32), negative
+    inside, of occupancies, not distances.
     """
     return np.float32(threshold) - upsample_coarse(np.asarray(coarse, dtype=np.float32))
 
@@ -255,10 +202,7 @@ def baseline(coarse: ArrayLike, threshold: float) -> NDArray[np.float32]:
 def tune_threshold(regions: Regions, thresholds: Sequence[float] = THRESHOLDS) -> float:
     """The `baseline` threshold with the best mean Dice over `regions`.
 
-    regions: the TRAINING regions, never the held-out ones; reads `coarse` and `sdf_vox`.
-
-    Raises:
-        DataError: no region holds a structure.
+    regions: the TRAINING regions, never the held-out ones. Raises: DataError if all are empty.
     """
     scores = []
     for index in range(len(regions)):
@@ -269,7 +213,7 @@ def tune_threshold(regions: Regions, thresholds: Sequence[float] = THRESHOLDS) -
             scores.append([overlap(fine > cut, true_mask)["dice"] for cut in thresholds])
     if not scores:
         raise DataError(
-            f"regions: expected at least one that holds a structure, got {len(regions)} without"
+            f"regions: expected at least one with a structure, got {len(regions)} without"
         )
     return float(thresholds[int(np.argmax(np.mean(scores, axis=0)))])
 
@@ -291,10 +235,10 @@ def _voxel_surface_metrics(
     pred_mask: Mask, true_mask: Mask, spacing: float, tolerance_mm: float
 ) -> dict[str, float]:
     """HD95, ASD and NSD of two masks that both have a surface inside the cube."""
-    # MONAI takes seconds to import, and who only wants an overlap needs none of it.
+    # Imported here because MONAI takes seconds to import and overlaps do not need it.
     from monai.metrics.utils import get_mask_edges, get_surface_distance
 
-    # Masks continued past the cube have no edge at its faces.
+    # Masks extended beyond the cube have no edge at its faces.
     pred, true = (torch.from_numpy(np.pad(m, 1, mode="edge")) for m in (pred_mask, true_mask))
     grid = (spacing,) * 3
     inner = (slice(1, -1),) * 3
@@ -323,8 +267,8 @@ def _chamfer(pred: FloatArray, true: FloatArray, spacing: float) -> float:
     distances = []
     for one, other in ((0, 1), (1, 0)):
         points, (near_points, near_faces) = samples[one][0], samples[other][:2]
-        # The nearest sampled point only tells which triangle is near: measuring to the point itself
-        # would add the spacing of the samples, some 0.4 mm here, to every distance.
+        # The nearest sample only identifies the triangle: the distance to the sample itself would
+        # be too large by the spacing of the samples, about 0.4 mm here.
         face = near_faces[KDTree(near_points).query(points)[1]]
         closest = trimesh.triangles.closest_point(surfaces[other].triangles[face], points)
         distances.append(np.linalg.norm(points - closest, axis=1).mean())

@@ -1,13 +1,10 @@
-"""A mesh drawn over the image it belongs to, and in space."""
+"""Pictures of a mesh on slices of its image, and in 3-D."""
 
 from __future__ import annotations
-
-import io
 
 import numpy as np
 import trimesh
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
@@ -15,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastlora.medical.data.geometry import apply_affine
 from fastlora.medical.data.volumes import Volume
-from fastlora.medical.evaluation.pictures import PLANES, mark_sides
+from fastlora.medical.evaluation.pictures import PLANES, draw_grey, mark_sides, png_bytes
 
 MASK_COLOR, MESH_COLOR = "#F0E442", "#56B4E9"
 
@@ -23,13 +20,12 @@ MASK_COLOR, MESH_COLOR = "#F0E442", "#56B4E9"
 def overlay_picture(
     image: Volume, grey: NDArray[np.float32], mask: NDArray[np.bool_], mesh: trimesh.Trimesh
 ) -> bytes:
-    """PNG: the mask's outline and the cut through the mesh on three slices of the image, then the mesh.
+    """PNG: outlines of the mask and of the mesh on three slices of the image, then the mesh in 3-D.
 
-    image: gives the grid. grey: (X, Y, Z) its windowed voxels in [0, 1]. mask: (X, Y, Z). mesh: RAS
-    mm; it is brought to the image by the image's affine, so a misplaced one is seen.
+    image: defines the grid. grey: (X, Y, Z) its windowed voxels in [0, 1]. mask: (X, Y, Z). mesh:
+    RAS mm; it is mapped by the image's affine, so a misplaced mesh is visible.
     """
     figure = Figure(figsize=(13.0, 3.6), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     in_index = apply_affine(np.linalg.inv(image.affine), mesh.vertices)
     in_mm = trimesh.Trimesh(in_index * image.spacing, mesh.faces, process=False)
     for n, plane in enumerate(PLANES):
@@ -52,9 +48,7 @@ def overlay_picture(
     lines = [("input mask", MASK_COLOR), ("cut through the mesh", MESH_COLOR)]
     handles = [Axes.plot(ax, [], [], color=color, label=label)[0] for label, color in lines]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png_bytes(figure)
 
 
 def _draw(
@@ -66,25 +60,16 @@ def _draw(
     plane: str,
     index: int,
 ) -> None:
-    """One slice; positions are mm along the image's axes from the centre of its first voxel."""
+    """One slice, in the coordinates of `draw_grey`; the mesh is in the same coordinates."""
     axis, across, up = PLANES[plane]
-    low = -0.5 * image.spacing
-    high = image.spacing * (np.array(image.shape) - 0.5)
-    ax.imshow(
-        np.take(grey, index, axis=axis).T,
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        origin="lower",
-        extent=(low[across], high[across], low[up], high[up]),
-    )
+    draw_grey(ax, grey, image.spacing, plane, index)
     drawn = np.take(mask, index, axis=axis).T
     if drawn.any() and not drawn.all() and min(drawn.shape) > 1:
         x, y = (image.spacing[n] * np.arange(image.shape[n]) for n in (across, up))
         ax.contour(x, y, drawn, [0.5], colors=MASK_COLOR, linewidths=1.2)
     normal, origin = np.zeros(3), np.zeros(3)
     normal[axis] = 1.0
-    origin[axis] = image.spacing[axis] * index + 1e-6  # not through a row of vertices
+    origin[axis] = image.spacing[axis] * index + 1e-6  # avoids vertices in the plane
     cut = trimesh.intersections.mesh_plane(mesh, normal, origin)
     ax.add_collection(LineCollection(cut[:, :, [across, up]], colors=MESH_COLOR, linewidths=1.4))
     mark_sides(ax, image.affine, across, up)

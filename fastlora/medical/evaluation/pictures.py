@@ -1,6 +1,6 @@
-"""What the report draws: charts, slices with outlines, and surfaces for the browser.
+"""Graphics of the report: charts, slices with outlines, and surfaces.
 
-Charts and surfaces are plain values that plotly.js draws in the reader's browser.
+Charts and surfaces are JSON values that plotly.js draws in the browser.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
@@ -27,8 +26,6 @@ from fastlora.medical.evaluation.metrics import zero_level
 from fastlora.medical.evaluation.tables import words
 
 FloatArray = NDArray[np.float32]
-
-
 Content = Mapping[str, Any]
 
 MARKS = {
@@ -37,12 +34,12 @@ MARKS = {
     "lora": ("#0072B2", "circle"),
     "full": ("#009E73", "diamond"),
 }
-"""Colour and symbol in charts. Merged LoRA, the same figures as LoRA, has none."""
+"""Colour and symbol in charts; none for merged LoRA, whose figures equal LoRA's."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """How a method's outline is drawn; told apart by colour, dashes and width."""
+    """Style of a method's outline, distinct in colour, dashes and width."""
 
     label: str
     color: str
@@ -56,9 +53,9 @@ OUTLINES: dict[str, Line] = {
     "base": Line(LABELS["base"], "#E8743B", (4.0, 2.0), 1.6),
     "lora": Line(LABELS["lora"], "#56B4E9", (1.2, 1.2), 1.8),
 }
-"""Colours of the Okabe-Ito set, which colour-blind readers tell apart; the dashes serve print."""
+"""Colours of the Okabe-Ito palette, safe for colour-blind readers; dashes for printing in grey."""
 
-# plane -> axis that is sliced, axis across the picture, axis up the picture
+# plane → sliced axis, horizontal axis, vertical axis of the picture
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
 WHITE: dict[str, Any] = {
     "color": "white",
@@ -88,33 +85,21 @@ def _layout(title: str, x: str, y: str, **more: Any) -> dict[str, Any]:
 
 
 def dice_chart(content: Content) -> dict[str, Any]:
-    """Dice of each structure, a row each, a mark for each method."""
-    rows = content["structures"]
-    order = sorted(
-        (r for r in rows if r["method"] == "lora"), key=lambda r: (r["group"], -(r["dice"] or 0))
-    )
-    names = {
-        (r["subject"], r["structure"]): f"{words(r['structure'])} ({r['subject']})" for r in order
-    }
-    data = []
-    for method, (color, symbol) in MARKS.items():
-        mine = {(r["subject"], r["structure"]): r["dice"] for r in rows if r["method"] == method}
-        if mine:
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": LABELS[method],
-                    "x": [mine[key] for key in names],
-                    "y": list(names.values()),
-                    "marker": {
-                        "color": color,
-                        "symbol": symbol,
-                        "size": 10,
-                        "line": {"width": 2, "color": color},
-                    },
-                }
-            )
+    """Dice of each structure: one row per structure, one mark per method."""
+    dice: dict[str, dict[tuple[str, str], float | None]] = {}
+    for r in content["structures"]:
+        dice.setdefault(r["method"], {})[r["subject"], r["structure"]] = r["dice"]
+    lora = [r for r in content["structures"] if r["method"] == "lora"]
+    lora.sort(key=lambda r: (r["group"], -(r["dice"] or 0)))
+    order = [(r["subject"], r["structure"]) for r in lora]
+    names = [f"{words(structure)} ({subject})" for subject, structure in order]
+    data: list[dict[str, Any]] = []
+    for method in (m for m in MARKS if m in dice):
+        color, symbol = MARKS[method]
+        line = {"width": 2, "color": color}
+        marker = {"color": color, "symbol": symbol, "size": 10, "line": line}
+        trace = {"type": "scatter", "mode": "markers", "name": LABELS[method], "marker": marker}
+        data.append({**trace, "x": [dice[method][key] for key in order], "y": names})
     layout = _layout(
         "Dice of each structure", "Dice", "", height=150 + 26 * len(names), hovermode="y unified"
     )
@@ -123,7 +108,7 @@ def dice_chart(content: Content) -> dict[str, Any]:
 
 
 def training_charts(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
-    """Loss, and Dice on the validation regions, by epoch."""
+    """Loss, and Dice of the validation regions, by epoch."""
     loss, validation = [], []
     for key, run in runs.items():
         epochs = run.history["epochs"]
@@ -161,7 +146,6 @@ def slice_picture(
     affine: (4, 4) index to mm. spacing: mm.
     """
     figure = Figure(figsize=(12.0, 3.25), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 4)
     inside = fields["truth"] < 0
     inputs = {"baseline": fields["baseline"]}
@@ -172,6 +156,11 @@ def slice_picture(
         index = int(inside.sum(axis=rest).argmax())
         _draw_slice(ax, image, drawn, affine, spacing, plane, index)
         ax.set_title(f"{plane}: the input" if drawn is inputs else plane, fontsize=10)
+    return png_bytes(figure)
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -187,17 +176,7 @@ def _draw_slice(
     index: int,
 ) -> None:
     axis, across, up = PLANES[plane]
-    wide, high = (spacing * (image.shape[n] - 0.5) for n in (across, up))
-    low = -0.5 * spacing
-    ax.imshow(
-        np.take(image, index, axis=axis).T,  # rows of a picture run up, columns across
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        origin="lower",
-        extent=(low, wide, low, high),
-        interpolation="bilinear",
-    )
+    draw_grey(ax, image, np.full(3, spacing), plane, index, "bilinear")
     for name, field in fields.items():
         values, line = np.take(field, index, axis=axis).T, OUTLINES[name]
         if values.min() < 0 < values.max():
@@ -205,19 +184,36 @@ def _draw_slice(
             drawn = ax.contour(x, y, values, [0.0], colors=line.color, linewidths=line.width)
             drawn.set_linestyle((0, line.dashes) if line.dashes else "solid")
     mark_sides(ax, affine, across, up)
-    begin = low + 2 * spacing
+    begin = 1.5 * spacing
     ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
     ax.text(begin + 5.0, begin + 0.6 * spacing, "10 mm", fontsize=8, ha="center", **WHITE)
     ax.set_axis_off()
 
 
-def mark_sides(ax: Axes, affine: NDArray[np.float64], across: int, up: int) -> None:
-    """Letters of the patient's sides on a slice; it is turned so that right and front are on the left.
+def draw_grey(
+    ax: Axes,
+    image: FloatArray,
+    spacing: NDArray[np.float64],
+    plane: str,
+    index: int,
+    interpolation: str | None = None,
+) -> None:
+    """Draw a slice of an image (X, Y, Z) in [0, 1], in mm along its axes from its first voxel's centre."""
+    axis, across, up = PLANES[plane]
+    low, high = -0.5 * spacing, spacing * (np.array(image.shape) - 0.5)
+    extent = (low[across], high[across], low[up], high[up])
+    pixels = np.take(image, index, axis=axis).T  # rows run up, columns across
+    style: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "origin": "lower"}
+    ax.imshow(pixels, extent=extent, interpolation=interpolation, **style)
 
-    affine: (4, 4) index to RAS mm. across, up: the axes that run across and up the picture.
+
+def mark_sides(ax: Axes, affine: NDArray[np.float64], across: int, up: int) -> None:
+    """Label a slice with the patient's sides, flipped so that right and front are on the left.
+
+    affine: (4, 4) index to RAS mm. across, up: the horizontal and vertical axis of the picture.
     """
     letters = [nib.aff2axcodes(affine), nib.aff2axcodes(affine @ np.diag((-1, -1, -1, 1)))]
-    to_left = letters[0][across] in "RA"  # right of the patient, and the front, on the left
+    to_left = letters[0][across] in "RA"
     if to_left:
         ax.invert_xaxis()
     sides = [letters[0][across], letters[1][across]]
@@ -232,12 +228,12 @@ def mark_sides(ax: Axes, affine: NDArray[np.float64], across: int, up: int) -> N
 
 
 def png_tag(png: bytes, alt: str) -> str:
-    """An <img> that holds its picture. alt: plain text without quotes."""
+    """An <img> with embedded data. alt: plain text without quotes."""
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def outline_legend(keys: Sequence[str]) -> str:
-    """The outlines' colours and dashes, as inline SVG."""
+    """A legend of the outlines as inline SVG."""
     items = []
     for key in keys:
         line = OUTLINES[key]
@@ -255,8 +251,7 @@ def outline_legend(keys: Sequence[str]) -> str:
 
 
 def browser_region(sample: Mapping[str, Any], fields: Mapping[str, FloatArray]) -> dict[str, Any]:
-    """A region of the 3-D view: the meshes of the truth and of `fields` (title -> level set), and the
-    box in mm that every view of it shows."""
+    """A region of the 3-D view: meshes of the truth and of `fields` (title → level set), and its box in mm."""
     truth, affine = sample["sdf_vox"], sample["affine"]
     meshes: list[dict[str, Any]] = [{"title": "Truth", **(browser_mesh(truth, affine) or {})}]
     for title, field in fields.items():
@@ -268,7 +263,7 @@ def browser_region(sample: Mapping[str, Any], fields: Mapping[str, FloatArray]) 
 
 
 def error_axis() -> dict[str, Any]:
-    """The colours of a signed distance to the truth: blue inside it, orange outside."""
+    """The colour scale of signed distances to the truth: blue inside it, orange outside."""
     colors = ("#0050a0", "#7fb4e6", "#f2f2f2", "#f0a35e", "#a34700")
     return {
         "cmin": -ERROR_RANGE_MM,
@@ -284,11 +279,11 @@ def browser_mesh(
     true_sdf_vox: FloatArray | None = None,
     spacing: float = 1.0,
 ) -> dict[str, Any] | None:
-    """A surface as the report's script reads it, base64 of whole numbers; None without a surface.
+    """A surface as the report's script reads it, base64 of integers; None without a surface.
 
     It is open where the structure was cut at the cube's faces. true_sdf_vox: (X, Y, Z) in voxels of
-    `spacing` mm; given, every vertex carries its signed distance to the true surface, in mm,
-    limited to what an int8 holds (6 mm) and to the truth's truncation.
+    `spacing` mm; if given, each vertex has its signed distance to the true surface in mm, clipped
+    to the range of int8 (6 mm) and to the truncation of the truth.
     """
     if not (field.min() < 0 < field.max()):
         return None

@@ -1,8 +1,8 @@
-"""How sure a mean is, and whether two methods differ: bootstrap intervals and paired tests.
+"""Uncertainty of means and of differences between methods: bootstrap intervals and paired tests.
 
-The unit is a structure of a subject (the mean of its regions): regions of one structure are pieces
-of one thing and would make an interval too narrow. Structures of one subject share patient and
-scanner, so an interval speaks of structures like these, not of new patients.
+The unit is a structure of a subject (the mean of its regions): regions of one structure are not
+independent and would make an interval too narrow. Structures of one subject share patient and
+scanner, so an interval is valid for structures like these, not for new patients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.stats import wilcoxon
 RESAMPLES = 10_000
 SEED = 0
 LEAST = 3
-"""Below so many structures there is neither an interval nor a test."""
+"""The smallest number of structures for an interval or a test."""
 
 KEYS = ("dice", "hd95_mm", "nsd")
 PAIRS = (("lora", "base"), ("full", "base"), ("lora", "full"))
@@ -40,7 +40,7 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def mean_with_interval(values: Sequence[float | None]) -> dict[str, Any]:
-    """{'mean', 'low', 'high', 'n'} of the values that are defined; None where too few are."""
+    """{'mean', 'low', 'high', 'n'} of the defined values; None where there are too few."""
     defined = [value for value in values if value is not None]
     interval = bootstrap_interval(defined) or (None, None)
     mean = float(np.mean(defined)) if defined else None
@@ -48,26 +48,24 @@ def mean_with_interval(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def paired_difference(one: Sequence[float | None], other: Sequence[float | None]) -> dict[str, Any]:
-    """The mean of one less other, its interval, and the p-value of a two-sided Wilcoxon signed-rank test.
+    """The mean of one − other, its interval, and p of a two-sided Wilcoxon signed-rank test.
 
-    The two sequences are in the same order; a pair counts where both are defined. p is 1 where no
-    pair differs, and None for fewer than LEAST pairs.
+    Pairs with an undefined value are left out. p is 1 if no pair differs, None for fewer than LEAST.
     """
     both = zip(one, other, strict=True)
     differences = [a - b for a, b in both if a is not None and b is not None]
     result = mean_with_interval(differences)
-    if len(differences) < LEAST:
-        return {**result, "p": None}
-    if not any(differences):
-        return {**result, "p": 1.0}
-    return {**result, "p": float(wilcoxon(differences).pvalue)}
+    p: float | None = None
+    if len(differences) >= LEAST:
+        p = float(wilcoxon(differences).pvalue) if any(differences) else 1.0
+    return {**result, "p": p}
 
 
 def statistics(structures: Sequence[Record]) -> dict[str, Any]:
     """Means with intervals and paired tests over structures, and each subject's means.
 
-    structures: of `results.structure_means`. Returns `methods` (method -> metric), `pairs` (a list
-    of one, other and the metrics), `subjects` (subject -> method -> metric).
+    structures: from `results.structure_means`. Returns: `methods` (method → metric), `pairs` (a list
+    of one, other and the metrics), `subjects` (subject → method → metric).
     """
     values: dict[str, dict[tuple[str, str], Record]] = {}
     for row in structures:

@@ -253,5 +253,5 @@ def test_threshold_tuning_finds_the_best_mean_dice():
 
 
 def test_threshold_tuning_needs_a_structure():
-    with pytest.raises(DataError, match="regions: expected at least one that holds a structure"):
+    with pytest.raises(DataError, match="regions: expected at least one with a structure"):
         tune_threshold([region(EMPTY)])
