@@ -1,6 +1,6 @@
-"""One HTML file that shows an evaluation, whole without a network: tables, curves, slices, surfaces.
+"""The report of an evaluation, one HTML file that needs no network: tables, curves, slices, surfaces.
 
-`render` fills `report_template.html` with what `tables` and `pictures` make.
+`render` fills `report_template.html` with the output of `tables` and `pictures`.
 """
 
 from __future__ import annotations
@@ -32,41 +32,34 @@ from fastlora.medical.evaluation.tables import number, place, words
 from fastlora.medical.training.config import TrainConfig
 
 TITLE = "From coarse structure to surface: held-out evaluation"
+VALIDATION_NOTES = {
+    True: "These regions also chose the checkpoint used here, so the figures above favour every "
+    "trained model slightly: this data has no separate test side.",
+    False: "They chose the checkpoint used here, and are not among the held-out regions above.",
+}
+"""Keyed by whether the held-out regions are the validation regions."""
 
 Content = Mapping[str, Any]
 Shown = Sequence[tuple[int, str]]
 
 
 def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) -> str:
-    """The page.
+    """The HTML page.
 
-    content: of `results.document`. runs: 'lora' and perhaps 'full', for their curves.
+    content: from `results.document`. runs: 'lora' and optionally 'full', for their curves.
     """
     shown = examples(evaluation)
     split = content["split"]
-    view = {
-        "charts": {"dice-chart": dice_chart(content), **training_charts(runs)},
-        "regions": [
-            {"title": f"{title(evaluation, index)} ({why})", **_region(evaluation, index)}
-            for index, why in shown
-        ],
-        "coloraxis": error_axis(),
-    }
-    rules = [
-        f".tabs > input:nth-of-type({n}):checked ~ .panel:nth-of-type({n})"
-        for n in range(1, len(tables.DETAIL) + 1)
-    ]
     commands = [*(train_command(run.config) for run in runs.values()), content["command"]]
-    template = (
-        files("fastlora.medical.evaluation").joinpath("report_template.html").read_text("utf-8")
-    )
-    return Template(template).substitute(
+    spacings = sorted({record["spacing_mm"] for record in content["records"]})
+    template = files("fastlora.medical.evaluation").joinpath("report_template.html")
+    return Template(template.read_text("utf-8")).substitute(
         title=html.escape(TITLE),
         subtitle=html.escape(
             f"{content['date'][:10]} · {split['held_out_regions']} held-out regions, "
             f"split “{split['kind']}” · seed {content['seed']}"
         ),
-        tab_rules=",\n".join(rules) + " { display: block; }",
+        tab_rules=_tab_rules(),
         lead=lead(content),
         headline=tables.headline(content),
         undefined_note=tables.undefined_note(content),
@@ -78,17 +71,10 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
         gallery="".join(_slices(evaluation, index, why) for index, why in worst(evaluation)),
         structures=tables.detail(content["structures"], content, "structures"),
         regions=tables.detail(content["records"], content, "regions"),
-        spacing=" or ".join(
-            f"{s:g}" for s in sorted({r["spacing_mm"] for r in content["records"]})
-        ),
+        spacing=" or ".join(f"{spacing:g}" for spacing in spacings),
         legend=outline_legend(list(OUTLINES)),
         slices="".join(_slices(evaluation, index, why) for index, why in shown),
-        validation_note=(
-            "These regions also chose the checkpoint used here, so the figures above flatter every "
-            "trained model a little: this data has no side of its own for the test."
-            if split["held_out_side"] == "val"
-            else "They chose the checkpoint used here, and are none of the held-out regions above."
-        ),
+        validation_note=VALIDATION_NOTES[split["held_out_side"] == "val"],
         split=html.escape(
             f"{split['train_regions']} regions to train on, {split['held_out_regions']} held out "
             f"(the side “{split['held_out_side']}” of the split “{split['kind']}”). {split['notes']}"
@@ -100,13 +86,33 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
         environment=tables.environment(content),
         commands=html.escape("\n".join(commands)),
         eval_json=_script_json(content),
-        view_json=_script_json(view),
+        view_json=_script_json(_view(content, evaluation, runs, shown)),
         plotly_js=get_plotlyjs(),
     )
 
 
+def _view(
+    content: Content, evaluation: Evaluation, runs: Mapping[str, Run], shown: Shown
+) -> dict[str, Any]:
+    """What the page's script draws."""
+    regions = []
+    for index, why in shown:
+        fields = {LABELS[key]: evaluation.predictions[key][index] for key in ("base", "lora")}
+        region = browser_region(evaluation.samples[index], fields)
+        regions.append({"title": f"{title(evaluation, index)} ({why})", **region})
+    charts = {"dice-chart": dice_chart(content), **training_charts(runs)}
+    return {"charts": charts, "regions": regions, "coloraxis": error_axis()}
+
+
+def _tab_rules() -> str:
+    """CSS that shows the panel of the selected tab."""
+    numbers = range(1, len(tables.DETAIL) + 1)
+    rules = (f".tabs > input:nth-of-type({n}):checked ~ .panel:nth-of-type({n})" for n in numbers)
+    return ",\n".join(rules) + " { display: block; }"
+
+
 def lead(content: Content) -> str:
-    """What came out, in a few sentences."""
+    """The result in a few sentences."""
     summary = content["summary"]
     parts = []
     for group in (g for g in summary["lora"] if g != EVERYTHING):
@@ -122,23 +128,22 @@ def lead(content: Content) -> str:
     lost = sum("dice" in region["worse"] for region in content["worse"]["base"]["regions"])
     share = 100 * content["runs"]["lora"]["trainable_share"]
     parts.append(
-        f"<p>LoRA trained {share:.1f} % as many parameters as the base model has. Its Dice fell below "
-        f"the base model's in {lost} of {content['split']['held_out_regions']} regions; they are "
-        "listed below.</p>"
+        f"<p>LoRA trained {share:.1f} % as many parameters as the base model has. Its Dice is below "
+        f"the base model's in {lost} of {content['split']['held_out_regions']} regions, listed below.</p>"
     )
     for key, run in content["runs"].items():
         if run["used_epoch"] == 0:
             parts.append(
                 f"<p><strong>Note:</strong> no epoch of {LABELS[key]} was better on the validation "
-                "regions than the model before training, which therefore stands for it here.</p>"
+                "regions than the model before training, which is evaluated instead.</p>"
             )
     return "".join(parts)
 
 
 def examples(evaluation: Evaluation, most: int = 6) -> list[tuple[int, str]]:
-    """(index, why): of each group the regions of median, largest and smallest gain.
+    """(index, reason): the regions of median, largest and smallest gain of each group.
 
-    The gain is LoRA's Dice less the base model's. At most `most` regions, the groups' medians first.
+    The gain is LoRA's Dice minus the base model's. At most `most` regions, the groups' medians first.
     """
     dice = {(r["index"], r["method"]): r["dice"] for r in evaluation.records}
     groups: dict[str, list[tuple[float, int]]] = {}
@@ -162,7 +167,7 @@ def examples(evaluation: Evaluation, most: int = 6) -> list[tuple[int, str]]:
 
 
 def worst(evaluation: Evaluation, most: int = 5) -> list[tuple[int, str]]:
-    """(index, why): the regions where LoRA's Dice is lowest, the lowest first."""
+    """(index, rank): the regions where LoRA's Dice is lowest, the lowest first."""
     dice = [
         (r["dice"], r["index"])
         for r in evaluation.records
@@ -172,14 +177,14 @@ def worst(evaluation: Evaluation, most: int = 5) -> list[tuple[int, str]]:
 
 
 def title(evaluation: Evaluation, index: int) -> str:
-    """A region's name for people."""
+    """A region's readable name."""
     meta = evaluation.samples[index]["meta"]
     where = place(meta["region"])
     return f"{words(meta['structure'])}, {meta['subject']}" + (f", region {where}" if where else "")
 
 
 def slices_png(evaluation: Evaluation, index: int) -> bytes:
-    """A region's slices with the outlines of truth, base and LoRA."""
+    """Slices of a region with the outlines of truth, base and LoRA."""
     sample = evaluation.samples[index]
     fields = {key: evaluation.predictions[key][index] for key in OUTLINES if key != "truth"}
     fields["truth"] = sample["sdf_vox"]
@@ -197,13 +202,8 @@ def _slices(evaluation: Evaluation, index: int, why: str) -> str:
     )
 
 
-def _region(evaluation: Evaluation, index: int) -> dict[str, Any]:
-    fields = {LABELS[key]: evaluation.predictions[key][index] for key in ("base", "lora")}
-    return browser_region(evaluation.samples[index], fields)
-
-
 def train_command(config: TrainConfig) -> str:
-    """The command that trains this run: every setting that is not a default."""
+    """The command that repeats this run: every setting that is not a default."""
     defaults = TrainConfig().to_dict()
     parts = ["python", "scripts/train_medical.py"]
     for name, value in config.to_dict().items():
@@ -212,13 +212,11 @@ def train_command(config: TrainConfig) -> str:
         if isinstance(value, bool):
             parts.append(f"--{name}" if value else f"--no-{name}")
         else:
-            parts += [
-                f"--{name}",
-                *(str(v) for v in (value if isinstance(value, list) else [value])),
-            ]
+            values = value if isinstance(value, list) else [value]
+            parts += [f"--{name}", *map(str, values)]
     return shlex.join(parts)
 
 
 def _script_json(value: Any) -> str:
-    """JSON that may stand inside a <script>."""
+    """JSON that is safe inside a <script>."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""The report's tables, as HTML. Content is what `results.document` gives."""
+"""The report's tables, as HTML. Content is the value of `results.document`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Content = Mapping[str, Any]
 
 
 def words(name: str) -> str:
-    """A name for people: vertebra_22_corpus -> vertebra 22 corpus."""
+    """A readable name: vertebra_22_corpus → vertebra 22 corpus."""
     return name.replace("_", " ")
 
 
 def place(region: str) -> str:
-    """Where in its subject a region begins, as grid indices: vertebra_22@1.2.3 -> 1.2.3."""
+    """The grid index of a region's first voxel in its subject: vertebra_22@1.2.3 → 1.2.3."""
     return region.partition("@")[2]
 
 
@@ -47,29 +47,36 @@ def heading(key: str, tolerance_mm: float) -> str:
     return f"{METRIC_OF[key].label}{f' <small>{unit}</small>' if unit else ''}"
 
 
-def table(head: Iterable[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """head: the headings' HTML. rows: each cell a whole <td>, or the HTML inside one.
+def headings(keys: Iterable[str], content: Content) -> list[str]:
+    """The headings of several metrics."""
+    return [heading(key, content["tolerance_mm"]) for key in keys]
 
-    text_columns: how many columns, from the left, are text and not numbers.
+
+def table(head: Iterable[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A table.
+
+    head: the headings' HTML. rows: each cell a complete <td>, or the HTML inside one. text_columns:
+    the number of columns, from the left, that are text and not numbers.
     """
 
-    def attribute(column: int) -> str:
-        return " class=text" if column < text_columns else ""
+    def cells(row: Iterable[str], tag: str) -> str:
+        parts = []
+        for n, cell in enumerate(row):
+            kind = " class=text" if n < text_columns else ""
+            is_whole = cell.startswith("<td")
+            parts.append(cell if is_whole else f"<{tag}{kind}>{cell}</{tag.split()[0]}>")
+        return f"<tr>{''.join(parts)}</tr>"
 
-    titles = "".join(f"<th scope=col{attribute(n)}>{cell}</th>" for n, cell in enumerate(head))
-    body = "".join(
-        "<tr>"
-        + "".join(
-            cell if cell.startswith("<td") else f"<td{attribute(n)}>{cell}</td>"
-            for n, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
-    )
+    body = "".join(cells(row, "td") for row in rows)
     return (
-        f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>'
+        f'<div class="scroll"><table><thead>{cells(head, "th scope=col")}</thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def marked(text: str, mark: str, condition: bool) -> str:
+    """A cell, of CSS class `mark` if the condition holds."""
+    return f"<td class={mark}>{text}</td>" if condition else f"<td>{text}</td>"
 
 
 def prose(text: str) -> str:
@@ -78,10 +85,10 @@ def prose(text: str) -> str:
 
 
 def headline(content: Content) -> str:
-    """For each group a table: methods down, metrics across, the best value of a column bold."""
+    """A table for each group: methods in rows, metrics in columns, the best value of each bold."""
     summary = content["summary"]
     groups = list(summary["lora"])
-    if len(groups) == 2:  # the only group, and 'all', which is the same
+    if len(groups) == 2:  # the only group, and 'all', which equals it
         groups = groups[:1]
     parts = []
     for group in groups:
@@ -94,10 +101,9 @@ def headline(content: Content) -> str:
             merits = [None if m is None else METRIC_OF[key].merit(m) for m in means]
             best = max((m for m in merits if m is not None), default=None)
             for row, mean, merit in zip(rows, means, merits, strict=True):
-                mark = " class=best" if mean is not None and merit == best else ""
-                row.append(f"<td{mark}>{number(key, mean)}</td>")
-        titles = [heading(key, content["tolerance_mm"]) for key in HEADLINE]
-        parts.append(table(["Method", *titles], rows))
+                is_best = mean is not None and merit == best
+                row.append(marked(number(key, mean), "best", is_best))
+        parts.append(table(["Method", *headings(HEADLINE, content)], rows))
     return "".join(parts)
 
 
@@ -110,9 +116,8 @@ def interval(key: str, value: Content) -> str:
 
 
 def intervals(content: Content) -> str:
-    """Means over structures with their intervals: of all, then of each subject."""
+    """Means over structures with their intervals: over all, then for each subject."""
     stats = content["statistics"]
-    titles = [heading(key, content["tolerance_mm"]) for key in COMPARED]
     parts = []
     subjects = stats["subjects"] if len(stats["subjects"]) > 1 else {}
     for title, methods in {"All subjects": stats["methods"], **subjects}.items():
@@ -122,25 +127,24 @@ def intervals(content: Content) -> str:
             for m, values in methods.items()
         ]
         caption = f"<h3>{html.escape(title)} <small class=soft>({count} structures)</small></h3>"
-        parts.append(caption + table(["Method", *titles], rows))
+        parts.append(caption + table(["Method", *headings(COMPARED, content)], rows))
     return "".join(parts)
 
 
 def paired(content: Content) -> str:
     """The differences between methods on the same structures, with p-values."""
-    titles = [heading(key, content["tolerance_mm"]) for key in COMPARED]
     rows = []
     for pair in content["statistics"]["pairs"]:
-        row = [html.escape(f"{LABELS[pair['one']]} less {LABELS[pair['other']].lower()}")]
+        row = [html.escape(f"{LABELS[pair['one']]} minus {LABELS[pair['other']].lower()}")]
         for key in COMPARED:
             p = pair[key]["p"]
             row.append(interval(key, pair[key]) + ("" if p is None else f", p = {p:.2g}"))
         rows.append(row)
-    return table(["Difference", *titles], rows)
+    return table(["Difference", *headings(COMPARED, content)], rows)
 
 
 def undefined_note(content: Content) -> str:
-    """Which regions had no ordinary figures."""
+    """A count of the regions whose metrics are undefined or set by convention."""
     texts = []
     for method, groups in content["summary"].items():
         odd = {s: n for s, n in groups[EVERYTHING]["status"].items() if s != "ok"}
@@ -149,11 +153,11 @@ def undefined_note(content: Content) -> str:
             texts.append(f"{LABELS[method]}: {counts}.")
     if not texts:
         return "No prediction and no truth was empty."
-    return "Regions without ordinary figures: " + " ".join(texts)
+    return "Regions without a surface to compare: " + " ".join(texts)
 
 
 def cost(content: Content) -> str:
-    """What each kind of fine-tuning trained, stored and took."""
+    """Parameters, storage and time of each kind of fine-tuning."""
     rows = [
         [
             LABELS[key],
@@ -169,7 +173,7 @@ def cost(content: Content) -> str:
         "Method",
         "Trained parameters <small>share of the base model's</small>",
         "Trained weights",
-        "Checkpoint <small>with all that resuming needs</small>",
+        "Checkpoint <small>with the state for resuming</small>",
         "Training time",
         "Epochs",
     ]
@@ -189,7 +193,7 @@ def worse(content: Content) -> str:
         in_dice = sum("dice" in region["worse"] for region in regions)
         parts.append(
             f"<p>Dice is lower in {in_dice} of {total} regions; Dice, HD95 or NSD is worse in "
-            f"{len(regions)}. {'As means of structures:' if structures else 'No structure as a whole.'}</p>"
+            f"{len(regions)}. {'Structures with worse means:' if structures else 'No structure has a worse mean.'}</p>"
         )
         if structures:
             parts.append(_losses(structures, content, reference))
@@ -206,16 +210,15 @@ def _losses(losses: Sequence[Content], content: Content, reference: str) -> str:
         row.append(html.escape(loss["subject"]))
         for key in COMPARED:
             mine, theirs = (number(key, value) for value in loss["values"][key])
-            mark = " class=worse" if key in loss["worse"] else ""
-            row.append(f"<td{mark}>{mine} <small>({theirs})</small></td>")
+            row.append(marked(f"{mine} <small>({theirs})</small>", "worse", key in loss["worse"]))
         rows.append(row)
     against = f"<br><small>LoRA ({reference})</small>"
-    titles = [heading(key, content["tolerance_mm"]) + against for key in COMPARED]
+    titles = [title + against for title in headings(COMPARED, content)]
     return table(["Structure", "Case", *titles], rows, 2)
 
 
 def detail(rows: Sequence[Content], content: Content, name: str) -> str:
-    """Tabs, one a metric: places down, methods across; LoRA's cell is marked where base is better.
+    """One tab per metric: places in rows, methods in columns; LoRA's cell is marked where base is better.
 
     rows: records of regions, or means of structures. name: of the tabs, unique on the page.
     """
@@ -228,8 +231,7 @@ def detail(rows: Sequence[Content], content: Content, name: str) -> str:
     titles = ["Structure", "Case", "Region" if of_regions else "Regions"]
     titles += [html.escape(LABELS[method]) for method in methods]
     tabs, panels = [], []
-    for n, key in enumerate(DETAIL):
-        title = heading(key, content["tolerance_mm"])
+    for n, (key, title) in enumerate(zip(DETAIL, headings(DETAIL, content), strict=True)):
         tabs.append(
             f'<input type="radio" name="{name}" id="{name}-{n}"{"" if n else " checked"}>'
             f'<label for="{name}-{n}" class="screen">{title}</label>'
@@ -240,8 +242,7 @@ def detail(rows: Sequence[Content], content: Content, name: str) -> str:
             cells = [html.escape(text) for text in (words(structure), subject, where_text)]
             for method in methods:
                 lost = method == "lora" and is_worse(key, mine["lora"][key], mine["base"][key])
-                mark = " class=worse" if lost else ""
-                cells.append(f"<td{mark}>{number(key, mine[method][key])}</td>")
+                cells.append(marked(number(key, mine[method][key]), "worse", lost))
             body.append(cells)
         note = f"<p class=note>{title}: {html.escape(METRIC_OF[key].definition)}</p>"
         panels.append(f'<div class="panel">{note}{table(titles, body, 3)}</div>')
@@ -249,7 +250,7 @@ def detail(rows: Sequence[Content], content: Content, name: str) -> str:
 
 
 def definitions(content: Content) -> str:
-    """What each metric means and what computed it."""
+    """The meaning of each metric and the package that computes it."""
     rows = [
         [html.escape(metric["label"]), prose(metric["definition"]), prose(metric["source"])]
         for metric in content["metrics"].values()

@@ -328,7 +328,7 @@ def test_statistics_are_over_structures_and_by_subject():
     assert [(p["one"], p["other"]) for p in stats["pairs"]] == [("lora", "base")]
     assert stats["pairs"][0]["dice"]["mean"] == pytest.approx(-0.05)
     assert list(stats["subjects"]) == ["s"]
-    assert "LoRA less base model, frozen" in paired(content) and "−0.050" in paired(content)
+    assert "LoRA minus base model, frozen" in paired(content) and "−0.050" in paired(content)
     assert "All subjects" in intervals(content) and "(2 structures)" in intervals(content)
     value = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     assert interval("dice", value) == "0.500 <small>(0.400 to 0.600)</small>"
