@@ -22,7 +22,7 @@ from fastlora.errors import DataError
 from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription", "PatientID")
+HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription")
 
 
 def unusable() -> tuple[type[Exception], ...]:
@@ -39,12 +39,11 @@ def unusable() -> tuple[type[Exception], ...]:
 
 @dataclass(frozen=True)
 class Series:
-    """The files of one series. modality: of DICOM, such as CT, MR or SEG. patient: the ID."""
+    """The files of one series. modality: of DICOM, such as CT, MR or SEG."""
 
     uid: str
     modality: str
     description: str
-    patient: str
     files: list[Path] = field(default_factory=list)
 
 
@@ -86,9 +85,8 @@ def list_series(folder: Path) -> list[Series]:
         except unusable() as error:
             raise _unreadable(path, error) from error
         if values[0]:  # a DICOMDIR has no series
-            uid, modality, description, patient = values
-            series = found.setdefault(uid, Series(uid, modality, description, patient))
-            series.files.append(path)
+            uid, modality, description = values
+            found.setdefault(uid, Series(uid, modality, description)).files.append(path)
     return [found[uid] for uid in sorted(found)]
 
 

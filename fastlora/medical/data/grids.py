@@ -117,11 +117,7 @@ class StructureGrid:
 
     @classmethod
     def load(
-        cls,
-        case: Case,
-        structure: str,
-        cache_dir: Path | None = None,
-        image: Volume | None = None,
+        cls, case: Case, structure: str, cache_dir: Path | None = None, image: Volume | None = None
     ) -> StructureGrid:
         """`read`, cached in memory and, if `cache_dir` is given, on disk by a key of the files and the grid.
 

@@ -19,8 +19,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,14 +41,6 @@ LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DIC
 Found = tuple[str, Callable[[], Case]]  # a layout and what reads the case, which may raise
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a layout does not determine; see `find_cases`."""
-
-    modality: Modality
-    channel: int
-
-
 def find_cases(
     root: str | os.PathLike[str],
     modality: Modality = "ct",
@@ -67,9 +58,8 @@ def find_cases(
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder of cases, got nothing at that path")
-    request = Request(modality, channel)
     listed = (root / "dataset.json").is_file()
-    found = _listed_cases(root, request) if listed else _subject_folders(root, request)
+    found = _listed_cases(root, channel) if listed else _subject_folders(root, modality)
     cases, layouts = [], Counter[str]()
     for layout, make in found:
         try:
@@ -100,7 +90,7 @@ def structure_name(label: str) -> str:
 # -------------------------------------------------------------------------- one folder per subject
 
 
-def _subject_folders(root: Path, request: Request) -> list[Found]:
+def _subject_folders(root: Path, modality: Modality) -> list[Found]:
     splits = _read_splits(root / "meta.csv")
     found: list[Found] = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
@@ -108,7 +98,7 @@ def _subject_folders(root: Path, request: Request) -> list[Found]:
         if (folder / "segmentations").is_dir() or any((folder / n).is_file() for n in IMAGE_NAMES):
             found.append(("TotalSegmentator", partial(_totalsegmentator_case, folder, split)))
         elif any(folder.glob("*-image.nii.gz")) or any(folder.glob("*-label.nii.gz")):
-            make = partial(_pair_case, folder, request.modality, split)
+            make = partial(_pair_case, folder, modality, split)
             found.append(("image/label pairs", make))
         elif dicom.holds_dicom(folder):
             found.append(("DICOM", partial(_dicom_case, folder, split)))
@@ -169,21 +159,21 @@ def _dicom_case(folder: Path, split: str | None) -> Case:
         if uid not in seg.refers_to:
             continue
         for number, label in seg.segments.items():
-            _add(structures, label, Source(seg.path, number), seg.path)
+            structures[_new_name(structures, label, seg.path)] = Source(seg.path, number)
     # The cache key follows the files of this folder: other series should not invalidate it.
     parents = {path.parent for path in series[uid].files}
     image = parents.pop() if len(parents) == 1 else folder
     return Case(folder.name, DICOM_MODALITIES[kind], image, structures, split, part=uid)
 
 
-def _add(structures: dict[str, Source], label: str, source: Source, where: Path) -> None:
+def _new_name(known: Collection[str], label: str, where: Path) -> str:
     name = structure_name(label)
-    if not name or name in structures:
+    if not name or name in known:
         raise DataError(
             f"{where}: expected labels whose names differ in letters and digits, got {label!r}"
             + (" twice" if name else "")
         )
-    structures[name] = source
+    return name
 
 
 def _read_splits(path: Path) -> dict[str, str]:
@@ -205,7 +195,7 @@ def _read_splits(path: Path) -> dict[str, str]:
 # ---------------------------------------------------------------------------------- dataset.json
 
 
-def _listed_cases(root: Path, request: Request) -> list[Found]:
+def _listed_cases(root: Path, channel: int) -> list[Found]:
     """The cases of a Decathlon or nnU-Net folder."""
     path = root / "dataset.json"
     content = _read_json(path)
@@ -215,7 +205,7 @@ def _listed_cases(root: Path, request: Request) -> list[Found]:
     channels = content.get("channel_names" if nnunet else "modality")
     if not isinstance(channels, dict) or not channels:
         raise DataError(f"{path}: expected 'channel_names' or 'modality', got neither")
-    number = str(request.channel)
+    number = str(channel)
     if number not in channels:
         raise DataError(f"channel: {path} has {channels}, expected one of them, got {number}")
     name = str(channels[number])
@@ -226,18 +216,17 @@ def _listed_cases(root: Path, request: Request) -> list[Found]:
     modality: Modality = "ct" if name.upper() == "CT" else "mr"
     labels = _labels(content["labels"], path)
     splits = _folds(root / "splits_final.json")
-    listed = _nnunet_files(root, content, request) if nnunet else _decathlon_files(root, content)
+    listed = _nnunet_files(root, content, channel) if nnunet else _decathlon_files(root, content)
 
     def make(subject: str, image: Path, label: Path) -> Case:
-        part = request.channel
         if not image.is_file() and not nnunet:  # nnU-Net 1 lists images without the channel number
             end = _ending(image)
-            image = image.with_name(f"{image.name.removesuffix(end)}_{part:04d}{end}")
+            image = image.with_name(f"{image.name.removesuffix(end)}_{channel:04d}{end}")
         for needed in (image, label):
             if not needed.is_file():
                 raise DataError(f"{subject}: expected {needed}, got nothing at that path")
         structures = {n: Source(label, value) for n, value in labels.items()}
-        return Case(subject, modality, image, structures, splits.get(subject), part)
+        return Case(subject, modality, image, structures, splits.get(subject), channel)
 
     layout = "nnU-Net" if nnunet else "Decathlon"
     return [(layout, partial(make, *files)) for files in sorted(listed)]
@@ -248,7 +237,7 @@ def _ending(path: Path) -> str:
 
 
 def _nnunet_files(
-    root: Path, content: Mapping[str, Any], request: Request
+    root: Path, content: Mapping[str, Any], channel: int
 ) -> list[tuple[str, Path, Path]]:
     ending = content.get("file_ending", NIFTI_ENDINGS[0])
     if ending not in NIFTI_ENDINGS:
@@ -258,7 +247,7 @@ def _nnunet_files(
     found = []
     for label in (root / "labelsTr").glob(f"[!.]*{ending}"):
         subject = label.name.removesuffix(ending)
-        image = root / "imagesTr" / f"{subject}_{request.channel:04d}{ending}"
+        image = root / "imagesTr" / f"{subject}_{channel:04d}{ending}"
         found.append((subject, image, label))
     return found
 
@@ -296,7 +285,7 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int,
 
     Without the background, and without `ignore`, which marks unlabelled voxels in nnU-Net.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, int | tuple[int, ...]] = {}
     for key, entry in labels.items():
         label, value = (entry, key) if isinstance(entry, str) else (key, entry)
         several = isinstance(value, (list, tuple))
@@ -308,10 +297,10 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int,
             ) from error
         if label.lower() in ("background", "ignore") or values == (0,):
             continue
-        _add(found, label, Source(path, values if several else values[0]), path)
+        found[_new_name(found, label, path)] = values if several else values[0]
     if not found:
         raise DataError(f"{path}: expected a label beside the background, got none")
-    return {name: source.label for name, source in found.items() if source.label is not None}
+    return found
 
 
 def _folds(path: Path) -> dict[str, str]:

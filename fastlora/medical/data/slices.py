@@ -213,11 +213,7 @@ def split_by_subject(
 
 
 def random_move(
-    rng: np.random.Generator,
-    affine: FloatArray,
-    mask: NDArray[np.bool_],
-    axis: int,
-    slice_idx: int,
+    rng: np.random.Generator, affine: FloatArray, mask: NDArray[np.bool_], axis: int, slice_idx: int
 ) -> FloatArray:
     """A random similarity (4, 4) in mm that maps a slice's plane to itself.
 

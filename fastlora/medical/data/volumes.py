@@ -11,7 +11,8 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray, check_affine,
 DEFLATE_RATIO = 1032  # the largest possible of a gzip file
 _UNREADABLE = (
     *(ImageFileError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error),
-    *(OverflowError, MemoryError, struct.error),
+    *(OverflowError, MemoryError, SyntaxError, struct.error, Image.DecompressionBombError),
     *(WrapStructError, HeaderDataError, OrientationError),
 )
 
@@ -245,27 +246,32 @@ def _from_array(
     array: NDArray[Any], affine: FloatArray, path: Path
 ) -> tuple[NDArray[Any], FloatArray]:
     """Voxels and affine of another format, reoriented to RAS. path: for errors."""
+    with _reading(path, "a usable affine"):
+        return _canonical(nib.Nifti1Image(array, affine), path)
+
+
+@contextmanager
+def _reading(path: Path, expected: str) -> Iterator[None]:
+    """Turn what the readers raise for unusable files into a DataError."""
     try:
         with np.errstate(all="ignore"):  # callers check for values that overflow
-            return _canonical(nib.Nifti1Image(array, affine), path)
+            yield
     except DataError:
         raise
     except _UNREADABLE as error:
-        raise DataError(f"{path}: expected a usable affine, got {error}") from error
+        kind = type(error).__name__
+        raise DataError(f"{path}: expected {expected}, got {kind}: {error}") from error
 
 
 def _read_png(path: Path, slices: int) -> NDArray[np.float32]:
     """(rows, columns) in [0, 1]. slices: the number of files in the stack, for the size limit."""
-    try:
-        # Unrestricted, Pillow opens any format, some of them through external programs.
-        with Image.open(path, formats=("PNG",)) as picture:
-            if math.prod(picture.size) * slices > MAX_VOXELS:
-                raise ValueError(
-                    f"{slices} of {picture.size} pixels; expected at most {MAX_VOXELS:,} in all"
-                )
-            pixels = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
-    except (SyntaxError, Image.DecompressionBombError, *_UNREADABLE) as error:
-        raise DataError(f"{path}: expected a readable PNG, got {error}") from error
+    # Unrestricted, Pillow opens any format, some of them through external programs.
+    with _reading(path, "a readable PNG"), Image.open(path, formats=("PNG",)) as picture:
+        if math.prod(picture.size) * slices > MAX_VOXELS:
+            raise ValueError(
+                f"{slices} of {picture.size} pixels; expected at most {MAX_VOXELS:,} in total"
+            )
+        pixels = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
     if pixels.ndim == 3:
         colours = pixels[..., :3] if pixels.shape[2] in (3, 4) else pixels[..., :1]
         if (colours != colours[..., :1]).any():
@@ -278,17 +284,10 @@ def _read_png(path: Path, slices: int) -> NDArray[np.float32]:
 def _read(path: Path, part: int | str | None = None) -> tuple[NDArray[np.generic], FloatArray]:
     if not path.is_file():
         raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
-    try:
-        with np.errstate(all="ignore"):  # callers check for values that overflow
-            stored = nib.load(path)
-            _check_size(path, stored)
-            return _canonical(stored, path, part)
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        raise DataError(
-            f"{path}: expected a readable NIfTI file, got {type(error).__name__}: {error}"
-        ) from error
+    with _reading(path, "a readable NIfTI file"):
+        stored = nib.load(path)
+        _check_size(path, stored)
+        return _canonical(stored, path, part)
 
 
 def _canonical(

@@ -59,17 +59,16 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], text_columns: int 
     the number of columns, from the left, that are text and not numbers.
     """
 
-    def cells(row: Iterable[str], tag: str) -> str:
-        parts = []
-        for n, cell in enumerate(row):
-            kind = " class=text" if n < text_columns else ""
-            is_whole = cell.startswith("<td")
-            parts.append(cell if is_whole else f"<{tag}{kind}>{cell}</{tag.split()[0]}>")
-        return f"<tr>{''.join(parts)}</tr>"
+    def kind(column: int) -> str:
+        return " class=text" if column < text_columns else ""
 
-    body = "".join(cells(row, "td") for row in rows)
+    titles = "".join(f"<th scope=col{kind(n)}>{cell}</th>" for n, cell in enumerate(head))
+    body = ""
+    for row in rows:
+        cells = (c if c.startswith("<td") else f"<td{kind(n)}>{c}</td>" for n, c in enumerate(row))
+        body += f"<tr>{''.join(cells)}</tr>"
     return (
-        f'<div class="scroll"><table><thead>{cells(head, "th scope=col")}</thead>'
+        f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
