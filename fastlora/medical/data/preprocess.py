@@ -15,7 +15,7 @@ from fastlora.files import atomic_write
 from fastlora.medical.data.geometry import spacing_of
 from fastlora.medical.data.grids import SPACING_MM, StructureGrid, grid_path
 from fastlora.medical.data.manifest import Outcome, digest
-from fastlora.medical.data.prepared import Prepared, SliceConfig, cache_path, load_prepared
+from fastlora.medical.data.prepared import SliceConfig, cache_path, load_prepared
 from fastlora.medical.data.slices import slice_indices
 from fastlora.medical.data.splits import region_specs
 from fastlora.medical.data.volumes import Case, Volume
@@ -113,12 +113,8 @@ def _outcome(
             )
         if config.meshes:
             files.append(cache_dir / "meshes" / f"{case.subject}-{structure}.ply")
-            _write_mesh(prepared, files[-1])
+            files[-1].parent.mkdir(exist_ok=True)
+            mesh = trimesh.Trimesh(prepared.vertices, prepared.faces, process=False)
+            atomic_write(files[-1], mesh.export(file_type="ply"))
     digests = {str(file.relative_to(cache_dir)): digest(file) for file in files}
     return replace(outcome, files=digests)
-
-
-def _write_mesh(prepared: Prepared, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mesh = trimesh.Trimesh(prepared.vertices, prepared.faces, process=False)
-    atomic_write(path, mesh.export(file_type="ply"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +148,8 @@ def _box_voxels(
 
 
 Splits = dict[str, list[RegionSpec]]
+Assignment = Callable[[Case, str], Mapping[str, Box | None]]
+"""The side of a case's structure, or the sides of its blocks; empty if it is not used."""
 
 
 def make_splits(
@@ -171,15 +173,22 @@ def make_splits(
     empty, or `check_no_leak` finds a leak.
     """
     cache = Path(cache_dir) if cache_dir is not None else None
+    sides: Splits = {"train": [], "val": [], "test": []}
     whole: tuple[str, ...] = ()
     if split == "structure":
-        sides = _structure_sides(cases, test_structures, val_structures, cache)
+        assign = _by_name(test_structures, val_structures)
     elif split == "patient":
-        sides, whole = _patient_sides(cases, test_subjects, cache), ("test",)
+        assign, whole = _by_subject(cases, test_subjects), ("test",)
     elif split == "file":
-        sides, whole = _file_sides(cases, cache), ("val", "test")
+        assign, whole = _by_file, ("val", "test")
     else:
         raise ConfigError(f"split: expected one of {sorted(SPLIT_NOTES)}, got {split!r}")
+    for case in cases:
+        for structure in sorted(case.structures):
+            for side, box in assign(case, structure).items():
+                sides[side] += region_specs(case, structure, box, cache)
+    if split == "file" and not sides["test"]:
+        del sides["test"]
     for name, specs in sides.items():
         if not specs:
             found = "; ".join(f"{c.subject}: {', '.join(sorted(c.structures))}" for c in cases)
@@ -190,29 +199,19 @@ def make_splits(
     return sides
 
 
-def _structure_sides(
-    cases: Sequence[Case], test: Sequence[str], val: Sequence[str], cache: Path | None
-) -> Splits:
-    sides: Splits = {"train": [], "val": [], "test": []}
-    for case in cases:
-        for structure in sorted(case.structures):
-            held_out = [
-                s for s, names in (("test", test), ("val", val)) if _named(structure, names)
-            ]
-            everywhere: dict[str, Box | None] = {held_out[0] if held_out else "train": None}
-            for side, box in BLOCKS.get(kind_of(structure), everywhere).items():
-                sides[side] += region_specs(case, structure, box, cache)
-    return sides
+def _by_name(test: Sequence[str], val: Sequence[str]) -> Assignment:
+    def assign(case: Case, structure: str) -> Mapping[str, Box | None]:
+        if blocks := BLOCKS.get(kind_of(structure)):
+            return blocks
+        for side, names in (("test", test), ("val", val)):
+            if any(f"{structure}_".startswith(f"{name}_") for name in names):  # itself or a part
+                return {side: None}
+        return {"train": None}
+
+    return assign
 
 
-def _named(structure: str, names: Sequence[str]) -> bool:
-    """Whether `names` contains the structure, or the one that it is a part of."""
-    return any(f"{structure}_".startswith(f"{name}_") for name in names)
-
-
-def _patient_sides(
-    cases: Sequence[Case], test_subjects: Sequence[str] | None, cache: Path | None
-) -> Splits:
+def _by_subject(cases: Sequence[Case], test_subjects: Sequence[str] | None) -> Assignment:
     kinds = {case.subject: {kind_of(s) for s in case.structures} for case in cases}
     linked = [a for a in sorted(kinds) if any(kinds[a] & kinds[b] for b in kinds if b != a)]
     fifth = max(1, len(linked) // 5)
@@ -221,33 +220,27 @@ def _patient_sides(
         raise DataError(f"test_subjects: expected some of {sorted(kinds)}, got {unknown}")
     others = [s for s in linked if s not in test]
     val = set(others[-fifth:]) if len(others) > fifth else set()
-    common = {k for s in test for k in kinds[s]} & {
-        k for s in set(kinds) - test - val for k in kinds[s]
-    }
-    sides: Splits = {"train": [], "val": [], "test": []}
-    for case in cases:
-        seen: set[str] = set()
-        for structure in sorted(s for s in case.structures if kind_of(s) in common):
-            first = kind_of(structure) not in seen
-            seen.add(kind_of(structure))
-            if case.subject in test:
-                side = "test"
-            else:
-                side = "val" if case.subject in val or (first and not val) else "train"
-            sides[side] += region_specs(case, structure, cache_dir=cache)
-    return sides
+    train = set(kinds) - test - val
+    common = {k for s in test for k in kinds[s]} & {k for s in train for k in kinds[s]}
+
+    def assign(case: Case, structure: str) -> Mapping[str, Box | None]:
+        kind = kind_of(structure)
+        if kind not in common:
+            return {}
+        if case.subject in test:
+            return {"test": None}
+        is_first = structure == min(s for s in case.structures if kind_of(s) == kind)
+        return {"val" if case.subject in val or (is_first and not val) else "train": None}
+
+    return assign
 
 
-def _file_sides(cases: Sequence[Case], cache: Path | None) -> Splits:
-    sides: Splits = {"train": [], "val": []}
-    for case in cases:
-        if case.split not in ("train", "val", "test"):
-            raise DataError(
-                f"{case.subject}: expected split train, val or test in meta.csv, got {case.split!r}"
-            )
-        for structure in sorted(case.structures):
-            sides.setdefault(case.split, []).extend(region_specs(case, structure, cache_dir=cache))
-    return sides
+def _by_file(case: Case, structure: str) -> Mapping[str, Box | None]:
+    if case.split not in ("train", "val", "test"):
+        raise DataError(
+            f"{case.subject}: expected split train, val or test in meta.csv, got {case.split!r}"
+        )
+    return {case.split: None}
 
 
 def check_no_leak(splits: Splits, whole_subjects: Sequence[str] = ()) -> None:

@@ -156,14 +156,11 @@ def file_stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
     Raises: DataError if a file is missing.
     """
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stamps = []
-    for file in files:
-        try:
-            stat = file.stat()
-        except OSError as error:
-            raise DataError(f"{file}: expected a file, got {error.strerror}") from error
-        stamps.append((str(file.absolute()), stat.st_size, stat.st_mtime_ns))
-    return tuple(stamps)
+    try:
+        stats = [(str(file.absolute()), file.stat()) for file in files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: expected a file, got {error.strerror}") from error
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def same_grid(

@@ -243,17 +243,17 @@ def _voxel_surface_metrics(
     grid = (spacing,) * 3
     inner = (slice(1, -1),) * 3
 
-    edges_pred, edges_true = (e[inner] for e in get_mask_edges(pred, true, crop=False))
-    there = get_surface_distance(edges_pred, edges_true, spacing=grid)
-    back = get_surface_distance(edges_true, edges_pred, spacing=grid)
+    def both_ways(one: torch.Tensor, other: torch.Tensor) -> list[torch.Tensor]:
+        return [get_surface_distance(a, b, spacing=grid) for a, b in ((one, other), (other, one))]
+
+    there, back = both_ways(*(e[inner] for e in get_mask_edges(pred, true, crop=False)))
     hd95 = max(float(torch.quantile(d, 0.95)) for d in (there, back))
     asd = float(torch.cat([there, back]).mean())
 
     elements = get_mask_edges(pred, true, crop=False, spacing=grid)
     edges_pred, edges_true, area_pred, area_true = elements
     area_pred, area_true = area_pred[edges_pred], area_true[edges_true]
-    there = get_surface_distance(edges_pred, edges_true, spacing=grid)
-    back = get_surface_distance(edges_true, edges_pred, spacing=grid)
+    there, back = both_ways(edges_pred, edges_true)
     matched = area_pred[there <= tolerance_mm].sum() + area_true[back <= tolerance_mm].sum()
     nsd = float(matched / (area_pred.sum() + area_true.sum()))
     return {"hd95_mm": hd95, "asd_mm": asd, "nsd": nsd}

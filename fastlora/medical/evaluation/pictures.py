@@ -212,19 +212,19 @@ def mark_sides(ax: Axes, affine: NDArray[np.float64], across: int, up: int) -> N
 
     affine: (4, 4) index to RAS mm. across, up: the horizontal and vertical axis of the picture.
     """
-    letters = [nib.aff2axcodes(affine), nib.aff2axcodes(affine @ np.diag((-1, -1, -1, 1)))]
-    to_left = letters[0][across] in "RA"
-    if to_left:
+    opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
+    directions = nib.aff2axcodes(affine)
+    right, top = directions[across], directions[up]
+    if right in "RA":
         ax.invert_xaxis()
-    sides = [letters[0][across], letters[1][across]]
-    if not to_left:
-        sides.reverse()
-    where = {sides[0]: (0.03, 0.5), sides[1]: (0.97, 0.5)}
-    where |= {letters[0][up]: (0.5, 0.97), letters[1][up]: (0.5, 0.03)}
-    for letter, (right, top) in where.items():
-        ha = {0.03: "left", 0.5: "center", 0.97: "right"}[right]
-        va = {0.03: "bottom", 0.5: "center", 0.97: "top"}[top]
-        ax.text(right, top, letter, transform=ax.transAxes, ha=ha, va=va, fontsize=10, **WHITE)
+        right = opposite[right]
+    for letter, x, y, ha, va in (
+        (opposite[right], 0.03, 0.5, "left", "center"),
+        (right, 0.97, 0.5, "right", "center"),
+        (opposite[top], 0.5, 0.03, "center", "bottom"),
+        (top, 0.5, 0.97, "center", "top"),
+    ):
+        ax.text(x, y, letter, transform=ax.transAxes, ha=ha, va=va, fontsize=10, **WHITE)
 
 
 def png_tag(png: bytes, alt: str) -> str:
