@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fastlora.errors import DataError
 from fastlora.medical.data.generated import generate_folder, sha256
+from fastlora.medical.data.geometry import Mask
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import Case, save_volume
 
@@ -165,5 +166,5 @@ def _read_labels(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     return np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
 
 
-def _save_mask(case: Path, name: str, mask: NDArray[np.bool_], affine: NDArray[np.float64]) -> None:
+def _save_mask(case: Path, name: str, mask: Mask, affine: NDArray[np.float64]) -> None:
     save_volume(case / "segmentations" / f"{name}.nii.gz", mask.astype(np.uint8), affine)

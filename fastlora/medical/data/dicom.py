@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlora.errors import DataError
-from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray
+from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray, Mask
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription")
@@ -139,9 +139,7 @@ def read_segmentation(path: Path) -> Segmentation:
     return Segmentation(path, segments, refers_to)
 
 
-def read_segment(
-    path: Path, number: int, affine: FloatArray, shape: Sequence[int]
-) -> NDArray[np.bool_]:
+def read_segment(path: Path, number: int, affine: FloatArray, shape: Sequence[int]) -> Mask:
     """One segment of a DICOM SEG on an image's grid, (X, Y, Z) bool; False where it has no voxels.
 
     affine: (4, 4) index to RAS mm, of the image. A fractional segmentation is thresholded at ½.
@@ -170,7 +168,7 @@ def read_segment(
         raise DataError(
             f"{path}: expected segment {number} within the image, got {lost} voxels outside it"
         )
-    result: NDArray[np.bool_] = placed
+    result: Mask = placed
     return result
 
 

@@ -17,6 +17,7 @@ from skimage import measure
 from fastlora.errors import ConfigError, DataError
 
 FloatArray = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 MAX_VOXELS = 2**29  # limit for any volume read, 512 × 512 × 2048: 2 GiB as float32
 SHEAR_TOLERANCE = 1e-3  # largest cosine between two axes that still counts as a right angle
 
@@ -54,6 +55,14 @@ def spacing_of(affine: ArrayLike) -> FloatArray:
     return lengths
 
 
+def check_spacing(spacing: ArrayLike) -> FloatArray:
+    """The spacing as float64 (3,). Raises: DataError unless all three are positive and finite."""
+    steps = np.asarray(spacing, dtype=np.float64)
+    if steps.shape != (3,) or not (np.isfinite(steps) & (steps > 0)).all():
+        raise DataError(f"spacing: expected three positive lengths in mm, got {steps.tolist()}")
+    return steps
+
+
 def apply_affine(affine: ArrayLike, points: ArrayLike) -> FloatArray:
     """Map points (..., 3) by an affine (4, 4), in float64."""
     matrix = np.asarray(affine, dtype=np.float64)
@@ -61,7 +70,7 @@ def apply_affine(affine: ArrayLike, points: ArrayLike) -> FloatArray:
     return moved
 
 
-def sdf_from_mask(mask: NDArray[np.bool_], spacing: ArrayLike) -> NDArray[np.float32]:
+def sdf_from_mask(mask: Mask, spacing: ArrayLike) -> NDArray[np.float32]:
     """Signed distance in mm to a mask's surface, negative inside, its zero level between voxels.
 
     A distance transform measures from a voxel's centre to the nearest centre on the other side, at
@@ -71,12 +80,9 @@ def sdf_from_mask(mask: NDArray[np.bool_], spacing: ArrayLike) -> NDArray[np.flo
     mask: (X, Y, Z) bool; voxels beyond the array count as neither side. spacing: (3,) mm.
     Raises: DataError if the mask is empty or full, since it has no surface then.
     """
-    mask = np.asarray(mask)
-    steps = np.asarray(spacing, dtype=np.float64)
+    mask, steps = np.asarray(mask), check_spacing(spacing)
     if mask.ndim != 3 or mask.dtype != np.bool_:
         raise DataError(f"mask: expected (X, Y, Z) bool, got {mask.shape} {mask.dtype}")
-    if steps.shape != (3,) or not (np.isfinite(steps) & (steps > 0)).all():
-        raise DataError(f"spacing: expected three positive lengths in mm, got {steps.tolist()}")
     if not mask.any():
         raise DataError("mask: expected a surface, got an empty mask")
     if mask.all():
@@ -91,7 +97,7 @@ def sdf_from_mask(mask: NDArray[np.bool_], spacing: ArrayLike) -> NDArray[np.flo
     return signed
 
 
-def _corrected_distance(inside: NDArray[np.bool_], steps: FloatArray) -> FloatArray:
+def _corrected_distance(inside: Mask, steps: FloatArray) -> FloatArray:
     """Distance of each inside voxel to half a voxel before the nearest outside centre; 0 outside."""
     nearest = ndimage.distance_transform_edt(
         inside, sampling=steps, return_distances=False, return_indices=True
@@ -206,9 +212,7 @@ def resample(
     return sampled
 
 
-def voxelise(
-    mesh: trimesh.Trimesh, affine: ArrayLike, shape: tuple[int, int, int]
-) -> NDArray[np.bool_]:
+def voxelise(mesh: trimesh.Trimesh, affine: ArrayLike, shape: tuple[int, int, int]) -> Mask:
     """Which voxel centres lie inside a closed mesh, (X, Y, Z) bool: odd number of crossings below."""
     to_index = np.linalg.inv(check_affine(affine))
     # A tiny irregular shift, so that no column of the grid passes through an edge or a vertex.
@@ -229,13 +233,12 @@ def voxelise(
     first_above = np.clip(np.ceil(height), 0, shape[2]).astype(np.int64)
     crossings = np.zeros((shape[0], shape[1], shape[2] + 1), dtype=np.int32)
     np.add.at(crossings, (column[hit, 0], column[hit, 1], first_above), 1)
-    inside: NDArray[np.bool_] = np.cumsum(crossings, axis=2)[:, :, :-1] % 2 == 1
+    inside: Mask = np.cumsum(crossings, axis=2)[:, :, :-1] % 2 == 1
     return inside
 
 
 def _cross(a: FloatArray, b: FloatArray, point: NDArray[np.int64]) -> FloatArray:
     """Twice the signed area of the triangles (point, a, b) seen along the third axis, (N,)."""
-    area: FloatArray = (a[:, 0] - point[:, 0]) * (b[:, 1] - point[:, 1]) - (
-        b[:, 0] - point[:, 0]
-    ) * (a[:, 1] - point[:, 1])
+    (ax, ay), (bx, by) = (a[:, :2] - point).T, (b[:, :2] - point).T
+    area: FloatArray = ax * by - bx * ay
     return area

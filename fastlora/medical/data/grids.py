@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlora.errors import DataError
-from fastlora.medical.data.cache import Layout, read_entry, write_entry
-from fastlora.medical.data.geometry import regrid, resample, sdf_from_mask
+from fastlora.medical.data.geometry import Mask, regrid, resample, sdf_from_mask
+from fastlora.medical.data.manifest import Layout, read_entry, write_entry
 from fastlora.medical.data.volumes import Case, Volume, window
 
 Array = NDArray[np.float32]
@@ -44,7 +44,7 @@ STORED: Layout = {
 _MEMORY: OrderedDict[str, StructureGrid] = OrderedDict()
 
 
-def truncated_sdf(mask: NDArray[np.bool_]) -> Array:
+def truncated_sdf(mask: Mask) -> Array:
     """Signed distances in fine voxels, clipped to ±TRUNCATION_VOX; constant for an empty or full mask."""
     if mask.all() or not mask.any():
         return np.full(mask.shape, -TRUNCATION_VOX if mask.all() else TRUNCATION_VOX, np.float32)
@@ -66,9 +66,7 @@ class StructureGrid:
     box: NDArray[np.int64]
 
     @classmethod
-    def make(
-        cls, image: Volume, mask: NDArray[np.bool_], modality: str, structure: str = ""
-    ) -> StructureGrid:
+    def make(cls, image: Volume, mask: Mask, modality: str, structure: str = "") -> StructureGrid:
         """Window, resample and measure.
 
         mask: (X, Y, Z) on the image's grid. modality, structure: see `window`.
@@ -87,7 +85,7 @@ class StructureGrid:
         size = (int(high[0] - low[0]), int(high[1] - low[1]), int(high[2] - low[2]))
         affine = whole.copy()
         affine[:3, 3] += whole[:3, :3] @ low
-        windowed = window(image.array, modality, structure)
+        fine = resample(window(image.array, modality, structure), image.affine, affine, size)
         # Zero-padded, the mask ends at the faces of its outer voxels, not at their centres.
         around = image.affine.copy()
         around[:3, 3] -= image.affine[:3, :3].sum(axis=1)
@@ -97,13 +95,7 @@ class StructureGrid:
                 f"mask: vanishes on the {SPACING_MM} mm grid, "
                 f"expected a structure of more than {len(filled)} voxels of {image.spacing} mm"
             )
-        return cls(
-            resample(windowed, image.affine, affine, size),
-            truncated_sdf(fine_mask),
-            affine,
-            low,
-            box,
-        )
+        return cls(fine, truncated_sdf(fine_mask), affine, low, box)
 
     @classmethod
     def read(cls, case: Case, structure: str, image: Volume | None = None) -> StructureGrid:
@@ -136,14 +128,12 @@ class StructureGrid:
             write_entry(path, vars(grid))
         _MEMORY[name] = grid
         _MEMORY.move_to_end(name)
-        while len(_MEMORY) > 1 and sum(g.nbytes for g in _MEMORY.values()) > MEMORY_BYTES:
+        while (
+            len(_MEMORY) > 1
+            and sum(g.image.nbytes + g.sdf_vox.nbytes for g in _MEMORY.values()) > MEMORY_BYTES
+        ):
             _MEMORY.popitem(last=False)
         return grid
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its volumes."""
-        return self.image.nbytes + self.sdf_vox.nbytes
 
     def crop(self, start: Sequence[int]) -> tuple[Array, Array]:
         """Image and SDF of the 32³ window that starts at index `start` of the subject's fine grid."""

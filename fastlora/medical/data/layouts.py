@@ -1,15 +1,7 @@
 """Data sets on disk: detects the layout of a folder and lists its cases.
 
-| layout | image | masks | split |
-| --- | --- | --- | --- |
-| TotalSegmentator | `<subject>/ct.nii.gz` or `mri.nii.gz` | `<subject>/segmentations/<structure>.nii.gz` | `meta.csv` (`;`, columns `image_id`, `split`) |
-| Decathlon | `dataset.json`: `training` lists image and label | label map, names in `labels` (value: name) | – |
-| nnU-Net | `imagesTr/<case>_<channel>.nii.gz` | `labelsTr/<case>.nii.gz`, names in `labels` (name: value) | fold 0 of `splits_final.json` |
-| image/label pairs | `<subject>/*-image.nii.gz` | `<subject>/*-label.nii.gz`, called `label_1`, … | `meta.csv` |
-| DICOM | `<subject>/…`: the series that a SEG refers to | DICOM SEG, names are the segments' labels | `meta.csv` |
-
-The layout is detected and logged. Structure names are converted to lower case with `_` for anything
-but letters and digits, except in TotalSegmentator's layout, where they are file names.
+docs/quickstart_training.md shows each layout. Structure names are converted to lower case with `_`
+for anything but letters and digits, except in TotalSegmentator's layout, where they are file names.
 """
 
 from __future__ import annotations
@@ -87,9 +79,6 @@ def structure_name(label: str) -> str:
     return re.sub(r"[^0-9a-z]+", "_", label.lower()).strip("_")
 
 
-# -------------------------------------------------------------------------- one folder per subject
-
-
 def _subject_folders(root: Path, modality: Modality) -> list[Found]:
     splits = _read_splits(root / "meta.csv")
     found: list[Found] = []
@@ -136,12 +125,8 @@ def _pair_case(folder: Path, modality: Modality, split: str | None) -> Case:
 
 def _dicom_case(folder: Path, split: str | None) -> Case:
     series = {s.uid: s for s in dicom.list_series(folder)}
-    segmentations = [
-        dicom.read_segmentation(path)
-        for s in series.values()
-        if s.modality == "SEG"
-        for path in s.files
-    ]
+    files = [path for s in series.values() if s.modality == "SEG" for path in s.files]
+    segmentations = [dicom.read_segmentation(path) for path in files]
     if not segmentations:
         raise DataError(f"{folder}: expected a DICOM SEG beside the images, got none")
     images = {uid for seg in segmentations for uid in seg.refers_to if uid in series}
@@ -190,9 +175,6 @@ def _read_splits(path: Path) -> dict[str, str]:
             f"{path}: expected a column image_id (separator ';'), got {', '.join(rows[0])}"
         )
     return {row["image_id"]: row["split"] for row in rows if row.get("split")}
-
-
-# ---------------------------------------------------------------------------------- dataset.json
 
 
 def _listed_cases(root: Path, channel: int) -> list[Found]:

@@ -1,5 +1,6 @@
-"""The index of a preprocessing cache: `manifest.json`, with checksums, and `skipped.csv`.
+"""The preprocessing cache: its entries, and their index `manifest.json` and `skipped.csv`.
 
+An entry is an `.npz` file whose name has a hash of the source files and the settings.
 The manifest lists every usable structure with the SHA-256 of its sources and of the cache files
 that were asked for (grids; slices and meshes on request), and every skipped one with the reason.
 Training with `--cache_dir` uses only structures listed there.
@@ -10,19 +11,45 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastlora.errors import DataError
-from fastlora.files import atomic_write, read_json, write_json
+from fastlora.files import atomic_write, read_json, read_npz, write_json
 from fastlora.medical.data.generated import sha256
 from fastlora.medical.data.volumes import Case
 
 FORMAT = "fastlora-medical-manifest-1"
 NAME = "manifest.json"
 SKIPPED = "skipped.csv"
+
+log = logging.getLogger(__name__)
+
+Layout = Mapping[str, tuple[str, tuple[int | str, ...]]]
+"""Name → (dtype, shape) of each array of an entry, as `read_npz` checks them."""
+
+
+def read_entry(path: Path, layout: Layout) -> dict[str, NDArray[Any]] | None:
+    """The arrays of an entry; None if it does not exist, or, with a warning in the log, if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return read_npz(path, layout)
+    except (OSError, ValueError) as error:
+        log.warning("%s: damaged cache entry is recomputed (%s)", path, error)
+        return None
+
+
+def write_entry(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an entry atomically: another process may be reading or writing the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: np.savez(file, **arrays))
 
 
 @dataclass(frozen=True)

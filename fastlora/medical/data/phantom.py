@@ -23,15 +23,13 @@ from scipy.spatial.transform import Rotation
 
 from fastlora.errors import ConfigError
 from fastlora.medical.data.generated import generate_folder
+from fastlora.medical.data.geometry import Mask
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import Case, save_volume
 
 Field = NDArray[np.float32]
 Branch = tuple[NDArray[np.float64], NDArray[np.float64], float, float]  # start, end, their radii
 LAYOUT_VERSION = 1  # raise it when the output of write_phantom_dataset changes
-
-
-# Shapes
 
 
 def superquadric(rng: Generator, points: Field) -> Field:
@@ -149,10 +147,7 @@ def smooth_noise(rng: Generator, shape: tuple[int, ...], scale: float) -> Field:
     return standard
 
 
-# One training sample
-
-
-def make_phantom(rng: Generator, size: int = 32) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def make_phantom(rng: Generator, size: int = 32) -> tuple[NDArray[np.float32], Mask]:
     """One random object and its image.
 
     Returns: image (size, size, size) float32 in [0, 1] and mask, the same shape, bool, which fills
@@ -174,7 +169,7 @@ def _cube(size: int) -> Field:
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))
 
 
-def _paint(rng: Generator, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _paint(rng: Generator, mask: Mask) -> NDArray[np.float32]:
     """An image of the mask: grey levels, rim, neighbours, texture, blur, bias field, noise."""
     shape = mask.shape
     ground, contrast = rng.uniform(0.15, 0.85), rng.uniform(0.12, 0.7)
@@ -203,8 +198,6 @@ def _paint(rng: Generator, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     painted: NDArray[np.float32] = np.clip(image, 0, 1)
     return painted
 
-
-# Volumes on disk
 
 GROUND_HU = -70.0  # fat
 # Each shape is in one quadrant of the volume.
@@ -256,7 +249,7 @@ def _write_subject(folder: Path, rng: Generator) -> None:
 
 def _solid_shape(
     rng: Generator, shape: Shape, size: tuple[int, ...], spacing: NDArray[np.float64]
-) -> NDArray[np.bool_]:
+) -> Mask:
     """A shape that fills 2 to 50 % of a box of voxels, undistorted by their spacing."""
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(size, spacing, strict=True)]
     reach = min(float(axis[-1]) for axis in axes)

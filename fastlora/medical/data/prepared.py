@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.cache import Layout, read_entry, write_entry
 from fastlora.medical.data.geometry import (
     FloatArray,
+    Mask,
     apply_affine,
     mesh_from_sdf,
     regrid,
@@ -26,6 +26,7 @@ from fastlora.medical.data.geometry import (
     sdf_from_mask,
     spacing_of,
 )
+from fastlora.medical.data.manifest import Layout, read_entry, write_entry
 from fastlora.medical.data.volumes import Case, Volume, window
 
 CACHE_VERSION = 2  # raise it when what `prepare` computes changes
@@ -72,7 +73,7 @@ class Prepared:
     """
 
     image: NDArray[np.float32]
-    mask: NDArray[np.bool_]
+    mask: Mask
     sdf: NDArray[np.float32]
     affine: FloatArray
     vertices: NDArray[np.float32]
@@ -119,9 +120,7 @@ def prepare(
     return Prepared(pixels, mask, sdf, affine, vertices, mesh.faces.astype(np.int64), cube, to_mm)
 
 
-def _box_around(
-    mask: NDArray[np.bool_], spacing: FloatArray, config: SliceConfig
-) -> tuple[slice, slice, slice]:
+def _box_around(mask: Mask, spacing: FloatArray, config: SliceConfig) -> tuple[slice, slice, slice]:
     """The mask's bounding box with its margin, at least crop_size wide, clipped to the image."""
     sides = []
     for axis, extent in enumerate(ndimage.find_objects(mask.astype(np.uint8))[0]):

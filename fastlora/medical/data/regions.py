@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import FloatArray
+from fastlora.medical.data.geometry import FloatArray, Mask
 from fastlora.medical.data.grids import CELL, COARSE, FINE, SPACING_MM, Array, StructureGrid
 from fastlora.medical.data.splits import MIN_FILLED, RegionSpec, group_of
 
@@ -50,7 +50,7 @@ def _interpolation() -> Array:
     return weights.astype(np.float32)
 
 
-def coarse_structure(mask: NDArray[np.bool_]) -> Array:
+def coarse_structure(mask: Mask) -> Array:
     """(32, 32, 32) bool → (8, 8, 8), the fraction of each cell that is inside."""
     cells = mask.reshape(COARSE, CELL, COARSE, CELL, COARSE, CELL)
     fraction: Array = cells.mean((1, 3, 5), dtype=np.float32)

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import FloatArray, apply_affine, pointmap, spacing_of
+from fastlora.medical.data.geometry import FloatArray, Mask, apply_affine, pointmap, spacing_of
 from fastlora.medical.data.prepared import (
     Prepared,
     SliceConfig,
@@ -73,7 +73,10 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._kept: OrderedDict[int, Prepared] = OrderedDict()
         self.structures = select_structures(cases, classes)
-        self._log_missing()
+        if self.cache_dir is not None:
+            paths = [cache_path(c, s, self.config, self.cache_dir) for c, s in self.structures]
+            if missing := sum(not path.is_file() for path in paths):
+                log.info("%s: preparing slices of %d structures", self.cache_dir, missing)
         self.slices: list[tuple[int, int, int]] = []  # (structure, axis, index along it)
         for number in range(len(self.structures)):
             mask = self._prepared(number).mask
@@ -135,14 +138,6 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": OrderedDict()}  # each worker has its own cache
 
-    def _log_missing(self) -> None:
-        if self.cache_dir is None:
-            return
-        paths = [cache_path(c, s, self.config, self.cache_dir) for c, s in self.structures]
-        missing = sum(not path.is_file() for path in paths)
-        if missing:
-            log.info("%s: preparing slices of %d structures", self.cache_dir, missing)
-
     def _prepared(self, number: int) -> Prepared:
         if number not in self._kept:
             case, structure = self.structures[number]
@@ -180,7 +175,7 @@ def parse_axes(axes: Sequence[str | int]) -> list[int]:
     return sorted({numbers[str(axis)] for axis in axes})
 
 
-def slice_indices(mask: NDArray[np.bool_], axis: int, min_area_px: int) -> list[int]:
+def slice_indices(mask: Mask, axis: int, min_area_px: int) -> list[int]:
     """The indices along an axis where a mask's cross-section has at least `min_area_px` pixels."""
     area = mask.sum(axis=tuple(_plane(axis)))
     found: list[int] = np.flatnonzero(area >= min_area_px).tolist()
@@ -213,7 +208,7 @@ def split_by_subject(
 
 
 def random_move(
-    rng: np.random.Generator, affine: FloatArray, mask: NDArray[np.bool_], axis: int, slice_idx: int
+    rng: np.random.Generator, affine: FloatArray, mask: Mask, axis: int, slice_idx: int
 ) -> FloatArray:
     """A random similarity (4, 4) in mm that maps a slice's plane to itself.
 

@@ -18,12 +18,10 @@ from fastlora.medical.data.volumes import Case
 Index = tuple[int, int, int]
 
 GROUPS = {
-    "vertebra": "spine",
-    "vertebra_corpus": "spine",
-    "vertebra_posterior_elements": "spine",
-    "disc": "spine",
-    "white_matter": "brain",
-    "grey_matter": "brain",
+    **dict.fromkeys(
+        ("vertebra", "vertebra_corpus", "vertebra_posterior_elements", "disc"), "spine"
+    ),
+    **dict.fromkeys(("white_matter", "grey_matter"), "brain"),
 }
 """Table heading of a kind of structure; any other kind is its own heading."""
 

@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,14 @@ from PIL import Image
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data import dicom
-from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray, check_affine, spacing_of
+from fastlora.medical.data.geometry import (
+    MAX_VOXELS,
+    FloatArray,
+    Mask,
+    check_affine,
+    check_spacing,
+    spacing_of,
+)
 
 DEFLATE_RATIO = 1032  # the largest possible of a gzip file
 _UNREADABLE = (
@@ -54,15 +61,15 @@ class Volume:
     """An image or a label map.
 
     array: (X, Y, Z) in RAS order, float32 (image) or int32 (label map). affine: (4, 4) index to mm.
-    spacing: (3,) mm.
     """
 
     array: NDArray[Any]
     affine: FloatArray
-    spacing: FloatArray = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "spacing", spacing_of(self.affine))
+    @property
+    def spacing(self) -> FloatArray:
+        """(3,) mm."""
+        return spacing_of(self.affine)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,7 +116,7 @@ class Case:
         files = file_stamps(self.image_path), file_stamps(source.path)
         return (self.modality, self.part, structure, source.label, *files)
 
-    def load_mask(self, structure: str, image: Volume) -> NDArray[np.bool_]:
+    def load_mask(self, structure: str, image: Volume) -> Mask:
         """The structure's mask on the image's grid, (X, Y, Z) bool.
 
         Raises: DataError if the case has no such structure, or as the function `load_mask`.
@@ -122,7 +129,7 @@ class Case:
         return load_mask(self.structures[structure], image, self.image_path.name)
 
 
-def load_mask(source: Source, image: Volume, name: str = "the image") -> NDArray[np.bool_]:
+def load_mask(source: Source, image: Volume, name: str = "the image") -> Mask:
     """A mask on an image's grid, (X, Y, Z) bool. name: of the image, for errors.
 
     A DICOM SEG may have other slices than the image, but its voxels must coincide with the image's.
@@ -223,10 +230,7 @@ def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
     spacing: mm between columns, rows and slices (for a single slice its thickness).
     Raises: DataError if a file cannot be read, is coloured, or differs in size from the first.
     """
-    path = Path(path)
-    steps = np.asarray(spacing, dtype=np.float64)
-    if steps.shape != (3,) or not (np.isfinite(steps) & (steps > 0)).all():
-        raise DataError(f"spacing: expected three positive lengths in mm, got {steps.tolist()}")
+    path, steps = Path(path), check_spacing(spacing)
     files = sorted(path.glob("*.png")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path}: expected PNG files, got none")

@@ -27,10 +27,8 @@ from scipy.spatial import KDTree
 from skimage.measure import marching_cubes
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data.geometry import FloatArray, Mask
 from fastlora.medical.data.regions import upsample_coarse
-
-FloatArray = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 CHAMFER_POINTS = 4000
 CHAMFER_SEED = 0

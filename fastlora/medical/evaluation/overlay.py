@@ -10,15 +10,15 @@ from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from numpy.typing import NDArray
 
-from fastlora.medical.data.geometry import apply_affine
+from fastlora.medical.data.geometry import Mask, apply_affine
 from fastlora.medical.data.volumes import Volume
-from fastlora.medical.evaluation.pictures import PLANES, draw_grey, mark_sides, png_bytes
+from fastlora.medical.evaluation.pictures import PLANES, draw_grey, png_bytes
 
 MASK_COLOR, MESH_COLOR = "#F0E442", "#56B4E9"
 
 
 def overlay_picture(
-    image: Volume, grey: NDArray[np.float32], mask: NDArray[np.bool_], mesh: trimesh.Trimesh
+    image: Volume, grey: NDArray[np.float32], mask: Mask, mesh: trimesh.Trimesh
 ) -> bytes:
     """PNG: outlines of the mask and of the mesh on three slices of the image, then the mesh in 3-D.
 
@@ -55,14 +55,14 @@ def _draw(
     ax: Axes,
     image: Volume,
     grey: NDArray[np.float32],
-    mask: NDArray[np.bool_],
+    mask: Mask,
     mesh: trimesh.Trimesh,
     plane: str,
     index: int,
 ) -> None:
     """One slice, in the coordinates of `draw_grey`; the mesh is in the same coordinates."""
     axis, across, up = PLANES[plane]
-    draw_grey(ax, grey, image.spacing, plane, index)
+    draw_grey(ax, grey, image.affine, plane, index)
     drawn = np.take(mask, index, axis=axis).T
     if drawn.any() and not drawn.all() and min(drawn.shape) > 1:
         x, y = (image.spacing[n] * np.arange(image.shape[n]) for n in (across, up))
@@ -72,5 +72,3 @@ def _draw(
     origin[axis] = image.spacing[axis] * index + 1e-6  # avoids vertices in the plane
     cut = trimesh.intersections.mesh_plane(mesh, normal, origin)
     ax.add_collection(LineCollection(cut[:, :, [across, up]], colors=MESH_COLOR, linewidths=1.4))
-    mark_sides(ax, image.affine, across, up)
-    ax.set_axis_off()

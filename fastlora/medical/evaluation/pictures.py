@@ -20,12 +20,12 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
-from fastlora.medical.data.geometry import apply_affine
+from fastlora.medical.data.geometry import FloatArray, apply_affine, spacing_of
+from fastlora.medical.data.grids import Array
 from fastlora.medical.evaluation.evaluate import LABELS, Run
 from fastlora.medical.evaluation.metrics import zero_level
 from fastlora.medical.evaluation.tables import words
 
-FloatArray = NDArray[np.float32]
 Content = Mapping[str, Any]
 
 MARKS = {
@@ -64,9 +64,6 @@ WHITE: dict[str, Any] = {
 ERROR_RANGE_MM = 4.0
 POSITION_UNIT_MM = 0.01
 ERROR_UNIT_MM = 0.05
-
-
-# ------------------------------------------------------------------------------------------- charts
 
 
 def _layout(title: str, x: str, y: str, **more: Any) -> dict[str, Any]:
@@ -134,16 +131,11 @@ def _curve(name: str, points: Sequence[tuple[int, float]], color: str, dash: str
     return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": line}
 
 
-# ------------------------------------------------------------------------------------------ slices
-
-
-def slice_picture(
-    image: FloatArray, fields: Mapping[str, FloatArray], affine: NDArray[np.float64], spacing: float
-) -> bytes:
+def slice_picture(image: Array, fields: Mapping[str, Array], affine: FloatArray) -> bytes:
     """PNG: the input in an axial slice, then axial, coronal and sagittal slices with the outlines.
 
     image: (X, Y, Z) in [0, 1]. fields: for each of `OUTLINES` (X, Y, Z), negative inside.
-    affine: (4, 4) index to mm. spacing: mm.
+    affine: (4, 4) index to mm, isotropic.
     """
     figure = Figure(figsize=(12.0, 3.25), dpi=100, layout="constrained")
     axes = figure.subplots(1, 4)
@@ -154,7 +146,7 @@ def slice_picture(
         axis = PLANES[plane][0]
         rest = tuple(n for n in range(3) if n != axis)
         index = int(inside.sum(axis=rest).argmax())
-        _draw_slice(ax, image, drawn, affine, spacing, plane, index)
+        _draw_slice(ax, image, drawn, affine, plane, index)
         ax.set_title(f"{plane}: the input" if drawn is inputs else plane, fontsize=10)
     return png_bytes(figure)
 
@@ -168,54 +160,51 @@ def png_bytes(figure: Figure) -> bytes:
 
 def _draw_slice(
     ax: Axes,
-    image: FloatArray,
-    fields: Mapping[str, FloatArray],
-    affine: NDArray[np.float64],
-    spacing: float,
+    image: Array,
+    fields: Mapping[str, Array],
+    affine: FloatArray,
     plane: str,
     index: int,
 ) -> None:
     axis, across, up = PLANES[plane]
-    draw_grey(ax, image, np.full(3, spacing), plane, index, "bilinear")
+    draw_grey(ax, image, affine, plane, index, "bilinear")
+    spacing = float(spacing_of(affine)[0])  # isotropic
     for name, field in fields.items():
         values, line = np.take(field, index, axis=axis).T, OUTLINES[name]
         if values.min() < 0 < values.max():
             y, x = (spacing * np.arange(count) for count in values.shape)
             drawn = ax.contour(x, y, values, [0.0], colors=line.color, linewidths=line.width)
             drawn.set_linestyle((0, line.dashes) if line.dashes else "solid")
-    mark_sides(ax, affine, across, up)
     begin = 1.5 * spacing
     ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
     ax.text(begin + 5.0, begin + 0.6 * spacing, "10 mm", fontsize=8, ha="center", **WHITE)
-    ax.set_axis_off()
 
 
 def draw_grey(
     ax: Axes,
-    image: FloatArray,
-    spacing: NDArray[np.float64],
+    image: Array,
+    affine: FloatArray,
     plane: str,
     index: int,
     interpolation: str | None = None,
 ) -> None:
-    """Draw a slice of an image (X, Y, Z) in [0, 1], in mm along its axes from its first voxel's centre."""
+    """Draw a slice of an image (X, Y, Z) in [0, 1] and label the patient's sides.
+
+    Coordinates are mm along the image's axes from the centre of its first voxel. affine: (4, 4)
+    index to RAS mm. plane: of `PLANES`. index: of the slice.
+    """
     axis, across, up = PLANES[plane]
+    spacing = spacing_of(affine)
     low, high = -0.5 * spacing, spacing * (np.array(image.shape) - 0.5)
     extent = (low[across], high[across], low[up], high[up])
     pixels = np.take(image, index, axis=axis).T  # rows run up, columns across
     style: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "origin": "lower"}
     ax.imshow(pixels, extent=extent, interpolation=interpolation, **style)
-
-
-def mark_sides(ax: Axes, affine: NDArray[np.float64], across: int, up: int) -> None:
-    """Label a slice with the patient's sides, flipped so that right and front are on the left.
-
-    affine: (4, 4) index to RAS mm. across, up: the horizontal and vertical axis of the picture.
-    """
+    ax.set_axis_off()
     opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
     directions = nib.aff2axcodes(affine)
     right, top = directions[across], directions[up]
-    if right in "RA":
+    if right in "RA":  # right and front of the patient are drawn on the left
         ax.invert_xaxis()
         right = opposite[right]
     for letter, x, y, ha, va in (
@@ -247,10 +236,7 @@ def outline_legend(keys: Sequence[str]) -> str:
     return "".join(items)
 
 
-# ---------------------------------------------------------------------------------------- surfaces
-
-
-def browser_region(sample: Mapping[str, Any], fields: Mapping[str, FloatArray]) -> dict[str, Any]:
+def browser_region(sample: Mapping[str, Any], fields: Mapping[str, Array]) -> dict[str, Any]:
     """A region of the 3-D view: meshes of the truth and of `fields` (title → level set), and its box in mm."""
     truth, affine = sample["sdf_vox"], sample["affine"]
     meshes: list[dict[str, Any]] = [{"title": "Truth", **(browser_mesh(truth, affine) or {})}]
@@ -274,9 +260,9 @@ def error_axis() -> dict[str, Any]:
 
 
 def browser_mesh(
-    field: FloatArray,
-    affine: NDArray[np.float64],
-    true_sdf_vox: FloatArray | None = None,
+    field: Array,
+    affine: FloatArray,
+    true_sdf_vox: Array | None = None,
     spacing: float = 1.0,
 ) -> dict[str, Any] | None:
     """A surface as the report's script reads it, base64 of integers; None without a surface.

@@ -15,18 +15,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from fastlora.medical.evaluation import tables
+from fastlora.medical.evaluation import pictures, tables
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Run
-from fastlora.medical.evaluation.pictures import (
-    OUTLINES,
-    browser_region,
-    dice_chart,
-    error_axis,
-    outline_legend,
-    png_tag,
-    slice_picture,
-    training_charts,
-)
 from fastlora.medical.evaluation.results import EVERYTHING
 from fastlora.medical.evaluation.tables import number, place, words
 from fastlora.medical.training.config import TrainConfig
@@ -72,7 +62,7 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
         structures=tables.detail(content["structures"], content, "structures"),
         regions=tables.detail(content["records"], content, "regions"),
         spacing=" or ".join(f"{spacing:g}" for spacing in spacings),
-        legend=outline_legend(list(OUTLINES)),
+        legend=pictures.outline_legend(list(pictures.OUTLINES)),
         slices="".join(_slices(evaluation, index, why) for index, why in shown),
         validation_note=VALIDATION_NOTES[split["held_out_side"] == "val"],
         split=html.escape(
@@ -98,10 +88,10 @@ def _view(
     regions = []
     for index, why in shown:
         fields = {LABELS[key]: evaluation.predictions[key][index] for key in ("base", "lora")}
-        region = browser_region(evaluation.samples[index], fields)
+        region = pictures.browser_region(evaluation.samples[index], fields)
         regions.append({"title": f"{title(evaluation, index)} ({why})", **region})
-    charts = {"dice-chart": dice_chart(content), **training_charts(runs)}
-    return {"charts": charts, "regions": regions, "coloraxis": error_axis()}
+    charts = {"dice-chart": pictures.dice_chart(content), **pictures.training_charts(runs)}
+    return {"charts": charts, "regions": regions, "coloraxis": pictures.error_axis()}
 
 
 def _tab_rules() -> str:
@@ -186,16 +176,18 @@ def title(evaluation: Evaluation, index: int) -> str:
 def slices_png(evaluation: Evaluation, index: int) -> bytes:
     """Slices of a region with the outlines of truth, base and LoRA."""
     sample = evaluation.samples[index]
-    fields = {key: evaluation.predictions[key][index] for key in OUTLINES if key != "truth"}
+    fields = {
+        key: evaluation.predictions[key][index] for key in pictures.OUTLINES if key != "truth"
+    }
     fields["truth"] = sample["sdf_vox"]
-    return slice_picture(sample["image"], fields, sample["affine"], float(sample["spacing"]))
+    return pictures.slice_picture(sample["image"], fields, sample["affine"])
 
 
 def _slices(evaluation: Evaluation, index: int, why: str) -> str:
     name = html.escape(title(evaluation, index))
     dice = {r["method"]: r["dice"] for r in evaluation.records if r["index"] == index}
     scores = f"base {number('dice', dice['base'])}, LoRA {number('dice', dice['lora'])}"
-    picture = png_tag(slices_png(evaluation, index), f"Slices of {name} with outlines")
+    picture = pictures.png_tag(slices_png(evaluation, index), f"Slices of {name} with outlines")
     return (
         f"<figure><figcaption><strong>{name}</strong> ({html.escape(why)}; {scores})</figcaption>"
         f"{picture}</figure>"

@@ -76,20 +76,18 @@ def statistics(structures: Sequence[Record]) -> dict[str, Any]:
         places = [place for place in order if subject in (None, place[0])]
         return [values[method][place][key] for place in places]
 
+    def means(subject: str | None = None) -> dict[str, Any]:
+        return {m: {k: mean_with_interval(column(m, k, subject)) for k in KEYS} for m in values}
+
     return {
         "unit": "a structure of a subject",
         "resamples": RESAMPLES,
-        "methods": {m: {k: mean_with_interval(column(m, k)) for k in KEYS} for m in values},
+        "methods": means(),
         "pairs": [
             {"one": a, "other": b}
             | {k: paired_difference(column(a, k), column(b, k)) for k in KEYS}
             for a, b in PAIRS
             if a in values and b in values
         ],
-        "subjects": {
-            subject: {
-                m: {k: mean_with_interval(column(m, k, subject)) for k in KEYS} for m in values
-            }
-            for subject in sorted({place[0] for place in order})
-        },
+        "subjects": {subject: means(subject) for subject in sorted({place[0] for place in order})},
     }

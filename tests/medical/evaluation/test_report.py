@@ -412,9 +412,9 @@ def test_error_colours_are_symmetric():
 def test_slices_are_pictures_even_where_a_method_is_empty(affine):
     image = np.random.default_rng(0).random((32, 32, 32), dtype=np.float32)
     fields = {"truth": ball(), "baseline": ball(7), "base": ball(6), "lora": np.ones_like(image)}
-    png = slice_picture(image, fields, affine, 1.5)
+    png = slice_picture(image, fields, affine)
     assert png.startswith(b"\x89PNG")
-    assert png != slice_picture(image, {**fields, "base": ball(5)}, affine, 1.5)
+    assert png != slice_picture(image, {**fields, "base": ball(5)}, affine)
     assert png_tag(png, "a").startswith('<img alt="a" src="data:image/png;base64,iVBOR')
 
 
