@@ -43,7 +43,8 @@ def preprocess(
 ) -> Iterator[Outcome]:
     """Prepare (case, structure) pairs and yield an outcome for each; a case's image is read once.
 
-    Entries already in the cache are not recomputed, so an interrupted run can be continued.
+    Entries already in the cache are not recomputed, so an interrupted run can be continued; meshes
+    are recomputed unless slices are cached too.
 
     num_workers: processes, each working on one case at a time; 0 uses the calling process.
     Raises: ConfigError if it is negative; DataError at the first structure that cannot be used,
