@@ -253,7 +253,7 @@ class LoRALayer(nn.Module, ABC):
         return weight.to(wide) + self.delta(wide)
 
 
-def of_wrapped(name: str) -> Any:
+def wrapped_attribute(name: str) -> Any:
     """A read-only property: the wrapped layer's attribute `name`, which code around the layer may ask for."""
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
 

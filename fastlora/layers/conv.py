@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
-from fastlora.layers.base import LoRALayer, Shape, of_wrapped
+from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 from fastlora.ops.dispatch import Choice
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -32,14 +32,14 @@ class LoRAConv(LoRALayer):
     wrapped_name = "original_layer"
     kind = "conv"
     original_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
-    in_channels = of_wrapped("in_channels")
-    out_channels = of_wrapped("out_channels")
-    kernel_size = of_wrapped("kernel_size")
-    stride = of_wrapped("stride")
-    padding = of_wrapped("padding")
-    padding_mode = of_wrapped("padding_mode")
-    dilation = of_wrapped("dilation")
-    groups = of_wrapped("groups")
+    in_channels = wrapped_attribute("in_channels")
+    out_channels = wrapped_attribute("out_channels")
+    kernel_size = wrapped_attribute("kernel_size")
+    stride = wrapped_attribute("stride")
+    padding = wrapped_attribute("padding")
+    padding_mode = wrapped_attribute("padding_mode")
+    dilation = wrapped_attribute("dilation")
+    groups = wrapped_attribute("groups")
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:

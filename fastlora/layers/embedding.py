@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, of_wrapped
+from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 from fastlora.ops.dispatch import Choice
 
 
@@ -26,9 +26,9 @@ class LoRAEmbedding(LoRALayer):
     kind = "embedding"
     takes_dropout = False
     original_layer: nn.Embedding
-    num_embeddings = of_wrapped("num_embeddings")
-    embedding_dim = of_wrapped("embedding_dim")
-    padding_idx = of_wrapped("padding_idx")
+    num_embeddings = wrapped_attribute("num_embeddings")
+    embedding_dim = wrapped_attribute("embedding_dim")
+    padding_idx = wrapped_attribute("padding_idx")
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:

@@ -38,11 +38,11 @@ def initialise(layer: LoRALayer, how: str) -> None:
             layer.lora_B.copy_(0.1 * torch.randn(n, half, device=device) @ odd)
     elif how.startswith(("pissa", "olora")):
         assert isinstance(layer, LoRALinear)
-        _take_from_weight(layer, how)
+        _initialise_from_weight(layer, how)
 
 
 @torch.no_grad()
-def _take_from_weight(layer: LoRALinear, how: str) -> None:
+def _initialise_from_weight(layer: LoRALinear, how: str) -> None:
     weight = layer.dequantised_matrix()
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, rank = weight.to(wide), layer.rank

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from fastlora.config import LoRAConfig, Targets, check_hyperparameters
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import LoRALayer
+from fastlora.model.adapter_registry import (
+    AdapterRegistry,
+    clear_extra_trainable,
+    get_registry,
+    registries,
+    set_registry,
+)
 from fastlora.model.inject import inject_lora
-from fastlora.model.record import AdapterRecord, forget_trained, get_record, records, set_record
-from fastlora.model.selection import make_plan, suggest, to_config
+from fastlora.model.selection import select_layers, suggest, to_config
 
 DEFAULT_NAME = "default"
 
@@ -53,8 +59,8 @@ def add_adapter(
             "modules_to_save, bias: expected none for an adapter beside others: all adapters of a model share its heads and "
             "biases, so training them for one would change the others"
         )
-    with adding(model, name) as plain:
-        if not make_plan(plain, config):
+    with inject_as(model, name) as plain:
+        if not select_layers(plain, config):
             raise InjectionError(
                 f"model: no layer matches {config.target_modules!r}{suggest(plain, config)}"
             )
@@ -74,19 +80,19 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     Raises: ConfigError if there is no such adapter. InjectionError inside `disable_adapter`, or naming each place where a
     module was replaced (merged, quantised, assigned) since the adapter was installed. The model is unchanged then.
     """
-    keeper, record = _record(model)
-    _switch(keeper, record, None if name is None else _known(record, name))
-    set_record(keeper, record)
+    owner, registry = _registry(model)
+    _switch(owner, registry, None if name is None else _known(registry, name))
+    set_registry(owner, registry)
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the adapter that stands in the model, or None."""
-    return _record(model)[1].active
+    return _registry(model)[1].active
 
 
 def list_adapters(model: nn.Module) -> list[str]:
     """The names of the model's adapters, active or not, in the order in which they were added."""
-    return list(_record(model)[1].adapters)
+    return list(_registry(model)[1].adapters)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -96,16 +102,16 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises: ConfigError if there is no such adapter. InjectionError if it is the active one inside `disable_adapter`.
     """
-    keeper, record = _record(model)
-    _known(record, name)
-    if name == record.active:
-        _refuse_disabled(record)
-        _take_out(keeper, record.adapters[name])
-        record.active = None
-    del record.adapters[name]
-    if not record.adapters:
-        forget_trained(keeper)
-    set_record(keeper, record)
+    owner, registry = _registry(model)
+    _known(registry, name)
+    if name == registry.active:
+        _refuse_disabled(registry)
+        _take_out(owner, registry.adapters[name])
+        registry.active = None
+    del registry.adapters[name]
+    if not registry.adapters:
+        clear_extra_trainable(owner)
+    set_registry(owner, registry)
 
 
 @contextmanager
@@ -145,12 +151,12 @@ def combine_adapters(
     Raises: ConfigError for a name that is not there or is taken, and for a bad weight, method or rank. InjectionError if the adapters are
     around different base layers, have DoRA, or adapt a convolution with groups.
     """
-    keeper, record = _record(model)
-    _check_new(record, new_name, "new_name")
+    owner, registry = _registry(model)
+    _check_new(registry, new_name, "new_name")
     if not isinstance(weights, Mapping) or not weights:
         raise ConfigError(f"weights: expected a mapping of adapter name → weight, got {weights!r}")
     for name, weight in weights.items():
-        _known(record, name, "weights")
+        _known(registry, name, "weights")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ConfigError(f"weights[{name!r}]: expected a number, got {weight!r}")
         if not math.isfinite(weight):
@@ -164,7 +170,7 @@ def combine_adapters(
     bases: dict[str, nn.Module] = {}
     parts: dict[nn.Module, dict[LoRALayer, float]] = {}
     for name, weight in weights.items():
-        for path, layer in record.adapters[name].items():
+        for path, layer in registry.adapters[name].items():
             base = layer.wrapped
             if bases.setdefault(path, base) is not base:
                 raise InjectionError(
@@ -175,58 +181,58 @@ def combine_adapters(
                 raise InjectionError(f"weights: {path} of {name!r} {reason}")
             parts.setdefault(base, {})[layer] = float(weight)
     made = {base: _combined(layers, method, rank) for base, layers in parts.items()}
-    record.adapters[new_name] = {path: made[base] for path, base in bases.items()}
-    set_record(keeper, record)
+    registry.adapters[new_name] = {path: made[base] for path, base in bases.items()}
+    set_registry(owner, registry)
     return len(made)
 
 
 @contextmanager
-def adding(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def inject_as(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """Within it the model that it gives is plain and has no record; what is injected there is kept, inactive, as the adapter `name`.
 
     The adapter that was active before is active again afterwards. On an exception all is as before.
 
     Raises: as `add_adapter`; InjectionError if nothing was injected.
     """
-    keeper, record = _record(model)
-    _check_new(record, name)
-    before = record.active
-    _switch(keeper, record, None)
-    set_record(keeper, None)
+    owner, registry = _registry(model)
+    _check_new(registry, name)
+    before = registry.active
+    _switch(owner, registry, None)
+    set_registry(owner, None)
     try:
-        yield keeper
-        added = _installed(keeper)
+        yield owner
+        added = _installed(owner)
         if not added:
             raise InjectionError("model: no layer was adapted")
-        record.adapters[name] = added
+        registry.adapters[name] = added
     finally:
-        _take_out(keeper, _installed(keeper))
-        set_record(keeper, record)
-        _switch(keeper, record, before)
+        _take_out(owner, _installed(owner))
+        set_registry(owner, registry)
+        _switch(owner, registry, before)
 
 
-def _record(model: nn.Module) -> tuple[nn.Module, AdapterRecord]:
+def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
     """The module that keeps the record of `model`'s adapters, and the record; a new one if there is none yet.
 
     What `torch.compile`, DistributedDataParallel and the like wrap around a model is seen through.
     """
-    keeper = model
-    while len(keeper._modules) == 1 and (inner := _wrapped(keeper)) is not None:
-        keeper = inner
-    record = get_record(keeper)
-    if record is not None:
-        return keeper, record
-    for path, other in records(keeper):
+    owner = model
+    while len(owner._modules) == 1 and (inner := _wrapped(owner)) is not None:
+        owner = inner
+    registry = get_registry(owner)
+    if registry is not None:
+        return owner, registry
+    for path, other in registries(owner):
         names = ", ".join(map(repr, other.adapters))
         raise InjectionError(
             f"model: its part {path} keeps the adapters {names}; call with that part"
         )
-    layers = _installed(keeper)
+    layers = _installed(owner)
     if "" in layers:
         raise InjectionError(
             "model: is itself an adapted layer; call with the model that holds it, or give it a parent"
         )
-    return keeper, AdapterRecord(
+    return owner, AdapterRegistry(
         {DEFAULT_NAME: layers} if layers else {}, DEFAULT_NAME if layers else None
     )
 
@@ -244,19 +250,19 @@ def _installed(model: nn.Module) -> dict[str, LoRALayer]:
     }
 
 
-def _switch(keeper: nn.Module, record: AdapterRecord, name: str | None) -> None:
+def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> None:
     """Put the wrappers of `name` in the place of the active adapter's. All places are checked before the first changes."""
-    if name == record.active:
+    if name == registry.active:
         return
-    _refuse_disabled(record)
-    old = {} if record.active is None else record.adapters[record.active]
-    new = {} if name is None else record.adapters[name]
+    _refuse_disabled(registry)
+    old = {} if registry.active is None else registry.adapters[registry.active]
+    new = {} if name is None else registry.adapters[name]
     problems, swaps = [], []
     for path in old | new:
-        parent, attribute, present = _look_up(keeper, path)
+        parent, attribute, present = _look_up(owner, path)
         if path in old and present is not old[path]:
             problems.append(
-                f"{path}: the wrapper of {record.active!r} was replaced by {_kind(present)}"
+                f"{path}: the wrapper of {registry.active!r} was replaced by {_kind(present)}"
             )
             continue
         plain = old[path].wrapped if path in old else present
@@ -269,13 +275,13 @@ def _switch(keeper: nn.Module, record: AdapterRecord, name: str | None) -> None:
         swaps.append((parent, attribute, new.get(path, plain)))
     if problems:
         raise InjectionError(
-            f"cannot switch from {record.active!r} to {name!r}: " + "; ".join(problems)
+            f"cannot switch from {registry.active!r} to {name!r}: " + "; ".join(problems)
         )
     for layer in new.values():
         _follow(layer)
     for parent, attribute, module in swaps:
         setattr(parent, attribute, module)
-    record.active = name
+    registry.active = name
 
 
 def _follow(layer: LoRALayer) -> None:
@@ -286,21 +292,21 @@ def _follow(layer: LoRALayer) -> None:
     layer.training = layer.wrapped.training
 
 
-def _take_out(keeper: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+def _take_out(owner: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     """Put the wrapped layer in each place where the wrapper still stands."""
     for path, layer in layers.items():
-        parent, attribute, present = _look_up(keeper, path)
+        parent, attribute, present = _look_up(owner, path)
         if present is layer:
             setattr(parent, attribute, layer.wrapped)
 
 
-def _look_up(keeper: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module | None]:
+def _look_up(owner: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module | None]:
     """(parent, attribute, module) at `path`; the module is None if it or its parent is gone."""
     place, _, attribute = path.rpartition(".")
     try:
-        parent = keeper.get_submodule(place)
+        parent = owner.get_submodule(place)
     except AttributeError:
-        return keeper, attribute, None
+        return owner, attribute, None
     return parent, attribute, parent._modules.get(attribute)
 
 
@@ -308,25 +314,25 @@ def _kind(module: nn.Module | None) -> str:
     return "nothing" if module is None else f"another {type(module).__name__}"
 
 
-def _refuse_disabled(record: AdapterRecord) -> None:
-    active = {} if record.active is None else record.adapters[record.active]
+def _refuse_disabled(registry: AdapterRegistry) -> None:
+    active = {} if registry.active is None else registry.adapters[registry.active]
     if any(layer.disabled for layer in active.values()):
         raise InjectionError(
-            f"model: its adapter {record.active!r} is disabled; switch adapters outside of disable_adapter"
+            f"model: its adapter {registry.active!r} is disabled; switch adapters outside of disable_adapter"
         )
 
 
-def _check_new(record: AdapterRecord, name: str, argument: str = "name") -> None:
+def _check_new(registry: AdapterRegistry, name: str, argument: str = "name") -> None:
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{argument}: expected a non-empty string, got {name!r}")
-    if name in record.adapters:
+    if name in registry.adapters:
         raise ConfigError(f"{argument}: the model already has an adapter {name!r}; delete it first")
 
 
-def _known(record: AdapterRecord, name: str, argument: str = "name") -> str:
-    if name in record.adapters:
+def _known(registry: AdapterRegistry, name: str, argument: str = "name") -> str:
+    if name in registry.adapters:
         return name
-    names = list(record.adapters)
+    names = list(registry.adapters)
     if not names:
         raise ConfigError(f"{argument}: the model has no adapters, so none is called {name!r}")
     close = nearest(str(name), names) or f"; it has {', '.join(names[:5])}"

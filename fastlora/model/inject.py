@@ -13,16 +13,16 @@ from fastlora.errors import FastLoRAWarning, InjectionError
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
-from fastlora.model.record import TRAINED
+from fastlora.model.adapter_registry import EXTRA_TRAINABLE
 from fastlora.model.selection import (
-    Plan,
+    Selection,
     attention_projections,
-    make_plan,
+    extra_trainable,
     nearest_names,
+    select_layers,
     suggest,
     to_config,
-    trained_beside,
-    why_patterns_fail,
+    unmatched_pattern,
 )
 
 DEFAULT_OUTPUT_LAYERS = ("out_layer",)
@@ -55,13 +55,13 @@ def inject_lora(
     names there are.
     """
     config = to_config(target_modules, rank, alpha, dropout)
-    plan = make_plan(model, config)
-    problem = why_patterns_fail(model, config, plan)
-    trained = trained_beside(model, config, plan)
+    selected = select_layers(model, config)
+    problem = unmatched_pattern(model, config, selected)
+    trained = extra_trainable(model, config, selected)
     if isinstance(target_modules, LoRAConfig):
         if problem is not None:
             raise InjectionError(problem)
-    elif not plan:
+    elif not selected:
         warnings.warn(
             f"inject_lora: no layer matches {target_modules or DEFAULT_TARGETS!r}; nothing was changed"
             f"{suggest(model, config)}",
@@ -70,9 +70,9 @@ def inject_lora(
         )
     elif problem is not None and target_modules is not None:  # the defaults name several families
         warnings.warn(f"inject_lora: {problem}", FastLoRAWarning, stacklevel=2)
-    count = _wrap(model, plan)
+    count = _wrap(model, selected)
     for module, names in trained.items():
-        setattr(module, TRAINED, names)  # for freeze_base_params
+        setattr(module, EXTRA_TRAINABLE, names)  # for freeze_base_params
     return count
 
 
@@ -91,7 +91,7 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     kept = adapters | {
         id(module._parameters[name])
         for module in model.modules()
-        for name in getattr(module, TRAINED, ())
+        for name in getattr(module, EXTRA_TRAINABLE, ())
     }
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)
@@ -160,12 +160,12 @@ def setup_lora_for_medical_finetuning(
         rank_pattern=ranks,
         alpha_pattern={name: alpha * own / rank for name, own in ranks.items()},
     )
-    plan = make_plan(model, config)
-    if not plan:
+    selected = select_layers(model, config)
+    if not selected:
         raise InjectionError(
             f"model: no layer matches {config.target_modules!r}{suggest(model, config)}"
         )
-    taken = [path for path, _ in plan.values()]
+    taken = [path for path, _ in selected.values()]
     for pattern in ranks:
         if not any(config.matches(pattern, path) for path in taken):
             raise InjectionError(
@@ -175,19 +175,19 @@ def setup_lora_for_medical_finetuning(
     if unfreeze_output_layers:
         whole = [name for name in names if name not in ranks]
         trained = _output_parameters(model, whole, set(taken))
-    _wrap(model, plan)
+    _wrap(model, selected)
     freeze_base_params(model)
     for parameter in trained:
         parameter.requires_grad_(True)
     return count_parameters(model)
 
 
-def _wrap(model: nn.Module, plan: Plan) -> int:
-    """Put an adapted layer in the place of every layer of the plan, under all its names. Returns how many there are."""
+def _wrap(model: nn.Module, selected: Selection) -> int:
+    """Put an adapted layer in the place of every layer of the selected, under all its names. Returns how many there are."""
     projections = attention_projections(model)
     ignores_dropout = [
         path
-        for linear, (path, chosen) in plan.items()
+        for linear, (path, chosen) in selected.items()
         if chosen.dropout > 0 and linear in projections
     ]
     if ignores_dropout:
@@ -197,9 +197,9 @@ def _wrap(model: nn.Module, plan: Plan) -> int:
             FastLoRAWarning,
             stacklevel=3,
         )
-    wrapped = {module: wrap(module, chosen) for module, (_, chosen) in plan.items()}
+    wrapped = {module: wrap(module, chosen) for module, (_, chosen) in selected.items()}
     for module, layer in wrapped.items():
-        initialise(layer, plan[module][1].init_lora_weights)
+        initialise(layer, selected[module][1].init_lora_weights)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in wrapped and not isinstance(parent, LoRALayer):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
 from fastlora.layers.base import LoRALayer
-from fastlora.model.record import (
-    copy_without_records,
-    drop_records,
-    forget_trained,
+from fastlora.model.adapter_registry import (
+    clear_extra_trainable,
+    copy_active,
+    drop_registries,
     inactive_adapters,
 )
 
@@ -108,13 +108,13 @@ def merge_lora_weights(
             "delete them first, or merge a copy (merged_model)"
         )
     _raise_or_warn(merge_report(model, dtype), "merge_lora_weights")
-    return _merge(model if inplace else copy_without_records(model), dtype)
+    return _merge(model if inplace else copy_active(model), dtype)
 
 
 def merged_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     """A deep copy of `model` with its active adapter merged, sharing nothing with it. As `merge_lora_weights` otherwise."""
     _raise_or_warn(merge_report(model, dtype), "merged_model")
-    return _merge(copy_without_records(model), dtype)
+    return _merge(copy_active(model), dtype)
 
 
 def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
@@ -176,8 +176,8 @@ def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
             fresh = layer.merge_weights(dtype)
             for parent, name in places:
                 setattr(parent, name, fresh)
-        drop_records(model)
-    forget_trained(model)
+        drop_registries(model)
+    clear_extra_trainable(model)
     return model if dtype is None else model.to(dtype)
 
 

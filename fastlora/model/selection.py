@@ -13,15 +13,15 @@ from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, la
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
-from fastlora.model.record import inactive_adapters
+from fastlora.model.adapter_registry import inactive_adapters
 
 # The layers to wrap, each with its path and the config whose rank, alpha and dropout it gets.
-Plan = dict[nn.Module, tuple[str, LoRAConfig]]
+Selection = dict[nn.Module, tuple[str, LoRAConfig]]
 Status = Literal["selected", "excluded", "not targeted"]
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class Decision:
     """What a config says of one layer under one of its names.
 
     config: holds the layer's own rank, alpha and dropout if it is selected, else None. pattern: what selected or excluded it;
@@ -51,8 +51,8 @@ def to_config(
     return LoRAConfig(targets, rank=rank, alpha=alpha, dropout=dropout)
 
 
-def judge(model: nn.Module, config: LoRAConfig) -> list[Verdict]:
-    """A verdict on every layer of the config's kinds that is not inside an adapted one, suitable or not, under each of its names.
+def decide(model: nn.Module, config: LoRAConfig) -> list[Decision]:
+    """A decision on every layer of the config's kinds that is not inside an adapted one, suitable or not, under each of its names.
 
     A layer under several names is taken if any of them is selected, as the first that is; its later names are left out.
 
@@ -60,19 +60,19 @@ def judge(model: nn.Module, config: LoRAConfig) -> list[Verdict]:
     """
     head = output_embeddings(model) if ALL_LINEAR in config.targets else None
     wrapped = {id(layer.wrapped) for _, layer in named_lora_layers(model)}
-    verdicts: list[Verdict] = []
+    decisions: list[Decision] = []
     taken: set[nn.Module] = set()
     for path, module in candidates(model, config):
         if module in taken or id(module) in wrapped:
             continue
-        verdict = _judge_one(config, path, module, head)
-        verdicts.append(verdict)
-        if verdict.config is not None:
+        decision = _decide_layer(config, path, module, head)
+        decisions.append(decision)
+        if decision.config is not None:
             taken.add(module)
-    return verdicts
+    return decisions
 
 
-def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
+def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     """The layers to wrap. Changes nothing.
 
     Raises: InjectionError if the model is a linear layer, already has adapters, active or not, or a selected layer cannot be adapted.
@@ -94,27 +94,27 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
             f"model: already has {len(existing)} adapted layers (first: {existing[0]}); "
             "merge them before injecting again, or add another adapter by name with fastlora.add_adapter"
         )
-    plan = {
-        verdict.module: (verdict.path, verdict.config)
-        for verdict in judge(model, config)
-        if verdict.config is not None
+    selected = {
+        decision.module: (decision.path, decision.config)
+        for decision in decide(model, config)
+        if decision.config is not None
     }
-    problems = [(path, why_unsuitable(module, own)) for module, (path, own) in plan.items()]
+    problems = [(path, why_unsuitable(module, own)) for module, (path, own) in selected.items()]
     refused = [f"{path}: {reason}" for path, reason in problems if reason is not None]
     if refused:
         raise InjectionError("cannot adapt " + "; ".join(refused))
-    return plan
+    return selected
 
 
-def trained_beside(
-    model: nn.Module, config: LoRAConfig, plan: Plan
+def extra_trainable(
+    model: nn.Module, config: LoRAConfig, selected: Selection
 ) -> dict[nn.Module, tuple[str, ...]]:
     """Names of the parameters of its own that a module trains beside the adapters, by `modules_to_save` and `bias`.
 
     Raises: InjectionError if a name in `modules_to_save` is no module's, or one that gets an adapter or holds such a layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    adapted = sorted(path for path, _ in plan.values())
+    adapted = sorted(path for path, _ in selected.values())
     trained = []
     for name in config.modules_to_save:
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
@@ -129,7 +129,9 @@ def trained_beside(
                     f"modules_to_save: {path} is or holds {inside}, which gets an adapter"
                 )
             trained += [(m, name) for m in modules[path].modules() for name in m._parameters]
-    trained += [(module, "bias") for module, (_, own) in plan.items() if own.bias == "lora_only"]
+    trained += [
+        (module, "bias") for module, (_, own) in selected.items() if own.bias == "lora_only"
+    ]
     if config.bias == "all":
         # in_proj_bias of an attention and bias_ih_l0 of an LSTM too, as in PEFT
         trained += [(m, name) for m in model.modules() for name in m._parameters if "bias" in name]
@@ -140,10 +142,10 @@ def trained_beside(
     return found
 
 
-def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str | None:
+def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection) -> str | None:
     """The first pattern or layer index that matches nothing, with the nearest names; None if each matches."""
     every = [path for path, _ in candidates(model, config)]
-    taken = [path for path, _ in plan.values()]
+    taken = [path for path, _ in selected.values()]
     for name, patterns, paths in (
         ("target_modules", config.targets, every),
         ("exclude", tuple(config.exclude), every),
@@ -163,7 +165,7 @@ def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str |
     unused = [i for i in config.indices if i not in numbers]
     if unused:
         return f"layers_to_transform: no adapted layer has the index {unused[0]}; there are {sorted(numbers)}"
-    if not plan:
+    if not selected:
         return f"target_modules: no layer was selected{suggest(model, config)}"
     return None
 
@@ -214,15 +216,17 @@ def nearest_names(wanted: str, paths: Iterable[str]) -> str:
     return nearest(wanted, components) or f"; there are {', '.join(components[:5])}"
 
 
-def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None) -> Verdict:
+def _decide_layer(
+    config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None
+) -> Decision:
     if not config.takes_index(path):
         wanted = ", ".join(map(str, config.indices))
         reason = f"layers_to_transform takes {wanted} only"
-        return Verdict(path, module, "not targeted", reason)
+        return Decision(path, module, "not targeted", reason)
     for pattern in config.exclude:
         if config.matches(pattern, path):
             shown = pattern if isinstance(pattern, str) else pattern.pattern
-            return Verdict(path, module, "excluded", f"exclude has {shown!r}", pattern=shown)
+            return Decision(path, module, "excluded", f"exclude has {shown!r}", pattern=shown)
     chosen, reason = None, "the callback took it"
     if callable(config.target_modules):
         answer = config.target_modules(path, module)
@@ -231,7 +235,7 @@ def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module
                 f"target_modules: the callback must return a bool or a LoRAConfig, got {answer!r} for {path}"
             )
         if answer is False:
-            return Verdict(path, module, "not targeted", "the callback left it")
+            return Decision(path, module, "not targeted", "the callback left it")
         config = config if answer is True else answer
     else:
         found = [
@@ -243,7 +247,7 @@ def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module
             reason = "no target matches its path"
             if module is head and ALL_LINEAR in config.targets:
                 reason = "all-linear leaves the output embeddings out"
-            return Verdict(path, module, "not targeted", reason)
+            return Decision(path, module, "not targeted", reason)
         chosen = found[0] if isinstance(found[0], str) else found[0].pattern
         reason = f"matches {chosen!r}"
 
@@ -258,4 +262,4 @@ def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module
         alpha=by_pattern(config.alpha_pattern, config.alpha),
         dropout=by_pattern(config.dropout_pattern, config.dropout),
     )
-    return Verdict(path, module, "selected", reason, config=own, pattern=chosen)
+    return Decision(path, module, "selected", reason, config=own, pattern=chosen)

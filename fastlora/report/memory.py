@@ -26,10 +26,10 @@ from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
 from fastlora.model.selection import (
     attention_projections,
-    make_plan,
+    extra_trainable,
+    select_layers,
     to_config,
-    trained_beside,
-    why_patterns_fail,
+    unmatched_pattern,
 )
 
 # optimizer -> (tensors like the parameter, bytes of its step counter), for each parameter that trains
@@ -198,27 +198,27 @@ def estimate(
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     else:
         settings = to_config(config)
-        plan = make_plan(model, settings)
-        problem = why_patterns_fail(model, settings, plan)
-        if problem is not None and (isinstance(config, LoRAConfig) or not plan):
+        selected = select_layers(model, settings)
+        problem = unmatched_pattern(model, settings, selected)
+        if problem is not None and (isinstance(config, LoRAConfig) or not selected):
             raise InjectionError(problem)
         shapes = [
-            planned_shape(module, own, module in read)
-            for module, (_, own) in plan.items()
+            shape_after_injection(module, own, module in read)
+            for module, (_, own) in selected.items()
             if kind_of(module) == "linear"
         ]
         trainable = [
             size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
-            for module, (_, own) in plan.items()
-            for size in planned_parameters(module, own)
+            for module, (_, own) in selected.items()
+            for size in adapter_sizes(module, own)
         ]
         beside = {
             module._parameters[name]
-            for module, names in trained_beside(model, settings, plan).items()
+            for module, names in extra_trainable(model, settings, selected).items()
             for name in names
         }
         trainable += [p.nbytes for p in beside if p is not None]
-        adapted = len(plan)
+        adapted = len(selected)
         frozen = sum(p.nbytes for p in model.parameters() if p not in beside)
     copies, step = OPTIMIZERS[optimizer]
     return MemoryEstimate(
@@ -236,7 +236,9 @@ def estimate(
     )
 
 
-def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = False) -> LayerShape:
+def shape_after_injection(
+    linear: nn.Module, config: LoRAConfig, weight_read: bool = False
+) -> LayerShape:
     """The shape that a linear layer would have once it is adapted under its own `config`."""
     (_, k), (n, _) = layer_class(linear).factor_shapes(linear, config.rank)
     return LayerShape(
@@ -253,7 +255,7 @@ def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = Fal
     )
 
 
-def planned_parameters(module: nn.Module, config: LoRAConfig) -> list[int]:
+def adapter_sizes(module: nn.Module, config: LoRAConfig) -> list[int]:
     """Elements of each parameter of the adapter that `module` would have under its own `config`."""
     shape_a, shape_b = layer_class(module).factor_shapes(module, config.rank)
     return [math.prod(shape_a), math.prod(shape_b)] + [shape_b[0]] * config.use_dora

@@ -16,16 +16,16 @@ from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
 from fastlora.model.selection import (
-    Verdict,
+    Decision,
     attention_projections,
-    judge,
-    make_plan,
+    decide,
+    extra_trainable,
+    select_layers,
     to_config,
-    trained_beside,
-    why_patterns_fail,
+    unmatched_pattern,
 )
 from fastlora.ops.dispatch import Choice
-from fastlora.report.memory import format_bytes, planned_parameters, planned_shape, shape_of
+from fastlora.report.memory import adapter_sizes, format_bytes, shape_after_injection, shape_of
 
 Status = Literal[
     "adapted", "selected", "no adapter", "not targeted", "excluded", "unsuitable", "container"
@@ -154,7 +154,7 @@ def explain(
     if config is None:
         return _table(model, {}, None, rows)
     settings = to_config(config)
-    return _table(model, _verdicts(model, settings), settings, rows)
+    return _table(model, _decisions(model, settings), settings, rows)
 
 
 def preview(
@@ -176,14 +176,14 @@ def preview(
     config = to_config(target_modules, rank, alpha, dropout)
     problems: list[str] = []
     try:
-        plan = make_plan(model, config)
-        unmatched = why_patterns_fail(model, config, plan)
-        trained_beside(model, config, plan)
+        selected = select_layers(model, config)
+        unmatched = unmatched_pattern(model, config, selected)
+        extra_trainable(model, config, selected)
         if unmatched is not None and target_modules is not None:
             problems.append(unmatched)
     except InjectionError as error:
         problems.append(str(error))
-    return _table(model, _verdicts(model, config), config, rows, tuple(problems))
+    return _table(model, _decisions(model, config), config, rows, tuple(problems))
 
 
 def _check_rows(rows: int | None) -> None:
@@ -191,18 +191,18 @@ def _check_rows(rows: int | None) -> None:
         raise ConfigError(f"rows: expected an integer ≥ 1 or None, got {rows!r}")
 
 
-def _verdicts(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, Verdict]:
-    """The verdict on each layer: that of the name under which it is selected, else of its first."""
-    found: dict[nn.Module, Verdict] = {}
-    for verdict in judge(model, config):
-        if verdict.module not in found or verdict.config is not None:
-            found[verdict.module] = verdict
+def _decisions(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, Decision]:
+    """The decision on each layer: that of the name under which it is selected, else of its first."""
+    found: dict[nn.Module, Decision] = {}
+    for decision in decide(model, config):
+        if decision.module not in found or decision.config is not None:
+            found[decision.module] = decision
     return found
 
 
 def _table(
     model: nn.Module,
-    verdicts: dict[nn.Module, Verdict],
+    decisions: dict[nn.Module, Decision],
     config: LoRAConfig | None,
     rows: int | None,
     problems: tuple[str, ...] = (),
@@ -213,7 +213,7 @@ def _table(
         if isinstance(module, LoRALayer):
             table.append(_adapted(path, module, config, rows, module in read))
         elif kind_of(module) is not None:
-            table.append(_plain(path, module, verdicts.get(module), config, rows, module in read))
+            table.append(_plain(path, module, decisions.get(module), config, rows, module in read))
         elif _holds_a_matrix(module):
             trainable = _trainable(module)
             kind, reason = type(module).__name__, str(why_unsuitable(module))
@@ -281,7 +281,7 @@ def _adapted(
 def _plain(
     path: str,
     module: nn.Module,
-    verdict: Verdict | None,
+    decision: Decision | None,
     config: LoRAConfig | None,
     rows: int | None,
     weight_read: bool,
@@ -291,31 +291,31 @@ def _plain(
         name = _target(config, path)
         reason = f"kinds has no {kind_of(module)!r}" + (f"; {name!r} matches it" if name else "")
         return LayerRow(path, kind, "not targeted", reason, trainable=trainable)
-    unsuitable = why_unsuitable(module, None if verdict is None else verdict.config)
+    unsuitable = why_unsuitable(module, None if decision is None else decision.config)
     if unsuitable is not None:
-        pattern = None if verdict is None else verdict.pattern
+        pattern = None if decision is None else decision.pattern
         return LayerRow(path, kind, "unsuitable", unsuitable, pattern, trainable=trainable)
-    if verdict is None:
+    if decision is None:
         reason = f"a layer as it was (kind {kind_of(module)!r})"
         return LayerRow(path, kind, "no adapter", reason, trainable=trainable)
-    own, reason = verdict.config, verdict.reason
+    own, reason = decision.config, decision.reason
     if own is None:
-        status: Status = verdict.status
-        return LayerRow(verdict.path, kind, status, reason, verdict.pattern, trainable=trainable)
+        status: Status = decision.status
+        return LayerRow(decision.path, kind, status, reason, decision.pattern, trainable=trainable)
     if weight_read:
         reason += "; " + _WEIGHT_READ + ("; dropout has no effect" if own.dropout else "")
     return LayerRow(
-        verdict.path,
+        decision.path,
         kind,
         "selected",
         reason,
-        verdict.pattern,
+        decision.pattern,
         own.rank,
         own.alpha,
         own.dropout,
         None,
-        sum(planned_parameters(module, own)),
-        planned_shape(module, own, weight_read).saved_bytes(rows)
+        sum(adapter_sizes(module, own)),
+        shape_after_injection(module, own, weight_read).saved_bytes(rows)
         if rows is not None and kind_of(module) == "linear"
         else None,
     )

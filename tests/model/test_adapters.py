@@ -27,8 +27,8 @@ from fastlora import (
     set_adapter,
     use_adapter,
 )
+from fastlora.model.adapter_registry import copy_active
 from fastlora.model.adapters import _follow
-from fastlora.model.record import copy_without_records
 from tests.support.models import Decoder, randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
@@ -466,7 +466,7 @@ def test_copies_that_are_merged_or_exported_do_not_copy_the_others():
     with pytest.raises(TypeError, match="lock"):
         copy.deepcopy(model)
     shared = {id(p): p for p in model.parameters()}
-    twin = copy_without_records(model, shared)
+    twin = copy_active(model, shared)
     assert "_fastlora_adapters" not in twin.__dict__ and torch.equal(twin(X), model(X))
     assert all(p is q for p, q in zip(twin.parameters(), model.parameters(), strict=True))
     fastlora.merged_model(model)
