@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes or torchao hold in few bits: known by their class, without importing either."""
+"""Weights quantised by bitsandbytes or torchao, recognised by their class without importing either."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quantisation(module: nn.Module) -> str | None:
 
 
 def dequantised(module: nn.Module) -> Tensor:
-    """The layer's weight in floating point: the weight itself, or what its quantised form stands for.
+    """The layer's weight in floating point, dequantised if necessary.
 
     Source: bitsandbytes' `dequantize_4bit` and `int8_vectorwise_dequant`, torchao's `Tensor.dequantize`.
     """
@@ -28,7 +28,7 @@ def dequantised(module: nn.Module) -> Tensor:
     package = quantisation(module)
     if package is None or (package == "bitsandbytes" and weight.data.is_floating_point()):
         assert isinstance(weight, Tensor)
-        return weight  # also a layer of bitsandbytes that has not been quantised yet
+        return weight  # including a layer of bitsandbytes that is not quantised yet
     if package == "torchao":
         made: Tensor = weight.dequantize()
         return made
@@ -43,7 +43,7 @@ def dequantised(module: nn.Module) -> Tensor:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype in which the layer's input is expected: the weight's, or for bits that of the computation."""
+    """The expected dtype of the layer's input: the weight's, or the compute dtype of a quantised weight."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if weight.is_floating_point():

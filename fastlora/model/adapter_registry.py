@@ -1,4 +1,4 @@
-"""What a model remembers beside its module tree: its named adapters, and what trains beside adapters."""
+"""State of a model outside its module tree: its named adapters, and which other parameters train."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ from torch import nn
 from fastlora.layers.base import LoRALayer
 
 _KEY = "_fastlora_adapters"
-# On a module: names of its own parameters that `bias` and `modules_to_save` of a config let train.
+# On a module: names of its own parameters that train because of `bias` or `modules_to_save`.
 EXTRA_TRAINABLE = "_fastlora_extra_trainable"
 
 
 @dataclass(eq=False)
 class AdapterRegistry:
-    """adapters: name → its wrappers by path, under every path of a shared module, in the order of adding.
-    active: the one whose wrappers stand in the module tree, or None.
+    """The named adapters of one model.
+
+    adapters: name → its wrappers by path, under every path of a shared module, in the order of adding.
+    active: the adapter whose wrappers are in the module tree, or None.
     """
 
     adapters: dict[str, dict[str, LoRALayer]]
     active: str | None
 
+    def layers(self, name: str | None) -> dict[str, LoRALayer]:
+        """The wrappers of one adapter by path; none for None."""
+        return {} if name is None else self.adapters[name]
+
 
 def get_registry(module: nn.Module) -> AdapterRegistry | None:
-    """The record that `module` itself keeps."""
+    """The registry stored on `module` itself, or None."""
     registry: AdapterRegistry | None = module.__dict__.get(_KEY)
     return registry
 
 
 def set_registry(module: nn.Module, registry: AdapterRegistry | None) -> None:
-    """Keep `record` in `module`, as a plain attribute; None, or a record without adapters, takes it away."""
+    """Store `registry` on `module` as a plain attribute; None or an empty registry removes it."""
     if registry is not None and registry.adapters:
         module.__dict__[_KEY] = registry
     else:
@@ -41,7 +47,7 @@ def set_registry(module: nn.Module, registry: AdapterRegistry | None) -> None:
 
 
 def registries(model: nn.Module) -> Iterator[tuple[str, AdapterRegistry]]:
-    """(path, record) of the model and of every part of it that keeps one."""
+    """(path, registry) of the model and of every submodule that has one."""
     for path, module in model.named_modules():
         registry = get_registry(module)
         if registry is not None:
@@ -49,26 +55,26 @@ def registries(model: nn.Module) -> Iterator[tuple[str, AdapterRegistry]]:
 
 
 def inactive_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that are kept for the model or a part of it and do not stand in the module tree."""
+    """Names of the adapters of the model or a submodule that are not in the module tree."""
     return [name for _, r in registries(model) for name in r.adapters if name != r.active]
 
 
 def clear_extra_trainable(model: nn.Module) -> None:
-    """Forget what trains beside adapters that are gone."""
+    """Remove the marks of `EXTRA_TRAINABLE`, once no adapter is left."""
     for module in model.modules():
         module.__dict__.pop(EXTRA_TRAINABLE, None)
 
 
 def drop_registries(model: nn.Module) -> None:
-    """Forget all named adapters; what stands in the module tree stays there."""
+    """Remove all registries; the module tree does not change."""
     for module in model.modules():
         set_registry(module, None)
 
 
 def copy_active(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
-    """A deep copy of the module tree as it stands; inactive adapters are not copied.
+    """A deep copy of the module tree, without inactive adapters.
 
-    memo: id → what stands for the object in the copy, as `copy.deepcopy` takes it.
+    memo: id → replacement of that object in the copy, as in `copy.deepcopy`.
     """
     skipped: dict[int, Any] = {id(registry): None for _, registry in registries(model)}
     twin = copy.deepcopy(model, {**(memo or {}), **skipped})

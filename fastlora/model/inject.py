@@ -1,4 +1,4 @@
-"""Give layers their adapters; freeze, count and set up a model for fine-tuning."""
+"""Inject adapters; freeze, count and set up a model for fine-tuning."""
 
 from __future__ import annotations
 
@@ -37,22 +37,20 @@ def inject_lora(
 ) -> int:
     """Wrap the matching linear layers of `model` in `LoRALinear`, in place.
 
-    A target matches a layer when it is contained in any component of the layer's dotted path: `to_qkv` takes
+    A target matches a layer if it is contained in any component of the layer's dotted path: `to_qkv` matches
     `blocks.0.attn.to_qkv`, and also the children `to_qkv.shape` and `to_qkv.pose` of a ModuleDict. Pass a `LoRAConfig`
     for exact names, globs, regular expressions, exclusions and ranks by layer.
 
-    model: changed only if everything can be wrapped. A module that the model holds under several names is wrapped once
-        and stays shared.
+    model: changed only if everything can be wrapped. A module under several names is wrapped once and stays shared.
     target_modules: patterns, "all-linear", a callback `(path, module) -> bool | LoRAConfig`, or a `LoRAConfig`, which then
-        also holds rank, alpha and dropout. None means to_qkv, to_q, to_kv, to_out.
+        also has rank, alpha and dropout. None means to_qkv, to_q, to_kv, to_out.
     rank, alpha, dropout: as in `LoRALinear`.
     Returns the number of layers wrapped. If nothing matches, warns and returns 0; if one pattern of several matches nothing,
-    warns and wraps the rest; under a LoRAConfig both raise. Dropout on the projection of an `nn.MultiheadAttention` warns: that
-    module multiplies by the merged weight itself. `fastlora.preview` shows beforehand what would be done.
+    warns and wraps the rest; under a LoRAConfig both raise. Dropout on the projection of an `nn.MultiheadAttention` warns, since
+    that module multiplies by the merged weight itself. `fastlora.preview` shows the result beforehand.
 
     Raises: ConfigError for a bad value. InjectionError if the model already has adapters (`fastlora.add_adapter` adds others by
-    name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing; the message names the nearest
-    names there are.
+    name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing, with the nearest names.
     """
     config = to_config(target_modules, rank, alpha, dropout)
     selected = select_layers(model, config)
@@ -68,7 +66,9 @@ def inject_lora(
             FastLoRAWarning,
             stacklevel=2,
         )
-    elif problem is not None and target_modules is not None:  # the defaults name several families
+    elif (
+        problem is not None and target_modules is not None
+    ):  # the defaults are for several architectures
         warnings.warn(f"inject_lora: {problem}", FastLoRAWarning, stacklevel=2)
     count = _wrap(model, selected)
     for module, names in trained.items():
@@ -77,14 +77,14 @@ def inject_lora(
 
 
 def freeze_base_params(model: nn.Module) -> tuple[int, int]:
-    """Let only the adapters train, and what `bias` and `modules_to_save` of the `LoRAConfig` that was injected name.
+    """Let only the adapters train, and the parameters that `bias` and `modules_to_save` of the injected `LoRAConfig` name.
 
     Returns (frozen, trainable), counted in parameters (elements).
     """
     adapters = {id(parameter) for parameter in get_lora_params(model)}
     if not adapters:
         warnings.warn(
-            "freeze_base_params: the model has no adapters; all is frozen",
+            "freeze_base_params: the model has no adapters; everything is frozen",
             FastLoRAWarning,
             stacklevel=2,
         )
@@ -136,16 +136,16 @@ def setup_lora_for_medical_finetuning(
 ) -> dict[str, int]:
     """Inject adapters into the attention projections, freeze the rest, and let the output layer train.
 
-    rank_pattern: pattern → rank of the layers that match, in place of `rank`; their scaling stays alpha / rank. An output layer that
-        is named here gets an adapter of that rank, and is not trained whole.
+    rank_pattern: pattern → rank of the layers that match, instead of `rank`; their scaling stays alpha / rank. An output layer
+        named here gets an adapter of that rank instead of being unfrozen.
     include_ffn: also adapt the layers under a component that contains `mlp`.
-    output_layer_names: whole path components, default ("out_layer",): `out_layer` does not take `upsample.0.out_layers`.
-    unfreeze_output_layers: train all parameters of the layers so named. They are then part of
+    output_layer_names: whole path components, default ("out_layer",), which does not match `upsample.0.out_layers`.
+    unfreeze_output_layers: train all parameters of these layers. They are then part of
         `get_lora_state_dict(model, include_trainable=True)`.
     Returns `count_parameters(model)`.
 
-    Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or is a
-    layer that gets an adapter by another pattern. The model is unchanged then.
+    Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or names a
+    layer that another pattern adapts. The model is unchanged then.
     """
     check_hyperparameters(rank, alpha, dropout)
     ranks = dict(rank_pattern or {})
@@ -183,7 +183,7 @@ def setup_lora_for_medical_finetuning(
 
 
 def _wrap(model: nn.Module, selected: Selection) -> int:
-    """Put an adapted layer in the place of every layer of the selected, under all its names. Returns how many there are."""
+    """Replace every selected layer, under all its names, by an adapted layer. Returns their number."""
     projections = attention_projections(model)
     ignores_dropout = [
         path
@@ -210,14 +210,14 @@ def _wrap(model: nn.Module, selected: Selection) -> int:
 def _output_parameters(
     model: nn.Module, names: Sequence[str], adapted: set[str]
 ) -> list[nn.Parameter]:
-    """The parameters of every module that one of `names` names by a whole path component."""
+    """The parameters of every module that one of `names` names as a whole path component."""
     found: list[nn.Parameter] = []
     for name in names:
         paths = [path for path, _ in model.named_modules() if name in path.split(".")]
         if not paths:
             components = {c for path, _ in model.named_modules() for c in path.split(".") if c}
             raise InjectionError(
-                f"output_layer_names: {name!r} is no module of the model{nearest_names(name, components)}"
+                f"output_layer_names: {name!r} is not a module of the model{nearest_names(name, components)}"
             )
         both = sorted(adapted.intersection(paths))
         if both:

@@ -1,4 +1,4 @@
-"""A table of a model's layers: which have adapters, which could, which cannot, and why. Nothing is changed or computed."""
+"""`preview` and `explain`: a table of a model's layers, with their adapters or the reason for none. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -30,20 +30,25 @@ from fastlora.report.memory import adapter_sizes, format_bytes, shape_after_inje
 Status = Literal[
     "adapted", "selected", "no adapter", "not targeted", "excluded", "unsuitable", "container"
 ]
-_WEIGHT_READ = "nn.MultiheadAttention multiplies by the merged weight itself, made at each call"
+_WEIGHT_READ = (
+    "nn.MultiheadAttention multiplies by the merged weight itself, recomputed at each call"
+)
 
 
 @dataclass(frozen=True)
 class LayerRow:
     """One module of a `LayerTable`.
 
-    path: its first name, or the one under which it was selected. kind: the class, of the wrapped layer for an adapted one.
-    status: "adapted"; "selected" (would be, by the config); "no adapter" (it could have one); "not targeted" or "excluded" by
-        the config; "unsuitable" (it cannot have one); "container" (a target names it, and it is no layer itself).
-    reason: why. pattern: the config's pattern that selects or excludes it.
-    rank, alpha, dropout: of the adapter that is there or would be; None without one.
-    choice: backend and plan for the number of rows asked for. trainable: elements that train here.
-    saved_bytes: kept for the backward pass of that many rows, its input counted.
+    path: its first name, or the one under which it was selected.
+    kind: its class, or that of the wrapped layer.
+    status: "adapted"; "selected" (by the config, to be adapted); "no adapter" (it could have one); "not targeted" or "excluded" by
+        the config; "unsuitable" (it cannot have one); "container" (a target names it, but it is not a layer).
+    reason: the reason for the status.
+    pattern: the config's pattern that selects or excludes it.
+    rank, alpha, dropout: of the present or future adapter; None without one.
+    choice: backend and plan for the requested number of rows.
+    trainable: number of trainable elements.
+    saved_bytes: saved for the backward pass of that many rows, including the input.
     """
 
     path: str
@@ -61,10 +66,12 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """What `explain` and `preview` give: rows in module order, and `str(table)` for people.
+    """The result of `explain` and `preview`; `str(table)` is a printable table.
 
-    rows: every layer that can have an adapter or has one, and every other module with a matrix of its own. counts: pattern → how many layers
-    it takes or excludes. problems: what `inject_lora` would raise or warn about. sample_rows: the `rows` asked for.
+    rows: in module order, every layer that has an adapter or can have one, and every other module that owns a matrix.
+    counts: pattern → number of layers that it selects or excludes.
+    problems: what `inject_lora` would raise or warn about.
+    sample_rows: the requested `rows`.
     """
 
     rows: tuple[LayerRow, ...]
@@ -73,7 +80,7 @@ class LayerTable:
     sample_rows: int | None = None
 
     def where(self, status: Status) -> tuple[LayerRow, ...]:
-        """The rows of one status."""
+        """The rows with this status."""
         return tuple(row for row in self.rows if row.status == status)
 
     def __str__(self) -> str:
@@ -132,23 +139,23 @@ def explain(
     rows: int | None = None,
     config: LoRAConfig | Targets | None = None,
 ) -> Choice | LayerTable:
-    """Why each layer of a model has an adapter or not, and how it runs. Nothing is computed.
+    """Why each layer of a model has an adapter or not, and which backend and plan it uses. Nothing is computed.
 
-    model: with `x`, one adapted layer: which backend and plan it takes for `x` (..., in_features), and why. Without `x`, any module.
-    rows: M of a call, the same for every layer in its weight's dtype; the table then has each layer's plan and saved bytes.
+    model: with `x`, one adapted layer, whose backend and plan for `x` (..., in_features) is returned. Without `x`, any module.
+    rows: M of a call, the same for every layer, in its weight's dtype; adds each layer's plan and saved bytes to the table.
         A tensor (M, in_features) is allocated, and not filled, for one layer at a time.
-    config: the config that the model was injected with; it says which layers were not targeted and which were excluded.
+    config: the config of the injection; with it the table tells which layers were not targeted or excluded.
 
-    Raises: BackendError if the layer given with `x` forces a backend that cannot run; in a table that is the row's reason.
-    ConfigError for a bad value, and for `x` beside a module that is no adapted layer.
+    Raises: BackendError if the layer given with `x` forces a backend that cannot run; a table has this as the row's reason.
+    ConfigError for a bad value, and for `x` with a module that is not an adapted layer.
     """
     if x is not None:
         if not isinstance(model, LoRALayer):
             raise ConfigError(
-                f"x: expected only beside an adapted layer, got a {type(model).__name__}; give rows instead"
+                f"x: expected only with an adapted layer, got a {type(model).__name__}; pass rows instead"
             )
         if rows is not None or config is not None:
-            raise ConfigError("rows, config: expected without x, which decides about one call")
+            raise ConfigError("rows, config: expected only without x")
         return model.choose(x)
     _check_rows(rows)
     if config is None:
@@ -166,9 +173,9 @@ def preview(
     *,
     rows: int | None = None,
 ) -> LayerTable:
-    """What `inject_lora` with the same arguments would do. The model is not changed.
+    """The layers that `inject_lora` with the same arguments would wrap. The model is not changed.
 
-    rows: as in `explain`. What `inject_lora` would raise or warn about the model is in the table's `problems`.
+    rows: as in `explain`. Errors and warnings of `inject_lora` about the model are in the table's `problems`.
 
     Raises: ConfigError for a bad value.
     """
@@ -192,7 +199,7 @@ def _check_rows(rows: int | None) -> None:
 
 
 def _decisions(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, Decision]:
-    """The decision on each layer: that of the name under which it is selected, else of its first."""
+    """The decision on each layer: under the name that is selected, else under its first."""
     found: dict[nn.Module, Decision] = {}
     for decision in decide(model, config):
         if decision.module not in found or decision.config is not None:
@@ -223,7 +230,7 @@ def _table(
                 kind_of(child) in config.kinds or isinstance(child, LoRALayer)
                 for child in module.modules()
             )
-            reason = f"a container of {below} layers, which are judged one by one"
+            reason = f"a container of {below} layers, each decided by itself"
             table.append(LayerRow(path, type(module).__name__, "container", reason, name))
     counts: dict[str, int] = {}
     if config is not None:
@@ -236,7 +243,7 @@ def _table(
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) in module order, each once; what an adapted layer wraps is left out."""
+    """(path, module) in module order, each once, without the modules that adapted layers wrap."""
     inside: set[nn.Module] = set()
     for path, module in model.named_modules():
         if module in inside:
@@ -296,7 +303,7 @@ def _plain(
         pattern = None if decision is None else decision.pattern
         return LayerRow(path, kind, "unsuitable", unsuitable, pattern, trainable=trainable)
     if decision is None:
-        reason = f"a layer as it was (kind {kind_of(module)!r})"
+        reason = f"not adapted (kind {kind_of(module)!r})"
         return LayerRow(path, kind, "no adapter", reason, trainable=trainable)
     own, reason = decision.config, decision.reason
     if own is None:
@@ -330,7 +337,7 @@ def _trainable(module: nn.Module) -> int:
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:
-    """Whether the module has a parameter or buffer of its own that multiplies like a linear layer's, as far as one can tell."""
+    """Whether the module seems to own a weight matrix: a parameter of two or more dimensions, or a class named "linear"."""
     leaf_by_name = "linear" in type(module).__name__.lower() and not module._modules
     return leaf_by_name or any(
         isinstance(p, nn.parameter.UninitializedParameter) or p.ndim >= 2
