@@ -155,9 +155,8 @@ def combine_adapters(
         raise ConfigError(f"weights: expected a mapping of adapter name → weight, got {weights!r}")
     for name, weight in weights.items():
         _check_exists(registry, name, "weights")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise ConfigError(f"weights[{name!r}]: expected a number, got {weight!r}")
-        if not math.isfinite(weight):
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
             raise ConfigError(f"weights[{name!r}]: expected a finite number, got {weight!r}")
     if method not in _METHODS:
         raise ConfigError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,13 +128,12 @@ class _Group:
             return None
         spent: list[bool] = []
         seed = layer._draw_seed(x)
+        members = [
+            GroupMember(m.matrix, m.original_linear.bias, *m.factors(), m.scaling)
+            for m in self.layers
+        ]
         outputs = lora_linear_group(
-            x,
-            [_member(m) for m in self.layers],
-            layer.dropout,
-            seed,
-            spent,
-            triton=backend == "triton",
+            x, members, layer.dropout, seed, spent, triton=backend == "triton"
         )
         made = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
         y = made.pop(id(layer))
@@ -176,11 +176,6 @@ class _Group:
         return "triton"
 
 
-def _member(layer: LoRALinear) -> GroupMember:
-    a, b = layer.factors()
-    return GroupMember(layer.matrix, layer.original_linear.bias, a, b, layer.scaling)
-
-
 def _why_ungrouped(layer: LoRALinear, calls: list[tuple[Tensor, int, int]]) -> str | None:
     if not calls:
         return "its forward is not called on this sample"
@@ -204,23 +199,19 @@ def _record_inputs(
 ) -> dict[str, list[tuple[Tensor, int, int]]]:
     """For each layer its input tensors, with their versions and the order of the calls."""
     seen: dict[str, list[tuple[Tensor, int, int]]] = {}
-    handles = []
 
-    def watcher(path: str) -> Any:
-        def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = inputs[0] if inputs else named["input"]
-            x = given if isinstance(given, Tensor) else given.feats
-            order = sum(map(len, seen.values()))
-            seen.setdefault(path, []).append((x, x._version, order))
-
-        return note
+    def note(path: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = inputs[0] if inputs else named["input"]
+        x = given if isinstance(given, Tensor) else given.feats
+        order = sum(map(len, seen.values()))
+        seen.setdefault(path, []).append((x, x._version, order))
 
     modes = [(module, module.training) for module in model.modules()]
+    handles = [
+        layer.register_forward_pre_hook(partial(note, path), with_kwargs=True)
+        for path, layer in layers.items()
+    ]
     try:
-        handles += [
-            la.register_forward_pre_hook(watcher(path), with_kwargs=True)
-            for path, la in layers.items()
-        ]
         for module, _ in modes:
             module.training = False
         with torch.inference_mode(False), torch.no_grad():

@@ -171,10 +171,8 @@ def setup_lora_for_medical_finetuning(
             raise InjectionError(
                 f"rank_pattern: {pattern!r} matches none of the {len(taken)} adapted layers{nearest_names(pattern, taken)}"
             )
-    trained: list[nn.Parameter] = []
-    if unfreeze_output_layers:
-        whole = [name for name in names if name not in ranks]
-        trained = _output_parameters(model, whole, set(taken))
+    unfrozen = [name for name in names if name not in ranks] if unfreeze_output_layers else []
+    trained = _output_parameters(model, unfrozen, set(taken))
     _wrap(model, selected)
     freeze_base_params(model)
     for parameter in trained:
@@ -186,9 +184,7 @@ def _wrap(model: nn.Module, selected: Selection) -> int:
     """Replace every selected layer, under all its names, by an adapted layer. Returns their number."""
     projections = attention_projections(model)
     ignores_dropout = [
-        path
-        for linear, (path, chosen) in selected.items()
-        if chosen.dropout > 0 and linear in projections
+        path for module, (path, own) in selected.items() if own.dropout and module in projections
     ]
     if ignores_dropout:
         warnings.warn(
@@ -197,7 +193,7 @@ def _wrap(model: nn.Module, selected: Selection) -> int:
             FastLoRAWarning,
             stacklevel=3,
         )
-    wrapped = {module: wrap(module, chosen) for module, (_, chosen) in selected.items()}
+    wrapped = {module: wrap(module, own) for module, (_, own) in selected.items()}
     for module, layer in wrapped.items():
         initialise(layer, selected[module][1].init_lora_weights)
     for parent in list(model.modules()):

@@ -28,12 +28,8 @@ def loraplus_groups(
     Raises: ConfigError for a bad value, InjectionError if no lora_B trains.
     """
     for name, value, least in (("lr", lr, 0.0), ("lr_ratio", lr_ratio, 1.0)):
-        if (
-            not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value < least
-            or not value
-        ):
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not number or value < least or not value:
             bound = "above 0" if least == 0 else f"≥ {least:g}"
             raise ConfigError(f"{name}: expected a finite number {bound}, got {value!r}")
     fast = {

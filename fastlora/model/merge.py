@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -174,10 +173,13 @@ def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(model, LoRALayer):
         model = model.merge_weights(dtype)
     else:
-        for layer, places in _layers_and_places(model):
-            fresh = layer.merge_weights(dtype)
-            for parent, name in places:
-                setattr(parent, name, fresh)
+        merged: dict[nn.Module, nn.Module] = {}
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if isinstance(child, LoRALayer):
+                    if child not in merged:
+                        merged[child] = child.merge_weights(dtype)
+                    setattr(parent, name, merged[child])
         drop_registries(model)
     clear_extra_trainable(model)
     return model if dtype is None else model.to(dtype)
@@ -265,15 +267,3 @@ def _compare(
         return 0.0, 0.0, None
     worst = int((difference - allowed).argmax())
     return float(difference.flatten()[worst]), float(allowed.flatten()[worst]), None
-
-
-def _layers_and_places(
-    model: nn.Module,
-) -> Iterator[tuple[LoRALayer, list[tuple[nn.Module, str]]]]:
-    """Each adapted layer once, with every (parent, attribute) that refers to it."""
-    places: dict[LoRALayer, list[tuple[nn.Module, str]]] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, LoRALayer):
-                places.setdefault(child, []).append((parent, name))
-    yield from places.items()

@@ -155,7 +155,7 @@ def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection)
     ):
         for pattern in patterns:
             if pattern != ALL_LINEAR and not any(config.matches(pattern, path) for path in paths):
-                shown = pattern if isinstance(pattern, str) else pattern.pattern
+                shown = pattern_text(pattern)
                 return (
                     f"{name}: {shown!r} matches none of the {len(paths)} "
                     f"{'adapted' if paths is taken else '/'.join(config.kinds)} layers{nearest_names(shown, paths)}"
@@ -208,6 +208,11 @@ def suggest(model: nn.Module, config: LoRAConfig) -> str:
     return nearest_names(first, [path for path, _ in candidates(model, config)])
 
 
+def pattern_text(pattern: str | re.Pattern[str]) -> str:
+    """The pattern as a message shows it."""
+    return pattern if isinstance(pattern, str) else pattern.pattern
+
+
 def nearest_names(wanted: str, paths: Iterable[str]) -> str:
     """The end of an error message: the path components nearest to `wanted`, or else a few of them."""
     components = sorted({part for path in paths for part in path.split(".") if not part.isdigit()})
@@ -225,7 +230,7 @@ def _decide_layer(
         return Decision(path, module, "not targeted", reason)
     for pattern in config.exclude:
         if config.matches(pattern, path):
-            shown = pattern if isinstance(pattern, str) else pattern.pattern
+            shown = pattern_text(pattern)
             return Decision(path, module, "excluded", f"exclude has {shown!r}", pattern=shown)
     chosen, reason = None, "the callback selected it"
     if callable(config.target_modules):
@@ -248,7 +253,7 @@ def _decide_layer(
             if module is head and ALL_LINEAR in config.targets:
                 reason = "all-linear excludes the output embeddings"
             return Decision(path, module, "not targeted", reason)
-        chosen = found[0] if isinstance(found[0], str) else found[0].pattern
+        chosen = pattern_text(found[0])
         reason = f"matches {chosen!r}"
 
     def by_pattern(patterns: Mapping[str, float], default: float) -> float:

@@ -186,42 +186,8 @@ def estimate(
             raise InjectionError(
                 f"model: {name} has no shape yet (lazy): run one forward pass first"
             )
-    read = attention_projections(model)
-    if config is None:
-        layers = [layer for _, layer in named_lora_layers(model)]
-        if not layers:
-            raise InjectionError("model: has no adapters; pass the config to inject")
-        shapes = [
-            shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)
-        ]
-        adapted = len(layers)
-        training = [p for p in model.parameters() if p.requires_grad]
-        trainable = [p.nbytes for p in training]
-        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    else:
-        settings = to_config(config)
-        selected = select_layers(model, settings)
-        problem = unmatched_pattern(model, settings, selected)
-        if problem is not None and (isinstance(config, LoRAConfig) or not selected):
-            raise InjectionError(problem)
-        shapes = [
-            shape_after_injection(module, own, module in read)
-            for module, (_, own) in selected.items()
-            if kind_of(module) == "linear"
-        ]
-        trainable = [
-            size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
-            for module, (_, own) in selected.items()
-            for size in adapter_sizes(module, own)
-        ]
-        beside = {
-            module._parameters[name]
-            for module, names in extra_trainable(model, settings, selected).items()
-            for name in names
-        }
-        trainable += [p.nbytes for p in beside if p is not None]
-        adapted = len(selected)
-        frozen = sum(p.nbytes for p in model.parameters() if p not in beside)
+    counted = _as_it_is(model) if config is None else _after_injection(model, config)
+    adapted, shapes, trainable, frozen = counted
     copies, step = OPTIMIZERS[optimizer]
     return MemoryEstimate(
         rows=rows,
@@ -236,6 +202,48 @@ def estimate(
         saved_beyond_input_bytes=sum(s.saved_beyond_input_bytes(rows) for s in shapes),
         peft_saved_bytes=sum(s.peft_saved_bytes(rows) for s in shapes),
     )
+
+
+# Number of adapted layers, shapes of the linear ones, bytes of each trainable parameter, bytes of the others.
+_Counted = tuple[int, list[LayerShape], list[int], int]
+
+
+def _as_it_is(model: nn.Module) -> _Counted:
+    layers = [layer for _, layer in named_lora_layers(model)]
+    if not layers:
+        raise InjectionError("model: has no adapters; pass the config to inject")
+    read = attention_projections(model)
+    shapes = [shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)]
+    trainable = [p.nbytes for p in model.parameters() if p.requires_grad]
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    return len(layers), shapes, trainable, frozen
+
+
+def _after_injection(model: nn.Module, config: LoRAConfig | Targets) -> _Counted:
+    settings = to_config(config)
+    selected = select_layers(model, settings)
+    problem = unmatched_pattern(model, settings, selected)
+    if problem is not None and (isinstance(config, LoRAConfig) or not selected):
+        raise InjectionError(problem)
+    read = attention_projections(model)
+    shapes = [
+        shape_after_injection(module, own, module in read)
+        for module, (_, own) in selected.items()
+        if kind_of(module) == "linear"
+    ]
+    trainable = [
+        size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
+        for module, (_, own) in selected.items()
+        for size in adapter_sizes(module, own)
+    ]
+    extra = {
+        module._parameters[name]
+        for module, names in extra_trainable(model, settings, selected).items()
+        for name in names
+    }
+    trainable += [p.nbytes for p in extra if p is not None]
+    frozen = sum(p.nbytes for p in model.parameters() if p not in extra)
+    return len(selected), shapes, trainable, frozen
 
 
 def shape_after_injection(

@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -189,13 +190,12 @@ def _gradient_modes(
     """For each suspect, whether gradients were on when its forward was called; None if it was not called."""
     calls: dict[str, bool | None] = dict.fromkeys(suspects)
 
-    def watcher(path: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            calls[path] = calls[path] or torch.is_grad_enabled()
+    def note(path: str, *_: Any) -> None:
+        calls[path] = calls[path] or torch.is_grad_enabled()
 
-        return note
-
-    handles = [layer.register_forward_pre_hook(watcher(p)) for p, layer in suspects.items()]
+    handles = [
+        layer.register_forward_pre_hook(partial(note, path)) for path, layer in suspects.items()
+    ]
     try:
         run(True)
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets
 from fastlora.errors import BackendError, ConfigError, InjectionError
-from fastlora.layers.base import LoRALayer
+from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
@@ -20,6 +20,7 @@ from fastlora.model.selection import (
     attention_projections,
     decide,
     extra_trainable,
+    pattern_text,
     select_layers,
     to_config,
     unmatched_pattern,
@@ -84,9 +85,7 @@ class LayerTable:
         return tuple(row for row in self.rows if row.status == status)
 
     def __str__(self) -> str:
-        tally: dict[str, int] = {}
-        for row in self.rows:
-            tally[row.status] = tally.get(row.status, 0) + 1
+        tally = Counter(row.status for row in self.rows)
         lines = [", ".join(f"{count} {status}" for status, count in tally.items()) or "no layers"]
         if self.rows:
             header = ["layer", "class", "status", "r", "alpha", "dropout", "trains"]
@@ -216,7 +215,11 @@ def _table(
 ) -> LayerTable:
     read = attention_projections(model)
     table = []
-    for path, module in _outside_adapters(model):
+    adapters = [layer for _, layer in named_lora_layers(model)]
+    inside = {module for layer in adapters for module in layer.wrapped.modules()}
+    for path, module in model.named_modules():
+        if module in inside:
+            continue
         if isinstance(module, LoRALayer):
             table.append(_adapted(path, module, config, rows, module in read))
         elif kind_of(module) is not None:
@@ -234,23 +237,11 @@ def _table(
             table.append(LayerRow(path, type(module).__name__, "container", reason, name))
     counts: dict[str, int] = {}
     if config is not None:
-        every = [*config.targets, *config.exclude]
-        counts = {p if isinstance(p, str) else p.pattern: 0 for p in every}
+        counts = {pattern_text(pattern): 0 for pattern in (*config.targets, *config.exclude)}
         for row in table:
             if row.pattern is not None and row.status != "container":
                 counts[row.pattern] = counts.get(row.pattern, 0) + 1
     return LayerTable(tuple(table), counts, problems, rows)
-
-
-def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) in module order, each once, without the modules that adapted layers wrap."""
-    inside: set[nn.Module] = set()
-    for path, module in model.named_modules():
-        if module in inside:
-            continue
-        if isinstance(module, LoRALayer):
-            inside.update(module.wrapped.modules())
-        yield path, module
 
 
 def _adapted(
@@ -329,11 +320,10 @@ def _plain(
 
 
 def _trainable(module: nn.Module) -> int:
-    own = list(
-        module.parameters(recurse=isinstance(module, LoRALayer) or kind_of(module) is not None)
-    )
+    recurse = isinstance(module, LoRALayer) or kind_of(module) is not None
     lazy = nn.parameter.UninitializedParameter
-    return sum(p.numel() for p in own if p.requires_grad and not isinstance(p, lazy))
+    parameters = module.parameters(recurse)
+    return sum(p.numel() for p in parameters if p.requires_grad and not isinstance(p, lazy))
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:
@@ -347,7 +337,5 @@ def _holds_a_matrix(module: nn.Module) -> bool:
 
 def _target(config: LoRAConfig, path: str) -> str | None:
     """The first target that matches `path`, or None."""
-    for pattern in config.targets:
-        if path and config.matches(pattern, path):
-            return pattern if isinstance(pattern, str) else pattern.pattern
-    return None
+    found = (p for p in config.targets if path and config.matches(p, path))
+    return next(map(pattern_text, found), None)

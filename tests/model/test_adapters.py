@@ -625,7 +625,7 @@ def test_the_svd_of_nothing_is_nothing_and_can_be_trained():
     [
         (({}, "c"), "weights: expected a mapping"),
         ((["a", "b"], "c"), "weights: expected a mapping"),
-        (({"a": True}, "c"), r"weights\['a'\]: expected a number, got True"),
+        (({"a": True}, "c"), r"weights\['a'\]: expected a finite number, got True"),
         (({"a": float("nan")}, "c"), r"weights\['a'\]: expected a finite number, got nan"),
         (({"a": 1.0}, "b"), "new_name: the model already has an adapter 'b'"),
         (({"a": 1.0}, "c", "ties"), "method: expected one of cat, svd, got 'ties'"),
