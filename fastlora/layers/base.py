@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,7 @@ class LoRALayer(nn.Module, ABC):
                 raise ConfigError(f"use_dora: is for linear layers, got {what}")
             if backend == "triton":
                 raise BackendError(f"backend='triton' cannot run: there is no kernel for {what}")
-        weight = original_layer.weight
-        assert isinstance(weight, Tensor)
+        weight = cast(Tensor, original_layer.weight)
         if adapter_dtype is None:
             adapter_dtype = default_adapter_dtype(original_layer)
         if not adapter_dtype.is_floating_point:
@@ -204,8 +203,7 @@ class LoRALayer(nn.Module, ABC):
         reason = self.why_unmergeable()
         if reason is not None:
             raise MergeError(f"cannot merge: {reason}")
-        original = self.wrapped.weight
-        assert isinstance(original, nn.Parameter)
+        original = cast(nn.Parameter, self.wrapped.weight)
         with torch.no_grad(), no_autocast(original):
             merged = self._merged_weight(original).to(dtype or original.dtype)
         parameter = nn.Parameter(merged, requires_grad=original.requires_grad)
@@ -268,11 +266,9 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 def default_adapter_dtype(original: nn.Module) -> torch.dtype:
     """The weight's dtype, but float32 for a 16-bit weight, where small updates would vanish, and for a quantised one."""
-    weight = original.weight
-    assert isinstance(weight, Tensor)
     if quantisation(original) is not None:
         return torch.float32
-    return torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(cast(Tensor, original.weight).dtype, torch.float32)
 
 
 def has_hooks(module: nn.Module) -> bool:

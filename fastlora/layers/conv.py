@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,7 @@ class LoRAConv(LoRALayer):
         return Choice("torch", "around", "a convolution: three convolutions of torch")
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        made: Any = self.original_layer._conv_forward(x, weight, bias)
-        return cast(Tensor, made)
+        return cast(Tensor, self.original_layer._conv_forward(x, weight, bias))
 
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         conv = self.original_layer

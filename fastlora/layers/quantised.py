@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,25 +27,20 @@ def dequantised(module: nn.Module) -> Tensor:
     weight: Any = module.weight
     package = quantisation(module)
     if package is None or (package == "bitsandbytes" and weight.data.is_floating_point()):
-        assert isinstance(weight, Tensor)
-        return weight  # including a layer of bitsandbytes that is not quantised yet
+        return cast(Tensor, weight)  # including a layer of bitsandbytes that is not quantised yet
     if package == "torchao":
-        made: Tensor = weight.dequantize()
-        return made
+        return cast(Tensor, weight.dequantize())
     from bitsandbytes import functional
 
     if getattr(weight, "quant_state", None) is not None:
-        made = functional.dequantize_4bit(weight.data, weight.quant_state)
-        return made
+        return cast(Tensor, functional.dequantize_4bit(weight.data, weight.quant_state))
     scale = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
-    made = functional.int8_vectorwise_dequant(weight.data, scale)
-    return made
+    return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scale))
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The expected dtype of the layer's input: the weight's, or the compute dtype of a quantised weight."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = cast(Tensor, module.weight)
     if weight.is_floating_point():
         return weight.dtype
     own = getattr(module, "compute_dtype", None)

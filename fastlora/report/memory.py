@@ -64,14 +64,10 @@ class LayerShape:
 
         Casts of the adapters to x's dtype are included; kernels cast as they load and save none.
         """
-        return self.saved_input_bytes(rows) + self.saved_beyond_input_bytes(rows)
-
-    def saved_input_bytes(self, rows: int) -> int:
-        """The part of `saved_bytes` that is x itself, which its owner may hold anyway."""
-        return rows * self.in_features * self.dtype.itemsize
+        return rows * self.in_features * self.dtype.itemsize + self.saved_beyond_input_bytes(rows)
 
     def saved_beyond_input_bytes(self, rows: int) -> int:
-        """The part of `saved_bytes` other than x: S, the seed, casts of the adapters, and DoRA's tensors."""
+        """`saved_bytes` without x, which its owner may hold anyway: S, the seed, casts of the adapters, DoRA's tensors."""
         cast = self.adapter_dtype != self.dtype
         size = self.dtype.itemsize
         if self.weight_read:

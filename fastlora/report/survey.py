@@ -233,7 +233,7 @@ def _table(
                 kind_of(child) in config.kinds or isinstance(child, LoRALayer)
                 for child in module.modules()
             )
-            reason = f"a container of {below} layers, each decided by itself"
+            reason = f"a container of {below} layers, which have rows of their own"
             table.append(LayerRow(path, type(module).__name__, "container", reason, name))
     counts: dict[str, int] = {}
     if config is not None:

@@ -59,7 +59,7 @@ def test_preview_says_of_every_layer_why():
     assert rows.pop("blocks.0.mlp") == (
         "container",
         "mlp",
-        "a container of 2 layers, each decided by itself",
+        "a container of 2 layers, which have rows of their own",
     )
     assert rows.pop("blocks.0.mlp.mlp")[0] == "container"
     assert rows.pop("blocks.0.attn.to_qkv") == ("selected", "to_qkv", "matches 'to_qkv'")
