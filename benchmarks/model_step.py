@@ -151,7 +151,7 @@ def run_model(name: str, reps: int, record: Record) -> None:
     models = {c: adapted(c, model, base, inputs) for c in CONTESTANTS if c != "full" or model.full}
     if not model.full:
         reason = (
-            "weights, gradients and AdamW's state of all parameters would not fit beside the base"
+            "weights, gradients and AdamW state of all parameters would not fit in memory with the base"
         )
         record["absent"].append({"model": name, "backend": "full", "reason": reason})
     with (

@@ -29,7 +29,7 @@ class Absent(Exception):
 
 
 class Unimportable(Exception):
-    """A published peer that cannot be imported; the message names its module and says why."""
+    """A published peer that cannot be imported; the message names its module and the reason."""
 
 
 Builder = Callable[[Case, nn.Linear, Tensor, Tensor], nn.Module]

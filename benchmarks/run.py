@@ -103,7 +103,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--contestants",
         type=_contestants,
         metavar="A,B",
-        help=f"beside {BASELINE}, from: {', '.join(CONTESTANTS)}",
+        help=f"in addition to {BASELINE}, from: {', '.join(CONTESTANTS)}",
     )
     parser.add_argument(
         "--peer-path",
