@@ -150,9 +150,7 @@ def run_model(name: str, reps: int, record: Record) -> None:
     base, inputs = model.make().requires_grad_(False), model.inputs()
     models = {c: adapted(c, model, base, inputs) for c in CONTESTANTS if c != "full" or model.full}
     if not model.full:
-        reason = (
-            "weights, gradients and AdamW state of all parameters would not fit in memory with the base"
-        )
+        reason = "weights, gradients and AdamW state of all parameters would not fit in memory with the base"
         record["absent"].append({"model": name, "backend": "full", "reason": reason})
     with (
         torch.no_grad()
