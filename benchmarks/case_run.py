@@ -1,4 +1,4 @@
-"""One case: who takes part, who is right, and the rows that each gives to the record."""
+"""One case: build and check its contestants, time them, and add their rows to the record."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from workload import (
 
 import fastlora
 
-# What a contestant may die of without taking the run with it: torch's and CUDA's errors are RuntimeErrors, and a kernel that
-# cannot be built may raise any of the others.
+# Errors of a contestant that do not end the run: torch and CUDA raise RuntimeError, a kernel that cannot be built any of the others.
 FAILURES = (
     RuntimeError,
     TritonError,
@@ -40,7 +39,7 @@ FAILURES = (
 
 
 class CaseRun:
-    """One case: its contestants are built and checked, then timed in every mode; all of it goes into the record."""
+    """One case: contestants are built and checked, then timed in every mode, and recorded."""
 
     def __init__(self, work: Workload, names: tuple[str, ...], record: Record) -> None:
         self.work = work
@@ -62,7 +61,7 @@ class CaseRun:
                 self.layers[name] = layers
 
     def time_all(self, reps: int) -> None:
-        """Rows for every mode, run eagerly, and on a GPU also as CUDA graphs."""
+        """Time every mode eagerly and, on a GPU, also as CUDA graphs."""
         for mode in self.work.case.modes:
             runs = {name: round_of(mode, each, self.work) for name, each in self.layers.items()}
             peaks = self._keep_running(runs, lambda run: peak_bytes(run, self.work.device), mode)
@@ -72,7 +71,7 @@ class CaseRun:
                 self._time(graphs, mode, "graph", reps, peaks)
 
     def time_calls(self, reps: int) -> None:
-        """The CPU's time to issue a call, in microseconds."""
+        """CPU time to issue a call, in microseconds."""
         for mode in (FORWARD, FORWARD_BACKWARD):
             runs = {name: round_of(mode, each, self.work) for name, each in self.layers.items()}
             for name, values in call_overhead(runs, reps, self.work.device).items():
@@ -122,7 +121,7 @@ class CaseRun:
     def _keep_running(
         self, runs: dict[str, Round], action: Callable[[Round], Any], mode: str
     ) -> dict[str, Any]:
-        """`action` of each run; one that fails goes to the absent ones of this mode."""
+        """`action` applied to each run; a run that fails is recorded as absent in this mode."""
         done = {}
         for name, run in runs.items():
             try:
@@ -135,18 +134,18 @@ class CaseRun:
         self, name: str, error: Exception, mode: str | None = None, timing: str | None = None
     ) -> None:
         kind = {Absent: "absent", Wrong: "wrong"}.get(type(error), type(error).__name__)
-        # The first lines say what happened; a compiler's error can go on for pages.
+        # A compiler's error can be pages long; its first lines have the reason.
         reason = "\n".join(str(error).splitlines()[:5])
         row = {"case": self.work.case.name, "mode": mode, "timing": timing, "backend": name}
         self.record["absent"].append({**row, "kind": kind, "reason": reason})
         if kind != "absent":
-            print(f"{self.work.case.name}: {name} gets no time: {kind}: {reason}", file=sys.stderr)
+            print(f"{self.work.case.name}: {name} is not timed: {kind}: {reason}", file=sys.stderr)
 
 
 def run_case(
     case: Case, device: torch.device, names: tuple[str, ...], reps: int, record: Record
 ) -> None:
-    """Run one case and add what it gives to the record."""
+    """Run one case and add its results to the record."""
     on_gpu = device.type == "cuda"
     tf32_before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
@@ -161,5 +160,5 @@ def run_case(
     torch.backends.cuda.matmul.allow_tf32 = tf32_before
     if on_gpu:
         del run
-        torch.compiler.reset()  # each case compiles for its own shape; nothing is left for the next
+        torch.compiler.reset()  # each case compiles for its own shape
         torch.cuda.empty_cache()

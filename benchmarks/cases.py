@@ -1,4 +1,4 @@
-"""The shapes and modes that are timed, and the targets they are held against, as data."""
+"""The shapes and modes that are timed, and their targets, as data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Case:
 
     dtype: of x and the weight; "tf32" is float32 with TensorFloat-32 products allowed. bias: as `nn.Linear` has it.
     quick: part of the quick run. step: also time a training step of three such layers (needs k == n).
-    overhead: so small that the device has nothing to do; what is timed is the CPU's work to issue a call, and only that.
+    overhead: a tiny case of which only the CPU time to issue a call is measured.
     """
 
     m: int
@@ -32,7 +32,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What a record calls the case; float32 and a bias go without saying."""
+        """The name of the case in a record; float32 and a bias are omitted."""
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         bias = "" if self.bias else " no-bias"
         return f"{self.m}x{self.k}->{self.n} r{self.rank} p{self.p:g}{dtype}{bias}"
@@ -44,11 +44,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """What one row of the targets' table asks for; the worst of its cases counts.
+    """One row of the table of targets; the worst of its cases counts.
 
-    forward, forward_backward: the most that fastlora may take, as a ratio to the frozen linear layer.
-    over_peft, over_compiled: the least that PEFT and compiled PEFT may take, as a ratio to fastlora, in
-    forward + backward, or in forward where there is no bound on forward + backward.
+    forward, forward_backward: upper bounds of the time of fastlora over that of the frozen linear layer.
+    over_peft, over_compiled: lower bounds of the time of PEFT and of compiled PEFT over that of fastlora, in
+    forward + backward, or in forward where forward + backward has no bound.
     """
 
     label: str
@@ -89,8 +89,8 @@ TARGETS = (
     Target("decode M ≤ 32, K = N = 4096, R 16, p 0", _DECODE, 1.08, None, 2.5, 1.3),
 )
 
-# The targets come first, so that a run cut short by its budget has them. An odd M with a K and an N that no tile divides
-# is among the quick cases: powers of two alone would flatter.
+# The targets come first, so that a run cut short by its budget has them. One quick case has an odd M, and a K and an N
+# that no tile divides: powers of two alone would flatter.
 CUDA_CASES = (
     _TRAIN_4096,
     _TRAIN_1024,

@@ -1,4 +1,4 @@
-"""Correctness gates speed: a contestant's output and gradients against the reference in float64.
+"""Check a contestant's output and gradients against the float64 reference before it is timed.
 
 The bound is that of the tests, `max|got − ref64| ≤ 2·max|plain − ref64| + 4·eps·max|ref64|`, where plain is the same formula
 in the case's dtype and eps belongs to that dtype.
@@ -28,7 +28,7 @@ class Wrong(Exception):
 
 
 class Oracle:
-    """The exact results and those of plain torch for the first copy of a workload, each computed when first asked for."""
+    """The exact results and those of plain torch for the first copy of a workload, computed on first use."""
 
     def __init__(self, work: Workload) -> None:
         self.work = work

@@ -1,14 +1,14 @@
-"""Compile every kernel ahead of time for GPUs that need not be there, and read what the compiler made.
+"""Compile every kernel ahead of time, without a GPU, and check the registers, memory and instructions of the result.
 
     python benchmarks/compile_kernels.py --arch 90            compile, check the limits, compare with the record
     python benchmarks/compile_kernels.py --arch 90 --write    and replace benchmarks/results/compile-sm90.json
 
-The launchers run as they would on the device, on tensors without storage, under a driver that names the architecture and
-stops each launch after its compilation. So what is compiled here is what would run there, specialisation included.
+The launchers run on tensors without storage, under a driver that names the architecture and stops each launch after its
+compilation. So exactly the kernels that would run on the device are compiled, specialisation included.
 
 It fails on a register spill, on shared or tensor memory above the device's, on a matrix kernel without tensor-core
-instructions, and on what got worse than the record: 3 % more instructions, instructions per element, registers, shared or tensor
-memory or bytes moved, or one more 64-bit multiplication inside a loop. What got better by as much is named, so that the
+instructions, and on regressions against the record: 3 % more instructions, instructions per element, registers, shared or tensor
+memory or bytes moved, or one more 64-bit multiplication inside a loop. Improvements of that size are reported, so that the
 record is renewed.
 """
 
@@ -37,11 +37,11 @@ GATED = (
     "instructions_per_element",
     "bytes_moved",
 )
-# griddepcontrol.launch_dependents and griddepcontrol.wait, by which a kernel and the next one overlap.
+# griddepcontrol.launch_dependents and griddepcontrol.wait, by which consecutive kernels overlap.
 _DEPENDENCY = re.compile(r"\b(PREEXIT|ACQBULK)\b")
-# Reads and writes of global memory, but for the bulk loads of x and W.
+# Reads and writes of global memory, except the bulk loads of x and W.
 _GLOBAL = re.compile(r"\b(LDG|LDGSTS|STG|UTMASTG|RED|ATOMG)\b")
-# What a tensor core does is called differently in every generation's assembly.
+# Names of tensor-core instructions, which differ between generations.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 
 
@@ -124,7 +124,7 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     from fastlora.ops import dispatch, triton_ops
 
     class Named:
-        """A driver that says which GPU to compile for, and can do nothing else."""
+        """A driver that only names the GPU to compile for."""
 
         get_current_device = staticmethod(lambda: arch)
         get_current_stream = staticmethod(lambda device: 0)
@@ -179,14 +179,14 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
 
 
 def tile_elements(tiles: dict[str, int]) -> int:
-    """Elements of the tile that a program holds of the kernel's large operand: of its output, or of x or dy in a pass over them."""
+    """Elements of a program's tile of the kernel's large operand: the output, or x or dy in a pass over them."""
     if "BLOCK" in tiles:
         return tiles["BLOCK"]
     return tiles["BLOCK_M"] * (tiles["BLOCK_N"] if "BLOCK_N" in tiles else tiles["BLOCK_K"])
 
 
 def bytes_of(arguments: dict[str, Any]) -> int:
-    """What a launch must move at least: each of its tensors once, parts of split sums included."""
+    """The least bytes that a launch moves: each of its tensors once, parts of split sums included."""
     held = (getattr(argument, "base", argument) for argument in arguments.values())
     tensors = {id(t): t for t in held if hasattr(t, "untyped_storage")}
     return sum(t.numel() * t.element_size() for t in tensors.values())
@@ -227,13 +227,13 @@ def read(compiled: Any) -> dict[str, Any]:
 
 
 def before_wait(instructions: list[str]) -> int:
-    """How many accesses of global memory stand before the wait for the kernel before; none where there is no wait."""
+    """Number of accesses of global memory before the wait for the preceding kernel; 0 without a wait."""
     waits = [i for i, text in enumerate(instructions) if re.search(r"\bACQBULK\b", text)]
     return sum(bool(_GLOBAL.search(text)) for text in instructions[: min(waits, default=0)])
 
 
 def wide_multiplications(sass: str) -> int:
-    """How many 64-bit address multiplications stand between a backward branch and its target (an innermost loop)."""
+    """Number of 64-bit address multiplications between a backward branch and its target (an innermost loop)."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
     addresses = [int(address, 16) for address, _ in lines]
     loops = []
@@ -253,7 +253,7 @@ def wide_multiplications(sass: str) -> int:
 
 
 def failures(arch: int, problem: Problem, record: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled kernel by the device's limits alone."""
+    """Violations of the device's limits by a compiled kernel."""
     from fastlora.kernels.config import ARCHITECTURES
 
     row = ARCHITECTURES[arch]
@@ -276,7 +276,7 @@ def failures(arch: int, problem: Problem, record: dict[str, Any]) -> list[str]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What got worse than the record."""
+    """Regressions against the record."""
     limits = {field: TOLERANCE * old[field] for field in GATED}
     limits["wide_multiplications_in_loops"] = old["wide_multiplications_in_loops"]
     return [
@@ -314,13 +314,13 @@ def main(argv: list[str] | None = None) -> int:
 def report(
     arch: int, problems: list[Problem], records: dict[str, dict[str, Any]], recorded: bool
 ) -> int:
-    """Print a table and what fails; the number of failures. recorded: whether to compare with the record."""
+    """Print a table and the failures; return their number. recorded: whether to compare with the record."""
     import triton
 
     old: dict[str, Any] = {}
     if recorded and file(arch).is_file():
         stored = json.loads(file(arch).read_text())
-        if stored["triton"] == triton.__version__:  # another compiler's counts say nothing
+        if stored["triton"] == triton.__version__:  # counts of another compiler are not comparable
             old = stored["kernels"]
     bad = 0
     print(f"sm_{arch}: registers, spills, shared memory, instructions, tensor-core instructions")

@@ -1,4 +1,4 @@
-"""Markdown tables of GPU records: the targets beside what was measured, and every case."""
+"""Markdown tables of GPU records: the targets with the measurements, and every case."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from cases import BASELINE, FORWARD, FORWARD_BACKWARD, TARGETS, Case, Target
 
 Record = dict[str, Any]
-Times = dict[tuple[str, ...], float]  # (case, mode, timing, backend) -> milliseconds a call
+Times = dict[tuple[str, ...], float]  # (case, mode, timing, backend) -> milliseconds per call
 TIMINGS = ("graph", "eager")
 EAGER_PEFT = ("peft", "peft-bf16")
 AT_MOST, AT_LEAST = "≤", "≥"
@@ -15,16 +15,16 @@ NOT_MEASURED = "not measured"
 
 
 def targets_table(records: list[Record]) -> str:
-    """For each record, or once without any, the four targets and the measured figures under CUDA graphs and eagerly.
+    """For each record, or once without any, the four targets and the times measured under CUDA graphs and eagerly.
 
-    Of a target's cases the worst one counts. Of PEFT's two dtypes of adapters the faster one counts. "missed" stands where
-    either timing is outside the target.
+    The worst of a target's cases and the faster of PEFT's two adapter dtypes count. "missed" marks a target that either
+    timing does not reach.
     """
     return "\n\n".join(_targets_of(record) for record in records) or _targets_of(None)
 
 
 def case_tables(records: list[Record]) -> str:
-    """For each record: all cases, the time to issue a call, Triton's GEMM against cuBLAS, and what has no time and why."""
+    """For each record: all cases, the time to issue a call, Triton's GEMM against cuBLAS, and what was not timed and why."""
     if not records:
         return f"No GPU record: {NOT_MEASURED}."
     return "\n\n".join(
@@ -105,7 +105,7 @@ def _times(record: Record) -> Times:
 
 
 def _cases(record: Record) -> str:
-    """A row for each case and mode: the frozen layer's time, the others' ratios to it; graph / eager."""
+    """A row for each case and mode: the frozen layer's time and the others' ratios to it, graph / eager."""
     times = _times(record)
     others = [name for name in dict.fromkeys(name for *_, name in times) if name != BASELINE]
     lines = [
@@ -149,7 +149,7 @@ def _eta(record: Record) -> str:
     if not graphs:
         return ""
     each = "; ".join(f"{row['case']}: {row['eta']:.2f}" for row in graphs)
-    return f"Frozen linear / forced Triton, forward, LoRA's work included: {each}."
+    return f"Frozen linear / forced Triton, forward, including LoRA's work: {each}."
 
 
 def _absent(rows: list[dict[str, Any]]) -> str:
@@ -163,7 +163,7 @@ def _absent(rows: list[dict[str, Any]]) -> str:
         f"- {backend}, {len(names)} case{'s' if len(names) > 1 else ''}: {kind}: {reason}"
         for (backend, kind, reason), names in cases.items()
     ]
-    return "\n".join(["Without a time:", "", *lines]) if lines else ""
+    return "\n".join(["Not timed:", "", *lines]) if lines else ""
 
 
 def _origin(record: Record) -> str:

@@ -1,10 +1,10 @@
-"""Time a whole training step of a model, and count what it keeps, against PEFT and full fine-tuning on the CPU.
+"""Time a whole training step of a model and measure its memory, against PEFT and full fine-tuning on the CPU.
 
     python benchmarks/model_step.py [--reps 10] [--only vit-b] [--output benchmarks/results/model-step-cpu.json]
 
 The models are transformers' own, with random float32 weights: ViT-B (12 blocks, 4 images of 197 tokens), a Llama of 1.2 billion parameters
-without its vocabulary (16 blocks of 2048 and 8192, 128 tokens), and a tiny Llama that is there for the tests. A step is forward, the mean square of
-the output, backward, AdamW on what trains. Contestants run interleaved; those that freeze the base share its weights.
+without its vocabulary (16 blocks of 2048 and 8192, 128 tokens), and a tiny Llama for the tests. A step is forward, the mean square of
+the output, backward, AdamW on the trainable parameters. Contestants run interleaved; those that freeze the base share its weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTESTANTS = ("fastlora", "fastlora-fused", "peft", "full")
 
 @dataclass(frozen=True)
 class Model:
-    """make: the base. inputs: its keyword arguments. targets: names of the adapted layers. full: whether full fine-tuning fits too."""
+    """make: the base. inputs: its keyword arguments. targets: names of the adapted layers. full: whether full fine-tuning fits in memory."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
@@ -128,7 +128,7 @@ def step_of(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
 
 
 def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Bytes of distinct storage that a forward pass keeps for the backward pass, parameters and buffers not counted."""
+    """Bytes of distinct storage that a forward pass saves for the backward pass, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -144,15 +144,13 @@ def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 
 def run_model(name: str, reps: int, record: Record) -> None:
-    """Add a row for each contestant on the model `name`; the record says who did not run."""
+    """Add a row for each contestant on the model `name`; contestants that did not run are recorded as absent."""
     torch.manual_seed(0)
     model = MODELS[name]
     base, inputs = model.make().requires_grad_(False), model.inputs()
     models = {c: adapted(c, model, base, inputs) for c in CONTESTANTS if c != "full" or model.full}
     if not model.full:
-        reason = (
-            "weights, gradients and AdamW's state of all parameters would not fit beside the base"
-        )
+        reason = "weights, gradients and AdamW state of all parameters would not fit in memory with the base"
         record["absent"].append({"model": name, "backend": "full", "reason": reason})
     with (
         torch.no_grad()

@@ -1,10 +1,10 @@
-"""Measure what one layer call costs the CPU, by the clock and by instructions, forward and forward + backward.
+"""Measure the CPU time and instructions of one layer call, forward and forward + backward.
 
     python benchmarks/overhead.py [--reps 30] [--output benchmarks/results/overhead-cpu.json]
 
-The layer is so small (1x64->64) that its arithmetic is nothing. Instructions are counted in user space by `perf stat` where the
-machine has the counter, else by Valgrind's callgrind, switched on around the calls alone; the record says by which, or why by
-neither. One thread, so that waiting threads count nothing.
+The layer is so small (1x64->64) that its arithmetic is negligible. Instructions are counted in user space by `perf stat` where
+the machine has the counter, else by Valgrind's callgrind, switched on around the calls only; the record names the counter, or the
+reasons for none. One thread, so that waiting threads add nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ void end(const char *label) { CALLGRIND_STOP_INSTRUMENTATION; CALLGRIND_DUMP_STA
 
 
 class NoCounter(Exception):
-    """A way to count instructions that this machine does not have; the message is the reason."""
+    """A counter of instructions is unavailable; the message is the reason."""
 
 
 def runs() -> Iterator[tuple[tuple[str, str, str], Round]]:
@@ -58,7 +58,7 @@ def repeat(run: Round, calls: int) -> None:
 
 
 def child(calls: int, marks: Path | None, index: int | None) -> None:
-    """What runs under a counter: every run between marks, or one run and no marks."""
+    """The process that a counter observes: every run between marks, or one run and no marks."""
     library = None if marks is None else ctypes.CDLL(str(marks))
     for number, (key, run) in enumerate(runs()):
         if index not in (None, number):
@@ -72,7 +72,7 @@ def child(calls: int, marks: Path | None, index: int | None) -> None:
 
 
 def count_by_perf(calls: int) -> dict[tuple[str, ...], float]:
-    """Instructions a call: the difference of a process with the calls and one without, over their number."""
+    """Instructions per call: the difference of a process with the calls and one without, over their number."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "stat")
 
@@ -89,7 +89,7 @@ def count_by_perf(calls: int) -> dict[tuple[str, ...], float]:
                 raise NoCounter(f"perf says of instructions:u: {value}")
             return int(value)
 
-        counted("true")  # before anything that takes time
+        counted("true")  # fail early
         found: dict[tuple[str, ...], float] = {}
         for index, (key, _) in enumerate(runs()):
             none, all_ = (counted(*_child(n, "--index", str(index))) for n in (0, calls))
@@ -98,7 +98,7 @@ def count_by_perf(calls: int) -> dict[tuple[str, ...], float]:
 
 
 def count_by_callgrind(calls: int) -> dict[tuple[str, ...], float]:
-    """Instructions a call, between marks, of one process under Valgrind."""
+    """Instructions per call, between marks, of one process under Valgrind."""
     for program in ("valgrind", "cc"):
         if shutil.which(program) is None:
             raise NoCounter(f"{program} is not installed")
@@ -115,7 +115,7 @@ def count_by_callgrind(calls: int) -> dict[tuple[str, ...], float]:
 
 
 def read_callgrind(folder: Path, calls: int) -> dict[tuple[str, ...], float]:
-    """Totals over calls of every dump that a mark has made in the folder, by the mark's label."""
+    """Total of each dump in the folder divided by the calls, by the label of its mark."""
     found = {}
     for file in folder.glob("out.*"):
         text = file.read_text()
@@ -142,7 +142,7 @@ COUNTERS: dict[str, Callable[[int], dict[tuple[str, ...], float]]] = {
 
 
 def count(record: Record, calls: int) -> None:
-    """Put the instructions of each call into its row, by the first counter there is, and say which and why not the others."""
+    """Add the instructions of each call to its row, by the first available counter, and record why others are not."""
     record["counter"], record["no_counter"] = None, {}
     for name, counter in COUNTERS.items():
         try:
@@ -157,7 +157,7 @@ def count(record: Record, calls: int) -> None:
 
 
 def measure(reps: int) -> Record:
-    """The record by the clock."""
+    """The record of times."""
     record = new_record(torch.device("cpu"), reps, [], None)
     for case in CASES:
         CaseRun(Workload(case, torch.device("cpu")), CONTESTANTS, record).time_calls(reps)

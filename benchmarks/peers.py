@@ -1,4 +1,4 @@
-"""The contestants: the frozen layer, fastlora's backends, and what else there is, each as a module built by one function.
+"""The contestants: the frozen layer, fastlora's backends and other implementations, each a module built by one function.
 
 A builder takes the case, the frozen `nn.Linear` and the adapter weights, which it copies, and raises `Absent` with the
 reason where the contestant does not exist. Every module has its trainable parameters in the order A, B.
@@ -29,16 +29,16 @@ class Absent(Exception):
 
 
 class Unimportable(Exception):
-    """A published peer that cannot be imported; the message names its module and says why."""
+    """A published peer that cannot be imported; the message names its module and the reason."""
 
 
 Builder = Callable[[Case, nn.Linear, Tensor, Tensor], nn.Module]
 
 
 class _Addmm(torch.autograd.Function):
-    """cuBLAS base, then the rank-R product added into y by `addmm_`; saves x, S and the dropout mask, a byte an element.
+    """cuBLAS base, then the rank-R product added into y by `addmm_`; saves x, S and the dropout mask, one byte per element.
 
-    The best that plain torch can do: no temporary of y's size, one pass of dropout, its result not kept.
+    The best of plain torch: no temporary of y's size, one pass of dropout, its result not saved.
     """
 
     @staticmethod
@@ -69,8 +69,8 @@ class _LoRAFusion(torch.autograd.Function):
     """LoRAFusion's split of the work: dropout(x) is written out and saved, with its mask and S.
 
     Its passes are three kernels forward (dropout, S, base GEMM with rank-R epilogue) and three backward (dS with dB, dA,
-    dx with a masked rank-R epilogue). Here each is what torch has, so the memory is theirs and the time is not: their
-    Triton GEMM may be slower or faster than cuBLAS and `addmm_`.
+    dx with a masked rank-R epilogue). Here each is a torch operation, so the memory is representative and the time is
+    not: their Triton GEMM may be slower or faster than cuBLAS and `addmm_`.
     Source: LoRAFusion (2510.00206).
     """
 
@@ -98,7 +98,7 @@ class _LoRAFusion(torch.autograd.Function):
 
 
 class _Unsloth(torch.autograd.Function):
-    """Unsloth's order of products: only x is saved, so x Aᵀ is computed again, and dy B twice. No dropout, no bias.
+    """Unsloth's order of products: only x is saved, so x Aᵀ is recomputed, and dy B computed twice. No dropout, no bias.
 
     Source: the published description of Unsloth's LoRA layers.
     """
@@ -131,7 +131,7 @@ class _Unsloth(torch.autograd.Function):
 
 
 class HandWritten(nn.Module):
-    """A module around a function with the arguments of those above. Adapters are cast to x's dtype in the computation, as fastlora's are."""
+    """A module around one of the functions above. Adapters are cast to x's dtype in the computation, as fastlora's are."""
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ def _unsloth(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> n
 def import_peer(name: str) -> Any:
     """The module of a published peer that holds its layer function.
 
-    Raises: Unimportable. A package may raise anything while it is imported: without a GPU, or with another torch.
+    Raises: Unimportable. A package may raise any error on import: without a GPU, or with another torch.
     """
     module = PUBLISHED[name]
     try:
@@ -292,7 +292,7 @@ def is_installed(name: str) -> bool:
 
 
 def add_peer_paths(folders: list[Path]) -> None:
-    """Let published peers be imported from these folders before any other place."""
+    """Put these folders first on the import path, for published peers."""
     for folder in folders:
         sys.path.insert(0, str(folder.resolve()))
     importlib.invalidate_caches()
@@ -334,7 +334,7 @@ def _lorafusion_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: T
     return HandWritten(call, frozen, lora_a, lora_b, case.p)
 
 
-# Published peers that take part when they are installed or given by --peer-path, and the module that holds their function.
+# Published peers that run if installed or given by --peer-path, and the module of their function.
 PUBLISHED = {
     "unsloth-library": "unsloth.kernels.fast_lora",
     "lorafusion-library": "lorafusion.ops.lora_v1",

@@ -9,13 +9,13 @@ from typing import Any
 
 from fastlora.files import atomic_write
 
-# Told apart by marker and line style; all ink is black.
+# Distinguished by marker and line style; everything is black.
 STYLES = {"linear": ("o", ":"), "fastlora": ("s", "-"), "peft": ("^", "--")}
 LABELS = {"M": "rows M", "N": "outputs N", "R": "rank R", "layers": "layers"}
 
 
 def digest(record: dict[str, Any]) -> str:
-    """What a picture carries of the record that it was drawn from."""
+    """The hash of a record, stored in the plot drawn from it."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -24,7 +24,7 @@ def is_current(record: dict[str, Any], picture: Path) -> bool:
 
 
 def draw(record: dict[str, Any], picture: Path) -> None:
-    """A PNG of five panels: time against each axis, and the roofline of the machine with every point below it."""
+    """Draw a PNG of five panels: time against each axis, and all points under the machine's roofline."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The JSON record of a run: where it ran, what came out, what did not run and why; written anew after every case."""
+"""The JSON record of a run: environment, results, and what did not run and why; rewritten after every case."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 class Budget:
-    """Whether another case may begin: only if the slowest so far would still end in time. `seconds` None is no bound."""
+    """Time budget: another case starts only if the slowest so far would still end in time. `seconds` None is no limit."""
 
     def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -46,7 +46,7 @@ class Budget:
         return self._end is None or self._case_began + self._slowest < self._end
 
     def end_case(self) -> float:
-        """The seconds that the case took."""
+        """Seconds since `begin_case`."""
         took = self._clock() - self._case_began
         self._slowest = max(self._slowest, took)
         return took
@@ -57,9 +57,9 @@ def new_record(
 ) -> Record:
     """A record in which no case has run.
 
-    results: a row for each case, mode, timing and backend. absent: what has no row, and the reason. call_overhead: CPU
-    time to issue a call. eta: the frozen layer's time over forced Triton's. seconds: what each case took, compilation and
-    checks included. not_run: the cases that have not ended.
+    results: a row for each case, mode, timing and backend. absent: contestants without a row, and the reason. call_overhead:
+    CPU time to issue a call. eta: the frozen layer's time over forced Triton's. seconds: duration of each case, compilation
+    and checks included. not_run: the cases that have not ended.
     """
     return {
         "environment": environment(device, reps, git_sha),
@@ -73,7 +73,7 @@ def new_record(
 
 
 def write(record: Record, path: Path) -> None:
-    """Write the record beside `path` and move it there, so that a killed run leaves the record of its last case whole."""
+    """Write the record atomically, so that a killed run leaves the complete record of its last case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
 
@@ -83,7 +83,7 @@ def gpu_file_name(gpu: str) -> str:
 
 
 def environment(device: torch.device, reps: int, git_sha: str | None = None) -> dict[str, Any]:
-    """Everything needed to trust a record or to make it again. git_sha: for a copy of the sources without git's folder."""
+    """Device, versions and command, for a reader who repeats the run. git_sha: for sources without a git folder."""
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "device": device.type,
@@ -127,7 +127,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _gpu_index() -> str:
-    """The device that torch calls 0, in nvidia-smi's own terms."""
+    """The index of torch's device 0 for nvidia-smi."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
 
 
@@ -139,7 +139,7 @@ def _cpu_model() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What the command prints, or None if it is not there or fails."""
+    """The output of the command, or None if it is missing or fails."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

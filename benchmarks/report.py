@@ -1,7 +1,7 @@
-"""Make the tables of README.md and docs/benchmarks.md, and the plots, from the records in `benchmarks/results/`, and from nothing else.
+"""Write the tables of README.md and docs/benchmarks.md, and the plots, from the records in `benchmarks/results/` alone.
 
-python benchmarks/report.py            # rewrite the tables between their markers, draw what is not there or of another record
-python benchmarks/report.py --check    # exit 1 if a file or a plot does not hold what the records say
+python benchmarks/report.py            # rewrite the tables between their markers, draw missing and outdated plots
+python benchmarks/report.py --check    # exit 1 if a file or a plot differs from the records
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ METHODS = {
 
 
 def cpu_table(record: dict[str, Any]) -> str:
-    """Forward + backward of each case: milliseconds and ratios, and what is kept for the backward pass."""
+    """Forward + backward of each case: milliseconds, ratios, and the share of bytes saved for the backward pass."""
     facts = record["environment"]
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for result in record["results"]:
         if result["mode"] == "forward+backward":
             rows.setdefault(result["case"], {})[result["backend"]] = result
     lines = [
-        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT | PEFT / fastlora | kept: fastlora / PEFT |",
+        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT | PEFT / fastlora | saved for backward: fastlora / PEFT |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     ratios = []
@@ -56,19 +56,19 @@ def cpu_table(record: dict[str, Any]) -> str:
         if row["mode"] == "forward+backward" and row["case"].endswith("p0")
     )
     if calls:
-        lines.append(f"\nOne tiny layer, forward and backward, microseconds a call: {calls}.")
+        lines.append(f"\nOne tiny layer, forward and backward, microseconds per call: {calls}.")
     return "\n".join(lines)
 
 
 def model_table(records: list[dict[str, Any]]) -> str:
-    """A whole training step of each model: milliseconds, what is kept for the backward pass, and the trained part's state."""
+    """A whole training step of each model: seconds, bytes saved for the backward pass, and the state of trained parameters."""
     if not records:
         return "No record: not measured."
     (record,) = records
     facts, settings = record["environment"], record["settings"]
     names = {"fastlora-fused": "fastlora, `fuse`", "peft": "PEFT", "full": "full fine-tuning"}
     lines = [
-        "| model | | a step | PEFT / this | kept for backward | weights, gradients and AdamW's state of what trains |",
+        "| model | | step | PEFT / this | saved for backward | weights, gradients and AdamW state of trained parameters |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for model in dict.fromkeys(row["model"] for row in record["results"]):
@@ -90,7 +90,7 @@ def model_table(records: list[dict[str, Any]]) -> str:
 
 
 def scaling_table(records: dict[str, dict[str, Any]]) -> str:
-    """For each record the plot and, at both ends of each axis, the milliseconds. records: by name, without the suffix."""
+    """For each record the plot, and the milliseconds at both ends of each axis. records: by file name without its suffix."""
     parts = []
     for name, record in records.items():
         facts, peaks = record["environment"], record["peaks"]
@@ -123,7 +123,7 @@ def scaling_table(records: dict[str, dict[str, Any]]) -> str:
             )
             lines.append(f"| {axis} | {ends[0]}, {ends[1]} | {' | '.join(cells)} | {ratios} |")
         lines.append(
-            f"\nThe roof: {peaks['gflops']:,.0f} GFLOP/s by the best product, {peaks['gbps']:.1f} GB/s by the best copy. "
+            f"\nRoofline: {peaks['gflops']:,.0f} GFLOP/s from the best product, {peaks['gbps']:.1f} GB/s from the best copy. "
             f"{where}, {facts['threads']} threads, torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved runs "
             f"(`{facts['command']}`, `benchmarks/results/{name}.json`)."
         )
@@ -132,7 +132,7 @@ def scaling_table(records: dict[str, dict[str, Any]]) -> str:
 
 
 def overhead_table(records: list[dict[str, Any]]) -> str:
-    """Microseconds and instructions of one call of a tiny layer, and PEFT's share of each."""
+    """Microseconds and instructions of one call of a tiny layer, absolute and as a share of PEFT's."""
     if not records:
         return "No record: not measured."
     (record,) = records
@@ -141,7 +141,7 @@ def overhead_table(records: list[dict[str, Any]]) -> str:
     for row in record["call_overhead"]:
         rows.setdefault((row["case"], row["mode"]), {})[row["backend"]] = row
     lines = [
-        "| M×K → N, rank, dropout | mode | | µs a call | instructions a call | of PEFT's µs | of PEFT's instructions |",
+        "| M×K → N, rank, dropout | mode | | µs per call | instructions per call | share of PEFT's µs | share of PEFT's instructions |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (case, mode), row in rows.items():
@@ -156,7 +156,7 @@ def overhead_table(records: list[dict[str, Any]]) -> str:
             )
     reasons = "; ".join(f"{name}: {reason}" for name, reason in record["no_counter"].items())
     lines.append(
-        f"\nInstructions by {f'`{counter}`' if counter else 'nothing'}{f' (not by {reasons})' if reasons else ''}. "
+        f"\nInstructions {f'counted by `{counter}`' if counter else 'not counted'}{f' (unavailable: {reasons})' if reasons else ''}. "
         f"{facts['threads']} thread, {facts['cpu']}, torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved runs "
         f"(`{facts['command']}`, `benchmarks/results/overhead-cpu.json`)."
     )
@@ -189,7 +189,7 @@ def medical_table(records: list[dict[str, Any]]) -> str:
         for record in records
     ]
     lines.append(
-        f"\nStructures where LoRA lost to the frozen base in Dice, HD95 or NSD: {'; '.join(worse)}."
+        f"\nStructures where LoRA is worse than the frozen base in Dice, HD95 or NSD: {'; '.join(worse)}."
     )
     lora, full = ([record["runs"][name] for record in records] for name in ("lora", "full"))
     share = lora[0]["trainable"] / full[0]["trainable"]
@@ -197,8 +197,8 @@ def medical_table(records: list[dict[str, Any]]) -> str:
         a["checkpoint_bytes"] / b["checkpoint_bytes"] for a, b in zip(lora, full, strict=True)
     )
     lines.append(
-        f"\nLoRA trains {share:.2%} of what full fine-tuning does, and its checkpoint, optimizer included, has {size:.1%} of the bytes. "
-        "Mean Dice of the structures with its bootstrap 95 % interval, and the paired difference with its own: "
+        f"\nLoRA trains {share:.2%} of the parameters of full fine-tuning, and its checkpoint, optimizer included, is {size:.1%} of the size. "
+        "Mean Dice over structures, and the paired difference, with bootstrap 95 % intervals: "
         + "; ".join(_interval(record) for record in records)
         + "."
     )
@@ -206,7 +206,7 @@ def medical_table(records: list[dict[str, Any]]) -> str:
 
 
 def _interval(record: dict[str, Any]) -> str:
-    """What the statistics of one seed say of LoRA beside full fine-tuning."""
+    """One seed's Dice of LoRA and of full fine-tuning, and their paired difference."""
 
     def text(figures: dict[str, Any], sign: str = "") -> str:
         mean, low, high = (figures[key] for key in ("mean", "low", "high"))
@@ -222,7 +222,7 @@ def _interval(record: dict[str, Any]) -> str:
 
 
 def tables() -> dict[Path, dict[str, str]]:
-    """File -> marker -> table, for every record there is."""
+    """File -> marker -> table, for every record."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     overhead = [record for record in records if record.get("kind") == "overhead"]
     # The compile gate's records have no table.
@@ -247,14 +247,14 @@ def tables() -> dict[Path, dict[str, str]]:
 
 
 def scaling_records() -> dict[str, dict[str, Any]]:
-    """The record of each plot, by the name that both files have without their suffix."""
+    """The record of each plot, by the file name of both without its suffix."""
     return {
         path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("scaling-*.json"))
     }
 
 
 def fill(text: str, found: dict[str, str], file: str = "README.md") -> str:
-    """The text with each table put between `<!-- table: name -->` and `<!-- end -->`.
+    """The text with each table written between `<!-- table: name -->` and `<!-- end -->`.
 
     Raises: ValueError if a marker is missing.
     """

@@ -1,12 +1,11 @@
-"""Time `LoRALinear` against PEFT and other ways to the same result, and write one JSON record.
+"""Time `LoRALinear` against PEFT and other implementations, and write one JSON record.
 
     python benchmarks/run.py --device cpu [--reps 30] [--output benchmarks/results/cpu.json]
-    python benchmarks/run.py --peer-path ../lorafusion      # and published peers that lie there
+    python benchmarks/run.py --peer-path ../lorafusion      # with the published peers in that folder
     python benchmarks/run.py --device cuda [--quick]        # writes benchmarks/results/<gpu>.json and fills the tables
 
-Correctness comes first: a contestant whose output or gradients are wrong gets no time, and the record says so. The
-contestants run interleaved, one after the other in every repetition, so that a slow spell of the machine meets all of them;
-ratios are of medians. See docs/benchmarks.md.
+A contestant whose output or gradients are wrong is not timed, and the record has the error. Contestants run interleaved, one
+after the other in every repetition, so that a slow phase of the machine affects all of them; ratios are of medians. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def _cases(on_gpu: bool, quick: bool) -> list[Case]:
 
 
 def _default_contestants(on_gpu: bool, peer_path: bool) -> tuple[str, ...]:
-    """What is written here, and the published peers: with a path all of them, so that one that is not found is named."""
+    """Those written here, and the published peers: with a path all of them, so that a missing one is reported."""
     ours = [name for name in CONTESTANTS if name not in PUBLISHED] if on_gpu else CPU_CONTESTANTS
     return (*ours, *(name for name in PUBLISHED if peer_path or is_installed(name)))
 
@@ -95,7 +94,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"counted repetitions of each case and mode (default {REPS}, in a quick run {QUICK_REPS})",
     )
     parser.add_argument(
-        "--budget-seconds", type=float, help="begin no case that would not end within this time"
+        "--budget-seconds", type=float, help="start no case that would not end within this time"
     )
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only cases whose name contains this"
@@ -104,7 +103,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--contestants",
         type=_contestants,
         metavar="A,B",
-        help=f"beside {BASELINE}, from: {', '.join(CONTESTANTS)}",
+        help=f"in addition to {BASELINE}, from: {', '.join(CONTESTANTS)}",
     )
     parser.add_argument(
         "--peer-path",
@@ -114,7 +113,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help=f"import {' and '.join(PUBLISHED)} from here; may be given more than once",
     )
-    parser.add_argument("--git-sha", help="the commit, where git cannot be asked for it")
+    parser.add_argument("--git-sha", help="the commit, for sources without a git folder")
     parser.add_argument("--output", type=Path, help="write the record here as JSON")
     arguments = parser.parse_args(argv)
     if arguments.reps is None:

@@ -1,9 +1,9 @@
-"""Time forward + backward against M, N, R and the number of layers, and measure the machine's own roofline.
+"""Time forward + backward against M, N, R and the number of layers, and measure the machine's roofline.
 
     python benchmarks/scaling.py --output benchmarks/results/scaling-cpu.json
     python benchmarks/scaling.py --device cuda              # writes benchmarks/results/scaling-<gpu>.json
 
-One size varies, the others stay at the base point. The roof is what this machine reaches in this run: the best rate of a square
+One size varies, the others stay at the base point. The roofline is measured in the same run: the best rate of a square
 product in the points' dtype, and the best rate of a large copy. `python benchmarks/report.py` draws the curves from the record.
 """
 
@@ -34,7 +34,7 @@ class Sweep:
     base: Case
     stack: Case
     values: dict[str, tuple[int, ...]]
-    product: tuple[int, ...]  # sizes of the square products that look for the peak
+    product: tuple[int, ...]  # sizes of the square products that measure the peak
     copied: int  # bytes of the tensor whose copy gives the bandwidth
 
 
@@ -79,13 +79,13 @@ def points(sweep: Sweep) -> list[tuple[str, int, Case, int]]:
 
 
 def flops(case: Case, adapted: bool) -> int:
-    """Of one layer's forward + backward: y and dx, and with adapters S, its product with B, dS, dB, dA and dS A."""
+    """FLOPs of one layer's forward + backward: y and dx, and with adapters S, its product with B, dS, dB, dA and dS A."""
     m, k, n, r = case.m, case.k, case.n, case.rank
     return 4 * m * k * n + adapted * 6 * m * r * (k + n)
 
 
 def least_bytes(case: Case, adapted: bool) -> int:
-    """What one layer's forward + backward must move: x, y, dy, dx once, W twice; with adapters x again, A and B twice, S
+    """The least bytes that one layer's forward + backward moves: x, y, dy, dx once, W twice; with adapters x again, A and B twice, S
     three times, and their gradients once."""
     m, k, n, r = case.m, case.k, case.n, case.rank
     low_rank = m * k + 3 * r * (k + n) + 3 * m * r
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=list(SWEEPS), default="cpu", help="where to run")
     parser.add_argument("--reps", type=int, default=15, help="repetitions that count (default 15)")
     parser.add_argument("--axis", choices=AXES, help="only this one")
-    parser.add_argument("--git-sha", help="the commit, where git cannot be asked for it")
+    parser.add_argument("--git-sha", help="the commit, for sources without a git folder")
     parser.add_argument("--output", type=Path, help="write the record here as JSON")
     arguments = parser.parse_args(argv)
     device, sweep = torch.device(arguments.device), SWEEPS[arguments.device]

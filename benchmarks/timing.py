@@ -1,4 +1,4 @@
-"""How time is taken: interleaved samples of all contestants, under eager execution or as CUDA graphs, and quantiles of them."""
+"""Timing: interleaved samples of all contestants, run eagerly or as CUDA graphs, and their quantiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workload import Round
 
 WARM_UP = 3
 SAMPLE_MS = (
-    2.0  # a sample of a GPU lasts at least about this long, so that its first launch does not weigh
+    2.0  # a GPU sample lasts at least about this long, so that its first launch is negligible
 )
 MAX_ROUNDS = 64
 OVERHEAD_CALLS = 100
@@ -27,7 +27,7 @@ def wall_clock(run: Round, rounds: int) -> float:
 
 
 def cuda_events(run: Round, rounds: int) -> float:
-    """Milliseconds of `rounds` runs between two events. It starts on an idle GPU: no one hides behind another's queue."""
+    """Milliseconds of `rounds` runs between two events. It starts on an idle GPU, so that no run overlaps with the one before."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -46,9 +46,9 @@ def sampler(device: torch.device) -> Sampler:
 def interleave(
     runs: dict[str, Round], reps: int, sample: Sampler, rounds: int = 1
 ) -> dict[str, list[float]]:
-    """`reps` samples of each run in milliseconds a round. Each repetition runs all of them, every second one backwards.
+    """`reps` samples of each run in milliseconds per round. Each repetition runs all of them, every second one in reverse order.
 
-    Three more repetitions go before, uncounted. The garbage collector waits.
+    Three repetitions before are not counted. Garbage collection is disabled meanwhile.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
@@ -66,7 +66,7 @@ def interleave(
 
 
 def rounds_for(run: Round, sample: Sampler) -> int:
-    """How many rounds of this run make a sample of the least length."""
+    """Number of rounds of this run that last at least `SAMPLE_MS`."""
     sample(run, 1)
     return min(max(1, round(SAMPLE_MS / sample(run, 1))), MAX_ROUNDS)
 

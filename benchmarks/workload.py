@@ -1,7 +1,7 @@
-"""What is run: the tensors of a case, and one round of calls of a contestant over all copies of them.
+"""The tensors of a case, and one round of calls of a contestant over all copies of them.
 
 Copies are separate layers with separate weights, inputs and output gradients, called one after the other as in a model,
-so that no weight waits in the cache for its next call.
+so that no weight stays in the cache until its next call.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def torch_dtype(case: Case) -> torch.dtype:
 
 
 def copies_needed(case: Case, cache_bytes: int) -> int:
-    """How many copies read four times the cache in a forward pass, within bounds; four also make three layers of a step."""
+    """Number of copies that together read four times the cache in a forward pass, within bounds; four also suffice for a step's three layers."""
     read = (case.m * case.k + case.n * case.k) * torch_dtype(case).itemsize
     return min(max(MIN_COPIES, -(-4 * cache_bytes // read)), MAX_COPIES)
 
 
 @dataclass
 class Workload:
-    """The tensors of a case, drawn from a normal distribution: zeros take less power, and so less time.
+    """The tensors of a case, drawn from a normal distribution, since zeros take less power and time.
 
-    frozen: layers, x: (M, K), requiring gradients, dy: (M, N), of each there are `copies`. lora_a: (R, K) and
+    frozen: layers, x: (M, K), requiring gradients, dy: (M, N), `copies` of each. lora_a: (R, K) and
     lora_b: (N, R), float32, with values that the case's dtype holds exactly, so that a cast of them changes nothing.
     """
 
@@ -60,7 +60,7 @@ class Workload:
                 for _ in range(self.copies)
             ]
             self.dy = [torch.randn(case.m, case.n, dtype=dtype) for _ in range(self.copies)]
-            # The update is then about as large as the base output, so that a wrong one cannot pass for rounding.
+            # Makes the update about as large as the base output, so that a wrong one cannot pass as rounding.
             self.lora_a = torch.randn(case.rank, case.k, dtype=dtype).float() / 64
             self.lora_b = torch.randn(case.n, case.rank, dtype=dtype).float() / 8
 
@@ -102,7 +102,7 @@ def _training_step(layers: Sequence[nn.Module], work: Workload) -> Round:
     x, dy = work.x[0], work.dy[0]
     on_gpu = (
         work.device.type == "cuda"
-    )  # there capturable and fused, so that a CUDA graph can hold the step
+    )  # capturable and fused there, so that a CUDA graph can contain the step
     optimizer = (
         torch.optim.AdamW(parameters, lr=1e-5, capturable=on_gpu, fused=on_gpu)
         if parameters
@@ -120,7 +120,7 @@ def _training_step(layers: Sequence[nn.Module], work: Workload) -> Round:
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes of distinct storage that one forward pass keeps for the backward pass, parameters not counted."""
+    """Bytes of distinct storage that one forward pass saves for the backward pass, without parameters."""
     owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     storages: dict[int, int] = {}
 
@@ -137,10 +137,10 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def peak_bytes(run: Round, device: torch.device) -> int | None:
-    """The most that one run allocates on the GPU beyond what is allocated before it; None on a CPU."""
+    """Peak bytes that one run allocates on the GPU beyond those allocated before it; None on a CPU."""
     if device.type != "cuda":
         return None
-    run()  # what is made once, as an optimizer's state, does not count
+    run()  # one-off allocations, such as an optimizer's state, do not count
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""fastlora: low-rank adapters for linear layers, with less time and memory. See the README for a first example."""
+"""fastlora: LoRA fine-tuning for PyTorch. The README has a first example."""
 
 from fastlora.config import LoRAConfig
 from fastlora.errors import (

@@ -46,42 +46,42 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What `inject_lora` does, in one value.
+    """The settings of `inject_lora`.
 
-    target_modules: patterns, or "all-linear" (every layer of `kinds`, by default linear ones, but the model's output embeddings), or a callback
-        `(path, module) -> bool | LoRAConfig`, where a returned config gives that layer its rank, alpha and dropout.
+    target_modules: patterns, or "all-linear" (every layer of `kinds`, by default linear ones, except the model's output
+        embeddings), or a callback `(path, module) -> bool | LoRAConfig`; a returned config sets that layer's rank, alpha and dropout.
     match: how a string pattern is compared with a layer's dotted path, such as `blocks.0.attn.to_qkv`:
-        "contains"  it is contained in any component; a pattern with dots matches a run of whole components
+        "contains"  it is contained in any component; a pattern with dots matches consecutive whole components
         "exact"     it is the whole path, or a dotted suffix of it (PEFT's rule for a list)
         "glob"      fnmatch on the whole path (`*` also crosses dots)
         "regex"     re.fullmatch on the whole path (PEFT's rule for a string)
         A compiled `re.Pattern` is always matched in full against the path.
-    exclude: patterns of layers to leave alone, compared in the same way.
+    exclude: patterns of layers to skip, compared in the same way.
     rank_pattern, alpha_pattern, dropout_pattern: pattern → value for the layers that match; the first match wins.
     adapter_dtype, backend, use_rslora, use_dora: as in `LoRALinear`.
-    kinds: the kinds of layers that patterns and callbacks are asked about: "linear" (`nn.Linear` and transformers' `Conv1D`), "conv"
-        (`nn.Conv1d` to `Conv3d`) and "embedding" (`nn.Embedding`). Others are left alone whatever their name.
-    layers_to_transform: an index or indices; only layers whose path has one of them as its first number are taken
-        (`blocks.0.attn.to_qkv` has 0). None takes all, with or without a number.
-    init_lora_weights: how lora_A and lora_B start. The output of a new layer is that of the wrapped one under each.
+    kinds: the kinds of layers to consider: "linear" (`nn.Linear` and transformers' `Conv1D`), "conv" (`nn.Conv1d` to `Conv3d`)
+        and "embedding" (`nn.Embedding`). Layers of other kinds are skipped, whatever their name.
+    layers_to_transform: an index or indices; only layers whose path has one of them as its first number are selected
+        (`blocks.0.attn.to_qkv` has 0). None selects all, with or without a number.
+    init_lora_weights: initial values of lora_A and lora_B. A new layer always computes the output of the wrapped one.
         "kaiming"     lora_A Kaiming-uniform, lora_B zero
         "gaussian"    lora_A normal with standard deviation 1 / rank, lora_B zero
         "orthogonal"  both random with B A = 0; the rank must be even
         "pissa"       the principal singular vectors of W; "pissa_niter_4" finds them by 4 subspace iterations, which is faster
         "olora"       the first columns and rows of the QR decomposition of W
-        Under the last two the start B₀ A₀ is not subtracted from W, as PEFT does, but kept and taken off in the computation,
-        which then has twice the rank: W stays as it is, and disabling, merging and base checkpoints stay exact.
-    bias: which biases train besides: "none", "all" of the model, or "lora_only", those of adapted layers.
-    modules_to_save: names of modules that train whole besides, such as a new head: a path, or a dotted suffix of one. Like biases they
-        are marked by `inject_lora` and left trainable by `freeze_base_params`, and saved by `save_adapter`; `save_pretrained` saves
-        modules, and refuses biases, for which PEFT's format has no place.
+        PEFT subtracts the initial product B₀ A₀ of the last two from W; fastlora keeps it and subtracts it in the computation,
+        at twice the rank. W does not change, and disabling, merging and loading base weights stay exact.
+    bias: which biases also train: "none", "all" of the model, or "lora_only", those of adapted layers.
+    modules_to_save: names of modules that also train, such as a new head: a path, or a dotted suffix of one. Like biases they
+        are marked by `inject_lora`, left trainable by `freeze_base_params` and saved by `save_adapter`; `save_pretrained` saves
+        modules and refuses biases, which PEFT's format cannot hold.
 
     PEFT's names r, lora_alpha, lora_dropout and exclude_modules are accepted for rank, alpha, dropout and exclude.
-    Under a config every pattern, index and name must match at least one layer; `inject_lora` raises otherwise.
+    Every pattern, index and name must match at least one layer; `inject_lora` raises otherwise.
 
     Source: PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775.
 
-    Raises: ConfigError that names the field.
+    Raises: ConfigError naming the field if a value is invalid.
     """
 
     target_modules: Targets = DEFAULT_TARGETS
@@ -150,7 +150,7 @@ class LoRAConfig:
 
     @property
     def subtracts_init(self) -> bool:
-        """Whether lora_A and lora_B start at a product that is not zero, which is then taken off."""
+        """Whether lora_A and lora_B have a non-zero initial product, which the computation subtracts."""
         return self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
@@ -163,7 +163,7 @@ class LoRAConfig:
         return tuple(self.target_modules)
 
     def matches(self, pattern: str | re.Pattern[str], path: str) -> bool:
-        """Whether `pattern` takes the layer at `path` under this config's `match`."""
+        """Whether `pattern` matches the layer at `path` under this config's `match`."""
         if isinstance(pattern, re.Pattern):
             return pattern.fullmatch(path) is not None
         if self.match == "regex":
@@ -187,9 +187,9 @@ class LoRAConfig:
         return (wanted,) if isinstance(wanted, int) else tuple(wanted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON has it: a dtype by its name, a compiled pattern as {"regex": …}.
+        """Every field as a JSON value: a dtype by its name, a compiled pattern as {"regex": …}.
 
-        Raises: ConfigError for what cannot be written: a callback, or a compiled pattern with flags.
+        Raises: ConfigError for a callback, or a compiled pattern with flags, which JSON cannot hold.
         """
         if callable(self.target_modules):
             raise ConfigError("target_modules: a callback cannot be written to a file")
@@ -212,9 +212,9 @@ class LoRAConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
-        """The config whose `to_dict` is `values`; fields that are not there keep their defaults, PEFT's names are accepted.
+        """The config whose `to_dict` is `values`; missing fields have their defaults, and PEFT's names are accepted.
 
-        Raises: ConfigError that names a field that does not exist (with the nearest that does) or has a bad value.
+        Raises: ConfigError naming a field that does not exist (with the nearest names) or has a bad value.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"values: expected a mapping of fields, got {type(values).__name__}")
@@ -235,7 +235,7 @@ class LoRAConfig:
         return cls(**given)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()` to a .json, .yaml or .yml file, whole or not at all.
+        """Write `to_dict()` to a .json, .yaml or .yml file, atomically.
 
         Raises: ConfigError for another suffix, or without pyyaml; CheckpointError if the file cannot be written.
         """
@@ -249,7 +249,7 @@ class LoRAConfig:
     def load(cls, path: str | os.PathLike[str]) -> LoRAConfig:
         """Read what `save` wrote, or a file written by hand.
 
-        Raises: ConfigError if it is neither JSON nor YAML by its suffix, is damaged, or holds a bad field.
+        Raises: ConfigError if the suffix is neither JSON's nor YAML's, or the file is damaged or has a bad field.
         """
         kind = _format(path)
         try:
@@ -261,7 +261,7 @@ class LoRAConfig:
         return cls.from_dict(values)
 
     def _freeze(self, name: str, value: Any) -> None:
-        """Keep the sequence as a tuple: a config does not change when the caller's list does."""
+        """Store the sequence as a tuple, so that the config does not change with the caller's list."""
         if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
             raise ConfigError(f"{name}: expected a list of patterns, got {value!r}")
         object.__setattr__(self, name, tuple(value))
@@ -314,10 +314,10 @@ class LoRAConfig:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise ConfigError(f"{name}: {pattern!r} is no regex: {error}") from None
+                    raise ConfigError(f"{name}: {pattern!r} is not a regex: {error}") from None
             if self.match in ("contains", "exact") and any(c in pattern for c in "*?["):
                 raise ConfigError(
-                    f'{name}: {pattern!r} looks like a glob or a regex; say so with match="glob" or "regex"'
+                    f'{name}: {pattern!r} looks like a glob or a regex; set match="glob" or "regex"'
                 )
 
 
@@ -334,7 +334,7 @@ def _with_aliases(init: Callable[..., None]) -> Callable[..., None]:
                 continue
             position = [f.name for f in fields(LoRAConfig)].index(name)
             if name in kwargs or position < len(args):
-                raise ConfigError(f"{alias}: is another name of {name}; give one of them")
+                raise ConfigError(f"{alias}: is an alias of {name}; pass one of them")
             kwargs[name] = kwargs.pop(alias)
         init(self, *args, **kwargs)
 
@@ -360,7 +360,7 @@ def _compiled(name: str, value: Any) -> Any:
     try:
         return re.compile(value["regex"])
     except re.error as error:
-        raise ConfigError(f"{name}: {value['regex']!r} is no regex: {error}") from None
+        raise ConfigError(f"{name}: {value['regex']!r} is not a regex: {error}") from None
 
 
 def _format(path: str | os.PathLike[str]) -> str:
@@ -371,12 +371,12 @@ def _format(path: str | os.PathLike[str]) -> str:
 
 
 def scaling_divisor(rank: int, use_rslora: bool) -> float:
-    """What alpha is divided by: the rank, or its root under rsLoRA."""
+    """The divisor of alpha: the rank, or its root under rsLoRA."""
     return math.sqrt(rank) if use_rslora else rank
 
 
 def check_hyperparameters(rank: int, alpha: float, dropout: float) -> None:
-    """Raises: ConfigError that names the argument, what was expected and what came."""
+    """Raises: ConfigError naming the argument, the expected value and the given one."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"rank: expected an integer ≥ 1, got {rank!r}")
     if (

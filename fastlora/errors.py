@@ -1,4 +1,4 @@
-"""The exceptions and warnings of fastlora: one small tree, so that a caller can catch all of it or one kind."""
+"""The exceptions and the warning of fastlora."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 
 class FastLoRAError(Exception):
-    """Base of every error that fastlora raises on purpose."""
+    """Base of all errors that fastlora raises."""
 
 
 class ConfigError(FastLoRAError, ValueError):
-    """An argument or a configuration field has a value that cannot work."""
+    """An argument or a configuration field has an invalid value."""
 
 
 class InjectionError(FastLoRAError, ValueError):
-    """A model cannot be given adapters as asked (nothing matched, a layer is unsuitable)."""
+    """Adapters cannot be injected as requested (nothing matched, a layer is unsuitable)."""
 
 
 class CheckpointError(FastLoRAError, RuntimeError):
@@ -23,15 +23,15 @@ class CheckpointError(FastLoRAError, RuntimeError):
 
 
 class MergeError(FastLoRAError, RuntimeError):
-    """Adapters cannot be folded into the base weights without being wrong."""
+    """Adapters cannot be merged into the base weights correctly."""
 
 
 class CheckError(FastLoRAError, RuntimeError):
-    """`check` found adapters that do not work, or could not look."""
+    """`check` found adapters that do not work, or could not run."""
 
 
 class BackendError(FastLoRAError, RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend that was requested by name cannot run here."""
 
 
 class DataError(FastLoRAError, ValueError):
@@ -39,18 +39,18 @@ class DataError(FastLoRAError, ValueError):
 
 
 class TrainingError(FastLoRAError, RuntimeError):
-    """Training cannot go on (a non-finite loss, a run folder in use)."""
+    """Training cannot continue (a non-finite loss, a run folder in use)."""
 
 
 class ExportError(FastLoRAError, RuntimeError):
-    """A model cannot be exported as asked (a missing package, an unsuitable example, a file that cannot be written)."""
+    """A model cannot be exported as requested (a missing package, an unsuitable example, a file that cannot be written)."""
 
 
 class FastLoRAWarning(UserWarning):
-    """Something that a caller should change; every warning of fastlora is one."""
+    """The category of all warnings of fastlora."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: " (nearest: a, b)", or "" where nothing is like it."""
+    """The end of an error message about an unknown name: " (nearest: a, b)", or "" if none is similar."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
     return f" (nearest: {', '.join(close)})" if close else ""

@@ -1,4 +1,4 @@
-"""Reading untrusted files without running code or trusting a declared size, and writing files whole or not at all."""
+"""Read untrusted files without running code or trusting a declared size, and write files atomically."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from fastlora.errors import CheckpointError, ConfigError
 Content = bytes | memoryview | Callable[[BinaryIO], object]
 
 MAX_JSON_BYTES = 2**24
-MAX_YAML_BYTES = 2**20  # its parser is a hundred times slower
+MAX_YAML_BYTES = 2**20  # the YAML parser is a hundred times slower
 MAX_DEPTH = 32
 
-# What torch.load and zipfile raise over a damaged file, besides OSError and ValueError.
+# Errors of torch.load and zipfile for a damaged file, besides OSError and ValueError.
 _DAMAGED = (
     *(EOFError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
     *(MemoryError, OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
@@ -42,8 +42,8 @@ _STORAGES = (
     ("BFloat16", "Bool", "Byte", "Char", "ComplexDouble", "ComplexFloat")
     + ("Double", "Float", "Half", "Int", "Long", "Short")
 )  # fmt: skip
-# What the pickle inside a file of torch.save may name. torch's own list is longer, and holds constructors that allocate
-# what they are told to: `bytearray`, `torch.Tensor`, sparse tensors.
+# Globals that the pickle inside a file of torch.save may use. torch's own list also has constructors that allocate any size:
+# `bytearray`, `torch.Tensor`, sparse tensors.
 _GLOBALS = frozenset(
     {
         "collections OrderedDict",
@@ -60,7 +60,7 @@ _GLOBALS = frozenset(
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The value of a JSON file of at most `MAX_JSON_BYTES`.
 
-    Raises: OSError; ValueError, with the reason in one line, if it is no JSON, too large or nested more than `MAX_DEPTH` deep.
+    Raises: OSError; ValueError, with the reason in one line, if it is not JSON, too large or nested more than `MAX_DEPTH` deep.
     """
     data = _read_text(path, MAX_JSON_BYTES)
     try:
@@ -74,7 +74,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """The value of a YAML file of at most `MAX_YAML_BYTES`: plain values, lists and mappings.
 
-    Aliases are refused, because a few lines of them can stand for more than a memory holds.
+    Aliases are refused, because a few lines of them can expand beyond memory.
 
     Raises: OSError; ValueError, with the reason in one line; ConfigError without pyyaml.
     """
@@ -98,11 +98,11 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 def read_torch(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote, on the CPU: plain values, lists, tuples, dicts and dense tensors. Nothing in it is run.
+    """Load a file of `torch.save` to the CPU without running code: plain values, lists, tuples, dicts and dense tensors.
 
-    Before anything is allocated: the file must be a zip archive of stored (not compressed) entries that are no larger than the
-    file, and its pickle may name nothing but what such values need. Afterwards no tensor is larger than its storage
-    (a stride of 0 lets 4 bytes stand for terabytes), and values that are shared do not unfold to more than the file holds.
+    Checked before anything is allocated: the file is a zip archive of stored (not compressed) entries that are no larger than the
+    file, and its pickle uses only the globals that such values need. Checked afterwards: no tensor is larger than its storage (a
+    stride of 0 expands 4 bytes to terabytes), and shared values do not expand beyond the size of the file.
 
     Raises: OSError; ValueError with the reason in one line. Files of torch before 1.6 are refused.
     """
@@ -117,9 +117,9 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-    """The arrays that `np.savez` wrote, by name.
+    """The arrays of a file of `np.savez`, by name.
 
-    Entries must be stored (not compressed) and as long as their own header says, so nothing is allocated beyond the file's size;
+    Entries must be stored (not compressed) and as long as their header says, so no more than the file's size is allocated;
     objects are refused.
 
     Raises: OSError; ValueError with the reason in one line.
@@ -136,11 +136,11 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
 def read_npz(
     path: str | os.PathLike[str], layout: Mapping[str, tuple[str, tuple[int | str, ...]]]
 ) -> dict[str, NDArray[Any]]:
-    """`read_arrays`, which must be those of `layout`: name → (dtype, shape).
+    """`read_arrays`, checked against `layout`.
 
-    layout: a side is a number, or a letter that stands for one number wherever it is used.
+    layout: name → (dtype, shape); a side is a number, or a letter that is the same number wherever it is used.
 
-    Raises: as `read_arrays`; ValueError that names the array which is another.
+    Raises: as `read_arrays`; ValueError naming the array that differs.
     """
     arrays = read_arrays(path)
     if arrays.keys() != layout.keys():
@@ -157,7 +157,7 @@ def read_npz(
 
 
 def _npy(data: bytes) -> NDArray[Any]:
-    """The array of a `.npy` file. Raises: ValueError, and what a damaged header does to numpy's reader."""
+    """The array of a `.npy` file. Raises: ValueError, and any of `_DAMAGED` for a damaged header."""
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("expected version 1.0 of numpy's format")
@@ -168,14 +168,14 @@ def _npy(data: bytes) -> NDArray[Any]:
     start = stream.tell()
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - start:
         raise ValueError(f"expected {shape} values of {dtype}, got {len(data) - start} bytes")
-    flat = np.frombuffer(bytearray(data), dtype, offset=start)  # a copy that can be written to
+    flat = np.frombuffer(bytearray(data), dtype, offset=start)  # a writable copy
     return flat.reshape(shape, order="F" if by_columns else "C")
 
 
 def check_regexes(patterns: Iterable[str], texts: Iterable[str], seconds: float = 10.0) -> None:
-    """Match every pattern against every text in another process, which can be ended: some patterns never end on 40 letters.
+    """Match every pattern against every text in a process with a time limit, since some patterns never end on 40 letters.
 
-    Patterns without a repetition or an alternative are not tried.
+    Patterns without a repetition or an alternative are skipped.
 
     Raises: ValueError if that takes more than `seconds`.
     """
@@ -200,7 +200,7 @@ for pattern in map(re.compile, patterns):
 
 
 def import_yaml() -> Any:
-    """The module yaml. Raises: ConfigError without it."""
+    """The module yaml. Raises: ConfigError if it is not installed."""
     try:
         import yaml
     except ImportError as error:
@@ -225,7 +225,7 @@ def _read_text(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def _stored_entries(archive: zipfile.ZipFile, size: int, writer: str) -> list[zipfile.ZipInfo]:
-    """The entries of an archive of `size` bytes, which must be stored and no larger than it; writer: what made it."""
+    """The entries of an archive of `size` bytes, checked to be stored and no larger than it. writer: the expected writer, for the message."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError(f"holds compressed entries, which {writer} does not write")
@@ -236,7 +236,7 @@ def _stored_entries(archive: zipfile.ZipFile, size: int, writer: str) -> list[zi
 
 def _check_archive(path: Path, size: int) -> None:
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # torch would read anything else as a bare pickle
+        if file.read(4) != b"PK\x03\x04":  # torch would read anything else as a plain pickle
             raise ValueError("not a zip archive as torch.save writes it (since torch 1.6)")
     with zipfile.ZipFile(path) as archive:
         names = [entry.filename for entry in _stored_entries(archive, size, "torch.save")]
@@ -250,8 +250,9 @@ def _check_archive(path: Path, size: int) -> None:
 
 
 def _check_tree(value: object, budget: int, tensors: bool = False) -> None:
-    """Refuse what is no plain value, is nested too deeply, or unfolds to more than `budget` values: what a file of so many
-    bytes can hold without sharing. Tensors of one storage count with their storage once.
+    """Refuse anything but plain values, deep nesting, and trees of more than `budget` values.
+
+    budget: the file's size in bytes, which bounds the values of a tree without sharing. A storage counts once.
     """
     storages: set[int] = set()
     stack: list[tuple[Iterator[object], int]] = [(iter([value]), 0)]
@@ -297,29 +298,29 @@ def _first_line(error: BaseException) -> str:
 
 
 LEFTOVERS = ".*.fastlora.tmp"
-"""Matches the temporary files of a process that was killed while it wrote."""
+"""A glob for the temporary files of a process that was killed while writing."""
 
 
 def atomic_write(path: Path, content: Content) -> None:
-    """Write one file, whole or not at all: see `atomic_write_all`."""
+    """Write one file atomically: see `atomic_write_all`."""
     atomic_write_all({path: content})
 
 
 def atomic_write_all(contents: Mapping[Path, Content]) -> None:
-    """Write each file under a temporary name beside its place; when all are on the disk, put each in its place.
+    """Write each file under a temporary name beside its target; when all are on the disk, rename them to their targets.
 
-    The temporary name is new and starts with a dot, so two writers never share one and no reader of `*.pt` sees it. A link at `path`
-    is replaced, not followed. A file that is replaced hands its permissions on.
+    The temporary name is unique and starts with a dot, so writers never share one and readers of `*.pt` do not see it. A link at a
+    target is replaced, not followed. A replaced file's permissions are kept.
 
-    contents: path → its bytes, or a function that writes them to the open file. The folders must exist.
+    contents: path → bytes, or a function that writes them to the open file. The folders must exist.
 
-    Raises: OSError, and what a function raises. Then no file has changed, unless moving one into place failed after another.
+    Raises: OSError, and any error of a function. No file has changed then, unless a rename failed after another one.
     """
     temporary: dict[Path, Path] = {}
     try:
         for path, content in contents.items():
             name = temporary_name(path)
-            with name.open("xb") as file:  # refuses a link
+            with name.open("xb") as file:  # fails if the name exists, even as a link
                 temporary[name] = path
                 if callable(content):
                     content(file)
@@ -332,12 +333,12 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that nobody else has, and that `LEFTOVERS` matches."""
+    """A unique name beside `path` that `LEFTOVERS` matches."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.fastlora.tmp")
 
 
 def move_into_place(finished: Mapping[Path, Path]) -> None:
-    """Rename finished files to their places, after all of them are on the disk. finished: file → place, on one file system."""
+    """Rename files to their targets, once all are on the disk. finished: file → target, on one file system."""
     for file, place in finished.items():
         with file.open("r+b") as opened:
             os.fsync(opened.fileno())
@@ -350,7 +351,7 @@ def move_into_place(finished: Mapping[Path, Path]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power failure; only POSIX can open a folder."""
+    """Make renames in `folder` durable; only POSIX can open a folder."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -374,10 +375,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
-    """Checks that two sets of tensors have the same names and shapes.
+    """Check that two sets of tensors have the same names and shapes.
 
-    Raises:
-        CheckpointError: naming every tensor that is missing, unexpected or of another shape.
+    Raises: CheckpointError naming every tensor that is missing, unexpected or of another shape.
     """
     problems = [f"{name}: missing" for name in wanted.keys() - found.keys()]
     problems += [f"{name}: unexpected" for name in found.keys() - wanted.keys()]

@@ -17,9 +17,9 @@ def test_pefts_names_are_accepted():
     assert replace(theirs, rank=7).rank == 7
     for arguments in ({"rank": 4, "r": 8}, {"alpha": 1.0, "lora_alpha": 1.0}):
         alias = list(arguments)[1]
-        with pytest.raises(ConfigError, match=f"{alias}: is another name of .*; give one of them"):
+        with pytest.raises(ConfigError, match=f"{alias}: is an alias of .*; pass one of them"):
             LoRAConfig(["a"], **arguments)
-    with pytest.raises(ConfigError, match="r: is another name of rank"):
+    with pytest.raises(ConfigError, match="r: is an alias of rank"):
         LoRAConfig(["a"], 4, r=4)
     with pytest.raises(TypeError, match="lora_rank"):
         LoRAConfig(["a"], lora_rank=4)
@@ -135,7 +135,7 @@ def test_a_file_written_by_hand_may_use_pefts_names(tmp_path):
         ("c.json", '{"adapter_dtype": "float3"}', "adapter_dtype: expected a float dtype"),
         ("c.json", '{"adapter_dtype": "int8"}', "adapter_dtype: expected a float dtype"),
         ("c.json", '{"target_modules": {"glob": "x"}}', "target_modules: expected strings or"),
-        ("c.json", '{"exclude": [{"regex": "("}]}', r"exclude: '\(' is no regex"),
+        ("c.json", '{"exclude": [{"regex": "("}]}', r"exclude: '\(' is not a regex"),
     ],
 )
 def test_bad_files_are_named(name, text, message, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The code of docs/export.md, docs/integrations.md and docs/variants.md runs and says the truth."""
+"""The code of docs/export.md, docs/integrations.md and docs/variants.md runs, and files and tests that pages name exist."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ DOCS = ROOT / "docs"
 
 
 def run(code, folder, monkeypatch, names=None):
-    """The names that the Python blocks of `code` leave behind, run in `folder`; skips if a package they import is not there."""
+    """The variables that the Python blocks of `code` define, run in `folder`; skips if a package they import is missing."""
     blocks = re.findall(r"^```python\n(.*?)^```$", code, flags=re.M | re.S)
     assert blocks
     for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks), flags=re.M):
@@ -27,10 +27,29 @@ def run(code, folder, monkeypatch, names=None):
 
 
 def sections(page):
-    """Text by heading; what stands before the first is under ''."""
+    """Text by heading; the text before the first heading is under ''."""
     text = (DOCS / page).read_text()
     first, *rest = re.split(r"^## ", text, flags=re.M)
     return {"": first} | dict(section.split("\n", 1) for section in rest)
+
+
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PATH = re.compile(r"\b(?:fastlora|kernels|tests|scripts|benchmarks|docs)/[\w./-]*\w")
+# Records whose names hold a placeholder, and the files of PEFT's own tests.
+OTHERS = re.compile(r"benchmarks/results/[\w-]*(<gpu>|seedN)|cd peft-(.|\n)*?\n\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page):
+    text = OTHERS.sub("", page.read_text())
+    assert not [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page):
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    named = set(re.findall(r"\btest_\w+\b(?!\.py|/)", page.read_text()))
+    assert not [name for name in named if f"def {name}(" not in sources]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it exports
@@ -64,7 +83,7 @@ INTEGRATIONS = sections("integrations.md")
 
 
 def train(section, folder, monkeypatch):
-    """Run a section of docs/integrations.md; its names, after a look at what its `model` learnt."""
+    """Run a section of docs/integrations.md, check that its `model` learnt, and return its variables."""
     names = run(INTEGRATIONS[""], folder, monkeypatch)
     untrained = names["make_model"]().state_dict()
     run(INTEGRATIONS[section], folder, monkeypatch, names)

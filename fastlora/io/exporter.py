@@ -24,8 +24,8 @@ from fastlora.errors import ExportError
 from fastlora.files import move_into_place
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.linear import LoRALinear
+from fastlora.model.adapter_registry import copy_active
 from fastlora.model.merge import merge_lora_weights
-from fastlora.model.record import copy_without_records
 
 FORMATS = ("torch.export", "onnx", "torchscript")
 _ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -130,7 +130,7 @@ def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
     if any(isinstance(module, LoRALayer) and module.disabled for module in model.modules()):
         raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    plain = copy_without_records(model, shared).eval()
+    plain = copy_active(model, shared).eval()
     if merged:
         return merge_lora_weights(plain, inplace=not isinstance(plain, LoRALayer))
     for module in plain.modules():

@@ -1,1 +1,1 @@
-"""Adapted layers: linear, convolution, embedding; how they start; which layer fits which module."""
+"""Adapted layers: linear, convolution, embedding; their initialisation; the layer class for each kind of module."""

@@ -1,4 +1,4 @@
-"""`LoRALayer`: what every adapted layer has, whatever it wraps."""
+"""`LoRALayer`: the base class of all adapted layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,19 @@ Shape = tuple[int, ...]
 
 
 class LoRALayer(nn.Module, ABC):
-    """A frozen layer and the trainable update ΔW = scaling · B A of its weight. The base of `LoRALinear`, `LoRAConv`, `LoRAEmbedding`.
+    """A frozen layer with a trainable update ΔW = scaling · B A of its weight; base of `LoRALinear`, `LoRAConv`, `LoRAEmbedding`.
 
-    original_layer: what to adapt. The other arguments are those of `LoRALinear`.
+    After an initialisation with B A ≠ 0 (PiSSA, OLoRA) the buffers `initial_A` and `initial_B` hold A₀ and B₀, and
+    ΔW = scaling · (B A − B₀ A₀): the wrapped weight never changes, and ΔW starts at zero.
 
-    After a start that is not zero (PiSSA, OLoRA) the buffers `initial_A` and `initial_B` hold it, and
-    ΔW = scaling · (B A − B₀ A₀): the wrapped weight never changes, and ΔW starts at zero as always.
+    original_layer: the layer to adapt. Other arguments as in `LoRALinear`.
     """
 
     wrapped_name: ClassVar[str]  # the attribute that holds the wrapped layer
     has_kernels: ClassVar[bool] = False  # whether there are kernels and DoRA for it
     takes_dropout: ClassVar[bool] = True  # whether the input can be dropped out
-    kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; stands in adapter files
-    disabled: bool = False  # set by `fastlora.disable_adapter` for as long as it lasts
+    kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; written to adapter files
+    disabled: bool = False  # set within `fastlora.disable_adapter`
     initial_A: Tensor | None
     initial_B: Tensor | None
     lora_magnitude: nn.Parameter | None
@@ -68,8 +68,7 @@ class LoRALayer(nn.Module, ABC):
                 raise ConfigError(f"use_dora: is for linear layers, got {what}")
             if backend == "triton":
                 raise BackendError(f"backend='triton' cannot run: there is no kernel for {what}")
-        weight = original_layer.weight
-        assert isinstance(weight, Tensor)
+        weight = cast(Tensor, original_layer.weight)
         if adapter_dtype is None:
             adapter_dtype = default_adapter_dtype(original_layer)
         if not adapter_dtype.is_floating_point:
@@ -100,14 +99,14 @@ class LoRALayer(nn.Module, ABC):
         """The shapes of lora_A and lora_B around `original`."""
 
     def reset_lora_parameters(self) -> None:
-        """Make lora_A Kaiming-uniform (as `nn.Linear` does its weight) and lora_B zero, and ΔW with them."""
+        """Reset lora_A to Kaiming-uniform values (as the weight of `nn.Linear`) and lora_B to zero, so ΔW = 0."""
         self.initial_A = self.initial_B = None
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
     @property
     def wrapped(self) -> nn.Module:
-        """The layer that is adapted, whatever the attribute is called."""
+        """The adapted layer."""
         module = self._modules[self.wrapped_name]
         assert module is not None
         return module
@@ -119,11 +118,11 @@ class LoRALayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The wrapped weight + ΔW, in its shape, computed anew at each access.
+        """The wrapped weight + ΔW, in its shape, recomputed at each access.
 
         Summed in float32 or wider and rounded once to the weight's dtype (that of `wrapped_weight`). Differentiable, so code
-        that reads `.weight` and multiplies by itself (`nn.MultiheadAttention` does) still sees and trains the adapter,
-        without dropout. The wrapped weight itself while the adapter is disabled.
+        that multiplies by `.weight` itself (`nn.MultiheadAttention`) uses and trains the adapter, without dropout. While the
+        adapter is disabled, the wrapped weight.
         """
         if self.disabled:
             return self.wrapped_weight()
@@ -139,7 +138,7 @@ class LoRALayer(nn.Module, ABC):
         return bias
 
     def wrapped_weight(self) -> Tensor:
-        """The weight of the wrapped layer, in floating point also where that is quantised."""
+        """The weight of the wrapped layer, in floating point even if it is quantised."""
         return dequantised(self.wrapped)
 
     @property
@@ -172,7 +171,7 @@ class LoRALayer(nn.Module, ABC):
     def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
         """ΔW in the weight's shape, computed in `dtype`.
 
-        magnitude: give the sum of the magnitudes of its terms instead, of which rounding errors are a share.
+        magnitude: return the sum of the magnitudes of its terms instead, which bounds rounding errors.
         """
         a, b = (factor.to(dtype) for factor in self.factors())
         if magnitude:
@@ -181,7 +180,7 @@ class LoRALayer(nn.Module, ABC):
 
     @abstractmethod
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the wrapped layer computes of `x`, with another weight and bias."""
+        """The output of the wrapped layer for `x` with the given weight and bias."""
 
     @abstractmethod
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
@@ -189,13 +188,14 @@ class LoRALayer(nn.Module, ABC):
 
     @abstractmethod
     def choose(self, x: Tensor) -> Choice:
-        """The backend and plan that a call with the tensor `x` takes, and the reason."""
+        """The backend and plan of a call with the tensor `x`, and the reason."""
 
     def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """A fresh layer of the wrapped class whose weight is W + ΔW; this layer is left as it is.
+        """A new layer of the wrapped class with the weight W + ΔW. This layer does not change.
 
-        dtype: dtype of the merged weight; None keeps the wrapped weight's. The sum is made in float32 or wider and rounded
-        once. Device, bias (a copy), training mode and requires_grad are kept.
+        The sum is computed in float32 or wider and rounded once. Device, bias (a copy), training mode and requires_grad are kept.
+
+        dtype: of the merged weight; None keeps the wrapped weight's.
 
         Raises: MergeError if the wrapped weight is parametrised (the parametrisation would be lost) or quantised, or the adapter is
         disabled.
@@ -203,22 +203,21 @@ class LoRALayer(nn.Module, ABC):
         reason = self.why_unmergeable()
         if reason is not None:
             raise MergeError(f"cannot merge: {reason}")
-        original = self.wrapped.weight
-        assert isinstance(original, nn.Parameter)
+        original = cast(nn.Parameter, self.wrapped.weight)
         with torch.no_grad(), no_autocast(original):
             merged = self._merged_weight(original).to(dtype or original.dtype)
         parameter = nn.Parameter(merged, requires_grad=original.requires_grad)
-        # Telling deepcopy that the weight is already copied builds the new layer without a second copy of it.
+        # The memo makes deepcopy use the merged weight instead of copying the original.
         fresh: nn.Module = copy.deepcopy(self.wrapped, {id(original): parameter})
         return fresh
 
     def why_unmergeable(self) -> str | None:
-        """Why folding the update into the wrapped weight would be wrong, or None if it would not."""
+        """Why the update cannot be merged into the wrapped weight, or None if it can."""
         if self.disabled:
             return "the adapter is disabled; merge outside of disable_adapter"
         package = quantisation(self.wrapped)
         if package is not None:
-            return f"the weight is quantised by {package}, which would round the update away; merge into the model as it was before"
+            return f"the weight is quantised by {package}, which would round the update away; merge into the unquantised model"
         if parametrize.is_parametrized(self.wrapped, "weight"):
             return "the weight is parametrised; remove the parametrisation first"
         if "weight" not in self.wrapped._parameters:
@@ -235,7 +234,7 @@ class LoRALayer(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # A copy made inside disable_adapter would never be enabled again.
+        # disable_adapter would never enable a copy made inside it.
         self.__dict__.pop("disabled", None)
 
     @abstractmethod
@@ -244,7 +243,7 @@ class LoRALayer(nn.Module, ABC):
 
     def _accumulate_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype in which weights are summed: float32 or wider."""
-        # Not torch.promote_types, which exporters of torch 2.6 take for an operation of the model.
+        # Not torch.promote_types, which exporters of torch 2.6 record as an operation of the model.
         both = (weight.dtype, self.lora_A.dtype)
         return torch.float64 if torch.float64 in both else torch.float32
 
@@ -253,29 +252,27 @@ class LoRALayer(nn.Module, ABC):
         return weight.to(wide) + self.delta(wide)
 
 
-def of_wrapped(name: str) -> Any:
-    """A read-only property: the wrapped layer's attribute `name`, which code around the layer may ask for."""
+def wrapped_attribute(name: str) -> Any:
+    """A read-only property that returns the wrapped layer's attribute `name`."""
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context in which products on the tensor's device keep their dtype, whatever autocast is around."""
+    """A context without autocast on the tensor's device."""
     if autocasts(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
 
 
 def default_adapter_dtype(original: nn.Module) -> torch.dtype:
-    """The weight's dtype, but float32 for one of 16 bits, because small updates vanish in 16 bits, and for a quantised one."""
-    weight = original.weight
-    assert isinstance(weight, Tensor)
+    """The weight's dtype, but float32 for a 16-bit weight, where small updates would vanish, and for a quantised one."""
     if quantisation(original) is not None:
         return torch.float32
-    return torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(cast(Tensor, original.weight).dtype, torch.float32)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the layer has forward or backward hooks of its own."""
+    """Whether the layer has forward or backward hooks."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

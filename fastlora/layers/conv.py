@@ -1,15 +1,15 @@
-"""`LoRAConv`: a convolution with a trainable low-rank update beside its frozen weight."""
+"""`LoRAConv`: a frozen convolution with a trainable low-rank update."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
-from fastlora.layers.base import LoRALayer, Shape, of_wrapped
+from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 from fastlora.ops.dispatch import Choice
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -19,27 +19,28 @@ _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class LoRAConv(LoRALayer):
     """y = conv(x, W) + bias + scaling · conv₁(conv(dropout(x), A), B) around an `nn.Conv1d`, `Conv2d` or `Conv3d`.
 
-    `lora_A` (rank, in_channels / groups, *kernel_size) is applied with the stride, padding, padding mode, dilation and groups of
-    the wrapped layer, `lora_B` (out_channels, rank / groups, 1, …) at single positions; with groups, each has its own share of the
-    rank. So the update is one of W, and can be merged; PEFT's is not where there are groups, dilation or a padding mode. The wrapped layer is kept as `original_layer`. Plain torch operations, on every device.
+    `lora_A` (rank, in_channels / groups, *kernel_size) has the stride, padding, padding mode, dilation and groups of the wrapped
+    layer, `lora_B` (out_channels, rank / groups, 1, …) is pointwise; each group has its share of the rank. So ΔW is an update of W
+    and can be merged, unlike PEFT's with groups, dilation or a padding mode. The wrapped layer is `original_layer`. Plain torch
+    operations, on every device.
 
     Arguments as in `LoRALinear`; the rank must be a multiple of groups.
 
-    Raises: ConfigError for a value that cannot work, BackendError for backend="triton", InjectionError if the layer cannot be
-    adapted: a transposed or lazy convolution, or a subclass with a forward of its own.
+    Raises: ConfigError for an invalid value, BackendError for backend="triton", InjectionError if the layer cannot be adapted: a
+    transposed or lazy convolution, or a subclass with a forward of its own.
     """
 
     wrapped_name = "original_layer"
     kind = "conv"
     original_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
-    in_channels = of_wrapped("in_channels")
-    out_channels = of_wrapped("out_channels")
-    kernel_size = of_wrapped("kernel_size")
-    stride = of_wrapped("stride")
-    padding = of_wrapped("padding")
-    padding_mode = of_wrapped("padding_mode")
-    dilation = of_wrapped("dilation")
-    groups = of_wrapped("groups")
+    in_channels = wrapped_attribute("in_channels")
+    out_channels = wrapped_attribute("out_channels")
+    kernel_size = wrapped_attribute("kernel_size")
+    stride = wrapped_attribute("stride")
+    padding = wrapped_attribute("padding")
+    padding_mode = wrapped_attribute("padding_mode")
+    dilation = wrapped_attribute("dilation")
+    groups = wrapped_attribute("groups")
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:
@@ -53,7 +54,7 @@ class LoRAConv(LoRALayer):
         if type(layer).forward is not own.forward or (
             type(layer)._conv_forward is not own._conv_forward
         ):
-            return f"{kind} has a forward of its own, beside which the update would be wrong"
+            return f"{kind} has a forward of its own, which the update would not match"
         if not layer.weight.dtype.is_floating_point:
             return f"{kind} holds a {layer.weight.dtype} weight, which is not supported"
         return None
@@ -68,7 +69,7 @@ class LoRAConv(LoRALayer):
         return inside, (conv.out_channels, rank // conv.groups, *ones)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, in_channels, *size) or without B. Gives (B, out_channels, *size after the convolution)."""
+        """x: (B, in_channels, *size) or without B. Returns (B, out_channels, *size after the convolution)."""
         y = self.original_layer(x)
         if self.disabled:
             return cast(Tensor, y)
@@ -81,18 +82,17 @@ class LoRAConv(LoRALayer):
         return cast(Tensor, y + self.scaling * update)
 
     def choose(self, x: Tensor) -> Choice:
-        """How a call with `x` runs, and why."""
+        """The backend and plan of a call with `x`, and the reason."""
         if self.disabled:
             return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
-        return Choice("torch", "around", "a convolution: torch's own, three of them")
+        return Choice("torch", "around", "a convolution: three convolutions of torch")
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        made: Any = self.original_layer._conv_forward(x, weight, bias)
-        return cast(Tensor, made)
+        return cast(Tensor, self.original_layer._conv_forward(x, weight, bias))
 
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         conv = self.original_layer
-        # Just what the kernel spans and one more, but no less than a padding that reflects needs.
+        # The span of the kernel plus one, but at least what a reflecting padding needs.
         spans = zip(conv.kernel_size, conv.dilation, _paddings(conv), strict=True)
         size = [max(d * (k - 1) + 2, p + 1) for k, d, p in spans]
         return torch.randn(rows, conv.in_channels, *size, generator=generator)

@@ -1,4 +1,4 @@
-"""`LoRAEmbedding`: an embedding with a trainable low-rank update beside its frozen weight."""
+"""`LoRAEmbedding`: a frozen embedding with a trainable low-rank update."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, of_wrapped
+from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 from fastlora.ops.dispatch import Choice
 
 
@@ -14,11 +14,11 @@ class LoRAEmbedding(LoRALayer):
     """y = W[ids] + scaling · (Aᵀ[ids]) Bᵀ around an `nn.Embedding`.
 
     `lora_A` (rank, num_embeddings) starts at zero and `lora_B` (embedding_dim, rank) normal, as in PEFT and loralib. The row
-    `padding_idx` gets no gradient. The wrapped layer is kept as `original_layer`. Plain torch operations, on every device.
+    `padding_idx` gets no gradient. The wrapped layer is `original_layer`. Plain torch operations, on every device.
 
-    Arguments as in `LoRALinear`. There is no dropout, since the input is indices: `dropout` is 0 whatever is given.
+    Arguments as in `LoRALinear`. Indices have no dropout: `dropout` is set to 0.
 
-    Raises: ConfigError for a value that cannot work, BackendError for backend="triton", InjectionError if the layer cannot be
+    Raises: ConfigError for an invalid value, BackendError for backend="triton", InjectionError if the layer cannot be
     adapted: with max_norm, which changes the weight in every call, or a subclass with a forward of its own.
     """
 
@@ -26,9 +26,9 @@ class LoRAEmbedding(LoRALayer):
     kind = "embedding"
     takes_dropout = False
     original_layer: nn.Embedding
-    num_embeddings = of_wrapped("num_embeddings")
-    embedding_dim = of_wrapped("embedding_dim")
-    padding_idx = of_wrapped("padding_idx")
+    num_embeddings = wrapped_attribute("num_embeddings")
+    embedding_dim = wrapped_attribute("embedding_dim")
+    padding_idx = wrapped_attribute("padding_idx")
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:
@@ -37,7 +37,7 @@ class LoRAEmbedding(LoRALayer):
         if not isinstance(layer, nn.Embedding):
             return f"expected an nn.Embedding, got {kind}"
         if type(layer).forward is not nn.Embedding.forward:
-            return f"{kind} has a forward of its own, beside which the update would be wrong"
+            return f"{kind} has a forward of its own, which the update would not match"
         if layer.max_norm is not None:
             return f"{kind} has max_norm={layer.max_norm}, which changes the weight in every call"
         if not layer.weight.dtype.is_floating_point:
@@ -50,12 +50,12 @@ class LoRAEmbedding(LoRALayer):
         return (rank, original.num_embeddings), (original.embedding_dim, rank)
 
     def reset_lora_parameters(self) -> None:
-        """Make lora_A zero and lora_B normal."""
+        """Reset lora_A to zero and lora_B to normal values."""
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: integers of any shape (...). Gives (..., embedding_dim)."""
+        """ids: integers of any shape (...). Returns (..., embedding_dim)."""
         embedding = self.original_layer
         y: Tensor = embedding(ids)
         if self.disabled:
@@ -67,7 +67,7 @@ class LoRAEmbedding(LoRALayer):
         return y + (self.scaling * (s @ b.T)).to(y.dtype)  # [..., R] @ [R, N] -> [..., N]
 
     def choose(self, x: Tensor) -> Choice:
-        """How a call with `x` runs, and why."""
+        """The backend and plan of a call with `x`, and the reason."""
         if self.disabled:
             return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
         return Choice("torch", "around", "an embedding: two look-ups and a product of torch")

@@ -1,4 +1,4 @@
-"""How lora_A and lora_B start, besides the start that their layer makes itself."""
+"""Initial values of lora_A and lora_B other than the default of their layer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.linear import LoRALinear
 
 
-def initialise(layer: LoRALayer, how: str) -> None:
-    """Set lora_A (R, K) and lora_B (N, R) so that ΔW = 0; `how` as `init_lora_weights` of `LoRAConfig`.
+def initialise(layer: LoRALayer, method: str) -> None:
+    """Set lora_A (R, K) and lora_B (N, R) so that ΔW = 0.
 
-    "gaussian" makes lora_A normal; an embedding, whose lora_A starts at zero, stays as it is.
-
-    "orthogonal" draws Q (R, R) orthogonal, A = 0.1 · Q_evenᵀ G_a and B = 0.1 · G_b Q_odd with Gaussian G: even and odd rows
-    of Q are orthogonal, so the product is zero, up to rounding, though neither factor is.
-
-    "pissa" takes U, σ, V of the R largest singular values of W, A = √(σ/s) Vᵀ and B = U √(σ/s), with s the scaling;
-    "pissa_niter_<n>" finds them by n subspace iterations, from random vectors. "olora" takes W = Q R, B the first columns of
-    Q and A the first rows of R. Both are computed in float32 or wider and kept in `initial_A` and `initial_B` too.
+    method: as `init_lora_weights` of `LoRAConfig`.
+        "gaussian": lora_A is normal. An embedding, whose lora_A starts at zero, does not change.
+        "orthogonal": Q (R, R) is orthogonal, A = 0.1 · Q_evenᵀ G_a and B = 0.1 · G_b Q_odd with Gaussian G. Even and odd rows of
+        Q are orthogonal, so the product is zero up to rounding, though neither factor is.
+        "pissa": from U, σ, V of the R largest singular values of W, A = √(σ/s) Vᵀ and B = U √(σ/s), with s the scaling;
+        "pissa_niter_<n>" finds them by n subspace iterations from random vectors. "olora": from W = Q R, B is the first columns of
+        Q and A the first rows of R. Both are computed in float32 or wider and copied to `initial_A` and `initial_B`.
 
     Source: "Rethinking LoRA initialisation", datta0.github.io, and PEFT's init_lora_weights="orthogonal"; PiSSA, arXiv 2404.02948,
     section 3; OLoRA, arXiv 2406.01775, section 3.
     """
-    if how == "gaussian":
+    if method == "gaussian":
         if not isinstance(layer, LoRAEmbedding):
             nn.init.normal_(layer.lora_A, std=1 / layer.rank)
-    elif how == "orthogonal":
+    elif method == "orthogonal":
         device, half = layer.lora_A.device, layer.rank // 2
         (_, k), (n, _) = layer.lora_A.shape, layer.lora_B.shape
         q, _ = torch.linalg.qr(torch.randn(layer.rank, layer.rank, device=device))
@@ -36,27 +35,27 @@ def initialise(layer: LoRALayer, how: str) -> None:
         with torch.no_grad():
             layer.lora_A.copy_(0.1 * even.T @ torch.randn(half, k, device=device))
             layer.lora_B.copy_(0.1 * torch.randn(n, half, device=device) @ odd)
-    elif how.startswith(("pissa", "olora")):
+    elif method.startswith(("pissa", "olora")):
         assert isinstance(layer, LoRALinear)
-        _take_from_weight(layer, how)
+        _initialise_from_weight(layer, method)
 
 
 @torch.no_grad()
-def _take_from_weight(layer: LoRALinear, how: str) -> None:
+def _initialise_from_weight(layer: LoRALinear, method: str) -> None:
     weight = layer.dequantised_matrix()
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, rank = weight.to(wide), layer.rank
     a: Tensor
     b: Tensor
     with no_autocast(weight):
-        if how == "olora":
+        if method == "olora":
             q, r = torch.linalg.qr(weight)
             a, b = r[:rank], q[:, :rank]
         else:
-            if how == "pissa":
+            if method == "pissa":
                 u, sigma, vt = torch.linalg.svd(weight, full_matrices=False)
             else:
-                steps = int(how.rpartition("_")[2])
+                steps = int(method.rpartition("_")[2])
                 u, sigma, v = torch.svd_lowrank(weight, rank, niter=steps)
                 vt = v.T
             root = (sigma[:rank] / abs(layer.scaling)).sqrt()

@@ -1,4 +1,4 @@
-"""Which adapted layer fits which module."""
+"""The adapted layer class for each kind of module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastlora.layers.conv import LoRAConv
 from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.linear import LoRALinear, LoRATransposedLinear, is_transposed_linear
 
-# Transposed convolutions are of the kind so that a pattern which takes one is refused by name.
+# Transposed convolutions are included so that a pattern that matches one is refused by name.
 _CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -22,7 +22,7 @@ _CONVOLUTIONS = (
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The module's kind as in `LoRAConfig.kinds`, or None if an adapter does not go with it."""
+    """The module's kind as in `LoRAConfig.kinds`, or None if it has none."""
     if isinstance(module, nn.Linear) or is_transposed_linear(module):
         return "linear"
     if isinstance(module, _CONVOLUTIONS):
@@ -31,7 +31,7 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | None:
-    """Why a module cannot be adapted, or None if it can. config: its own rank and settings, if they matter."""
+    """Why a module cannot be adapted, or None if it can. config: also check the module's own rank and settings."""
     if isinstance(module, LoRALayer):
         return f"already a {type(module).__name__}"
     kind = kind_of(module) if isinstance(module, nn.Module) else None
@@ -46,7 +46,7 @@ def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | No
         if config.subtracts_init or config.init_lora_weights == "orthogonal":
             return f"init_lora_weights={config.init_lora_weights!r} is for linear layers, not for a {type(module).__name__}"
     if kind == "conv" and config.rank % module.groups:  # type: ignore[operator]
-        return f"rank {config.rank} is no multiple of its groups={module.groups}"
+        return f"rank {config.rank} is not a multiple of its groups={module.groups}"
     if kind == "linear" and config.subtracts_init:
         (_, k), (n, _) = layer_class(module).factor_shapes(module, 1)
         if config.rank > min(n, k):
@@ -57,7 +57,7 @@ def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | No
 def layer_class(
     module: nn.Module,
 ) -> type[LoRALinear] | type[LoRAConv] | type[LoRAEmbedding]:
-    """The class of layer that wraps `module`, which must have a kind."""
+    """The class of the layer that wraps `module`, which must have a kind."""
     kind = kind_of(module)
     if kind == "conv":
         return LoRAConv
@@ -67,10 +67,7 @@ def layer_class(
 
 
 def wrap(module: nn.Module, config: LoRAConfig) -> LoRALayer:
-    """The layer that adapts `module` under its own `config`, started at Kaiming-uniform and zero.
-
-    Raises: as the layer's class.
-    """
+    """`module` wrapped in its layer class with its own `config`, in the default initialisation. Raises: as the layer's class."""
     make = layer_class(module)
     return make(
         module,  # type: ignore[arg-type]

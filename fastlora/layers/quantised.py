@@ -1,8 +1,8 @@
-"""Weights that bitsandbytes or torchao hold in few bits: known by their class, without importing either."""
+"""Weights quantised by bitsandbytes or torchao, recognised by their class without importing either."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +20,27 @@ def quantisation(module: nn.Module) -> str | None:
 
 
 def dequantised(module: nn.Module) -> Tensor:
-    """The layer's weight in floating point: the weight itself, or what its quantised form stands for.
+    """The layer's weight in floating point, dequantised if necessary.
 
     Source: bitsandbytes' `dequantize_4bit` and `int8_vectorwise_dequant`, torchao's `Tensor.dequantize`.
     """
     weight: Any = module.weight
     package = quantisation(module)
     if package is None or (package == "bitsandbytes" and weight.data.is_floating_point()):
-        assert isinstance(weight, Tensor)
-        return weight  # also a layer of bitsandbytes that has not been quantised yet
+        return cast(Tensor, weight)  # including a layer of bitsandbytes that is not quantised yet
     if package == "torchao":
-        made: Tensor = weight.dequantize()
-        return made
+        return cast(Tensor, weight.dequantize())
     from bitsandbytes import functional
 
     if getattr(weight, "quant_state", None) is not None:
-        made = functional.dequantize_4bit(weight.data, weight.quant_state)
-        return made
+        return cast(Tensor, functional.dequantize_4bit(weight.data, weight.quant_state))
     scale = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
-    made = functional.int8_vectorwise_dequant(weight.data, scale)
-    return made
+    return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scale))
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype in which the layer's input is expected: the weight's, or for bits that of the computation."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    """The expected dtype of the layer's input: the weight's, or the compute dtype of a quantised weight."""
+    weight = cast(Tensor, module.weight)
     if weight.is_floating_point():
         return weight.dtype
     own = getattr(module, "compute_dtype", None)

@@ -1,1 +1,1 @@
-"""What is done to a whole model: select, inject, switch, merge, fuse."""
+"""Operations on a whole model: select, inject, switch, merge, fuse."""

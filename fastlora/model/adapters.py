@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from fastlora.config import LoRAConfig, Targets, check_hyperparameters
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import LoRALayer
+from fastlora.model.adapter_registry import (
+    AdapterRegistry,
+    clear_extra_trainable,
+    get_registry,
+    registries,
+    set_registry,
+)
 from fastlora.model.inject import inject_lora
-from fastlora.model.record import AdapterRecord, forget_trained, get_record, records, set_record
-from fastlora.model.selection import make_plan, suggest, to_config
+from fastlora.model.selection import select_layers, suggest, to_config
 
 DEFAULT_NAME = "default"
 
@@ -33,28 +39,28 @@ def add_adapter(
     *,
     activate: bool = False,
 ) -> int:
-    """Give `model` another adapter under a name of its own, beside those it has. Returns the number of its layers.
+    """Add an adapter with a name of its own to `model`. Returns the number of its layers.
 
-    One adapter at most is active: its wrappers stand in the module tree, where everything else in fastlora sees them
-    (training, saving, merging, export, reports). The wrappers of the others are kept out of it, around the same
-    base layers. They are copied and pickled with the model; they follow it to another device, and into its training mode, when
-    they become active; which of their parameters train, and their dtype, stay as they were. What `inject_lora` and
-    `from_pretrained` make is called "default".
+    At most one adapter is active: its wrappers are in the module tree, where the rest of fastlora sees them (training, saving,
+    merging, export, reports). The wrappers of the others are stored outside it, around the same base layers. They are copied and
+    pickled with the model, and follow its device and training mode when they become active; their dtype and `requires_grad` do
+    not change. The adapter of `inject_lora` and `from_pretrained` is called "default".
 
     target_modules, rank, alpha, dropout: as in `inject_lora`. The adapters of one model may differ in all of them.
-    activate: make it the active one. Otherwise the active one stays, and without one the model stays plain.
+    activate: make it the active one. Otherwise the active adapter, or the plain model, stays.
 
-    Raises: ConfigError if there is an adapter of this name, or for `modules_to_save` or `bias` beside other adapters. InjectionError as `inject_lora`, if no layer matches, inside
-    `disable_adapter`, or if a module at one of the active adapter's places was replaced. The model is unchanged then.
+    Raises: ConfigError if the name is taken, or for `modules_to_save` or `bias` if there are other adapters. InjectionError as
+    `inject_lora`, if no layer matches, inside `disable_adapter`, or if a module of the active adapter was replaced. The model is
+    unchanged then.
     """
     config = to_config(target_modules, rank, alpha, dropout)
     if (config.modules_to_save or config.bias != "none") and list_adapters(model):
         raise ConfigError(
-            "modules_to_save, bias: expected none for an adapter beside others: all adapters of a model share its heads and "
-            "biases, so training them for one would change the others"
+            "modules_to_save, bias: expected none if the model has other adapters: all adapters share its heads and biases, "
+            "so training them for one would change the others"
         )
-    with adding(model, name) as plain:
-        if not make_plan(plain, config):
+    with inject_as(model, name) as plain:
+        if not select_layers(plain, config):
             raise InjectionError(
                 f"model: no layer matches {config.target_modules!r}{suggest(plain, config)}"
             )
@@ -65,56 +71,54 @@ def add_adapter(
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Make the adapter `name` the active one, or none with None: the plain model stands there then, under its own keys.
+    """Make the adapter `name` the active one; with None no adapter is active, and the model has its own keys.
 
-    Takes time in proportion to the layers of the two adapters, whatever the size of the model. Parameters stay the same objects, so an
-    optimizer goes on with its adapter after switching away and back; hooks of the base layers stay, those of a
-    wrapper go with it. A further name that the model gives an adapted layer after its injection is not switched.
+    The time is proportional to the layers of the two adapters. Parameters stay the same objects, so an optimizer can continue with
+    its adapter after switching away and back. Hooks of base layers stay; hooks of a wrapper move with it. An alias of an adapted
+    layer that was added to the model after injection is not switched.
 
-    Raises: ConfigError if there is no such adapter. InjectionError inside `disable_adapter`, or naming each place where a
-    module was replaced (merged, quantised, assigned) since the adapter was installed. The model is unchanged then.
+    Raises: ConfigError if there is no such adapter. InjectionError inside `disable_adapter`, or naming each path whose module was
+    replaced (merged, quantised, assigned) since the adapter was installed. The model is unchanged then.
     """
-    keeper, record = _record(model)
-    _switch(keeper, record, None if name is None else _known(record, name))
-    set_record(keeper, record)
+    owner, registry = _registry(model)
+    _switch(owner, registry, None if name is None else _check_exists(registry, name))
+    set_registry(owner, registry)
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The name of the adapter that stands in the model, or None."""
-    return _record(model)[1].active
+    """The name of the active adapter, or None."""
+    return _registry(model)[1].active
 
 
 def list_adapters(model: nn.Module) -> list[str]:
-    """The names of the model's adapters, active or not, in the order in which they were added."""
-    return list(_record(model)[1].adapters)
+    """The names of the model's adapters, active or not, in the order of adding."""
+    return list(_registry(model)[1].adapters)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter; its memory is free when nobody else (an optimizer) holds its parameters.
+    """Delete an adapter; its memory is freed once nothing else (an optimizer) holds its parameters.
 
-    Deleting the active one leaves the plain layers in its places and no adapter active. Where a module was replaced since, it stays.
+    Deleting the active one restores the plain layers and leaves no adapter active. Modules that were replaced since stay.
 
     Raises: ConfigError if there is no such adapter. InjectionError if it is the active one inside `disable_adapter`.
     """
-    keeper, record = _record(model)
-    _known(record, name)
-    if name == record.active:
-        _refuse_disabled(record)
-        _take_out(keeper, record.adapters[name])
-        record.active = None
-    del record.adapters[name]
-    if not record.adapters:
-        forget_trained(keeper)
-    set_record(keeper, record)
+    owner, registry = _registry(model)
+    _check_exists(registry, name)
+    if name == registry.active:
+        _refuse_disabled(registry)
+        _uninstall(owner, registry.adapters[name])
+        registry.active = None
+    del registry.adapters[name]
+    if not registry.adapters:
+        clear_extra_trainable(owner)
+    set_registry(owner, registry)
 
 
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Within `with use_adapter(model, name):` the adapter `name` is active; the one before is again afterwards.
+    """A context in which the adapter `name` is active, or none with None; the previous one is restored afterwards.
 
-    None takes all adapters out, as `disable_adapter` does for the active one without touching the module tree.
-
-    Raises: as `set_adapter`, at both ends.
+    Raises: as `set_adapter`, on entry and on exit.
     """
     before = active_adapter(model)
     set_adapter(model, name)
@@ -133,27 +137,26 @@ def combine_adapters(
 ) -> int:
     """Add the adapter ΔW = Σ w · ΔW_name over `weights`, for every layer that one of them has, without activating it.
 
-    weights: name → w, any finite number; a negative one takes a task away.
-    method: "cat" puts the factors side by side: exact, and the ranks of a layer add up. "svd" is the best approximation of a
-        lower rank, by the singular values of the product of the factors; no (out_features, in_features) matrix is formed.
-    rank: for "svd" only, the highest rank of a layer; None takes the highest among its adapters'.
-    Returns the number of its layers. The new adapter has scaling 1, no dropout, parameters of its own in float32 or wider, and the
-    backends of the adapters it is made of. Later training of those does not change it.
+    weights: name → w, any finite number; a negative one subtracts the task.
+    method: "cat" concatenates the factors: exact, and the ranks of a layer add up. "svd" is the best approximation of a
+        lower rank; no (out_features, in_features) matrix is formed.
+    rank: for "svd" only, the highest rank of a layer; None takes the highest among its adapters.
+    Returns the number of its layers. The new adapter has scaling 1, no dropout, new parameters in float32 or wider, and the
+    backends of its sources. Later training of those does not change it.
 
     Source: "Editing models with task arithmetic", arXiv 2212.04089; PEFT's add_weighted_adapter.
 
-    Raises: ConfigError for a name that is not there or is taken, and for a bad weight, method or rank. InjectionError if the adapters are
-    around different base layers, have DoRA, or adapt a convolution with groups.
+    Raises: ConfigError for an unknown or taken name, and for a bad weight, method or rank. InjectionError if the adapters wrap
+    different base layers, have DoRA, or adapt a convolution with groups.
     """
-    keeper, record = _record(model)
-    _check_new(record, new_name, "new_name")
+    owner, registry = _registry(model)
+    _check_new(registry, new_name, "new_name")
     if not isinstance(weights, Mapping) or not weights:
         raise ConfigError(f"weights: expected a mapping of adapter name → weight, got {weights!r}")
     for name, weight in weights.items():
-        _known(record, name, "weights")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise ConfigError(f"weights[{name!r}]: expected a number, got {weight!r}")
-        if not math.isfinite(weight):
+        _check_exists(registry, name, "weights")
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
             raise ConfigError(f"weights[{name!r}]: expected a finite number, got {weight!r}")
     if method not in _METHODS:
         raise ConfigError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
@@ -164,69 +167,69 @@ def combine_adapters(
     bases: dict[str, nn.Module] = {}
     parts: dict[nn.Module, dict[LoRALayer, float]] = {}
     for name, weight in weights.items():
-        for path, layer in record.adapters[name].items():
+        for path, layer in registry.adapters[name].items():
             base = layer.wrapped
             if bases.setdefault(path, base) is not base:
                 raise InjectionError(
-                    f"weights: at {path} the adapter {name!r} is around another layer than the ones before"
+                    f"weights: at {path} the adapter {name!r} wraps another layer than the others"
                 )
-            reason = _why_not_combined(layer)
+            reason = _why_not_combinable(layer)
             if reason is not None:
                 raise InjectionError(f"weights: {path} of {name!r} {reason}")
             parts.setdefault(base, {})[layer] = float(weight)
     made = {base: _combined(layers, method, rank) for base, layers in parts.items()}
-    record.adapters[new_name] = {path: made[base] for path, base in bases.items()}
-    set_record(keeper, record)
+    registry.adapters[new_name] = {path: made[base] for path, base in bases.items()}
+    set_registry(owner, registry)
     return len(made)
 
 
 @contextmanager
-def adding(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Within it the model that it gives is plain and has no record; what is injected there is kept, inactive, as the adapter `name`.
+def inject_as(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """A context that yields the plain model; the layers injected into it become the inactive adapter `name`.
 
-    The adapter that was active before is active again afterwards. On an exception all is as before.
+    The adapter that was active before is active again afterwards. On an exception nothing changes.
 
     Raises: as `add_adapter`; InjectionError if nothing was injected.
     """
-    keeper, record = _record(model)
-    _check_new(record, name)
-    before = record.active
-    _switch(keeper, record, None)
-    set_record(keeper, None)
+    owner, registry = _registry(model)
+    _check_new(registry, name)
+    before = registry.active
+    _switch(owner, registry, None)
+    set_registry(owner, None)
     try:
-        yield keeper
-        added = _installed(keeper)
+        yield owner
+        added = _installed(owner)
         if not added:
             raise InjectionError("model: no layer was adapted")
-        record.adapters[name] = added
+        registry.adapters[name] = added
     finally:
-        _take_out(keeper, _installed(keeper))
-        set_record(keeper, record)
-        _switch(keeper, record, before)
+        _uninstall(owner, _installed(owner))
+        set_registry(owner, registry)
+        _switch(owner, registry, before)
 
 
-def _record(model: nn.Module) -> tuple[nn.Module, AdapterRecord]:
-    """The module that keeps the record of `model`'s adapters, and the record; a new one if there is none yet.
+def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
+    """The module that holds the registry of `model`, and the registry; a new one if there is none.
 
-    What `torch.compile`, DistributedDataParallel and the like wrap around a model is seen through.
+    Wrappers such as those of `torch.compile` and DistributedDataParallel are skipped.
     """
-    keeper = model
-    while len(keeper._modules) == 1 and (inner := _wrapped(keeper)) is not None:
-        keeper = inner
-    record = get_record(keeper)
-    if record is not None:
-        return keeper, record
-    for path, other in records(keeper):
+    owner = model
+    while len(owner._modules) == 1 and (inner := _wrapped(owner)) is not None:
+        owner = inner
+    registry = get_registry(owner)
+    if registry is not None:
+        return owner, registry
+    for path, other in registries(owner):
         names = ", ".join(map(repr, other.adapters))
         raise InjectionError(
-            f"model: its part {path} keeps the adapters {names}; call with that part"
+            f"model: its submodule {path} has the adapters {names}; pass that submodule"
         )
-    layers = _installed(keeper)
+    layers = _installed(owner)
     if "" in layers:
         raise InjectionError(
-            "model: is itself an adapted layer; call with the model that holds it, or give it a parent"
+            "model: is itself an adapted layer; pass the model that contains it, or give it a parent"
         )
-    return keeper, AdapterRecord(
+    return owner, AdapterRegistry(
         {DEFAULT_NAME: layers} if layers else {}, DEFAULT_NAME if layers else None
     )
 
@@ -236,7 +239,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 
 def _installed(model: nn.Module) -> dict[str, LoRALayer]:
-    """Every wrapper in the module tree, under each of its paths."""
+    """Every wrapper in the module tree by path, under all its paths."""
     return {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
@@ -244,100 +247,100 @@ def _installed(model: nn.Module) -> dict[str, LoRALayer]:
     }
 
 
-def _switch(keeper: nn.Module, record: AdapterRecord, name: str | None) -> None:
-    """Put the wrappers of `name` in the place of the active adapter's. All places are checked before the first changes."""
-    if name == record.active:
+def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> None:
+    """Replace the wrappers of the active adapter by those of `name`. All paths are checked before the first changes."""
+    if name == registry.active:
         return
-    _refuse_disabled(record)
-    old = {} if record.active is None else record.adapters[record.active]
-    new = {} if name is None else record.adapters[name]
+    _refuse_disabled(registry)
+    old, new = registry.layers(registry.active), registry.layers(name)
     problems, swaps = [], []
     for path in old | new:
-        parent, attribute, present = _look_up(keeper, path)
+        parent, attribute, present = _look_up(owner, path)
         if path in old and present is not old[path]:
             problems.append(
-                f"{path}: the wrapper of {record.active!r} was replaced by {_kind(present)}"
+                f"{path}: the wrapper of {registry.active!r} was replaced by {_describe(present)}"
             )
             continue
         plain = old[path].wrapped if path in old else present
         if path in new:
             layer = new[path]
             if layer.wrapped is not plain:
-                problems.append(f"{path}: the layer under {name!r} was replaced by {_kind(plain)}")
+                problems.append(
+                    f"{path}: the layer under {name!r} was replaced by {_describe(plain)}"
+                )
             elif layer.lora_A.is_meta != (layer.wrapped_device.type == "meta"):
-                problems.append(f"{path}: either the layer or the adapter {name!r} is on meta")
+                problems.append(f"{path}: the layer or the adapter {name!r} is on meta")
         swaps.append((parent, attribute, new.get(path, plain)))
     if problems:
         raise InjectionError(
-            f"cannot switch from {record.active!r} to {name!r}: " + "; ".join(problems)
+            f"cannot switch from {registry.active!r} to {name!r}: " + "; ".join(problems)
         )
     for layer in new.values():
-        _follow(layer)
+        _match_base(layer)
     for parent, attribute, module in swaps:
         setattr(parent, attribute, module)
-    record.active = name
+    registry.active = name
 
 
-def _follow(layer: LoRALayer) -> None:
-    """Bring the wrapper to its base layer's device, as `Module.to` does, and into its training mode."""
+def _match_base(layer: LoRALayer) -> None:
+    """Move the wrapper to its base layer's device and training mode."""
     device = layer.wrapped_device
     if layer.lora_A.device != device:
         layer._apply(lambda t: t.to(device), recurse=False)  # type: ignore[no-untyped-call]
     layer.training = layer.wrapped.training
 
 
-def _take_out(keeper: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    """Put the wrapped layer in each place where the wrapper still stands."""
+def _uninstall(owner: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Restore the wrapped layer at each path that still has the wrapper."""
     for path, layer in layers.items():
-        parent, attribute, present = _look_up(keeper, path)
+        parent, attribute, present = _look_up(owner, path)
         if present is layer:
             setattr(parent, attribute, layer.wrapped)
 
 
-def _look_up(keeper: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module | None]:
-    """(parent, attribute, module) at `path`; the module is None if it or its parent is gone."""
+def _look_up(owner: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module | None]:
+    """(parent, attribute, module) at `path`; the module is None if it or its parent is missing."""
     place, _, attribute = path.rpartition(".")
     try:
-        parent = keeper.get_submodule(place)
+        parent = owner.get_submodule(place)
     except AttributeError:
-        return keeper, attribute, None
+        return owner, attribute, None
     return parent, attribute, parent._modules.get(attribute)
 
 
-def _kind(module: nn.Module | None) -> str:
+def _describe(module: nn.Module | None) -> str:
     return "nothing" if module is None else f"another {type(module).__name__}"
 
 
-def _refuse_disabled(record: AdapterRecord) -> None:
-    active = {} if record.active is None else record.adapters[record.active]
-    if any(layer.disabled for layer in active.values()):
+def _refuse_disabled(registry: AdapterRegistry) -> None:
+    if any(layer.disabled for layer in registry.layers(registry.active).values()):
         raise InjectionError(
-            f"model: its adapter {record.active!r} is disabled; switch adapters outside of disable_adapter"
+            f"model: its adapter {registry.active!r} is disabled; switch adapters outside of disable_adapter"
         )
 
 
-def _check_new(record: AdapterRecord, name: str, argument: str = "name") -> None:
+def _check_new(registry: AdapterRegistry, name: str, argument: str = "name") -> None:
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{argument}: expected a non-empty string, got {name!r}")
-    if name in record.adapters:
+    if name in registry.adapters:
         raise ConfigError(f"{argument}: the model already has an adapter {name!r}; delete it first")
 
 
-def _known(record: AdapterRecord, name: str, argument: str = "name") -> str:
-    if name in record.adapters:
+def _check_exists(registry: AdapterRegistry, name: str, argument: str = "name") -> str:
+    if name in registry.adapters:
         return name
-    names = list(record.adapters)
+    names = list(registry.adapters)
     if not names:
         raise ConfigError(f"{argument}: the model has no adapters, so none is called {name!r}")
     close = nearest(str(name), names) or f"; it has {', '.join(names[:5])}"
     raise ConfigError(f"{argument}: the model has no adapter {name!r}{close}")
 
 
-def _why_not_combined(layer: LoRALayer) -> str | None:
+def _why_not_combinable(layer: LoRALayer) -> str | None:
     if layer.lora_magnitude is not None:
-        return "has DoRA, whose update is no product of two factors"
+        return "has DoRA, whose update is not a product of two factors"
     if getattr(layer.wrapped, "groups", 1) != 1:
-        return "is around a convolution with groups, whose factors do not lie side by side"
+        return "wraps a convolution with groups, whose factors cannot be concatenated"
     return None
 
 
@@ -370,7 +373,7 @@ def _matrix(factor: Tensor, device: torch.device) -> Tensor:
 
 
 def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of the best approximation of b a with at most `rank`: a with orthonormal rows, the singular values in b.
+    """The factors of the best approximation of b a of at most `rank`: a with orthonormal rows, the singular values in b.
 
     With a = (Qa Ra)ᵀ and b = Qb Rb, the singular values of b a are those of Rb Raᵀ, which is ΣR×ΣR at most.
     """

@@ -1,9 +1,10 @@
-"""Fused groups: adapted layers that share their input (q, k and v; gate and up) make one pass over it: `fuse` and `unfuse`."""
+"""`fuse` and `unfuse`: adapted layers that share their input (q, k and v; gate and up) make one pass over it."""
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fastlora.ops.linear import autocast, autocasts
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What `fuse` did. groups: the paths of each group, in the order in which they are called. alone: path → why it has no group."""
+    """The result of `fuse`. groups: the paths of each group in call order. alone: path → why it is in no group."""
 
     groups: tuple[tuple[str, ...], ...]
     alone: dict[str, str]
@@ -35,28 +36,28 @@ class FusionReport:
 
 
 def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
-    """Run `model(*args, **kwargs)` once, see which adapted linear layers are given the same tensor, and fuse those.
+    """Run `model(*args, **kwargs)` once, find adapted linear layers that receive the same tensor, and fuse them.
 
-    From then on the first layer of a group that is called computes all of them by `lora_linear_group`: one pass over x for every
-    S, one for every dA, one dropout mask, and dx summed in place. The others hand out what was computed. The results are those of
-    separate calls up to rounding, but that one mask serves the whole group; layers keep their parameters, state dicts and hooks.
-    A layer that is given another tensor than its group runs by itself, as does every layer while a group's members differ in
-    training mode or dropout, are disabled, take few enough rows for the plan `decode` or have ranks of more than 256 in all on Triton, and under torch.compile, functorch and inference mode.
-    On a CPU it pays with dropout, whose mask is made once for the group; without, it gains little, and with fewer than some hundred rows
-    checking that an output may be handed out costs more than is saved (docs/design.md has figures).
+    Afterwards the first layer of a group that is called computes all of them by `lora_linear_group`: one pass over x for every
+    S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. Results are those of
+    separate calls up to rounding, except that one mask serves the group; layers keep their parameters, state dicts and hooks.
+    A layer runs by itself if its input is not its group's, while the members differ in training mode or dropout or are disabled,
+    on Triton under the plan `decode` or with more than 256 ranks in all, and under torch.compile, functorch and inference mode.
+    On a CPU fusion pays with dropout, whose mask is computed once for the group; without it gains little, and below some hundred
+    rows the checks cost more than they save (docs/notebook.md has figures).
 
-    The run is without gradients and in eval mode, and modes are put back. Calling `fuse` again forms the groups anew.
+    The sample run is without gradients and in eval mode; training modes are restored. Calling `fuse` again replaces the groups.
 
-    Raises: InjectionError if the model has no adapted linear layer; whatever the model raises, with the groups as before.
+    Raises: InjectionError if the model has no adapted linear layer; whatever the model raises, with the groups unchanged.
     """
     layers = {path: la for path, la in named_lora_layers(model) if isinstance(la, LoRALinear)}
     if not layers:
         raise InjectionError("model: has no adapted linear layers, so there is nothing to fuse")
-    seen = _watch(model, layers, args, kwargs)
+    seen = _record_inputs(model, layers, args, kwargs)
     alone: dict[str, str] = {}
     by_input: dict[tuple[Any, ...], list[str]] = {}
     for path, layer in layers.items():
-        reason = _why_alone(layer, seen.get(path, []))
+        reason = _why_ungrouped(layer, seen.get(path, []))
         if reason is not None:
             alone[path] = reason
             continue
@@ -66,7 +67,7 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     groups = []
     for paths in by_input.values():
         if len(paths) == 1:
-            alone[paths[0]] = "no other adapted layer with these settings is given the same tensor"
+            alone[paths[0]] = "no other adapted layer with these settings receives the same tensor"
         else:
             groups.append(tuple(sorted(paths, key=lambda path: seen[path][0][2])))
     unfuse(model)
@@ -86,40 +87,40 @@ def unfuse(model: nn.Module) -> int:
 
 
 @dataclass
-class _Ready:
-    """What was computed for one input and not handed out yet: outputs by the id of their layer. x is a weak reference."""
+class _Cached:
+    """Outputs computed for one input and not returned yet, by the id of their layer."""
 
-    x: Any
+    x: Any  # a weak reference
     state: tuple[Any, ...]
     outputs: dict[int, Tensor]
-    spent: list[bool]  # not empty once the graph that made them has been through its backward pass
+    spent: list[bool]  # not empty after the backward pass of the outputs' graph
 
 
 class _Group:
-    """The layers of a group, and the outputs of the last call that are not handed out yet.
+    """The layers of a group, and the cached outputs of its last call.
 
-    They are used while the input is that very object and its contents and the parameters are unchanged. An output that nobody fetches
-    is kept until the group's next call.
+    An output is valid for the same input object while its contents and the parameters are unchanged. Unused outputs are kept until
+    the group's next call.
     """
 
     def __init__(self, layers: list[LoRALinear]) -> None:
         self.layers = layers
-        self._ready: _Ready | None = None
+        self._cached: _Cached | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_ready": None}
+        return {"layers": self.layers, "_cached": None}
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """What `layer` computes of x (..., K); None if it must run by itself."""
+        """The output of `layer` for x (..., K); None if it must run by itself."""
         if torch.is_inference_mode_enabled() or x.is_inference():  # no versions to compare
             return None
         if torch._C._are_functorch_transforms_active():
             return None
-        state, ready = self._state(x), self._ready
-        if ready is not None and not ready.spent and ready.x() is x and ready.state == state:
-            y = ready.outputs.pop(id(layer), None)
-            if not ready.outputs:
-                self._ready = None
+        state, cached = self._state(x), self._cached
+        if cached is not None and not cached.spent and cached.x() is x and cached.state == state:
+            y = cached.outputs.pop(id(layer), None)
+            if not cached.outputs:
+                self._cached = None
             if y is not None:
                 return y
         backend = self._backend(layer, x)
@@ -127,21 +128,20 @@ class _Group:
             return None
         spent: list[bool] = []
         seed = layer._draw_seed(x)
+        members = [
+            GroupMember(m.matrix, m.original_linear.bias, *m.factors(), m.scaling)
+            for m in self.layers
+        ]
         outputs = lora_linear_group(
-            x,
-            [_member(m) for m in self.layers],
-            layer.dropout,
-            seed,
-            spent,
-            triton=backend == "triton",
+            x, members, layer.dropout, seed, spent, triton=backend == "triton"
         )
         made = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
         y = made.pop(id(layer))
-        self._ready = _Ready(weakref.ref(x), state, made, spent)
+        self._cached = _Cached(weakref.ref(x), state, made, spent)
         return y
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:
-        """All that the outputs depend on besides the object x."""
+        """Everything besides the object x that the outputs depend on."""
         versions = [
             (id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad)
             for m in self.layers
@@ -154,14 +154,14 @@ class _Group:
         return x._version, torch.is_grad_enabled(), dtype, versions, modes
 
     def _backend(self, layer: LoRALinear, x: Tensor) -> str | None:
-        """What runs the group on x, "torch" or "triton"; None if `layer` must run by itself."""
+        """The backend of the group for x, "torch" or "triton"; None if `layer` must run by itself."""
         cast = autocast(x) if autocasts(x) else x
         together = any(m is layer for m in self.layers) and all(
             m.group is self
             and not m.disabled
             and m.training == layer.training
             and m.dropout == layer.dropout
-            and _why_not_fused(m) is None
+            and _why_not_fusable(m) is None
             for m in self.layers
         )
         if not together:
@@ -176,51 +176,42 @@ class _Group:
         return "triton"
 
 
-def _member(layer: LoRALinear) -> GroupMember:
-    a, b = layer.factors()
-    return GroupMember(layer.matrix, layer.original_linear.bias, a, b, layer.scaling)
-
-
-def _why_alone(layer: LoRALinear, calls: list[tuple[Tensor, int, int]]) -> str | None:
+def _why_ungrouped(layer: LoRALinear, calls: list[tuple[Tensor, int, int]]) -> str | None:
     if not calls:
         return "its forward is not called on this sample"
     if len(calls) > 1:
         return f"it is called {len(calls)} times on this sample"
-    return _why_not_fused(layer)
+    return _why_not_fusable(layer)
 
 
-def _why_not_fused(layer: LoRALinear) -> str | None:
+def _why_not_fusable(layer: LoRALinear) -> str | None:
     if layer.lora_magnitude is not None:
         return "it has DoRA"
     if not is_plain(layer.original_linear):
         return "the wrapped layer has hooks, a forward of its own or a quantised weight"
     if "weight" not in layer.original_linear._parameters:
-        return "the wrapped weight is computed anew at each access (parametrised)"
+        return "the wrapped weight is recomputed at each access (parametrised)"
     return None
 
 
-def _watch(
+def _record_inputs(
     model: nn.Module, layers: dict[str, LoRALinear], args: Any, kwargs: Any
 ) -> dict[str, list[tuple[Tensor, int, int]]]:
-    """For each layer the tensors that it was given, with their versions and the order of the calls."""
+    """For each layer its input tensors, with their versions and the order of the calls."""
     seen: dict[str, list[tuple[Tensor, int, int]]] = {}
-    handles = []
 
-    def watcher(path: str) -> Any:
-        def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = inputs[0] if inputs else named["input"]
-            x = given if isinstance(given, Tensor) else given.feats
-            order = sum(map(len, seen.values()))
-            seen.setdefault(path, []).append((x, x._version, order))
-
-        return note
+    def note(path: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = inputs[0] if inputs else named["input"]
+        x = given if isinstance(given, Tensor) else given.feats
+        order = sum(map(len, seen.values()))
+        seen.setdefault(path, []).append((x, x._version, order))
 
     modes = [(module, module.training) for module in model.modules()]
+    handles = [
+        layer.register_forward_pre_hook(partial(note, path), with_kwargs=True)
+        for path, layer in layers.items()
+    ]
     try:
-        handles += [
-            la.register_forward_pre_hook(watcher(path), with_kwargs=True)
-            for path, la in layers.items()
-        ]
         for module, _ in modes:
             module.training = False
         with torch.inference_mode(False), torch.no_grad():

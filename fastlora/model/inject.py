@@ -1,4 +1,4 @@
-"""Give layers their adapters; freeze, count and set up a model for fine-tuning."""
+"""Inject adapters; freeze, count and set up a model for fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fastlora.errors import FastLoRAWarning, InjectionError
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
-from fastlora.model.record import TRAINED
+from fastlora.model.adapter_registry import EXTRA_TRAINABLE
 from fastlora.model.selection import (
-    Plan,
+    Selection,
     attention_projections,
-    make_plan,
+    extra_trainable,
     nearest_names,
+    select_layers,
     suggest,
     to_config,
-    trained_beside,
-    why_patterns_fail,
+    unmatched_pattern,
 )
 
 DEFAULT_OUTPUT_LAYERS = ("out_layer",)
@@ -37,61 +37,61 @@ def inject_lora(
 ) -> int:
     """Wrap the matching linear layers of `model` in `LoRALinear`, in place.
 
-    A target matches a layer when it is contained in any component of the layer's dotted path: `to_qkv` takes
+    A target matches a layer if it is contained in any component of the layer's dotted path: `to_qkv` matches
     `blocks.0.attn.to_qkv`, and also the children `to_qkv.shape` and `to_qkv.pose` of a ModuleDict. Pass a `LoRAConfig`
     for exact names, globs, regular expressions, exclusions and ranks by layer.
 
-    model: changed only if everything can be wrapped. A module that the model holds under several names is wrapped once
-        and stays shared.
+    model: changed only if everything can be wrapped. A module under several names is wrapped once and stays shared.
     target_modules: patterns, "all-linear", a callback `(path, module) -> bool | LoRAConfig`, or a `LoRAConfig`, which then
-        also holds rank, alpha and dropout. None means to_qkv, to_q, to_kv, to_out.
+        also has rank, alpha and dropout. None means to_qkv, to_q, to_kv, to_out.
     rank, alpha, dropout: as in `LoRALinear`.
     Returns the number of layers wrapped. If nothing matches, warns and returns 0; if one pattern of several matches nothing,
-    warns and wraps the rest; under a LoRAConfig both raise. Dropout on the projection of an `nn.MultiheadAttention` warns: that
-    module multiplies by the merged weight itself. `fastlora.preview` shows beforehand what would be done.
+    warns and wraps the rest; under a LoRAConfig both raise. Dropout on the projection of an `nn.MultiheadAttention` warns, since
+    that module multiplies by the merged weight itself. `fastlora.preview` shows the result beforehand.
 
     Raises: ConfigError for a bad value. InjectionError if the model already has adapters (`fastlora.add_adapter` adds others by
-    name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing; the message names the nearest
-    names there are.
+    name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing, with the nearest names.
     """
     config = to_config(target_modules, rank, alpha, dropout)
-    plan = make_plan(model, config)
-    problem = why_patterns_fail(model, config, plan)
-    trained = trained_beside(model, config, plan)
+    selected = select_layers(model, config)
+    problem = unmatched_pattern(model, config, selected)
+    trained = extra_trainable(model, config, selected)
     if isinstance(target_modules, LoRAConfig):
         if problem is not None:
             raise InjectionError(problem)
-    elif not plan:
+    elif not selected:
         warnings.warn(
             f"inject_lora: no layer matches {target_modules or DEFAULT_TARGETS!r}; nothing was changed"
             f"{suggest(model, config)}",
             FastLoRAWarning,
             stacklevel=2,
         )
-    elif problem is not None and target_modules is not None:  # the defaults name several families
+    elif (
+        problem is not None and target_modules is not None
+    ):  # the defaults are for several architectures
         warnings.warn(f"inject_lora: {problem}", FastLoRAWarning, stacklevel=2)
-    count = _wrap(model, plan)
+    count = _wrap(model, selected)
     for module, names in trained.items():
-        setattr(module, TRAINED, names)  # for freeze_base_params
+        setattr(module, EXTRA_TRAINABLE, names)  # for freeze_base_params
     return count
 
 
 def freeze_base_params(model: nn.Module) -> tuple[int, int]:
-    """Let only the adapters train, and what `bias` and `modules_to_save` of the `LoRAConfig` that was injected name.
+    """Let only the adapters train, and the parameters that `bias` and `modules_to_save` of the injected `LoRAConfig` name.
 
     Returns (frozen, trainable), counted in parameters (elements).
     """
     adapters = {id(parameter) for parameter in get_lora_params(model)}
     if not adapters:
         warnings.warn(
-            "freeze_base_params: the model has no adapters; all is frozen",
+            "freeze_base_params: the model has no adapters; everything is frozen",
             FastLoRAWarning,
             stacklevel=2,
         )
     kept = adapters | {
         id(module._parameters[name])
         for module in model.modules()
-        for name in getattr(module, TRAINED, ())
+        for name in getattr(module, EXTRA_TRAINABLE, ())
     }
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)
@@ -136,16 +136,16 @@ def setup_lora_for_medical_finetuning(
 ) -> dict[str, int]:
     """Inject adapters into the attention projections, freeze the rest, and let the output layer train.
 
-    rank_pattern: pattern → rank of the layers that match, in place of `rank`; their scaling stays alpha / rank. An output layer that
-        is named here gets an adapter of that rank, and is not trained whole.
+    rank_pattern: pattern → rank of the layers that match, instead of `rank`; their scaling stays alpha / rank. An output layer
+        named here gets an adapter of that rank instead of being unfrozen.
     include_ffn: also adapt the layers under a component that contains `mlp`.
-    output_layer_names: whole path components, default ("out_layer",): `out_layer` does not take `upsample.0.out_layers`.
-    unfreeze_output_layers: train all parameters of the layers so named. They are then part of
+    output_layer_names: whole path components, default ("out_layer",), which does not match `upsample.0.out_layers`.
+    unfreeze_output_layers: train all parameters of these layers. They are then part of
         `get_lora_state_dict(model, include_trainable=True)`.
     Returns `count_parameters(model)`.
 
-    Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or is a
-    layer that gets an adapter by another pattern. The model is unchanged then.
+    Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or names a
+    layer that another pattern adapts. The model is unchanged then.
     """
     check_hyperparameters(rank, alpha, dropout)
     ranks = dict(rank_pattern or {})
@@ -160,35 +160,31 @@ def setup_lora_for_medical_finetuning(
         rank_pattern=ranks,
         alpha_pattern={name: alpha * own / rank for name, own in ranks.items()},
     )
-    plan = make_plan(model, config)
-    if not plan:
+    selected = select_layers(model, config)
+    if not selected:
         raise InjectionError(
             f"model: no layer matches {config.target_modules!r}{suggest(model, config)}"
         )
-    taken = [path for path, _ in plan.values()]
+    taken = [path for path, _ in selected.values()]
     for pattern in ranks:
         if not any(config.matches(pattern, path) for path in taken):
             raise InjectionError(
                 f"rank_pattern: {pattern!r} matches none of the {len(taken)} adapted layers{nearest_names(pattern, taken)}"
             )
-    trained: list[nn.Parameter] = []
-    if unfreeze_output_layers:
-        whole = [name for name in names if name not in ranks]
-        trained = _output_parameters(model, whole, set(taken))
-    _wrap(model, plan)
+    unfrozen = [name for name in names if name not in ranks] if unfreeze_output_layers else []
+    trained = _output_parameters(model, unfrozen, set(taken))
+    _wrap(model, selected)
     freeze_base_params(model)
     for parameter in trained:
         parameter.requires_grad_(True)
     return count_parameters(model)
 
 
-def _wrap(model: nn.Module, plan: Plan) -> int:
-    """Put an adapted layer in the place of every layer of the plan, under all its names. Returns how many there are."""
+def _wrap(model: nn.Module, selected: Selection) -> int:
+    """Replace every selected layer, under all its names, by an adapted layer. Returns their number."""
     projections = attention_projections(model)
     ignores_dropout = [
-        path
-        for linear, (path, chosen) in plan.items()
-        if chosen.dropout > 0 and linear in projections
+        path for module, (path, own) in selected.items() if own.dropout and module in projections
     ]
     if ignores_dropout:
         warnings.warn(
@@ -197,9 +193,9 @@ def _wrap(model: nn.Module, plan: Plan) -> int:
             FastLoRAWarning,
             stacklevel=3,
         )
-    wrapped = {module: wrap(module, chosen) for module, (_, chosen) in plan.items()}
+    wrapped = {module: wrap(module, own) for module, (_, own) in selected.items()}
     for module, layer in wrapped.items():
-        initialise(layer, plan[module][1].init_lora_weights)
+        initialise(layer, selected[module][1].init_lora_weights)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in wrapped and not isinstance(parent, LoRALayer):
@@ -210,14 +206,14 @@ def _wrap(model: nn.Module, plan: Plan) -> int:
 def _output_parameters(
     model: nn.Module, names: Sequence[str], adapted: set[str]
 ) -> list[nn.Parameter]:
-    """The parameters of every module that one of `names` names by a whole path component."""
+    """The parameters of every module that one of `names` names as a whole path component."""
     found: list[nn.Parameter] = []
     for name in names:
         paths = [path for path, _ in model.named_modules() if name in path.split(".")]
         if not paths:
             components = {c for path, _ in model.named_modules() for c in path.split(".") if c}
             raise InjectionError(
-                f"output_layer_names: {name!r} is no module of the model{nearest_names(name, components)}"
+                f"output_layer_names: {name!r} is not a module of the model{nearest_names(name, components)}"
             )
         both = sorted(adapted.intersection(paths))
         if both:

@@ -15,23 +15,21 @@ from fastlora.layers.embedding import LoRAEmbedding
 def loraplus_groups(
     model: nn.Module, lr: float, lr_ratio: float = 16.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer: lora_B learns with lr · lr_ratio, everything else that trains with lr.
+    """Parameter groups for any torch optimizer: lora_B with lr · lr_ratio, all other trainable parameters with lr.
 
-    Both factors of an embedding, where lora_A and not lora_B starts at zero, learn with lr. lr: above 0. lr_ratio: 1 or more, in the
-    paper around 16; it wants a lower lr than plain LoRA. weight_decay: of both groups. Each parameter is in one group;
-    only those with requires_grad are.
+    Both factors of an embedding, whose lora_A starts at zero instead of lora_B, have lr.
+
+    lr: above 0; lower than for plain LoRA.
+    lr_ratio: 1 or more, around 16 in the paper.
+    weight_decay: of both groups.
 
     Source: LoRA+, arXiv 2402.12354.
 
     Raises: ConfigError for a bad value, InjectionError if no lora_B trains.
     """
     for name, value, least in (("lr", lr, 0.0), ("lr_ratio", lr_ratio, 1.0)):
-        if (
-            not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value < least
-            or not value
-        ):
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not number or value < least or not value:
             bound = "above 0" if least == 0 else f"≥ {least:g}"
             raise ConfigError(f"{name}: expected a finite number {bound}, got {value!r}")
     fast = {

@@ -1,9 +1,8 @@
-"""Fold adapters into the weights they adapt, in place or in a copy, and say what the folding costs."""
+"""Merge adapters into the weights they adapt, in place or in a copy, and report the rounding error."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,25 +11,27 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
 from fastlora.layers.base import LoRALayer
-from fastlora.model.record import (
-    copy_without_records,
-    drop_records,
-    forget_trained,
+from fastlora.model.adapter_registry import (
+    clear_extra_trainable,
+    copy_active,
+    drop_registries,
     inactive_adapters,
 )
 
-LOST_SHARE = 0.1  # of an update, by norm; a merge that loses more warns
+LOST_SHARE = 0.1  # of an update's norm; a merge that loses more warns
 _ROWS = 8
 
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """What merging one layer costs.
+    """The rounding error of merging one layer.
 
-    dtype: of the merged weight. unchanged: share of the weights that the update should change and rounding leaves as they
-    were. lost: norm of what rounding changes, relative to the norm of the update (0 if there is no update).
-    max_error: largest difference of the merged layer's output from the layer's own, for random x in eval mode. allowed: the
-    most that rounding explains. Both are None, and `skipped` says why, for a layer that could not be called.
+    dtype: of the merged weight.
+    unchanged: share of the weights with a non-zero update that rounding leaves unchanged.
+    lost: norm of the rounding error relative to the norm of the update (0 without an update).
+    max_error: largest difference between the outputs of the merged and the adapted layer, for random x in eval mode.
+    allowed: the largest difference that rounding explains. Both are None for a layer that could not be called.
+    skipped: why the layer could not be called, or None.
     """
 
     path: str
@@ -43,7 +44,7 @@ class LayerMerge:
 
     @property
     def ok(self) -> bool:
-        """Whether the merged layer computes the same up to rounding, as far as it could be called."""
+        """Whether the merged layer computes the same up to rounding, or could not be called."""
         return self.max_error is None or self.allowed is None or self.max_error <= self.allowed
 
     def __str__(self) -> str:
@@ -60,7 +61,7 @@ class LayerMerge:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge costs, layer by layer. `str(report)` has a line for each."""
+    """The rounding error of a merge, layer by layer. `str(report)` has a line for each."""
 
     layers: tuple[LayerMerge, ...]
 
@@ -86,50 +87,50 @@ def merge_lora_weights(
 ) -> nn.Module:
     """Replace every adapted layer by a plain layer of the wrapped class with W + ΔW.
 
-    The sum is made in float32 or wider and rounded once. All layers are checked before the first is replaced, and each
-    merged layer is called on random rows beside its original. `merge_report` gives the figures without merging.
+    The sum is computed in float32 or wider and rounded once. All layers are checked before the first is replaced, and each
+    merged layer is compared with its original on random rows. `merge_report` gives the figures without merging.
 
-    inplace: True changes `model` and returns it. False leaves it as it is and returns a merged copy.
-    dtype: of the result; None keeps each weight's. Otherwise the whole model is cast to it, after merging, so that its
-        layers still fit each other: float32 keeps what a 16-bit weight would round away.
+    inplace: True changes `model` and returns it. False returns a merged copy.
+    dtype: of the result; None keeps each weight's. Otherwise the whole model is cast to it after merging, so that its
+        layers still fit each other; float32 keeps what a 16-bit weight would lose to rounding.
 
     Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`).
     Raises: MergeError, naming the layers, if a weight is parametrised, quantised or shared with another module (merging would
-    change that one too, or cut the tie), if a merged layer computes something else than its original, or, where inplace is
-    True, if `model` is itself an adapted layer or has inactive adapters, whose base layers would be gone. ConfigError if dtype
-    is no float dtype.
+    change that one too, or cut the tie), if a merged layer computes something else than its original, or, if inplace is
+    True, if `model` is itself an adapted layer or has inactive adapters, whose base layers would be lost. ConfigError if dtype
+    is not a float dtype.
     """
     if isinstance(model, LoRALayer) and inplace:
         raise MergeError("model: is itself an adapted layer; use model.merge_weights()")
     inactive = inactive_adapters(model)
     if inactive and inplace:
         raise MergeError(
-            f"model: the inactive adapters {', '.join(map(repr, inactive))} could never be switched to again; "
+            f"model: the inactive adapters {', '.join(map(repr, inactive))} would lose their base layers; "
             "delete them first, or merge a copy (merged_model)"
         )
     _raise_or_warn(merge_report(model, dtype), "merge_lora_weights")
-    return _merge(model if inplace else copy_without_records(model), dtype)
+    return _merge(model if inplace else copy_active(model), dtype)
 
 
 def merged_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     """A deep copy of `model` with its active adapter merged, sharing nothing with it. As `merge_lora_weights` otherwise."""
     _raise_or_warn(merge_report(model, dtype), "merged_model")
-    return _merge(copy_without_records(model), dtype)
+    return _merge(copy_active(model), dtype)
 
 
 def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
-    """What merging would cost, each layer merged by itself and thrown away. The model is not changed.
+    """The rounding error of a merge, without changing the model: each layer is merged by itself and discarded.
 
-    dtype: as in `merge_lora_weights`. Random rows come from a generator of their own; forward hooks of the layers run.
+    dtype: as in `merge_lora_weights`. Random rows come from a separate generator; forward hooks of the layers run.
 
-    Raises: MergeError, naming the layers, if a weight is parametrised or shared. ConfigError if dtype is no float dtype.
+    Raises: MergeError, naming the layers, if a weight is parametrised or shared. ConfigError if dtype is not a float dtype.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ConfigError(f"dtype: expected a float dtype or None, got {dtype}")
     check_mergeable(model)
     return MergeReport(
         tuple(
-            _report(path, module, dtype)
+            _layer_report(path, module, dtype)
             for path, module in model.named_modules()
             if isinstance(module, LoRALayer)
         )
@@ -137,7 +138,7 @@ def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRep
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raises: MergeError naming every layer whose weight cannot be merged rightly, and why."""
+    """Raises: MergeError naming every layer whose weight cannot be merged correctly, and why."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -158,26 +159,29 @@ def check_mergeable(model: nn.Module) -> None:
         raise MergeError("cannot merge " + "; ".join(problems))
 
 
-class _Rows:
-    """The least that is a token object: for layers that take nothing else."""
+class _Tokens:
+    """A minimal token object, for layers that accept nothing else."""
 
     def __init__(self, feats: Tensor) -> None:
         self.feats = feats
 
-    def replace(self, feats: Tensor) -> _Rows:
-        return _Rows(feats)
+    def replace(self, feats: Tensor) -> _Tokens:
+        return _Tokens(feats)
 
 
 def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(model, LoRALayer):
         model = model.merge_weights(dtype)
     else:
-        for layer, places in _layers_and_places(model):
-            fresh = layer.merge_weights(dtype)
-            for parent, name in places:
-                setattr(parent, name, fresh)
-        drop_records(model)
-    forget_trained(model)
+        merged: dict[nn.Module, nn.Module] = {}
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if isinstance(child, LoRALayer):
+                    if child not in merged:
+                        merged[child] = child.merge_weights(dtype)
+                    setattr(parent, name, merged[child])
+        drop_registries(model)
+    clear_extra_trainable(model)
     return model if dtype is None else model.to(dtype)
 
 
@@ -198,7 +202,7 @@ def _raise_or_warn(report: MergeReport, caller: str) -> None:
 
 
 @torch.no_grad()
-def _report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> LayerMerge:
+def _layer_report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> LayerMerge:
     fresh = layer.merge_weights(dtype)
     original, merged = layer.wrapped_weight(), cast(Tensor, fresh.weight)
     if original.device.type == "meta":
@@ -220,10 +224,10 @@ def _report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> LayerMerg
 def _compare(
     layer: LoRALayer, fresh: nn.Module, wide: torch.dtype
 ) -> tuple[float | None, float | None, str | None]:
-    """(largest error of the merged output, what rounding explains where that is exceeded most, why it was not called).
+    """(the error of the merged output, the error that rounding explains, why the layer was not called), where the first exceeds the second most.
 
-    wide: the dtype of the comparison. Outputs may differ by 16 units in the last place, for the merged weight's rounding (half a
-    unit) and those of the two computations, and by 4 √K units of the sum's precision, relative to the sum of magnitudes.
+    wide: the dtype of the comparison. Outputs may differ by 16 units in the last place, for the rounding of the merged weight
+    (half a unit) and of the two computations, and by 4 √K units of the sum's precision, relative to the sum of magnitudes.
     """
     weight, merged = layer.wrapped_weight(), cast(Tensor, fresh.weight)
     rows = layer.sample_input(_ROWS, torch.Generator().manual_seed(0)).to(weight.device)
@@ -233,16 +237,16 @@ def _compare(
     try:
         for module, _ in modes:
             module.training = False
-        fresh.to(merged.dtype)  # a bias in a narrower dtype would not go with the weight
+        fresh.to(merged.dtype)  # a bias in a narrower dtype would not fit the weight
         merged_rows = rows.to(merged.dtype) if floats else rows
         try:
             got, want = fresh(merged_rows), layer(rows)
         except (AttributeError, TypeError):  # a layer that takes token objects only
-            got, want = fresh(_Rows(merged_rows)).feats, layer(_Rows(rows)).feats
+            got, want = fresh(_Tokens(merged_rows)).feats, layer(_Tokens(rows)).feats
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        # What a forward of its own raises on an input that it is not made for, and a forced backend that is not here.
+        # A custom forward on an unsuitable input, or a forced backend that is not available.
         return None, None, f"random rows do not fit it: {type(error).__name__}: {error}"
     finally:
         for module, mode in modes:
@@ -263,15 +267,3 @@ def _compare(
         return 0.0, 0.0, None
     worst = int((difference - allowed).argmax())
     return float(difference.flatten()[worst]), float(allowed.flatten()[worst]), None
-
-
-def _layers_and_places(
-    model: nn.Module,
-) -> Iterator[tuple[LoRALayer, list[tuple[nn.Module, str]]]]:
-    """Each adapted layer once, with every (parent, attribute) that holds it."""
-    places: dict[LoRALayer, list[tuple[nn.Module, str]]] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, LoRALayer):
-                places.setdefault(child, []).append((parent, name))
-    yield from places.items()

@@ -1,4 +1,4 @@
-"""Which layers a `LoRAConfig` takes, which it leaves, and why: read-only, for `inject_lora` and for the reports."""
+"""Which layers a `LoRAConfig` selects, and why: read-only, for `inject_lora` and for the reports."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, la
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
-from fastlora.model.record import inactive_adapters
+from fastlora.model.adapter_registry import inactive_adapters
 
-# The layers to wrap, each with its path and the config whose rank, alpha and dropout it gets.
-Plan = dict[nn.Module, tuple[str, LoRAConfig]]
+# The layers to wrap, each with its path and a config with its own rank, alpha and dropout.
+Selection = dict[nn.Module, tuple[str, LoRAConfig]]
 Status = Literal["selected", "excluded", "not targeted"]
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
-    """What a config says of one layer under one of its names.
+class Decision:
+    """Whether a config selects one layer under one of its names.
 
-    config: holds the layer's own rank, alpha and dropout if it is selected, else None. pattern: what selected or excluded it;
-    None for a callback and for a layer that nothing names.
+    config: has the layer's own rank, alpha and dropout if it is selected, else None.
+    pattern: the pattern that selected or excluded it; None for a callback and for a layer that matches nothing.
     """
 
     path: str
@@ -42,50 +42,50 @@ def to_config(
     alpha: float = 8.0,
     dropout: float = 0.0,
 ) -> LoRAConfig:
-    """The config that the arguments of `inject_lora` mean. Raises: ConfigError if values stand beside a config."""
+    """The arguments of `inject_lora` as a config. Raises: ConfigError if a config and values are both given."""
     if isinstance(target_modules, LoRAConfig):
         if (rank, alpha, dropout) != (4, 8.0, 0.0):
-            raise ConfigError("rank, alpha, dropout: give them in the LoRAConfig, not beside it")
+            raise ConfigError("rank, alpha, dropout: set them in the LoRAConfig only")
         return target_modules
     targets = DEFAULT_TARGETS if target_modules is None else target_modules
     return LoRAConfig(targets, rank=rank, alpha=alpha, dropout=dropout)
 
 
-def judge(model: nn.Module, config: LoRAConfig) -> list[Verdict]:
-    """A verdict on every layer of the config's kinds that is not inside an adapted one, suitable or not, under each of its names.
+def decide(model: nn.Module, config: LoRAConfig) -> list[Decision]:
+    """A decision on every layer of the config's kinds outside adapted layers, suitable or not, under each of its names.
 
-    A layer under several names is taken if any of them is selected, as the first that is; its later names are left out.
+    A layer with several names is selected under the first that matches; later names are omitted.
 
     Raises: ConfigError if a callback returns neither a bool nor a LoRAConfig.
     """
     head = output_embeddings(model) if ALL_LINEAR in config.targets else None
     wrapped = {id(layer.wrapped) for _, layer in named_lora_layers(model)}
-    verdicts: list[Verdict] = []
+    decisions: list[Decision] = []
     taken: set[nn.Module] = set()
     for path, module in candidates(model, config):
         if module in taken or id(module) in wrapped:
             continue
-        verdict = _judge_one(config, path, module, head)
-        verdicts.append(verdict)
-        if verdict.config is not None:
+        decision = _decide_layer(config, path, module, head)
+        decisions.append(decision)
+        if decision.config is not None:
             taken.add(module)
-    return verdicts
+    return decisions
 
 
-def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
-    """The layers to wrap. Changes nothing.
+def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
+    """The layers to wrap.
 
-    Raises: InjectionError if the model is a linear layer, already has adapters, active or not, or a selected layer cannot be adapted.
+    Raises: InjectionError if the model is itself a layer, already has adapters, active or not, or a selected layer cannot be adapted.
     """
     inactive = inactive_adapters(model)
     if inactive:
         raise InjectionError(
-            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give another one its name with "
+            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; add another one by name with "
             "fastlora.add_adapter, or delete them first"
         )
     if kind_of(model) is not None:
         raise InjectionError(
-            f"model: is itself a {type(model).__name__}; an adapted layer needs a module to stand in"
+            f"model: is itself a {type(model).__name__}; an adapted layer needs a parent module"
             + ("; use LoRALinear(model, rank, alpha)" if isinstance(model, nn.Linear) else "")
         )
     existing = [path or "the model itself" for path, _ in named_lora_layers(model)]
@@ -94,42 +94,44 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
             f"model: already has {len(existing)} adapted layers (first: {existing[0]}); "
             "merge them before injecting again, or add another adapter by name with fastlora.add_adapter"
         )
-    plan = {
-        verdict.module: (verdict.path, verdict.config)
-        for verdict in judge(model, config)
-        if verdict.config is not None
+    selected = {
+        decision.module: (decision.path, decision.config)
+        for decision in decide(model, config)
+        if decision.config is not None
     }
-    problems = [(path, why_unsuitable(module, own)) for module, (path, own) in plan.items()]
+    problems = [(path, why_unsuitable(module, own)) for module, (path, own) in selected.items()]
     refused = [f"{path}: {reason}" for path, reason in problems if reason is not None]
     if refused:
         raise InjectionError("cannot adapt " + "; ".join(refused))
-    return plan
+    return selected
 
 
-def trained_beside(
-    model: nn.Module, config: LoRAConfig, plan: Plan
+def extra_trainable(
+    model: nn.Module, config: LoRAConfig, selected: Selection
 ) -> dict[nn.Module, tuple[str, ...]]:
-    """Names of the parameters of its own that a module trains beside the adapters, by `modules_to_save` and `bias`.
+    """By module, the names of its parameters that train because of `modules_to_save` and `bias`.
 
-    Raises: InjectionError if a name in `modules_to_save` is no module's, or one that gets an adapter or holds such a layer.
+    Raises: InjectionError if a name in `modules_to_save` is not a module's, or that module is or contains a selected layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    adapted = sorted(path for path, _ in plan.values())
+    adapted = sorted(path for path, _ in selected.values())
     trained = []
     for name in config.modules_to_save:
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
         if not paths:
             raise InjectionError(
-                f"modules_to_save: {name!r} is no module of the model{nearest_names(name, set(modules))}"
+                f"modules_to_save: {name!r} is not a module of the model{nearest_names(name, set(modules))}"
             )
         for path in paths:
             inside = next((a for a in adapted if f"{a}.".startswith(f"{path}.")), None)
             if inside is not None:
                 raise InjectionError(
-                    f"modules_to_save: {path} is or holds {inside}, which gets an adapter"
+                    f"modules_to_save: {path} is or contains {inside}, which gets an adapter"
                 )
             trained += [(m, name) for m in modules[path].modules() for name in m._parameters]
-    trained += [(module, "bias") for module, (_, own) in plan.items() if own.bias == "lora_only"]
+    trained += [
+        (module, "bias") for module, (_, own) in selected.items() if own.bias == "lora_only"
+    ]
     if config.bias == "all":
         # in_proj_bias of an attention and bias_ih_l0 of an LSTM too, as in PEFT
         trained += [(m, name) for m in model.modules() for name in m._parameters if "bias" in name]
@@ -140,10 +142,10 @@ def trained_beside(
     return found
 
 
-def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str | None:
-    """The first pattern or layer index that matches nothing, with the nearest names; None if each matches."""
+def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection) -> str | None:
+    """An error message on the first pattern or layer index that matches nothing; None if all match."""
     every = [path for path, _ in candidates(model, config)]
-    taken = [path for path, _ in plan.values()]
+    taken = [path for path, _ in selected.values()]
     for name, patterns, paths in (
         ("target_modules", config.targets, every),
         ("exclude", tuple(config.exclude), every),
@@ -153,30 +155,30 @@ def why_patterns_fail(model: nn.Module, config: LoRAConfig, plan: Plan) -> str |
     ):
         for pattern in patterns:
             if pattern != ALL_LINEAR and not any(config.matches(pattern, path) for path in paths):
-                shown = pattern if isinstance(pattern, str) else pattern.pattern
+                shown = pattern_text(pattern)
                 return (
                     f"{name}: {shown!r} matches none of the {len(paths)} "
                     f"{'adapted' if paths is taken else '/'.join(config.kinds)} layers{nearest_names(shown, paths)}"
-                    + _of_other_kinds(model, config, pattern)
+                    + _other_kind_hint(model, config, pattern)
                 )
     numbers = {index for path in taken if (index := layer_index(path)) is not None}
     unused = [i for i in config.indices if i not in numbers]
     if unused:
         return f"layers_to_transform: no adapted layer has the index {unused[0]}; there are {sorted(numbers)}"
-    if not plan:
+    if not selected:
         return f"target_modules: no layer was selected{suggest(model, config)}"
     return None
 
 
 def candidates(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:
-    """(path, layer) of every layer of the config's kinds under each of its names, those inside an adapted one included."""
+    """(path, layer) of every layer of the config's kinds under each of its names, also inside adapted layers."""
     for path, module in model.named_modules(remove_duplicate=False):
         if kind_of(module) in config.kinds:
             yield path, module
 
 
-def _of_other_kinds(model: nn.Module, config: LoRAConfig, pattern: str | re.Pattern[str]) -> str:
-    """A hint: what the pattern would match if `kinds` had it."""
+def _other_kind_hint(model: nn.Module, config: LoRAConfig, pattern: str | re.Pattern[str]) -> str:
+    """A hint for an error message: a layer of another kind that the pattern matches."""
     for path, module in model.named_modules():
         kind = kind_of(module)
         if kind is not None and kind not in config.kinds and config.matches(pattern, path):
@@ -185,7 +187,7 @@ def _of_other_kinds(model: nn.Module, config: LoRAConfig, pattern: str | re.Patt
 
 
 def attention_projections(model: nn.Module) -> set[nn.Module]:
-    """The direct children of every `nn.MultiheadAttention`: it reads their weights and never calls them."""
+    """The direct children of every `nn.MultiheadAttention`, which reads their weights and never calls them."""
     return {
         child
         for module in model.modules()
@@ -195,35 +197,42 @@ def attention_projections(model: nn.Module) -> set[nn.Module]:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The output head, where the model follows Hugging Face's convention and names one."""
+    """The output head of a model that follows Hugging Face's convention, else None."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
 
 def suggest(model: nn.Module, config: LoRAConfig) -> str:
-    """A hint: the names in the model most like the config's first target."""
+    """A hint for an error message: the names in the model nearest to the config's first target."""
     first = next((t for t in config.targets if isinstance(t, str)), "")
     return nearest_names(first, [path for path, _ in candidates(model, config)])
 
 
+def pattern_text(pattern: str | re.Pattern[str]) -> str:
+    """The pattern as a message shows it."""
+    return pattern if isinstance(pattern, str) else pattern.pattern
+
+
 def nearest_names(wanted: str, paths: Iterable[str]) -> str:
-    """The end of a message: the path components most like `wanted`, or else a few that there are."""
+    """The end of an error message: the path components nearest to `wanted`, or else a few of them."""
     components = sorted({part for path in paths for part in path.split(".") if not part.isdigit()})
     if not components:
         return "; there are no such layers in the model"
     return nearest(wanted, components) or f"; there are {', '.join(components[:5])}"
 
 
-def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None) -> Verdict:
+def _decide_layer(
+    config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None
+) -> Decision:
     if not config.takes_index(path):
         wanted = ", ".join(map(str, config.indices))
-        reason = f"layers_to_transform takes {wanted} only"
-        return Verdict(path, module, "not targeted", reason)
+        reason = f"layers_to_transform selects {wanted} only"
+        return Decision(path, module, "not targeted", reason)
     for pattern in config.exclude:
         if config.matches(pattern, path):
-            shown = pattern if isinstance(pattern, str) else pattern.pattern
-            return Verdict(path, module, "excluded", f"exclude has {shown!r}", pattern=shown)
-    chosen, reason = None, "the callback took it"
+            shown = pattern_text(pattern)
+            return Decision(path, module, "excluded", f"exclude has {shown!r}", pattern=shown)
+    chosen, reason = None, "the callback selected it"
     if callable(config.target_modules):
         answer = config.target_modules(path, module)
         if not isinstance(answer, (bool, LoRAConfig)):
@@ -231,7 +240,7 @@ def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module
                 f"target_modules: the callback must return a bool or a LoRAConfig, got {answer!r} for {path}"
             )
         if answer is False:
-            return Verdict(path, module, "not targeted", "the callback left it")
+            return Decision(path, module, "not targeted", "the callback did not select it")
         config = config if answer is True else answer
     else:
         found = [
@@ -242,9 +251,9 @@ def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module
         if not found:
             reason = "no target matches its path"
             if module is head and ALL_LINEAR in config.targets:
-                reason = "all-linear leaves the output embeddings out"
-            return Verdict(path, module, "not targeted", reason)
-        chosen = found[0] if isinstance(found[0], str) else found[0].pattern
+                reason = "all-linear excludes the output embeddings"
+            return Decision(path, module, "not targeted", reason)
+        chosen = pattern_text(found[0])
         reason = f"matches {chosen!r}"
 
     def by_pattern(patterns: Mapping[str, float], default: float) -> float:
@@ -258,4 +267,4 @@ def _judge_one(config: LoRAConfig, path: str, module: nn.Module, head: nn.Module
         alpha=by_pattern(config.alpha_pattern, config.alpha),
         dropout=by_pattern(config.dropout_pattern, config.dropout),
     )
-    return Verdict(path, module, "selected", reason, config=own, pattern=chosen)
+    return Decision(path, module, "selected", reason, config=own, pattern=chosen)

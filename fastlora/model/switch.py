@@ -1,4 +1,4 @@
-"""Switch adapters off for a while: `disable_adapter`."""
+"""`disable_adapter`: a context in which adapters have no effect."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from fastlora.layers.base import named_lora_layers
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within `with disable_adapter(model):` every adapted layer calls the layer it wraps and nothing else.
+    """A context in which every adapted layer calls only the layer it wraps.
 
-    So the model computes what the base model computes, bit for bit, and draws no dropout seeds for its adapters: a reference
-    model (DPO, distillation) without a second copy. Trained heads outside of the adapters stay as they are.
-    Contexts may be nested, and what was enabled before is enabled again, after an exception too. Saving and loading are as
-    ever; merging and exporting are refused inside. A copy that is made inside has its adapters enabled.
+    The model then computes the base model's output, bit for bit, and draws no dropout seeds: a reference model (DPO, distillation)
+    without a second copy. Trained heads are not affected. Contexts may be nested, and the previous state is restored, after an
+    exception too. Saving and loading work; merging and exporting are refused inside. A copy made inside has its adapters enabled.
 
-    A forward pass inside must not be recomputed outside: under activation checkpointing use it with `torch.no_grad()`.
+    A forward pass inside must not be recomputed outside: with activation checkpointing use `torch.no_grad()` too.
 
     Raises: InjectionError if the model has no adapters.
     """

@@ -32,9 +32,9 @@ from fastlora.io.checkpoint import (
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
-from fastlora.model.adapters import adding, list_adapters
+from fastlora.model.adapter_registry import inactive_adapters
+from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.inject import freeze_base_params, inject_lora
-from fastlora.model.record import inactive_adapters
 from fastlora.peft.config import (
     CONFIG_FILE,
     PREFIX,
@@ -116,7 +116,7 @@ def from_pretrained(
     if adapter is None:
         return _load(model, folder, alone=True)
     alone = not list_adapters(model)
-    with adding(model, adapter) as plain:
+    with inject_as(model, adapter) as plain:
         return _load(plain, folder, alone)
 
 

@@ -1,1 +1,1 @@
-"""What a user is told about a model: which layers, how much memory, whether the adapters work."""
+"""Reports about a model: its layers, its memory, whether its adapters work."""

@@ -1,7 +1,6 @@
-"""What a fine-tuning run keeps in memory, counted and not measured: parameters, gradients, optimizer, saved activations.
+"""Memory of a fine-tuning run, computed from shapes: parameters, gradients, optimizer, saved activations.
 
-Only products of shapes are taken, so a model on the meta device will do. For one adapted layer with M rows and elements of b
-bytes (docs/design.md, Memory):
+A model on the meta device is enough. For one adapted layer with M rows and elements of b bytes (docs/design.md, Memory):
 
     fastlora    b·MK (x itself) + b·MR, and 8 with dropout
     PEFT        a·MK + a·MR, and with dropout a mask of MK elements; a is the larger of b and the adapters' size
@@ -26,13 +25,13 @@ from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
 from fastlora.model.selection import (
     attention_projections,
-    make_plan,
+    extra_trainable,
+    select_layers,
     to_config,
-    trained_beside,
-    why_patterns_fail,
+    unmatched_pattern,
 )
 
-# optimizer -> (tensors like the parameter, bytes of its step counter), for each parameter that trains
+# optimizer -> (tensors like the parameter, bytes of its step counter), for each trainable parameter
 OPTIMIZERS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"adamw": (2, 4), "adam": (2, 4), "adagrad": (1, 4), "momentum": (1, 0), "sgd": (0, 0)}
 )
@@ -40,11 +39,13 @@ OPTIMIZERS: Mapping[str, tuple[int, int]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the count needs of one adapted layer.
+    """The sizes and settings of one adapted layer that determine its memory.
 
-    rank: that of the computation, twice that of lora_A after PiSSA or OLoRA. adapter_dtype: of lora_A and lora_B. weight_read: the
-    layer is never called, because its owner multiplies by the merged weight itself (`nn.MultiheadAttention`). dora: whether
-    the output is scaled. joined: whether the factors are joined with a start that is taken off, anew in each call.
+    rank: of the computation, twice that of lora_A after PiSSA or OLoRA.
+    adapter_dtype: of lora_A and lora_B.
+    weight_read: the layer is never called, because its parent multiplies by the merged weight (`nn.MultiheadAttention`).
+    dora: whether the output is scaled.
+    joined: whether each call concatenates the factors with those of the subtracted initial product.
     """
 
     in_features: int
@@ -59,24 +60,20 @@ class LayerShape:
     joined: bool = False
 
     def saved_bytes(self, rows: int) -> int:
-        """Bytes that fastlora keeps for the backward pass of `rows` rows, parameters left out and x counted.
+        """Bytes that fastlora saves for the backward pass of `rows` rows, with x and without parameters.
 
-        Where the adapters are cast to x's dtype the casts are kept and counted; kernels cast as they load and keep none.
+        Casts of the adapters to x's dtype are included; kernels cast as they load and save none.
         """
-        return self.saved_input_bytes(rows) + self.saved_beyond_input_bytes(rows)
-
-    def saved_input_bytes(self, rows: int) -> int:
-        """The part of `saved_bytes` that is x itself, which its owner may hold anyway."""
-        return rows * self.in_features * self.dtype.itemsize
+        return rows * self.in_features * self.dtype.itemsize + self.saved_beyond_input_bytes(rows)
 
     def saved_beyond_input_bytes(self, rows: int) -> int:
-        """The part of `saved_bytes` that is not x: S, the seed, casts of the adapters, and what DoRA scales."""
+        """`saved_bytes` without x, which its owner may hold anyway: S, the seed, casts of the adapters, DoRA's tensors."""
         cast = self.adapter_dtype != self.dtype
         size = self.dtype.itemsize
         if self.weight_read:
             return self.in_features * self.out_features * size  # the merged weight
         kept = rows * self.rank * size
-        # Factors in x's dtype, or joined and then perhaps cast: what the product reads is kept.
+        # The product saves the factors that it reads: casts, or the joined ones.
         if cast or self.joined:
             kept += self.rank * (self.in_features + self.out_features) * size
         if self.dora:  # the output before it is scaled, g, and the norms
@@ -85,9 +82,9 @@ class LayerShape:
         return kept + (8 if self.dropout else 0)
 
     def peft_saved_bytes(self, rows: int) -> int:
-        """Bytes that PEFT keeps for the same: x in the adapters' dtype, or D(x) and the mask, and S.
+        """Bytes that PEFT saves for the same rows: x in the adapters' dtype, or D(x) and the mask, and S.
 
-        The mask is one byte an element on CUDA (and on meta, taken for it), and as large as x on a CPU.
+        The mask has one byte per element on CUDA (and on meta, treated as CUDA), and the size of x on a CPU.
         """
         size = max(self.dtype.itemsize, self.adapter_dtype.itemsize)
         mask = (size if self.device == "cpu" else 1) if self.dropout else 0
@@ -95,7 +92,7 @@ class LayerShape:
 
 
 def shape_of(layer: LoRALinear, weight_read: bool = False) -> LayerShape:
-    """The shape of a LoRALinear, for training: its dropout counts in any mode."""
+    """The shape of a LoRALinear in training: dropout is included in any mode."""
     return LayerShape(
         layer.in_features,
         layer.out_features,
@@ -112,13 +109,14 @@ def shape_of(layer: LoRALinear, weight_read: bool = False) -> LayerShape:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What `estimate` counted, in bytes. `str(estimate)` is a small table.
+    """The result of `estimate`, in bytes. `str(estimate)` is a small table.
 
-    layers: how many are adapted. uncounted: those of them that are convolutions or embeddings, of which only the parameters are counted.
-    saved_bytes: kept for the backward pass by the adapted linear layers, each with an input of its own: an upper bound, since layers
-        that share their input (q, k and v) keep it once, which shapes cannot tell.
-    saved_beyond_input_bytes: the same without any input: a lower bound, reached if every x is kept by its owner anyway.
-    peft_saved_bytes: the upper bound for PEFT's layers, with float32 adapters on a 16-bit base as PEFT makes them.
+    layers: number of adapted layers.
+    uncounted: how many of them are convolutions or embeddings, of which only the parameters are counted.
+    saved_bytes: saved for the backward pass by the adapted linear layers, each with its own input: an upper bound, since layers
+        that share their input (q, k and v) save it once, which shapes do not tell.
+    saved_beyond_input_bytes: the same without inputs: a lower bound, reached if other layers hold every x anyway.
+    peft_saved_bytes: the upper bound for PEFT's layers, with float32 adapters on a 16-bit base, as is PEFT's default.
     """
 
     rows: int
@@ -135,7 +133,7 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """All of it, with the upper bound of what is saved. Activations of the other layers are not in it."""
+        """The sum, with the upper bound of saved bytes and without activations of other layers."""
         kept = self.trainable_bytes + self.frozen_bytes + self.gradient_bytes
         return kept + self.optimizer_bytes + self.saved_bytes
 
@@ -164,16 +162,16 @@ def estimate(
     config: LoRAConfig | Targets | None = None,
     optimizer: str = "adamw",
 ) -> MemoryEstimate:
-    """Count what fine-tuning `model` keeps, before it starts. Nothing is allocated, changed or computed.
+    """Estimate the memory of fine-tuning `model` before it starts. Nothing is allocated, changed or computed.
 
-    model: on any device, meta included. If it has adapters, what trains is what `requires_grad` says.
-    rows: M, the product of all dimensions of an adapted layer's input but the last (batch × tokens).
-    config: for a model without adapters, what would be injected (as in `inject_lora`); then the adapters train, and what its `bias` and
+    model: on any device, meta included. If it has adapters, `requires_grad` tells which parameters train.
+    rows: M, the product of all dimensions of an adapted layer's input except the last (batch × tokens).
+    config: for a model without adapters, the adapters to inject (as in `inject_lora`); these train, and what `bias` and
         `modules_to_save` name.
-    optimizer: one of adamw, adam, adagrad, momentum (SGD with it) and sgd.
+    optimizer: one of adamw, adam, adagrad, momentum (SGD with momentum) and sgd.
 
-    Raises: ConfigError for a bad value; InjectionError if there are no adapters and no config, or both, if `inject_lora` would
-    refuse the config or find nothing, or if a parameter is lazy and has no shape yet.
+    Raises: ConfigError for a bad value; InjectionError if there are neither adapters nor a config, or both, if `inject_lora` would
+    refuse the config or select nothing, or if a parameter is lazy and has no shape yet.
     """
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise ConfigError(f"rows: expected an integer ≥ 1, got {rows!r}")
@@ -184,42 +182,8 @@ def estimate(
             raise InjectionError(
                 f"model: {name} has no shape yet (lazy): run one forward pass first"
             )
-    read = attention_projections(model)
-    if config is None:
-        layers = [layer for _, layer in named_lora_layers(model)]
-        if not layers:
-            raise InjectionError("model: has no adapters; give the config that will be injected")
-        shapes = [
-            shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)
-        ]
-        adapted = len(layers)
-        training = [p for p in model.parameters() if p.requires_grad]
-        trainable = [p.nbytes for p in training]
-        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    else:
-        settings = to_config(config)
-        plan = make_plan(model, settings)
-        problem = why_patterns_fail(model, settings, plan)
-        if problem is not None and (isinstance(config, LoRAConfig) or not plan):
-            raise InjectionError(problem)
-        shapes = [
-            planned_shape(module, own, module in read)
-            for module, (_, own) in plan.items()
-            if kind_of(module) == "linear"
-        ]
-        trainable = [
-            size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
-            for module, (_, own) in plan.items()
-            for size in planned_parameters(module, own)
-        ]
-        beside = {
-            module._parameters[name]
-            for module, names in trained_beside(model, settings, plan).items()
-            for name in names
-        }
-        trainable += [p.nbytes for p in beside if p is not None]
-        adapted = len(plan)
-        frozen = sum(p.nbytes for p in model.parameters() if p not in beside)
+    counted = _as_it_is(model) if config is None else _after_injection(model, config)
+    adapted, shapes, trainable, frozen = counted
     copies, step = OPTIMIZERS[optimizer]
     return MemoryEstimate(
         rows=rows,
@@ -236,8 +200,52 @@ def estimate(
     )
 
 
-def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = False) -> LayerShape:
-    """The shape that a linear layer would have once it is adapted under its own `config`."""
+# Number of adapted layers, shapes of the linear ones, bytes of each trainable parameter, bytes of the others.
+_Counted = tuple[int, list[LayerShape], list[int], int]
+
+
+def _as_it_is(model: nn.Module) -> _Counted:
+    layers = [layer for _, layer in named_lora_layers(model)]
+    if not layers:
+        raise InjectionError("model: has no adapters; pass the config to inject")
+    read = attention_projections(model)
+    shapes = [shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)]
+    trainable = [p.nbytes for p in model.parameters() if p.requires_grad]
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    return len(layers), shapes, trainable, frozen
+
+
+def _after_injection(model: nn.Module, config: LoRAConfig | Targets) -> _Counted:
+    settings = to_config(config)
+    selected = select_layers(model, settings)
+    problem = unmatched_pattern(model, settings, selected)
+    if problem is not None and (isinstance(config, LoRAConfig) or not selected):
+        raise InjectionError(problem)
+    read = attention_projections(model)
+    shapes = [
+        shape_after_injection(module, own, module in read)
+        for module, (_, own) in selected.items()
+        if kind_of(module) == "linear"
+    ]
+    trainable = [
+        size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
+        for module, (_, own) in selected.items()
+        for size in adapter_sizes(module, own)
+    ]
+    extra = {
+        module._parameters[name]
+        for module, names in extra_trainable(model, settings, selected).items()
+        for name in names
+    }
+    trainable += [p.nbytes for p in extra if p is not None]
+    frozen = sum(p.nbytes for p in model.parameters() if p not in extra)
+    return len(selected), shapes, trainable, frozen
+
+
+def shape_after_injection(
+    linear: nn.Module, config: LoRAConfig, weight_read: bool = False
+) -> LayerShape:
+    """The shape of a linear layer after its injection with its own `config`."""
     (_, k), (n, _) = layer_class(linear).factor_shapes(linear, config.rank)
     return LayerShape(
         k,
@@ -253,14 +261,14 @@ def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = Fal
     )
 
 
-def planned_parameters(module: nn.Module, config: LoRAConfig) -> list[int]:
-    """Elements of each parameter of the adapter that `module` would have under its own `config`."""
+def adapter_sizes(module: nn.Module, config: LoRAConfig) -> list[int]:
+    """Elements of each parameter of the adapter that its own `config` gives `module`."""
     shape_a, shape_b = layer_class(module).factor_shapes(module, config.rank)
     return [math.prod(shape_a), math.prod(shape_b)] + [shape_b[0]] * config.use_dora
 
 
 def format_bytes(count: int) -> str:
-    """`count` in the largest binary unit that keeps it at 1 or more: 1536 is "1.5 KiB"."""
+    """`count` in the largest binary unit of which it is at least one: 1536 is "1.5 KiB"."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

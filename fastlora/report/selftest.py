@@ -1,4 +1,4 @@
-"""A self-test of a model with adapters: which of them change nothing, or learn nothing, and why."""
+"""`check`: find adapters that do not change a model's output or get no gradient."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,12 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 Modes = list[tuple[nn.Module, bool]]
 
 _SHOWN = 4  # paths in a line of the report
-_SHARE = 0.1  # norm of a tried update relative to the weight's
+_SHARE = 0.1  # norm of the trial update relative to the weight's
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one adapter. path: its layer. reason: what was seen, and what usually causes it."""
+    """A problem of one adapter. path: its layer. reason: the observation and its usual cause."""
 
     path: str
     reason: str
@@ -32,8 +33,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found. layers: the paths of all adapters. findings: at most one for each; none means that all is well.
-    `str(report)` has a line for each reason.
+    """The result of `check`. `str(report)` has a line for each reason.
+
+    layers: the paths of all adapters.
+    findings: at most one for each adapter; empty if all work.
     """
 
     layers: tuple[str, ...]
@@ -45,14 +48,14 @@ class CheckReport:
         return not self.findings
 
     def raise_if_failed(self) -> None:
-        """Raises: CheckError that holds the whole report, if there are findings."""
+        """Raises: CheckError with the whole report, if there are findings."""
         if self.findings:
             raise CheckError(str(self))
 
     def __str__(self) -> str:
         if self.ok:
             return f"all {len(self.layers)} adapters change the output and get a gradient"
-        head = f"{len(self.findings)} of {len(self.layers)} adapters do not work as they should"
+        head = f"{len(self.findings)} of {len(self.layers)} adapters do not work"
         alike: dict[str, list[str]] = {}
         for finding in self.findings:
             alike.setdefault(finding.reason, []).append(finding.path or "the layer")
@@ -68,27 +71,27 @@ class CheckReport:
 def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     """Run `model(*args, **kwargs)` and find adapters that do not change the output or get no gradient.
 
-    Three runs: forward and backward in training mode (in the model's own mode if it is in training), the same in eval mode,
-    and eval without gradients, where fast paths are taken. All parameters that train are replaced for the time by others on
-    the same storage, and lora_B by itself plus random values that make the update a tenth of the weight. A run for each
-    layer follows only where these leave a doubt. It finds an adapter
-        whose weight is read elsewhere, so that its forward is not called or its result is not used;
-        that a fast path leaves out in eval mode;
+    Three runs: forward and backward in training mode (in the model's own modes if it is in training), the same in eval mode,
+    and eval without gradients, where fast paths run. Meanwhile trainable parameters are replaced by leaves on the same storage,
+    and random values that make the update a tenth of the weight are added to lora_B. Layers for which these runs are not
+    conclusive are run one by one. Findings are adapters
+        whose weight is read elsewhere, so that their forward is not called or its result not used;
+        that a fast path ignores in eval mode;
         behind reentrant checkpointing whose inputs need no gradient (a frozen embedding), torch.no_grad() or detach();
-        that is frozen, whose alpha is 0, or whose lora_A and lora_B are both zero.
+        that are frozen, have alpha 0, or have lora_A and lora_B both zero.
     A layer that the sample does not reach, such as an expert that is not chosen, is a finding too.
 
-    Parameters, their gradients and hooks, buffers, training modes and the random states of torch, Python and numpy are as before
-    afterwards, also if the model raises. Attributes that a forward sets are not undone, and module hooks run.
+    Parameters, their gradients and hooks, buffers, training modes and the random states of torch, Python and numpy are restored,
+    also if the model raises. Attributes that a forward sets are not restored, and module hooks run.
 
-    args, kwargs: what the model is called with; tensors in lists, tuples and dicts are copied before each run. The output
-        may be a tensor, or tensors in mappings, sequences, dataclasses or objects with `.feats`.
+    args, kwargs: the model's inputs; tensors in lists, tuples and dicts are copied before each run. The output may be a tensor,
+        or tensors in mappings, sequences, dataclasses or objects with `.feats`.
 
-    Raises: InjectionError if the model has no adapters or is wrapped for distributed training; CheckError if the output holds no
+    Raises: InjectionError if the model has no adapters or is wrapped for distributed training; CheckError if the output has no
     floating-point tensor; whatever the model raises.
     """
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise InjectionError(f"model: is a {type(model).__name__}; give model.module")
+        raise InjectionError(f"model: is a {type(model).__name__}; pass model.module")
     layers = list(named_lora_layers(model))
     if not layers:
         raise InjectionError("model: has no adapters, so there is nothing to check")
@@ -103,93 +106,96 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         findings = {
             path: reason
             for path, layer in layers
-            if (reason := _why_it_cannot_learn(layer)) is not None
+            if (reason := _why_untrainable(layer)) is not None
         }
-        with _stand_ins(model, layers):
+        with _replaced_parameters(model, layers):
             learning = [(p, layer) for p, layer in layers if p not in findings]
             _to_training(modes)
             no_gradient = _without_gradient(run, learning)
             for module, _ in modes:
-                module.training = False  # not `eval()`, which may be overridden to do more
-            silent = _unseen(run, layers)
-            if no_gradient or silent:
+                module.training = False  # not `eval()`, which may be overridden
+            ineffective = _ineffective(run, layers)
+            if no_gradient or ineffective:
                 suspects = {
-                    path: layer for path, layer in layers if path in no_gradient or path in silent
+                    path: layer
+                    for path, layer in layers
+                    if path in no_gradient or path in ineffective
                 }
                 _to_training(modes)
-                calls = _watch(run, suspects)
+                calls = _gradient_modes(run, suspects)
                 for path in suspects:
                     findings.setdefault(
-                        path, _reason(path in no_gradient, path in silent, calls[path])
+                        path, _reason(path in no_gradient, path in ineffective, calls[path])
                     )
     found = tuple(Finding(path, findings[path]) for path, _ in layers if path in findings)
     return CheckReport(tuple(path for path, _ in layers), found)
 
 
-def _why_it_cannot_learn(layer: LoRALayer) -> str | None:
+def _why_untrainable(layer: LoRALayer) -> str | None:
     a, b = layer.lora_A, layer.lora_B
     if layer.disabled:
         return "is disabled by disable_adapter"
     if not (a.requires_grad or b.requires_grad):
-        return "lora_A and lora_B are frozen (requires_grad is False): nothing here trains"
+        return "lora_A and lora_B are frozen (requires_grad is False)"
     if layer.scaling == 0:
-        return "alpha is 0, so the update is scaled to nothing"
+        return "alpha is 0, so the update is zero"
     if not (a.any() or b.any()):
-        return "lora_A and lora_B are both zero, so neither gets a gradient; one must start at random values"
+        return "lora_A and lora_B are both zero, so neither gets a gradient; initialise one with random values"
     return None
 
 
 def _without_gradient(
     run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALayer]]
 ) -> set[str]:
-    """The paths whose lora_A and lora_B both get no gradient, or zeros."""
+    """The paths whose lora_A and lora_B both get no gradient, or a zero one."""
     _backward(run(True))
     no_gradient = {path for path, layer in layers if not _has_gradient(layer)}
-    _forget_gradients(layer for _, layer in layers)
+    _clear_gradients(layer for _, layer in layers)
     return no_gradient
 
 
-def _unseen(run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALayer]]) -> set[str]:
+def _ineffective(
+    run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALayer]]
+) -> set[str]:
     """The paths whose lora_B changes nothing in eval mode without gradients.
 
-    A layer with a gradient in eval mode changes the output there. If the run without gradients gives the same output bit for bit,
-    it changes that one too; if not, or without a gradient, the layer is tried by itself.
+    A layer with a gradient in eval mode changes the output there, and also without gradients if that output is the same bit for
+    bit. Other layers are tested one by one.
     """
     with_gradients = run(True)
     _backward(with_gradients)
-    doubtful = {path for path, layer in layers if not _has_gradient(layer)}
-    _forget_gradients(layer for _, layer in layers)
+    uncertain = {path for path, layer in layers if not _has_gradient(layer)}
+    _clear_gradients(layer for _, layer in layers)
     base = run(False)
     if _difference(base, with_gradients) > 0:
-        doubtful = {path for path, _ in layers}
-    if not doubtful:
+        uncertain = {path for path, _ in layers}
+    if not uncertain:
         return set()
     noise = _difference(base, run(False))
-    unseen = set()
+    found = set()
     for path, layer in layers:
-        if path not in doubtful:
+        if path not in uncertain:
             continue
         kept = layer.lora_B
         layer.lora_B = nn.Parameter(-2 * kept.detach(), kept.requires_grad)
         if _difference(base, run(False)) <= 2 * noise:
-            unseen.add(path)
+            found.add(path)
         layer.lora_B = kept
-    return unseen
+    return found
 
 
-def _watch(
+def _gradient_modes(
     run: Callable[[bool], list[Tensor]], suspects: Mapping[str, LoRALayer]
 ) -> dict[str, bool | None]:
     """For each suspect, whether gradients were on when its forward was called; None if it was not called."""
     calls: dict[str, bool | None] = dict.fromkeys(suspects)
 
-    def watcher(path: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            calls[path] = calls[path] or torch.is_grad_enabled()
+    def note(path: str, *_: Any) -> None:
+        calls[path] = calls[path] or torch.is_grad_enabled()
 
-        return note
-
-    handles = [layer.register_forward_pre_hook(watcher(p)) for p, layer in suspects.items()]
+    handles = [
+        layer.register_forward_pre_hook(partial(note, path)) for path, layer in suspects.items()
+    ]
     try:
         run(True)
     finally:
@@ -198,13 +204,13 @@ def _watch(
     return calls
 
 
-def _reason(no_gradient: bool, silent: bool, call: bool | None) -> str:
-    if silent and not no_gradient:
+def _reason(no_gradient: bool, ineffective: bool, call: bool | None) -> str:
+    if ineffective and not no_gradient:
         return (
             "gets a gradient, but does not change the output in eval mode without gradients: "
             "a fast path reads the wrapped weight"
         )
-    what = "does not change the output and gets no gradient" if silent else "gets no gradient"
+    what = "does not change the output and gets no gradient" if ineffective else "gets no gradient"
     if call is None:
         return f"{what}: its forward is not called on this sample; other code may read its weight"
     if not call:
@@ -217,7 +223,7 @@ def _reason(no_gradient: bool, silent: bool, call: bool | None) -> str:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module, modes: Modes) -> Iterator[Callable[[], None]]:
-    """Give a function that puts buffers and random states back; at the end that is done once more, and modes too."""
+    """Yields a function that restores buffers and random states; on exit they and training modes are restored."""
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
@@ -249,16 +255,15 @@ def _restored(model: nn.Module, modes: Modes) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _stand_ins(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[None]:
-    """Put a leaf of its own in the place of every parameter that trains, and of every lora_A and lora_B. Random values are
-    added to lora_B, so that an update which is small, or zero by its start, can be seen; a zero lora_A gets random values.
+def _replaced_parameters(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[None]:
+    """Replace every trainable parameter, lora_A and lora_B by a new leaf, so that a backward pass cannot reach the real ones.
 
-    Gradients, gradient hooks and `.grad` of the real parameters are out of reach of a backward pass then. A module that holds
-    parameters in other ways too (an LSTM does) gets its `.grad` back.
+    Random values are added to lora_B, so that a small or zero update becomes visible; a zero lora_A becomes random. `.grad` of
+    the real parameters is restored, since some modules (an LSTM) also hold them outside `_parameters`.
     """
     tried: dict[int, Tensor] = {}
     for _, layer in layers:
-        a, b = _tried(layer)
+        a, b = _trial_values(layer)
         tried[id(layer.lora_A)] = layer.lora_A.detach() if layer.lora_A.any() else a
         tried[id(layer.lora_B)] = layer.lora_B.detach() + b
     places = [
@@ -283,8 +288,8 @@ def _stand_ins(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterato
             parameter.grad = gradient
 
 
-def _tried(layer: LoRALayer) -> tuple[Tensor, Tensor]:
-    """Random values in the shapes of lora_A and lora_B, the latter so that the update is a tenth of the weight, by norm."""
+def _trial_values(layer: LoRALayer) -> tuple[Tensor, Tensor]:
+    """Random values for lora_A and lora_B; with the latter the norm of the update is a tenth of the weight's."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(layer.lora_A.shape, generator=generator) / layer.lora_A[0].numel() ** 0.5
     b = torch.randn(layer.lora_B.shape, generator=generator)
@@ -296,7 +301,7 @@ def _tried(layer: LoRALayer) -> tuple[Tensor, Tensor]:
 
 
 def _to_training(modes: Modes) -> None:
-    """The model's own modes if it is in training, so that what is held in eval stays there; else training for all."""
+    """The model's own modes if it is in training, so that modules fixed in eval stay there; else training for all."""
     for module, mode in modes:
         module.training = mode or not modes[0][1]
 
@@ -318,13 +323,13 @@ def _has_gradient(layer: LoRALayer) -> bool:
     return any(g is not None and bool(g.any()) for g in gradients)
 
 
-def _forget_gradients(layers: Iterator[LoRALayer]) -> None:
+def _clear_gradients(layers: Iterator[LoRALayer]) -> None:
     for layer in layers:
         layer.lora_A.grad = layer.lora_B.grad = None
 
 
 def _difference(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest difference, NaN and infinities counted as equal to themselves; infinite if the shapes differ."""
+    """The largest difference, with NaN and infinities equal to themselves; infinite if shapes differ."""
     if [t.shape for t in got] != [t.shape for t in want]:
         return float("inf")
     largest = 0.0
@@ -365,10 +370,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _copied(value: Any) -> Any:
-    """The value with its tensors copied: neither a run nor its backward pass reaches the caller's."""
+    """The value with its tensors copied, so that a run and its backward pass do not affect the caller's."""
     if isinstance(value, Tensor):
         copy = value.detach().clone().requires_grad_(value.requires_grad)
-        return copy if value.is_leaf else copy.clone()  # only what is no leaf may be written to
+        return copy if value.is_leaf else copy.clone()  # a leaf must not be modified in place
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     if type(value) in (list, tuple):

@@ -1,8 +1,8 @@
-"""A table of a model's layers: which have adapters, which could, which cannot, and why. Nothing is changed or computed."""
+"""`preview` and `explain`: a table of a model's layers, with their adapters or the reason for none. Nothing is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -11,39 +11,45 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets
 from fastlora.errors import BackendError, ConfigError, InjectionError
-from fastlora.layers.base import LoRALayer
+from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
 from fastlora.model.selection import (
-    Verdict,
+    Decision,
     attention_projections,
-    judge,
-    make_plan,
+    decide,
+    extra_trainable,
+    pattern_text,
+    select_layers,
     to_config,
-    trained_beside,
-    why_patterns_fail,
+    unmatched_pattern,
 )
 from fastlora.ops.dispatch import Choice
-from fastlora.report.memory import format_bytes, planned_parameters, planned_shape, shape_of
+from fastlora.report.memory import adapter_sizes, format_bytes, shape_after_injection, shape_of
 
 Status = Literal[
     "adapted", "selected", "no adapter", "not targeted", "excluded", "unsuitable", "container"
 ]
-_WEIGHT_READ = "nn.MultiheadAttention multiplies by the merged weight itself, made at each call"
+_WEIGHT_READ = (
+    "nn.MultiheadAttention multiplies by the merged weight itself, recomputed at each call"
+)
 
 
 @dataclass(frozen=True)
 class LayerRow:
     """One module of a `LayerTable`.
 
-    path: its first name, or the one under which it was selected. kind: the class, of the wrapped layer for an adapted one.
-    status: "adapted"; "selected" (would be, by the config); "no adapter" (it could have one); "not targeted" or "excluded" by
-        the config; "unsuitable" (it cannot have one); "container" (a target names it, and it is no layer itself).
-    reason: why. pattern: the config's pattern that selects or excludes it.
-    rank, alpha, dropout: of the adapter that is there or would be; None without one.
-    choice: backend and plan for the number of rows asked for. trainable: elements that train here.
-    saved_bytes: kept for the backward pass of that many rows, its input counted.
+    path: its first name, or the one under which it was selected.
+    kind: its class, or that of the wrapped layer.
+    status: "adapted"; "selected" (by the config, to be adapted); "no adapter" (it could have one); "not targeted" or "excluded" by
+        the config; "unsuitable" (it cannot have one); "container" (a target names it, but it is not a layer).
+    reason: the reason for the status.
+    pattern: the config's pattern that selects or excludes it.
+    rank, alpha, dropout: of the present or future adapter; None without one.
+    choice: backend and plan for the requested number of rows.
+    trainable: number of trainable elements.
+    saved_bytes: saved for the backward pass of that many rows, including the input.
     """
 
     path: str
@@ -61,10 +67,12 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """What `explain` and `preview` give: rows in module order, and `str(table)` for people.
+    """The result of `explain` and `preview`; `str(table)` is a printable table.
 
-    rows: every layer that can have an adapter or has one, and every other module with a matrix of its own. counts: pattern → how many layers
-    it takes or excludes. problems: what `inject_lora` would raise or warn about. sample_rows: the `rows` asked for.
+    rows: in module order, every layer that has an adapter or can have one, and every other module that owns a matrix.
+    counts: pattern → number of layers that it selects or excludes.
+    problems: what `inject_lora` would raise or warn about.
+    sample_rows: the requested `rows`.
     """
 
     rows: tuple[LayerRow, ...]
@@ -73,13 +81,11 @@ class LayerTable:
     sample_rows: int | None = None
 
     def where(self, status: Status) -> tuple[LayerRow, ...]:
-        """The rows of one status."""
+        """The rows with this status."""
         return tuple(row for row in self.rows if row.status == status)
 
     def __str__(self) -> str:
-        tally: dict[str, int] = {}
-        for row in self.rows:
-            tally[row.status] = tally.get(row.status, 0) + 1
+        tally = Counter(row.status for row in self.rows)
         lines = [", ".join(f"{count} {status}" for status, count in tally.items()) or "no layers"]
         if self.rows:
             header = ["layer", "class", "status", "r", "alpha", "dropout", "trains"]
@@ -132,29 +138,29 @@ def explain(
     rows: int | None = None,
     config: LoRAConfig | Targets | None = None,
 ) -> Choice | LayerTable:
-    """Why each layer of a model has an adapter or not, and how it runs. Nothing is computed.
+    """Why each layer of a model has an adapter or not, and which backend and plan it uses. Nothing is computed.
 
-    model: with `x`, one adapted layer: which backend and plan it takes for `x` (..., in_features), and why. Without `x`, any module.
-    rows: M of a call, the same for every layer in its weight's dtype; the table then has each layer's plan and saved bytes.
+    model: with `x`, one adapted layer, whose backend and plan for `x` (..., in_features) is returned. Without `x`, any module.
+    rows: M of a call, the same for every layer, in its weight's dtype; adds each layer's plan and saved bytes to the table.
         A tensor (M, in_features) is allocated, and not filled, for one layer at a time.
-    config: the config that the model was injected with; it says which layers were not targeted and which were excluded.
+    config: the config of the injection; with it the table tells which layers were not targeted or excluded.
 
-    Raises: BackendError if the layer given with `x` forces a backend that cannot run; in a table that is the row's reason.
-    ConfigError for a bad value, and for `x` beside a module that is no adapted layer.
+    Raises: BackendError if the layer given with `x` forces a backend that cannot run; a table has this as the row's reason.
+    ConfigError for a bad value, and for `x` with a module that is not an adapted layer.
     """
     if x is not None:
         if not isinstance(model, LoRALayer):
             raise ConfigError(
-                f"x: expected only beside an adapted layer, got a {type(model).__name__}; give rows instead"
+                f"x: expected only with an adapted layer, got a {type(model).__name__}; pass rows instead"
             )
         if rows is not None or config is not None:
-            raise ConfigError("rows, config: expected without x, which decides about one call")
+            raise ConfigError("rows, config: expected only without x")
         return model.choose(x)
     _check_rows(rows)
     if config is None:
         return _table(model, {}, None, rows)
     settings = to_config(config)
-    return _table(model, _verdicts(model, settings), settings, rows)
+    return _table(model, _decisions(model, settings), settings, rows)
 
 
 def preview(
@@ -166,9 +172,9 @@ def preview(
     *,
     rows: int | None = None,
 ) -> LayerTable:
-    """What `inject_lora` with the same arguments would do. The model is not changed.
+    """The layers that `inject_lora` with the same arguments would wrap. The model is not changed.
 
-    rows: as in `explain`. What `inject_lora` would raise or warn about the model is in the table's `problems`.
+    rows: as in `explain`. Errors and warnings of `inject_lora` about the model are in the table's `problems`.
 
     Raises: ConfigError for a bad value.
     """
@@ -176,14 +182,14 @@ def preview(
     config = to_config(target_modules, rank, alpha, dropout)
     problems: list[str] = []
     try:
-        plan = make_plan(model, config)
-        unmatched = why_patterns_fail(model, config, plan)
-        trained_beside(model, config, plan)
+        selected = select_layers(model, config)
+        unmatched = unmatched_pattern(model, config, selected)
+        extra_trainable(model, config, selected)
         if unmatched is not None and target_modules is not None:
             problems.append(unmatched)
     except InjectionError as error:
         problems.append(str(error))
-    return _table(model, _verdicts(model, config), config, rows, tuple(problems))
+    return _table(model, _decisions(model, config), config, rows, tuple(problems))
 
 
 def _check_rows(rows: int | None) -> None:
@@ -191,29 +197,33 @@ def _check_rows(rows: int | None) -> None:
         raise ConfigError(f"rows: expected an integer ≥ 1 or None, got {rows!r}")
 
 
-def _verdicts(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, Verdict]:
-    """The verdict on each layer: that of the name under which it is selected, else of its first."""
-    found: dict[nn.Module, Verdict] = {}
-    for verdict in judge(model, config):
-        if verdict.module not in found or verdict.config is not None:
-            found[verdict.module] = verdict
+def _decisions(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, Decision]:
+    """The decision on each layer: under the name that is selected, else under its first."""
+    found: dict[nn.Module, Decision] = {}
+    for decision in decide(model, config):
+        if decision.module not in found or decision.config is not None:
+            found[decision.module] = decision
     return found
 
 
 def _table(
     model: nn.Module,
-    verdicts: dict[nn.Module, Verdict],
+    decisions: dict[nn.Module, Decision],
     config: LoRAConfig | None,
     rows: int | None,
     problems: tuple[str, ...] = (),
 ) -> LayerTable:
     read = attention_projections(model)
     table = []
-    for path, module in _outside_adapters(model):
+    adapters = [layer for _, layer in named_lora_layers(model)]
+    inside = {module for layer in adapters for module in layer.wrapped.modules()}
+    for path, module in model.named_modules():
+        if module in inside:
+            continue
         if isinstance(module, LoRALayer):
             table.append(_adapted(path, module, config, rows, module in read))
         elif kind_of(module) is not None:
-            table.append(_plain(path, module, verdicts.get(module), config, rows, module in read))
+            table.append(_plain(path, module, decisions.get(module), config, rows, module in read))
         elif _holds_a_matrix(module):
             trainable = _trainable(module)
             kind, reason = type(module).__name__, str(why_unsuitable(module))
@@ -223,27 +233,15 @@ def _table(
                 kind_of(child) in config.kinds or isinstance(child, LoRALayer)
                 for child in module.modules()
             )
-            reason = f"a container of {below} layers, which are judged one by one"
+            reason = f"a container of {below} layers, which have rows of their own"
             table.append(LayerRow(path, type(module).__name__, "container", reason, name))
     counts: dict[str, int] = {}
     if config is not None:
-        every = [*config.targets, *config.exclude]
-        counts = {p if isinstance(p, str) else p.pattern: 0 for p in every}
+        counts = {pattern_text(pattern): 0 for pattern in (*config.targets, *config.exclude)}
         for row in table:
             if row.pattern is not None and row.status != "container":
                 counts[row.pattern] = counts.get(row.pattern, 0) + 1
     return LayerTable(tuple(table), counts, problems, rows)
-
-
-def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) in module order, each once; what an adapted layer wraps is left out."""
-    inside: set[nn.Module] = set()
-    for path, module in model.named_modules():
-        if module in inside:
-            continue
-        if isinstance(module, LoRALayer):
-            inside.update(module.wrapped.modules())
-        yield path, module
 
 
 def _adapted(
@@ -281,7 +279,7 @@ def _adapted(
 def _plain(
     path: str,
     module: nn.Module,
-    verdict: Verdict | None,
+    decision: Decision | None,
     config: LoRAConfig | None,
     rows: int | None,
     weight_read: bool,
@@ -291,46 +289,45 @@ def _plain(
         name = _target(config, path)
         reason = f"kinds has no {kind_of(module)!r}" + (f"; {name!r} matches it" if name else "")
         return LayerRow(path, kind, "not targeted", reason, trainable=trainable)
-    unsuitable = why_unsuitable(module, None if verdict is None else verdict.config)
+    unsuitable = why_unsuitable(module, None if decision is None else decision.config)
     if unsuitable is not None:
-        pattern = None if verdict is None else verdict.pattern
+        pattern = None if decision is None else decision.pattern
         return LayerRow(path, kind, "unsuitable", unsuitable, pattern, trainable=trainable)
-    if verdict is None:
-        reason = f"a layer as it was (kind {kind_of(module)!r})"
+    if decision is None:
+        reason = f"not adapted (kind {kind_of(module)!r})"
         return LayerRow(path, kind, "no adapter", reason, trainable=trainable)
-    own, reason = verdict.config, verdict.reason
+    own, reason = decision.config, decision.reason
     if own is None:
-        status: Status = verdict.status
-        return LayerRow(verdict.path, kind, status, reason, verdict.pattern, trainable=trainable)
+        status: Status = decision.status
+        return LayerRow(decision.path, kind, status, reason, decision.pattern, trainable=trainable)
     if weight_read:
         reason += "; " + _WEIGHT_READ + ("; dropout has no effect" if own.dropout else "")
     return LayerRow(
-        verdict.path,
+        decision.path,
         kind,
         "selected",
         reason,
-        verdict.pattern,
+        decision.pattern,
         own.rank,
         own.alpha,
         own.dropout,
         None,
-        sum(planned_parameters(module, own)),
-        planned_shape(module, own, weight_read).saved_bytes(rows)
+        sum(adapter_sizes(module, own)),
+        shape_after_injection(module, own, weight_read).saved_bytes(rows)
         if rows is not None and kind_of(module) == "linear"
         else None,
     )
 
 
 def _trainable(module: nn.Module) -> int:
-    own = list(
-        module.parameters(recurse=isinstance(module, LoRALayer) or kind_of(module) is not None)
-    )
+    recurse = isinstance(module, LoRALayer) or kind_of(module) is not None
     lazy = nn.parameter.UninitializedParameter
-    return sum(p.numel() for p in own if p.requires_grad and not isinstance(p, lazy))
+    parameters = module.parameters(recurse)
+    return sum(p.numel() for p in parameters if p.requires_grad and not isinstance(p, lazy))
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:
-    """Whether the module has a parameter or buffer of its own that multiplies like a linear layer's, as far as one can tell."""
+    """Whether the module seems to own a weight matrix: a parameter of two or more dimensions, or a class named "linear"."""
     leaf_by_name = "linear" in type(module).__name__.lower() and not module._modules
     return leaf_by_name or any(
         isinstance(p, nn.parameter.UninitializedParameter) or p.ndim >= 2
@@ -340,7 +337,5 @@ def _holds_a_matrix(module: nn.Module) -> bool:
 
 def _target(config: LoRAConfig, path: str) -> str | None:
     """The first target that matches `path`, or None."""
-    for pattern in config.targets:
-        if path and config.matches(pattern, path):
-            return pattern if isinstance(pattern, str) else pattern.pattern
-    return None
+    found = (p for p in config.targets if path and config.matches(p, path))
+    return next(map(pattern_text, found), None)

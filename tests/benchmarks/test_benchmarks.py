@@ -248,7 +248,7 @@ def test_published_peers_join_when_installed_or_sought(bench, monkeypatch):
     assert set(default(True, True)) == set(bench.peers.CONTESTANTS)
 
 
-# What is wrong gets no time
+# Wrong results are not timed
 
 
 def test_a_wrong_layer_gets_no_time(bench, monkeypatch, capsys):
@@ -263,7 +263,7 @@ def test_a_wrong_layer_gets_no_time(bench, monkeypatch, capsys):
     (absent,) = record["absent"]
     assert absent["backend"] == "peft" and absent["kind"] == "wrong"
     assert absent["reason"].startswith("peft: y is off by ")
-    assert "peft gets no time" in capsys.readouterr().err
+    assert "peft is not timed" in capsys.readouterr().err
 
 
 def test_a_layer_that_drops_out_the_wrong_elements_gets_no_time(bench, monkeypatch):

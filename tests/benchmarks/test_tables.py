@@ -67,7 +67,7 @@ def test_the_targets_stand_beside_what_was_measured(bench):
     # Decoding is judged by its worst M, and by the forward pass alone.
     assert "≤ 1.08: 1.05 graph, 1.50 eager, missed | – | ≥ 2.50: 2.00 graph, 1.40 eager" in table[5]
     assert "commit 000000000000 with changes" in table[7] and "Not run: another." in table[7]
-    assert "Without a time" not in "\n".join(table)
+    assert "Not timed" not in "\n".join(table)
     record["results"] = [r for r in record["results"] if not r["case"].startswith("8x")]
     wrong = {"kind": "wrong", "reason": "fastlora: y is off by 1, allowed 0\nmore"}
     record["absent"].append(record["absent"][0] | {"backend": "fastlora"} | wrong)
@@ -157,10 +157,10 @@ def test_a_gpu_record_reaches_both_files(bench, monkeypatch, tmp_path, capsys):
 def test_the_cpu_table_reads_records_with_and_without_call_overhead(bench):
     record = json.loads((bench.report.RESULTS / "cpu.json").read_text())
     record.pop("call_overhead", None)
-    assert "microseconds a call" not in bench.report.cpu_table(record)
+    assert "microseconds per call" not in bench.report.cpu_table(record)
     row = {"case": "1x64->64 r4 p0", "mode": "forward+backward", "backend": "linear", "us_p50": 7.0}
     record["call_overhead"] = [row]
-    assert "microseconds a call: linear 7." in bench.report.cpu_table(record)
+    assert "microseconds per call: linear 7." in bench.report.cpu_table(record)
 
 
 def test_a_missing_marker_is_an_error(bench):
@@ -303,7 +303,7 @@ def test_a_machine_without_counters_says_so(bench, monkeypatch):
         "valgrind is not installed",
     ]
     table = bench.report.overhead_table([record])
-    assert "Instructions by nothing (not by perf stat" in table and "| – |" in table
+    assert "Instructions not counted (unavailable: perf stat" in table and "| – |" in table
     assert bench.report.overhead_table([]) == "No record: not measured."
 
 

@@ -274,7 +274,7 @@ class Scaled(nn.Embedding):
         (nn.ConvTranspose1d(2, 2, 3), "expected an nn.Conv1d, Conv2d or Conv3d, got ConvTranspose"),
         (nn.LazyConv2d(2, 3), "LazyConv2d has no weight yet"),
         (Own(2, 2, 3), "Own has a forward of its own"),
-        (nn.Conv1d(6, 6, 3, groups=3), "rank 4 is no multiple of its groups=3"),
+        (nn.Conv1d(6, 6, 3, groups=3), "rank 4 is not a multiple of its groups=3"),
         (Scaled(4, 2), "Scaled has a forward of its own"),
         (nn.Embedding(4, 2, max_norm=1.0), "max_norm=1.0, which changes the weight"),
     ],

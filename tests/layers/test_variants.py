@@ -403,10 +403,12 @@ def test_what_the_config_lets_train_stays_trainable_and_is_saved(settings, expec
 
 
 def test_modules_to_save_must_be_there_and_have_no_adapter():
-    with pytest.raises(InjectionError, match="modules_to_save: 'out_lair' is no module.*out_layer"):
+    with pytest.raises(
+        InjectionError, match="modules_to_save: 'out_lair' is not a module.*out_layer"
+    ):
         inject_lora(Decoder(), LoRAConfig(modules_to_save=["out_lair"]))
     model = Decoder()
-    with pytest.raises(InjectionError, match="blocks.0 is or holds blocks.0.attn.to_out"):
+    with pytest.raises(InjectionError, match="blocks.0 is or contains blocks.0.attn.to_out"):
         inject_lora(model, LoRAConfig(modules_to_save=["blocks.0"]))
     assert not get_lora_params(model)
     for bad, message in (
@@ -417,7 +419,7 @@ def test_modules_to_save_must_be_there_and_have_no_adapter():
             LoRAConfig(**bad)
 
 
-def test_what_trained_beside_adapters_is_forgotten_with_them():
+def test_marks_of_extra_trainable_parameters_go_with_the_last_adapter():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     inject_lora(model, LoRAConfig(["0"], modules_to_save=["1"]))
     model = merged_model(model)
@@ -425,7 +427,7 @@ def test_what_trained_beside_adapters_is_forgotten_with_them():
     freeze_base_params(model)
     assert not model[1].weight.requires_grad
     add_adapter(model, "other", ["0"])
-    with pytest.raises(ConfigError, match="modules_to_save, bias: expected none .* beside others"):
+    with pytest.raises(ConfigError, match="modules_to_save, bias: expected none .* other adapters"):
         add_adapter(model, "third", LoRAConfig(["0"], modules_to_save=["1"]))
 
 

@@ -27,8 +27,8 @@ from fastlora import (
     set_adapter,
     use_adapter,
 )
-from fastlora.model.adapters import _follow
-from fastlora.model.record import copy_without_records
+from fastlora.model.adapter_registry import copy_active
+from fastlora.model.adapters import _match_base
 from tests.support.models import Decoder, randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
@@ -248,7 +248,7 @@ def test_a_wrapper_follows_its_base_layer_to_another_device():
     layer = LoRALinear(nn.Linear(4, 3), 2)
     layer(torch.randn(2, 4)).sum().backward()
     layer.original_linear.to("meta")  # a device that is everywhere
-    _follow(layer)
+    _match_base(layer)
     assert all(p.is_meta and p.grad.is_meta for p in (layer.lora_A, layer.lora_B))
 
 
@@ -270,7 +270,7 @@ def test_meta_is_no_device_to_follow_to_or_from():
     weight = alone(model, "b").blocks[0].attn.to_out.lora_B
     set_adapter(model, "a")
     model.to("meta")
-    with pytest.raises(InjectionError, match=r"to_out: either the layer or the adapter 'b' is on"):
+    with pytest.raises(InjectionError, match=r"to_out: the layer or the adapter 'b' is on"):
         set_adapter(model, "b")
     assert active_adapter(model) == "a"
     model.to_empty(device="cpu")  # and back, with whatever values
@@ -446,7 +446,7 @@ def test_merging_in_place_waits_for_the_others_and_a_copy_has_the_active_one_alo
     expected = model(X)
     for active in ("a", None):
         set_adapter(model, active)
-        with pytest.raises(MergeError, match=r"inactive adapters .*'b' could never.*merged_model"):
+        with pytest.raises(MergeError, match=r"inactive adapters .*'b' would lose.*merged_model"):
             fastlora.merge_lora_weights(model)
     set_adapter(model, "a")
     for merged in (fastlora.merged_model(model), fastlora.merge_lora_weights(model, False)):
@@ -466,7 +466,7 @@ def test_copies_that_are_merged_or_exported_do_not_copy_the_others():
     with pytest.raises(TypeError, match="lock"):
         copy.deepcopy(model)
     shared = {id(p): p for p in model.parameters()}
-    twin = copy_without_records(model, shared)
+    twin = copy_active(model, shared)
     assert "_fastlora_adapters" not in twin.__dict__ and torch.equal(twin(X), model(X))
     assert all(p is q for p, q in zip(twin.parameters(), model.parameters(), strict=True))
     fastlora.merged_model(model)
@@ -543,9 +543,7 @@ def test_the_module_that_keeps_the_adapters_must_be_the_one_that_is_asked():
     with pytest.raises(InjectionError, match="is itself an adapted layer"):
         add_adapter(wrapper, "a", "all-linear")
     whole = nn.ModuleDict({"left": many(), "right": Decoder()})
-    with pytest.raises(
-        InjectionError, match="part left keeps the adapters 'a', 'b'; call with that"
-    ):
+    with pytest.raises(InjectionError, match="submodule left has the adapters 'a', 'b'; pass that"):
         add_adapter(whole, "c", ["mlp"])
     with pytest.raises(MergeError, match="inactive adapters 'a', 'b'"):
         fastlora.merge_lora_weights(whole)
@@ -627,7 +625,7 @@ def test_the_svd_of_nothing_is_nothing_and_can_be_trained():
     [
         (({}, "c"), "weights: expected a mapping"),
         ((["a", "b"], "c"), "weights: expected a mapping"),
-        (({"a": True}, "c"), r"weights\['a'\]: expected a number, got True"),
+        (({"a": True}, "c"), r"weights\['a'\]: expected a finite number, got True"),
         (({"a": float("nan")}, "c"), r"weights\['a'\]: expected a finite number, got nan"),
         (({"a": 1.0}, "b"), "new_name: the model already has an adapter 'b'"),
         (({"a": 1.0}, "c", "ties"), "method: expected one of cat, svd, got 'ties'"),
@@ -651,7 +649,7 @@ def test_what_does_not_combine_is_refused():
     model = many()
     set_adapter(model, "a")
     replace_base(model)
-    with pytest.raises(InjectionError, match=r"to_out the adapter 'b' is around another layer"):
+    with pytest.raises(InjectionError, match=r"to_out the adapter 'b' wraps another layer"):
         combine_adapters(model, {"a": 1.0, "b": 1.0}, "c")
     assert list_adapters(model) == ["a", "b"]
 

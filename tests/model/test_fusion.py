@@ -180,8 +180,8 @@ def test_fuse_finds_the_groups_by_what_the_layers_are_given():
         ("gate", "up"),
     )
     assert report.alone == {
-        "layers.0.o_proj": "no other adapted layer with these settings is given the same tensor",
-        "layers.1.o_proj": "no other adapted layer with these settings is given the same tensor",
+        "layers.0.o_proj": "no other adapted layer with these settings receives the same tensor",
+        "layers.1.o_proj": "no other adapted layer with these settings receives the same tensor",
         "unused": "its forward is not called on this sample",
     }
     text = str(report)
@@ -274,7 +274,7 @@ def test_what_was_computed_is_not_used_for_something_else():
         model.gate(x)
         up = model.up(x)  # handed out
         assert len(calls) == 1
-        again = model.up(x)  # computed anew
+        again = model.up(x)  # recomputed
         assert len(calls) == 2 and torch.equal(up, again)
         x.mul_(2)
         assert_differs(model.gate(x), model.gate(X))  # the contents changed
@@ -300,9 +300,9 @@ def test_no_output_is_kept_once_it_was_handed_out_or_the_next_input_came():
     model.gate(x)
     kept = weakref.ref(model.up(x))
     gc.collect()
-    assert kept() is None and group._ready is None
+    assert kept() is None and group._cached is None
     model.gate(x)
-    kept = weakref.ref(group._ready.outputs[id(model.up)])
+    kept = weakref.ref(group._cached.outputs[id(model.up)])
     model.gate(X.clone())
     gc.collect()
     assert kept() is None

@@ -186,13 +186,13 @@ def test_an_unsuitable_layer_is_named_and_nothing_is_changed():
             "match: expected one of contains, exact, glob, regex, got 'fuzzy'",
         ),
         (lambda: LoRAConfig(["a*"]), "looks like a glob or a regex"),
-        (lambda: LoRAConfig("(", match="regex"), r"target_modules: '\(' is no regex"),
+        (lambda: LoRAConfig("(", match="regex"), r"target_modules: '\(' is not a regex"),
         (lambda: LoRAConfig(exclude="to_q"), "exclude: expected a list of patterns, got 'to_q'"),
         (lambda: LoRAConfig(use_rslora=None), "use_rslora: expected True or False, got None"),
         (lambda: LoRAConfig(rank_pattern={"a": 0}), "rank: expected an integer"),
         (lambda: LoRAConfig(alpha_pattern={"a": float("inf")}), "alpha: expected a finite number"),
         (lambda: LoRAConfig(dropout_pattern={"a": 1}), "dropout: expected a probability"),
-        (lambda: inject_lora(Decoder(), LoRAConfig(), rank=8), "give them in the LoRAConfig"),
+        (lambda: inject_lora(Decoder(), LoRAConfig(), rank=8), "set them in the LoRAConfig"),
         (
             lambda: inject_lora(Decoder(), lambda *_: 1),
             "the callback must return a bool or a LoRAConfig, got 1 for input_layer",
@@ -291,7 +291,7 @@ def test_medical_setup_refuses_before_it_changes_anything():
     for arguments, message in (
         (
             {"output_layer_names": ["out_layr"]},
-            "'out_layr' is no module of the model .nearest: out_layer",
+            "'out_layr' is not a module of the model .nearest: out_layer",
         ),
         (
             {"output_layer_names": ["blocks"]},

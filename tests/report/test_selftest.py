@@ -261,8 +261,8 @@ def test_the_text_has_one_line_for_each_reason():
         block.mlp.mlp.requires_grad_(False)
     model.blocks[0].attn.to_qkv.alpha = 0.0
     text = str(check(model, X)).splitlines()
-    assert text[0] == "7 of 9 adapters do not work as they should"
-    assert text[1] == "  blocks.0.attn.to_qkv: alpha is 0, so the update is scaled to nothing"
+    assert text[0] == "7 of 9 adapters do not work"
+    assert text[1] == "  blocks.0.attn.to_qkv: alpha is 0, so the update is zero"
     paths = [f"blocks.{i}.mlp.mlp.{j}" for i in (0, 1) for j in (0, 2)]
     assert text[2].startswith(f"  {', '.join(paths)} and 2 more: lora_A and lora_B are frozen")
     assert len(text) == 3
@@ -319,7 +319,7 @@ def test_other_contexts_shared_layers_and_kinds_of_output():
         (
             lambda: check(nn.DataParallel(adapted(Two())), X),
             InjectionError,
-            "model: is a DataParallel; give model.module",
+            "model: is a DataParallel; pass model.module",
         ),
         (
             lambda: check(adapted(Two(lambda m, x: x.argmax())), X),

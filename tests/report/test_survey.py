@@ -59,7 +59,7 @@ def test_preview_says_of_every_layer_why():
     assert rows.pop("blocks.0.mlp") == (
         "container",
         "mlp",
-        "a container of 2 layers, which are judged one by one",
+        "a container of 2 layers, which have rows of their own",
     )
     assert rows.pop("blocks.0.mlp.mlp")[0] == "container"
     assert rows.pop("blocks.0.attn.to_qkv") == ("selected", "to_qkv", "matches 'to_qkv'")
@@ -85,11 +85,11 @@ def test_preview_of_a_module_dict_an_index_a_head_and_a_second_name():
     assert by_path(table)["self_attn.to_qkv"].status == "container"
     assert len(table.where("selected")) == 2
     index = by_path(preview(Decoder(), LoRAConfig(["to_qkv"], layers_to_transform=1)))
-    assert index["blocks.0.attn.to_qkv"].reason == "layers_to_transform takes 1 only"
+    assert index["blocks.0.attn.to_qkv"].reason == "layers_to_transform selects 1 only"
     model = Decoder()
     model.get_output_embeddings = lambda: model.out_layer
     head = by_path(preview(model, "all-linear"))["out_layer"]
-    assert head.reason == "all-linear leaves the output embeddings out"
+    assert head.reason == "all-linear excludes the output embeddings"
     model = Decoder()
     model.alias = model.out_layer
     assert [row.path for row in preview(model, ["alias"]).where("selected")] == ["alias"]
@@ -110,7 +110,7 @@ def with_inactive():
         (zoo(), ["lazy"], "cannot adapt lazy: LazyLinear has no weight yet"),
         (nn.Sequential(LoRALinear(nn.Linear(2, 2))), ["0"], "already has 1 adapted"),
         (nn.Linear(2, 2), "all-linear", "is itself a Linear; an adapted"),
-        (Decoder(), LoRAConfig(["to_qkv"], modules_to_save=["out"]), "'out' is no module"),
+        (Decoder(), LoRAConfig(["to_qkv"], modules_to_save=["out"]), "'out' is not a module"),
         (with_inactive(), ["to_qkv"], "has the inactive adapters 'default'"),
     ],
     ids=str,
@@ -215,12 +215,12 @@ def test_the_table_reads_well():
     [
         (
             lambda: explain(Decoder(), torch.zeros(1)),
-            "x: expected only beside an adapted layer, got",
+            "x: expected only with an adapted layer, got",
         ),
         (lambda: explain(LoRALinear(nn.Linear(2, 2)), torch.zeros(1, 2), rows=1), "rows, config"),
         (lambda: explain(Decoder(), rows=0), "rows: expected an integer ≥ 1 or None, got 0"),
         (lambda: preview(Decoder(), rows=True), "rows: expected an integer"),
-        (lambda: preview(Decoder(), CONFIG, rank=8), "give them in the LoRAConfig"),
+        (lambda: preview(Decoder(), CONFIG, rank=8), "set them in the LoRAConfig"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

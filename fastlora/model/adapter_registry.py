@@ -1,0 +1,82 @@
+"""State of a model outside its module tree: its named adapters, and which other parameters train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastlora.layers.base import LoRALayer
+
+_KEY = "_fastlora_adapters"
+# On a module: names of its own parameters that train because of `bias` or `modules_to_save`.
+EXTRA_TRAINABLE = "_fastlora_extra_trainable"
+
+
+@dataclass(eq=False)
+class AdapterRegistry:
+    """The named adapters of one model.
+
+    adapters: name → its wrappers by path, under every path of a shared module, in the order of adding.
+    active: the adapter whose wrappers are in the module tree, or None.
+    """
+
+    adapters: dict[str, dict[str, LoRALayer]]
+    active: str | None
+
+    def layers(self, name: str | None) -> dict[str, LoRALayer]:
+        """The wrappers of one adapter by path; none for None."""
+        return {} if name is None else self.adapters[name]
+
+
+def get_registry(module: nn.Module) -> AdapterRegistry | None:
+    """The registry stored on `module` itself, or None."""
+    registry: AdapterRegistry | None = module.__dict__.get(_KEY)
+    return registry
+
+
+def set_registry(module: nn.Module, registry: AdapterRegistry | None) -> None:
+    """Store `registry` on `module` as a plain attribute; None or an empty registry removes it."""
+    if registry is not None and registry.adapters:
+        module.__dict__[_KEY] = registry
+    else:
+        module.__dict__.pop(_KEY, None)
+
+
+def registries(model: nn.Module) -> Iterator[tuple[str, AdapterRegistry]]:
+    """(path, registry) of the model and of every submodule that has one."""
+    for path, module in model.named_modules():
+        registry = get_registry(module)
+        if registry is not None:
+            yield path, registry
+
+
+def inactive_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters of the model or a submodule that are not in the module tree."""
+    return [name for _, r in registries(model) for name in r.adapters if name != r.active]
+
+
+def clear_extra_trainable(model: nn.Module) -> None:
+    """Remove the marks of `EXTRA_TRAINABLE`, once no adapter is left."""
+    for module in model.modules():
+        module.__dict__.pop(EXTRA_TRAINABLE, None)
+
+
+def drop_registries(model: nn.Module) -> None:
+    """Remove all registries; the module tree does not change."""
+    for module in model.modules():
+        set_registry(module, None)
+
+
+def copy_active(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy of the module tree, without inactive adapters.
+
+    memo: id → replacement of that object in the copy, as in `copy.deepcopy`.
+    """
+    skipped: dict[int, Any] = {id(registry): None for _, registry in registries(model)}
+    twin = copy.deepcopy(model, {**(memo or {}), **skipped})
+    drop_registries(twin)
+    return twin
