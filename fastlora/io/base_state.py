@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError, FastLoRAWarning
-from fastlora.io.checkpoint import LoadResult, compare
+from fastlora.io.adapter import LoadResult, compare
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.linear import LoRALinear
 

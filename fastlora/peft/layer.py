@@ -22,6 +22,9 @@ class FastLinear(Linear):  # type: ignore[misc]
     generator, as PEFT's do, but are other masks than PEFT draws from the same seed.
     """
 
+    # `fastlora.export` reads it: the fused forward does not trace to plain operations.
+    why_not_exportable = "has accelerated PEFT layers; call fastlora.restore(model) first"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or why_slow(self) is not None or not _fits(x, self.base_layer.weight):
             result: Tensor = super().forward(x, *args, **kwargs)

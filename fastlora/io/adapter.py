@@ -1,8 +1,7 @@
-"""Adapter state: dicts, strict loading with hints, and files that cannot run code."""
+"""The adapter of a model as a state dict and as a file, both ways; loading is strict and names the nearest keys."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,19 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError, FastLoRAWarning, nearest
 from fastlora.files import read_torch, write_files
+from fastlora.io.adapter_file import fastlora_bytes, read_safetensors
+from fastlora.io.adapter_state import AdapterState, adapter_state
 from fastlora.layers.base import named_lora_layers
-
-_METADATA_KEY = "fastlora"
 
 
 class LoadResult(NamedTuple):
-    """What `load_lora_state_dict` did: the keys it loaded, those it missed, those it did not know."""
+    """The keys that `load_lora_state_dict` loaded, those that were missing, and those that were unexpected."""
 
     loaded: list[str]
     missing: list[str]
@@ -30,18 +27,14 @@ class LoadResult(NamedTuple):
 
 
 def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> dict[str, Tensor]:
-    """The adapter's tensors by name: `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R), detached, sharing storage.
+    """The adapter's tensors by name, detached, sharing storage.
 
-    Under DoRA also `<path>.lora_magnitude` (N,), and after PiSSA or OLoRA `<path>.initial_A` and `<path>.initial_B`, the start that
-    is taken off; without it the rest means nothing.
+    `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R); under DoRA also `<path>.lora_magnitude` (N,); after PiSSA or OLoRA also
+    `<path>.initial_A` and `<path>.initial_B`, the start that is subtracted, without which the rest is not usable.
     include_trainable: also every other parameter that trains (unfrozen heads), under its own name.
     A merged or adapter-free model gives an empty dict.
     """
-    return {name: tensor.detach() for name, tensor in _adapter_tensors(model).items()} | (
-        {name: p.detach() for name, p in _other_parameters(model).items() if p.requires_grad}
-        if include_trainable
-        else {}
-    )
+    return adapter_state(model, include_trainable).tensors()
 
 
 def load_lora_state_dict(
@@ -57,34 +50,32 @@ def load_lora_state_dict(
     Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also when
     strict is False but nothing at all would be loaded.
     """
-    adapters, others = _adapter_tensors(model), _other_parameters(model)
+    own = adapter_state(model)
+    adapters = own.tensors()
+    others = {name: p for name, p in model.named_parameters() if name not in adapters}
     known: dict[str, Tensor] = {**adapters, **others}
-    if not adapters:
+    if not own.layers:
         raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
     bad_type = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if bad_type:
         raise CheckpointError(
             f"state: expected tensors, got {type(state[bad_type[0]]).__name__} at {bad_type[0]!r}"
         )
-    wanted = dict(adapters)
+    wanted = list(adapters)
     if any(key in others for key in state):
-        wanted |= {name: p for name, p in others.items() if p.requires_grad}
-    shapes = {name: parameter.shape for name, parameter in known.items()}
-    loadable, missing, unexpected, problems = compare(state, list(wanted), shapes)
+        wanted += [name for name, p in others.items() if p.requires_grad]
+    shapes = {name: tensor.shape for name, tensor in known.items()}
+    loadable, missing, unexpected, problems = compare(state, wanted, shapes)
     if problems and (strict or not loadable):
         summary = f"{len(problems)} problems, nothing was changed:\n  "
         raise CheckpointError("state does not fit the model: " + summary + "\n  ".join(problems))
     if not loadable:
         raise CheckpointError("state: is empty, so nothing would be loaded")
-    mixed = _mixed_layers(model, loadable)
-    if mixed:
-        raise CheckpointError(
-            f"state: holds only a part of the adapter of {mixed[0]} that fits; its tensors mean nothing without each other"
-        )
+    _refuse_incomplete(own, set(loadable))
     refuse_complex({key: state[key] for key in loadable}, known)
     if problems:
         warnings.warn(
-            f"load_lora_state_dict: loaded {len(loadable)} tensors, and not:\n  "
+            f"load_lora_state_dict: loaded {len(loadable)} tensors; problems:\n  "
             + "\n  ".join(problems),
             FastLoRAWarning,
             stacklevel=2,
@@ -95,14 +86,14 @@ def load_lora_state_dict(
     return LoadResult(loadable, missing, unexpected)
 
 
-def _mixed_layers(model: nn.Module, loadable: list[str]) -> list[str]:
-    """Layers with a start that is taken off, or with DoRA, of whose tensors only a part would be loaded."""
-    found, given = [], set(loadable)
-    for path, layer in named_lora_layers(model):
-        keys = {f"{path}.{name}".lstrip(".") for name in layer.lora_state()}
-        if len(keys) > 2 and keys & given and not keys <= given:
-            found.append(path or "the layer")
-    return found
+def _refuse_incomplete(own: AdapterState, loadable: set[str]) -> None:
+    """Raises: CheckpointError if of a layer with DoRA or a start that is subtracted only some tensors would be loaded."""
+    for path, layer in own.layers.items():
+        keys = AdapterState({path: layer}, {}).tensors().keys()
+        if len(keys) > 2 and keys & loadable and not keys <= loadable:
+            raise CheckpointError(
+                f"state: only a part of the adapter of {path or 'the layer'} fits, which is not usable without the rest"
+            )
 
 
 def refuse_complex(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -137,41 +128,16 @@ def compare(
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], include_trainable: bool = True
 ) -> None:
-    """Write the adapter (and by default the trained heads) to one safetensors file, atomically.
+    """Write the adapter, and by default the trained heads, to one safetensors file, atomically.
 
-    Kind, rank, alpha, dropout, use_rslora and use_dora of every layer go into the file's metadata; loading checks what
-    changes the result.
+    Kind, rank, alpha, dropout, use_rslora and use_dora of every layer go into the file's metadata.
 
     Raises: CheckpointError if the model has no adapters or the file cannot be written; an older file is left as it was.
     """
-    layers = {
-        layer_path: {
-            "rank": layer.rank,
-            "alpha": layer.alpha,
-            "dropout": layer.dropout,
-            "use_rslora": layer.use_rslora,
-            "use_dora": layer.lora_magnitude is not None,
-            "kind": layer.kind,
-        }
-        for layer_path, layer in named_lora_layers(model)
-    }
-    if not layers:
+    state = adapter_state(model, include_trainable)
+    if not state.layers:
         raise CheckpointError("model: has no adapters, so there is nothing to save")
-    state = get_lora_state_dict(model, include_trainable)
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
-    write_files({Path(path): safetensors_bytes(state, metadata)})
-
-
-def safetensors_bytes(state: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The safetensors file of `state`. Tensors that share storage are written once for each name."""
-    owners: dict[int, str] = {}
-    tensors = {}
-    for key, value in state.items():
-        value = value.contiguous().cpu()
-        if owners.setdefault(value.untyped_storage().data_ptr(), key) != key:
-            value = value.clone()
-        tensors[key] = value
-    return bytes(save(tensors, metadata))
+    write_files({Path(path): fastlora_bytes(state)})
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadResult:
@@ -191,14 +157,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     )
     problems = []
     for layer_path, layer in named_lora_layers(model):
-        if layer_path not in layers:
-            continue
-        stored = {"use_rslora": False} | layers[layer_path]
+        saved = {"use_rslora": False} | layers[layer_path] if layer_path in layers else {}
         for name in ("rank", "alpha", "use_rslora"):
             mine = getattr(layer, name)
-            saved = stored.get(name, mine)
-            if saved != mine:
-                problems.append(f"{layer_path}: {name} is {saved} in the file, {mine} in the model")
+            if saved.get(name, mine) != mine:
+                problems.append(
+                    f"{layer_path}: {name} is {saved[name]} in the file, {mine} in the model"
+                )
     if problems and strict:
         raise CheckpointError(f"{file.name} does not fit the model:\n  " + "\n  ".join(problems))
     if problems:
@@ -206,36 +171,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
             f"load_adapter: {file.name}:\n  " + "\n  ".join(problems), FastLoRAWarning, stacklevel=2
         )
     return load_lora_state_dict(model, state, strict)
-
-
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{path}.{name}".lstrip("."): tensor
-        for path, layer in named_lora_layers(model)
-        for name, tensor in layer.lora_state().items()
-    }
-
-
-def _other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    adapters = _adapter_tensors(model)
-    return {name: p for name, p in model.named_parameters() if name not in adapters}
-
-
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """(tensors, what fastlora's metadata says of each layer). Raises: CheckpointError if it is damaged."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            metadata = opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
-    if _METADATA_KEY not in metadata:
-        return state, {}
-    try:
-        layers = json.loads(metadata[_METADATA_KEY])["layers"]
-        return state, {path: dict(values) for path, values in layers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
