@@ -125,41 +125,28 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    def add_alpha(to: argparse.ArgumentParser) -> None:
-        to.add_argument(
-            "--alpha", type=float, help="alpha of a loralib file, which does not hold its own"
-        )
-
-    def add_force(to: argparse.ArgumentParser) -> None:
-        to.add_argument("--force", action="store_true", help="replace what is there already")
-
     inspect = command("inspect", _inspect, "Show what an adapter holds", _INSPECT)
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER")
     inspect.add_argument("--json", action="store_true", help="the same as JSON, for programs")
     merge = command("merge", _merge, "Merge an adapter into a file of base weights", _MERGE)
-    merge.add_argument(
-        "base", type=Path, metavar="BASE", help=".safetensors, or .index.json of a sharded base"
-    )
+    base_help = ".safetensors, or .index.json of a sharded base"
+    merge.add_argument("base", type=Path, metavar="BASE", help=base_help)
     merge.add_argument("adapter", type=Path, metavar="ADAPTER")
     merge.add_argument("out", type=Path, metavar="OUT")
-    add_alpha(merge)
-    add_force(merge)
     converted = command("convert", _convert, "Write an adapter in another scheme", _CONVERT)
     converted.add_argument("source", type=Path, metavar="SRC")
     converted.add_argument("target", type=Path, metavar="DST")
     converted.add_argument("--to", required=True, choices=SCHEMES)
-    add_alpha(converted)
-    add_force(converted)
     diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF)
     diff.add_argument("a", type=Path, metavar="A")
     diff.add_argument("b", type=Path, metavar="B")
-    diff.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-6,
-        help="relative difference up to which a layer counts as equal (default %(default)g)",
-    )
-    add_alpha(diff)
+    tolerance_help = "relative difference up to which a layer counts as equal (default %(default)g)"
+    diff.add_argument("--tolerance", type=float, default=1e-6, help=tolerance_help)
+    alpha_help = "alpha of a loralib file, which does not hold its own"
+    for parser_with_alpha in (merge, converted, diff):
+        parser_with_alpha.add_argument("--alpha", type=float, help=alpha_help)
+    for writer in (merge, converted):
+        writer.add_argument("--force", action="store_true", help="replace an existing target")
     return parser
 
 

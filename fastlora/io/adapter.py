@@ -66,24 +66,32 @@ def load_lora_state_dict(
         wanted += [name for name, p in others.items() if p.requires_grad]
     shapes = {name: tensor.shape for name, tensor in known.items()}
     loadable, missing, unexpected, problems = compare(state, wanted, shapes)
-    if problems and (strict or not loadable):
-        summary = f"{len(problems)} problems, nothing was changed:\n  "
-        raise CheckpointError("state does not fit the model: " + summary + "\n  ".join(problems))
-    if not loadable:
-        raise CheckpointError("state: is empty, so nothing would be loaded")
-    _refuse_incomplete(own, set(loadable))
+    if not strict:
+        _refuse_incomplete(own, set(loadable))
     refuse_complex({key: state[key] for key in loadable}, known)
-    if problems:
-        warnings.warn(
-            f"load_lora_state_dict: loaded {len(loadable)} tensors; problems:\n  "
-            + "\n  ".join(problems),
-            FastLoRAWarning,
-            stacklevel=2,
-        )
+    settle(problems, loadable, strict, "load_lora_state_dict")
     with torch.no_grad():
         for key in loadable:
             known[key].copy_(state[key])
     return LoadResult(loadable, missing, unexpected)
+
+
+def settle(problems: list[str], loadable: list[str], strict: bool, caller: str) -> None:
+    """Raises: CheckpointError if there are problems and `strict`, or if nothing is loadable. Otherwise warns of the problems."""
+    if problems and (strict or not loadable):
+        raise misfit("state", problems)
+    if not loadable:
+        raise CheckpointError("state: is empty, so nothing would be loaded")
+    if problems:
+        lines = "\n  ".join(problems)
+        text = f"{caller}: loaded {len(loadable)} tensors; problems:\n  {lines}"
+        warnings.warn(text, FastLoRAWarning, stacklevel=3)
+
+
+def misfit(what: str, problems: list[str]) -> CheckpointError:
+    """The error that names every problem of `what`."""
+    head = f"{what} does not fit the model: {len(problems)} problems, nothing was changed:"
+    return CheckpointError("\n  ".join([head, *problems]))
 
 
 def _refuse_incomplete(own: AdapterState, loadable: set[str]) -> None:
@@ -165,7 +173,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
                     f"{layer_path}: {name} is {saved[name]} in the file, {mine} in the model"
                 )
     if problems and strict:
-        raise CheckpointError(f"{file.name} does not fit the model:\n  " + "\n  ".join(problems))
+        raise misfit(file.name, problems)
     if problems:
         warnings.warn(
             f"load_adapter: {file.name}:\n  " + "\n  ".join(problems), FastLoRAWarning, stacklevel=2

@@ -27,6 +27,7 @@ from fastlora.layers.linear import LoRALinear
 from fastlora.model.merge import merge_lora_weights
 from fastlora.model.record import copy_without_records
 
+FORMATS = ("torch.export", "onnx", "torchscript")
 Save = Callable[[Path], object]
 
 _ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -71,7 +72,20 @@ def export(
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            result, save = _EXPORTERS[format](plain, args, named, dynamic_shapes)
+            if format == "torchscript":
+                result: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+                    plain, args or None, example_kwarg_inputs=named or None
+                )
+                save: Save = result.save
+            else:
+                # strict=False is the default only since torch 2.7; before, a lone nn.Linear cannot be exported.
+                result = torch.export.export(
+                    plain, args, named, dynamic_shapes=dynamic_shapes, strict=False
+                )
+                save = partial(torch.export.save, result)
+                if format == "onnx":
+                    result = torch.onnx.export(result, dynamo=True, verbose=False)
+                    save = result.save
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     if path is not None:
@@ -79,38 +93,12 @@ def export(
     return result
 
 
-def _torchscript(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any
-) -> tuple[Any, Save]:
-    result: Any = torch.jit.trace(plain, args or None, example_kwarg_inputs=kwargs or None)  # type: ignore[no-untyped-call]
-    return result, result.save
-
-
-def _torch_export(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[Any, Save]:
-    # strict=False is the default only since torch 2.7; before, a lone nn.Linear cannot be exported.
-    result = torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    return result, partial(torch.export.save, result)
-
-
-def _onnx(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[Any, Save]:
-    program, _ = _torch_export(plain, args, kwargs, dynamic_shapes)
-    result: Any = torch.onnx.export(program, dynamo=True, verbose=False)
-    return result, result.save
-
-
-_EXPORTERS = {"torch.export": _torch_export, "onnx": _onnx, "torchscript": _torchscript}
-
-
 def _check_arguments(
     format: str, args: object, kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> None:
     """Raises: ExportError for an unknown format, a missing package, or arguments that the format does not take."""
-    if format not in _EXPORTERS:
-        raise ExportError(f"format: expected one of {', '.join(_EXPORTERS)}, got {format!r}")
+    if format not in FORMATS:
+        raise ExportError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if not isinstance(args, tuple):
         raise ExportError(f"args: expected a tuple of inputs, got {type(args).__name__}")
     if format == "onnx":

@@ -24,7 +24,7 @@ from fastlora.io.adapter_file import (
     read_safetensors,
     safetensors_bytes,
 )
-from fastlora.io.adapter_state import AdapterState, LayerState
+from fastlora.io.adapter_state import AdapterState
 from fastlora.peft.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -47,8 +47,8 @@ _TO_FASTLORA = {peft: own for names in (_EMBEDDING, _OTHER_KINDS) for own, peft 
 def read_folder(folder: Path) -> AdapterState:
     """The adapter in a folder, without a model.
 
-    Of two factors the folder does not say whether the weight is stored transposed (`kind_known` is False): fan_in_fan_out is
-    one value for all layers.
+    A folder does not say of each layer whether its weight is stored transposed (fan_in_fan_out is one value for all, so
+    `kind_known` is False), nor the dilation and padding mode of a convolution (taken to be the default, with a warning).
 
     Raises: CheckpointError if a file is missing or damaged, holds what fastlora does not support, or config and weights do
     not fit together.
@@ -73,7 +73,11 @@ def read_folder(folder: Path) -> AdapterState:
     states = layer_states(file, layers, settings)
     for path, layer in states.items():
         if layer.kind == "conv":
-            states[path] = _plain_convolution(f"{folder}: {path}", layer)
+            reason = why_peft_differs(layer.groups)
+            if reason is not None:
+                raise CheckpointError(f"{folder}: {path}: {reason}")
+            plain_dilation = (1,) * (layer.lora_a.ndim - 2)
+            states[path] = replace(layer, dilation=plain_dilation, padding_mode="zeros")
         if not layer.kind_known and config.fan_in_fan_out:
             states[path] = replace(layer, kind="transposed")
     unsure = [p for p, s in states.items() if s.kind == "conv" and s.lora_a[0, 0].numel() > 1]
@@ -105,8 +109,8 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
             continue
         if layer.dilation is None or layer.padding_mode is None:
             raise CheckpointError(
-                f"{path}: the file does not hold the dilation and padding mode of the convolution, on which it depends "
-                "whether PEFT computes the same; load it with load_adapter and save it again"
+                f"{path}: the file does not hold the convolution's dilation and padding mode, with some of which PEFT "
+                "computes something else; load it with load_adapter and save it again"
             )
         reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
         if reason is not None:
@@ -152,13 +156,6 @@ def why_peft_differs(
     if not differing:
         return None
     return f"PEFT's adapter of a convolution with {', '.join(differing)} is no update of its weight"
-
-
-def _plain_convolution(place: str, layer: LayerState) -> LayerState:
-    """The convolution, taken to have no dilation and to pad with zeros, which a folder does not hold."""
-    if layer.groups != 1:
-        raise CheckpointError(f"{place}: {why_peft_differs(layer.groups)}")
-    return replace(layer, dilation=(1,) * (layer.lora_a.ndim - 2), padding_mode="zeros")
 
 
 def peft_names(kind: str) -> dict[str, str]:

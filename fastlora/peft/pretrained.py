@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError
 from fastlora.files import write_files
-from fastlora.io.adapter import LoadResult, compare, refuse_complex
+from fastlora.io.adapter import LoadResult, compare, misfit, refuse_complex
 from fastlora.io.adapter_file import PEFT_PREFIX
 from fastlora.io.adapter_state import adapter_state
 from fastlora.layers.base import LoRALayer, named_lora_layers
@@ -202,10 +202,7 @@ def _check_keys(
             shapes[PEFT_PREFIX + name] = value.shape
     _, _, _, problems = compare(tensors, required, shapes)
     if problems:
-        summary = f"{len(problems)} problems, nothing was changed:\n  "
-        raise CheckpointError(
-            f"{WEIGHTS_FILE} does not fit the model: {summary}" + "\n  ".join(problems)
-        )
+        raise misfit(WEIGHTS_FILE, problems)
     return keys
 
 

@@ -299,7 +299,7 @@ def test_an_old_file_of_a_convolution_merges_but_does_not_convert(tmp_path, monk
     assert_merged_as_in_python(merged_by_command(model, "old.safetensors"), model)
     fastlora.load_adapter(adapted("conv with groups", seed=6), "old.safetensors")
     assert command("convert", "old.safetensors", "p", "--to", "peft") == 2
-    assert "does not hold the dilation and padding mode" in capsys.readouterr().err
+    assert "does not hold the convolution's dilation and padding mode" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
