@@ -25,10 +25,12 @@ from fastlora.peft.format import folder_files, peft_config, read_folder
 SCHEMES = ("fastlora", "peft", "loralib")
 
 
-def read_adapter(source: Path, alpha: float | None = None) -> AdapterState:
+def read_adapter(
+    source: Path, alpha: float | None = None, *, prefer_own: bool = False
+) -> AdapterState:
     """Read a safetensors file, or a folder in PEFT's format.
 
-    alpha: for a file that does not hold it.
+    alpha: for a file that does not hold it. prefer_own: ignore `alpha` for one that does.
 
     Raises: CheckpointError if the source is no adapter, is damaged, or holds its own alpha while one is given; ConfigError for
     a value that cannot work.
@@ -46,7 +48,7 @@ def read_adapter(source: Path, alpha: float | None = None) -> AdapterState:
         )
     else:
         state = read_adapter_file(source)
-    if alpha is None:
+    if alpha is None or (prefer_own and state.scheme != "loralib"):
         return state
     if state.scheme != "loralib":
         raise CheckpointError(f"--alpha: {source} holds its own alpha")
@@ -128,15 +130,17 @@ def _peft_files(state: AdapterState, folder: Path) -> dict[Path, bytes]:
         raise CheckpointError(
             "the adapted layer is the whole model; PEFT's format needs it to have a name"
         )
-    heads = sorted({name.rpartition(".")[0] for name in state.others})
-    for head in heads:
-        held = overlap(head, state.layers) if head else None
-        if not head or held:
-            owner = f"the adapted {held}" if held else "the model itself"
-            raise CheckpointError(f"a tensor of {owner} has no place in PEFT's format")
+    heads = {name: name.rpartition(".")[0] for name in state.others}
+    for name, head in heads.items():
+        adapted = overlap(head, state.layers) if head else None
+        if not head or adapted:
+            owner = f"the adapted {adapted}" if adapted else "the model itself"
+            raise CheckpointError(
+                f"{name} belongs to {owner}, for which PEFT's format has no place"
+            )
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; PEFT's format is a folder")
-    return folder_files(folder, state, peft_config(state, heads))
+    return folder_files(folder, state, peft_config(state, sorted(set(heads.values()))))
 
 
 def _loralib_bytes(state: AdapterState, alpha: float | None) -> bytes:

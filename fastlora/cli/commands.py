@@ -229,24 +229,24 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     # For loralib's scheme --alpha confirms the alpha that the file loses; otherwise it gives the one that the source lacks.
     confirms = arguments.to == "loralib"
-    adapter = _with_alpha(arguments.source, arguments.alpha, allow_own=confirms)
+    adapter = read_adapter(arguments.source, arguments.alpha, prefer_own=confirms)
     convert(adapter, arguments.target, arguments.to, force=arguments.force, alpha=arguments.alpha)
     print(f"{_printable(arguments.target)}: {len(adapter.layers)} layers, {arguments.to}")
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    a, b = (
-        _with_alpha(path, arguments.alpha, allow_own=True) for path in (arguments.a, arguments.b)
-    )
+    a = read_adapter(arguments.a, arguments.alpha, prefer_own=True)
+    b = read_adapter(arguments.b, arguments.alpha, prefer_own=True)
     rows, equal = [], True
 
     def compare(name: str, left: Any, right: Any, norm: Any, distance: Any) -> None:
         """Add the row of one layer or tensor of A and of B; one that is missing is None."""
         nonlocal equal
-        norms = [None if value is None else norm(value) for value in (left, right)]
-        row = [name, *("" if value is None else _number(value) for value in norms)]
+        norms = [norm(value) for value in (left, right) if value is not None]
+        row = [name, *map(_number, norms)]
         if left is None or right is None:
+            row.insert(1 if left is None else 2, "")
             rows.append([*row, "", f"only in {'B' if left is None else 'A'}"])
             equal = False
             return
@@ -254,8 +254,7 @@ def _diff(arguments: argparse.Namespace) -> int:
             difference = distance(left, right)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
-        largest = max(norm(left), norm(right))
-        relative = difference / largest if largest else 0.0
+        relative = difference / max(norms) if max(norms) else 0.0
         equal = equal and relative <= arguments.tolerance
         rows.append([*row, _number(difference), f"{relative:.2g}"])
 
@@ -288,12 +287,6 @@ def _distance(left: Tensor, right: Tensor) -> float:
     if left.shape != right.shape:
         raise CheckpointError(f"shapes {_shape(left.shape)} and {_shape(right.shape)}")
     return _norm(left.double() - right.double())
-
-
-def _with_alpha(path: Path, alpha: float | None, allow_own: bool) -> AdapterState:
-    """The adapter, with `alpha` if it does not hold its own; allow_own: ignore `alpha` if it does."""
-    own = allow_own and read_adapter(path).scheme != "loralib"
-    return read_adapter(path, None if own else alpha)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:

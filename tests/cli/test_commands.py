@@ -387,7 +387,7 @@ def test_what_pefts_format_cannot_say_is_refused(folder, capsys):
     model.blocks[0].attn.to_out.original_linear.bias.requires_grad_(True)
     fastlora.save_adapter(model, "inner.safetensors")
     code, _, err = run(capsys, "convert", "inner.safetensors", "p", "--to", "peft")
-    assert code == 2 and "of the adapted blocks.0.attn.to_out has no place" in err
+    assert code == 2 and "bias belongs to the adapted blocks.0.attn.to_out, for which" in err
     assert not Path("p").exists()
 
 

@@ -277,6 +277,19 @@ def test_what_a_scheme_cannot_hold_is_refused(name, scheme, said, tmp_path, monk
     assert said in err and err.count("\n") == 1 and not Path("out").exists()
 
 
+def test_dora_on_some_layers_only_has_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    fastlora.inject_lora(model, lambda path, _: LoRAConfig(use_dora=path == "0"))
+    fastlora.freeze_base_params(model)
+    fastlora.save_adapter(model, "a.safetensors")
+    assert command("convert", "a.safetensors", "p", "--to", "peft") == 2
+    assert "some layers have DoRA and some do not" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="model: some layers have DoRA.*use save_adapter"):
+        fastlora.save_pretrained(model, "p")
+    assert not Path("p").exists()
+
+
 def rewritten(source, target, change):
     """A fastlora file with other settings for its layer."""
     data = Path(source).read_bytes()
