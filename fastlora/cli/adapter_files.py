@@ -17,8 +17,8 @@ from torch import Tensor
 from fastlora.config import check_hyperparameters
 from fastlora.errors import CheckpointError
 from fastlora.files import write_files
-from fastlora.io.adapter_file import fastlora_bytes, read_adapter_file, safetensors_bytes
 from fastlora.io.adapter_state import AdapterState, LayerState
+from fastlora.io.format import fastlora_bytes, read_adapter_file, safetensors_bytes
 from fastlora.peft.config import CONFIG_FILE, WEIGHTS_FILE, overlap
 from fastlora.peft.format import folder_files, peft_config, read_folder
 
@@ -63,8 +63,8 @@ def convert(
 ) -> None:
     """Write `state` to `target` (a folder for "peft", else a file) in another scheme.
 
-    A start that is subtracted (PiSSA, OLoRA) stays one in fastlora's scheme; in the others it becomes part of the factors, whose
-    rank doubles.
+    The initial product that PiSSA and OLoRA subtract is kept in fastlora's scheme; in the others it becomes part of the factors,
+    whose rank doubles.
 
     force: replace an existing target. alpha: only for "loralib", whose files do not hold it: the `lora_alpha` with which the
     loralib model is built. It must be the alpha of every layer.

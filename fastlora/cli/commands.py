@@ -26,8 +26,8 @@ from fastlora.io.adapter_state import AdapterState, LayerState
 
 _EPILOG = """\
 An ADAPTER is a .safetensors file of fastlora's or loralib's, or a folder in PEFT's format. Pickles are never read.
-Every kind of layer is supported: linear, Conv1D of transformers ("transposed"), convolution, embedding; also DoRA, rsLoRA and a
-start that is subtracted (PiSSA, OLoRA). Nothing is overwritten without --force, and a file appears only when it is complete.
+Every kind of layer is supported: linear, Conv1D of transformers ("transposed"), convolution, embedding; also DoRA, rsLoRA, PiSSA
+and OLoRA. Nothing is overwritten without --force, and a file appears only when it is complete.
 
 examples:
   fastlora inspect adapter.safetensors
@@ -41,8 +41,8 @@ exit code: 0; for diff 1 if the adapters differ; 2 if something is wrong with th
 
 _INSPECT = """\
 For each adapted layer: kind, the shapes of A and B, dtype, rank r, alpha, the applied scaling, and the size of the update as
-Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained. A start that is subtracted
-is not part of them, and with DoRA |dW| depends on the base. "linear?" and "transposed?" are guesses: the file does not
+Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained. The initial product that PiSSA
+and OLoRA subtract is subtracted in them; with DoRA |dW| depends on the base. "linear?" and "transposed?" are guesses: the file does not
 say how the weight is stored.
 
 examples:
@@ -70,7 +70,7 @@ peft       a folder with adapter_config.json; loads with PeftModel.from_pretrain
 loralib    one file with loralib's keys, for load_state_dict(..., strict=False); no convolutions and no DoRA. It cannot hold
            alpha, so converting to it is refused unless you give, with --alpha, the lora_alpha that the loralib model will
            be built with
-peft and loralib have no start that is subtracted: it becomes part of A and B, whose rank doubles.
+peft and loralib do not subtract an initial product (PiSSA, OLoRA): it becomes part of A and B, whose rank doubles.
 
 examples:
   fastlora convert peft_folder adapter.safetensors --to fastlora
@@ -79,7 +79,7 @@ examples:
 """
 
 _DIFF = """\
-For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, where dW = scaling * B A without the start. So two files may hold
+For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, where dW = scaling * B A, less an initial product that is subtracted. So two files may hold
 other factors, ranks or key schemes and still be the same adapter. DoRA's magnitudes, and heads saved with the adapters,
 are compared as they are.
 
@@ -188,29 +188,25 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "start subtracted"}
+_VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "init subtracted"}
 
 
 def _row(path: str, layer: LayerState) -> dict[str, Any]:
-    norm = update_norm(layer)
+    settings, norm = layer.settings(), update_norm(layer)
     scaling = None if layer.alpha is None else layer.scaling
     return {
         "layer": path,
-        "kind": layer.kind,
-        "kind_known": layer.kind_known,
         "lora_A": list(layer.lora_a.shape),
         "lora_B": list(layer.lora_b.shape),
         "dtype": _dtype(layer.lora_a.dtype),
-        "r": layer.rank,
+        "r": settings.pop("rank"),
         "groups": layer.groups,
-        "alpha": layer.alpha,
-        "use_rslora": layer.use_rslora,
-        "use_dora": layer.use_dora,
         "subtracts_init": layer.subtracts_init,
-        "dropout": layer.dropout,
         "scaling": scaling,
         "|BA|": norm,
         "|dW|": None if scaling is None or layer.use_dora else abs(scaling) * norm,
+        **settings,
+        "kind_known": layer.kind_known,
     }
 
 

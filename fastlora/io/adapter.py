@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastlora.errors import CheckpointError, FastLoRAWarning, nearest
 from fastlora.files import read_torch, write_files
-from fastlora.io.adapter_file import fastlora_bytes, read_safetensors
 from fastlora.io.adapter_state import AdapterState, adapter_state
+from fastlora.io.format import fastlora_bytes, read_safetensors
 from fastlora.layers.base import named_lora_layers
 
 
@@ -30,7 +30,7 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
     """The adapter's tensors by name, detached, sharing storage.
 
     `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R); under DoRA also `<path>.lora_magnitude` (N,); after PiSSA or OLoRA also
-    `<path>.initial_A` and `<path>.initial_B`, the start that is subtracted, without which the rest is not usable.
+    `<path>.initial_A` and `<path>.initial_B`, the initial product that is subtracted, without which the rest is not usable.
     include_trainable: also every other parameter that trains (unfrozen heads), under its own name.
     A merged or adapter-free model gives an empty dict.
     """
@@ -95,7 +95,7 @@ def misfit(what: str, problems: list[str]) -> CheckpointError:
 
 
 def _refuse_incomplete(own: AdapterState, loadable: set[str]) -> None:
-    """Raises: CheckpointError if of a layer with DoRA or a start that is subtracted only some tensors would be loaded."""
+    """Raises: CheckpointError if a layer with DoRA or an initial product that is subtracted would be loaded in part."""
     for path, layer in own.layers.items():
         keys = AdapterState({path: layer}, {}).tensors().keys()
         if len(keys) > 2 and keys & loadable and not keys <= loadable:

@@ -1,7 +1,7 @@
 """`AdapterState`: an adapter as a value, between the files that hold it and the layers that compute with it.
 
-A format maps files to an `AdapterState` and back; `adapter_state` reads one from a model. Rank, alpha, rsLoRA and the start that
-PiSSA and OLoRA subtract have one meaning, that of `LayerState`.
+A format maps files to an `AdapterState` and back; `adapter_state` reads one from a model. Rank, alpha, rsLoRA and the initial product
+that PiSSA and OLoRA subtract have one meaning, that of `LayerState`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LayerState:
     kind: "linear", "transposed" (the weight is stored as (K, N)), "conv" or "embedding".
     tensors: by the names of `TENSORS`. lora_A: (R, K); conv: (R, in_channels / groups, *kernel_size); embedding: (R, num_embeddings).
         lora_B: (N, R); conv: (out_channels, R / groups, 1, …); embedding: (embedding_dim, R). lora_magnitude: (N,), the norms
-        under DoRA. initial_A, initial_B: the start A₀, B₀ of PiSSA and OLoRA, shaped as lora_A and lora_B.
+        under DoRA. initial_A, initial_B: A₀ and B₀ of PiSSA and OLoRA, shaped as lora_A and lora_B.
     alpha: None if the file does not hold it. use_rslora, dropout: as in `LoRALinear`.
     dilation, padding_mode: of a convolution; None if the file does not hold them.
     kind_known: False if the file does not tell "linear" from "transposed"; `kind` is then a guess.
@@ -101,12 +101,12 @@ class LayerState:
 
     @property
     def use_dora(self) -> bool:
-        """Whether rows are scaled to norms of their own."""
+        """Whether there is a magnitude, DoRA's."""
         return "lora_magnitude" in self.tensors
 
     @property
     def subtracts_init(self) -> bool:
-        """Whether a start is subtracted."""
+        """Whether an initial product is subtracted."""
         return "initial_A" in self.tensors
 
     @property
@@ -149,12 +149,12 @@ class LayerState:
         return found
 
     def folded(self) -> LayerState:
-        """The same update without a start: it becomes part of the factors, whose rank is 2R and whose scaling is the same."""
+        """The same update as one product: initial_A and initial_B become part of the factors, with rank 2R and the same scaling."""
         if not self.subtracts_init:
             return self
         tensors = dict(self.tensors)
-        start = tensors.pop("initial_A"), tensors.pop("initial_B")
-        a, b = fold_initial(self.lora_a, self.lora_b, *start)
+        initial = tensors.pop("initial_A"), tensors.pop("initial_B")
+        a, b = fold_initial(self.lora_a, self.lora_b, *initial)
         alpha = self.alpha
         if alpha is not None:
             alpha = self.scaling * scaling_divisor(a.shape[0], self.use_rslora)
@@ -196,8 +196,8 @@ class LayerState:
         layer = wrap(base, config)
         base.weight = nn.Parameter(weight, requires_grad=False)
         for name, tensor in self.tensors.items():
-            start = name.startswith("initial")
-            setattr(layer, name, tensor if start else nn.Parameter(tensor, requires_grad=False))
+            buffer = name.startswith("initial")
+            setattr(layer, name, tensor if buffer else nn.Parameter(tensor, requires_grad=False))
         return layer
 
     def _check_tensors(self) -> None:
@@ -247,12 +247,12 @@ class AdapterState:
         } | self.others
 
     def folded(self) -> AdapterState:
-        """The same updates, every layer without a start."""
+        """Every layer folded."""
         return replace(self, layers={path: layer.folded() for path, layer in self.layers.items()})
 
 
 def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterState:
-    """The adapter that stands in `model`; tensors are detached and share storage.
+    """The active adapter of `model`; tensors are detached and share storage.
 
     include_trainable: with every other parameter that trains.
     """

@@ -150,7 +150,7 @@ class LoRALayer(nn.Module, ABC):
         return weight.device
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, with the start that is subtracted, if any, folded in."""
+        """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, with initial_A and initial_B folded in, if there are any."""
         initial_a, initial_b = self._buffers["initial_A"], self._buffers["initial_B"]
         if initial_a is None or initial_b is None:
             return self.lora_A, self.lora_B
@@ -165,7 +165,7 @@ class LoRALayer(nn.Module, ABC):
         }
 
     def lora_state(self) -> dict[str, Tensor]:
-        """The adapter's tensors by name: its parameters, and the start that is subtracted, if any."""
+        """The adapter's tensors by name: its parameters, and the initial product that is subtracted, if any."""
         start = {"initial_A": self.initial_A, "initial_B": self.initial_B}
         return {**self.lora_parameters(), **{k: v for k, v in start.items() if v is not None}}
 

@@ -91,7 +91,7 @@ class PeftConfig:
         return f"{wanted!r} matches no layer of the model{nearest_names(first, paths)}"
 
     def heads(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules that PEFT would train whole: those whose path ends with a name, dot or no dot before it."""
+        """The modules that PEFT would train whole: those whose path ends with a name, with or without a dot before it."""
         names = tuple(self.modules_to_save or ())
         return {path: module for path, module in base_modules(model) if path.endswith(names)}
 
@@ -147,9 +147,9 @@ class PeftConfig:
 
 
 def config_for(layers: Mapping[str, LayerState], heads: list[str]) -> PeftConfig:
-    """The config that means exactly these layers with their settings; the highest dropout where they differ.
+    """The config that matches exactly these layers, with their settings; the highest dropout where they differ.
 
-    layers: by path, without a start. heads: paths of the modules that are saved whole.
+    layers: by path, folded. heads: paths of the modules that are saved whole.
     """
     use_rslora = all(layer.use_rslora for layer in layers.values())
 
@@ -203,7 +203,7 @@ def overlap(path: str, adapted: Iterable[str]) -> str | None:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) as in the plain model: what is inside an adapted layer is left out."""
+    """(path, module) as in the plain model, without the submodules of adapted layers."""
     inside: str | None = None
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):

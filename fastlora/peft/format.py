@@ -17,14 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from fastlora.errors import CheckpointError, FastLoRAWarning
-from fastlora.io.adapter_file import (
+from fastlora.io.adapter_state import AdapterState
+from fastlora.io.format import (
     PEFT_PREFIX,
     group_tensors,
     layer_states,
     read_safetensors,
     safetensors_bytes,
 )
-from fastlora.io.adapter_state import AdapterState
 from fastlora.peft.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -133,7 +133,7 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
 def folder_files(
     folder: Path, state: AdapterState, config: PeftConfig, base_name: str | None = None
 ) -> dict[Path, bytes]:
-    """The two files of a folder, by path. state: without a start. base_name: the base model's name, if known."""
+    """The two files of a folder, by path. state: folded. base_name: the base model's name, if known."""
     tensors = {
         f"{PEFT_PREFIX}{path}.{peft_names(layer.kind)[name]}": tensor
         for path, layer in state.layers.items()

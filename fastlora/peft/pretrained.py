@@ -18,8 +18,8 @@ from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError
 from fastlora.files import write_files
 from fastlora.io.adapter import LoadResult, compare, misfit, refuse_complex
-from fastlora.io.adapter_file import PEFT_PREFIX
 from fastlora.io.adapter_state import adapter_state
+from fastlora.io.format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.model.adapters import adding, list_adapters
@@ -41,8 +41,8 @@ def save_pretrained(
     """Write the adapters, and by default the trained heads, as a folder that PEFT and `from_pretrained` load.
 
     Layers may differ in rank, alpha and use_rslora. PEFT holds one dropout: where layers differ, the highest is written, with a
-    warning. After PiSSA or OLoRA the start that is subtracted becomes part of the adapter, whose rank doubles, so that the
-    folder goes with the unchanged base model. Other files in the folder are kept. Both files are written before the first is
+    warning. After PiSSA or OLoRA the initial product that is subtracted becomes part of the factors, whose rank doubles, so
+    that the folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
     moved into place.
 
     model: with adapters. folder: created if missing.
@@ -95,7 +95,7 @@ def from_pretrained(
     Returns the keys that were loaded, as in the file.
 
     Raises: CheckpointError if a file is missing or damaged, if the config names something that fastlora does not support (biases,
-    a PiSSA start, …), or if names or shapes do not fit, with the nearest candidates. With `adapter`, also as `add_adapter`
+    init_lora_weights='pissa', …), or if names or shapes do not fit, with the nearest candidates. With `adapter`, also as `add_adapter`
     about the name and the active adapter. The model is unchanged then.
     """
     if adapter is None:

@@ -380,7 +380,7 @@ def test_what_pefts_format_cannot_say_is_refused(folder, capsys):
     model.scale = nn.Parameter(torch.ones(1))
     fastlora.save_adapter(model, "own.safetensors")
     assert (
-        "of the model itself has no place"
+        "scale belongs to the model itself, for which PEFT's format has no place"
         in run(capsys, "convert", "own.safetensors", "p", "--to", "peft")[2]
     )
     model = adapted()

@@ -215,7 +215,7 @@ def test_inspect_and_diff_know_every_kind(name, tmp_path, monkeypatch, capsys):
         assert row["|dW|"] == pytest.approx(layer.delta(torch.float64).norm().item())
     assert command("inspect", "a.safetensors") == 0
     line = next(t for t in capsys.readouterr().out.splitlines() if t.startswith("body.0"))
-    assert ("DoRA" in line, "start subtracted" in line, "rsLoRA" in line) == (
+    assert ("DoRA" in line, "init subtracted" in line, "rsLoRA" in line) == (
         row["use_dora"],
         row["subtracts_init"],
         row["use_rslora"],
