@@ -69,7 +69,7 @@ def read_adapter_file(file: Path) -> AdapterState:
         raise CheckpointError(
             f"{file}: holds PEFT's weights, whose alpha is in adapter_config.json; give the folder that holds both"
         )
-    layers, others = group_tensors(file, tensors, dict(zip(TENSORS, TENSORS, strict=True)))
+    layers, others = group_tensors(file, tensors, {name: name for name in TENSORS})
     undescribed = settings.keys() - layers.keys()
     if undescribed:
         raise CheckpointError(

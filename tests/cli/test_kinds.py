@@ -15,6 +15,8 @@ from fastlora import CheckpointError, LoRAConfig
 from fastlora.cli.adapter_files import difference_norm, read_adapter, update_norm
 from fastlora.cli.commands import main
 from fastlora.config import KINDS
+from tests.support.hostile import Reader, attack
+from tests.support.paths import ROOT
 from tests.support.tolerance import assert_close, assert_differs
 
 
@@ -360,6 +362,26 @@ def test_tensors_that_do_not_fit_together(name, change, said, tmp_path, monkeypa
     assert command("inspect", "bad.safetensors") == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["adapter_v1/adapter.safetensors", "peft"])
+def test_damaged_adapters_of_every_kind_are_refused(source, tmp_path, monkeypatch):
+    """Whatever is wrong, the only errors are fastlora's."""
+    monkeypatch.chdir(tmp_path)
+    model = adapted("embedding")
+    save(model, "peft", "peft")
+    weights = Path("peft/adapter_model.safetensors")
+    golden = ROOT / "tests" / "golden" / source
+    good = (golden if source != "peft" else weights).read_bytes()
+    name = "x.safetensors" if source != "peft" else str(weights)
+
+    def use(path):
+        state = read_adapter(path.parent if source == "peft" else path)
+        for layer in state.layers.values():
+            update_norm(layer)
+            layer.folded().merge(torch.zeros(layer.weight_shape))
+
+    assert attack(Reader(good, use, name, header=1100), tmp_path, 200) > 50
 
 
 class Mixed(nn.Module):
