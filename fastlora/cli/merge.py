@@ -178,8 +178,11 @@ def _check_fit(state: AdapterState, base: Mapping[str, _Entry]) -> None:
     """Raises: CheckpointError naming the tensors that the base lacks, or has in another shape or a dtype that is no float."""
     shapes = {_weight(path): layer.weight_shape for path, layer in state.layers.items()}
     shapes |= {name: tuple(value.shape) for name, value in state.others.items()}
-    for layer in state.layers.values():
-        _ = layer.scaling  # raises where alpha is unknown
+    for path, layer in state.layers.items():
+        if (
+            abs(layer.scaling) > torch.finfo(torch.float32).max
+        ):  # also raises where alpha is unknown
+            raise CheckpointError(f"{path}: the scaling {layer.scaling:g} is too large for float32")
     problems = []
     for key, shape in shapes.items():
         if key not in base:

@@ -364,6 +364,18 @@ def test_tensors_that_do_not_fit_together(name, change, said, tmp_path, monkeypa
     assert said in err and err.count("\n") == 1
 
 
+def test_a_scaling_that_float32_cannot_hold(tmp_path, monkeypatch, capsys):
+    """Found by fuzzing."""
+    monkeypatch.chdir(tmp_path)
+    model = adapted("linear")
+    save(model, "fastlora", "good.safetensors")
+    save_file(fastlora.base_state_dict(model), "base.safetensors")
+    rewritten("good.safetensors", "bad.safetensors", lambda settings: settings.update(alpha=-1e300))
+    assert command("merge", "base.safetensors", "bad.safetensors", "out") == 2
+    assert "body.0: the scaling -2.5e+299 is too large for float32" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("source", ["adapter_v1/adapter.safetensors", "peft"])
 def test_damaged_adapters_of_every_kind_are_refused(source, tmp_path, monkeypatch):
     """Whatever is wrong, the only errors are fastlora's."""
