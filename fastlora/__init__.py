@@ -14,14 +14,14 @@ from fastlora.errors import (
     MergeError,
     TrainingError,
 )
-from fastlora.io.base_state import base_state_dict, load_base_state_dict
-from fastlora.io.checkpoint import (
+from fastlora.io.adapter import (
     LoadResult,
     get_lora_state_dict,
     load_adapter,
     load_lora_state_dict,
     save_adapter,
 )
+from fastlora.io.base_state import base_state_dict, load_base_state_dict
 from fastlora.io.exporter import export
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.conv import LoRAConv
@@ -51,7 +51,7 @@ from fastlora.model.switch import disable_adapter
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import lora_linear
 from fastlora.peft.accelerate import AccelerationReport, accelerate, restore
-from fastlora.peft.format import from_pretrained, save_pretrained
+from fastlora.peft.pretrained import from_pretrained, save_pretrained
 from fastlora.report.memory import MemoryEstimate, estimate
 from fastlora.report.selftest import CheckReport, check
 from fastlora.report.survey import LayerTable, explain, preview

@@ -373,7 +373,7 @@ def test_row_18_parametrised_weights_are_not_merged_and_convolutions_take_all_th
 
     root = nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2))
     peft.get_peft_model(root, peft.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="PEFT's adapter of a Conv1d with dilation=.2,."):
+    with pytest.raises(CheckpointError, match="PEFT's adapter of a convolution with dilation=.2,."):
         from_pretrained(nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2)), tmp_path)
 
 

@@ -20,7 +20,8 @@ import trimesh
 
 import fastlora
 from fastlora import files
-from fastlora.cli.adapter_files import merge_files, read_adapter
+from fastlora.cli.adapter_files import read_adapter
+from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.files import atomic_write, atomic_write_all
 from fastlora.kernels.config import Problem, architecture, tiles

@@ -1,4 +1,4 @@
-"""The command `fastlora`: look into adapters, merge, convert and compare them, as files and without a model."""
+"""The command `fastlora`: inspect, merge, convert and compare adapters, as files and without a model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from fastlora.cli.adapter_files import (
     SCHEMES,
-    Adapter,
     convert,
     difference_norm,
-    merge_files,
     read_adapter,
     update_norm,
 )
+from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, FastLoRAError
+from fastlora.io.adapter_state import AdapterState, LayerState
 
 _EPILOG = """\
 An ADAPTER is a .safetensors file of fastlora's or loralib's, or a folder in PEFT's format. Pickles are never read.
-Nothing is overwritten without --force, and a file appears only when it is complete.
+Every kind of layer is supported: linear, Conv1D of transformers ("transposed"), convolution, embedding; also DoRA, rsLoRA, PiSSA
+and OLoRA. Nothing is overwritten without --force, and a file appears only when it is complete.
 
 examples:
   fastlora inspect adapter.safetensors
@@ -37,8 +40,10 @@ exit code: 0; for diff 1 if the adapters differ; 2 if something is wrong with th
 """
 
 _INSPECT = """\
-For each adapted layer: the shapes of A and B, dtype, rank r, alpha, the applied scaling, and the size of the update as
-Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained.
+For each adapted layer: kind, the shapes of A and B, dtype, rank r, alpha, the applied scaling, and the size of the update as
+Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained. The initial product that PiSSA
+and OLoRA subtract is subtracted in them; with DoRA |dW| depends on the base. "linear?" and "transposed?" are guesses: the file does not
+say how the weight is stored.
 
 examples:
   fastlora inspect adapter.safetensors
@@ -46,9 +51,9 @@ examples:
 """
 
 _MERGE = """\
-W + scaling * B A goes to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in
-the adapter replace those of the base. Everything else is copied byte by byte. The share of the update that rounding
-lost is printed: in bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
+W + dW goes to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in the adapter
+replace those of the base. Everything else is copied byte by byte. The share of the update that rounding lost is
+printed: in bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
 
 examples:
   fastlora merge model.safetensors adapter.safetensors merged.safetensors
@@ -59,10 +64,13 @@ A file does not say which weights a model ties together: if an adapted weight is
 """
 
 _CONVERT = """\
-fastlora   one file; rank, alpha and rsLoRA stand in its metadata
-peft       a folder with adapter_config.json; loads with PeftModel.from_pretrained and fastlora.from_pretrained
-loralib    one file with loralib's keys, for load_state_dict(..., strict=False). It cannot hold alpha, so converting to it
-           is refused unless you give, with --alpha, the lora_alpha that the loralib model will be built with
+fastlora   one file; kind, rank, alpha and the other settings of each layer are in its metadata
+peft       a folder with adapter_config.json; loads with PeftModel.from_pretrained and fastlora.from_pretrained. PEFT adapts
+           convolutions with groups, dilation or a padding mode in another way: they are refused
+loralib    one file with loralib's keys, for load_state_dict(..., strict=False); no convolutions and no DoRA. It cannot hold
+           alpha, so converting to it is refused unless you give, with --alpha, the lora_alpha that the loralib model will
+           be built with
+peft and loralib do not subtract an initial product (PiSSA, OLoRA): it becomes part of A and B, whose rank doubles.
 
 examples:
   fastlora convert peft_folder adapter.safetensors --to fastlora
@@ -71,8 +79,9 @@ examples:
 """
 
 _DIFF = """\
-For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, where dW = scaling * B A. So two files may hold other factors,
-ranks or key schemes and still be the same adapter. Heads saved with the adapters are compared too.
+For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, where dW = scaling * B A, less an initial product that is subtracted. So two files may hold
+other factors, ranks or key schemes and still be the same adapter. DoRA's magnitudes, and heads saved with the adapters,
+are compared as they are.
 
 examples:
   fastlora diff adapter.safetensors peft_folder
@@ -81,7 +90,7 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line."""
+    """Reports wrong arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -116,65 +125,34 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    def add_alpha(to: argparse.ArgumentParser) -> None:
-        to.add_argument(
-            "--alpha", type=float, help="alpha of a loralib file, which does not hold its own"
-        )
-
-    def add_force(to: argparse.ArgumentParser) -> None:
-        to.add_argument("--force", action="store_true", help="replace what is there already")
-
     inspect = command("inspect", _inspect, "Show what an adapter holds", _INSPECT)
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER")
     inspect.add_argument("--json", action="store_true", help="the same as JSON, for programs")
     merge = command("merge", _merge, "Merge an adapter into a file of base weights", _MERGE)
-    merge.add_argument(
-        "base", type=Path, metavar="BASE", help=".safetensors, or .index.json of a sharded base"
-    )
+    base_help = ".safetensors, or .index.json of a sharded base"
+    merge.add_argument("base", type=Path, metavar="BASE", help=base_help)
     merge.add_argument("adapter", type=Path, metavar="ADAPTER")
     merge.add_argument("out", type=Path, metavar="OUT")
-    add_alpha(merge)
-    add_force(merge)
     converted = command("convert", _convert, "Write an adapter in another scheme", _CONVERT)
     converted.add_argument("source", type=Path, metavar="SRC")
     converted.add_argument("target", type=Path, metavar="DST")
     converted.add_argument("--to", required=True, choices=SCHEMES)
-    add_alpha(converted)
-    add_force(converted)
     diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF)
     diff.add_argument("a", type=Path, metavar="A")
     diff.add_argument("b", type=Path, metavar="B")
-    diff.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-6,
-        help="relative difference up to which a layer counts as equal (default %(default)g)",
-    )
-    add_alpha(diff)
+    tolerance_help = "relative difference up to which a layer counts as equal (default %(default)g)"
+    diff.add_argument("--tolerance", type=float, default=1e-6, help=tolerance_help)
+    alpha_help = "alpha of a loralib file, which does not hold its own"
+    for parser_with_alpha in (merge, converted, diff):
+        parser_with_alpha.add_argument("--alpha", type=float, help=alpha_help)
+    for writer in (merge, converted):
+        writer.add_argument("--force", action="store_true", help="replace an existing target")
     return parser
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     adapter = read_adapter(arguments.adapter)
-    rows: list[dict[str, Any]] = []
-    for path, layer in adapter.layers.items():
-        norm = update_norm(layer)
-        scaling = None if layer.alpha is None else layer.scaling
-        rows.append(
-            {
-                "layer": path,
-                "lora_A": list(layer.lora_a.shape),
-                "lora_B": list(layer.lora_b.shape),
-                "dtype": _dtype(layer.lora_a.dtype),
-                "r": layer.rank,
-                "alpha": layer.alpha,
-                "use_rslora": layer.use_rslora,
-                "dropout": layer.dropout,
-                "scaling": scaling,
-                "|BA|": norm,
-                "|dW|": None if scaling is None else abs(scaling) * norm,
-            }
-        )
+    rows = [_row(path, layer) for path, layer in adapter.layers.items()]
     others: list[dict[str, Any]] = [
         {"tensor": name, "shape": list(value.shape), "dtype": _dtype(value.dtype)}
         for name, value in adapter.others.items()
@@ -182,28 +160,25 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"scheme": adapter.scheme, "layers": rows, "others": others}, indent=1))
         return 0
-    tensors = [t for layer in adapter.layers.values() for t in (layer.lora_a, layer.lora_b)]
-    tensors += adapter.others.values()
-    count, size = (
-        sum(t.numel() for t in tensors),
-        sum(t.numel() * t.element_size() for t in tensors),
-    )
+    tensors = adapter.tensors().values()
+    count = sum(t.numel() for t in tensors)
+    size = sum(t.numel() * t.element_size() for t in tensors)
     print(
-        f"{_printable(adapter.source)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
+        f"{_printable(arguments.adapter)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
         f"{count:,} parameters, {size:,} bytes"
     )
-    if any(layer.use_rslora for layer in adapter.layers.values()):
-        print("rsLoRA: scaling is alpha / sqrt(r) where the table says r*")
     _table(
-        ["layer", "A", "B", "dtype", "r", "alpha", "scaling", "|BA|", "|dW|"],
+        ["layer", "kind", "A", "B", "dtype", "r", "alpha", "scaling", "|BA|", "|dW|", "variant"],
         [
             [
                 row["layer"] or "(the whole model)",
+                row["kind"] + ("" if row["kind_known"] else "?"),
                 _shape(row["lora_A"]),
                 _shape(row["lora_B"]),
                 row["dtype"],
-                f"{row['r']}{'*' if row['use_rslora'] else ''}",
+                str(row["r"]),
                 *(_number(row[name]) for name in ("alpha", "scaling", "|BA|", "|dW|")),
+                ", ".join(label for name, label in _VARIANTS.items() if row[name]),
             ]
             for row in rows
         ],
@@ -211,6 +186,28 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for other in others:
         print(f"also {_printable(other['tensor'])}  {_shape(other['shape'])}  {other['dtype']}")
     return 0
+
+
+_VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "init subtracted"}
+
+
+def _row(path: str, layer: LayerState) -> dict[str, Any]:
+    settings, norm = layer.settings(), update_norm(layer)
+    scaling = None if layer.alpha is None else layer.scaling
+    return {
+        "layer": path,
+        "lora_A": list(layer.lora_a.shape),
+        "lora_B": list(layer.lora_b.shape),
+        "dtype": _dtype(layer.lora_a.dtype),
+        "r": settings.pop("rank"),
+        "groups": layer.groups,
+        "subtracts_init": layer.subtracts_init,
+        "scaling": scaling,
+        "|BA|": norm,
+        "|dW|": None if scaling is None or layer.use_dora else abs(scaling) * norm,
+        **settings,
+        "kind_known": layer.kind_known,
+    }
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -226,58 +223,66 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    adapter = read_adapter(arguments.source)
-    known = any(layer.alpha is not None for layer in adapter.layers.values())
-    if arguments.alpha is not None and not known:
-        adapter = read_adapter(arguments.source, arguments.alpha)
-    elif arguments.alpha is not None and arguments.to != "loralib":
-        raise CheckpointError(f"--alpha: {arguments.source} holds its own alpha")
+    # For loralib's scheme --alpha confirms the alpha that the file loses; otherwise it gives the one that the source lacks.
+    confirms = arguments.to == "loralib"
+    adapter = read_adapter(arguments.source, arguments.alpha, prefer_own=confirms)
     convert(adapter, arguments.target, arguments.to, force=arguments.force, alpha=arguments.alpha)
     print(f"{_printable(arguments.target)}: {len(adapter.layers)} layers, {arguments.to}")
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    a, b = (_with_alpha(path, arguments.alpha) for path in (arguments.a, arguments.b))
+    a = read_adapter(arguments.a, arguments.alpha, prefer_own=True)
+    b = read_adapter(arguments.b, arguments.alpha, prefer_own=True)
     rows, equal = [], True
-    for path in dict.fromkeys([*a.layers, *b.layers]):
-        one, two = a.layers.get(path), b.layers.get(path)
-        norms = [abs(x.scaling) * update_norm(x) if x else None for x in (one, two)]
-        if one is None or two is None:
-            rows.append([path, *map(_number, norms), "", f"only in {'B' if one is None else 'A'}"])
+
+    def compare(name: str, left: Any, right: Any, norm: Any, distance: Any) -> None:
+        """Add the row of one layer or tensor of A and of B; one that is missing is None."""
+        nonlocal equal
+        norms = [norm(value) for value in (left, right) if value is not None]
+        row = [name, *map(_number, norms)]
+        if left is None or right is None:
+            row.insert(1 if left is None else 2, "")
+            rows.append([*row, "", f"only in {'B' if left is None else 'A'}"])
             equal = False
-            continue
+            return
         try:
-            difference = difference_norm(one, two)
+            difference = distance(left, right)
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        largest = max(norm for norm in norms if norm is not None)
-        relative = difference / largest if largest else 0.0
+            raise CheckpointError(f"{name}: {error}") from None
+        relative = difference / max(norms) if max(norms) else 0.0
         equal = equal and relative <= arguments.tolerance
-        rows.append([path, *map(_number, norms), _number(difference), f"{relative:.2g}"])
-    for name in dict.fromkeys([*a.others, *b.others]):
-        if name not in a.others or name not in b.others:
-            rows.append([name, "", "", "", f"only in {'B' if name in b.others else 'A'}"])
-            equal = False
-            continue
-        left, right = a.others[name].double(), b.others[name].double()
-        if left.shape != right.shape:
-            raise CheckpointError(f"{name}: shapes {_shape(left.shape)} and {_shape(right.shape)}")
-        size, difference = float(max(left.norm(), right.norm())), float((left - right).norm())
-        relative = difference / size if size else 0.0
-        equal = equal and relative <= arguments.tolerance
-        sizes = [_number(float(left.norm())), _number(float(right.norm()))]
-        rows.append([name, *sizes, _number(difference), f"{relative:.2g}"])
+        rows.append([*row, _number(difference), f"{relative:.2g}"])
+
+    for path in dict.fromkeys([*a.layers, *b.layers]):
+        layers = a.layers.get(path), b.layers.get(path)
+        compare(path, *layers, lambda x: abs(x.scaling) * update_norm(x), difference_norm)
+    ours, theirs = _plain_tensors(a), _plain_tensors(b)
+    for name in dict.fromkeys([*ours, *theirs]):
+        compare(name, ours.get(name), theirs.get(name), _norm, _distance)
     _table(["layer or tensor", "|A|", "|B|", "|A - B|", "relative"], rows)
     print("the same" if equal else "they differ")
     return 0 if equal else 1
 
 
-def _with_alpha(path: Path, alpha: float | None) -> Adapter:
-    """The adapter, with `alpha` if it does not hold its own."""
-    adapter = read_adapter(path)
-    unknown = any(layer.alpha is None for layer in adapter.layers.values())
-    return read_adapter(path, alpha) if unknown else adapter
+def _plain_tensors(adapter: AdapterState) -> dict[str, Tensor]:
+    """DoRA's magnitudes and the tensors saved with the adapter, which are compared as they are."""
+    magnitudes = {
+        f"{path}.lora_magnitude".lstrip("."): layer.tensors["lora_magnitude"]
+        for path, layer in adapter.layers.items()
+        if layer.use_dora
+    }
+    return magnitudes | adapter.others
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    if left.shape != right.shape:
+        raise CheckpointError(f"shapes {_shape(left.shape)} and {_shape(right.shape)}")
+    return _norm(left.double() - right.double())
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:

@@ -1,16 +1,15 @@
-"""The base model's own state dict, under the keys that it has without adapters, both ways."""
+"""The base model's state dict under the keys that it has without adapters: reading and loading it."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import CheckpointError, FastLoRAWarning
-from fastlora.io.checkpoint import LoadResult, compare
+from fastlora.errors import CheckpointError
+from fastlora.io.adapter import LoadResult, compare, settle
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.linear import LoRALinear
 
@@ -28,14 +27,15 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
 def load_base_state_dict(
     model: nn.Module, state: Mapping[str, Any], strict: bool = True
 ) -> LoadResult:
-    """Load a checkpoint of the base model, saved without adapters, into a model that has them. The adapters stay as they are;
+    """Load weights of the base model, saved without adapters, into a model that has adapters, which are kept.
+
     DoRA's magnitudes that are still the norms of the old weights become those of the new.
 
-    state: keys as in `base_state_dict`. Values are cast and moved as `load_state_dict` does. Of keys that name one tensor (tied
-        weights, a module under two names) one is enough; if there are several, they must be equal.
+    state: keys as in `base_state_dict`. Values are cast and moved as by `load_state_dict`. Of several keys of one tensor (tied
+        weights, a module under two names) one is enough; the values of several must be equal.
     strict: every key must be there with the right shape, and nothing unknown; on failure nothing is changed. False loads
         what fits and warns about the rest.
-    Returns the keys loaded, missing and unexpected, as the state has them.
+    Returns the keys loaded, missing and unexpected, as in `state`.
 
     Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also when
     strict is False but nothing at all would be loaded.
@@ -44,7 +44,7 @@ def load_base_state_dict(
     own = model.state_dict()
     current = {original: own[key] for original, key in keys.items()}
     shapes = {key: value.shape for key, value in current.items() if isinstance(value, Tensor)}
-    extras = [key for key in current if key not in shapes]  # what a module's get_extra_state gave
+    extras = [key for key in current if key not in shapes]  # from get_extra_state
     bad_type = [k for k in shapes if k in state and not isinstance(state[k], Tensor)]
     if bad_type:
         kind = type(state[bad_type[0]]).__name__
@@ -64,18 +64,7 @@ def load_base_state_dict(
     problems += conflicts + [f"missing {key}" for key in absent]
     missing += absent
     loadable += [key for key in extras if key in state]
-    if problems and (strict or not loadable):
-        summary = f"{len(problems)} problems, nothing was changed:\n  "
-        raise CheckpointError("state does not fit the model: " + summary + "\n  ".join(problems))
-    if not loadable:
-        raise CheckpointError("state: is empty, so nothing would be loaded")
-    if problems:
-        warnings.warn(
-            f"load_base_state_dict: loaded {len(loadable)} entries; problems:\n  "
-            + "\n  ".join(problems),
-            FastLoRAWarning,
-            stacklevel=2,
-        )
+    settle(problems, loadable, strict, "load_base_state_dict")
     fresh = [m for m in model.modules() if isinstance(m, LoRALinear) and m.scales_nothing()]
     model.load_state_dict({keys[key]: state[key] for key in loadable}, strict=False)
     for layer in fresh:
@@ -84,7 +73,7 @@ def load_base_state_dict(
 
 
 def _key_map(model: nn.Module) -> dict[str, str]:
-    """Key before injection → key now, for all that is not an adapter, in the order of the state dict."""
+    """Key before injection → key now, for everything but the adapters, in the order of the state dict."""
     adapted = {
         path: module.wrapped_name
         for path, module in model.named_modules(remove_duplicate=False)
@@ -102,7 +91,7 @@ def _key_map(model: nn.Module) -> dict[str, str]:
 
 
 def _names_of_one_tensor(model: nn.Module, keys: Mapping[str, str]) -> dict[str, list[str]]:
-    """For each key before injection whose tensor has other keys too, all of them."""
+    """For each key before injection whose tensor has several keys: all of them."""
     before = {key: original for original, key in keys.items()}
     owners: dict[int, list[str]] = {}
     for named in (model.named_parameters, model.named_buffers):

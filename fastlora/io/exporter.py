@@ -1,8 +1,8 @@
-"""Export for deployment: `export` writes a model, merged or with its adapters beside the weights, for other runtimes.
+"""Export for deployment: `export` writes a model for other runtimes, its adapters merged or as separate parameters.
 
 What is exported is a copy that shares the model's parameters. In it every adapted layer computes
-`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ` as plain torch expressions: no autograd function, kernel or in-place product is left for
-another runtime to stumble over.
+`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ` as plain torch expressions, without an autograd function, kernel or in-place product, which
+other runtimes do not support.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from fastlora.model.adapter_registry import copy_active
 from fastlora.model.merge import merge_lora_weights
 
 FORMATS = ("torch.export", "onnx", "torchscript")
+Save = Callable[[Path], object]
+
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
@@ -44,13 +46,13 @@ def export(
 ) -> Any:
     """Export what `model` computes in evaluation mode, and write it to a file.
 
-    The model itself is left as it is, its training mode included. In memory the result shares the parameters that were not
-    merged with it, as torch's own exporters do; a file shares nothing.
+    The model is not changed, its training mode included. The returned program shares unmerged parameters with the model, as
+    with torch's own exporters; a file shares nothing.
 
-    args, kwargs: an example call. Values are only used for tracing, shapes and dtypes matter.
-    path: the file to write, replaced only when the new one is complete; None writes nothing. By custom `.pt2`, `.onnx`, `.pt`.
+    args, kwargs: an example call; its shapes and dtypes matter, its values only where control flow depends on them.
+    path: the file to write, replaced only when the new one is complete; None writes nothing. Usual suffixes: `.pt2`, `.onnx`, `.pt`.
     format: "torch.export", "onnx" (needs the packages onnx and onnxscript), or "torchscript" (by tracing: control flow
-        that depends on values is frozen as the example took it).
+        that depends on values is fixed to the branches that the example takes).
     merged: True folds the adapters into the weights; False keeps `lora_A` and `lora_B` as parameters of their own.
     dynamic_batch: the first dimension of every tensor in the example may vary; the example's must then be 2 or more.
         A trace has no fixed shapes in any case.
@@ -60,28 +62,11 @@ def export(
     Raises: ExportError for an unknown format, a missing package, an unsuitable example, accelerated PEFT layers, disabled adapters or a file
     that cannot be written; MergeError if an adapter cannot be merged. What torch cannot export raises torch's own error.
     """
-    if format not in FORMATS:
-        raise ExportError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if not isinstance(args, tuple):
-        raise ExportError(f"args: expected a tuple of inputs, got {type(args).__name__}")
-    if format == "onnx":
-        _require(*_ONNX_PACKAGES)
     named = dict(kwargs or {})
-    if format == "torchscript":
-        if dynamic_shapes is not None:
-            raise ExportError("dynamic_shapes: a trace has no fixed shapes; leave it out")
-        if args and named:
-            raise ExportError("kwargs: a trace takes args or kwargs, not both")
-    elif dynamic_shapes is None and dynamic_batch:
-        by_place = [_first_dimension(value, f"args[{i}]") for i, value in enumerate(args)]
-        by_name = {key: _first_dimension(value, f"kwargs[{key!r}]") for key, value in named.items()}
-        try:
-            bound = inspect.signature(model.forward).bind(*by_place, **by_name)
-        except TypeError as error:
-            raise ExportError(f"args, kwargs: do not fit the model's forward: {error}") from None
-        dynamic_shapes = dict(bound.arguments)
+    _check_arguments(format, args, named, dynamic_shapes)
+    if format != "torchscript" and dynamic_shapes is None and dynamic_batch:
+        dynamic_shapes = _dynamic_batch(model, args, named)
     plain = _plain_copy(model, merged)
-    save: Callable[[Path], object]
     fast = torch.backends.mha.get_fastpath_enabled()
     # The fused encoder layer of `nn.TransformerEncoder` is an operator that other runtimes do not know.
     torch.backends.mha.set_fastpath_enabled(False)
@@ -91,7 +76,7 @@ def export(
                 result: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
                     plain, args or None, example_kwarg_inputs=named or None
                 )
-                save = result.save
+                save: Save = result.save
             else:
                 # strict=False is the default only since torch 2.7; before, a lone nn.Linear cannot be exported.
                 result = torch.export.export(
@@ -108,8 +93,37 @@ def export(
     return result
 
 
+def _check_arguments(
+    format: str, args: object, kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> None:
+    """Raises: ExportError for an unknown format, a missing package, or arguments that the format does not take."""
+    if format not in FORMATS:
+        raise ExportError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if not isinstance(args, tuple):
+        raise ExportError(f"args: expected a tuple of inputs, got {type(args).__name__}")
+    if format == "onnx":
+        _require(*_ONNX_PACKAGES)
+    if format == "torchscript":
+        if dynamic_shapes is not None:
+            raise ExportError("dynamic_shapes: a trace has no fixed shapes; leave it out")
+        if args and kwargs:
+            raise ExportError("kwargs: a trace takes args or kwargs, not both")
+
+
+def _dynamic_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Shape specifications by the forward's argument names, in which the first dimension of every tensor is dynamic."""
+    by_place = [_first_dimension(value, f"args[{i}]") for i, value in enumerate(args)]
+    by_name = {key: _first_dimension(value, f"kwargs[{key!r}]") for key, value in kwargs.items()}
+    try:
+        return dict(inspect.signature(model.forward).bind(*by_place, **by_name).arguments)
+    except TypeError as error:
+        raise ExportError(f"args, kwargs: do not fit the model's forward: {error}") from None
+
+
 class _Plain(LoRALinear):
-    """Makes a `LoRALinear` compute its update by plain expressions, in evaluation mode."""
+    """A `LoRALinear` that computes its update by plain torch expressions, in evaluation mode."""
 
     def _forward_tensor(self, x: Tensor) -> Tensor:
         return self._update(self.original_linear(x), x)
@@ -124,9 +138,11 @@ class _Plain(LoRALinear):
 
 
 def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
-    """A copy in evaluation mode that shares every parameter and buffer, its adapters merged or written out plainly."""
-    if any(type(module).__module__ == "fastlora.peft.layer" for module in model.modules()):
-        raise ExportError("model: has accelerated PEFT layers; call fastlora.restore(model) first")
+    """A copy in evaluation mode that shares every parameter and buffer, its adapters merged or as plain expressions."""
+    for module in model.modules():
+        reason: str | None = getattr(module, "why_not_exportable", None)
+        if reason is not None:
+            raise ExportError(f"model: {reason}")
     if any(isinstance(module, LoRALayer) and module.disabled for module in model.modules()):
         raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -165,8 +181,8 @@ def _require(*packages: str) -> None:
         )
 
 
-def _write(target: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write beside the target, with whatever files it adds, and put the target in its place last."""
+def _write(target: Path, save: Save) -> None:
+    """Call `save` in a temporary folder beside the target, then move the files it wrote into place, the target last."""
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
             save(Path(folder) / target.name)

@@ -149,11 +149,11 @@ class LoRALayer(nn.Module, ABC):
         return weight.device
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, beside them the start that is taken off, if any."""
-        start_a, start_b = self._buffers["initial_A"], self._buffers["initial_B"]
-        if start_a is None or start_b is None:
+        """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, with initial_A and initial_B folded in, if there are any."""
+        initial_a, initial_b = self._buffers["initial_A"], self._buffers["initial_B"]
+        if initial_a is None or initial_b is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, start_a]), torch.cat([self.lora_B, -start_b], 1)
+        return fold_initial(self.lora_A, self.lora_B, initial_a, initial_b)
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name: lora_A, lora_B and, under DoRA, lora_magnitude."""
@@ -164,7 +164,7 @@ class LoRALayer(nn.Module, ABC):
         }
 
     def lora_state(self) -> dict[str, Tensor]:
-        """What the adapter consists of by name: its parameters, and the start that is taken off, if any."""
+        """The adapter's tensors by name: its parameters, and the initial product that is subtracted, if any."""
         start = {"initial_A": self.initial_A, "initial_B": self.initial_B}
         return {**self.lora_parameters(), **{k: v for k, v in start.items() if v is not None}}
 
@@ -250,6 +250,13 @@ class LoRALayer(nn.Module, ABC):
     def _merged_weight(self, weight: Tensor) -> Tensor:
         wide = self._accumulate_dtype(weight)
         return weight.to(wide) + self.delta(wide)
+
+
+def fold_initial(
+    a: Tensor, b: Tensor, initial_a: Tensor, initial_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Factors of rank 2R whose product is B A − B₀ A₀."""
+    return torch.cat([a, initial_a]), torch.cat([b, -initial_b], 1)
 
 
 def wrapped_attribute(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The fused path inside a PEFT model: `accelerate` and `restore`. Needs the package peft only when called."""
+"""`accelerate` and `restore`: the fused forward in PEFT's LoRA layers. peft is imported only when they are called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastlora.errors import InjectionError
 
 @dataclass(frozen=True)
 class LayerPath:
-    """Which forward one PEFT layer takes, and why."""
+    """Whether one PEFT layer takes the fused forward, and why."""
 
     path: str
     fast: bool
@@ -23,10 +23,9 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What `accelerate` did. `str(report)` is a line for the whole and one for each layer.
+    """What `accelerate` did. `str(report)` is a summary line and a line for each layer.
 
-    layers: every LoRA layer of the model, in module order.
-    changed: how many of them were given the fused forward by this call.
+    layers: every LoRA layer of the model, in module order. changed: how many of them this call changed.
     """
 
     layers: tuple[LayerPath, ...]
@@ -44,10 +43,9 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
     """Give every `peft.tuners.lora.Linear` of the model fastlora's forward, in place.
 
     Only the class of a layer changes, to a subclass: parameters, state-dict keys, optimizers, `isinstance`, saving, merging
-    and switching of adapters stay PEFT's. A layer goes back to PEFT's forward by itself while it is merged or disabled,
-    has several active adapters, DoRA or another variant, a LoRA bias, `adapter_names`, hooks, or a base that is not
-    a plain `nn.Linear`; the report says which and why, as the layers stand now. Calling it again changes nothing that was
-    changed before, takes layers that PEFT has added since, and reports anew.
+    and switching of adapters stay PEFT's. A layer uses PEFT's forward while it is merged or disabled, has several active
+    adapters, DoRA or another variant, a LoRA bias, `adapter_names`, hooks, or a base that is not a plain `nn.Linear`; the
+    report gives the reason in the current state of each layer. A second call changes only layers that PEFT has added since.
 
     peft_model: a `PeftModel`, or any module that holds PEFT's LoRA layers.
 
@@ -66,13 +64,13 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
         if isinstance(layer, FastLinear):
             reason = why_slow(layer)
         else:
-            reason = f"is a lora.{type(layer).__name__}; only lora.Linear itself is taken"
+            reason = f"is a lora.{type(layer).__name__}; only lora.Linear itself is supported"
         report.append(LayerPath(path, reason is None, reason or "one adapter on a plain nn.Linear"))
     return AccelerationReport(tuple(report), changed)
 
 
 def restore(peft_model: nn.Module) -> int:
-    """Undo `accelerate`: every changed layer is exactly PEFT's `lora.Linear` again. Returns how many were changed back.
+    """Undo `accelerate`: every changed layer becomes PEFT's `lora.Linear` again. Returns how many were changed back.
 
     Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed or too old.
     """
@@ -105,6 +103,6 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         )
     if not hasattr(found[0][1], "lora_variant"):
         raise InjectionError(
-            f"peft_model: needs peft 0.16 or newer, whose layers say which variant they compute; got {peft.__version__}"
+            f"peft_model: needs peft 0.16 or newer, whose layers have `lora_variant`; got {peft.__version__}"
         )
     return found

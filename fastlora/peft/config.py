@@ -1,4 +1,4 @@
-"""`adapter_config.json`, PEFT's: the layers that it finds in a model by PEFT's rules, what they get, and how it is read and written."""
+"""`adapter_config.json`: reading and writing it, and PEFT's rules for which layers of a model it means."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from torch import nn
 from fastlora.config import ALL_LINEAR, LoRAConfig, check_hyperparameters, scaling_divisor
 from fastlora.errors import CheckpointError, ConfigError
 from fastlora.files import check_regexes, read_json
+from fastlora.io.adapter_state import LayerState
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.kinds import kind_of
-from fastlora.layers.linear import LoRATransposedLinear
 from fastlora.model.selection import nearest_names, output_embeddings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
-# Fields that say nothing about what the saved adapter computes.
+# Fields that do not change what the saved adapter computes.
 _IGNORED = frozenset(
-    (
+    [
         "auto_mapping",
         "base_model_name_or_path",
         "eva_config",
@@ -37,9 +36,9 @@ _IGNORED = frozenset(
         "revision",
         "runtime_config",
         "task_type",
-    )
+    ]
 )
-_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that leave W alone
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that keep W
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class PeftConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
-    fan_in_fan_out: bool = False  # says so of Conv1D layers, which fastlora knows by their class
+    fan_in_fan_out: bool = False  # weights are stored as (K, N); not reliable where layers differ
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -73,7 +72,7 @@ class PeftConfig:
         return {path: module for path, module in paths.items() if self._takes(path)}
 
     def layer(self, path: str) -> LoRAConfig:
-        """What the layer at `path` gets."""
+        """Rank, alpha and the other settings of the layer at `path`."""
         rank = _by_pattern(self.rank_pattern, path, self.r)
         alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
         return LoRAConfig(
@@ -85,14 +84,14 @@ class PeftConfig:
         )
 
     def no_match(self, model: nn.Module) -> str:
-        """What to say where no layer of the model is a target, with the nearest names."""
+        """The error message if no layer of the model is a target, with the nearest names."""
         wanted = self.target_modules
         first = wanted if isinstance(wanted, str) else wanted[0]
         paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
         return f"{wanted!r} matches no layer of the model{nearest_names(first, paths)}"
 
     def heads(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules that PEFT would train whole: those whose path ends with a name, dot or no dot before it."""
+        """The modules that PEFT would train whole: those whose path ends with a name, with or without a dot before it."""
         names = tuple(self.modules_to_save or ())
         return {path: module for path, module in base_modules(model) if path.endswith(names)}
 
@@ -133,7 +132,7 @@ class PeftConfig:
         ]
 
     def check_matching(self, paths: Iterable[str]) -> None:
-        """Raises: CheckpointError if a regex of the file would take forever on one of these paths."""
+        """Raises: CheckpointError if matching a regex of the file against one of these paths does not end."""
         regexes = [v for v in (self.target_modules, self.exclude_modules) if isinstance(v, str)]
         for key in {**self.rank_pattern, **self.alpha_pattern}:
             regexes += [_key_regex(key)] if _repeats(key) else []
@@ -147,36 +146,38 @@ class PeftConfig:
             raise CheckpointError(f"{CONFIG_FILE}: {error}") from None
 
 
-def config_for(
-    targets: str | list[str],
-    layers: Mapping[str, LoRAConfig],
-    heads: list[str],
-) -> PeftConfig:
-    """The config that gives these layers, named by `targets`, their ranks and alphas; the highest dropout where they differ."""
-    stabilised = {layer.use_rslora for layer in layers.values()}
-    use_rslora = stabilised == {True}
-    alphas = {
-        path: layer.alpha
-        * (scaling_divisor(layer.rank, True) if layer.use_rslora and not use_rslora else 1)
-        for path, layer in layers.items()
-    }
+def config_for(layers: Mapping[str, LayerState], heads: list[str]) -> PeftConfig:
+    """The config that matches exactly these layers, with their settings; the highest dropout where they differ.
+
+    layers: by path, folded. heads: paths of the modules that are saved whole.
+    """
+    use_rslora = all(layer.use_rslora for layer in layers.values())
+
+    def alpha_of(layer: LayerState) -> float:
+        """alpha under the divisor that all layers of the config share."""
+        if layer.alpha is not None and layer.use_rslora == use_rslora:
+            return layer.alpha
+        return layer.scaling * scaling_divisor(layer.rank, use_rslora)
+
+    alphas = {path: alpha_of(layer) for path, layer in layers.items()}
     ranks = {path: layer.rank for path, layer in layers.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return PeftConfig(
-        targets,
+        "|".join(re.escape(path) for path in layers),
         r=int(rank),
         lora_alpha=alpha,
         lora_dropout=max(layer.dropout for layer in layers.values()),
         use_rslora=use_rslora,
+        use_dora=any(layer.use_dora for layer in layers.values()),
+        fan_in_fan_out=any(layer.kind == "transposed" for layer in layers.values()),
         modules_to_save=heads or None,
         rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
         alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
     )
 
 
-def as_json(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
-    """What `adapter_config.json` holds, with every field that PEFT expects."""
-    name = getattr(model, "name_or_path", None)
+def as_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
+    """The content of `adapter_config.json`, with every field that PEFT expects. base_name: the base model's name, if known."""
 
     def whole(value: float) -> float:
         return int(value) if float(value).is_integer() else value
@@ -184,10 +185,9 @@ def as_json(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
     return vars(config) | {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": name if isinstance(name, str) and name else None,
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(m, LoRATransposedLinear) for m in model.modules()),
         "init_lora_weights": True,
         "lora_alpha": whole(config.lora_alpha),
         "alpha_pattern": {key: whole(value) for key, value in config.alpha_pattern.items()},
@@ -203,7 +203,7 @@ def overlap(path: str, adapted: Iterable[str]) -> str | None:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) as in the plain model: what is inside an adapted layer is left out."""
+    """(path, module) as in the plain model, without the submodules of adapted layers."""
     inside: str | None = None
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):
@@ -250,21 +250,17 @@ def read_config(file: Path) -> PeftConfig:
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type: expected 'LORA', got {raw.get('peft_type')!r}")
     fields = PeftConfig.__dataclass_fields__
+    defaults = {"bias": ("none",), "init_lora_weights": _INITIALISATIONS}
     for key, value in raw.items():
         if key in _IGNORED or key in fields or value in (None, False, [], {}, ""):
             continue
-        if key == "bias" and value == "none":
-            continue
-        if key == "init_lora_weights" and value in _INITIALISATIONS:
-            continue
-        raise CheckpointError(f"{file}: {key}={value!r} is not supported by fastlora")
+        if value not in defaults.get(key, ()):
+            raise CheckpointError(f"{file}: {key}={value!r} is not supported by fastlora")
+    given = {key: raw[key] for key in fields if raw.get(key) is not None}
     for key, (expected, fits) in _CHECKS.items():
-        if key in raw and not fits(raw[key]):
-            raise CheckpointError(f"{file}: {key}: expected {expected}, got {raw[key]!r}")
-    if raw.get("target_modules") is None:
-        raise CheckpointError(f"{file}: target_modules: expected a list or a regex, got None")
-    known = {key: raw[key] for key in fields if raw.get(key) is not None}
-    config = PeftConfig(**known)
+        if not fits(given[key]) if key in given else key == "target_modules":
+            raise CheckpointError(f"{file}: {key}: expected {expected}, got {raw.get(key)!r}")
+    config = PeftConfig(**given)
     _check_values(file, config)
     return config
 
@@ -273,36 +269,31 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
+def _is_regex_or_names(value: object) -> bool:
+    return isinstance(value, str) or _is_names(value)
+
+
+def _is_indices(value: object) -> bool:
+    indices = value if isinstance(value, list) else [value]
+    return all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
+
+
 def _is_pattern(value: object, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, dict) and all(isinstance(v, kind) for v in value.values())
 
 
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
+_FLAG: tuple[str, Callable[[Any], bool]] = ("true or false", lambda v: isinstance(v, bool))
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "target_modules": (
-        "a list or a regex",
-        lambda v: v is None or (bool(v) and (isinstance(v, str) or _is_names(v))),
-    ),
-    "exclude_modules": (
-        "a list or a regex",
-        lambda v: v is None or isinstance(v, str) or _is_names(v),
-    ),
-    "modules_to_save": ("a list of names", lambda v: v is None or _is_names(v)),
-    "layers_pattern": ("names", lambda v: v is None or isinstance(v, str) or _is_names(v)),
-    "layers_to_transform": (
-        "indices",
-        lambda v: (
-            v is None or _is_index(v) or (isinstance(v, list) and all(_is_index(i) for i in v))
-        ),
-    ),
-    "rank_pattern": ("pattern → rank", lambda v: v is None or _is_pattern(v, int)),
-    "alpha_pattern": ("pattern → alpha", lambda v: v is None or _is_pattern(v, (int, float))),
-    "use_rslora": ("true or false", lambda v: v is None or isinstance(v, bool)),
-    "use_dora": ("true or false", lambda v: v is None or isinstance(v, bool)),
-    "fan_in_fan_out": ("true or false", lambda v: v is None or isinstance(v, bool)),
+    "target_modules": ("a list or a regex", lambda v: bool(v) and _is_regex_or_names(v)),
+    "exclude_modules": ("a list or a regex", _is_regex_or_names),
+    "modules_to_save": ("a list of names", _is_names),
+    "layers_pattern": ("names", _is_regex_or_names),
+    "layers_to_transform": ("indices", _is_indices),
+    "rank_pattern": ("pattern → rank", lambda v: _is_pattern(v, int)),
+    "alpha_pattern": ("pattern → alpha", lambda v: _is_pattern(v, (int, float))),
+    "use_rslora": _FLAG,
+    "use_dora": _FLAG,
+    "fan_in_fan_out": _FLAG,
 }
 
 

@@ -1,4 +1,4 @@
-"""The subclass of PEFT's `lora.Linear` that `accelerate` swaps in. Imports peft, so only `fastlora.peft` imports it, lazily."""
+"""The subclass of PEFT's `lora.Linear` that `accelerate` assigns. It imports peft, so it is imported lazily."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FastLinear(Linear):  # type: ignore[misc]
-    """PEFT's `lora.Linear` with the fused forward wherever that computes the same; else PEFT's own forward.
+    """PEFT's `lora.Linear` with the fused forward where it computes the same, and PEFT's forward elsewhere.
 
     It has no state of its own: keys, saving, merging and switching of adapters are PEFT's. Dropout masks come from torch's
-    generator, as PEFT's do, but are other masks than PEFT draws from the same seed.
+    generator, as PEFT's do, but differ from those that PEFT draws from the same seed.
     """
+
+    # `fastlora.export` reads it: the fused forward does not trace to plain operations.
+    why_not_exportable = "has accelerated PEFT layers; call fastlora.restore(model) first"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or why_slow(self) is not None or not _fits(x, self.base_layer.weight):
@@ -49,12 +52,12 @@ class FastLinear(Linear):  # type: ignore[misc]
 
 
 def active_adapters(layer: Linear) -> list[str]:
-    """The active adapters that this layer holds."""
+    """The names of the active adapters that this layer has."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def why_slow(layer: Linear) -> str | None:
-    """Why the layer, as it stands, must take PEFT's forward, or None if the fused one computes the same."""
+    """Why the layer in its current state needs PEFT's forward, or None if the fused forward computes the same."""
     if "forward" in layer.__dict__:
         return (
             "its forward was replaced on the instance (a hook of the package accelerate does that)"
@@ -65,7 +68,7 @@ def why_slow(layer: Linear) -> str | None:
         return f"{', '.join(layer.merged_adapters)} is merged into the base weight"
     names = active_adapters(layer)
     if len(names) != 1:
-        return f"{len(names)} adapters are active; the fused path takes exactly one"
+        return f"{len(names)} adapters are active; the fused forward needs exactly one"
     (name,) = names
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__} is no plain LoRA"
@@ -100,7 +103,7 @@ def _why_dropout(layer: Linear, name: str) -> str | None:
 
 
 def _fits(x: object, weight: Tensor) -> bool:
-    """Whether the fused path takes this input; where dtypes disagree, PEFT's forward gives PEFT's error."""
+    """Whether the fused forward supports this input; where dtypes disagree, PEFT's forward raises PEFT's error."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

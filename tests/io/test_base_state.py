@@ -132,7 +132,7 @@ def test_strict_errors_name_every_key_and_change_nothing():
     assert "input_layer.bias: expected shape (16,), got (3,)" in text
     assert same(model.state_dict(), before)
     with pytest.warns(
-        UserWarning, match="loaded 20 entries; problems:\n  missing out_layer.weight"
+        UserWarning, match="loaded 20 tensors; problems:\n  missing out_layer.weight"
     ):
         result = load_base_state_dict(model, state, strict=False)
     assert result.missing == ["out_layer.weight"] and result.unexpected == ["out_layr.weight"]

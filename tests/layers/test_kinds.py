@@ -331,30 +331,6 @@ def test_named_adapters_go_with_every_kind(method):
     assert not list(named_lora_layers(model))
 
 
-@pytest.mark.parametrize("kind", ["embedding", "transposed"])
-def test_the_command_refuses_what_it_would_transpose(kind, tmp_path):
-    from fastlora import CheckpointError
-    from fastlora.cli.adapter_files import read_adapter
-
-    class Square(nn.Module):
-        def __init__(self):
-            super().__init__()
-            if kind == "embedding":
-                self.it = nn.Embedding(8, 8)
-            else:
-                self.it = pytest.importorskip("transformers").pytorch_utils.Conv1D(8, 8)
-
-    model = Square()
-    inject_lora(model, LoRAConfig(["it"], rank=2, kinds=KINDS))
-    freeze_base_params(model)
-    save_adapter(model, tmp_path / "adapter.safetensors")
-    with pytest.raises(CheckpointError, match=f"it is of the kind '{kind}'"):
-        read_adapter(tmp_path / "adapter.safetensors")
-    save_pretrained(model, tmp_path / "folder")
-    with pytest.raises(CheckpointError, match="fan_in_fan_out=True|lora_embedding"):
-        read_adapter(tmp_path / "folder")
-
-
 def test_a_gaussian_start_works_on_meta():
     with torch.device("meta"):
         model = Mixed()

@@ -304,23 +304,6 @@ def test_a_start_travels_with_the_adapter(tmp_path):
     assert torch.equal(plain(X), y)
 
 
-def test_the_command_reads_a_start_as_part_of_the_update(tmp_path):
-    from pathlib import Path
-
-    from fastlora.cli.adapter_files import read_adapter
-
-    model = adapted(init_lora_weights="pissa", use_rslora=True)
-    randomise_adapters(model)
-    save_adapter(model, tmp_path / "pissa.safetensors")
-    read = read_adapter(Path(tmp_path / "pissa.safetensors"))
-    assert not read.others
-    layer, file = model.blocks[0].attn.to_qkv, read.layers["blocks.0.attn.to_qkv"]
-    assert file.rank == 8
-    want = layer.delta(torch.float64)
-    got = file.scaling * file.lora_b.double() @ file.lora_a.double()
-    assert_close(got, want, want)
-
-
 def test_a_start_needs_a_rank_that_the_weight_has():
     with pytest.raises(InjectionError, match="'pissa' needs a rank of at most 5, got 6"):
         inject_lora(Decoder(), LoRAConfig(["out_layer"], rank=6, init_lora_weights="pissa"))

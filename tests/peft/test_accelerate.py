@@ -170,7 +170,7 @@ def test_adapters_are_switched_disabled_added_and_deleted_as_in_peft(fused):
     y, n = forwards(fused, mine, x)
     assert n == 6  # the two to_qkv hold both
     torch.testing.assert_close(y, theirs(x))
-    assert "2 adapters are active; the fused path takes exactly one" in str(accelerate(mine))
+    assert "2 adapters are active; the fused forward needs exactly one" in str(accelerate(mine))
     for model in (mine, theirs):
         model.delete_adapter("other")
         model.set_adapter("default")
@@ -359,7 +359,7 @@ def hooked():
         (Doubled(4, 4), {}, "the base layer is a Doubled with a forward of its own"),
         (quantised_like(), {}, "the base layer holds a torch.float32 Packed"),
         (hooked(), {}, "the base layer has hooks"),
-        (nn.Embedding(4, 4), {}, "is a lora.Embedding; only lora.Linear itself is taken"),
+        (nn.Embedding(4, 4), {}, "is a lora.Embedding; only lora.Linear itself is supported"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

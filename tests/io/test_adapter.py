@@ -86,7 +86,7 @@ def test_not_strict_loads_what_fits_warns_and_never_applies_nothing():
     del state["blocks.0.attn.to_qkv.lora_B"]
     state["other"] = torch.zeros(1)
     with pytest.warns(
-        UserWarning, match=r"loaded 7 tensors, and not:\n  missing blocks.0.attn.to_qkv.lora_B"
+        UserWarning, match=r"loaded 7 tensors; problems:\n  missing blocks.0.attn.to_qkv.lora_B"
     ):
         result = load_lora_state_dict(model, state, strict=False)
     assert result.missing == ["blocks.0.attn.to_qkv.lora_B"] and result.unexpected == ["other"]

@@ -1,0 +1,191 @@
+"""The adapter of a model as a state dict and as a file, both ways; loading is strict and names the nearest keys."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.errors import CheckpointError, FastLoRAWarning, nearest
+from fastlora.files import read_torch, write_files
+from fastlora.io.adapter_state import AdapterState, adapter_state
+from fastlora.io.format import fastlora_bytes, read_safetensors
+from fastlora.layers.base import named_lora_layers
+
+
+class LoadResult(NamedTuple):
+    """The keys that `load_lora_state_dict` loaded, those that were missing, and those that were unexpected."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+
+def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> dict[str, Tensor]:
+    """The adapter's tensors by name, detached, sharing storage.
+
+    `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R); under DoRA also `<path>.lora_magnitude` (N,); after PiSSA or OLoRA also
+    `<path>.initial_A` and `<path>.initial_B`, the initial product that is subtracted, without which the rest is not usable.
+    include_trainable: also every other parameter that trains (unfrozen heads), under its own name.
+    A merged or adapter-free model gives an empty dict.
+    """
+    return adapter_state(model, include_trainable).tensors()
+
+
+def load_lora_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
+) -> LoadResult:
+    """Copy adapter tensors, and heads saved with them, into a model that already has its adapters.
+
+    Keys are those of `get_lora_state_dict`. Values are cast to the dtype and moved to the device of the parameter.
+    strict: every adapter parameter must be there with the right shape, and nothing unknown; if the state holds any head,
+        it must hold every parameter that trains. On failure nothing is changed.
+        False loads what fits and warns about the rest.
+
+    Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also when
+    strict is False but nothing at all would be loaded.
+    """
+    own = adapter_state(model)
+    adapters = own.tensors()
+    others = {name: p for name, p in model.named_parameters() if name not in adapters}
+    known: dict[str, Tensor] = {**adapters, **others}
+    if not own.layers:
+        raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
+    bad_type = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if bad_type:
+        raise CheckpointError(
+            f"state: expected tensors, got {type(state[bad_type[0]]).__name__} at {bad_type[0]!r}"
+        )
+    wanted = list(adapters)
+    if any(key in others for key in state):
+        wanted += [name for name, p in others.items() if p.requires_grad]
+    shapes = {name: tensor.shape for name, tensor in known.items()}
+    loadable, missing, unexpected, problems = compare(state, wanted, shapes)
+    if not strict:
+        _refuse_incomplete(own, set(loadable))
+    refuse_complex({key: state[key] for key in loadable}, known)
+    settle(problems, loadable, strict, "load_lora_state_dict")
+    with torch.no_grad():
+        for key in loadable:
+            known[key].copy_(state[key])
+    return LoadResult(loadable, missing, unexpected)
+
+
+def settle(problems: list[str], loadable: list[str], strict: bool, caller: str) -> None:
+    """Raises: CheckpointError if there are problems and `strict`, or if nothing is loadable. Otherwise warns of the problems."""
+    if problems and (strict or not loadable):
+        raise misfit("state", problems)
+    if not loadable:
+        raise CheckpointError("state: is empty, so nothing would be loaded")
+    if problems:
+        lines = "\n  ".join(problems)
+        text = f"{caller}: loaded {len(loadable)} tensors; problems:\n  {lines}"
+        warnings.warn(text, FastLoRAWarning, stacklevel=3)
+
+
+def misfit(what: str, problems: list[str]) -> CheckpointError:
+    """The error that names every problem of `what`."""
+    head = f"{what} does not fit the model: {len(problems)} problems, nothing was changed:"
+    return CheckpointError("\n  ".join([head, *problems]))
+
+
+def _refuse_incomplete(own: AdapterState, loadable: set[str]) -> None:
+    """Raises: CheckpointError if a layer with DoRA or an initial product that is subtracted would be loaded in part."""
+    for path, layer in own.layers.items():
+        keys = AdapterState({path: layer}, {}).tensors().keys()
+        if len(keys) > 2 and keys & loadable and not keys <= loadable:
+            raise CheckpointError(
+                f"state: only a part of the adapter of {path or 'the layer'} fits, which is not usable without the rest"
+            )
+
+
+def refuse_complex(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises: CheckpointError if copying a tensor of `state` into that of `own` would drop an imaginary part."""
+    for key, value in state.items():
+        if value.is_complex() and not (key in own and own[key].is_complex()):
+            raise CheckpointError(f"{key}: expected real numbers, got {value.dtype}")
+
+
+def compare(
+    state: Mapping[str, Tensor], wanted: list[str], shapes: Mapping[str, torch.Size]
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """(loadable, missing, unexpected, problems): what fits, and a line with the nearest candidate for each key that does not.
+
+    wanted: the keys that must be there. shapes: every key that may be there.
+    """
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in shapes]
+    misshapen = [k for k, v in state.items() if k in shapes and v.shape != shapes[k]]
+    loadable = [k for k in state if k in shapes and k not in misshapen]
+    problems = (
+        [f"missing {key}{nearest(key, unexpected)}" for key in missing]
+        + [f"unexpected {key}{nearest(key, missing or wanted)}" for key in unexpected]
+        + [
+            f"{key}: expected shape {tuple(shapes[key])}, got {tuple(state[key].shape)}"
+            for key in misshapen
+        ]
+    )
+    return loadable, missing, unexpected, problems
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], include_trainable: bool = True
+) -> None:
+    """Write the adapter, and by default the trained heads, to one safetensors file, atomically.
+
+    Kind, rank, alpha, dropout, use_rslora and use_dora of every layer go into the file's metadata.
+
+    Raises: CheckpointError if the model has no adapters or the file cannot be written; an older file is left as it was.
+    """
+    state = adapter_state(model, include_trainable)
+    if not state.layers:
+        raise CheckpointError("model: has no adapters, so there is nothing to save")
+    write_files({Path(path): fastlora_bytes(state)})
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadResult:
+    """Load an adapter file into a model that already has its adapters.
+
+    path: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file holding a state dict (read with weights_only=True, sizes checked).
+    strict: as in `load_lora_state_dict`. Rank, alpha and use_rslora stored in the file must equal the model's;
+        not strict warns.
+
+    Raises: CheckpointError if the file is missing, unreadable or does not fit. The model is unchanged then.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"path: no such file: {file}")
+    state, layers = (
+        read_safetensors(file) if file.suffix == ".safetensors" else (_read_torch(file), {})
+    )
+    problems = []
+    for layer_path, layer in named_lora_layers(model):
+        saved = {"use_rslora": False} | layers[layer_path] if layer_path in layers else {}
+        for name in ("rank", "alpha", "use_rslora"):
+            mine = getattr(layer, name)
+            if saved.get(name, mine) != mine:
+                problems.append(
+                    f"{layer_path}: {name} is {saved[name]} in the file, {mine} in the model"
+                )
+    if problems and strict:
+        raise misfit(file.name, problems)
+    if problems:
+        warnings.warn(
+            f"load_adapter: {file.name}:\n  " + "\n  ".join(problems), FastLoRAWarning, stacklevel=2
+        )
+    return load_lora_state_dict(model, state, strict)
+
+
+def _read_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        state = read_torch(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a readable state dict: {error}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: expected a state dict, got {type(state).__name__}")
+    return state

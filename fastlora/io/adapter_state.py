@@ -1,0 +1,281 @@
+"""`AdapterState`: an adapter as a value, between the files that hold it and the layers that compute with it.
+
+A format maps files to an `AdapterState` and back; `adapter_state` reads one from a model. Rank, alpha, rsLoRA and the initial product
+that PiSSA and OLoRA subtract have one meaning, that of `LayerState`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.config import LoRAConfig, check_hyperparameters, scaling_divisor
+from fastlora.errors import CheckpointError
+from fastlora.layers.base import LoRALayer, fold_initial, named_lora_layers
+from fastlora.layers.conv import LoRAConv
+from fastlora.layers.kinds import wrap
+
+TENSORS = ("lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B")
+_MATRICES = ("linear", "transposed")
+_KINDS = (*_MATRICES, "conv", "embedding")
+_CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """The adapter of one layer, ΔW = scaling · (B A − B₀ A₀); under DoRA the rows of W + ΔW are scaled to given norms.
+
+    kind: "linear", "transposed" (the weight is stored as (K, N)), "conv" or "embedding".
+    tensors: by the names of `TENSORS`. lora_A: (R, K); conv: (R, in_channels / groups, *kernel_size); embedding: (R, num_embeddings).
+        lora_B: (N, R); conv: (out_channels, R / groups, 1, …); embedding: (embedding_dim, R). lora_magnitude: (N,), the norms
+        under DoRA. initial_A, initial_B: A₀ and B₀ of PiSSA and OLoRA, shaped as lora_A and lora_B.
+    alpha: None if the file does not hold it. use_rslora, dropout: as in `LoRALinear`.
+    dilation, padding_mode: of a convolution; None if the file does not hold them.
+    kind_known: False if the file does not tell "linear" from "transposed"; `kind` is then a guess.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    alpha: float | None
+    use_rslora: bool = False
+    dropout: float = 0.0
+    dilation: tuple[int, ...] | None = None
+    padding_mode: str | None = None
+    kind_known: bool = True
+
+    @classmethod
+    def of_layer(cls, layer: LoRALayer) -> LayerState:
+        """The state of an adapted layer; tensors are detached and share storage."""
+        tensors = {name: tensor.detach() for name, tensor in layer.lora_state().items()}
+        state = cls(layer.kind, tensors, layer.alpha, layer.use_rslora, layer.dropout)
+        if not isinstance(layer, LoRAConv):
+            return state
+        return replace(state, dilation=tuple(layer.dilation), padding_mode=layer.padding_mode)
+
+    @classmethod
+    def from_file(
+        cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None
+    ) -> LayerState:
+        """The state that a file describes; nothing in it is trusted.
+
+        tensors: lora_A and lora_B among them. settings: as `settings()` returns them; None if the file holds tensors alone.
+
+        Raises: CheckpointError or ConfigError if shapes, dtypes or settings do not fit together.
+        """
+        given = {"alpha": None, "use_rslora": False, "dropout": 0.0} | dict(settings or {})
+        matrix = tensors["lora_A"].ndim == 2
+        kind = given.get("kind", "linear" if matrix else "conv")
+        known = "kind" in given and given.get("kind_known", True) is True
+        if kind not in _KINDS:
+            raise CheckpointError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
+        state = cls(kind, tensors, None, kind_known=known or not matrix)
+        state._check_tensors()
+        if settings is None:
+            return state
+        check_hyperparameters(given.get("rank"), given["alpha"], given["dropout"])  # type: ignore[arg-type]
+        for name in ("rank", "use_dora"):
+            mine, said = getattr(state, name), given.get(name, getattr(state, name))
+            if said != mine:
+                raise CheckpointError(f"{name} is {said!r} in the settings, {mine} in the tensors")
+        use_rslora = given["use_rslora"]
+        if not isinstance(use_rslora, bool):
+            raise CheckpointError(f"use_rslora: expected true or false, got {use_rslora!r}")
+        alpha, dropout = float(given["alpha"]), float(given["dropout"])
+        state = replace(state, alpha=alpha, use_rslora=use_rslora, dropout=dropout)
+        return replace(state, **_conv_settings(state, given))
+
+    @property
+    def lora_a(self) -> Tensor:
+        """A."""
+        return self.tensors["lora_A"]
+
+    @property
+    def lora_b(self) -> Tensor:
+        """B."""
+        return self.tensors["lora_B"]
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether there is a magnitude, DoRA's."""
+        return "lora_magnitude" in self.tensors
+
+    @property
+    def subtracts_init(self) -> bool:
+        """Whether an initial product is subtracted."""
+        return "initial_A" in self.tensors
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lora_a.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """The groups of the convolution, 1 for other kinds."""
+        return self.rank // self.lora_b.shape[1]
+
+    @property
+    def scaling(self) -> float:
+        """The applied factor. Raises: CheckpointError if alpha is unknown."""
+        if self.alpha is None:
+            raise CheckpointError("alpha: the file does not hold it; give it with --alpha")
+        return self.alpha / scaling_divisor(self.rank, self.use_rslora)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight that the adapter belongs to."""
+        n, inside = self.lora_b.shape[0], tuple(self.lora_a.shape[1:])
+        return (n, *inside) if self.kind in ("linear", "conv") else (*inside, n)
+
+    def settings(self) -> dict[str, Any]:
+        """What a file must hold beside the tensors, as plain values."""
+        found: dict[str, Any] = {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "kind": self.kind,
+        }
+        if not self.kind_known:
+            found["kind_known"] = False
+        if self.dilation is not None:
+            found |= {"dilation": list(self.dilation), "padding_mode": self.padding_mode}
+        return found
+
+    def folded(self) -> LayerState:
+        """The same update as one product: initial_A and initial_B become part of the factors, with rank 2R and the same scaling."""
+        if not self.subtracts_init:
+            return self
+        tensors = dict(self.tensors)
+        initial = tensors.pop("initial_A"), tensors.pop("initial_B")
+        a, b = fold_initial(self.lora_a, self.lora_b, *initial)
+        alpha = self.alpha
+        if alpha is not None:
+            alpha = self.scaling * scaling_divisor(a.shape[0], self.use_rslora)
+        return replace(self, tensors=tensors | {"lora_A": a, "lora_B": b}, alpha=alpha)
+
+    def merge(self, weight: Tensor) -> tuple[Tensor, float]:
+        """(the merged weight, the share ‖rounding‖ / ‖ΔW‖ that was lost), computed as `LoRALayer.merge_weights` does.
+
+        weight: of shape `weight_shape`. The sum is made in float32 or wider and rounded once to its dtype.
+        """
+        stored = weight.T if self.kind == "transposed" else weight
+        layer = self._layer_around(stored)
+        wide = torch.promote_types(weight.dtype, self.lora_a.dtype)
+        wide = torch.promote_types(wide, torch.float32)
+        exact = layer.merge_weights(wide).weight
+        assert isinstance(exact, Tensor)
+        merged = exact.to(weight.dtype)
+        with torch.no_grad():
+            change = float(torch.linalg.vector_norm(layer.delta(wide), dtype=torch.float64))
+        off = float(torch.linalg.vector_norm(merged.to(wide) - exact, dtype=torch.float64))
+        return merged.T if self.kind == "transposed" else merged, off / change if change else 0.0
+
+    def _layer_around(self, weight: Tensor) -> LoRALayer:
+        """A layer that holds `weight` and this adapter. Built on the meta device, so that nothing is allocated or drawn."""
+        n, k = self.lora_b.shape[0], self.lora_a.shape[1]
+        base: nn.Module
+        if self.kind == "conv":
+            sizes = {"kernel_size": tuple(self.lora_a.shape[2:]), "groups": self.groups}
+            convolution = _CONVOLUTIONS[self.lora_a.ndim]
+            base = convolution(k * self.groups, n, **sizes, bias=False, device="meta")
+        elif self.kind == "embedding":
+            base = nn.Embedding(k, n, device="meta")
+        else:
+            base = nn.Linear(k, n, bias=False, device="meta")
+        assert self.alpha is not None
+        config = LoRAConfig(
+            rank=self.rank, alpha=self.alpha, use_rslora=self.use_rslora, use_dora=self.use_dora
+        )
+        layer = wrap(base, config)
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        for name, tensor in self.tensors.items():
+            buffer = name.startswith("initial")
+            setattr(layer, name, tensor if buffer else nn.Parameter(tensor, requires_grad=False))
+        return layer
+
+    def _check_tensors(self) -> None:
+        """Raises: CheckpointError if the tensors do not fit together."""
+        a, b = tuple(self.lora_a.shape), tuple(self.lora_b.shape)
+        fits = min((*a, *b), default=0) > 0
+        if self.kind == "conv":
+            form = "(R, C/groups, *kernel) and (N, R/groups, 1, …)"
+            fits &= 3 <= len(a) == len(b) <= 5 and set(b[2:]) == {1}
+            fits = fits and a[0] % b[1] == 0 and b[0] % self.groups == 0
+        else:
+            form = "(R, K) and (N, R)"
+            fits &= len(a) == len(b) == 2 and a[0] == b[1]
+        if not fits:
+            raise CheckpointError(f"expected lora_A and lora_B as {form}, got {a} and {b}")
+        for name, tensor in self.tensors.items():
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{name}: expected a float tensor, got {tensor.dtype}")
+        wanted = {"lora_magnitude": b[:1], "initial_A": a, "initial_B": b}
+        extra = {n: tuple(t.shape) for n, t in self.tensors.items() if n in wanted}
+        if extra and self.kind not in _MATRICES:
+            raise CheckpointError(f"{', '.join(extra)}: not supported for kind {self.kind!r}")
+        for name, shape in extra.items():
+            if shape != wanted[name]:
+                raise CheckpointError(f"{name}: expected shape {wanted[name]}, got {shape}")
+        if ("initial_A" in extra) != ("initial_B" in extra):
+            raise CheckpointError("expected both of initial_A and initial_B, or neither")
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """An adapter: its layers by path, and the tensors saved with them (trained heads) by name.
+
+    scheme: the format it was read from, "fastlora", "peft" or "loralib".
+    """
+
+    layers: dict[str, LayerState]
+    others: dict[str, Tensor]
+    scheme: str = "fastlora"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under the keys of `get_lora_state_dict`."""
+        return {
+            f"{path}.{name}".lstrip("."): tensor
+            for path, layer in self.layers.items()
+            for name, tensor in layer.tensors.items()
+        } | self.others
+
+    def folded(self) -> AdapterState:
+        """Every layer folded."""
+        return replace(self, layers={path: layer.folded() for path, layer in self.layers.items()})
+
+
+def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterState:
+    """The active adapter of `model`; tensors are detached and share storage.
+
+    include_trainable: with every other parameter that trains.
+    """
+    layers = {path: LayerState.of_layer(layer) for path, layer in named_lora_layers(model)}
+    state = AdapterState(layers, {})
+    if not include_trainable:
+        return state
+    adapters = state.tensors()
+    named = model.named_parameters()
+    heads = {n: p.detach() for n, p in named if p.requires_grad and n not in adapters}
+    return AdapterState(layers, heads)
+
+
+def _conv_settings(layer: LayerState, given: Mapping[str, Any]) -> dict[str, Any]:
+    """dilation and padding_mode as a file holds them. Raises: CheckpointError if they cannot be a convolution's."""
+    dilation, mode = given.get("dilation"), given.get("padding_mode")
+    if dilation is None and mode is None:
+        return {}
+    sizes = layer.lora_a.ndim - 2
+    plain = isinstance(dilation, list) and [type(size) for size in dilation] == [int] * sizes
+    if layer.kind != "conv" or not plain or mode not in _PADDING_MODES:
+        raise CheckpointError(
+            f"dilation, padding_mode: expected {sizes} integers and one of {', '.join(_PADDING_MODES)} "
+            f"for a convolution, got {dilation!r} and {mode!r}"
+        )
+    return {"dilation": tuple(dilation or ()), "padding_mode": mode}

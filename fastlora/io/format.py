@@ -1,0 +1,133 @@
+"""Safetensors files ↔ `AdapterState`: fastlora's, whose metadata holds each layer's settings, and loralib's, without metadata.
+
+Keys are `<path>.lora_A`, `<path>.lora_B`, `<path>.lora_magnitude`, `<path>.initial_A`, `<path>.initial_B`, and the names of other tensors.
+The metadata `fastlora` is JSON: {"version": 1, "layers": {path: `LayerState.settings()`}}; settings that an older file does not
+have are unknown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastlora.errors import CheckpointError, ConfigError
+from fastlora.io.adapter_state import TENSORS, AdapterState, LayerState
+
+PEFT_PREFIX = "base_model.model."
+_METADATA_KEY = "fastlora"
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """(tensors, the settings of each layer in fastlora's metadata). Raises: CheckpointError if the file is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+    if _METADATA_KEY not in metadata:
+        return tensors, {}
+    try:
+        layers = json.loads(metadata[_METADATA_KEY])["layers"]
+        return tensors, {path: dict(settings) for path, settings in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The safetensors file of `tensors`. Tensors that share storage are written once for each name."""
+    owners: dict[int, str] = {}
+    written = {}
+    for key, value in tensors.items():
+        value = value.contiguous().cpu()
+        if owners.setdefault(value.untyped_storage().data_ptr(), key) != key:
+            value = value.clone()
+        written[key] = value
+    return bytes(save(written, dict(metadata)))
+
+
+def fastlora_bytes(state: AdapterState) -> bytes:
+    """fastlora's file of `state`."""
+    layers = {path: layer.settings() for path, layer in state.layers.items()}
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
+    return safetensors_bytes(state.tensors(), metadata)
+
+
+def read_adapter_file(file: Path) -> AdapterState:
+    """The adapter in fastlora's or loralib's file.
+
+    Raises: CheckpointError if the file is damaged, holds no adapter, or its tensors and settings do not fit together.
+    """
+    tensors, settings = read_safetensors(file)
+    if any(key.startswith(PEFT_PREFIX) and ".lora_" in key for key in tensors):
+        raise CheckpointError(
+            f"{file}: holds PEFT's weights, whose alpha is in adapter_config.json; give the folder that holds both"
+        )
+    layers, others = group_tensors(file, tensors, {name: name for name in TENSORS})
+    undescribed = settings.keys() - layers.keys()
+    if undescribed:
+        raise CheckpointError(
+            f"{file}: the metadata describes {min(undescribed)!r}, of which there are no tensors"
+        )
+    described = {path: settings.get(path, {}) if settings else None for path in layers}
+    return AdapterState(
+        layer_states(file, layers, described), others, "fastlora" if settings else "loralib"
+    )
+
+
+def group_tensors(
+    file: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """({path: {name: tensor}} of every adapted layer, in the order of their numbers; the other tensors).
+
+    names: how a key of the file ends → the name in `TENSORS`.
+
+    Raises: CheckpointError if there is no adapter, if lora_A or lora_B is missing, or for a variant that is unknown.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        ending = next((end for end in names if f".{key}".endswith(f".{end}")), None)
+        if ending is None:
+            if "lora_" in key.rpartition(".")[2] or ".lora_" in key:
+                raise CheckpointError(
+                    f"{file}: {key} belongs to a variant of LoRA that is not supported"
+                )
+            others[key] = tensor
+            continue
+        path = key.removesuffix(ending).removesuffix(".")
+        if layers.setdefault(path, {}).setdefault(names[ending], tensor) is not tensor:
+            raise CheckpointError(f"{file}: {path} has more than one {names[ending]}")
+    if not layers:
+        raise CheckpointError(f"{file}: holds no lora_A and lora_B, so it is no adapter")
+    for path, found in layers.items():
+        missing = [name for name in ("lora_A", "lora_B") if name not in found]
+        if missing:
+            raise CheckpointError(f"{file}: {path} has {', '.join(found)} without {missing[0]}")
+    return {path: layers[path] for path in sorted(layers, key=_natural)}, others
+
+
+def layer_states(
+    file: Path,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    settings: Mapping[str, Mapping[str, Any] | None],
+) -> dict[str, LayerState]:
+    """`LayerState.from_file` of every layer. Raises: CheckpointError that names the file and the layer."""
+    states = {}
+    for path, tensors in layers.items():
+        try:
+            states[path] = LayerState.from_file(tensors, settings[path])
+        except (CheckpointError, ConfigError) as error:
+            raise CheckpointError(f"{file}: {path or 'the layer'}: {error}") from None
+    return states
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """A sorting key by which `blocks.2` comes before `blocks.10`."""
+    return [(len(p), p) if p.isdecimal() else (0, p) for p in path.split(".")]

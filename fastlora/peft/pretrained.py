@@ -1,0 +1,291 @@
+"""`save_pretrained` and `from_pretrained`: a model's adapters as a folder in PEFT's format, both ways, without peft.
+
+The rules by which a folder's config finds layers are PEFT's, not those of `inject_lora`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.config import KINDS, LoRAConfig
+from fastlora.errors import CheckpointError
+from fastlora.files import write_files
+from fastlora.io.adapter import LoadResult, compare, misfit, refuse_complex
+from fastlora.io.adapter_state import adapter_state
+from fastlora.io.format import PEFT_PREFIX
+from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
+from fastlora.model.adapter_registry import inactive_adapters
+from fastlora.model.adapters import inject_as, list_adapters
+from fastlora.model.inject import freeze_base_params, inject_lora
+from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
+from fastlora.peft.format import (
+    folder_files,
+    peft_config,
+    peft_names,
+    read_tensors,
+    why_peft_differs,
+)
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | os.PathLike[str], include_trainable: bool = True
+) -> None:
+    """Write the adapters, and by default the trained heads, as a folder that PEFT and `from_pretrained` load.
+
+    Layers may differ in rank, alpha and use_rslora. PEFT holds one dropout: where layers differ, the highest is written, with a
+    warning. After PiSSA or OLoRA the initial product that is subtracted becomes part of the factors, whose rank doubles, so
+    that the folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
+    moved into place.
+
+    model: with adapters. folder: created if missing.
+    include_trainable: also save every module that has a trained parameter of its own (`modules_to_save`), whole.
+
+    Raises: CheckpointError if there is nothing to save, if the format cannot hold a layer or a trained parameter (one that
+    belongs to an adapted layer or to the model itself), or if a file cannot be written.
+    """
+    layers = dict(named_lora_layers(model))
+    if not layers:
+        raise CheckpointError("model: has no adapters, so there is nothing to save")
+    if "" in layers:
+        raise CheckpointError(
+            "model: is itself an adapted layer; PEFT's format needs it to have a name"
+        )
+    state = adapter_state(model).folded()
+    trained = _trained_modules(model, layers) if include_trainable else []
+    try:
+        config = peft_config(state, trained)
+    except CheckpointError as error:
+        raise CheckpointError(f"model: {error}; use save_adapter") from None
+    _refuse_shared(model, layers.values())
+    config = _with_short_targets(model, config, layers)
+    heads: dict[str, Tensor] = {}
+    for path, module in config.heads(model).items():
+        _refuse_adapted(path, layers)
+        heads |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"folder: cannot make {target}: {error}") from error
+    name = getattr(model, "name_or_path", None)
+    base_name = name if isinstance(name, str) and name else None
+    write_files(folder_files(target, replace(state, others=heads), config, base_name))
+
+
+def from_pretrained(
+    model: nn.Module, folder: str | os.PathLike[str], adapter: str | None = None
+) -> LoadResult:
+    """Give a plain `model` the adapters and heads of a folder in PEFT's format, in place.
+
+    Afterwards the adapters and the saved heads train and everything else is frozen. Parameters of the base in the file (PEFT
+    adds resized embeddings) are loaded too.
+
+    model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it; only safetensors are read.
+    adapter: a name, under which the folder is loaded beside the model's other adapters, without activating it (`set_adapter`
+        does). As the only adapter, it also brings the heads in the file, which become the model's whichever adapter is active
+        later. Beside others, only the new adapter's parameters change, and heads or base parameters in the file are refused.
+    Returns the keys that were loaded, as in the file.
+
+    Raises: CheckpointError if a file is missing or damaged, if the config names something that fastlora does not support (biases,
+    init_lora_weights='pissa', …), or if names or shapes do not fit, with the nearest candidates. With `adapter`, also as `add_adapter`
+    about the name and the active adapter. The model is unchanged then.
+    """
+    if adapter is None:
+        return _load(model, Path(folder), alone=True)
+    alone = not list_adapters(model)
+    with inject_as(model, adapter) as plain:
+        return _load(plain, Path(folder), alone)
+
+
+def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
+    """alone: whether the model has no other adapters, so that heads and base parameters in the folder become the model's."""
+    _refuse_model(model)
+    config, tensors = read_tensors(folder)
+    config.check_matching([path for path, _ in base_modules(model)])
+    targets = config.targets(model)
+    plan = {path: config.layer(path) for path in targets}
+    _check_targets(model, config, targets)
+    heads = config.heads(model)
+    for path in heads:
+        adapted = overlap(path, plan)
+        if adapted:
+            raise CheckpointError(
+                f"modules_to_save: {path} holds or is part of the target {adapted}"
+            )
+    keys = _check_keys(model, tensors, plan, heads)
+    _check_ties(model, tensors, heads)
+    others = [key for key in tensors if key not in keys]
+    if others and not alone:
+        raise CheckpointError(
+            f"adapter: the file also holds {others[0]}, which all adapters of the model would share; "
+            "load it into a model of its own"
+        )
+    refuse_complex({k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()}, model.state_dict())
+    inject_lora(model, LoRAConfig(lambda path, _: plan.get(path, False), kinds=KINDS))
+    if alone:
+        freeze_base_params(model)
+    for head in heads.values():
+        head.requires_grad_(True)
+    own = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            own[keys.get(key, key.removeprefix(PEFT_PREFIX))].copy_(value)
+    return LoadResult(list(tensors), [], [])
+
+
+def _refuse_model(model: nn.Module) -> None:
+    """Raises: CheckpointError if the model cannot take a folder."""
+    if any(True for _ in named_lora_layers(model)):
+        raise CheckpointError(
+            "model: already has adapters; load into the plain base model, or give adapter="
+        )
+    inactive = inactive_adapters(model)
+    if inactive:
+        raise CheckpointError(
+            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give adapter="
+        )
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
+
+
+def _check_targets(model: nn.Module, config: PeftConfig, targets: Mapping[str, Any]) -> None:
+    """Raises: CheckpointError if there are no targets, or one cannot be adapted or computes something else in PEFT."""
+    if not targets:
+        raise CheckpointError(f"target_modules: {config.no_match(model)}")
+    refused = []
+    for path, module in targets.items():
+        reason = why_unsuitable(module, config.layer(path))
+        if reason is None and kind_of(module) == "conv":
+            reason = why_peft_differs(module.groups, module.dilation, module.padding_mode)
+        refused += [f"{path}: {reason}"] if reason is not None else []
+    if refused:
+        raise CheckpointError("target_modules: cannot adapt " + "; ".join(refused[:3]))
+    _refuse_shared(model, targets.values())
+
+
+def _check_keys(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    plan: Mapping[str, LoRAConfig],
+    heads: Mapping[str, nn.Module],
+) -> dict[str, str]:
+    """Key in the file -> key in the adapted model, for the tensors of the adapters.
+
+    Raises: CheckpointError if a tensor is missing, unexpected or wrongly shaped.
+    """
+    shapes, keys = {}, {}
+    for path, chosen in plan.items():
+        module = model.get_submodule(path)
+        kind = layer_class(module)
+        shape_a, shape_b = kind.factor_shapes(module, chosen.rank)
+        wanted = {"lora_A": shape_a, "lora_B": shape_b}
+        if chosen.use_dora:
+            wanted["lora_magnitude"] = shape_b[:1]
+        for name, shape in wanted.items():
+            key = f"{PEFT_PREFIX}{path}.{peft_names(kind.kind)[name]}"
+            shapes[key], keys[key] = torch.Size(shape), f"{path}.{name}"
+    required = list(shapes)
+    for path, head in heads.items():
+        required += [f"{PEFT_PREFIX}{path}.{name}" for name in head.state_dict()]
+    adapted = tuple(f"{path}." for path in plan)
+    for name, value in model.state_dict().items():
+        if not name.startswith(adapted):
+            shapes[PEFT_PREFIX + name] = value.shape
+    _, _, _, problems = compare(tensors, required, shapes)
+    if problems:
+        raise misfit(WEIGHTS_FILE, problems)
+    return keys
+
+
+def _with_short_targets(
+    model: nn.Module, config: PeftConfig, layers: Mapping[str, LoRALayer]
+) -> PeftConfig:
+    """The config with the shortest targets by which PEFT's rules find exactly these layers: names, paths, or a regex of paths."""
+    names = sorted({path.rpartition(".")[2] for path in layers})
+    for targets in (names, sorted(layers), config.target_modules):
+        chosen = replace(config, target_modules=targets)
+        if chosen.targets(model).keys() == layers.keys():
+            return chosen
+    missed = layers.keys() - config.targets(model).keys()
+    raise CheckpointError(
+        f"model: {min(missed)} lies in a part of the model that is saved whole, which PEFT's format "
+        "cannot hold; use save_adapter"
+    )
+
+
+def _check_ties(
+    model: nn.Module, tensors: Mapping[str, Tensor], heads: Mapping[str, nn.Module]
+) -> None:
+    """Raises: CheckpointError if a head is tied to a parameter here and was not when PEFT saved it."""
+    own = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    for path, head in heads.items():
+        for name in (f"{path}.{key}" for key in head.state_dict()):
+            for other in names[id(own[name])]:
+                value = tensors.get(PEFT_PREFIX + other)
+                if other == name:
+                    continue
+                if value is None or not torch.equal(value, tensors[PEFT_PREFIX + name]):
+                    raise CheckpointError(
+                        f"modules_to_save: {name} is tied to {other}, which the file gives another "
+                        "value; untie them in the model first"
+                    )
+
+
+def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
+    """Paths of the modules that own a trained parameter outside the adapters, without those inside another of them."""
+    adapters = {id(p) for layer in layers.values() for p in layer.lora_parameters().values()}
+    owners: dict[str, None] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad or id(parameter) in adapters:
+            continue
+        owner = name.rpartition(".")[0]
+        if not owner:
+            raise CheckpointError(
+                f"model: {name} trains and belongs to the model itself, which PEFT's format cannot "
+                "hold; use save_adapter"
+            )
+        _refuse_adapted(owner, layers)
+        module = model.get_submodule(owner)
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+            raise CheckpointError(
+                f"model: {name} trains and belongs to a {type(module).__name__}, which PEFT cannot "
+                "save whole; use save_adapter"
+            )
+        owners[owner] = None
+    return [p for p in owners if not any(p.startswith(f"{outer}.") for outer in owners)]
+
+
+def _refuse_adapted(path: str, layers: Mapping[str, LoRALayer]) -> None:
+    adapted = overlap(path, layers)
+    if adapted:
+        raise CheckpointError(
+            f"model: {path} would be saved whole and holds or is part of the adapted {adapted}. "
+            "PEFT's format has no biases or weights of adapted layers: freeze them (freeze_base_params, bias='none'), use "
+            "include_trainable=False, or save_adapter"
+        )
+
+
+def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Raises: CheckpointError for a module under two names: PEFT adapts it under the first, fastlora under both."""
+    wanted = {id(module) for module in modules}
+    places: dict[int, str] = {}
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            here = f"{path}.{name}".lstrip(".")
+            if id(child) in wanted and places.setdefault(id(child), here) != here:
+                raise CheckpointError(
+                    f"model: {here} and {places[id(child)]} are one module; PEFT adapts it under one "
+                    "of its names only"
+                )
