@@ -33,6 +33,7 @@ def sections(page):
     return {"": first} | dict(section.split("\n", 1) for section in rest)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it exports
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
 def test_export(tmp_path, monkeypatch):

@@ -230,6 +230,7 @@ def test_a_wheel_is_the_same_byte_for_byte(wheel, tmp_path):
     assert build_wheel(tmp_path / "second", 1_750_000_000).read_bytes() == wheel.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_a_bare_venv(wheel, tmp_path):
     """Installed alone; torch, numpy, safetensors and triton are lent by this interpreter, and nothing of the source tree is."""
     venv = tmp_path / "venv"

@@ -596,6 +596,7 @@ def test_help_has_an_example_of_every_command(capsys):
         assert code == 0 and f"  fastlora {command} " in own
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module_and_is_an_entry_point(folder):
     root = Path(fastlora.__file__).resolve().parent.parent
     lines = (root / "pyproject.toml").read_text().splitlines()

@@ -132,6 +132,7 @@ def test_every_plan_matches_the_reference(case, plan, dtype, arch):
         _check(plan, case, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", TRITON_PLANS)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_many_tiles_and_splits_match_the_reference(case, plan, arch):
@@ -314,6 +315,7 @@ def test_kernels_refuse_ranks_that_their_tiles_do_not_hold():
         dy_pass(x, wide, wide, ours.dy, scale=1.0)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(arch):
     case = Case((260,), 1040, 528, 4, p=0.2)
     t = _on_device(make(case)).to(torch.float16)
