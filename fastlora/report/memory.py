@@ -1,7 +1,7 @@
-"""What a fine-tuning run keeps in memory, counted and not measured: parameters, gradients, optimizer, saved activations.
+"""What a fine-tuning run keeps in memory, computed from shapes: parameters, gradients, optimizer state, saved activations.
 
-Only products of shapes are taken, so a model on the meta device will do. For one adapted layer with M rows and elements of b
-bytes (docs/design.md, Memory):
+Nothing is measured, so a model on the meta device will do. For one adapted layer with M rows and elements of b bytes
+(docs/design.md, Memory):
 
     fastlora    b·MK (x itself) + b·MR, and 8 with dropout
     PEFT        a·MK + a·MR, and with dropout a mask of MK elements; a is the larger of b and the adapters' size
@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,13 @@ OPTIMIZERS: Mapping[str, tuple[int, int]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the count needs of one adapted layer.
+    """What the estimate needs to know of one adapted layer.
 
-    rank: that of the computation, twice that of lora_A after PiSSA or OLoRA. adapter_dtype: of lora_A and lora_B. weight_read: the
-    layer is never called, because its owner multiplies by the merged weight itself (`nn.MultiheadAttention`). dora: whether
-    the output is scaled. joined: whether the factors are joined with a start that is taken off, anew in each call.
+    rank: of the computation: twice that of lora_A after PiSSA or OLoRA.
+    adapter_dtype: of lora_A and lora_B.
+    weight_read: the layer is never called; its owner multiplies by the merged weight itself (`nn.MultiheadAttention`).
+    dora: whether DoRA scales the output.
+    joined: whether each call concatenates the factors with the initial ones that it subtracts (PiSSA, OLoRA).
     """
 
     in_features: int
@@ -59,14 +61,14 @@ class LayerShape:
     joined: bool = False
 
     def saved_bytes(self, rows: int) -> int:
-        """Bytes that fastlora keeps for the backward pass of `rows` rows, parameters left out and x counted.
+        """Bytes that fastlora saves for the backward pass of `rows` rows, x included and parameters excluded.
 
-        Where the adapters are cast to x's dtype the casts are kept and counted; kernels cast as they load and keep none.
+        Adapters that are cast to x's dtype are counted; the kernels cast as they load and save no copy.
         """
         return self.saved_input_bytes(rows) + self.saved_beyond_input_bytes(rows)
 
     def saved_input_bytes(self, rows: int) -> int:
-        """The part of `saved_bytes` that is x itself, which its owner may hold anyway."""
+        """The part of `saved_bytes` that is x itself, which the surrounding model may save anyway."""
         return rows * self.in_features * self.dtype.itemsize
 
     def saved_beyond_input_bytes(self, rows: int) -> int:
@@ -76,7 +78,7 @@ class LayerShape:
         if self.weight_read:
             return self.in_features * self.out_features * size  # the merged weight
         kept = rows * self.rank * size
-        # Factors in x's dtype, or joined and then perhaps cast: what the product reads is kept.
+        # The product saves the factors it reads: copies, if they were cast or concatenated.
         if cast or self.joined:
             kept += self.rank * (self.in_features + self.out_features) * size
         if self.dora:  # the output before it is scaled, g, and the norms
@@ -85,9 +87,9 @@ class LayerShape:
         return kept + (8 if self.dropout else 0)
 
     def peft_saved_bytes(self, rows: int) -> int:
-        """Bytes that PEFT keeps for the same: x in the adapters' dtype, or D(x) and the mask, and S.
+        """Bytes that PEFT saves for the same layer: x in the adapters' dtype, or D(x) and the mask, and S.
 
-        The mask is one byte an element on CUDA (and on meta, taken for it), and as large as x on a CPU.
+        The mask takes one byte an element on CUDA (assumed for meta too), and as much as x on a CPU.
         """
         size = max(self.dtype.itemsize, self.adapter_dtype.itemsize)
         mask = (size if self.device == "cpu" else 1) if self.dropout else 0
@@ -95,7 +97,7 @@ class LayerShape:
 
 
 def shape_of(layer: LoRALinear, weight_read: bool = False) -> LayerShape:
-    """The shape of a LoRALinear, for training: its dropout counts in any mode."""
+    """The shape of a LoRALinear in training: its dropout counts in eval mode too."""
     return LayerShape(
         layer.in_features,
         layer.out_features,
@@ -112,12 +114,13 @@ def shape_of(layer: LoRALinear, weight_read: bool = False) -> LayerShape:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What `estimate` counted, in bytes. `str(estimate)` is a small table.
+    """The result of `estimate`, in bytes. `str(estimate)` is a small table.
 
-    layers: how many are adapted. uncounted: those of them that are convolutions or embeddings, of which only the parameters are counted.
-    saved_bytes: kept for the backward pass by the adapted linear layers, each with an input of its own: an upper bound, since layers
-        that share their input (q, k and v) keep it once, which shapes cannot tell.
-    saved_beyond_input_bytes: the same without any input: a lower bound, reached if every x is kept by its owner anyway.
+    layers: how many are adapted.
+    uncounted: adapted convolutions and embeddings, of which only the parameters are counted.
+    saved_bytes: saved for the backward pass by the adapted linear layers, if each has an input of its own. An upper bound: layers
+        that share their input (q, k and v) save it once, which shapes cannot tell.
+    saved_beyond_input_bytes: the same without inputs. A lower bound, reached if the surrounding model saves every x anyway.
     peft_saved_bytes: the upper bound for PEFT's layers, with float32 adapters on a 16-bit base as PEFT makes them.
     """
 
@@ -135,7 +138,7 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """All of it, with the upper bound of what is saved. Activations of the other layers are not in it."""
+        """The sum, with the upper bound of what is saved. Activations of other layers are not included."""
         kept = self.trainable_bytes + self.frozen_bytes + self.gradient_bytes
         return kept + self.optimizer_bytes + self.saved_bytes
 
@@ -164,15 +167,15 @@ def estimate(
     config: LoRAConfig | Targets | None = None,
     optimizer: str = "adamw",
 ) -> MemoryEstimate:
-    """Count what fine-tuning `model` keeps, before it starts. Nothing is allocated, changed or computed.
+    """Estimate the memory that fine-tuning `model` takes. Nothing is allocated, changed or computed.
 
-    model: on any device, meta included. If it has adapters, what trains is what `requires_grad` says.
+    model: on any device, meta included. If it has adapters, `requires_grad` says what trains.
     rows: M, the product of all dimensions of an adapted layer's input but the last (batch × tokens).
-    config: for a model without adapters, what would be injected (as in `inject_lora`); then the adapters train, and what its `bias` and
+    config: for a model without adapters, what `inject_lora` would be given. The adapters train, and what its `bias` and
         `modules_to_save` name.
-    optimizer: one of adamw, adam, adagrad, momentum (SGD with it) and sgd.
+    optimizer: one of adamw, adam, adagrad, momentum (SGD with momentum) and sgd.
 
-    Raises: ConfigError for a bad value; InjectionError if there are no adapters and no config, or both, if `inject_lora` would
+    Raises: ConfigError if a value is bad; InjectionError if there are neither adapters nor a config, or both, if `inject_lora` would
     refuse the config or find nothing, or if a parameter is lazy and has no shape yet.
     """
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
@@ -184,60 +187,78 @@ def estimate(
             raise InjectionError(
                 f"model: {name} has no shape yet (lazy): run one forward pass first"
             )
-    read = attention_projections(model)
-    if config is None:
-        layers = [layer for _, layer in named_lora_layers(model)]
-        if not layers:
-            raise InjectionError("model: has no adapters; give the config that will be injected")
-        shapes = [
-            shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)
-        ]
-        adapted = len(layers)
-        training = [p for p in model.parameters() if p.requires_grad]
-        trainable = [p.nbytes for p in training]
-        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    else:
-        settings = to_config(config)
-        plan = make_plan(model, settings)
-        problem = why_patterns_fail(model, settings, plan)
-        if problem is not None and (isinstance(config, LoRAConfig) or not plan):
-            raise InjectionError(problem)
-        shapes = [
-            planned_shape(module, own, module in read)
-            for module, (_, own) in plan.items()
-            if kind_of(module) == "linear"
-        ]
-        trainable = [
-            size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
-            for module, (_, own) in plan.items()
-            for size in planned_parameters(module, own)
-        ]
-        beside = {
-            module._parameters[name]
-            for module, names in trained_beside(model, settings, plan).items()
-            for name in names
-        }
-        trainable += [p.nbytes for p in beside if p is not None]
-        adapted = len(plan)
-        frozen = sum(p.nbytes for p in model.parameters() if p not in beside)
+    counted = _count(model) if config is None else _count_planned(model, config)
     copies, step = OPTIMIZERS[optimizer]
     return MemoryEstimate(
         rows=rows,
-        layers=adapted,
-        uncounted=adapted - len(shapes),
+        layers=counted.layers,
+        uncounted=counted.layers - len(counted.shapes),
         optimizer=optimizer,
-        trainable_bytes=sum(trainable),
-        frozen_bytes=frozen,
-        gradient_bytes=sum(trainable),
-        optimizer_bytes=sum(copies * size + step for size in trainable),
-        saved_bytes=sum(s.saved_bytes(rows) for s in shapes),
-        saved_beyond_input_bytes=sum(s.saved_beyond_input_bytes(rows) for s in shapes),
-        peft_saved_bytes=sum(s.peft_saved_bytes(rows) for s in shapes),
+        trainable_bytes=sum(counted.trainable),
+        frozen_bytes=counted.frozen,
+        gradient_bytes=sum(counted.trainable),
+        optimizer_bytes=sum(copies * size + step for size in counted.trainable),
+        saved_bytes=sum(s.saved_bytes(rows) for s in counted.shapes),
+        saved_beyond_input_bytes=sum(s.saved_beyond_input_bytes(rows) for s in counted.shapes),
+        peft_saved_bytes=sum(s.peft_saved_bytes(rows) for s in counted.shapes),
+    )
+
+
+class _Counted(NamedTuple):
+    """layers: how many are adapted. shapes: of the linear ones. trainable: bytes of each parameter that trains. frozen: bytes."""
+
+    layers: int
+    shapes: list[LayerShape]
+    trainable: list[int]
+    frozen: int
+
+
+def _count(model: nn.Module) -> _Counted:
+    """The adapters that `model` has; `requires_grad` says what trains. Raises: InjectionError if there are none."""
+    layers = [layer for _, layer in named_lora_layers(model)]
+    if not layers:
+        raise InjectionError("model: has no adapters; give the config that will be injected")
+    read = attention_projections(model)
+    return _Counted(
+        len(layers),
+        [shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)],
+        [p.nbytes for p in model.parameters() if p.requires_grad],
+        sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+    )
+
+
+def _count_planned(model: nn.Module, config: LoRAConfig | Targets) -> _Counted:
+    """The adapters that `inject_lora(model, config)` would add. Raises: InjectionError if it would refuse or find nothing."""
+    settings = to_config(config)
+    plan = make_plan(model, settings)
+    problem = why_patterns_fail(model, settings, plan)
+    if problem is not None and (isinstance(config, LoRAConfig) or not plan):
+        raise InjectionError(problem)
+    read = attention_projections(model)
+    adapters = [
+        size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
+        for module, (_, own) in plan.items()
+        for size in planned_parameters(module, own)
+    ]
+    beside = {
+        module._parameters[name]
+        for module, names in trained_beside(model, settings, plan).items()
+        for name in names
+    }
+    return _Counted(
+        len(plan),
+        [
+            planned_shape(module, own, module in read)
+            for module, (_, own) in plan.items()
+            if kind_of(module) == "linear"
+        ],
+        adapters + [p.nbytes for p in beside if p is not None],
+        sum(p.nbytes for p in model.parameters() if p not in beside),
     )
 
 
 def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = False) -> LayerShape:
-    """The shape that a linear layer would have once it is adapted under its own `config`."""
+    """The shape that a linear layer would have if it were adapted with `config`."""
     (_, k), (n, _) = layer_class(linear).factor_shapes(linear, config.rank)
     return LayerShape(
         k,
@@ -254,7 +275,7 @@ def planned_shape(linear: nn.Module, config: LoRAConfig, weight_read: bool = Fal
 
 
 def planned_parameters(module: nn.Module, config: LoRAConfig) -> list[int]:
-    """Elements of each parameter of the adapter that `module` would have under its own `config`."""
+    """Number of elements of each parameter of the adapter that `module` would have with `config`."""
     shape_a, shape_b = layer_class(module).factor_shapes(module, config.rank)
     return [math.prod(shape_a), math.prod(shape_b)] + [shape_b[0]] * config.use_dora
 
