@@ -295,6 +295,7 @@ def test_instructions_are_counted_by_perf_where_it_can(bench, monkeypatch, tmp_p
     assert [row["instructions"] for row in record["call_overhead"]] == [1000] * 12
 
 
+@pytest.mark.slow
 def test_a_machine_without_counters_says_so(bench, monkeypatch):
     monkeypatch.setenv("PATH", "")
     record = bench.overhead.measure(1)

@@ -609,6 +609,7 @@ def test_it_runs_as_a_module_and_is_an_entry_point(folder):
     assert done.returncode == 2 and done.stderr == "fastlora: error: no such file or folder: none\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode(folder):
     names = {"größe.lora_A": torch.ones(1, 2), "größe.lora_B": torch.ones(2, 1)}
     save_file(names, "names.safetensors")
