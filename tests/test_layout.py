@@ -46,7 +46,7 @@ MAX_FUNCTION_LINES = 70
 # module of fastlora that writes files itself -> why; every other one writes through `fastlora.files`
 WRITES_ITSELF = {
     "files.py": "the writer",
-    "cli/adapter_files.py": "merges into a temporary copy of the weights, which is moved into place",
+    "cli/merge.py": "merges into a temporary copy of the weights, which is moved into place",
     "io/exporter.py": "saves into a temporary folder, whose files are moved into place",
     "medical/data/bundled.py": "fills a folder of `generated`",
     "medical/data/generated.py": "a folder is written elsewhere and moved into place",
