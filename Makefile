@@ -2,16 +2,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
+# Processes that share the tests. Each needs 2 GB.
+WORKERS ?= 2
 
 pip = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+pytest = $(VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test quick soak lint clean
 
 demo: $(VENV)/.demo  ## fine-tune on the bundled medical data and write a report
 	PYTHON=$(VENV)/bin/python bash scripts/run_medical_pipeline.sh --out $(OUT)
 
 test: $(VENV)/.test  ## the whole test suite
-	$(VENV)/bin/python -m pytest -q
+	$(pytest)
+
+quick: lint  ## style, types and the tests that take less than 1.5 s each
+	$(pytest) -m "not slow"
 
 soak: $(VENV)/.test  ## the long forms of the reliability tests, and the table of docs/reliability.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.support.soak

@@ -15,6 +15,7 @@ record is renewed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 RESULTS = Path(__file__).parent / "results"
 ARCHES = (80, 89, 90, 100)
@@ -131,20 +133,16 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
 
     driver.set_active(Named())
-    row = ARCHITECTURES[arch]
-    dispatch.device_architecture = lambda device: row
-    dispatch.float32_precision = lambda: problem.precision
-    if problem.overlap:
-        choose = dispatch.launch_choice
-
-        def overlapped(*arguments: Any) -> dispatch.Choice:
-            choice = choose(*arguments)
-            assert choice.config is not None
-            return replace(choice, config=choice.config.overlapped())
-
-        dispatch.launch_choice = overlapped
+    dispatch._plan.cache_clear()  # its keys do not hold the architecture
+    choose, launch = dispatch.launch_choice, JITFunction.run
     records: dict[str, dict[str, Any]] = {}
-    launch = JITFunction.run
+
+    def choice_of(*arguments: Any) -> dispatch.Choice:
+        choice = choose(*arguments)
+        if not problem.overlap:
+            return choice
+        assert choice.config is not None
+        return replace(choice, config=choice.config.overlapped())
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         compiled = launch(self, *arguments, grid=grid, warmup=True, **named)
@@ -159,7 +157,6 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
         records[" ".join([self.fn.__name__.strip("_").removesuffix("_kernel"), *flags])] = record
         return compiled
 
-    JITFunction.run = compile_only
     dtype, adapters = getattr(torch, problem.dtype), getattr(torch, problem.adapters)
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -170,11 +167,16 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     lora_a, lora_b = empty(r, k, of=adapters), empty(n, r, of=adapters)
     seed = torch.empty((), dtype=torch.int64, device="meta") if problem.p else None
     low_rank = (lora_a, lora_b)
-    _, s = triton_ops._forward(x, weight, bias, *low_rank, 2.0, problem.p, seed, problem.plan)
-    triton_ops._backward(
-        dy, x, weight, *low_rank, s, 2.0, problem.p, seed, True, True, True, problem.plan
-    )
-    JITFunction.run = launch
+    with (
+        mock.patch.object(dispatch, "device_architecture", lambda device: ARCHITECTURES[arch]),
+        mock.patch.object(dispatch, "float32_precision", lambda: problem.precision),
+        mock.patch.object(dispatch, "launch_choice", choice_of),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        _, s = triton_ops._forward(x, weight, bias, *low_rank, 2.0, problem.p, seed, problem.plan)
+        triton_ops._backward(
+            dy, x, weight, *low_rank, s, 2.0, problem.p, seed, True, True, True, problem.plan
+        )
     return [{"kernel": name, **record} for name, record in records.items()]
 
 
@@ -194,21 +196,8 @@ def bytes_of(arguments: dict[str, Any]) -> int:
 
 def read(compiled: Any) -> dict[str, Any]:
     """Registers, spills, memory and instruction counts of a compiled kernel."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run(
-                [knobs.nvidia.cuobjdump.path, option, file.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    sass = disassemble(compiled.asm["cubin"])
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", sass)}
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
     return {
         "registers": numbers["REG"],
@@ -224,6 +213,22 @@ def read(compiled: Any) -> dict[str, Any]:
         "accesses_before_wait": before_wait(instructions),
         "wide_multiplications_in_loops": wide_multiplications(sass),
     }
+
+
+@functools.cache
+def disassemble(cubin: bytes) -> str:
+    """The resource usage and the instructions of a kernel. Problems share kernels, and a disassembly takes as long as a compilation."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
 
 def before_wait(instructions: list[str]) -> int:
@@ -297,13 +302,18 @@ def main(argv: list[str] | None = None) -> int:
         "--jobs", type=int, default=os.cpu_count(), help="processes (default: cores)"
     )
     arguments = parser.parse_args(argv)
+    chosen = {
+        arch: [p for p in problems_of(arch) if arguments.only in p.name] for arch in arguments.arch
+    }
     bad = 0
-    for arch in arguments.arch:
-        problems = [p for p in problems_of(arch) if arguments.only in p.name]
-        with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
-            made = list(pool.map(compile_problem, [arch] * len(problems), problems))
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        compiled = {
+            arch: {p: pool.submit(compile_problem, arch, p) for p in problems}
+            for arch, problems in chosen.items()
+        }
+    for arch, problems in chosen.items():
         records = {
-            p.name: {r.pop("kernel"): r for r in rs} for p, rs in zip(problems, made, strict=True)
+            p.name: {r.pop("kernel"): r for r in compiled[arch][p].result()} for p in problems
         }
         bad += report(arch, problems, records, recorded=not arguments.write)
         if arguments.write:

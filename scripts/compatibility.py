@@ -25,7 +25,7 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 SHOWN = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
-TOOLS = ("pytest", "pytest-benchmark", "hypothesis", "setuptools", "transformers")
+TOOLS = ("pytest", "hypothesis", "setuptools", "transformers")
 
 
 def requirements(oldest: bool) -> list[str]:

@@ -2,6 +2,10 @@
 
 import os
 
+# One thread a process: sums are then made in one order, which the tests of bit-for-bit equality need, and the workers of
+# pytest-xdist and the ranks of distributed tests share the cores. OpenMP reads it when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -217,6 +217,7 @@ def test_row_11_dropout_and_bias_stay_on_the_fused_plan_and_every_layer_gives_it
     assert choice.reason
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
 def test_row_12_one_graph_and_right_recomputation():
     torch.compiler.reset()

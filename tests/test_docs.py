@@ -52,6 +52,7 @@ def test_every_test_that_a_page_names_exists(page):
     assert not [name for name in named if f"def {name}(" not in sources]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it exports
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
 def test_export(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ def good(tmp_path_factory):
     return folder, readers(folder)
 
 
+@pytest.mark.slow
 def test_every_reader_refuses_spoilt_files_with_its_own_errors(good):
     folder, table = good
     refused = {name: attack(reader, folder, INPUTS) for name, reader in table.items()}
@@ -269,6 +270,7 @@ def test_what_is_no_file_is_not_read(tmp_path):
         files.read_json(tmp_path / "c.json")
 
 
+@pytest.mark.slow
 def test_a_regex_that_never_ends(tmp_path, monkeypatch):
     fastlora.save_pretrained(_adapted(), tmp_path, include_trainable=False)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import fastlora
 from tests.support.paths import ROOT
@@ -37,6 +38,21 @@ MEDICAL_MAY_IMPORT = {
     "sam3d": {"data", "models"},
     "training": {"data", "models", "sam3d"},
     "evaluation": {"data", "models", "training"},
+}
+
+MAX_MODULE_LINES = 420
+MAX_FUNCTION_LINES = 70
+
+# module of fastlora that writes files itself -> why; every other one writes through `fastlora.files`
+WRITES_ITSELF = {
+    "files.py": "the writer",
+    "cli/merge.py": "merges into a temporary copy of the weights, which is moved into place",
+    "io/exporter.py": "saves into a temporary folder, whose files are moved into place",
+    "medical/data/bundled.py": "fills a folder of `generated`",
+    "medical/data/generated.py": "a folder is written elsewhere and moved into place",
+    "medical/data/phantom.py": "fills a folder of `generated`",
+    "medical/evaluation/results.py": "a folder of meshes is written elsewhere and moved into place",
+    "medical/training/run_folder.py": "the lock of a run; the last checkpoint stays as the previous one",
 }
 
 PUBLIC = [
@@ -141,6 +157,91 @@ def test_packages_import_downward_only(folder, allowed):
             assert not above, f"{file.relative_to(ROOT)} imports {above}"
 
 
+def modules() -> dict[str, ast.Module]:
+    """The syntax tree of each module of the library but the kernels, by its path below fastlora/."""
+    folder = ROOT / "fastlora"
+    names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.py"))]
+    return {
+        name: ast.parse((folder / name).read_text())
+        for name in names
+        if not name.startswith("kernels/")
+    }
+
+
+def test_modules_and_functions_are_short():
+    lengths = {
+        file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines())
+        for folder in ("fastlora", "kernels")
+        for file in (ROOT / folder).rglob("*.py")
+    }
+    assert {name: n for name, n in lengths.items() if n > MAX_MODULE_LINES} == {}
+    functions = {
+        f"{name}: {node.name}": node.end_lineno - node.lineno + 1
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {name: n for name, n in functions.items() if n > MAX_FUNCTION_LINES} == {}
+
+
+def writes(tree: ast.Module) -> set[str]:
+    """The calls that write, rename or copy a file by its path. A write into a buffer or an open file is none."""
+    found = set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        function = ast.unparse(call.func)
+        name = function.rpartition(".")[2]
+        arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+        if name == "open":  # `open(path, mode)` or `path.open(mode)`
+            texts = [a.value for a in arguments if isinstance(a, ast.Constant)]
+            writing = any(re.fullmatch(r"[rwaxbt+]*[wax+][bt+]*", str(text)) for text in texts)
+        elif name in {"savefig", "save", "save_file", "savez", "savez_compressed"}:
+            target = ast.unparse(arguments[-1 if name == "save_file" else 0]) if arguments else ""
+            writing = bool(re.search(r"path|folder|/", target))
+        else:
+            writing = name in {"write_text", "write_bytes", "rename", "to_filename", "tofile"}
+            writing |= function in {"os.replace", "os.link", "shutil.move"}
+            writing |= function.startswith("shutil.copy") and name != "copymode"
+        if writing:
+            found.add(ast.unparse(call))
+    return found
+
+
+def test_files_are_written_by_the_one_writer():
+    found = {name: writes(tree) for name, tree in modules().items()}
+    assert {name: w for name, w in found.items() if w and name not in WRITES_ITSELF} == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "is_one"),
+    [
+        ("path.write_text(text)", True),
+        ("(folder / 'a').write_bytes(b'')", True),
+        ("open(path, 'w')", True),
+        ("open(path, mode='xb')", True),
+        ("path.open('r+b')", True),
+        ("os.replace(new, old)", True),
+        ("part.rename(path)", True),
+        ("figure.savefig(path, dpi=80)", True),
+        ("shutil.copytree(a, b)", True),
+        ("open(path)", False),
+        ("path.open('rb')", False),
+        ("figure.savefig(buffer, format='png')", False),
+        ("np.savez(file, **arrays)", False),
+        ("text.replace('a', 'w')", False),
+        ("shutil.copymode(a, b)", False),
+    ],
+)
+def test_what_counts_as_a_write(line, is_one):
+    assert bool(writes(ast.parse(line))) == is_one
+
+
+def test_the_wheel_is_told_of_every_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = [file.parent for file in (ROOT / "fastlora").rglob("__init__.py")]
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages | {"fastlora.kernels"}
+
+
 def test_no_module_reaches_itself_through_its_imports():
     """Imports for types only and inside functions count as well."""
     files = {
@@ -226,10 +327,12 @@ def wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp("first"), 1_600_000_000)
 
 
+@pytest.mark.slow
 def test_a_wheel_is_the_same_byte_for_byte(wheel, tmp_path):
     assert build_wheel(tmp_path / "second", 1_750_000_000).read_bytes() == wheel.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_a_bare_venv(wheel, tmp_path):
     """Installed alone; torch, numpy, safetensors and triton are lent by this interpreter, and nothing of the source tree is."""
     venv = tmp_path / "venv"
@@ -261,6 +364,7 @@ print(fastlora.__file__)
     assert Path(done.stdout.strip()).is_relative_to(venv)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_kernels_the_types_and_the_weights(wheel):
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())

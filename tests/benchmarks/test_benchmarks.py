@@ -33,6 +33,7 @@ def run_one(bench, case, contestants, reps=1):
 # The CPU's record
 
 
+@pytest.mark.slow
 def test_a_record_has_everything_needed_to_trust_it(tmp_path):
     output = tmp_path / "record.json"
     command = [sys.executable, "-W", "error", "benchmarks/run.py"]

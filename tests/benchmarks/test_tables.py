@@ -195,6 +195,7 @@ def test_a_gpu_run_times_eagerly_and_as_graphs(bench, tmp_path):
 # Scaling and the cost of a call
 
 
+@pytest.mark.slow
 def test_the_scaling_command_measures_its_points_and_the_machines_peaks(
     bench, monkeypatch, tmp_path
 ):
@@ -282,6 +283,7 @@ echo "$((1000000 + 1000 * calls)),,instructions:u,1,100.00,," > "$file"
 """
 
 
+@pytest.mark.slow
 def test_instructions_are_counted_by_perf_where_it_can(bench, monkeypatch, tmp_path):
     perf = tmp_path / "perf"
     perf.write_text(PERF)
@@ -293,6 +295,7 @@ def test_instructions_are_counted_by_perf_where_it_can(bench, monkeypatch, tmp_p
     assert [row["instructions"] for row in record["call_overhead"]] == [1000] * 12
 
 
+@pytest.mark.slow
 def test_a_machine_without_counters_says_so(bench, monkeypatch):
     monkeypatch.setenv("PATH", "")
     record = bench.overhead.measure(1)

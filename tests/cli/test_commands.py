@@ -593,6 +593,7 @@ def test_help_has_an_example_of_every_command(capsys):
         assert code == 0 and f"  fastlora {command} " in own
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module_and_is_an_entry_point(folder):
     root = Path(fastlora.__file__).resolve().parent.parent
     lines = (root / "pyproject.toml").read_text().splitlines()
@@ -605,6 +606,7 @@ def test_it_runs_as_a_module_and_is_an_entry_point(folder):
     assert done.returncode == 2 and done.stderr == "fastlora: error: no such file or folder: none\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode(folder):
     names = {"größe.lora_A": torch.ones(1, 2), "größe.lora_B": torch.ones(2, 1)}
     save_file(names, "names.safetensors")

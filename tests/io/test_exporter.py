@@ -153,6 +153,7 @@ def test_sixteen_bit_weights_with_float32_adapters():
     assert_close(program.module()(x), model.eval()(x), exact)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning"
 )  # the attention's own checks of shapes
@@ -213,6 +214,7 @@ def test_nested_and_named_inputs_have_a_dynamic_batch(merged):
     torch.testing.assert_close(call(x, **named), model.eval()(x, **named))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("format", ["torch.export", pytest.param("onnx", marks=ONNX)])
 def test_a_language_model_of_transformers(tmp_path, format):
@@ -260,6 +262,7 @@ def test_a_single_layer_and_a_model_without_adapters():
     assert torch.equal(export(plain, (x,)).module()(x), plain(x))
 
 
+@pytest.mark.slow
 def test_a_file_loads_without_fastlora(tmp_path):
     export(adapted(), (torch.randn(3, 7, 8),), tmp_path / "model.pt2", merged=False)
     export(

@@ -34,6 +34,19 @@ LARGE = [
     Case((200,), 96, 160, 4, bias=False),
     Case((130,), 1024, 136, 200, p=0.1),
 ]
+# A float32 call launches the same on both architectures, which a test checks, so it runs on one. On a GPU: its own.
+LAUNCHES = (
+    [(None, dtype) for dtype in DTYPES]
+    if GPU
+    else [(80, torch.float16), (90, torch.float16), (90, torch.float32)]
+)
+each_launch = pytest.mark.parametrize(
+    ("arch", "dtype"),
+    LAUNCHES,
+    indirect=["arch"],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+on_one = pytest.mark.parametrize("arch", [None if GPU else 90], indirect=True)
 
 
 @pytest.fixture(params=[80, 90] if not GPU else [None])
@@ -124,7 +137,7 @@ def _check(plan: str, case: Case, dtype: torch.dtype) -> None:
         assert_close(g.to(dtype), s, e, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@each_launch
 @pytest.mark.parametrize("plan", TRITON_PLANS)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_every_plan_matches_the_reference(case, plan, dtype, arch):
@@ -132,6 +145,23 @@ def test_every_plan_matches_the_reference(case, plan, dtype, arch):
         _check(plan, case, dtype)
 
 
+@pytest.mark.skipif(GPU, reason="a GPU is one architecture")
+def test_float32_launches_the_same_on_both_architectures(monkeypatch):
+    def launches(number):
+        dispatch._plan.cache_clear()
+        monkeypatch.setattr(dispatch, "device_architecture", lambda device: ARCHITECTURES[number])
+        for case in SHAPES:
+            x, weight = torch.empty(case.m, case.k), torch.empty(case.n, case.k)
+            for plan in (plan for plan in TRITON_PLANS if _runs(plan, case, torch.float32)):
+                for dy in (None, torch.empty(case.m, case.n)):
+                    choice = dispatch.launch_choice(x, weight, case.rank, case.p > 0, plan, dy)
+                    yield case, plan, choice.dx_plan, choice.config
+
+    assert list(launches(80)) == list(launches(90))
+    dispatch._plan.cache_clear()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", TRITON_PLANS)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_many_tiles_and_splits_match_the_reference(case, plan, arch):
@@ -271,6 +301,7 @@ def test_partial_sums_are_sums(splits, dtype):
     assert torch.equal(got, sum_partials(part, dtype))
 
 
+@on_one
 @pytest.mark.parametrize("plan", TRITON_PLANS)
 def test_every_operand_may_be_strided(plan, arch):
     """Weight and adapters by columns, a bias with gaps, an x whose rows lie apart: views as models make them."""
@@ -314,6 +345,7 @@ def test_kernels_refuse_ranks_that_their_tiles_do_not_hold():
         dy_pass(x, wide, wide, ours.dy, scale=1.0)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(arch):
     case = Case((260,), 1040, 528, 4, p=0.2)
     t = _on_device(make(case)).to(torch.float16)
@@ -322,6 +354,7 @@ def test_two_runs_give_the_same_bits(arch):
         assert torch.equal(one, other)
 
 
+@on_one
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
 )
@@ -358,6 +391,7 @@ def test_only_what_is_needed_is_computed(needs, arch, monkeypatch):
     assert of_dy["needs_db"] == needs[2] and of_dy["needs_ds"] == (needs[0] or needs[1])
 
 
+@on_one
 def test_an_expanded_dy_is_read_where_it_lies(arch):
     case = Case((40,), 48, 32, 8)
     t = _on_device(make(case))
@@ -384,7 +418,7 @@ def test_dy_pass_leaves_out_what_is_not_needed():
     assert dy_pass(dy, b, s, config, scale=1.0, needs_db=False)[1] is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@each_launch
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lora_linear_through_autograd_matches_the_reference(case, dtype, arch):
     t = _on_device(make(case))

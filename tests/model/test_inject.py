@@ -76,7 +76,7 @@ def test_the_children_of_a_module_dict_are_found():
         ),
         (lambda path, module: module.out_features == 5, ["out_layer"]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_patterns_select_exactly(targets, expected):
     model = Decoder(blocks=1)

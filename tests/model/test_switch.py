@@ -106,6 +106,7 @@ def test_token_objects(kind):
     assert not torch.equal(layer(Tokens(x)).feats, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
 def test_a_compiled_model_follows():
     torch.compiler.reset()

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compile_kernels as gate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", gate.ARCHES)
 def test_every_kernel_compiles_within_the_limits_of(arch):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -189,6 +189,7 @@ def test_functorch_and_unknown_names_are_refused_under_a_forced_backend():
         dispatch.choose(torch.zeros(1, 16), weight, 4, backend="cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

@@ -63,6 +63,7 @@ def test_merge_and_back_does_not_drift(dtype):
     assert endurance.merge_rounds(20, dtype) == []
 
 
+@pytest.mark.slow
 @linux
 def test_steps_injections_and_files_leave_nothing_behind(tmp_path):
     assert endurance.training_steps(100) == []
@@ -70,6 +71,7 @@ def test_steps_injections_and_files_leave_nothing_behind(tmp_path):
     assert endurance.file_rounds(tmp_path, 20) == []
 
 
+@pytest.mark.slow
 @linux
 def test_a_leak_is_seen(monkeypatch):
     kept = []

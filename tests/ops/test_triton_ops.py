@@ -43,6 +43,7 @@ def _same(got, expected) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_compile_fullgraph_is_one_graph_for_every_number_of_rows(backend, p):
@@ -198,6 +199,7 @@ def test_a_model_trains_the_same_on_both_backends():
     assert triton == pytest.approx(torch_, rel=1e-5) and triton[-1] < triton[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "rows"), [("split", 200), ("split", 2100), ("decode", 7)])
 def test_overlapping_launches_change_no_bit(plan, rows, monkeypatch):
     """On a device thirty times, with a wrong S, dS and mask left where the right ones will be; the interpreter launches them apart."""

@@ -60,6 +60,7 @@ def _clock(times):
     return timer
 
 
+@pytest.mark.slow
 def test_the_fastest_tiles_and_plans_win(small):
     bench, start = small
     # Two candidates for each of the seven kernels that run with dropout, the second always faster; launches apart and
@@ -76,6 +77,7 @@ def test_the_fastest_tiles_and_plans_win(small):
     assert result.config.fused == start.fused, "it cannot run with dropout"
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_gets_no_time(small, monkeypatch):
     bench, start = small
     right = bench.ops.decode
@@ -91,6 +93,7 @@ def test_a_wrong_kernel_gets_no_time(small, monkeypatch):
         tune.tune_shape(bench, start, _clock([1.0]), most=1)
 
 
+@pytest.mark.slow
 def test_tiles_that_do_not_fit_are_passed_over(small, monkeypatch):
     from triton.runtime.errors import OutOfResources
 

@@ -236,6 +236,7 @@ def test_copies_are_fast_and_independent(duplicate, fused):
     assert not torch.equal(twin(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
 @needs_torch((2, 7), "PEFT's own forward does not compile as one graph")
 def test_it_compiles_as_one_graph():

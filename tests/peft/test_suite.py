@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.paths import ROOT
 
 TESTS = ROOT / "tests" / "support"
@@ -42,6 +44,7 @@ def run(folder, *options):
     )
 
 
+@pytest.mark.slow
 def test_the_fused_forwards_are_counted_in_first_and_later_adapters(tmp_path):
     result = run(tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -50,6 +53,7 @@ def test_the_fused_forwards_are_counted_in_first_and_later_adapters(tmp_path):
     assert line in result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_fused_forward_fails(tmp_path):
     result = run(tmp_path, "-k", "dora")
     assert result.returncode == 1

@@ -132,6 +132,7 @@ def test_another_version_of_a_file_is_refused(monkeypatch):
         locate("white_matter")
 
 
+@pytest.mark.slow
 def test_packages_are_found_without_being_imported(tmp_path):
     code = (
         "import sys; from fastlora.medical.data.bundled import build_bundled; build_bundled(sys.argv[1]);"

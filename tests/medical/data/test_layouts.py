@@ -90,6 +90,7 @@ def test_every_layout_is_named_and_gives_the_same_volumes(layout, roots, found, 
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_goes_from_files_to_meshes(layout, roots, found, tmp_path, capsys, monkeypatch):
     """The commands of docs/quickstart_training.md, with little training."""

@@ -295,6 +295,7 @@ def test_bad_arguments(phantom, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_script_runs_as_a_command(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--data_root", str(tmp_path / "nix")],

@@ -233,6 +233,7 @@ def test_the_disk_cache_gives_the_same_and_follows_the_files(ball: Case, tmp_pat
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_structure_split_of_the_bundled_cases(bundled: list[Case]) -> None:
     splits = make_splits(bundled)
     names = {side: {(s.case.subject, s.structure) for s in specs} for side, specs in splits.items()}

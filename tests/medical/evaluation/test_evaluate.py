@@ -174,6 +174,7 @@ def test_without_flags_only_the_figures_are_written(home, tmp_path, capsys):
     assert "LoRA, merged" in printed and "NSD@2mm" in printed
 
 
+@pytest.mark.slow
 def test_moved_data_png_pictures_and_another_mesh_format(home, tmp_path):
     shutil.copytree(home / "volumes", tmp_path / "moved")
     flags = ["--checkpoint", str(home / "lora"), "--data_root", str(tmp_path / "moved")]

@@ -183,6 +183,7 @@ def test_the_view_has_charts_and_surfaces(page, content, home):
     assert names == [LABELS[method] for method in MARKS]
 
 
+@pytest.mark.slow
 def test_names_of_structures_cannot_break_the_page(content, home):
     text = json.dumps(content).replace("blob", "<b>blob</b></script>")
     evil = Page(render(json.loads(text), evaluate_home(home)[0], read_runs(home)))

@@ -262,6 +262,7 @@ def test_training_lowers_the_losses_and_keeps_adapters_and_encoder_only(run, fol
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(run, folder, tmp_path):
     config = config_for(folder, tmp_path / "run")
     trainer = MedicalTrainer(config, None, TinyRegions(5, 0), TinyRegions(1, 1))
@@ -331,6 +332,7 @@ def test_16_bit_weights_are_not_trained_whole(own_folder, tmp_path):
         MedicalTrainer(config, None, TinyRegions(1, 0), TinyRegions(1, 1))
 
 
+@pytest.mark.slow
 def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
     config = config_for(folder, tmp_path / "run", sam3d_torso="fp16", epochs=3)
     trainer = quiet_training(config, TinyRegions(5, 0), TinyRegions(1, 1))
@@ -407,6 +409,7 @@ def volumes(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_of_a_run(folder, volumes, tmp_path):
     for name, finetune in (("run", "lora"), ("full", "full")):
         config = config_for(
@@ -467,6 +470,7 @@ def write_latents(folder, volumes):
     return folder
 
 
+@pytest.mark.slow
 def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
     latents = write_latents(tmp_path / "latents", volumes)
     config = config_for(

@@ -20,16 +20,18 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_run import TinyRegions
 
 pytest_plugins = "tests.support.sam3d_fixtures"
+pytestmark = pytest.mark.slow
 
 
 def train(home, folder, run, changes, death=None):
     """The history of 3 epochs over 7 regions in micro-batches of 2, in this rank or alone; death: the epoch in which the second rank dies.
 
-    The learning rate is small: a mesh's triangles come and go, so a rounding error that moves one grows with every step.
+    The learning rate is small: a mesh's triangles come and go, so a rounding error that moves one grows with every step. At 1e-5 the
+    third epoch's gradient jumped by 2e-4 of its norm between orders of summation; at 1e-6 it does not.
     """
     if str(home) not in sys.path:
         sys.path.insert(0, str(home))
-    values = {"batch_size": 2, "grad_accum": 2, "epochs": 3, "lr": 1e-5, "lora_rank": 4}
+    values = {"batch_size": 2, "grad_accum": 2, "epochs": 3, "lr": 1e-6, "lora_rank": 4}
     values |= {"model": "sam3d", "sam3d_dir": str(folder), "checkpoint_dir": str(run), "seed": 3}
     config = TrainConfig(**{**values, "progress": False, **changes})
     trainer = MedicalTrainer(config, None, TinyRegions(7, 0), TinyRegions(3, 1))

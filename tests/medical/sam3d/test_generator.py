@@ -124,6 +124,7 @@ def test_the_adapter_goes_into_the_generator_itself(runs, folder, part):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", GENERATORS)
 def test_a_run_goes_on_bit_for_bit(runs, folder, volumes, latents, part, tmp_path):
     run = tmp_path / "run"
@@ -202,6 +203,7 @@ def train_on_ranks(home, folder, volumes, latents, part, run):
     return history[0]["val"], history[-1]["val"]["total"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", GENERATORS)
 def test_ranks_start_as_one_process_does_and_learn(runs, package, folder, volumes, latents, part, tmp_path):  # fmt: skip
     """What a rank draws is its own, so the losses that follow are not those of one process."""

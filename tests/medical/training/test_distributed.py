@@ -31,6 +31,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_run import TinyRegions, flatten, tiny_model, tiny_trainer
 from tests.support.tolerance import assert_same_training
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"lora_dropout": 0.0}
 """Dropout aside: what each rank draws is its own."""
 

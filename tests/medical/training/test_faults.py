@@ -26,6 +26,8 @@ from tests.support.faulty_run import inject
 from tests.support.paths import ROOT
 from tests.support.tiny_run import assert_same_run, tiny_trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -105,6 +107,15 @@ def test_ctrl_c_saves_the_step_and_exits_130(whole, tmp_path):
     goes_on(run, whole)
 
 
+@pytest.fixture
+def _interruptible():
+    """Python's own handler of SIGINT, which a process that a shell runs in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_the_second_ctrl_c_stops_at_once():
     with pytest.raises(KeyboardInterrupt), faults.deferred_interrupt() as asked:
         signal.raise_signal(signal.SIGINT)

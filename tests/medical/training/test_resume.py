@@ -21,6 +21,8 @@ from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.paths import ROOT
 from tests.support.tiny_run import TinyRegions, assert_same_run, tiny_model, tiny_trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole_lora(tmp_path_factory: pytest.TempPathFactory) -> MedicalTrainer:

@@ -36,6 +36,7 @@ def test_settings(script: Any) -> None:
     }
 
 
+@pytest.mark.slow
 def test_sweep(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ def test_run_resume_and_use(
     load_finetuned("run", merged=True)
 
 
+@pytest.mark.slow
 def test_demo_and_yaml(main: Callable[[list[str]], int], flags: list[str], home: Path) -> None:
     """The file's values hold unless a flag says otherwise."""
     Path("config.yaml").write_text(

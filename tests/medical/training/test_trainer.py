@@ -167,6 +167,7 @@ def scripted(trainer: MedicalTrainer, dices: list[float]) -> MedicalTrainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_best_is_the_highest_validation_dice(tmp_path: Path) -> None:
     trainer = scripted(tiny_trainer(tmp_path / "run"), [0.1, 0.5, 0.9, 0.9, 0.2])
     trainer.train()
@@ -175,6 +176,7 @@ def test_best_is_the_highest_validation_dice(tmp_path: Path) -> None:
     assert json.loads(trainer.folder.history.read_text())["best_epoch"] == 2
 
 
+@pytest.mark.slow
 def test_early_stopping(tmp_path: Path) -> None:
     script = [0.1, 0.5, 0.4, 0.5, 0.9]
     trainer = scripted(tiny_trainer(tmp_path / "run", early_stopping=2), script)
@@ -284,6 +286,7 @@ def test_adapter_file_is_the_best_epoch(tmp_path: Path) -> None:
 # -- what stops a run
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
