@@ -27,9 +27,9 @@ from fastlora.medical.evaluation.predict import (
 )
 from fastlora.medical.evaluation.results import MESH_FORMATS
 from fastlora.medical.training.config import TrainConfig
+from fastlora.medical.training.distributed import resolve_device
 from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.run_folder import RunFolder
-from fastlora.medical.training.trainer import resolve_device
 
 COLUMNS = ["subject", "structure", "mesh", "volume_ml", "dice_with_mask", "watertight", "problem"]
 

@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.files import atomic_write, write_json
+from fastlora.medical.console import show_log
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.evaluation.evaluate import evaluate, model_method
 from fastlora.medical.evaluation.metrics import TOLERANCE_MM
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/sweep"))
     arguments = parser.parse_args(argv)
     folder: Path = arguments.output_dir
+    show_log()
     try:
         common = read_yaml(arguments.config) if arguments.config else {}
         changes = settings(arguments.ranks, arguments.dropouts)

@@ -1,4 +1,4 @@
-"""What the scripts share: how they refuse a command line, and what they print on the way."""
+"""Shared by the scripts: errors of the command line, and the log on the terminal."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import logging
 import sys
 from typing import NoReturn
 
+from tqdm import tqdm
+
 from fastlora.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other error: one line, exit code 2."""
+    """Reports a wrong command line like any other error: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists all flags)")
 
 
+class LogLines(logging.Handler):
+    """Writes messages to stdout as plain lines, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(record.getMessage(), file=sys.stdout)
+        sys.stdout.flush()
+
+
 def show_log() -> None:
-    """Send the package's messages to stdout as plain lines: which layout was found, what is made anew."""
+    """Sends the package's messages about long work to stdout."""
     logger = logging.getLogger("fastlora.medical")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers = [handler]
+    logger.handlers = [LogLines()]
     logger.setLevel(logging.INFO)

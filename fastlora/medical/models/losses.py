@@ -1,6 +1,6 @@
 """Losses between a predicted and a true signed distance field. Every term carries gradient.
 
-With ``s`` the prediction, ``t`` the truth (both in fine-voxel units, negative inside, ``t`` truncated at ``τ``):
+With `s` the prediction, `t` the truth (both in fine voxels, negative inside, `t` truncated at `τ`):
 
     sdf        mean |s - t| where |t| < τ; beyond it only a prediction on the wrong side of ±τ counts
     occupancy  binary cross-entropy of sigmoid(-s / w) against sigmoid(-t / w)
@@ -8,7 +8,7 @@ With ``s`` the prediction, ``t`` the truth (both in fine-voxel units, negative i
 
 Each is a mean over the batch's regions of the region's own mean, so a small structure counts as much as a large one
 and micro-batches add up to the large batch. The occupancy target is soft and the normal target is the truth's own discrete gradient, so that
-``s = t`` is a minimum of each term: with a hard target, or with ``|∇s| = 1``, it would not be.
+`s = t` is a minimum of each term: with a hard target, or with `|∇s| = 1`, it would not be.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ if TYPE_CHECKING:
 
 
 OCCUPANCY_WIDTH_VOX = 0.5
-"""Width ``w`` (fine voxels) of the sigmoid that turns a distance into an occupancy."""
+"""Width `w` (fine voxels) of the sigmoid that turns a distance into an occupancy."""
 
 
 @dataclass(frozen=True)
 class LossWeights:
     """Weight of each term in the total; a term of weight 0 is reported and not trained on.
 
-    Raises:
-        ConfigError: a weight is negative or not finite, or all are zero.
+    Raises: ConfigError if a weight is negative or not finite, or all are zero.
     """
 
     sdf: float = 1.0
@@ -50,7 +49,10 @@ class LossWeights:
 
 
 def check_weights(weights: DataclassInstance) -> None:
-    """Raises: ConfigError if a field is no finite number >= 0, or all are zero; the message names the class and the field."""
+    """Checks a dataclass of loss weights.
+
+    Raises: ConfigError if a field is no finite number >= 0, or all are zero; the message names the class and the field.
+    """
     values = {f.name: getattr(weights, f.name) for f in fields(weights)}
     kind = type(weights).__name__
     for name, value in values.items():
@@ -63,15 +65,13 @@ def check_weights(weights: DataclassInstance) -> None:
 def mesh_losses(
     pred_vox: Tensor, batch: RegionBatch, weights: LossWeights | None = None
 ) -> dict[str, Tensor]:
-    """Terms ``sdf``, ``occupancy``, ``normal`` and their weighted sum ``total``, all 0-d.
+    """Terms `sdf`, `occupancy`, `normal` and their weighted sum `total`, all 0-d.
 
-    Args:
-        pred_vox: (B, X, Y, Z), predicted SDF in fine-voxel units, negative inside.
-        batch: its ``sdf_vox`` (B, X, Y, Z) is the truth, truncated at ``TRUNCATION_VOX``.
-        weights: defaults to ``LossWeights()``.
+    pred_vox: (B, X, Y, Z), predicted distances in fine voxels, negative inside.
+    batch: its `sdf_vox` (B, X, Y, Z) is the truth, truncated at `TRUNCATION_VOX`.
+    weights: default `LossWeights()`.
 
-    Raises:
-        DataError: the shapes differ, or a region has no voxel near a surface.
+    Raises: DataError if the shapes differ, or a region has no voxel near a surface.
     """
     weights = weights or LossWeights()
     pred = pred_vox.float()

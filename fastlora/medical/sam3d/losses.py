@@ -1,15 +1,15 @@
-"""Losses between the surfaces that SAM 3D's decoder gives and the true signed distances: of meshes alone, nothing is rendered.
+"""Losses between the surfaces of SAM 3D's decoder and the true signed distances, computed on meshes without rendering.
 
-With ``s`` the decoder's distances at its corners and ``t`` the truth (fine voxels, negative inside, truncated at ``τ``):
+With `s` the decoder's distances at its corners and `t` the truth (fine voxels, negative inside, truncated at `τ`):
 
     sdf             mean |s - t| at the corners where |t| < τ; beyond it only a distance on the wrong side of ±τ counts
     vertex          mean |t| at the mesh's vertices
     chamfer         mean distance from vertices to the true surface's points, plus that from those to the vertices
     normal          mean 1 - cos(normal, ∇t) over the faces near the true surface
-    regularisation  the decoder's own: corners that neighbouring voxels agree on, FlexiCubes' weights and deviation
+    regularisation  the decoder's own: agreement of neighbouring voxels on their corners, FlexiCubes' weights and deviation
 
 Each is a mean over the batch's regions. An empty mesh gives 0 in `vertex`, `chamfer` and `normal`, and is counted in `empty`; its
-`sdf` and `regularisation` go on reaching every weight, so it can fill again.
+`sdf` and `regularisation` still reach every weight, so a mesh can reappear.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from torch import Tensor
 from fastlora.errors import DataError
 from fastlora.medical.data.grids import TRUNCATION_VOX
 from fastlora.medical.models.losses import check_weights
-from fastlora.medical.sam3d.decoder import Decoded, Surface, sample_volume
+from fastlora.medical.sam3d.surface import Decoded, Surface, sample_volume
 
 if TYPE_CHECKING:
     from fastlora.medical.data.batch import RegionBatch
 
 CHAMFER_POINTS = 2048
-"""How many points of each surface are compared, evenly spread over its list."""
+"""Points of each surface that are compared, evenly spread over its list."""
 
 
 @dataclass(frozen=True)
 class SurfaceLossWeights:
     """Weight of each term in the total; a term of weight 0 is reported and not trained on.
 
-    Raises:
-        ConfigError: a weight is negative or not finite, or all are zero.
+    Raises: ConfigError if a weight is negative or not finite, or all are zero.
     """
 
     sdf: float = 1.0
@@ -55,10 +54,9 @@ class SurfaceLossWeights:
 def surface_losses(
     decoded: Decoded, batch: RegionBatch, weights: SurfaceLossWeights | None = None
 ) -> dict[str, Tensor]:
-    """The terms above, their weighted sum `total`, and `empty`, the part of the regions without a mesh; all 0-d.
+    """The terms above, their weighted sum `total`, and `empty`, the fraction of regions without a mesh; all 0-d.
 
-    Raises:
-        DataError: a region's truth has no surface, or none near the decoder's corners.
+    Raises: DataError if a region's truth has no surface, or none near the decoder's corners.
     """
     weights = weights or SurfaceLossWeights()
     terms: list[dict[str, Tensor]] = []
@@ -78,9 +76,9 @@ def surface_losses(
 
 
 def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Tensor:
-    """Term `sdf` of one region; the corners may be moved, so the truth follows them without a gradient."""
+    """Term `sdf` of one region; the truth is sampled at the displaced corners, without a gradient to them."""
     true = sample_volume(true_vox, surface.points.detach())
-    near = true.abs() < TRUNCATION_VOX - 1e-3  # on the plateau, rounding must not decide
+    near = true.abs() < TRUNCATION_VOX - 1e-3  # a margin for rounding on the plateau
     if not bool(near.any()):
         raise DataError(f"batch: expected active voxels near the true surface, got none in {meta}")
     beyond = F.relu(TRUNCATION_VOX - true.sign() * surface.distance)
@@ -100,7 +98,9 @@ def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
         triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0], dim=1
     )
     centres = triangles.detach().mean(1)
-    near = sample_volume(true_vox, centres).abs() < TRUNCATION_VOX / 2  # farther ones face nothing
+    near = (
+        sample_volume(true_vox, centres).abs() < TRUNCATION_VOX / 2
+    )  # the others have no true counterpart
     slopes = true_gradient(true_vox, centres)
     bent = 1 - F.cosine_similarity(normals, slopes, dim=1, eps=1e-6)
     return {
@@ -112,13 +112,13 @@ def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
 
 
 def true_points(true_vox: Tensor) -> Tensor:
-    """Points (N, 3) of the zero level of (X, Y, Z), in index coordinates, open where it leaves the volume."""
+    """Points (N, 3) on the zero level of (X, Y, Z), in index coordinates; the level set is open at the volume's border."""
     vertices, *_ = measure.marching_cubes(true_vox.cpu().numpy(), 0.0)
     return torch.from_numpy(vertices.copy()).to(true_vox)
 
 
 def true_gradient(true_vox: Tensor, points: Tensor) -> Tensor:
-    """∇t (N, 3) at index coordinates, from differences of one voxel; along it the outside lies."""
+    """∇t (N, 3) at index coordinates, from differences of one voxel; it points outwards."""
     half = 0.5 * torch.eye(3, dtype=points.dtype, device=points.device)
     return torch.stack(
         [sample_volume(true_vox, points + h) - sample_volume(true_vox, points - h) for h in half],
@@ -127,5 +127,5 @@ def true_gradient(true_vox: Tensor, points: Tensor) -> Tensor:
 
 
 def _thinned(points: Tensor) -> Tensor:
-    """At most CHAMFER_POINTS of them."""
+    """At most CHAMFER_POINTS of the points."""
     return points[:: -(-len(points) // CHAMFER_POINTS)]

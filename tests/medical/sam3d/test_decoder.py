@@ -17,16 +17,10 @@ from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_structure
 from fastlora.medical.data.splits import make_splits
-from fastlora.medical.sam3d.decoder import (
-    Decoded,
-    Surface,
-    active_voxels,
-    load_sam3d,
-    sample_volume,
-    voxel_features,
-)
+from fastlora.medical.sam3d.decoder import active_voxels, load_sam3d, voxel_features
 from fastlora.medical.sam3d.folder import load_part
 from fastlora.medical.sam3d.losses import SurfaceLossWeights, surface_losses, true_points
+from fastlora.medical.sam3d.surface import Decoded, Surface, sample_volume
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_cases
@@ -334,7 +328,7 @@ def test_16_bit_weights_are_not_trained_whole(own_folder, tmp_path):
 def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
     config = config_for(folder, tmp_path / "run", sam3d_torso="fp16", epochs=3)
     trainer = quiet_training(config, TinyRegions(5, 0), TinyRegions(1, 1))
-    assert trainer.scaler.is_enabled()
+    assert trainer.state.scaler.is_enabled()
     assert trainer.model.decoder.blocks[0].attn.to_qkv.original_linear.weight.dtype == torch.float16
     assert trainer.model.decoder.blocks[0].attn.to_qkv.lora_A.dtype == torch.float32
     assert trainer.history[-1]["val"]["total"] < trainer.history[0]["val"]["total"]
@@ -350,13 +344,13 @@ def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
         ({"base_weights": "x"}, "base_weights: expected none with model 'sam3d'"),
         (
             {"finetune": "full", "sam3d_torso": "fp16"},
-            "sam3d_torso: expected 'fp32' where all weights train, got 'fp16'",
+            "sam3d_torso: expected 'fp32' with finetune 'full', got 'fp16'",
         ),
         ({"amp": "bf16"}, "amp: expected 'off' with model 'sam3d'"),
         ({"sam3d_part": "slat"}, "latents_dir: expected cached .* to train 'slat' on, got none"),
         ({"sam3d_part": "colour"}, "sam3d_part: expected one of decoder, slat, structure"),
-        ({"latents_dir": "x"}, "augment: expected --no-augment beside latents_dir"),
-        ({"model": "compact"}, "sam3d_dir: expected model 'sam3d' beside it, got 'compact'"),
+        ({"latents_dir": "x"}, "augment: expected --no-augment with latents_dir"),
+        ({"model": "compact"}, "sam3d_dir: expected model 'sam3d' with it, got 'compact'"),
         (
             {"model": "compact", "sam3d_dir": None, "sam3d_torso": "fp16"},
             "sam3d_torso: expected model",

@@ -15,7 +15,7 @@ from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.geometry import mesh_from_sdf
 from fastlora.medical.sam3d.decoder import load_sam3d
 from fastlora.medical.sam3d.folder import TARGETS as COMPONENTS
-from fastlora.medical.sam3d.folder import load_part, sparse_tensor
+from fastlora.medical.sam3d.folder import FlowSettings, load_part, sparse_tensor
 from fastlora.medical.sam3d.generator import flow_matching_loss
 from fastlora.medical.sam3d.losses import surface_losses
 from fastlora.medical.training.config import TrainConfig
@@ -219,7 +219,7 @@ def test_the_flow_matching_loss_is_the_packages_own(folder, part):
     torch.manual_seed(11)
     wanted, _ = theirs.loss(latents, condition, *more, **zeros)
     torch.manual_seed(11)
-    got = flow_matching_loss(model, latents, condition, coords, sigma_min=0.1, time_scale=500.0)
+    got = flow_matching_loss(model, latents, condition, coords, FlowSettings(0.1, 500.0))
     assert torch.equal(got, wanted)
 
 

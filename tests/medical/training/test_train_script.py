@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -20,7 +19,7 @@ import pytest
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training import checkpointing
-from fastlora.medical.training.config import TrainConfig, read_yaml
+from fastlora.medical.training.config import TrainConfig, option_owners, read_yaml
 from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.paths import ROOT
@@ -71,9 +70,10 @@ def test_help_groups_every_flag_with_its_default(
         main(["--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name}" in text
-    for group in ("data:", "model:", "optimisation:", "run:"):
+    assert {"lr", "sam3d_dir"} <= option_owners().keys()
+    for name in option_owners():
+        assert f"--{name}" in text
+    for group in ("data:", "model:", "optimisation:", "run:", "sam3d:"):
         assert group in text
     assert "--original_nifti_dir" in text
     assert (
@@ -182,14 +182,14 @@ def unknown_key(folder: Path) -> list[str]:
         (with_volume(small_mask), "segmentations/blob.nii.gz: expected the shape of ct.nii.gz"),
         (other_model, r"to_qkv.lora_A: expected \(3, 12\), got \(4, 12\)"),
         (no_checkpoint, "broken.pt: cannot be read as a checkpoint"),
-        (unknown_key, "epoch: unknown key (nearest: epochs"),
+        (unknown_key, "epoch: unknown key .nearest: epochs"),
         (lambda _: ["--config", "nowhere.yaml"], "config: cannot read nowhere.yaml"),
-        (lambda _: ["--classes", "bolb"], "classes: no case has 'bolb' (nearest: blob"),
+        (lambda _: ["--classes", "bolb"], "classes: no case has 'bolb' .nearest: blob"),
         (lambda _: ["--lora_rank", "0"], "lora_rank: expected >= 1, got 0"),
         (lambda _: ["--lora_rank", "two"], "argument --lora_rank: invalid int value: 'two'"),
         (
             lambda _: ["--lora_rnak", "2"],
-            "unknown argument --lora_rnak; did you mean '--lora_rank'",
+            "unknown argument --lora_rnak .nearest: --lora_rank",
         ),
         (lambda _: ["--amp", "--device", "cpu"], "amp: expected 'off' on cpu"),
         (lambda _: ["--base_weights", "no.safetensors"], "base model: no file no.safetensors"),
