@@ -93,7 +93,8 @@ def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
         return {"vertex": zero, "chamfer": zero, "normal": zero, "empty": zero + 1}
     points = _thinned(surface.vertices)
     distances = torch.cdist(points, _thinned(true_points(true_vox)))
-    triangles = surface.vertices[surface.faces]
+    # Not vertices[faces]: on several CPU threads its backward adds in an order that varies from run to run.
+    triangles = F.embedding(surface.faces, surface.vertices)
     normals = torch.linalg.cross(
         triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0], dim=1
     )

@@ -260,7 +260,7 @@ def test_a_generator_learns_from_cached_latents(folder, part, finetune, tmp_path
     assert (
         losses[-1] < 0.97 * losses[0]
     )  # with LoRA through a frozen output layer of random weights
-    state = {id(p) for p in trainer.optimizer.state}
+    state = {id(p) for p in trainer.state.optimizer.state}
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     reached = [n for n, p in trainer.model.named_parameters() if id(p) in state]
     assert reached == trained  # every one had a gradient
