@@ -101,18 +101,6 @@ class DecoderConfig:
         """Edge of the fine cube in voxels."""
         return self.coarse_size * self.cell_size
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
-        """The inverse of `dataclasses.asdict`. Raises: ConfigError on unknown or missing names."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(
-                f"DecoderConfig: unknown names {unknown}, expected some of {sorted(known)}"
-            )
-        if "in_channels" not in values:
-            raise ConfigError("DecoderConfig.in_channels: missing")
-        return cls(**values)
-
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
@@ -339,7 +327,7 @@ def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:
             raise CheckpointError(f"base model: no file {file}")
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))
-        expected, config = card["sha256"], DecoderConfig.from_dict(card["config"])
+        expected, config = card["sha256"], DecoderConfig(**card["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"base model: {card_path} is not a model card ({error})") from error
     data = weights.read_bytes()

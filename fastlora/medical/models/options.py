@@ -41,14 +41,14 @@ def one_of(*names: str) -> Rule:
 
 
 def option(
-    default: Any,
     group: str,
+    default: Any,
     text: str,
     rule: Rule | None = None,
     unit: str = "",
     resumable: bool = False,
 ) -> Any:
-    """Declares a field. group, text: for --help. unit: for both --help and errors. resumable: whether a resumed run may change it."""
+    """Declares a field. group, text, unit: for --help. resumable: whether a resumed run may change it."""
     about = {"group": group, "help": text, "rule": rule, "unit": unit, "resumable": resumable}
     return dataclasses.field(default=default, metadata=about)
 

@@ -14,7 +14,7 @@ Each is a mean over the batch's regions. An empty mesh gives 0 in `vertex`, `cha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastlora.errors import DataError
 from fastlora.medical.data.grids import TRUNCATION_VOX
-from fastlora.medical.models.losses import check_weights
+from fastlora.medical.models.losses import Weights
 from fastlora.medical.sam3d.surface import Decoded, Surface, sample_volume
 
 if TYPE_CHECKING:
@@ -35,20 +35,14 @@ CHAMFER_POINTS = 2048
 
 
 @dataclass(frozen=True)
-class SurfaceLossWeights:
-    """Weight of each term in the total; a term of weight 0 is reported and not trained on.
-
-    Raises: ConfigError if a weight is negative or not finite, or all are zero.
-    """
+class SurfaceLossWeights(Weights):
+    """Weights of `surface_losses`."""
 
     sdf: float = 1.0
     vertex: float = 0.2
     chamfer: float = 0.1
     normal: float = 0.05
     regularisation: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_weights(self)
 
 
 def surface_losses(
@@ -68,11 +62,7 @@ def surface_losses(
         term = {"sdf": _corner_loss(surface, true, meta), "regularisation": surface.regularisation}
         terms.append({**term, **_mesh_terms(surface, true)})
     means = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
-    total = sum(
-        (getattr(weights, f.name) * means[f.name] for f in fields(weights)),
-        means["sdf"].new_zeros(()),
-    )
-    return {**means, "total": total}
+    return {**means, "total": weights.total(means)}
 
 
 def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Tensor:

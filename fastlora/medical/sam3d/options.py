@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from fastlora.errors import CheckpointError, ConfigError
@@ -24,7 +25,7 @@ from fastlora.medical.sam3d.latents import CachedRegions, slat_reader, structure
 from fastlora.medical.sam3d.losses import SurfaceLossWeights
 from fastlora.medical.sam3d.part import Sam3dPart
 
-GROUP = "sam3d"
+_sam3d = partial(option, "sam3d")
 
 
 @dataclass(frozen=True)
@@ -38,49 +39,42 @@ class Sam3dOptions(ModelOptions):
     standalone_base: ClassVar[bool] = False
     same_to_compare: ClassVar[tuple[str, ...]] = ("latents_dir",)
 
-    sam3d_dir: str | None = option(
-        None, GROUP, "checkpoint folder, with pipeline.yaml", NOT_EMPTY, resumable=True
+    sam3d_dir: str | None = _sam3d(
+        None, "checkpoint folder, with pipeline.yaml", NOT_EMPTY, resumable=True
     )
-    sam3d_part: str = option(
+    sam3d_part: str = _sam3d(
         "decoder",
-        GROUP,
         "trained part: the mesh decoder, or the generator of structured latents or of the coarse structure",
         one_of("decoder", "slat", "structure"),
     )
-    sam3d_torso: str = option(
+    sam3d_torso: str = _sam3d(
         "config",
-        GROUP,
         "precision of the frozen blocks; config: that of the checkpoint folder",
         one_of("config", "fp32", "fp16"),
     )
-    sam3d_checkpointing: bool = option(
-        False,
-        GROUP,
-        "recompute activations in the backward pass: less memory, more time",
-        resumable=True,
+    sam3d_checkpointing: bool = _sam3d(
+        False, "recompute activations in the backward pass: less memory, more time", resumable=True
     )
-    latents_dir: str | None = option(
+    latents_dir: str | None = _sam3d(
         None,
-        GROUP,
         "cached latents of every region; without it an encoder that makes the decoder's is trained",
         NOT_EMPTY,
         resumable=True,
     )
-    drop_condition: float = option(
+    drop_condition: float = _sam3d(
         0.1,
-        GROUP,
         "how often a generator is trained without its condition, for guidance",
         PROBABILITY,
         "probability",
     )
-    loss_vertex: float = option(
-        0.2, GROUP, "weight of the vertices' distance to the true surface", NOT_NEGATIVE
+    loss_vertex: float = _sam3d(
+        0.2, "weight of the vertices' distance to the true surface", NOT_NEGATIVE
     )
-    loss_chamfer: float = option(
-        0.1, GROUP, "weight of the distance between the surfaces' points", NOT_NEGATIVE
+    loss_chamfer: float = _sam3d(
+        0.1, "weight of the distance between the surfaces' points", NOT_NEGATIVE
     )
-    loss_regularisation: float = option(
-        0.1, GROUP, "weight of the decoder's own regularisation", NOT_NEGATIVE
+    loss_regularisation: float = _sam3d(
+        0.1, "weight of the decoder's own regularisation", NOT_NEGATIVE
     )
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from fastlora.medical.sam3d.options import Sam3dOptions
 MODELS: Mapping[str, type[Any]] = {"compact": DecoderOptions, "sam3d": Sam3dOptions}
 """The `ModelOptions` of each value of `--model`: the one place of training and evaluation that knows SAM 3D."""
 
-DATA, MODEL, OPTIMISATION, RUN = "data", "model", "optimisation", "run"
+_data, _model = partial(option, "data"), partial(option, "model")
+_optim, _run = partial(option, "optimisation"), partial(option, "run")
 
 
 @dataclass(frozen=True, init=False)
@@ -45,167 +47,128 @@ class TrainConfig:
         the message names the option, what was expected and what came.
     """
 
-    use_dataset: bool = option(
-        False,
-        DATA,
-        "train on the volumes under --data_root (which implies it)",
-        resumable=True,
+    use_dataset: bool = _data(
+        False, "train on the volumes under --data_root (which implies it)", resumable=True
     )
-    data_root: str | None = option(
+    data_root: str | None = _data(
         None,
-        DATA,
         "data set in one of the layouts of docs/quickstart_training.md; "
         "without it the bundled cases are built in data/bundled",
         NOT_EMPTY,
         resumable=True,
     )
-    cache_dir: str | None = option(
+    cache_dir: str | None = _data(
         None,
-        DATA,
         "cache of preprocess_medical.py: only the structures that it found usable are used",
         NOT_EMPTY,
         resumable=True,
     )
-    demo: str | None = option(None, DATA, "train on synthetic data instead", one_of("synthetic"))
-    classes: tuple[str, ...] | None = option(
-        None, DATA, "structures to train on, by name; all without it", NOT_EMPTY
+    demo: str | None = _data(None, "train on synthetic data instead", one_of("synthetic"))
+    classes: tuple[str, ...] | None = _data(
+        None, "structures to train on, by name; all without it", NOT_EMPTY
     )
-    modality: str = option("ct", DATA, "of the images named *-image.nii.gz", one_of("ct", "mr"))
-    channel: int = option(0, DATA, "channel of dataset.json, if it has several", NOT_NEGATIVE)
-    split: str = option(
+    modality: str = _data("ct", "of the images named *-image.nii.gz", one_of("ct", "mr"))
+    channel: int = _data(0, "channel of dataset.json, if it has several", NOT_NEGATIVE)
+    split: str = _data(
         "auto",
-        DATA,
         "what is held out for the test; auto: structure for the bundled cases, else patient",
         one_of("auto", "structure", "patient", "file"),
     )
-    augment: bool = option(
-        True, DATA, "window shifts, mirroring and small intensity changes of the training samples"
+    augment: bool = _data(
+        True, "window shifts, mirroring and small intensity changes of the training samples"
     )
-    samples_per_region: int = option(
-        4, DATA, "augmented samples of each training region in an epoch", AT_LEAST_ONE
+    samples_per_region: int = _data(
+        4, "augmented samples of each training region in an epoch", AT_LEAST_ONE
     )
-    num_workers: int = option(
-        0,
-        DATA,
-        "loader processes; the result does not depend on it",
-        NOT_NEGATIVE,
-        resumable=True,
+    num_workers: int = _data(
+        0, "loader processes; the result does not depend on it", NOT_NEGATIVE, resumable=True
     )
 
-    model: str = option(
+    model: str = _model(
         "compact",
-        MODEL,
         "the decoder: the packaged one, or that of SAM 3D Objects (docs/sam3d.md)",
         one_of("compact", "sam3d"),
     )
-    finetune: str = option("lora", MODEL, "what is trained", one_of("lora", "full"))
-    lora_rank: int | None = option(
+    finetune: str = _model("lora", "what is trained", one_of("lora", "full"))
+    lora_rank: int | None = _model(
         None,
-        MODEL,
         f"rank of the LoRA update; without it {DecoderOptions.default_rank} and the packaged decoder's lora_ranks, {Sam3dOptions.default_rank} with sam3d",
         AT_LEAST_ONE,
     )
-    lora_ranks: tuple[str, ...] | None = option(
+    lora_ranks: tuple[str, ...] | None = _model(
         None,
-        MODEL,
         f"ranks of layers by name, as name=rank, at the scaling of the others ({' '.join(DecoderOptions.default_ranks)} without lora_rank, else none); "
         "the packaged decoder's out_layer is trained in full if not named",
     )
-    lora_alpha: float | None = option(
-        None, MODEL, "LoRA scaling is alpha / rank; without it alpha is twice the rank", POSITIVE
+    lora_alpha: float | None = _model(
+        None, "LoRA scaling is alpha / rank; without it alpha is twice the rank", POSITIVE
     )
-    lora_dropout: float = option(0.0, MODEL, "dropout on the LoRA path", PROBABILITY, "probability")
-    lora_ffn: bool = option(True, MODEL, "adapt the feed-forward layers as well as the attention")
-    base_weights: str | None = option(
-        None,
-        MODEL,
-        "base model's safetensors; the packaged one without it",
-        NOT_EMPTY,
-        resumable=True,
+    lora_dropout: float = _model(0.0, "dropout on the LoRA path", PROBABILITY, "probability")
+    lora_ffn: bool = _model(True, "adapt the feed-forward layers as well as the attention")
+    base_weights: str | None = _model(
+        None, "base model's safetensors; the packaged one without it", NOT_EMPTY, resumable=True
     )
-    epochs: int = option(
-        16, OPTIMISATION, "passes over the training samples", AT_LEAST_ONE, resumable=True
+    epochs: int = _optim(16, "passes over the training samples", AT_LEAST_ONE, resumable=True)
+    batch_size: int = _optim(
+        8, "regions per micro-batch, over all processes", AT_LEAST_ONE, "regions"
     )
-    batch_size: int = option(
-        8, OPTIMISATION, "regions per micro-batch, over all processes", AT_LEAST_ONE, "regions"
-    )
-    grad_accum: int = option(1, OPTIMISATION, "micro-batches per optimizer step", AT_LEAST_ONE)
-    halve_batch: bool = option(
+    grad_accum: int = _optim(1, "micro-batches per optimizer step", AT_LEAST_ONE)
+    halve_batch: bool = _optim(
         False,
-        OPTIMISATION,
         "if memory runs out, restart the epoch with smaller micro-batches and more of them per step",
         resumable=True,
     )
-    lr: float | None = option(
+    lr: float | None = _optim(
         None,
-        OPTIMISATION,
         "AdamW's peak learning rate; without it 1e-2 for lora and 1e-3 for full; with sam3d 1e-3 and 1e-4",
         POSITIVE,
     )
-    weight_decay: float = option(0.01, OPTIMISATION, "AdamW's decay", NOT_NEGATIVE)
-    warmup: float = option(
-        0.05,
-        OPTIMISATION,
-        "fraction of all steps with a rising rate, before the cosine",
-        PROBABILITY,
-        "fraction",
+    weight_decay: float = _optim(0.01, "AdamW's decay", NOT_NEGATIVE)
+    warmup: float = _optim(
+        0.05, "fraction of all steps with a rising rate, before the cosine", PROBABILITY, "fraction"
     )
-    clip_norm: float = option(
-        1.0, OPTIMISATION, "largest gradient norm; 0 does not clip", NOT_NEGATIVE
-    )
-    early_stopping: int = option(
+    clip_norm: float = _optim(1.0, "largest gradient norm; 0 does not clip", NOT_NEGATIVE)
+    early_stopping: int = _optim(
         0,
-        OPTIMISATION,
         "stop after this long without a better validation; 0 never",
         NOT_NEGATIVE,
         "epochs",
         resumable=True,
     )
-    loss_sdf: float = option(
-        1.0, OPTIMISATION, "weight of the distance error near the surface", NOT_NEGATIVE
+    loss_sdf: float = _optim(1.0, "weight of the distance error near the surface", NOT_NEGATIVE)
+    loss_occupancy: float = _optim(0.2, "weight of the inside / outside error", NOT_NEGATIVE)
+    loss_normal: float = _optim(
+        0.05, "weight of the error of the distance's gradient", NOT_NEGATIVE
     )
-    loss_occupancy: float = option(
-        0.2, OPTIMISATION, "weight of the inside / outside error", NOT_NEGATIVE
-    )
-    loss_normal: float = option(
-        0.05, OPTIMISATION, "weight of the error of the distance's gradient", NOT_NEGATIVE
-    )
-    amp: str = option(
-        "off", OPTIMISATION, "mixed precision, on CUDA only", one_of("off", "bf16", "fp16")
-    )
-    seed: int = option(
-        0, OPTIMISATION, "seed of weights, data order, dropout and augmentation", NOT_NEGATIVE
-    )
+    amp: str = _optim("off", "mixed precision, on CUDA only", one_of("off", "bf16", "fp16"))
+    seed: int = _optim(0, "seed of weights, data order, dropout and augmentation", NOT_NEGATIVE)
 
-    checkpoint_dir: str = option("runs/medical", RUN, "the run's folder", NOT_EMPTY, resumable=True)
-    save_every: int = option(
+    checkpoint_dir: str = _run("runs/medical", "the run's folder", NOT_EMPTY, resumable=True)
+    save_every: int = _run(
         0,
-        RUN,
         "also keep checkpoints/epoch_NNN.pt this often; 0 never",
         NOT_NEGATIVE,
         "epochs",
         resumable=True,
     )
-    resume: str | None = option(
+    resume: str | None = _run(
         None,
-        RUN,
         "continue from a checkpoint or run folder; 'auto': from the last one in --checkpoint_dir, if any",
         NOT_EMPTY,
         resumable=True,
     )
-    overwrite: bool = option(False, RUN, "replace the run in --checkpoint_dir", resumable=True)
-    device: str = option("auto", RUN, "auto, cpu, cuda or cuda:N", NOT_EMPTY, resumable=True)
-    parallel: str = option(
+    overwrite: bool = _run(False, "replace the run in --checkpoint_dir", resumable=True)
+    device: str = _run("auto", "auto, cpu, cuda or cuda:N", NOT_EMPTY, resumable=True)
+    parallel: str = _run(
         "ddp",
-        RUN,
         "how the processes of torchrun share the model: each holds all of it, or a shard of each weight",
         one_of("ddp", "fsdp"),
         resumable=True,
     )
-    threads: int = option(
-        0, RUN, "torch's CPU threads; 0 leaves them as they are", NOT_NEGATIVE, resumable=True
+    threads: int = _run(
+        0, "torch's CPU threads; 0 leaves them as they are", NOT_NEGATIVE, resumable=True
     )
-    progress: bool = option(True, RUN, "show the progress bar on a terminal", resumable=True)
+    progress: bool = _run(True, "show the progress bar on a terminal", resumable=True)
 
     options: ModelOptions = dataclasses.field(kw_only=True)
 

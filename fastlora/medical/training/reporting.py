@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -16,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class RunReport:
-    """Reports the progress of a run; a context manager.
+    """Reports the progress of a run until `close`.
 
     board: the folder of TensorBoard's files. active: False in all ranks but the first, which report nothing.
     """
@@ -34,15 +33,8 @@ class RunReport:
             disable=None if self.config.progress and active else True,  # None: on a terminal only
         )
 
-    def __enter__(self) -> RunReport:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the bar and TensorBoard's files."""
         self._bar.close()
         if self._board is not None:
             self._board.close()

@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ class MedicalTrainer:
         if first:
             self.folder.open(state.saved_config(), self.config.overwrite)
         checkpointing.set_rng_state(state.rng)
-        with RunReport(state, self.folder.board, first) as report:
+        with closing(RunReport(state, self.folder.board, first)) as report:
             if state.history:
                 self._write(best_changed=True)
             else:

@@ -187,7 +187,7 @@ def test_the_gradient_of_the_normals_is_the_same_each_time_on_several_threads():
     torch.set_num_threads(4)
     try:
         pulls = set()
-        for _ in range(60):
+        for _ in range(30):
             losses = surface_losses(Decoded([surface], batch.base_vox, 8), batch)
             (pull,) = torch.autograd.grad(losses["normal"], surface.vertices)
             pulls.add(pull.numpy().tobytes())
