@@ -1,4 +1,4 @@
-"""Fine-tune the mesh decoder on medical volumes: with no arguments, LoRA on the bundled cases, on this machine."""
+"""Fine-tune the mesh decoder on medical volumes; without arguments with LoRA on the bundled cases."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Held-out evaluation: every method on the same regions, a record for each.
+"""Held-out evaluation: every method on the same regions, with a record for each.
 
-`compare_runs` takes run folders to an `Evaluation`; what it says is made of it in `results`.
+`compare_runs` evaluates run folders; `results` summarises the `Evaluation`.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ class Run:
     def read(cls, path: str | Path, finetune: str) -> Run:
         """Reads a run folder, whose best checkpoint is used, or `<run>/checkpoints/<which>.pt`.
 
-        Raises:
-            CheckpointError: it is no run folder, or no run of that kind of fine-tuning.
-            ConfigError: its config.yaml cannot be used.
+        Raises: CheckpointError if it is no run folder, not of that kind of fine-tuning, or its model makes no mesh. ConfigError if its
+            config.yaml cannot be used.
         """
         folder, which = RunFolder.split(path)
         files = RunFolder(folder)
@@ -111,12 +110,12 @@ class Run:
 
     @property
     def regions(self) -> list[str]:
-        """Fingerprints of the regions that it was trained on and chosen by; none in runs of older versions."""
+        """Fingerprints of the regions of training and validation; none in runs of older versions."""
         found: list[str] = read_checkpoint(RunFolder(self.folder).find(self.which))["regions"]
         return found
 
     def facts(self) -> dict[str, Any]:
-        """What the run cost and made."""
+        """The run's configuration, cost and size."""
         files = RunFolder(self.folder)
         checkpoint = files.find(self.which)
         content = read_checkpoint(checkpoint)
@@ -160,9 +159,7 @@ def evaluate(
 ) -> Evaluation:
     """Every method on every region.
 
-    Raises:
-        DataError: there is no region, or a prediction is not finite (the method and region are
-            named).
+    Raises: DataError if there is no region, or a prediction is not finite (the method and region are named).
     """
     samples = [dataset[index] for index in range(len(dataset))]
     if not samples:
@@ -251,7 +248,7 @@ def compare_runs(
 
 def _check_same_task(lora: TrainConfig, full: TrainConfig) -> None:
     """Raises: ConfigError, naming an option in which two runs must agree and do not."""
-    mine, others = lora.to_dict(), full.to_dict()
+    mine, others = ({**vars(config), **vars(config.options)} for config in (lora, full))
     for name in (*SAME_IN_BOTH_RUNS, *lora.options.same_to_compare):
         if mine[name] != others[name]:
             raise ConfigError(

@@ -61,7 +61,7 @@ def declared(options: Any) -> dict[str, dataclasses.Field[Any]]:
 def check_options(options: DataclassInstance) -> None:
     """Converts every declared field to its type, in place, and checks its rule.
 
-    Raises: ConfigError, naming the field, what was expected and what came.
+    Raises: ConfigError, naming the field, the expected and the given value.
     """
     for name, spec in declared(options).items():
         value = _converted(type(options), name, getattr(options, name))

@@ -1,4 +1,4 @@
-"""What training and evaluation need of a model, and of the name that chooses it: nothing else asks which model it holds."""
+"""The interface of a model to training and evaluation, and of the options that choose it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Trainee(nn.Module, ABC):
-    """A model that the trainer can train; `forward` takes what `inputs` gives."""
+    """A model that can be trained and evaluated; `forward` takes the results of `inputs`."""
 
     @property
     def base(self) -> nn.Module:
@@ -47,7 +47,7 @@ class Trainee(nn.Module, ABC):
 
     @abstractmethod
     def inputs(self, batch: RegionBatch) -> tuple[Any, ...]:
-        """The arguments of `forward` for a batch. Raises: ConfigError if the batch lacks what the model needs."""
+        """The arguments of `forward` for a batch. Raises: ConfigError if the batch lacks an input of the model."""
 
     @abstractmethod
     def losses(self, output: Any, batch: RegionBatch, weights: Any) -> dict[str, Tensor]:
@@ -62,11 +62,11 @@ class Trainee(nn.Module, ABC):
 
 
 class ModelOptions(ABC):
-    """What a value of `--model` stands for: a dataclass of the options that only this model has, its defaults, its loader.
+    """A value of `--model`: a dataclass of the options that only this model has, with its defaults and its loader.
 
-    default_rank, default_ranks: LoRA's rank, and the ranks of layers by name, where no rank is asked for. peak_lr: of AdamW
+    default_rank, default_ranks: LoRA's rank, and the ranks of layers by name, if no rank is given. peak_lr: of AdamW
     by the kind of fine-tuning. loss_weights: the dataclass of its loss terms. standalone_base: whether the base alone
-    predicts anything without what is trained around it. same_to_compare: options that two runs must share to be compared.
+    predicts anything, without the layers trained around it. same_to_compare: options that two runs must share to be compared.
     """
 
     default_rank: ClassVar[int]
@@ -91,8 +91,8 @@ class ModelOptions(ABC):
 
     @abstractmethod
     def load(self, base_weights: str | None) -> Trainee:
-        """The model, untrained. Raises: CheckpointError or ConfigError, naming what cannot be used."""
+        """The model, untrained. Raises: CheckpointError or ConfigError, naming the problem."""
 
     def regions(self, dataset: RegionDataset) -> Any:
-        """The dataset with what this model needs besides the regions. Raises: DataError if a region lacks it."""
+        """The dataset with the further inputs of this model. Raises: DataError if a region lacks it."""
         return dataset

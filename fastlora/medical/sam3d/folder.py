@@ -120,9 +120,9 @@ def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Modul
     if about.generator:
         state = _without_prefix(state, _GENERATOR_KEYS + prefix, weights_path)
     check_tensors(state, model.state_dict(), str(weights_path))
-    if whole := sorted(key for key, value in state.items() if not value.is_floating_point()):
+    if integers := sorted(key for key, value in state.items() if not value.is_floating_point()):
         raise CheckpointError(
-            f"sam3d_dir: {weights_path}: expected floating-point tensors, got {whole}"
+            f"sam3d_dir: {weights_path}: expected floating-point tensors, got {integers}"
         )
     model.load_state_dict(state)
     return model.requires_grad_(False).eval()
@@ -283,7 +283,7 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"model: 'sam3d' needs the package sam3d_objects and what it imports ({error}); "
+            f"model: 'sam3d' needs the package sam3d_objects and its dependencies ({error}); "
             "docs/sam3d.md says how to install it"
         ) from error
 

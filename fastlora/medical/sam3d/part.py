@@ -1,4 +1,4 @@
-"""What the three trainable parts of SAM 3D Objects share: adapters, and the precision of their blocks."""
+"""The common base of the trainable parts of SAM 3D Objects: adapters, and the precision of their blocks."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class TrainConfig:
     processes change the rounding.
 
     Raises: ConfigError if a name is unknown, a value has the wrong type or breaks its rule, or two options contradict each other;
-        the message names the option, what was expected and what came.
+        the message names the option, the expected and the given value.
     """
 
     use_dataset: bool = _data(
@@ -71,7 +71,7 @@ class TrainConfig:
     channel: int = _data(0, "channel of dataset.json, if it has several", NOT_NEGATIVE)
     split: str = _data(
         "auto",
-        "what is held out for the test; auto: structure for the bundled cases, else patient",
+        "unit held out for the test; auto: structure for the bundled cases, else patient",
         one_of("auto", "structure", "patient", "file"),
     )
     augment: bool = _data(
@@ -89,7 +89,7 @@ class TrainConfig:
         "the decoder: the packaged one, or that of SAM 3D Objects (docs/sam3d.md)",
         one_of("compact", "sam3d"),
     )
-    finetune: str = _model("lora", "what is trained", one_of("lora", "full"))
+    finetune: str = _model("lora", "trained weights: adapters or all", one_of("lora", "full"))
     lora_rank: int | None = _model(
         None,
         f"rank of the LoRA update; without it {DecoderOptions.default_rank} and the packaged decoder's lora_ranks, {Sam3dOptions.default_rank} with sam3d",
@@ -166,7 +166,7 @@ class TrainConfig:
         resumable=True,
     )
     threads: int = _run(
-        0, "torch's CPU threads; 0 leaves them as they are", NOT_NEGATIVE, resumable=True
+        0, "torch's CPU threads; 0 keeps the current number", NOT_NEGATIVE, resumable=True
     )
     progress: bool = _run(True, "show the progress bar on a terminal", resumable=True)
 
@@ -210,7 +210,7 @@ class TrainConfig:
                 raise ConfigError(f"lora_ranks: expected name=rank with a rank >= 1, got {entry!r}")
 
     def _resolve(self) -> None:
-        """Replaces what was left open by the defaults, so that the run's folder records them."""
+        """Fills in the model's defaults, so that the run's folder records them."""
         if self.lora_ranks is None:
             recipe = self.options.default_ranks if self.lora_rank is None else ()
             object.__setattr__(self, "lora_ranks", recipe)

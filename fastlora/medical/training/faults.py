@@ -51,7 +51,7 @@ def memory_in_words(model: nn.Module, rows: int) -> str:
     """The least memory of a step: by `fastlora.estimate`, or of parameters alone in a model without adapters."""
     if any(True for _ in named_lora_layers(model)):
         mib = estimate(model, max(1, rows)).total_bytes / 2**20
-        return f"weights, gradients, optimizer and what the adapted layers save of {rows:,} tokens take {mib:.1f} MiB"
+        return f"weights, gradients, optimizer and the activations that adapted layers save for {rows:,} tokens take {mib:.1f} MiB"
     mib = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters()) / 2**20
     return f"weights, gradients and optimizer take {mib:.1f} MiB, without activations"
 

@@ -21,7 +21,7 @@ from fastlora.medical.training.run_folder import RunFolder
 
 
 def load_base(config: TrainConfig) -> Trainee:
-    """The model of a configuration, untrained. Raises: CheckpointError or ConfigError, naming what cannot be used."""
+    """The model of a configuration, untrained. Raises: CheckpointError or ConfigError, naming the problem."""
     return config.options.load(config.base_weights)
 
 

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: a progress bar, TensorBoard scalars, and a line in the log after each epoch."""
+"""Reports of a run in progress: a progress bar, TensorBoard scalars, and a line in the log after each epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of one training run: the paths of its files, its lock, and what is written after an epoch.
+"""The folder of one training run: the paths of its files, its lock, and the writing of an epoch.
 
 config.yaml  history.json  tb/  adapter.safetensors (LoRA only)  checkpoints/{last,previous,best,epoch_NNN}.pt  .lock
 """
@@ -134,7 +134,7 @@ class RunFolder:
             if not overwrite and self._state_of_last() != self._last:
                 self.close()
                 raise TrainingError(
-                    f"checkpoint_dir: another run wrote to {self.path} since this one was set up; start it again to go on from there"
+                    f"checkpoint_dir: another run wrote to {self.path} since this one was set up; restart this one to continue from there"
                 )
             if overwrite:
                 for file in (self.config, self.history, self.adapter):
@@ -168,7 +168,7 @@ class RunFolder:
     def write(
         self, last: Mapping[str, Any], best: Mapping[str, Any] | None, history: object
     ) -> None:
-        """Writes `last` first, then what can be recomputed from it: `best` (if given) and history.json.
+        """Writes `last` first, then the files that follow from it: `best` (if given) and history.json.
 
         The old `last` becomes `previous` if it is of another epoch.
         """

@@ -33,7 +33,7 @@ class RunState:
     model: with its trainable parameters set, on its device. steps_per_epoch: optimizer steps. facts: `base_sha256`, `samples` and
     `regions`, which a run and its continuation must share.
 
-    epoch: finished epochs. within: what an interrupted epoch has done so far. best: the snapshot of the best epoch. rng: the
+    epoch: finished epochs. within: the progress of an interrupted epoch. best: the snapshot of the best epoch. rng: the
     generators' state from which training continues.
     """
 
@@ -82,7 +82,7 @@ class RunState:
         return improved
 
     def saved_config(self) -> dict[str, Any]:
-        """The configuration without what holds for one call only."""
+        """The configuration without the options that hold for one call only."""
         return replace(self.config, resume=None, overwrite=False).to_dict()
 
     def snapshot(self) -> dict[str, Any]:

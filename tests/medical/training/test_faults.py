@@ -229,7 +229,10 @@ def test_nan_keeps_the_epoch_before(whole, tmp_path):
 def test_out_of_memory_is_said_with_the_estimate(whole, tmp_path):
     run = tmp_path / "run"
     line = refused(run, "no memory", 1)
-    assert "out of memory: weights, gradients, optimizer and what the adapted layers save" in line
+    assert (
+        "out of memory: weights, gradients, optimizer and the activations that adapted layers"
+        in line
+    )
     assert "MiB; a smaller batch_size than 2" in line and "--halve_batch" in line
     goes_on(run, whole)
 
