@@ -227,16 +227,13 @@ def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
     if mean is None or std is None:
         package = _import("sam3d_objects.pipeline.inference_utils")
         mean, std = package.SLAT_MEAN.tolist(), package.SLAT_STD.tolist()
-    if not _are_numbers(mean) or not _are_numbers(std) or len(mean) != len(std) or min(std) <= 0:
+    lists = [v for v in (mean, std) if isinstance(v, list) and v and all(map(_is_number, v))]
+    if len(lists) < 2 or len(mean) != len(std) or min(std) <= 0:
         raise ConfigError(
             f"sam3d_dir: {path}: slat_mean, slat_std: expected two lists of numbers of one length, the second positive, "
             f"got {mean!r} and {std!r}"
         )
     return mean, std
-
-
-def _are_numbers(values: object) -> bool:
-    return isinstance(values, list) and len(values) > 0 and all(map(_is_number, values))
 
 
 def _is_number(value: object) -> bool:

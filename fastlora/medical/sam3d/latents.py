@@ -13,7 +13,7 @@ for the generator "structure" each of its latents by name, (N, C), as the genera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from fastlora import files
 from fastlora.errors import DataError
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
 from fastlora.medical.data.regions import RegionDataset
+
+Size = tuple[int | None, int | None]
+"""Rows and columns of a table; None for any number."""
 
 KINDS = ("safetensors", "npz")
 MIN_SHARE = 0.5
@@ -46,64 +49,49 @@ def slat_path(folder: Path, meta: Mapping[str, str]) -> Path:
 
 
 def read_slat(path: Path) -> dict[str, Tensor]:
-    """`coords` (T, 3) int64, `feats` (T, C) float32, and if present the `condition` (L, D) float32 of an untrusted file.
+    """`coords` (N, 3) int64, `feats` (N, C) float32, and if present the `condition` (L, D) float32 of an untrusted file.
 
     Raises: DataError if it cannot be read, or holds anything else.
     """
-    found = _read_tensors(path)
-    if found.keys() - {"condition"} != {"coords", "feats"}:
-        raise DataError(f"latents_dir: {path}: expected coords and feats, got {sorted(found)}")
-    coords, feats = found["coords"], found["feats"]
-    if coords.ndim != 2 or coords.shape[1] != 3 or coords.is_floating_point() or len(coords) == 0:
-        raise DataError(
-            f"latents_dir: {path}: coords: expected (T, 3) integers, got {tuple(coords.shape)} {coords.dtype}"
-        )
-    if feats.ndim != 2 or len(feats) != len(coords) or not feats.is_floating_point():
-        raise DataError(
-            f"latents_dir: {path}: feats: expected ({len(coords)}, C) floats, got {tuple(feats.shape)} {feats.dtype}"
-        )
-    numbers = _float_rows({name: value for name, value in found.items() if name != "coords"}, path)
-    return {"coords": coords.long(), **numbers}
-
-
-def read_structure(
-    path: Path, latents: Mapping[str, tuple[int | None, int]], condition: int
-) -> dict[str, Tensor]:
-    """The latents of "structure" by name, (N, C) float32, and its `condition` (L, D).
-
-    latents: tokens (None: any number) and channels of each. condition: D. Raises: DataError as `read_slat`, and on another size.
-    """
-    found = _read_tensors(path)
-    if found.keys() != {*latents, "condition"}:
-        wanted = ", ".join([*latents, "condition"])
-        raise DataError(f"latents_dir: {path}: expected {wanted}, got {sorted(found)}")
-    found = _float_rows(found, path)
-    for name, (tokens, channels) in {**latents, "condition": (None, condition)}.items():
-        shape = tuple(found[name].shape)
-        if shape[1] != channels or tokens not in (None, shape[0]):
-            raise DataError(
-                f"latents_dir: {path}: {name}: expected ({tokens or 'N'}, {channels}), got {shape}"
-            )
+    found = _read_tables(path, {"coords": (None, 3), "feats": (None, None)}, {"condition"})
+    count, shape = len(found["coords"]), tuple(found["feats"].shape)
+    if shape[0] != count:
+        raise DataError(f"latents_dir: {path}: feats: expected ({count}, C) floats, got {shape}")
     return found
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_structure(path: Path, latents: Mapping[str, Size], condition: int) -> dict[str, Tensor]:
+    """The latents of "structure" by name, (N, C) float32, and the `condition` (L, D) float32 of an untrusted file.
+
+    latents: size of each. condition: D. Raises: DataError if it cannot be read, or holds anything else.
+    """
+    return _read_tables(path, {**latents, "condition": (None, condition)})
+
+
+def _read_tables(
+    path: Path, sizes: Mapping[str, Size], optional: Set[str] = frozenset()
+) -> dict[str, Tensor]:
+    """The tables of a file by name: `coords` of integers, all others of finite floats. optional: further names."""
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
+        found = load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"latents_dir: cannot read {path}: {error}") from error
-
-
-def _float_rows(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors as float32. Raises: DataError if one is not a table of finite numbers with at least one row."""
-    for name, value in tensors.items():
-        if value.ndim != 2 or len(value) == 0 or not value.is_floating_point():
+    if found.keys() - optional != sizes.keys():
+        raise DataError(
+            f"latents_dir: {path}: expected {', '.join(sizes)}, got {', '.join(sorted(found))}"
+        )
+    for name, value in found.items():
+        size, floats = sizes.get(name, (None, None)), name != "coords"
+        fits = value.ndim == 2 and len(value) > 0 and value.is_floating_point() == floats
+        if not fits or any(n not in (None, m) for n, m in zip(size, value.shape, strict=True)):
+            rows, columns = (n or letter for n, letter in zip(size, "NC", strict=True))
             raise DataError(
-                f"latents_dir: {path}: {name}: expected rows of floats, got {tuple(value.shape)} {value.dtype}"
+                f"latents_dir: {path}: {name}: expected ({rows}, {columns}) {'floats' if floats else 'integers'}, "
+                f"got {tuple(value.shape)} {value.dtype}"
             )
-        if not bool(torch.isfinite(value).all()):
+        if floats and not bool(torch.isfinite(value).all()):
             raise DataError(f"latents_dir: {path}: {name}: expected finite numbers")
-    return {name: value.float() for name, value in tensors.items()}
+    return {name: x.long() if name == "coords" else x.float() for name, x in found.items()}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -215,7 +203,7 @@ def slat_reader(
 
 
 def structure_reader(
-    latents: Mapping[str, tuple[int | None, int]], condition: int
+    latents: Mapping[str, Size], condition: int
 ) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
     """A reader for training the generator "structure"; arguments as in `read_structure`."""
 

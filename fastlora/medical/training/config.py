@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ class TrainConfig:
 
     def __init__(self, *, options: ModelOptions | None = None, **values: Any) -> None:
         if options is not None:  # from dataclasses.replace
-            values = {**{name: getattr(options, name) for name in declared(options)}, **values}
+            values = {**vars(options), **values}
         known = option_owners()
         for name in values:
             if name not in known:
@@ -248,9 +248,8 @@ class TrainConfig:
     @property
     def loss_weights(self) -> Any:
         """The weights of the model's loss terms, an instance of its `ModelOptions.loss_weights`."""
-        kind, values = self.options.loss_weights, self.to_dict()
-        terms = [term.name for term in dataclasses.fields(kind)]
-        return kind(**{term: values[f"loss_{term}"] for term in terms})
+        kind, values = self.options.loss_weights, {**vars(self), **vars(self.options)}
+        return kind(**{f.name: values[f"loss_{f.name}"] for f in dataclasses.fields(kind)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -259,16 +258,15 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All options, of every model, as values that YAML, JSON and `torch.load(weights_only=True)` hold."""
-        owners = option_owners()
-        defaults = {name: declared(owner)[name].default for name, owner in owners.items()}
-        own = {name: getattr(self.options, name) for name in declared(self.options)}
-        values = {**defaults, **{name: getattr(self, name) for name in declared(self)}, **own}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-        }
+        values = {**vars(self), **vars(self.options)}
+        for name, owner in option_owners().items():
+            value = values.get(name, declared(owner)[name].default)
+            values[name] = list(value) if isinstance(value, tuple) else value
+        del values["options"]
+        return values
 
 
+@cache
 def option_owners() -> dict[str, type[Any]]:
     """All options by name, those of the models included, and the dataclass that declares each."""
     owners: tuple[type[Any], ...] = (TrainConfig, *MODELS.values())

@@ -24,9 +24,14 @@ from fastlora.errors import ConfigError, DataError, TrainingError
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training import checkpointing
-from fastlora.medical.training.batches import RegionData, epoch_order, micro_batches, region_names
 from fastlora.medical.training.config import TrainConfig
-from fastlora.medical.training.data import load_train_data
+from fastlora.medical.training.data import (
+    RegionData,
+    epoch_order,
+    load_train_data,
+    micro_batches,
+    region_names,
+)
 from fastlora.medical.training.distributed import (
     Ranks,
     full_tensor,

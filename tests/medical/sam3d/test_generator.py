@@ -27,10 +27,9 @@ from fastlora.medical.sam3d.folder import (
 )
 from fastlora.medical.sam3d.generator import VALIDATION_DRAWS, Sam3dFlow, flow_matching_loss
 from fastlora.medical.sam3d.latents import read_structure
-from fastlora.medical.training.batches import micro_batches
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig
-from fastlora.medical.training.data import load_cases
+from fastlora.medical.training.data import load_cases, micro_batches
 from fastlora.medical.training.finetuned import load_base, load_finetuned
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.ranks import run_ranks
@@ -318,12 +317,24 @@ GOOD["condition"] = np.ones((3, 5), np.float16)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"pose": None}, r"expected shape, pose, condition, got \['condition', 'shape'\]"),
-        ({"shape": np.ones((63, 8), np.float32)}, r"shape: expected \(64, 8\), got \(63, 8\)"),
-        ({"pose": np.ones((4, 7), np.float32)}, r"pose: expected \(4, 8\), got \(4, 7\)"),
-        ({"condition": np.ones((3, 4), np.float32)}, r"condition: expected \(N, 5\), got \(3, 4\)"),
-        ({"condition": np.ones((0, 5), np.float32)}, "condition: expected rows of floats"),
-        ({"pose": np.ones((4, 8), np.int64)}, "pose: expected rows of floats"),
+        ({"pose": None}, r"expected shape, pose, condition, got condition, shape"),
+        (
+            {"shape": np.ones((63, 8), np.float32)},
+            r"shape: expected \(64, 8\) floats, got \(63, 8\)",
+        ),
+        ({"pose": np.ones((4, 7), np.float32)}, r"pose: expected \(4, 8\) floats, got \(4, 7\)"),
+        (
+            {"condition": np.ones((3, 4), np.float32)},
+            r"condition: expected \(N, 5\) floats, got \(3, 4\)",
+        ),
+        (
+            {"condition": np.ones((0, 5), np.float32)},
+            r"condition: expected \(N, 5\) floats, got \(0, 5\)",
+        ),
+        (
+            {"pose": np.ones((4, 8), np.int64)},
+            r"pose: expected \(4, 8\) floats, got \(4, 8\) torch.int64",
+        ),
         ({"pose": np.full((4, 8), np.inf, np.float32)}, "pose: expected finite numbers"),
     ],
 )

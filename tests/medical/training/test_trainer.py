@@ -21,13 +21,13 @@ from fastlora.medical.models.decoder import SparseMeshDecoder, load_base_model, 
 from fastlora.medical.models.losses import mesh_losses
 from fastlora.medical.sam3d.options import Sam3dOptions
 from fastlora.medical.training import checkpointing
-from fastlora.medical.training.batches import epoch_order
 from fastlora.medical.training.config import (
     TrainConfig,
     is_resumable,
     option_owners,
     read_yaml,
 )
+from fastlora.medical.training.data import epoch_order
 from fastlora.medical.training.finetuned import load_finetuned, make_trainable, trainable_parameters
 from fastlora.medical.training.trainer import MedicalTrainer, inside_dice
 from tests.support.paths import ROOT
