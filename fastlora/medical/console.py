@@ -23,7 +23,7 @@ class LogLines(logging.Handler):
     """Writes messages to stdout as plain lines, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(record.getMessage(), file=sys.stdout)
+        tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
 
 

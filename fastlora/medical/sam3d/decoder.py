@@ -202,12 +202,12 @@ def _to_index(points: Tensor) -> Tensor:
 
 
 def load_sam3d(
-    sam3d_dir: str, torso: str = "config", checkpointing: bool = False, encoder: bool = True
+    sam3d_dir: str, torso: str = "config", recompute: bool = False, encoder: bool = True
 ) -> Sam3dModel:
     """The user's decoder, frozen, with a fresh encoder initialised from torch's generator, or none.
 
-    torso, checkpointing: as in `set_torso`. Raises: as `folder.load_part`.
+    torso, recompute: as in `set_torso`. Raises: as `folder.load_part`.
     """
     decoder: Any = load_part(sam3d_dir, "decoder")
-    set_torso(decoder, torso, checkpointing)
+    set_torso(decoder, torso, recompute)
     return Sam3dModel(decoder, LatentEncoder(int(decoder.in_channels)) if encoder else None)

@@ -188,7 +188,7 @@ def _own_draws(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def load_flow(
-    sam3d_dir: str, part: str, torso: str, checkpointing: bool, drop_condition: float
+    sam3d_dir: str, torso: str, recompute: bool, part: str, drop_condition: float
 ) -> Sam3dFlow:
     """The user's generator "slat" or "structure", frozen. Arguments as in `set_torso` and `Sam3dFlow`.
 
@@ -196,7 +196,7 @@ def load_flow(
     """
     settings = read_generator(sam3d_dir, part)
     flow = load_part(sam3d_dir, part)
-    set_torso(flow, torso, checkpointing)
+    set_torso(flow, torso, recompute)
     scale = latent_scale(sam3d_dir) if part == "slat" else None
     if scale is not None and len(scale[0]) != settings.latents["feats"][1]:
         raise ConfigError(

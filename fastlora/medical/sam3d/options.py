@@ -124,14 +124,10 @@ class Sam3dOptions(ModelOptions):
 
     def load(self, base_weights: str | None) -> Sam3dPart:
         """The part, untrained. Raises: as `load_sam3d` and `load_flow`."""
-        folder, torso, checkpointing = (
-            str(self.sam3d_dir),
-            self.sam3d_torso,
-            self.sam3d_checkpointing,
-        )
+        how = str(self.sam3d_dir), self.sam3d_torso, self.sam3d_checkpointing
         if self.makes_mesh:
-            return load_sam3d(folder, torso, checkpointing, encoder=self.latents_dir is None)
-        return load_flow(folder, self.sam3d_part, torso, checkpointing, self.drop_condition)
+            return load_sam3d(*how, encoder=self.latents_dir is None)
+        return load_flow(*how, self.sam3d_part, self.drop_condition)
 
     def regions(self, dataset: RegionDataset) -> RegionDataset | CachedRegions:
         """The dataset with the cached latents of `latents_dir`, if given. Raises: DataError if a region lacks them."""

@@ -38,14 +38,14 @@ class Sam3dPart(Trainee):
         super().train_all()
 
 
-def set_torso(model: Any, torso: str, checkpointing: bool) -> None:
+def set_torso(model: Any, torso: str, recompute: bool) -> None:
     """Sets the precision of a part's blocks: "fp32", "fp16", or "config" to leave it as built.
 
-    checkpointing: recompute each block's activations in the backward pass instead of saving them.
+    recompute: recompute each block's activations in the backward pass instead of saving them.
     """
     if torso != "config":
         half = torso == "fp16"
         (model.convert_to_fp16 if half else model.convert_to_fp32)()
         model.dtype = torch.float16 if half else torch.float32
     for block in model.blocks:
-        block.use_checkpoint = checkpointing
+        block.use_checkpoint = recompute

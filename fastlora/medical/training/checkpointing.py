@@ -108,7 +108,7 @@ def _check_content(content: Any, where: str) -> None:
             raise CheckpointError(f"{where}: config: expected a plain value for {name}")
     if content["epoch"] < 0 or len(content["history"]) != content["epoch"] + 1:
         raise CheckpointError(
-            f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} records"
+            f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} entries"
         )
     check_history(content["history"], content["seconds"], where)
 
@@ -116,12 +116,12 @@ def _check_content(content: Any, where: str) -> None:
 def check_history(
     history: Sequence[object], seconds: Sequence[object], where: str, chosen_by: str = "total"
 ) -> None:
-    """Checks the records and durations of epochs. chosen_by: the validation figure that `score` needs. Raises: CheckpointError."""
-    for record in history:
-        parts = [record.get("train", {}), record.get("val")] if isinstance(record, dict) else [None]
+    """Checks the entries and durations of epochs. chosen_by: the validation figure that `score` needs. Raises: CheckpointError."""
+    for entry in history:
+        parts = [entry.get("train", {}), entry.get("val")] if isinstance(entry, dict) else [None]
         if not all(isinstance(part, dict) and _are_figures(part.values()) for part in parts):
             raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
-        if chosen_by not in record["val"]:  # type: ignore[index]
+        if chosen_by not in entry["val"]:  # type: ignore[index]
             raise CheckpointError(
                 f"{where}: history: expected {chosen_by!r} of the validation in every epoch"
             )

@@ -210,7 +210,7 @@ class TrainConfig:
                 raise ConfigError(f"lora_ranks: expected name=rank with a rank >= 1, got {entry!r}")
 
     def _resolve(self) -> None:
-        """Fills in the model's defaults, so that the run's folder records them."""
+        """Fills in the model's defaults, so that the run's folder states them."""
         if self.lora_ranks is None:
             recipe = self.options.default_ranks if self.lora_rank is None else ()
             object.__setattr__(self, "lora_ranks", recipe)

@@ -53,16 +53,16 @@ class RunReport:
             micro_batch,
         )
 
-    def epoch(self, record: dict[str, Any], best: bool) -> None:
-        """After an epoch. record: of the history. best: whether it is the best epoch so far."""
+    def epoch(self, entry: dict[str, Any], best: bool) -> None:
+        """After an epoch. entry: of the history. best: whether it is the best epoch so far."""
         if self._board is None:
             return
-        epoch = record["epoch"]
-        parts = {part: record[part] for part in ("train", "val") if part in record}
+        epoch = entry["epoch"]
+        parts = {part: entry[part] for part in ("train", "val") if part in entry}
         figures = {
             f"{part}/{name}": v for part, terms in parts.items() for name, v in terms.items()
         }
-        figures |= {name: record[name] for name in ("lr", "grad_norm") if name in record}
+        figures |= {name: entry[name] for name in ("lr", "grad_norm") if name in entry}
         for name, value in figures.items():
             self._board.add_scalar(name, value, epoch)
         self._board.flush()

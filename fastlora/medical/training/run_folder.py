@@ -62,7 +62,7 @@ class RunFolder:
         return path
 
     def read_history(self) -> dict[str, Any]:
-        """The content of history.json of a mesh model: `epochs` (a record each), `seconds`, `best_epoch` and `counts` of parameters.
+        """The content of history.json of a mesh model: `epochs` (an entry each), `seconds`, `best_epoch` and `counts` of parameters.
 
         Raises: CheckpointError if it is no such file.
         """

@@ -70,13 +70,13 @@ class RunState:
         """The epoch of `best`; None before the first validation."""
         return None if self.best is None else int(self.best["epoch"])
 
-    def finish_epoch(self, record: dict[str, Any], seconds: float) -> bool:
+    def finish_epoch(self, entry: dict[str, Any], seconds: float) -> bool:
         """Appends an epoch to the history; returns whether it is the best so far."""
-        self.history.append(record)
+        self.history.append(entry)
         self.rng = checkpointing.rng_state()
         self.seconds.append(round(seconds, 3))
         best = -math.inf if self.best is None else score(self.best["history"][-1]["val"])
-        improved = score(record["val"]) > best
+        improved = score(entry["val"]) > best
         if improved:
             self.best = self.snapshot()
         return improved

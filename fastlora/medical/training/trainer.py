@@ -147,7 +147,7 @@ class MedicalTrainer:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One record an epoch, 0 (untrained) first."""
+        """One entry an epoch, 0 (untrained) first."""
         return self.state.history
 
     def train(self) -> list[dict[str, Any]]:
@@ -179,9 +179,9 @@ class MedicalTrainer:
                 self._finish_epoch({"epoch": 0}, time.perf_counter(), report)
             while state.epoch < self.config.epochs and not self._stalled():
                 start = time.perf_counter()
-                record = self._epoch_that_fits(report)
+                entry = self._epoch_that_fits(report)
                 state.epoch += 1
-                self._finish_epoch({"epoch": state.epoch, **record}, start, report)
+                self._finish_epoch({"epoch": state.epoch, **entry}, start, report)
         return state.history
 
     def _epoch_that_fits(self, report: RunReport) -> dict[str, Any]:
@@ -318,15 +318,15 @@ class MedicalTrainer:
         since = self.state.epoch - (self.state.best_epoch or 0)
         return 0 < self.config.early_stopping <= since
 
-    def _finish_epoch(self, record: dict[str, Any], start: float, report: RunReport) -> None:
+    def _finish_epoch(self, entry: dict[str, Any], start: float, report: RunReport) -> None:
         """Validates, then writes and reports the epoch (the first rank does). start: on `time.perf_counter`."""
-        record["val"] = self.validate()
-        improved = self.state.finish_epoch(record, time.perf_counter() - start)
+        entry["val"] = self.validate()
+        improved = self.state.finish_epoch(entry, time.perf_counter() - start)
         self._write(improved)
         every, epoch = self.config.save_every, self.state.epoch
         if every and epoch and epoch % every == 0:
             self.save_checkpoint(self.folder.checkpoint(f"epoch_{epoch:03d}"))
-        report.epoch(record, improved)
+        report.epoch(entry, improved)
 
     def _write(self, best_changed: bool) -> None:
         """Writes `last`, history.json, and if it changed `best` with its adapter file."""

@@ -279,7 +279,7 @@ def losses_of(model, batch):
 def ready(folder, **options):
     torch.manual_seed(4)
     model = load_sam3d(str(folder), **options)
-    model.adapt(2, 4.0, 0.1, include_ffn=True)
+    model.adapt(2, 4.0, 0.1, True, {})
     return model.train()
 
 
@@ -328,7 +328,7 @@ def test_two_ranks_equal_one_process(folder, tmp_path, kind):
 def test_checkpointing_gives_the_same_gradients_bit_for_bit(folder):
     found = []
     for checkpointing in (False, True):
-        model = ready(folder, checkpointing=checkpointing)
+        model = ready(folder, recompute=checkpointing)
         losses_of(model, regions())["total"].backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert found[0].keys() == found[1].keys() and len(found[0]) == 16 + 6
