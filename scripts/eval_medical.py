@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         allow_abbrev=False,
     )
-    runs = parser.add_argument_group("what is compared")
+    runs = parser.add_argument_group("compared runs")
     runs.add_argument(
         "--checkpoint",
         metavar="RUN",
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     runs.add_argument(
         "--cache_dir",
         metavar="DIR",
-        help="what preprocess_medical.py left of these cases: only structures that it found usable are used (default: the run's, "
+        help="cache of preprocess_medical.py for these cases: only the structures that it found usable are used (default: the run's, "
         "none with --data_root)",
     )
     figures = parser.add_argument_group("figures")
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="auto, cpu, cuda or cuda:N (default: %(default)s)",
     )
-    output = parser.add_argument_group("what is written")
+    output = parser.add_argument_group("output")
     output.add_argument(
         "--output_dir", metavar="DIR", required=True, help="folder for eval.json and eval.csv"
     )

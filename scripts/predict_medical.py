@@ -27,9 +27,9 @@ from fastlora.medical.evaluation.predict import (
 )
 from fastlora.medical.evaluation.results import MESH_FORMATS
 from fastlora.medical.training.config import TrainConfig
+from fastlora.medical.training.distributed import resolve_device
 from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.run_folder import RunFolder
-from fastlora.medical.training.trainer import resolve_device
 
 COLUMNS = ["subject", "structure", "mesh", "volume_ml", "dice_with_mask", "watertight", "problem"]
 
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--structure",
         metavar="NAME",
-        help="what it is, for the CT window (default: the mask's name)",
+        help="its name, which chooses the CT window (default: the mask's name)",
     )
     one.add_argument(
         "--spacing",
@@ -84,14 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
     many.add_argument("--classes", nargs="+", metavar="NAME", help="structures, or kinds (all)")
     many.add_argument("--channel", type=int, default=0, metavar="N", help="of dataset.json (0)")
     many.add_argument(
-        "--skip_invalid", action="store_true", help="leave out what cannot be used, and say so"
+        "--skip_invalid", action="store_true", help="skip and list unusable cases and structures"
     )
     parser.add_argument(
         "--modality",
         choices=("ct", "mr"),
         help="of a NIfTI image that ct.nii.gz, mri.nii.gz or dataset.json does not tell",
     )
-    output = parser.add_argument_group("what is written")
+    output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, metavar="DIR", required=True)
     output.add_argument(
         "--mesh_format", choices=MESH_FORMATS, default=MESH_FORMATS[0], help="(%(default)s)"
@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 def subjects(
     args: argparse.Namespace, problems: list[str]
 ) -> Iterator[tuple[str, str, Subject | DataError]]:
-    """Name, structure, and what was read or why it could not be."""
+    """Name, structure, and the subject or the reason why it cannot be read."""
     if args.data_root is None:
         keys = ("modality", "structure", "label", "spacing")
         subject = read_subject(args.image, args.mask, **{key: getattr(args, key) for key in keys})
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: what was written so far is whole", file=sys.stderr)
+        print("interrupted: the files written so far are complete", file=sys.stderr)
         return 130
 
 

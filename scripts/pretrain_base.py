@@ -1,8 +1,8 @@
-"""Pretrain the base decoder on procedural shapes: it learns what surfaces look like, and no anatomy.
+"""Pretrain the base decoder on procedural shapes: it learns the appearance of surfaces, and no anatomy.
 
-    python scripts/pretrain_base.py            # writes fastlora/medical/weights/base.{safetensors,json}
+    python scripts/pretrain_base.py            # writes fastlora/medical/models/weights/base.{safetensors,json}
 
-The stream of phantoms is a pure function of the seed, so the run is too, up to the rounding of the machine.
+The stream of phantoms is a pure function of the seed, and so is the run, up to the machine's rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastlora.medical.models.losses import mesh_losses
 
 
 class PhantomRegions(Dataset[dict[str, Any]]):
-    """Region samples of phantoms; sample ``i`` is a pure function of (seed, i)."""
+    """Region samples of phantoms; sample `i` is a pure function of (seed, i)."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -53,11 +53,7 @@ class PhantomRegions(Dataset[dict[str, Any]]):
 def pretrain(
     config: DecoderConfig, steps: int, batch_size: int, lr: float, seed: int
 ) -> SparseMeshDecoder:
-    """A decoder after ``steps`` of AdamW with warm-up and a cosine decay to zero.
-
-    Raises:
-        ConfigError: a number that is not positive.
-    """
+    """A decoder after `steps` of AdamW with warm-up and a cosine decay to zero. Raises: ConfigError if a number is not positive."""
     for name, value in (("steps", steps), ("batch_size", batch_size), ("lr", lr)):
         if not value > 0:
             raise ConfigError(f"{name}: expected > 0, got {value}")

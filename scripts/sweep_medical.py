@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 
 from fastlora.errors import ConfigError, FastLoRAError
 from fastlora.files import atomic_write, write_json
+from fastlora.medical.console import show_log
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.evaluation.evaluate import evaluate, model_method
 from fastlora.medical.evaluation.metrics import TOLERANCE_MM
@@ -30,7 +31,7 @@ METRICS = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd": f"NSD@{TOLERANCE_MM:g} m
 
 
 def settings(ranks: Sequence[int], dropouts: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """What is trained, by the name of its run: one rank for all layers, alpha twice of it, and the output layer whole."""
+    """The settings of each run by its name: one rank for all layers, alpha twice the rank, and the output layer in full."""
 
     def lora(rank: int, **more: Any) -> dict[str, Any]:
         same = {"finetune": "lora", "lora_ranks": []}
@@ -46,7 +47,7 @@ def settings(ranks: Sequence[int], dropouts: Sequence[float]) -> dict[str, dict[
 
 
 def train(name: str, change: dict[str, Any], common: dict[str, Any], folder: Path) -> TrainConfig:
-    """Trains one setting, or goes on with it, or finds it finished; returns its configuration."""
+    """Trains one setting, or continues it if it is unfinished; returns its configuration."""
     own = {"lr": LORA_LR} if change["finetune"] == "lora" else {}
     values = {**own, **common, **change, "checkpoint_dir": str(folder / name), "resume": "auto"}
     config = TrainConfig.from_dict(values)
@@ -110,7 +111,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 after one line on stderr. Stopped half-way, the same command goes on."""
+    """Returns 0, or 2 after one line on stderr. After an interruption the same command continues."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", help="YAML of train_medical.py's settings that all runs share")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
@@ -118,11 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/sweep"))
     arguments = parser.parse_args(argv)
     folder: Path = arguments.output_dir
+    show_log()
     try:
         common = read_yaml(arguments.config) if arguments.config else {}
         changes = settings(arguments.ranks, arguments.dropouts)
         if clash := sorted(common.keys() & {key for c in changes.values() for key in c}):
-            raise ConfigError(f"config: expected none of what the sweep sets, got {clash}")
+            raise ConfigError(
+                f"config: expected none of the options that the sweep sets, got {clash}"
+            )
         configs = [train(name, change, common, folder) for name, change in changes.items()]
         rows = measure(list(changes), configs[0], folder)
     except FastLoRAError as error:

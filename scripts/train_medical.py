@@ -1,24 +1,24 @@
-"""Fine-tune the mesh decoder on medical volumes: with no arguments, LoRA on the bundled cases, on this machine."""
+"""Fine-tune the mesh decoder on medical volumes; without arguments with LoRA on the bundled cases."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlora.errors import ConfigError, FastLoRAError
+from fastlora.errors import ConfigError, FastLoRAError, nearest
 from fastlora.medical.console import Parser, show_log
+from fastlora.medical.models.options import declared, value_type
 from fastlora.medical.training.checkpointing import read_checkpoint
-from fastlora.medical.training.config import TrainConfig, nearest, read_yaml, value_type
-from fastlora.medical.training.distributed import local_device, process_group
+from fastlora.medical.training.config import TrainConfig, option_owners, read_yaml
+from fastlora.medical.training.distributed import local_device, process_group, resolve_device
 from fastlora.medical.training.run_folder import RunFolder
-from fastlora.medical.training.trainer import MedicalTrainer, resolve_device
+from fastlora.medical.training.trainer import MedicalTrainer
 
-# What argparse has to know of a field beyond its type.
+# What argparse needs besides the type of an option.
 EXTRAS: dict[str, dict[str, Any]] = {
     "resume": {"nargs": "?", "const": "auto", "metavar": "PATH|auto"},
     "amp": {"nargs": "?", "const": "bf16"},
@@ -29,7 +29,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One flag per field of `TrainConfig`, in its groups."""
+    """One flag for each option of `TrainConfig` and of the models, in their groups."""
     parser = Parser(
         usage="%(prog)s [flags]",
         description=__doc__,
@@ -43,12 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML file of 'name: value' lines, the names being the flags",
     )
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
+    for name, owner in option_owners().items():
+        field = declared(owner)[name]
         about = field.metadata
         group = groups.get(about["group"]) or groups.setdefault(
             about["group"], parser.add_argument_group(about["group"])
         )
-        kind = value_type(field.name)
+        kind = value_type(owner, name)
         rule = about["rule"].text if about["rule"] else ""
         details = [about["unit"]] if about["unit"] else []
         if field.default is not None and field.default is not False:
@@ -64,18 +65,15 @@ def build_parser() -> argparse.ArgumentParser:
             options["metavar"] = {int: "N", float: "X"}.get(kind, "PATH")
         if kind in (int, float):
             options["type"] = kind
-        names = [f"--{field.name}"] + (
-            ["--original_nifti_dir"] if field.name == "data_root" else []
-        )
-        group.add_argument(*names, **options | EXTRAS.get(field.name, {}))
+        names = [f"--{name}"] + (["--original_nifti_dir"] if name == "data_root" else [])
+        group.add_argument(*names, **options | EXTRAS.get(name, {}))
     return parser
 
 
 def read_config(argv: Sequence[str] | None) -> TrainConfig:
     """The defaults, overridden by the checkpoint to resume, the YAML file and the flags, in this order.
 
-    Raises:
-        ConfigError, CheckpointError: naming the flag, the key or the file that is wrong.
+    Raises: ConfigError or CheckpointError, naming the flag, the key or the file that is wrong.
     """
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
@@ -98,22 +96,21 @@ def read_config(argv: Sequence[str] | None) -> TrainConfig:
 
 
 def train(config: TrainConfig) -> None:
-    """One run, in this process or as one of the ranks; the first rank speaks."""
+    """One run, in this process or as one of the ranks; the first rank prints."""
     trainer = MedicalTrainer(config)
     counts, world = trainer.counts, trainer.ranks.world
     speak = print if trainer.ranks.first else lambda *_, **__: None
     speak(
         f"{config.finetune} fine-tuning of {counts['trainable']:,} of {counts['total']:,} parameters on "
         f"{len(trainer.train_data)} samples ({len(trainer.val_data)} regions choose the best epoch), "
-        f"{config.epochs} epochs of {trainer.steps_per_epoch} steps on {trainer.device}"
+        f"{config.epochs} epochs of {trainer.state.steps_per_epoch} steps on {trainer.device}"
         f"{f' and {world - 1} more ({config.parallel})' if world > 1 else ''} -> {config.checkpoint_dir}",
         flush=True,
     )
     trainer.train()
     ended = "finished" if trainer.epoch >= config.epochs else "stopped early"
-    best = trainer.best["epoch"] if trainer.best else 0
     speak(
-        f"{ended} after epoch {trainer.epoch}; best epoch {best}: {Path(config.checkpoint_dir, 'checkpoints/best.pt')}"
+        f"{ended} after epoch {trainer.epoch}; best epoch {trainer.state.best_epoch}: {Path(config.checkpoint_dir, 'checkpoints/best.pt')}"
     )
 
 
@@ -121,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
     try:
         config = read_config(argv)
-        if os.environ.get("RANK", "0") == "0":  # the first rank speaks
+        if os.environ.get("RANK", "0") == "0":  # the first rank prints
             show_log()
         with process_group(local_device(resolve_device(config))):
             train(config)

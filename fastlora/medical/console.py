@@ -1,4 +1,4 @@
-"""Shared by the scripts: errors of the command line, and printing the log."""
+"""Shared by the scripts: errors of the command line, and the log on the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import logging
 import sys
 from typing import NoReturn
+
+from tqdm import tqdm
 
 from fastlora.errors import ConfigError
 
@@ -17,10 +19,16 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists all flags)")
 
 
+class LogLines(logging.Handler):
+    """Writes messages to stdout as plain lines, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
 def show_log() -> None:
-    """Print the log of `fastlora.medical` to stdout as plain lines."""
+    """Print the log of `fastlora.medical` to stdout."""
     logger = logging.getLogger("fastlora.medical")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers = [handler]
+    logger.handlers = [LogLines()]
     logger.setLevel(logging.INFO)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastlora.errors import FastLoRAError
+from fastlora.medical.console import show_log
 from fastlora.medical.models.decoder import SparseMeshDecoder
 from tests.support.tiny_run import TinyRegions, tiny_trainer
 
@@ -60,6 +61,7 @@ def jump(step: int) -> None:
 
 
 def main(folder: str, fault: str, value: str = "") -> int:
+    show_log()
     options: dict[str, Any] = {"resume": "auto"}
     if fault == "dead worker":
         options["num_workers"] = 1

@@ -1,6 +1,6 @@
-"""Held-out evaluation: every method on the same regions, a record for each.
+"""Held-out evaluation: every method on the same regions, with a record for each.
 
-`compare_runs` takes run folders to an `Evaluation`; what it says is made of it in `results`.
+`compare_runs` evaluates run folders; `results` summarises the `Evaluation`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,13 @@ from fastlora.medical.evaluation.metrics import (
     surface_metrics,
     tune_threshold,
 )
+from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig, read_yaml
-from fastlora.medical.training.data import load_splits, with_latents
-from fastlora.medical.training.finetuned import MeshModel, load_base, load_finetuned, predict
+from fastlora.medical.training.data import load_splits
+from fastlora.medical.training.distributed import resolve_device
+from fastlora.medical.training.finetuned import load_base, load_finetuned, predict
 from fastlora.medical.training.run_folder import RunFolder
-from fastlora.medical.training.trainer import resolve_device
 
 FloatArray = NDArray[np.float32]
 Record = dict[str, Any]
@@ -47,7 +48,7 @@ LABELS = {
 
 SAME_IN_BOTH_RUNS = (
     *("data_root", "demo", "classes", "modality", "channel", "split"),
-    *("model", "base_weights", "latents_dir"),
+    *("model", "base_weights"),
 )
 
 
@@ -88,9 +89,8 @@ class Run:
     def read(cls, path: str | Path, finetune: str) -> Run:
         """Reads a run folder, whose best checkpoint is used, or `<run>/checkpoints/<which>.pt`.
 
-        Raises:
-            CheckpointError: it is no run folder, or no run of that kind of fine-tuning.
-            ConfigError: its config.yaml cannot be used.
+        Raises: CheckpointError if it is no run folder, not of that kind of fine-tuning, or its model makes no mesh. ConfigError if its
+            config.yaml cannot be used.
         """
         folder, which = RunFolder.split(path)
         files = RunFolder(folder)
@@ -103,22 +103,19 @@ class Run:
             raise CheckpointError(
                 f"{path}: expected a run with finetune {finetune!r}, got {config.finetune!r}"
             )
-        if config.is_generator:
-            raise CheckpointError(
-                f"{path}: expected a run of a mesh decoder, got the generator {config.sam3d_part!r}, which makes no mesh"
-            )
+        config.options.check_makes_mesh(path)
         files.find(which)
         history = files.read_history()
         return cls(folder, config, history, which)
 
     @property
     def regions(self) -> list[str]:
-        """Fingerprints of the regions that it was trained on and chosen by; none in runs of older versions."""
+        """Fingerprints of the regions of training and validation; none in runs of older versions."""
         found: list[str] = read_checkpoint(RunFolder(self.folder).find(self.which))["regions"]
         return found
 
     def facts(self) -> dict[str, Any]:
-        """What the run cost and made."""
+        """The run's configuration, cost and size."""
         files = RunFolder(self.folder)
         checkpoint = files.find(self.which)
         content = read_checkpoint(checkpoint)
@@ -150,7 +147,7 @@ def baseline_method(threshold: float) -> Method:
     return Method("baseline", predict)
 
 
-def model_method(key: str, model: MeshModel, device: torch.device | str = "cpu") -> Method:
+def model_method(key: str, model: Trainee, device: torch.device | str = "cpu") -> Method:
     """A decoder, put in eval mode and on `device`."""
     model.eval().to(device)
     return Method(key, lambda batch: predict(model, batch.to(device)).float().cpu())
@@ -162,9 +159,7 @@ def evaluate(
 ) -> Evaluation:
     """Every method on every region.
 
-    Raises:
-        DataError: there is no region, or a prediction is not finite (the method and region are
-            named).
+    Raises: DataError if there is no region, or a prediction is not finite (the method and region are named).
     """
     samples = [dataset[index] for index in range(len(dataset))]
     if not samples:
@@ -201,52 +196,40 @@ def compare_runs(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluates trivial baseline, base, LoRA, merged LoRA and, if given, full fine-tuning.
 
-    The side `test` of the runs' split is used, or `val` where the data has no `test`.
-    data_root: read the cases from here instead of where the run found them. cache_dir: what was prepared of them; the run's own
-        without it, and none beside a data_root.
+    The side `test` of the runs' split is used, or `val` if the data has no `test`.
+    data_root: read the cases from here instead of where the run found them. cache_dir: the preprocessing cache of the cases; default:
+        the run's own, none with a data_root.
 
     Returns the evaluation and the facts of the comparison: the split and what its sides share, the
     baseline's threshold (tuned on the training regions), the largest difference that merging made.
 
-    Raises:
-        FastLoRAError: DataError, CheckpointError or ConfigError, naming what does not fit.
+    Raises: DataError, CheckpointError or ConfigError, naming the mismatch.
     """
     config = replace(lora.config, device=device, amp="off")
     if full is not None:
-        for name in SAME_IN_BOTH_RUNS:
-            mine, other = getattr(lora.config, name), getattr(full.config, name)
-            if mine != other:
-                raise ConfigError(f"full: expected a run with {name} {mine!r}, got {other!r}")
+        _check_same_task(lora.config, full.config)
     if data_root is not None:
         config = replace(config, data_root=data_root, demo=None, cache_dir=None)
     if cache_dir is not None:
         config = replace(config, cache_dir=cache_dir)
-    models = {
-        # SAM 3D's decoder means nothing without latents: with adapters off it has those of the trained encoder.
-        "base": cast(MeshModel, load_base(config))
-        if config.model == "compact"
-        else load_finetuned(lora.folder, which=lora.which, adapters=False),
-        "lora": load_finetuned(lora.folder, which=lora.which),
-        "merged": load_finetuned(lora.folder, which=lora.which, merged=True),
-    }
-    if full is not None:
-        models["full"] = load_finetuned(full.folder, which=full.which)
+    models = _load_models(config, lora, full)
 
     splits = load_splits(config)
     side = "test" if "test" in splits else "val"
     training = RegionDataset(splits["train"], cache_dir=config.cache_dir)
-    now = [training.identity(), RegionDataset(splits["val"]).identity()]
-    for run in (lora, *([full] if full is not None else [])):
-        if data_root is None and run.regions and run.regions != now:
-            raise DataError(
-                f"{run.folder}: was trained on other regions than its data gives now, so a region that it trained on might be "
-                "tested; prepare the data as it was, or train again"
-            )
+    if data_root is None:
+        now = [training.identity(), RegionDataset(splits["val"]).identity()]
+        for run in (lora, *([full] if full is not None else [])):
+            if run.regions and run.regions != now:
+                raise DataError(
+                    f"{run.folder}: was trained on other regions than its data gives now, so a region that it trained on might be "
+                    "tested; prepare the data as it was, or train again"
+                )
     threshold = tune_threshold(training)
-    methods = [baseline_method(threshold)]
     where = resolve_device(config)
+    methods = [baseline_method(threshold)]
     methods += [model_method(key, model, where) for key, model in models.items()]
-    held_out = with_latents(RegionDataset(splits[side], cache_dir=config.cache_dir), config)
+    held_out = config.options.regions(RegionDataset(splits[side], cache_dir=config.cache_dir))
     evaluation = evaluate(held_out, methods, tolerance_mm, batch_size)
     facts = {
         "split": {
@@ -261,6 +244,30 @@ def compare_runs(
         "device": str(where),
     }
     return evaluation, facts
+
+
+def _check_same_task(lora: TrainConfig, full: TrainConfig) -> None:
+    """Raises: ConfigError, naming an option in which two runs must agree and do not."""
+    mine, others = ({**vars(config), **vars(config.options)} for config in (lora, full))
+    for name in (*SAME_IN_BOTH_RUNS, *lora.options.same_to_compare):
+        if mine[name] != others[name]:
+            raise ConfigError(
+                f"full: expected a run with {name} {mine[name]!r}, got {others[name]!r}"
+            )
+
+
+def _load_models(config: TrainConfig, lora: Run, full: Run | None) -> dict[str, Trainee]:
+    """The models by method; the base alone, or within the rest of the LoRA run if it predicts nothing alone."""
+    models = {
+        "base": load_base(config)
+        if config.options.standalone_base
+        else load_finetuned(lora.folder, which=lora.which, adapters=False),
+        "lora": load_finetuned(lora.folder, which=lora.which),
+        "merged": load_finetuned(lora.folder, which=lora.which, merged=True),
+    }
+    if full is not None:
+        models["full"] = load_finetuned(full.folder, which=full.which)
+    return models
 
 
 def largest_difference(evaluation: Evaluation, one: str, other: str) -> float:

@@ -44,7 +44,8 @@ from fastlora.medical.data.volumes import (
     same_grid,
 )
 from fastlora.medical.evaluation.metrics import overlap
-from fastlora.medical.training.finetuned import MeshModel, predict
+from fastlora.medical.models.trainee import Trainee
+from fastlora.medical.training.finetuned import predict
 
 SPACES = ("ras", "lps")
 OVERLAP_VOX = FINE // 2
@@ -158,7 +159,7 @@ def _source(path: Path, label: int | None) -> tuple[Source, str | None]:
 
 
 @torch.inference_mode()
-def predict_field(model: MeshModel, grid: StructureGrid, batch_size: int = 8) -> Array:
+def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> Array:
     """The decoder's distances on a grid, (X, Y, Z) float32 in fine voxels, negative inside.
 
     model: in eval mode, on any device. Windows overlap by at least half; where several meet, their
@@ -213,7 +214,7 @@ def _starts(length: int) -> list[int]:
 
 
 def predict_mesh(
-    model: MeshModel, subject: Subject, batch_size: int = 8
+    model: Trainee, subject: Subject, batch_size: int = 8
 ) -> tuple[trimesh.Trimesh, dict[str, Any]]:
     """The predicted surface, closed, in RAS mm, and what there is to say about it.
 

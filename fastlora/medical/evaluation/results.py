@@ -172,15 +172,9 @@ def compact_record(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and, in a git checkout, the commit."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "python": platform.python_version(),
-        **versions,
+        **{name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "torch_threads": torch.get_num_threads(),
@@ -188,28 +182,27 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _git_state() -> dict[str, Any] | None:
-    """Commit, and whether files differ from it; None where this file is not part of a git checkout."""
-    answers = []
-    for arguments in (
-        ["ls-files", "--error-unmatch", Path(__file__).name],
-        ["rev-parse", "HEAD"],
-        ["status", "--porcelain"],
-    ):
-        try:
-            done = subprocess.run(
-                ["git", *arguments],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                timeout=10,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode != 0:
-            return None
-        answers.append(done.stdout.strip())
-    return {"sha": answers[1], "dirty": bool(answers[2])}
+    """Commit, and whether files differ from it; None if this file is not part of a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command, here = ["git", *arguments], Path(__file__).parent
+        return subprocess.run(
+            command, cwd=here, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -1,1 +1,1 @@
-"""The packaged mesh decoder, its weights and its losses."""
+"""The interface of a model to training, and the packaged mesh decoder with its weights and losses."""

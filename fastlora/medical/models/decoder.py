@@ -1,16 +1,16 @@
-"""A compact sparse mesh decoder, built like SAM 3D's ``SLatMeshDecoder``.
+"""A compact sparse mesh decoder, built like SAM 3D's `SLatMeshDecoder`.
 
     tokens at the active cells of a coarse structure (8³ cells, each with its image patch)
       → input_layer → N × (attention, MLP), pre-norm → out_layer
       → per token a 4³ patch of distance residuals and a transfer curve (grey value → distance) for its voxels
       → both added to the upsampled coarse structure (32³)
 
-The curve lets a token say "what is brighter than this is inside" for its whole cell: one function of the grey
+The curve lets a token express "brighter than this is inside" for its whole cell: one function of the grey
 value, which 64 separate outputs learn far more slowly.
 
-The module names are the original's (``blocks.N.attn.to_qkv``, ``.attn.to_out``, ``blocks.N.mlp.mlp.0`` and
-``.mlp.mlp.2``, ``input_layer``, ``out_layer``), and so is the convention that a token object flows through
-linears: what adapts this model with LoRA adapts that one.
+The module names are those of SAM 3D (`blocks.N.attn.to_qkv`, `.attn.to_out`, `blocks.N.mlp.mlp.0` and
+`.mlp.mlp.2`, `input_layer`, `out_layer`), and so is the convention that linear layers take and return a token object:
+LoRA code that adapts this model adapts that one.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from fastlora import setup_lora_for_medical_finetuning
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.files import atomic_write_all
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
+from fastlora.medical.models.losses import LossWeights, mesh_losses
+from fastlora.medical.models.trainee import ModelOptions, Trainee
 
 BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
-"""The packaged base: pretrained on procedural shapes, it has seen no anatomy. ``base.json`` beside it says how."""
+"""The packaged base, pretrained on procedural shapes without any anatomy; `base.json` beside it records how."""
 
 
 class SparseLinear(nn.Linear):
-    """A linear layer that takes and gives tokens: ``tokens.replace(feats @ Wᵀ + b)``."""
+    """A linear layer from tokens to tokens: `tokens.replace(feats @ Wᵀ + b)`."""
 
     def forward(self, tokens: SparseTokens) -> SparseTokens:  # type: ignore[override]
         return tokens.replace(F.linear(tokens.feats, self.weight, self.bias))
@@ -51,13 +55,12 @@ class SparseGELU(nn.GELU):
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a ``SparseMeshDecoder``.
+    """Shape of a `SparseMeshDecoder`.
 
-    in_channels: what a token carries (``regions.TOKEN_CHANNELS``); the first ``(cell_size + 2·context)³`` are its
-        image patch, grey values in [-2, 2]. knots: of the transfer curve, evenly over that range.
+    in_channels: of a token (`regions.TOKEN_CHANNELS`); the first `(cell_size + 2·context)³` are its image patch, grey values
+        in [-2, 2]. knots: of the transfer curve, evenly spaced over that range.
 
-    Raises:
-        ConfigError: a number is out of range, or ``heads`` does not divide ``channels``.
+    Raises: ConfigError if a number is out of range, or `heads` does not divide `channels`.
     """
 
     in_channels: int
@@ -98,27 +101,15 @@ class DecoderConfig:
         """Edge of the fine cube in voxels."""
         return self.coarse_size * self.cell_size
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
-        """The inverse of ``dataclasses.asdict``. Raises ConfigError on unknown or missing names."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(
-                f"DecoderConfig: unknown names {unknown}, expected some of {sorted(known)}"
-            )
-        if "in_channels" not in values:
-            raise ConfigError("DecoderConfig.in_channels: missing")
-        return cls(**values)
-
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """Where each token lies in a dense (B, L, ·) batch padded to the longest sample."""
+    """Position of each token in a dense (B, L, ·) batch padded to the longest sample."""
 
     sample: Tensor  # (T,)
     slot: Tensor  # (T,)
     size: tuple[int, int]  # (B, L)
-    mask: Tensor | None  # (B, 1, 1, L) bool, True at tokens; None where nothing is padded
+    mask: Tensor | None  # (B, 1, 1, L) bool, True at tokens; None without padding
 
     @classmethod
     def of(cls, coords: Tensor, batch: int) -> _Layout:
@@ -149,7 +140,7 @@ class SparseAttention(nn.Module):
     def forward(self, tokens: SparseTokens, layout: _Layout) -> SparseTokens:
         batch, longest = layout.size
         qkv = layout.pad(self.to_qkv(tokens.feats))  # (B, L, 3C)
-        # Sizes are given, not inferred: a batch may have no tokens, and still has to touch every weight.
+        # Explicit sizes: they cannot be inferred for a batch without tokens, which must still use every weight.
         width = qkv.shape[2] // (3 * self.heads)
         q, k, v = qkv.view(batch, longest, 3, self.heads, width).permute(2, 0, 3, 1, 4)
         # A sample with no tokens has an all-False row here; its output is never gathered.
@@ -200,10 +191,10 @@ def position_embedding(cells: Tensor, channels: int) -> Tensor:
     return F.pad(waves, (0, channels - waves.shape[1]))
 
 
-class SparseMeshDecoder(nn.Module):
+class SparseMeshDecoder(Trainee):
     """Coarse structure with image patches -> signed distances on the fine grid.
 
-    ``out_layer`` starts at zero: a fresh decoder gives the upsampled coarse structure, and no gradient reaches
+    `out_layer` starts at zero: a fresh decoder returns the upsampled coarse structure, and no gradient reaches
     the layers before it until it has been trained.
     """
 
@@ -221,23 +212,37 @@ class SparseMeshDecoder(nn.Module):
         nn.init.zeros_(self.out_layer.weight)
 
     @property
-    def base(self) -> SparseMeshDecoder:
-        """What a run starts from; a larger model has more than that."""
-        return self
+    def shard_units(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.blocks)
+
+    def adapt(
+        self, rank: int, alpha: float, dropout: float, ffn: bool, rank_pattern: Mapping[str, int]
+    ) -> None:
+        """Adapts the blocks, and trains `out_layer` in full unless `rank_pattern` gives it an adapter."""
+        setup_lora_for_medical_finetuning(
+            self, rank, alpha, dropout, include_ffn=ffn, rank_pattern=rank_pattern
+        )
 
     def inputs(self, batch: RegionBatch) -> tuple[SparseTokens, Tensor]:
-        """What `forward` takes of a batch."""
+        """See `Trainee`."""
         return batch.tokens, batch.base_vox
 
+    def losses(self, output: Tensor, batch: RegionBatch, weights: LossWeights) -> dict[str, Tensor]:
+        """See `mesh_losses`."""
+        return mesh_losses(output, batch, weights)
+
+    def distances(self, output: Tensor) -> Tensor:
+        """The output itself."""
+        return output
+
     def forward(self, tokens: SparseTokens, base_vox: Tensor) -> Tensor:
-        """Signed distances in fine-voxel units, negative inside: (B, X, Y, Z).
+        """Signed distances (B, X, Y, Z) in fine voxels, negative inside.
 
-        Args:
-            tokens: feats (T, in_channels), coords (T, 4) sorted by sample.
-            base_vox: (B, X, Y, Z), signed distances of the upsampled coarse structure.
+        tokens: feats (T, in_channels), coords (T, 4) sorted by sample.
+        base_vox: (B, X, Y, Z), signed distances of the upsampled coarse structure.
 
-        Raises:
-            DataError: a shape, a cell or the order of the samples is not as said.
+        Raises: DataError if a shape, a cell or the order of the samples differs from that.
         """
         self._check(tokens, base_vox)
         batch = len(base_vox)
@@ -253,7 +258,7 @@ class SparseMeshDecoder(nn.Module):
         return base_vox + self._scatter(tokens.replace(residual), batch).to(base_vox.dtype)
 
     def _grey_weights(self, tokens: SparseTokens) -> Tensor:
-        """How much each knot of the curve counts at each voxel of the cells: (T, cell³, knots), linear between two."""
+        """Weight of each knot of the curve at each voxel of the cells: (T, cell³, knots), linear between two knots."""
         size, cell = self.config.patch_size, self.config.cell_size
         inner = slice(self.config.context, self.config.context + cell)
         patch = tokens.feats[:, : size**3].view(-1, size, size, size)
@@ -262,7 +267,7 @@ class SparseMeshDecoder(nn.Module):
         return (1 - (grey - knots).abs() * ((self.config.knots - 1) / 4)).clamp_min(0)
 
     def _scatter(self, residual: SparseTokens, batch: int) -> Tensor:
-        """Put each token's patch into its cell: (T, cell³) -> (B, X, Y, Z), zero in inactive cells."""
+        """Puts each token's patch into its cell: (T, cell³) -> (B, X, Y, Z), zero in inactive cells."""
         n, c = self.config.coarse_size, self.config.cell_size
         cells = residual.feats.new_zeros(batch, n, n, n, c**3)
         cells = cells.index_put(tuple(residual.coords.unbind(1)), residual.feats)
@@ -295,9 +300,7 @@ class SparseMeshDecoder(nn.Module):
 
 
 def save_base_model(model: SparseMeshDecoder, path: Path, provenance: Mapping[str, Any]) -> None:
-    """Write ``path`` (safetensors, fp32) and beside it a json: sha256, configuration, provenance."""
-    from safetensors.torch import save as save_safetensors
-
+    """Writes `path` (safetensors, fp32) and its model card, a JSON file beside it: sha256, configuration, provenance."""
     data = save_safetensors(
         {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     )
@@ -312,11 +315,10 @@ def save_base_model(model: SparseMeshDecoder, path: Path, provenance: Mapping[st
 
 
 def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:
-    """A decoder with the weights of ``path`` (default: the packaged base), checked against its json card.
+    """A decoder with the weights of `path` (default: the packaged base), checked against its model card.
 
-    Raises:
-        CheckpointError: a file is missing or unreadable, its sha256 is not the card's, or its tensors do not
-            fit the card's configuration.
+    Raises: CheckpointError if a file is missing or unreadable, its sha256 is not the card's, or its tensors do not fit the
+        card's configuration.
     """
     weights = BASE_WEIGHTS if path is None else Path(path)
     card_path = weights.with_suffix(".json")
@@ -325,7 +327,7 @@ def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:
             raise CheckpointError(f"base model: no file {file}")
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))
-        expected, config = card["sha256"], DecoderConfig.from_dict(card["config"])
+        expected, config = card["sha256"], DecoderConfig(**card["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"base model: {card_path} is not a model card ({error})") from error
     data = weights.read_bytes()
@@ -338,3 +340,20 @@ def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:
     except RuntimeError as error:
         raise CheckpointError(f"base model: {weights} does not fit {card_path}: {error}") from error
     return model
+
+
+@dataclass(frozen=True)
+class DecoderOptions(ModelOptions):
+    """`--model compact`: the packaged decoder, which has no options of its own.
+
+    The default ranks train 2.86 % of its parameters (docs/medical_experiments.md).
+    """
+
+    default_rank: ClassVar[int] = 2
+    default_ranks: ClassVar[tuple[str, ...]] = ("to_qkv=3", "out_layer=32")
+    peak_lr: ClassVar[Mapping[str, float]] = {"lora": 1e-2, "full": 1e-3}
+    loss_weights: ClassVar[type] = LossWeights
+
+    def load(self, base_weights: str | None) -> SparseMeshDecoder:
+        """See `load_base_model`."""
+        return load_base_model(base_weights)

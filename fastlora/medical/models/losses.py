@@ -1,6 +1,6 @@
 """Losses between a predicted and a true signed distance field. Every term carries gradient.
 
-With ``s`` the prediction, ``t`` the truth (both in fine-voxel units, negative inside, ``t`` truncated at ``τ``):
+With `s` the prediction, `t` the truth (both in fine voxels, negative inside, `t` truncated at `τ`):
 
     sdf        mean |s - t| where |t| < τ; beyond it only a prediction on the wrong side of ±τ counts
     occupancy  binary cross-entropy of sigmoid(-s / w) against sigmoid(-t / w)
@@ -8,14 +8,15 @@ With ``s`` the prediction, ``t`` the truth (both in fine-voxel units, negative i
 
 Each is a mean over the batch's regions of the region's own mean, so a small structure counts as much as a large one
 and micro-batches add up to the large batch. The occupancy target is soft and the normal target is the truth's own discrete gradient, so that
-``s = t`` is a minimum of each term: with a hard target, or with ``|∇s| = 1``, it would not be.
+`s = t` is a minimum of each term: with a hard target, or with `|∇s| = 1`, it would not be.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -25,53 +26,51 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.data.grids import TRUNCATION_VOX
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-
 OCCUPANCY_WIDTH_VOX = 0.5
-"""Width ``w`` (fine voxels) of the sigmoid that turns a distance into an occupancy."""
+"""Width `w` (fine voxels) of the sigmoid that turns a distance into an occupancy."""
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """Weight of each term in the total; a term of weight 0 is reported and not trained on.
+class Weights:
+    """Weights of the terms of a loss, one field a term; a term of weight 0 is reported and not trained on.
 
-    Raises:
-        ConfigError: a weight is negative or not finite, or all are zero.
+    Raises: ConfigError if a weight is negative or not finite, or all are zero.
     """
+
+    def __post_init__(self) -> None:
+        values, kind = vars(self), type(self).__name__
+        for name, value in values.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{kind}.{name}: expected a finite number >= 0, got {value}")
+        if not any(values.values()):
+            raise ConfigError(f"{kind}: expected at least one positive weight, got all zero")
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms."""
+        weighted = (weight * terms[name] for name, weight in vars(self).items())
+        total: Tensor = reduce(torch.add, weighted)
+        return total
+
+
+@dataclass(frozen=True)
+class LossWeights(Weights):
+    """Weights of `mesh_losses`."""
 
     sdf: float = 1.0
     occupancy: float = 0.2
     normal: float = 0.05
 
-    def __post_init__(self) -> None:
-        check_weights(self)
-
-
-def check_weights(weights: DataclassInstance) -> None:
-    """Raises: ConfigError if a field is no finite number >= 0, or all are zero; the message names the class and the field."""
-    values = {f.name: getattr(weights, f.name) for f in fields(weights)}
-    kind = type(weights).__name__
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{kind}.{name}: expected a finite number >= 0, got {value}")
-    if not any(values.values()):
-        raise ConfigError(f"{kind}: expected at least one positive weight, got all zero")
-
 
 def mesh_losses(
     pred_vox: Tensor, batch: RegionBatch, weights: LossWeights | None = None
 ) -> dict[str, Tensor]:
-    """Terms ``sdf``, ``occupancy``, ``normal`` and their weighted sum ``total``, all 0-d.
+    """Terms `sdf`, `occupancy`, `normal` and their weighted sum `total`, all 0-d.
 
-    Args:
-        pred_vox: (B, X, Y, Z), predicted SDF in fine-voxel units, negative inside.
-        batch: its ``sdf_vox`` (B, X, Y, Z) is the truth, truncated at ``TRUNCATION_VOX``.
-        weights: defaults to ``LossWeights()``.
+    pred_vox: (B, X, Y, Z), predicted distances in fine voxels, negative inside.
+    batch: its `sdf_vox` (B, X, Y, Z) is the truth, truncated at `TRUNCATION_VOX`.
+    weights: default `LossWeights()`.
 
-    Raises:
-        DataError: the shapes differ, or a region has no voxel near a surface.
+    Raises: DataError if the shapes differ, or a region has no voxel near a surface.
     """
     weights = weights or LossWeights()
     pred = pred_vox.float()
@@ -99,5 +98,5 @@ def mesh_losses(
         both = near.narrow(axis, 0, length) * near.narrow(axis, 1, length)
         normal = normal + ((error.square() * both).sum(volume) / count).mean()
 
-    total = weights.sdf * sdf + weights.occupancy * occupancy + weights.normal * normal
-    return {"sdf": sdf, "occupancy": occupancy, "normal": normal, "total": total}
+    terms = {"sdf": sdf, "occupancy": occupancy, "normal": normal}
+    return {**terms, "total": weights.total(terms)}

@@ -1,1 +1,1 @@
-"""SAM 3D Objects' modules from a user's own installation."""
+"""SAM 3D Objects: parts of a user's own installation as models that can be trained."""

@@ -1,57 +1,49 @@
-"""SAM 3D Objects' mesh decoder on regions: the region fills the decoder's cube, one latent at each voxel that can hold surface.
+"""SAM 3D Objects' mesh decoder on regions: a region fills the decoder's cube, with one latent at each voxel that may hold surface.
 
     image and coarse structure (32³), or cached latents
       → latents (8 channels) at the active voxels of the decoder's grid (R³, R = 64 in the released decoder)
       → SLatMeshDecoder with adapters
       → signed distances at the corners of its 4R grid, and FlexiCubes' mesh of them
 
-The decoder's cube is [-½, ½]³ with distances in edges of it, negative inside, as ours are; here all is in fine voxels of the region.
-It takes what is not active to be outside. So its mesh has a wall where the active voxels end inside the structure; faces there
-are left out, and the field that this model gives has the coarse structure's sign in the voxels that are not active.
+The decoder's cube is [-½, ½]³ with distances in units of its edge, negative inside; this module uses fine voxels of the region.
+The decoder treats inactive voxels as outside, so its mesh has a wall where the active voxels end inside the structure. Faces there
+are left out, and the field of this model has the coarse structure's sign in inactive voxels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora import freeze_base_params, inject_lora
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
 from fastlora.medical.sam3d.folder import load_part, sparse_tensor
+from fastlora.medical.sam3d.losses import SurfaceLossWeights, surface_losses
+from fastlora.medical.sam3d.part import Sam3dPart, set_torso
+from fastlora.medical.sam3d.surface import (
+    SUBDIVISION,
+    Decoded,
+    Surface,
+    no_surface,
+    sample_volume,
+)
 
 PATCH = 5
-"""Points along each axis of what the encoder sees around a voxel."""
+"""Points along each axis of the encoder's neighbourhood of a voxel."""
 
 UNSURE_VOX = 3.95
 """A voxel at whose centre the coarse distance is smaller is active: where the coarse structure is 1/160 to 159/160 full."""
 
-SUBDIVISION = 4
-"""Cubes of the decoder's mesh along the edge of one of its voxels."""
-
-
-def sample_volume(volume: Tensor, points: Tensor) -> Tensor:
-    """A volume (X, Y, Z) read at index coordinates (N, 3), trilinear, its border repeated: (N,). Differentiable in both."""
-    size = torch.tensor(volume.shape, dtype=points.dtype, device=points.device)
-    grid = (2 * points / (size - 1) - 1).flip(-1)[
-        None, None, None
-    ]  # grid_sample's order is z, y, x
-    values = F.grid_sample(
-        volume[None, None], grid, mode="bilinear", padding_mode="border", align_corners=True
-    )
-    return values.flatten()
-
 
 def active_voxels(base_vox: Tensor, resolution: int) -> Tensor:
-    """The decoder's voxels that can hold surface, (T, 4) int64 `[sample, i, j, k]`: where the coarse structure is unsure.
+    """The decoder's voxels that may hold surface, (T, 4) int64 `[sample, i, j, k]`: those near the coarse structure's surface.
 
-    base_vox: (B, 32, 32, 32) as `regions.base_distance` gives it. Every coarse cell that is neither empty nor full has active
-    voxels, and so has the wall between a full and an empty one.
+    base_vox: (B, 32, 32, 32), from `regions.base_distance`. Every coarse cell that is neither empty nor full has active voxels,
+        and so has the wall between a full and an empty cell.
     """
     centres = F.interpolate(
         base_vox[:, None], size=3 * [resolution], mode="trilinear", align_corners=False
@@ -60,7 +52,7 @@ def active_voxels(base_vox: Tensor, resolution: int) -> Tensor:
 
 
 class LatentEncoder(nn.Sequential):
-    """Image and coarse structure around each voxel -> its latent: three linear layers, trained beside the adapters."""
+    """Image and coarse structure around each voxel -> its latent: three linear layers, trained together with the adapters."""
 
     def __init__(self, latent_channels: int, width: int = 128) -> None:
         super().__init__(
@@ -73,7 +65,7 @@ class LatentEncoder(nn.Sequential):
 
 
 def voxel_features(image: Tensor, base_vox: Tensor, voxels: Tensor, resolution: int) -> Tensor:
-    """What the encoder sees of each voxel, (T, 2·PATCH³): grey values in [-2, 2] and coarse distances / cell, in [-1, 1].
+    """The encoder's input for each voxel, (T, 2·PATCH³): grey values in [-2, 2] and coarse distances / cell, in [-1, 1].
 
     image, base_vox: (B, 32, 32, 32). The points are a fine voxel apart, or half a voxel of a coarser decoder.
     """
@@ -93,9 +85,9 @@ def voxel_features(image: Tensor, base_vox: Tensor, voxels: Tensor, resolution: 
 
 
 class MeshExtractor:
-    """The decoder's `mesh_extractor`, with its distances in eval mode too; shared by copies, on the device of what it is given.
+    """The decoder's `mesh_extractor`, returning distances in eval mode too; shared by copies, on the device of its input.
 
-    It is no module and holds a large grid of constants, which `Module.to` would leave behind and a copy would double.
+    The extractor is no module: `Module.to` would not move its large grid of constants, and a copy would duplicate it.
     """
 
     def __init__(self, extractor: Any) -> None:
@@ -111,65 +103,13 @@ class MeshExtractor:
         return self
 
 
-@dataclass(frozen=True, eq=False)
-class Surface:
-    """One region as the decoder sees it; positions are index coordinates of the region's fine voxels, distances in fine voxels.
+class Sam3dModel(Sam3dPart):
+    """The frozen decoder and the encoder that makes its latents; without an encoder they come with the batch.
 
-    points (P, 3), distance (P,): the signed distance at the corners of active voxels' cubes, where the decoder moved them.
-    corners: (P, 3) int64, the corners' places on the grid of 4R + 1. vertices (V, 3), faces (F, 3) of the mesh within active
-    voxels, perhaps none. regularisation: the decoder's own `reg_loss`.
+    decoder: from `folder.load_part`. encoder: None for cached latents.
     """
 
-    points: Tensor
-    distance: Tensor
-    corners: Tensor
-    vertices: Tensor
-    faces: Tensor
-    regularisation: Tensor
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is no mesh to compare with anything."""
-        return len(self.faces) == 0
-
-
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """What the decoder makes of a batch: a surface for each region; base_vox (B, 32, 32, 32) and resolution are the input's."""
-
-    surfaces: list[Surface]
-    base_vox: Tensor
-    resolution: int
-
-    @torch.no_grad()
-    def field(self) -> Tensor:
-        """Signed distances at the regions' fine voxels, (B, 32, 32, 32), truncated, negative inside; without gradient."""
-        return torch.stack(
-            [self._field(*pair) for pair in zip(self.surfaces, self.base_vox, strict=True)]
-        )
-
-    def _field(self, surface: Surface, base_vox: Tensor) -> Tensor:
-        cubes = SUBDIVISION * self.resolution
-        edge = FINE / cubes
-        axis = torch.arange(cubes + 1, device=base_vox.device) * edge - 0.5
-        lattice = torch.cartesian_prod(axis, axis, axis)
-        dense = sample_volume(base_vox.float(), lattice).view(3 * [cubes + 1])
-        at = tuple(surface.corners.T)
-        dense[at] = surface.distance.float()
-        # The distance belongs to the place that the corner was moved to: bring it back along the gradient.
-        slope = torch.stack(torch.gradient(dense), dim=-1)[at] / edge
-        moved = surface.points - (surface.corners * edge - 0.5)
-        dense[at] = surface.distance.float() - (slope * moved).sum(-1)
-        centres = (torch.arange(FINE, device=base_vox.device) + 0.5) / edge
-        fine = sample_volume(dense, torch.cartesian_prod(centres, centres, centres))
-        return fine.view(3 * [FINE]).clamp(-TRUNCATION_VOX, TRUNCATION_VOX)
-
-
-class Sam3dModel(nn.Module):
-    """The frozen decoder, and the encoder that makes its latents; without an encoder they come with the batch.
-
-    decoder: as `sam3d.load_part` gives it. encoder: None for cached latents.
-    """
+    targets = ("to_qkv", "to_out", "mlp")
 
     def __init__(self, decoder: nn.Module, encoder: LatentEncoder | None) -> None:
         super().__init__()
@@ -181,41 +121,42 @@ class Sam3dModel(nn.Module):
 
     @property
     def base(self) -> nn.Module:
-        """What a run starts from and never changes."""
+        """The decoder."""
         return self.decoder
 
-    def adapt(self, rank: int, alpha: float, dropout: float, include_ffn: bool) -> None:
-        """Puts adapters into the decoder's attention, and with `include_ffn` its feed-forward layers; freezes the rest of it."""
-        targets = ["to_qkv", "to_out", *(["mlp"] if include_ffn else [])]
-        inject_lora(self.decoder, targets, rank=rank, alpha=alpha, dropout=dropout)
-        freeze_base_params(self.decoder)
-
     def inputs(self, batch: RegionBatch) -> tuple[Tensor, Tensor, SparseTokens | None]:
-        """What `forward` takes of a batch. Raises: ConfigError if latents are missing, or come beside an encoder."""
+        """See `Trainee`. Raises: ConfigError if cached latents are missing, or given in addition to an encoder."""
         if (batch.slat is None) != (self.encoder is not None):
-            wanted, got = ("none beside an encoder", "some") if batch.slat else ("some", "none")
+            wanted, got = ("none with an encoder", "some") if batch.slat else ("some", "none")
             raise ConfigError(f"latents_dir: expected cached latents: {wanted}, got {got}")
         return batch.image, batch.base_vox, batch.slat
+
+    def losses(
+        self, output: Decoded, batch: RegionBatch, weights: SurfaceLossWeights
+    ) -> dict[str, Tensor]:
+        """See `surface_losses`."""
+        return surface_losses(output, batch, weights)
+
+    def distances(self, output: Decoded) -> Tensor:
+        """See `Decoded.field`."""
+        return output.field()
 
     def forward(self, image: Tensor, base_vox: Tensor, slat: SparseTokens | None) -> Decoded:
         """Decodes a batch of regions.
 
-        Args:
-            image: (B, 32, 32, 32) grey values in [0, 1]. base_vox: (B, 32, 32, 32), distances of the coarse structure.
-            slat: feats (T, latent channels), coords (T, 4) of the decoder's voxels, samples in ascending order; None: the
-                encoder's, at `active_voxels`.
-
+        image: (B, 32, 32, 32) grey values in [0, 1]. base_vox: (B, 32, 32, 32), distances of the coarse structure.
+        slat: feats (T, latent channels), coords (T, 4) of the decoder's voxels, samples in ascending order; None: the
+            encoder's, at `active_voxels`.
         A region without an active voxel keeps its coarse structure and has no surface.
 
-        Raises:
-            DataError: the decoder's grid is not the one described above.
+        Raises: DataError if the decoder's grid is not the one described above.
         """
         if slat is None:
             assert self.encoder is not None
             voxels = active_voxels(base_vox, self.resolution)
             seen = voxel_features(image, base_vox, voxels, self.resolution)
             slat = SparseTokens(self.encoder(seen), voxels)
-        surfaces = [_no_surface(base_vox)] * len(image)
+        surfaces = [no_surface(base_vox)] * len(image)
         present, number = torch.unique(slat.coords[:, 0], return_inverse=True)
         if len(present):  # the decoder counts samples by their voxels
             coords = torch.cat([number[:, None], slat.coords[:, 1:]], dim=1).int()
@@ -226,17 +167,17 @@ class Sam3dModel(nn.Module):
         return Decoded(surfaces, base_vox, self.resolution)
 
     def _surface(self, result: Any, voxels: Tensor) -> Surface:
-        """A mesh result of the decoder in the region's coordinates."""
+        """Converts a mesh result of the decoder to the region's coordinates."""
         cubes = SUBDIVISION * self.resolution
         steps = torch.arange(SUBDIVISION + 1, device=voxels.device)
         inner = torch.cartesian_prod(steps, steps, steps)
         corners = torch.unique((voxels[:, None] * SUBDIVISION + inner).reshape(-1, 3), dim=0)
         points, place = result.tsdf_v.float(), corners / cubes - 0.5
-        # A corner may be moved by half a cube, and rounded in 16 bits.
+        # The decoder displaces a corner by up to half a cube, and 16 bits round it.
         if len(points) != len(corners) or bool(((points - place).abs() > 0.51 / cubes).any()):
             raise DataError(
                 f"model: expected the corners of {SUBDIVISION}³ cubes in each of {len(voxels)} voxels, in order, "
-                f"got {len(points)} points elsewhere; this version of sam3d_objects is not known"
+                f"got {len(points)} points elsewhere; this version of sam3d_objects is not supported"
             )
         active = torch.zeros(3 * [self.resolution], dtype=torch.bool, device=voxels.device)
         active[tuple(voxels.T)] = True
@@ -255,34 +196,18 @@ class Sam3dModel(nn.Module):
         )
 
 
-def _no_surface(like: Tensor) -> Surface:
-    none, cells = like.new_zeros(0, 3), torch.zeros(0, 3, dtype=torch.long, device=like.device)
-    return Surface(none, none[:, 0], cells, none, cells, like.new_zeros(()))
-
-
 def _to_index(points: Tensor) -> Tensor:
     """The decoder's cube [-½, ½]³ -> index coordinates of the region's fine voxels."""
     return (points + 0.5) * FINE - 0.5
 
 
 def load_sam3d(
-    sam3d_dir: str, torso: str = "config", checkpointing: bool = False, encoder: bool = True
+    sam3d_dir: str, torso: str = "config", recompute: bool = False, encoder: bool = True
 ) -> Sam3dModel:
-    """The user's decoder, frozen, with a fresh encoder drawn from torch's generator, or none.
+    """The user's decoder, frozen, with a fresh encoder initialised from torch's generator, or none.
 
-    torso: "fp32", "fp16", or as the decoder's "config" says. checkpointing: make each block's activations again in the backward
-    pass instead of keeping them. Raises: as `sam3d.load_part`.
+    torso, recompute: as in `set_torso`. Raises: as `folder.load_part`.
     """
     decoder: Any = load_part(sam3d_dir, "decoder")
-    set_torso(decoder, torso, checkpointing)
+    set_torso(decoder, torso, recompute)
     return Sam3dModel(decoder, LatentEncoder(int(decoder.in_channels)) if encoder else None)
-
-
-def set_torso(model: Any, torso: str, checkpointing: bool) -> None:
-    """Precision and checkpointing of a part's blocks; arguments as of `load_sam3d`."""
-    if torso != "config":
-        half = torso == "fp16"
-        (model.convert_to_fp16 if half else model.convert_to_fp32)()
-        model.dtype = torch.float16 if half else torch.float32
-    for block in model.blocks:
-        block.use_checkpoint = checkpointing

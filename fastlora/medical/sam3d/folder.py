@@ -1,8 +1,8 @@
-"""Parts of the user's own SAM 3D Objects: the public package, and the checkpoint folder that it is given.
+"""Parts of the user's own SAM 3D Objects: the public package, and its checkpoint folder.
 
 The folder holds `pipeline.yaml`, which names a YAML file and a file of weights for each part. The package builds whatever those
-files name; here they are data. A part is one of a few classes that this module knows, built from plain values, its weights are
-read without running anything, and every tensor must have its place.
+files name; this module reads them as untrusted data. A part is one of a few known classes, built from plain values; its weights
+are read without running code, and every tensor must belong to the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "SPARSE_BACKEND": "spconv",
     "LIDRA_SKIP_INIT": "1",
 }
-"""What the package reads when it is imported, and what it is told where the user says nothing."""
+"""Environment variables that the package reads when imported, with the values set where the user has set none."""
 
 TARGETS = ("to_qkv", "to_q", "to_kv", "to_out", "mlp")
 """Path components of the layers that take adapters, in any part."""
@@ -48,8 +48,8 @@ _SPARSE = "sam3d_objects.model.backbone.tdfy_dit.modules.sparse"
 class Part:
     """A part of the pipeline.
 
-    name: its prefix in pipeline.yaml. classes: what its YAML may name. nested: what may stand below that. generator: whether the
-    model lies inside a generator's YAML (`module.generator.backbone`) and a training checkpoint, or is the whole of both.
+    name: its prefix in pipeline.yaml. classes, nested: allowed as its class, and inside its arguments. generator: whether the model
+    is inside a generator's YAML (`module.generator.backbone`) and training checkpoint, or is all of both files.
     """
 
     name: str
@@ -88,11 +88,8 @@ PARTS = {
 }
 _GENERATOR_YAML = ("module", "generator", "backbone")
 _GENERATOR_KEYS = "_base_models.generator."
-_WRAPPERS = (
-    "reverse_fn",
-    "backbone",
-)  # solvers and guidance around the model, which have no weights
-_EMBEDDER = "condition_embedder"  # may stand in a generator's model; what it makes of an image is given instead
+_WRAPPERS = ("reverse_fn", "backbone")  # solvers and guidance around the model, without weights
+_EMBEDDER = "condition_embedder"  # inside a generator's model; its output is cached instead
 
 
 def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Module:
@@ -100,18 +97,16 @@ def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Modul
 
     sam3d_dir: the folder of pipeline.yaml. device: of the model's own constants; the weights stay on the CPU.
 
-    Raises:
-        ConfigError: the part is not known, `sam3d_objects` cannot be imported, or a YAML file names a class that is not this
-            part's, asks for what is not a plain value, or cannot be built.
-        CheckpointError: a file is missing, unreadable or outside the folder, or its tensors are not the model's.
+    Raises: ConfigError if the part is unknown, `sam3d_objects` cannot be imported, or a YAML file names another class, holds
+        anything but plain values, or cannot be built. CheckpointError if a file is missing, unreadable or outside the folder, or its
+        tensors do not fit the model.
     """
     if part not in PARTS:
         raise ConfigError(f"sam3d_parts: expected some of {', '.join(PARTS)}, got {part!r}")
-    about, folder = PARTS[part], Path(sam3d_dir)
-    pipeline = _mapping(folder / "pipeline.yaml")
-    config_path = _inside(folder, pipeline, f"{about.name}_config_path")
-    weights_path = _inside(folder, pipeline, f"{about.name}_ckpt_path")
-    config, prefix = _mapping(config_path), ""
+    about = PARTS[part]
+    config_path, config = _part_config(sam3d_dir, part)
+    weights_path = _part_file(sam3d_dir, f"{about.name}_ckpt_path")
+    prefix = ""
     if about.generator:
         config, prefix = _flow_model(config, config_path, about)
     left_out = _EMBEDDER if about.generator else "pretrained_ckpt_path"
@@ -125,56 +120,60 @@ def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Modul
     if about.generator:
         state = _without_prefix(state, _GENERATOR_KEYS + prefix, weights_path)
     check_tensors(state, model.state_dict(), str(weights_path))
-    if whole := sorted(key for key, value in state.items() if not value.is_floating_point()):
+    if integers := sorted(key for key, value in state.items() if not value.is_floating_point()):
         raise CheckpointError(
-            f"sam3d_dir: {weights_path}: expected floating-point tensors, got {whole}"
+            f"sam3d_dir: {weights_path}: expected floating-point tensors, got {integers}"
         )
     model.load_state_dict(state)
     return model.requires_grad_(False).eval()
 
 
+def _part_config(sam3d_dir: str | Path, part: str) -> tuple[Path, dict[str, Any]]:
+    """The path and the content of a part's YAML."""
+    path = _part_file(sam3d_dir, f"{PARTS[part].name}_config_path")
+    return path, _mapping(path)
+
+
 def latent_shape(sam3d_dir: str | Path) -> tuple[int, int]:
-    """The resolution of the mesh decoder's grid and its latent channels, as its YAML says. Raises: as `load_part`."""
-    folder, name = Path(sam3d_dir), PARTS["decoder"].name
-    path = _inside(folder, _mapping(folder / "pipeline.yaml"), f"{name}_config_path")
-    config = _mapping(path)
-    resolution, channels = config.get("resolution"), config.get("latent_channels")
-    _check_resolution(resolution, path)
-    if type(channels) is not int or channels < 1:
-        raise ConfigError(f"sam3d_dir: {path}: latent_channels: expected >= 1, got {channels!r}")
-    assert isinstance(resolution, int)
-    return resolution, channels
+    """The resolution of the mesh decoder's grid and its number of latent channels. Raises: as `load_part`."""
+    path, config = _part_config(sam3d_dir, "decoder")
+    _check_resolution(config.get("resolution"), path)
+    return config["resolution"], _whole(config, "latent_channels", f"sam3d_dir: {path}")
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How a generator's times and errors are weighted in training.
+
+    sigma_min, time_scale: of the flow. time_mean, time_std: of the normal distribution whose logistic the times are.
+    loss_weights: factor of each latent's error, by name ("feats" for "slat"), default 1.
+    """
+
+    sigma_min: float = 0.0
+    time_scale: float = 1000.0
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class GeneratorSettings:
-    """What a generator's YAML says of its latents and of its training.
+    """A generator's latents and training, as its YAML defines them.
 
-    resolution: of the grid of "slat"; None of "structure". condition_channels: of the embedded condition.
-    latents: (tokens, channels) of each latent by name, tokens None where any number may be; "slat" has one, named "feats".
-    sigma_min, time_scale: of the flow. time_mean, time_std: of the normal distribution whose logistic the times are.
-    loss_weights: of each latent in the loss.
+    resolution: of the grid of "slat"; None for "structure". condition_channels: of the embedded condition.
+    latents: (tokens, channels) of each latent by name, tokens None for any number; "slat" has one, named "feats".
     """
 
     resolution: int | None
     condition_channels: int
     latents: dict[str, tuple[int | None, int]]
-    sigma_min: float = 0.0
-    time_scale: float = 1000.0
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    loss_weights: dict[str, float] = field(default_factory=dict)
+    flow: FlowSettings
 
 
 def read_generator(sam3d_dir: str | Path, part: str) -> GeneratorSettings:
-    """The settings of "slat" or "structure". Raises: as `load_part`, and ConfigError where a value cannot be used."""
-    about, folder = PARTS[part], Path(sam3d_dir)
-    path = _inside(folder, _mapping(folder / "pipeline.yaml"), f"{about.name}_config_path")
-    config = _mapping(path)
-    model, _ = _flow_model(config, path, about)
-    flow = config
-    for step in _GENERATOR_YAML:
-        flow = flow[step]
+    """The settings of "slat" or "structure". Raises: as `load_part`, and ConfigError if a value cannot be used."""
+    path, config = _part_config(sam3d_dir, part)
+    model, _ = _flow_model(config, path, PARTS[part])
     where = f"sam3d_dir: {path}"
     latents: dict[str, tuple[int | None, int]] = {}
     if part == "slat":
@@ -186,6 +185,18 @@ def read_generator(sam3d_dir: str | Path, part: str) -> GeneratorSettings:
         for name, latent in mapping.items():
             channels = _whole(latent, "in_channels", f"{where}: {name}")
             latents[str(name)] = _tokens(latent.get("pos_embedder")), channels
+    flow = config
+    for step in _GENERATOR_YAML:
+        flow = flow[step]
+    return GeneratorSettings(
+        resolution=_whole(model, "resolution", where) if part == "slat" else None,
+        condition_channels=_whole(model, "cond_channels", where),
+        latents=latents,
+        flow=_flow_settings(flow, list(latents), where),
+    )
+
+
+def _flow_settings(flow: Mapping[str, Any], latents: list[str], where: str) -> FlowSettings:
     given = flow.get("loss_weights", 1.0)
     weights = given if isinstance(given, dict) else dict.fromkeys(latents, given)
     sampler = flow.get("training_time_sampler_fn") or {"_target_": ".lognorm_sampler"}
@@ -194,10 +205,7 @@ def read_generator(sam3d_dir: str | Path, part: str) -> GeneratorSettings:
         raise ConfigError(
             f"{where}: training_time_sampler_fn: expected lognorm_sampler, got {sampler!r}"
         )
-    return GeneratorSettings(
-        resolution=_whole(model, "resolution", where) if part == "slat" else None,
-        condition_channels=_whole(model, "cond_channels", where),
-        latents=latents,
+    return FlowSettings(
         sigma_min=_number(flow, "sigma_min", 0.0, where),
         time_scale=_number(flow, "time_scale", 1000.0, where),
         time_mean=_number(sampler, "mean", 0.0, where),
@@ -207,12 +215,11 @@ def read_generator(sam3d_dir: str | Path, part: str) -> GeneratorSettings:
 
 
 def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel by which the SLat generator normalises.
+    """Mean and standard deviation of each latent channel, with which the SLat generator normalises.
 
     `slat_mean` and `slat_std` of pipeline.yaml; without them the package's own.
 
-    Raises:
-        ConfigError: they are no lists of numbers of one length, or not there and the package's cannot be imported.
+    Raises: ConfigError if they are no lists of numbers of one length, or missing and the package cannot be imported.
     """
     path = Path(sam3d_dir) / "pipeline.yaml"
     pipeline = _mapping(path)
@@ -220,16 +227,13 @@ def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
     if mean is None or std is None:
         package = _import("sam3d_objects.pipeline.inference_utils")
         mean, std = package.SLAT_MEAN.tolist(), package.SLAT_STD.tolist()
-    if not _are_numbers(mean) or not _are_numbers(std) or len(mean) != len(std) or min(std) <= 0:
+    lists = [v for v in (mean, std) if isinstance(v, list) and v and all(map(_is_number, v))]
+    if len(lists) < 2 or len(mean) != len(std) or min(std) <= 0:
         raise ConfigError(
             f"sam3d_dir: {path}: slat_mean, slat_std: expected two lists of numbers of one length, the second positive, "
             f"got {mean!r} and {std!r}"
         )
     return mean, std
-
-
-def _are_numbers(values: object) -> bool:
-    return isinstance(values, list) and len(values) > 0 and all(map(_is_number, values))
 
 
 def _is_number(value: object) -> bool:
@@ -251,7 +255,7 @@ def _whole(config: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _tokens(embedder: Any) -> int | None:
-    """How many tokens a latent's position embedder is for, where its arguments say so."""
+    """The number of tokens of a latent, if the arguments of its position embedder determine it."""
     if not isinstance(embedder, dict):
         return None
     count, size, patch = (embedder.get(k) for k in ("token_len", "resolution", "patch_size"))
@@ -276,7 +280,7 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"model: 'sam3d' needs the package sam3d_objects and what it imports ({error}); "
+            f"model: 'sam3d' needs the package sam3d_objects and its dependencies ({error}); "
             "docs/sam3d.md says how to install it"
         ) from error
 
@@ -296,22 +300,23 @@ def _mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def _inside(folder: Path, pipeline: Mapping[str, Any], key: str) -> Path:
-    """The file that pipeline.yaml names below its folder."""
-    name = pipeline.get(key)
+def _part_file(sam3d_dir: str | Path, key: str) -> Path:
+    """The file that pipeline.yaml names, inside its folder."""
+    folder = Path(sam3d_dir)
+    name = _mapping(folder / "pipeline.yaml").get(key)
     if not isinstance(name, str) or not name:
         raise CheckpointError(
             f"sam3d_dir: {folder / 'pipeline.yaml'}: expected a path under {key!r}, got {name!r}"
         )
     path = folder / name
-    # A download may keep its files elsewhere and link to them: no name may leave the folder, the user's own links may.
+    # A download may be a link to a cache: the user's links may leave the folder, names in the file may not.
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise CheckpointError(
             f"sam3d_dir: {key}: expected a path inside {folder}, got {name!r}, which leaves it"
         )
     try:
         there = path.is_file()
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # an impossible file name
         raise CheckpointError(f"sam3d_dir: {key}: {error}") from error
     if not there:
         raise CheckpointError(f"sam3d_dir: {key}: no file {path}")
@@ -319,7 +324,7 @@ def _inside(folder: Path, pipeline: Mapping[str, Any], key: str) -> Path:
 
 
 def _flow_model(config: Any, path: Path, about: Part) -> tuple[dict[str, Any], str]:
-    """The YAML of the model inside a generator's, and the prefix that its tensors have there."""
+    """The model's part of a generator's YAML, and the prefix of its tensors' names."""
     for step in _GENERATOR_YAML:
         config = config.get(step) if isinstance(config, dict) else None
     prefix = ""
@@ -343,7 +348,7 @@ def _check_resolution(value: Any, path: Path) -> None:
 
 
 def _build(value: Any, about: Part, allowed: tuple[str, ...], where: str) -> Any:
-    """An object of the YAML: plain values as they are, and what has a `_target_` out of `allowed`, or `about.nested` below it."""
+    """Builds a YAML value: plain values as they are, and `_target_` out of `allowed`, or of `about.nested` inside its arguments."""
     if isinstance(value, list):
         return [_build(v, about, about.nested, f"{where}: {i}") for i, v in enumerate(value)]
     if isinstance(value, str) and "${" in value:
@@ -383,7 +388,7 @@ def _build(value: Any, about: Part, allowed: tuple[str, ...], where: str) -> Any
 
 
 def _read_weights(path: Path, about: Part) -> dict[str, Tensor]:
-    """The tensors of a file by name: a bare state dict, or for a generator's `.ckpt` what lies under `state_dict`."""
+    """The tensors of a file by name: a bare state dict, or the entry `state_dict` of a generator's `.ckpt`."""
     try:
         if path.suffix == ".safetensors":
             tensors: dict[str, Tensor] = load_file(path)
@@ -402,9 +407,9 @@ def _read_weights(path: Path, about: Part) -> dict[str, Tensor]:
 
 
 def _without_prefix(state: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
-    """A generator's tensors under the model's own names; those of other parts of the training are left out."""
+    """A generator's tensors under the model's own names, without those of other parts of its training checkpoint."""
     mine = {key: value for key, value in state.items() if key.startswith(_GENERATOR_KEYS)}
-    if strangers := sorted(key for key in mine if not key.startswith(prefix)):
-        raise CheckpointError(f"sam3d_dir: {path}: does not fit the model: {strangers} unexpected")
+    if unexpected := sorted(key for key in mine if not key.startswith(prefix)):
+        raise CheckpointError(f"sam3d_dir: {path}: does not fit the model: {unexpected} unexpected")
     own = {key.removeprefix(prefix): value for key, value in mine.items()}
     return {key: value for key, value in own.items() if not key.startswith(f"{_EMBEDDER}.")}

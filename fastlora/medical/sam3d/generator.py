@@ -1,7 +1,7 @@
-"""SAM 3D Objects' generators on cached latents and conditions: the flow-matching loss, and the model that the trainer trains.
+"""SAM 3D Objects' generators on cached latents and conditions: the flow-matching loss, and the model for the trainer.
 
-A generator makes the latents of a region out of noise and what the condition embedder made of an image. Here both are cached, so
-that neither the embedder nor the encoders are needed.
+A generator maps noise and an embedded image, its condition, to the latents of a region. Latents and conditions are cached here, so
+neither the encoders nor the condition embedder are needed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora import freeze_base_params, inject_lora
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch
-from fastlora.medical.sam3d.decoder import set_torso
 from fastlora.medical.sam3d.folder import (
     TARGETS,
+    FlowSettings,
     GeneratorSettings,
     latent_scale,
     load_part,
     read_generator,
 )
+from fastlora.medical.sam3d.part import Sam3dPart, set_torso
 
 VALIDATION_DRAWS = 4
-"""Times and noises of each region in eval mode, the same in every epoch."""
+"""Draws of time and noise for each region in eval mode, the same in every epoch."""
 
 
 def flow_matching_loss(
@@ -36,35 +36,56 @@ def flow_matching_loss(
     latents: Tensor | Mapping[str, Tensor],
     condition: Tensor,
     coords: Tensor | None = None,
-    *,
-    sigma_min: float = 0.0,
-    time_scale: float = 1000.0,
-    time_mean: float = 0.0,
-    time_std: float = 1.0,
-    loss_weights: Mapping[str, float] | None = None,
+    settings: FlowSettings | None = None,
 ) -> Tensor:
-    """Mean squared error of the flow from noise to latents, 0-d: a fresh time for each sample, fresh noise, torch's generator.
+    """Mean squared error of the flow from noise to latents, 0-d: a time and noise for each sample from torch's generator.
 
         x_t = (1 - (1 - σ) t) x_0 + t x_1,    v = x_1 - (1 - σ) x_0,    loss = mean |model(x_t, scale · t) - v|²
 
-    Args:
-        model: a part "slat" or "structure" of `sam3d.load_part`, with or without adapters. A shortcut model is asked for steps of
-            length zero, which is its flow.
-        latents: x_1, normalised as the generator gives them. Of "slat" (1, T, C), one sample a call; of "structure" each latent's
-            (B, N, C) by name, whose errors are added.
-        condition: (B, L, D), what the condition embedder made of the image.
-        coords: of "slat" (T, 4) int, `[0, i, j, k]` of each voxel.
-        sigma_min, time_scale, time_mean, time_std: σ, scale, and the normal distribution whose logistic t is; `sam3d.read_generator` gives
-            them as the generator's YAML has them.
-        loss_weights: factor of each latent's error, by name ("feats" for "slat"); 1 without it.
+    model: a part "slat" or "structure" of `folder.load_part`, with or without adapters. A shortcut model is called with step
+        length zero, which is its flow.
+    latents: x_1, normalised as the generator outputs them. Of "slat" (1, T, C), one sample a call; of "structure" each latent's
+        (B, N, C) by name, whose errors are added.
+    condition: (B, L, D), the embedded image.
+    coords: of "slat" (T, 4) int, `[0, i, j, k]` of each voxel.
+    settings: the generator's `GeneratorSettings.flow`; default `FlowSettings()`.
 
-    Raises:
-        DataError: the latents are not those of the model, or the samples are not as many as the conditions.
+    Raises: DataError if the latents are not those of the model, or the numbers of samples and conditions differ.
 
     Source: Lipman et al., Flow Matching for Generative Modeling, 2023, eq. 22 and 23; the times are log-normal as in Esser et al., Scaling
     Rectified Flow Transformers, 2024.
     """
+    flow = settings or FlowSettings()
     target = dict(latents) if isinstance(latents, Mapping) else {"feats": latents}
+    _check_samples(model, target, condition, coords)
+    time = (torch.randn(len(condition)) * flow.time_std + flow.time_mean).sigmoid()
+    time = time.to(condition.device)
+    noised, velocity = {}, {}
+    for name in sorted(target):
+        end = target[name]
+        start = torch.randn(end.shape, device=end.device, dtype=end.dtype)
+        at = time.view(-1, *[1] * (end.ndim - 1))
+        noised[name] = (1 - (1 - flow.sigma_min) * at) * start + at * end
+        velocity[name] = end - (1 - flow.sigma_min) * start
+    more: dict[str, Any] = {}
+    if getattr(model, "is_shortcut_model", False):
+        more["d"] = torch.zeros_like(time)
+    if coords is None:
+        predicted = model(noised, time * flow.time_scale, condition, **more)
+    else:
+        voxels = coords.cpu().numpy()
+        feats = model(noised["feats"], time * flow.time_scale, condition, voxels, **more)
+        predicted = {"feats": feats}
+    losses = [
+        flow.loss_weights.get(name, 1.0) * F.mse_loss(predicted[name], velocity[name])
+        for name in sorted(target)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _check_samples(
+    model: nn.Module, target: Mapping[str, Tensor], condition: Tensor, coords: Tensor | None
+) -> None:
     names = set(getattr(model, "input_latent_mappings", ["feats"]))
     if target.keys() != names:
         raise DataError(f"latents: expected {sorted(names)}, got {sorted(target)}")
@@ -75,37 +96,17 @@ def flow_matching_loss(
     if len(counts) > 1 or (coords is not None and counts != {1}):
         wanted = "1" if coords is not None else "one number"
         raise DataError(f"condition: expected {wanted} of samples everywhere, got {sorted(counts)}")
-    time = (torch.randn(len(condition)) * time_std + time_mean).sigmoid().to(condition.device)
-    noised, velocity = {}, {}
-    for name in sorted(target):
-        end = target[name]
-        start = torch.randn(end.shape, device=end.device, dtype=end.dtype)
-        at = time.view(-1, *[1] * (end.ndim - 1))
-        noised[name] = (1 - (1 - sigma_min) * at) * start + at * end
-        velocity[name] = end - (1 - sigma_min) * start
-    more: dict[str, Any] = {}
-    if getattr(model, "is_shortcut_model", False):
-        more["d"] = torch.zeros_like(time)
-    if coords is None:
-        predicted = model(noised, time * time_scale, condition, **more)
-    else:
-        voxels = coords.cpu().numpy()
-        predicted = {"feats": model(noised["feats"], time * time_scale, condition, voxels, **more)}
-    weights = loss_weights or {}
-    losses = [
-        weights.get(name, 1.0) * F.mse_loss(predicted[name], velocity[name])
-        for name in sorted(target)
-    ]
-    return torch.stack(losses).sum()
 
 
-class Sam3dFlow(nn.Module):
-    """A generator, and how its loss is made of a region's cached latents and condition.
+class Sam3dFlow(Sam3dPart):
+    """A generator and its loss on a region's cached latents and condition.
 
-    flow: as `sam3d.load_part` gives it. settings: of its YAML. scale: mean and standard deviation by which cached latents of "slat" are
-    normalised; None leaves them as they are. drop_condition: probability that a region is trained without its condition, so that the
-    generator's guidance keeps what it compares with.
+    flow: from `folder.load_part`. settings: of its YAML. scale: mean and standard deviation that normalise cached latents of
+    "slat"; None leaves them as they are. drop_condition: probability of training a region without its condition, which the
+    generator's guidance needs.
     """
+
+    targets = TARGETS
 
     def __init__(
         self,
@@ -120,28 +121,31 @@ class Sam3dFlow(nn.Module):
 
     @property
     def base(self) -> nn.Module:
-        """What a run starts from and never changes."""
+        """The generator."""
         return self.flow
 
-    def adapt(self, rank: int, alpha: float, dropout: float, include_ffn: bool) -> None:
-        """Puts adapters into the attention, and with `include_ffn` the feed-forward layers; freezes the rest."""
-        targets = [name for name in TARGETS if include_ffn or name != "mlp"]
-        inject_lora(self.flow, targets, rank=rank, alpha=alpha, dropout=dropout)
-        freeze_base_params(self.flow)
+    @property
+    def exported(self) -> nn.Module:
+        """The generator: the adapter file goes into the user's own pipeline."""
+        return self.flow
 
     def inputs(self, batch: RegionBatch) -> tuple[Any, Tensor, list[int]]:
-        """What `forward` takes of a batch. Raises: ConfigError if it has no cached latents of this generator."""
+        """See `Trainee`. Raises: ConfigError if the batch has no cached latents of this generator."""
         latents = batch.slat if self.settings.resolution is not None else batch.latents
         if latents is None or batch.condition is None:
             raise ConfigError("latents_dir: expected cached latents and conditions, got none")
         names = [f"{meta['subject']}-{meta['region']}" for meta in batch.meta]
         return latents, batch.condition, [zlib.crc32(name.encode()) for name in names]
 
+    def losses(self, output: Tensor, batch: RegionBatch, weights: Any) -> dict[str, Tensor]:
+        """The mean over the regions; the weights of the latents are in the generator's settings, not in `weights`."""
+        return {"flow": output.mean(), "total": output.mean()}
+
     def forward(self, latents: Any, condition: Tensor, seeds: list[int]) -> Tensor:
         """The loss of each region, (B,).
 
-        latents: `SparseTokens` of all regions, or for "structure" (B, N, C) by name. condition: (B, L, D). seeds: in eval mode a region's
-        times and noises are drawn from its own.
+        latents: `SparseTokens` of all regions, or for "structure" (B, N, C) by name. condition: (B, L, D). seeds: of each region's
+            times and noises in eval mode.
         """
         return torch.stack(
             [self._loss(latents, condition, index, seed) for index, seed in enumerate(seeds)]
@@ -153,9 +157,12 @@ class Sam3dFlow(nn.Module):
         if self.training:
             if float(torch.rand(())) < self.drop_condition:
                 cond = torch.zeros_like(cond)
-            return self._flow_loss(own, cond, coords)
+            return flow_matching_loss(self.flow, own, cond, coords, self.settings.flow)
         with _own_draws(seed, condition.device):
-            losses = [self._flow_loss(own, cond, coords) for _ in range(VALIDATION_DRAWS)]
+            losses = [
+                flow_matching_loss(self.flow, own, cond, coords, self.settings.flow)
+                for _ in range(VALIDATION_DRAWS)
+            ]
         return torch.stack(losses).mean()
 
     def _sample(self, latents: Any, index: int) -> tuple[Any, Tensor | None]:
@@ -170,24 +177,10 @@ class Sam3dFlow(nn.Module):
             feats = (feats - mean) / std
         return feats[None], coords
 
-    def _flow_loss(self, latents: Any, condition: Tensor, coords: Tensor | None) -> Tensor:
-        about = self.settings
-        return flow_matching_loss(
-            self.flow,
-            latents,
-            condition,
-            coords,
-            sigma_min=about.sigma_min,
-            time_scale=about.time_scale,
-            time_mean=about.time_mean,
-            time_std=about.time_std,
-            loss_weights=about.loss_weights,
-        )
-
 
 @contextmanager
 def _own_draws(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's generators start at `seed` inside, and go on outside as if nothing had been drawn."""
+    """Inside, torch's generators start at `seed`; afterwards they have the state that they had before."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -195,15 +188,15 @@ def _own_draws(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def load_flow(
-    sam3d_dir: str, part: str, torso: str, checkpointing: bool, drop_condition: float
+    sam3d_dir: str, torso: str, recompute: bool, part: str, drop_condition: float
 ) -> Sam3dFlow:
-    """The user's generator "slat" or "structure", frozen. Arguments as of `sam3d_model.load_sam3d` and `Sam3dFlow`.
+    """The user's generator "slat" or "structure", frozen. Arguments as in `set_torso` and `Sam3dFlow`.
 
-    Raises: as `sam3d.load_part`, `sam3d.read_generator` and `sam3d.latent_scale`.
+    Raises: as `folder.load_part`, `folder.read_generator` and `folder.latent_scale`.
     """
     settings = read_generator(sam3d_dir, part)
     flow = load_part(sam3d_dir, part)
-    set_torso(flow, torso, checkpointing)
+    set_torso(flow, torso, recompute)
     scale = latent_scale(sam3d_dir) if part == "slat" else None
     if scale is not None and len(scale[0]) != settings.latents["feats"][1]:
         raise ConfigError(

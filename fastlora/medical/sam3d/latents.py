@@ -1,19 +1,19 @@
-"""Cached latents: for each region a file with what SAM 3D Objects' encoders and embedders made of it.
+"""Cached latents: for each region a file with the outputs of SAM 3D Objects' encoders and embedders.
 
-`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as evaluations and errors give it) holds for the mesh
+`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as in evaluations and errors) holds for the mesh
 decoder and for the generator "slat" the structured latent (SLat)
 
     coords     (T, 3) integers, the active voxels of the decoder's grid, each once; the region fills the grid, axes in its order
-    feats      (T, C) floating-point numbers, the latents, as the decoder takes them: not normalised
+    feats      (T, C) floating-point numbers, the latents as the decoder expects them: not normalised
 
-for the generator "structure" each of its latents by name, (N, C), as the generator gives them, and for both generators
+for the generator "structure" each of its latents by name, (N, C), as the generator outputs them, and for both generators
 
-    condition  (L, D), what the condition embedder made of the region's image
+    condition  (L, D), the region's embedded image
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,12 @@ from fastlora.errors import DataError
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
 from fastlora.medical.data.regions import RegionDataset
 
+Size = tuple[int | None, int | None]
+"""Rows and columns of a table; None for any number."""
+
 KINDS = ("safetensors", "npz")
 MIN_SHARE = 0.5
-"""Part of the voxels that must lie near the region's surface, and of the surface that must lie in voxels."""
+"""Least fraction of the voxels near the region's surface, and of the surface inside voxels."""
 
 
 def slat_path(folder: Path, meta: Mapping[str, str]) -> Path:
@@ -46,64 +49,49 @@ def slat_path(folder: Path, meta: Mapping[str, str]) -> Path:
 
 
 def read_slat(path: Path) -> dict[str, Tensor]:
-    """`coords` (T, 3) int64, `feats` (T, C) float32, and where it has one the `condition` (L, D) float32 of a file.
+    """`coords` (N, 3) int64, `feats` (N, C) float32, and if present the `condition` (L, D) float32 of an untrusted file.
 
-    Nothing in it is run, and no size in it is trusted. Raises: DataError if it cannot be read, or holds anything else.
+    Raises: DataError if it cannot be read, or holds anything else.
     """
-    found = _read_tensors(path)
-    if found.keys() - {"condition"} != {"coords", "feats"}:
-        raise DataError(f"latents_dir: {path}: expected coords and feats, got {sorted(found)}")
-    coords, feats = found["coords"], found["feats"]
-    if coords.ndim != 2 or coords.shape[1] != 3 or coords.is_floating_point() or len(coords) == 0:
-        raise DataError(
-            f"latents_dir: {path}: coords: expected (T, 3) integers, got {tuple(coords.shape)} {coords.dtype}"
-        )
-    if feats.ndim != 2 or len(feats) != len(coords) or not feats.is_floating_point():
-        raise DataError(
-            f"latents_dir: {path}: feats: expected ({len(coords)}, C) floats, got {tuple(feats.shape)} {feats.dtype}"
-        )
-    numbers = _float_rows({name: value for name, value in found.items() if name != "coords"}, path)
-    return {"coords": coords.long(), **numbers}
-
-
-def read_structure(
-    path: Path, latents: Mapping[str, tuple[int | None, int]], condition: int
-) -> dict[str, Tensor]:
-    """The latents of "structure" by name, (N, C) float32, and its `condition` (L, D).
-
-    latents: tokens (None: any number) and channels of each. condition: D. Raises: DataError as `read_slat`, and if a size is another.
-    """
-    found = _read_tensors(path)
-    if found.keys() != {*latents, "condition"}:
-        wanted = ", ".join([*latents, "condition"])
-        raise DataError(f"latents_dir: {path}: expected {wanted}, got {sorted(found)}")
-    found = _float_rows(found, path)
-    for name, (tokens, channels) in {**latents, "condition": (None, condition)}.items():
-        shape = tuple(found[name].shape)
-        if shape[1] != channels or tokens not in (None, shape[0]):
-            raise DataError(
-                f"latents_dir: {path}: {name}: expected ({tokens or 'N'}, {channels}), got {shape}"
-            )
+    found = _read_tables(path, {"coords": (None, 3), "feats": (None, None)}, {"condition"})
+    count, shape = len(found["coords"]), tuple(found["feats"].shape)
+    if shape[0] != count:
+        raise DataError(f"latents_dir: {path}: feats: expected ({count}, C) floats, got {shape}")
     return found
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_structure(path: Path, latents: Mapping[str, Size], condition: int) -> dict[str, Tensor]:
+    """The latents of "structure" by name, (N, C) float32, and the `condition` (L, D) float32 of an untrusted file.
+
+    latents: size of each. condition: D. Raises: DataError if it cannot be read, or holds anything else.
+    """
+    return _read_tables(path, {**latents, "condition": (None, condition)})
+
+
+def _read_tables(
+    path: Path, sizes: Mapping[str, Size], optional: Set[str] = frozenset()
+) -> dict[str, Tensor]:
+    """The tables of a file by name: `coords` of integers, all others of finite floats. optional: further names."""
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
+        found = load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"latents_dir: cannot read {path}: {error}") from error
-
-
-def _float_rows(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors as float32. Raises: DataError if one is not a table of finite numbers with at least one row."""
-    for name, value in tensors.items():
-        if value.ndim != 2 or len(value) == 0 or not value.is_floating_point():
+    if found.keys() - optional != sizes.keys():
+        raise DataError(
+            f"latents_dir: {path}: expected {', '.join(sizes)}, got {', '.join(sorted(found))}"
+        )
+    for name, value in found.items():
+        size, floats = sizes.get(name, (None, None)), name != "coords"
+        fits = value.ndim == 2 and len(value) > 0 and value.is_floating_point() == floats
+        if not fits or any(n not in (None, m) for n, m in zip(size, value.shape, strict=True)):
+            rows, columns = (n or letter for n, letter in zip(size, "NC", strict=True))
             raise DataError(
-                f"latents_dir: {path}: {name}: expected rows of floats, got {tuple(value.shape)} {value.dtype}"
+                f"latents_dir: {path}: {name}: expected ({rows}, {columns}) {'floats' if floats else 'integers'}, "
+                f"got {tuple(value.shape)} {value.dtype}"
             )
-        if not bool(torch.isfinite(value).all()):
+        if floats and not bool(torch.isfinite(value).all()):
             raise DataError(f"latents_dir: {path}: {name}: expected finite numbers")
-    return {name: value.float() for name, value in tensors.items()}
+    return {name: x.long() if name == "coords" else x.float() for name, x in found.items()}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -122,9 +110,9 @@ def check_slat(
 ) -> None:  # fmt: skip
     """Checks that latents belong to a decoder and a region.
 
-    sdf_vox: (32, 32, 32), the region's truth. resolution, channels: the decoder's. where: for the message.
+    sdf_vox: (32, 32, 32), the region's truth. resolution, channels: the decoder's. where: prefix of the message.
 
-    Raises: DataError, saying what does not fit; among it a region whose surface is elsewhere (another window, mirrored axes).
+    Raises: DataError, naming the mismatch; also if the region's surface is elsewhere (another window, mirrored axes).
     """
     coords, feats = slat["coords"], slat["feats"]
     if feats.shape[1] != channels:
@@ -134,7 +122,7 @@ def check_slat(
             f"{where}: coords: expected 0 to {resolution - 1}, got {int(coords.min())} to {int(coords.max())}"
         )
     if len(torch.unique(coords, dim=0)) != len(coords):
-        raise DataError(f"{where}: coords: expected each voxel once, got some again")
+        raise DataError(f"{where}: coords: expected each voxel once, got duplicates")
     edge = FINE / resolution
     fine = ((coords + 0.5) * edge).long().numpy()
     near = np.abs(sdf_vox) < TRUNCATION_VOX
@@ -143,7 +131,7 @@ def check_slat(
     active = np.zeros(3 * [resolution], bool)
     active[tuple(coords.numpy().T)] = True
     covered = active[tuple(((crossed + 0.5) / edge).astype(np.int64).T)]
-    # A voxel smaller than ours is only one of those that a fine voxel of ours spans: then the share of voxels must do.
+    # With voxels smaller than the region's, a surface voxel contains many of them: only the other share is meaningful.
     reach = float(covered.mean()) if edge >= 1 and len(crossed) else 1.0
     if share < MIN_SHARE or reach < MIN_SHARE:
         raise DataError(
@@ -155,10 +143,10 @@ def check_slat(
 class CachedRegions:
     """`regions` with the cached latents of each. Samples gain `slat_coords` and `slat_feats`, or `latents`, and `condition`.
 
-    read: what a region's file holds, checked against the region's sample: keys as above.
+    read: maps a region's file and sample to these entries, and checks that they fit.
 
-    Raises: DataError if a region lacks its file, the file does not fit it, or conditions differ in length. All are looked at here, none later
-    for the first time.
+    Raises: DataError if a region lacks its file, the file does not fit it, or conditions differ in length. The constructor checks every
+        file, so that training does not fail later.
     """
 
     def __init__(
@@ -175,7 +163,7 @@ class CachedRegions:
                 lengths[len(sample["condition"])] = sample["meta"]["region"]
         if len(lengths) > 1:
             raise DataError(
-                f"latents_dir: {folder}: condition: expected as many rows in each file, got {lengths}"
+                f"latents_dir: {folder}: condition: expected the same number of rows in each file, got {lengths}"
             )
 
     def identity(self) -> str:
@@ -197,7 +185,7 @@ class CachedRegions:
 def slat_reader(
     resolution: int, channels: int, condition: int | None = None
 ) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
-    """Reads what the decoder takes, or with `condition`, its channels, what the generator "slat" is trained on."""
+    """A reader for the decoder, or with `condition` (its channels) for training the generator "slat"."""
 
     def read(path: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
         slat = read_slat(path)
@@ -215,9 +203,9 @@ def slat_reader(
 
 
 def structure_reader(
-    latents: Mapping[str, tuple[int | None, int]], condition: int
+    latents: Mapping[str, Size], condition: int
 ) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
-    """Reads what the generator "structure" is trained on; arguments as of `read_structure`."""
+    """A reader for training the generator "structure"; arguments as in `read_structure`."""
 
     def read(path: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
         found = read_structure(path, latents, condition)

@@ -1,20 +1,20 @@
-"""Losses between the surfaces that SAM 3D's decoder gives and the true signed distances: of meshes alone, nothing is rendered.
+"""Losses between the surfaces of SAM 3D's decoder and the true signed distances, computed on meshes without rendering.
 
-With ``s`` the decoder's distances at its corners and ``t`` the truth (fine voxels, negative inside, truncated at ``τ``):
+With `s` the decoder's distances at its corners and `t` the truth (fine voxels, negative inside, truncated at `τ`):
 
     sdf             mean |s - t| at the corners where |t| < τ; beyond it only a distance on the wrong side of ±τ counts
     vertex          mean |t| at the mesh's vertices
     chamfer         mean distance from vertices to the true surface's points, plus that from those to the vertices
     normal          mean 1 - cos(normal, ∇t) over the faces near the true surface
-    regularisation  the decoder's own: corners that neighbouring voxels agree on, FlexiCubes' weights and deviation
+    regularisation  the decoder's own: agreement of neighbouring voxels on their corners, FlexiCubes' weights and deviation
 
 Each is a mean over the batch's regions. An empty mesh gives 0 in `vertex`, `chamfer` and `normal`, and is counted in `empty`; its
-`sdf` and `regularisation` go on reaching every weight, so it can fill again.
+`sdf` and `regularisation` still reach every weight, so a mesh can reappear.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,23 +24,19 @@ from torch import Tensor
 
 from fastlora.errors import DataError
 from fastlora.medical.data.grids import TRUNCATION_VOX
-from fastlora.medical.models.losses import check_weights
-from fastlora.medical.sam3d.decoder import Decoded, Surface, sample_volume
+from fastlora.medical.models.losses import Weights
+from fastlora.medical.sam3d.surface import Decoded, Surface, sample_volume
 
 if TYPE_CHECKING:
     from fastlora.medical.data.batch import RegionBatch
 
 CHAMFER_POINTS = 2048
-"""How many points of each surface are compared, evenly spread over its list."""
+"""Points of each surface that are compared, evenly spread over its list."""
 
 
 @dataclass(frozen=True)
-class SurfaceLossWeights:
-    """Weight of each term in the total; a term of weight 0 is reported and not trained on.
-
-    Raises:
-        ConfigError: a weight is negative or not finite, or all are zero.
-    """
+class SurfaceLossWeights(Weights):
+    """Weights of `surface_losses`."""
 
     sdf: float = 1.0
     vertex: float = 0.2
@@ -48,17 +44,13 @@ class SurfaceLossWeights:
     normal: float = 0.05
     regularisation: float = 0.1
 
-    def __post_init__(self) -> None:
-        check_weights(self)
-
 
 def surface_losses(
     decoded: Decoded, batch: RegionBatch, weights: SurfaceLossWeights | None = None
 ) -> dict[str, Tensor]:
-    """The terms above, their weighted sum `total`, and `empty`, the part of the regions without a mesh; all 0-d.
+    """The terms above, their weighted sum `total`, and `empty`, the fraction of regions without a mesh; all 0-d.
 
-    Raises:
-        DataError: a region's truth has no surface, or none near the decoder's corners.
+    Raises: DataError if a region's truth has no surface, or none near the decoder's corners.
     """
     weights = weights or SurfaceLossWeights()
     terms: list[dict[str, Tensor]] = []
@@ -70,17 +62,13 @@ def surface_losses(
         term = {"sdf": _corner_loss(surface, true, meta), "regularisation": surface.regularisation}
         terms.append({**term, **_mesh_terms(surface, true)})
     means = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
-    total = sum(
-        (getattr(weights, f.name) * means[f.name] for f in fields(weights)),
-        means["sdf"].new_zeros(()),
-    )
-    return {**means, "total": total}
+    return {**means, "total": weights.total(means)}
 
 
 def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Tensor:
-    """Term `sdf` of one region; the corners may be moved, so the truth follows them without a gradient."""
+    """Term `sdf` of one region; the truth is sampled at the displaced corners, without a gradient to them."""
     true = sample_volume(true_vox, surface.points.detach())
-    near = true.abs() < TRUNCATION_VOX - 1e-3  # on the plateau, rounding must not decide
+    near = true.abs() < TRUNCATION_VOX - 1e-3  # a margin for rounding on the plateau
     if not bool(near.any()):
         raise DataError(f"batch: expected active voxels near the true surface, got none in {meta}")
     beyond = F.relu(TRUNCATION_VOX - true.sign() * surface.distance)
@@ -95,12 +83,15 @@ def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
         return {"vertex": zero, "chamfer": zero, "normal": zero, "empty": zero + 1}
     points = _thinned(surface.vertices)
     distances = torch.cdist(points, _thinned(true_points(true_vox)))
-    triangles = surface.vertices[surface.faces]
+    # Not vertices[faces]: on several CPU threads its backward adds in an order that varies from run to run.
+    triangles = F.embedding(surface.faces, surface.vertices)
     normals = torch.linalg.cross(
         triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0], dim=1
     )
     centres = triangles.detach().mean(1)
-    near = sample_volume(true_vox, centres).abs() < TRUNCATION_VOX / 2  # farther ones face nothing
+    near = (
+        sample_volume(true_vox, centres).abs() < TRUNCATION_VOX / 2
+    )  # the others have no true counterpart
     slopes = true_gradient(true_vox, centres)
     bent = 1 - F.cosine_similarity(normals, slopes, dim=1, eps=1e-6)
     return {
@@ -112,13 +103,13 @@ def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
 
 
 def true_points(true_vox: Tensor) -> Tensor:
-    """Points (N, 3) of the zero level of (X, Y, Z), in index coordinates, open where it leaves the volume."""
+    """Points (N, 3) on the zero level of (X, Y, Z), in index coordinates; the level set is open at the volume's border."""
     vertices, *_ = measure.marching_cubes(true_vox.cpu().numpy(), 0.0)
     return torch.from_numpy(vertices.copy()).to(true_vox)
 
 
 def true_gradient(true_vox: Tensor, points: Tensor) -> Tensor:
-    """∇t (N, 3) at index coordinates, from differences of one voxel; along it the outside lies."""
+    """∇t (N, 3) at index coordinates, from differences of one voxel; it points outwards."""
     half = 0.5 * torch.eye(3, dtype=points.dtype, device=points.device)
     return torch.stack(
         [sample_volume(true_vox, points + h) - sample_volume(true_vox, points - h) for h in half],
@@ -127,5 +118,5 @@ def true_gradient(true_vox: Tensor, points: Tensor) -> Tensor:
 
 
 def _thinned(points: Tensor) -> Tensor:
-    """At most CHAMFER_POINTS of them."""
+    """At most CHAMFER_POINTS of the points."""
     return points[:: -(-len(points) // CHAMFER_POINTS)]

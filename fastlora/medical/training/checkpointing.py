@@ -1,8 +1,7 @@
-"""Files that are either whole or not there, and the state of every random generator.
+"""Checkpoints of a run, and the state of the random generators.
 
-A checkpoint is one `torch.save` of plain values and tensors. Reading it back runs no code, trusts no size, and finds every
-value of the kind that it should be. Every file goes through `atomic_write`, so a run killed at any moment leaves the previous
-file in place.
+A checkpoint is one `torch.save` of plain values and tensors. Reading it runs no code, trusts no size, and checks the type of every
+value. It is written atomically, so a run killed at any moment leaves the previous file in place.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ FORMAT = "fastlora-medical-1"
 
 
 def score(val: Mapping[str, float]) -> float:
-    """What chooses the best epoch out of its validation, more is better: Dice, or the loss where no mesh is made."""
+    """The validation figure that selects the best epoch, higher is better: Dice, or minus the loss if no mesh is made."""
     return val["dice"] if "dice" in val else -val["total"]
 
 
-"""The validation figure that chooses `best`; higher is better."""
 KEYS: Mapping[str, type] = {
     **dict.fromkeys(("model", "optimizer", "scheduler", "scaler", "rng", "config"), dict),
     **dict.fromkeys(("format", "base_sha256"), str),
@@ -39,21 +37,18 @@ KEYS: Mapping[str, type] = {
     **dict.fromkeys(("history", "seconds"), list),
     "best": object,
 }
+"""The entries of a checkpoint and their types."""
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Saves a checkpoint; `content` holds what KEYS lists."""
-    data = io.BytesIO()  # torch.save into a file on a full disk raises other errors than OSError
+    """Saves a checkpoint with the entries of KEYS."""
+    data = io.BytesIO()  # on a full disk torch.save to a file raises other errors than OSError
     torch.save(dict(content), data)
     atomic_write(path, data.getbuffer())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, running no code from it.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, or not a checkpoint of `MedicalTrainer`.
-    """
+    """Reads an untrusted checkpoint onto the CPU. Raises: CheckpointError if it is missing, truncated, or no checkpoint of `MedicalTrainer`."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -75,7 +70,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_within(content: dict[str, Any], where: str) -> None:
-    """What an interrupted epoch had done: regions seen, its rate, sums of loss terms, gradient norms."""
+    """Checks the progress of an interrupted epoch: regions seen, its rate, sums of loss terms, gradient norms."""
     like = {"seen": 0, "lr": 0.0, "sums": {}, "norms": []}
     within = content["within"]
     sums, norms = (
@@ -113,22 +108,20 @@ def _check_content(content: Any, where: str) -> None:
             raise CheckpointError(f"{where}: config: expected a plain value for {name}")
     if content["epoch"] < 0 or len(content["history"]) != content["epoch"] + 1:
         raise CheckpointError(
-            f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} records"
+            f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} entries"
         )
-    meshes = content["config"].get("sam3d_part", "decoder") == "decoder"
-    chosen_by = "dice" if meshes else "total"
-    check_history(content["history"], content["seconds"], where, chosen_by)
+    check_history(content["history"], content["seconds"], where)
 
 
 def check_history(
-    history: Sequence[object], seconds: Sequence[object], where: str, chosen_by: str = "dice"
+    history: Sequence[object], seconds: Sequence[object], where: str, chosen_by: str = "total"
 ) -> None:
-    """Checks the records of epochs and what each took. chosen_by: what of the validation `score` needs. Raises: CheckpointError."""
-    for record in history:
-        parts = [record.get("train", {}), record.get("val")] if isinstance(record, dict) else [None]
+    """Checks the entries and durations of epochs. chosen_by: the validation figure that `score` needs. Raises: CheckpointError."""
+    for entry in history:
+        parts = [entry.get("train", {}), entry.get("val")] if isinstance(entry, dict) else [None]
         if not all(isinstance(part, dict) and _are_figures(part.values()) for part in parts):
             raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
-        if chosen_by not in record["val"]:  # type: ignore[index]
+        if chosen_by not in entry["val"]:  # type: ignore[index]
             raise CheckpointError(
                 f"{where}: history: expected {chosen_by!r} of the validation in every epoch"
             )
@@ -141,11 +134,7 @@ def _are_figures(values: Iterable[object]) -> bool:
 
 
 def check_like(found: object, wanted: object, where: str) -> None:
-    """Checks that two nested values have the same keys, kinds and sizes all the way down; the values themselves may differ.
-
-    Raises:
-        CheckpointError: naming the place where they differ.
-    """
+    """Checks that two nested values have the same keys, types and sizes; the values may differ. Raises: CheckpointError, naming the place."""
     if isinstance(wanted, dict) and isinstance(found, dict):
         if found.keys() != wanted.keys():
             names = ", ".join(sorted(map(str, found.keys() ^ wanted.keys())))
@@ -171,7 +160,7 @@ def check_like(found: object, wanted: object, where: str) -> None:
 
 
 def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str) -> None:
-    """Checks that a saved state is one of AdamW over parameters of these shapes. Raises: CheckpointError."""
+    """Checks that a saved state is of AdamW over parameters of these shapes. Raises: CheckpointError."""
     wanted = optimizer.state_dict()
     check_like(found.get("param_groups"), wanted["param_groups"], f"{where}: param_groups")
     state = found.get("state")
@@ -185,18 +174,18 @@ def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
 
 
 def check_rng_state(state: Mapping[str, Any], where: str) -> None:
-    """Checks that `set_rng_state` would take the state; the generators stay as they are. Raises: CheckpointError."""
+    """Checks that `set_rng_state` accepts the state; the generators do not change. Raises: CheckpointError."""
     before = rng_state()
     try:
         set_rng_state(state)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{where}: not the state of generators: {error}") from None
+        raise CheckpointError(f"{where}: not a state of the random generators: {error}") from None
     finally:
         set_rng_state(before)
 
 
 def model_sha256(model: nn.Module) -> str:
-    """A fingerprint of a model's parameters and buffers: their names, types, shapes and values."""
+    """A fingerprint of the names, types, shapes and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -214,7 +203,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of the global generators, as values that a checkpoint holds."""
+    """The state of the global generators, as values for a checkpoint."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -231,7 +220,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts the generators back to what `rng_state` gave."""
+    """Restores a state from `rng_state`."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))

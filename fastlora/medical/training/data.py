@@ -1,13 +1,17 @@
-"""The regions that a `TrainConfig` names: which cases, which structures, which side of the split."""
+"""The data of a run: its regions by cases, structures and sides of the split, and the micro-batches of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, Protocol, cast
+
+import torch
+from torch.utils.data import DataLoader
 
 from fastlora.errors import ConfigError, DataError, nearest
+from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.bundled import build_bundled
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import usable_cases
@@ -15,24 +19,31 @@ from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import RegionSpec, kind_of, make_splits
 from fastlora.medical.data.volumes import Case, Modality
-from fastlora.medical.sam3d.folder import latent_shape, read_generator
-from fastlora.medical.sam3d.latents import CachedRegions, slat_reader, structure_reader
 from fastlora.medical.training.config import TrainConfig
+from fastlora.medical.training.distributed import Ranks
+from fastlora.medical.training.faults import ignore_interrupts
 
 BUNDLED = Path("data/bundled")
 SYNTHETIC = Path("data/synthetic")
 
 
-def load_cases(config: TrainConfig) -> list[Case]:
-    """The cases that `config` names, with the structures of `config.classes`; made on first use if they are ours.
+class RegionData(Protocol):
+    """A dataset for the trainer, such as `RegionDataset`."""
 
-    Raises:
-        DataError: a folder is missing or holds no cases, or the cache is of other data. ConfigError: a class that no case has.
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+def load_cases(config: TrainConfig) -> list[Case]:
+    """The cases of a configuration, with the structures of `config.classes`; bundled and synthetic ones are built on first use.
+
+    Raises: DataError if a folder is missing or holds no cases, or the cache is of other data. ConfigError if no case has a class.
     """
     if config.demo == "synthetic":
         cases = write_phantom_dataset(SYNTHETIC, seed=config.seed)
     elif config.data_root:
-        # With a cache, what its manifest does not list is left out: broken cases need not stop here.
+        # With a cache, only the cases of its manifest are used: a broken one that it leaves out is no error.
         problems: list[str] | None = None if config.cache_dir is None else []
         modality = cast(Modality, config.modality)
         cases = find_cases(config.data_root, modality, problems, config.channel)
@@ -63,7 +74,7 @@ def _only(cases: Sequence[Case], classes: Sequence[str]) -> list[Case]:
 
 
 def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:
-    """The regions of every side of the split that `config` names. Raises as `load_cases` and `make_splits`."""
+    """The regions of each side of the configuration's split. Raises: as `load_cases` and `make_splits`."""
     cases = load_cases(config)
     try:
         return make_splits(cases, config.split, cache_dir=config.cache_dir)
@@ -71,31 +82,13 @@ def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:
         if config.data_root is None or config.cache_dir is not None:
             raise
         raise DataError(
-            f"{error} (preprocess_medical.py --skip_invalid finds out what can be used, and --cache_dir "
-            "takes nothing else)"
+            f"{error} (preprocess_medical.py --skip_invalid lists the usable structures, and --cache_dir "
+            "restricts training to them)"
         ) from error
 
 
-def with_latents(regions: RegionDataset, config: TrainConfig) -> RegionDataset | CachedRegions:
-    """The regions, with the cached latents of `config.latents_dir` if it names them. Raises: DataError if one lacks them."""
-    if config.latents_dir is None:
-        return regions
-    folder = str(config.sam3d_dir)
-    if config.sam3d_part == "decoder":
-        return CachedRegions(regions, config.latents_dir, slat_reader(*latent_shape(folder)))
-    about = read_generator(folder, config.sam3d_part)
-    if about.resolution is not None:
-        channels = about.latents["feats"][1]
-        read = slat_reader(about.resolution, channels, about.condition_channels)
-    else:
-        read = structure_reader(about.latents, about.condition_channels)
-    return CachedRegions(regions, config.latents_dir, read)
-
-
-def load_train_data(
-    config: TrainConfig,
-) -> tuple[RegionDataset | CachedRegions, RegionDataset | CachedRegions]:
-    """The training regions, and those of the training side that choose the best epoch."""
+def load_train_data(config: TrainConfig) -> tuple[RegionData, RegionData]:
+    """The training regions, and those of the training side that choose the best epoch. Raises: as `load_splits`."""
     splits = load_splits(config)
     train = RegionDataset(
         splits["train"],
@@ -105,4 +98,37 @@ def load_train_data(
         cache_dir=config.cache_dir,
     )
     val = RegionDataset(splits["val"], cache_dir=config.cache_dir)
-    return with_latents(train, config), with_latents(val, config)
+    return config.options.regions(train), config.options.regions(val)
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    """The order of `size` regions in an epoch: a permutation that is a pure function of the arguments."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def micro_batches(
+    data: RegionData, order: Sequence[int], size: int, ranks: Ranks, workers: int = 0
+) -> Iterator[tuple[RegionBatch, int, int]]:
+    """This rank's share of each micro-batch of `size` regions, the number of its regions that count, and that of all ranks.
+
+    A rank without a share computes the first region with a count of 0: the other ranks wait for its shards of the weights and
+    for its gradients.
+    """
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    shares = [ranks.share(batch) for batch in batches]
+    loader: DataLoader[Any] = DataLoader(
+        data,  # type: ignore[arg-type]
+        batch_sampler=[share or [batch[0]] for share, batch in zip(shares, batches, strict=True)],
+        collate_fn=collate_regions,
+        num_workers=workers,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # seeds the workers without advancing the global generator
+    )
+    for loaded, share, batch in zip(loader, shares, batches, strict=True):
+        yield loaded, len(share), len(batch)
+
+
+def region_names(batch: RegionBatch) -> str:
+    """The regions of a batch as text, for an error."""
+    return ", ".join(f"{m['subject']}/{m['structure']} ({m['region']})" for m in batch.meta)

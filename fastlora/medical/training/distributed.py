@@ -1,8 +1,8 @@
-"""Several processes that train one model: who they are, how they share the work, how their numbers become one.
+"""Training one model in several processes: ranks, their share of the work, and the reduction of their results.
 
-Every rank takes its share of each micro-batch, and what it adds to a mean is weighted by what it holds of it. So steps, schedule, losses
-and checkpoints are those of one process, to rounding, whatever the number of ranks, and a run may go on with another number.
-Under DDP each rank holds the model, under FSDP2 a part of each weight; what is saved is always whole.
+Every rank takes its share of each micro-batch, and its contribution to a mean is weighted by its number of regions. So steps,
+schedule, losses and checkpoints equal those of one process, to rounding, for any number of ranks, and a run may be resumed with
+another number. Under DDP each rank holds the model, under FSDP2 a shard of each weight; checkpoints hold full tensors.
 """
 
 from __future__ import annotations
@@ -24,33 +24,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.data.batch import SparseTokens
-from fastlora.medical.sam3d.decoder import Decoded, Sam3dModel, Surface
-from fastlora.medical.sam3d.generator import Sam3dFlow
+from fastlora.medical.models.trainee import Trainee
+from fastlora.medical.training.config import TrainConfig
 
 T = TypeVar("T")
 
-# FSDP2 hangs its hooks on the tensors that go into and out of a block. Newer versions of torch look into dataclasses, older ones
-# into registered ones only.
-for kind in (SparseTokens, Surface, Decoded):
-    torch.export.register_dataclass(kind)
+# FSDP2 hooks the tensors in a block's inputs and outputs. Newer versions of torch look into dataclasses, older ones only into
+# registered ones.
+torch.export.register_dataclass(SparseTokens)
 
 TIMEOUT = timedelta(hours=1)
-"""How long a rank waits for the others, which includes the first rank's preparation of the data."""
+"""How long a rank waits for the others, including the first rank's preparation of the data."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, seen from one of them: `rank` of `world`."""
+    """The processes that train together, as seen by one of them: `rank` of `world`."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def current(cls) -> Ranks:
-        """Those of torch's process group; one alone without it.
+        """The ranks of torch's process group; without one a single rank.
 
-        Raises:
-            ConfigError: the environment is that of several processes, and no group was made.
+        Raises: ConfigError if the environment is that of several processes, without a process group.
         """
         if dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
@@ -67,11 +65,11 @@ class Ranks:
         return self.rank == 0
 
     def share(self, indices: Sequence[int]) -> list[int]:
-        """This rank's part of a micro-batch; the parts of all ranks are disjoint and may be empty."""
+        """This rank's part of a micro-batch; the parts of the ranks are disjoint, and may be empty."""
         return list(indices[self.rank :: self.world])
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The sums over all ranks, the same on each; a name that a rank lacks counts 0 there."""
+        """The sums over all ranks, the same on each; a name missing on a rank counts 0 there."""
         if self.world == 1:
             return dict(values)
         everyone = self._gather(dict(values))
@@ -79,10 +77,9 @@ class Ranks:
         return {name: sum(part.get(name, 0.0) for part in everyone) for name in names}
 
     def check_same(self, facts: Mapping[str, object]) -> None:
-        """Checks that all ranks hold the same facts; they wait here for each other.
+        """Checks that all ranks hold the same facts; a barrier.
 
-        Raises:
-            ConfigError: on every rank, naming the facts that differ.
+        Raises: ConfigError on every rank, naming the facts that differ.
         """
         if self.world == 1:
             return
@@ -93,7 +90,7 @@ class Ranks:
             raise ConfigError(f"expected the same in all {self.world} processes, got {got}")
 
     def first_alone(self, make: Callable[[], T]) -> T:
-        """What `make` gives here, called by the first rank before all others: it may write files that they then find."""
+        """Calls `make` on the first rank before all others, which then find the files that it wrote; returns its result."""
         if self.first:
             made = make()
             self._wait()
@@ -102,7 +99,7 @@ class Ranks:
         return make()
 
     def seed_dropout(self, seed: int, epoch: int) -> None:
-        """Gives each rank but the first a generator of its own for an epoch: equal ones would draw equal masks."""
+        """Seeds torch differently on each rank but the first for an epoch: equal seeds would draw equal dropout masks."""
         if not self.first:
             torch.manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + self.rank) % 2**63)
 
@@ -118,12 +115,11 @@ class Ranks:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun (or a launcher that sets the same variables) started; alone, joins nothing.
+    """Joins the processes that torchrun (or a launcher that sets the same variables) started; does nothing without them.
 
-    device: what this process computes on, from `local_device`; CUDA talks through NCCL, a CPU through gloo.
+    device: of this process, from `local_device`; CUDA uses NCCL, a CPU gloo.
 
-    Raises:
-        TrainingError: inside, another process has gone while this one waited for it.
+    Raises: TrainingError inside if another process ends while this one waits for it.
     """
     if "WORLD_SIZE" not in os.environ:
         yield
@@ -141,28 +137,45 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def peers_needed() -> Iterator[None]:
-    """Says in one line that another process has gone, in place of the backend's own words.
-
-    Raises:
-        TrainingError: from what the backend raised.
-    """
+    """Replaces the backend's error about a lost process by one of one line. Raises: TrainingError from the backend's error."""
     try:
         yield
     except RuntimeError as error:
-        # gloo has no class of its own for this.
+        # gloo raises a bare RuntimeError.
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
         raise TrainingError(
-            "another process has gone (its own error, if any, stands in its output); "
+            "another process has gone (see its own output for the cause); "
             "continue after the last finished epoch with --resume"
         ) from error
+
+
+def resolve_device(config: TrainConfig) -> torch.device:
+    """The device of a configuration. Raises: ConfigError if it is not here, or does not support `config.amp`."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices)"
+        )
+    if config.amp != "off" and device.type != "cuda":
+        raise ConfigError(
+            f"amp: expected 'off' on {name} (mixed precision is for CUDA), got {config.amp!r}"
+        )
+    return device
 
 
 def local_device(device: torch.device) -> torch.device:
     """The device of this process: under torchrun each process of a machine has a GPU of its own.
 
-    Raises:
-        ConfigError: there are fewer GPUs than processes on this machine, or all were told to use the same one.
+    Raises: ConfigError if there are fewer GPUs than processes on this machine, or one GPU was named for all.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type != "cuda" or here == 1:
@@ -176,56 +189,49 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def parallelize(model: nn.Module, kind: str, device: torch.device) -> nn.Module:
-    """What to call in place of `model` so that its gradients are means over the ranks of the current group.
+def parallelize(model: Trainee, kind: str, device: torch.device) -> nn.Module:
+    """The module to call in place of `model`, which averages gradients over the ranks of the current group.
 
-    Args:
-        model: on `device`; "fsdp" shards its parameters in place: each child of an outermost `nn.ModuleList`, then the rest. SAM 3D's
-            parts are one piece each: FSDP2 does not see the tensors in what their blocks give each other.
-        kind: "ddp" or "fsdp".
+    model: on `device`; "fsdp" shards its parameters in place: each of its `shard_units`, then the rest.
+    kind: "ddp" or "fsdp".
     """
     if kind == "ddp":
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in () if isinstance(model, (Sam3dModel, Sam3dFlow)) else _blocks(model):
-        fully_shard(block, mesh=mesh)
+    for unit in model.shard_units:
+        fully_shard(unit, mesh=mesh)
     return cast(nn.Module, fully_shard(model, mesh=mesh))
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
-
-
 def sync_gradients(model: nn.Module, last: bool) -> None:
-    """Says before a forward pass whether its gradients are exchanged; only those of a step's last micro-batch need to be."""
+    """Sets, before a forward pass, whether its gradients are exchanged; only a step's last micro-batch needs that."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
     elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU of a tensor, unsharded; every rank must call."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A copy of a tensor on the CPU, unsharded; every rank must call."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().cpu().clone()
 
 
 def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """The part of a whole tensor that belongs beside a sharded parameter; the tensor itself beside a whole one."""
+    """A full tensor sharded like `parameter`; unchanged if the parameter is not sharded."""
     if not isinstance(parameter, DTensor):
         return tensor
     here = tensor.to(device=parameter.device, dtype=parameter.dtype)
     return distribute_tensor(here, parameter.device_mesh, parameter.placements)
 
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict with whole tensors on the CPU; every rank must call."""
+def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict with full tensors on the CPU; every rank must call."""
     state = optimizer.state_dict()
     return {
         "state": {
-            index: {k: whole(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+            index: {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in values.items()}
             for index, values in state["state"].items()
         },
         "param_groups": [dict(group) for group in state["param_groups"]],
@@ -233,14 +239,14 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads what `whole_optimizer_state` gave, on any number of ranks; `state` stays as it is."""
+    """Loads a `full_optimizer_state` on any number of ranks; `state` is not modified."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def placed(index: int, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         parameter = parameters[index]
-        # A copy, since the optimizer changes what it is given; AdamW's step counter is never sharded.
+        # The optimizer modifies its state, so it gets a copy; AdamW's step counter is never sharded.
         return (
             sharded_like(parameter, value.clone())
             if value.shape == parameter.shape

@@ -1,4 +1,4 @@
-"""What stops a training run from outside: Ctrl-C, no memory, a full disk, a dead loader process. What is said, and what is kept."""
+"""External causes that stop a training run: Ctrl-C, no memory, a full disk, a dead loader process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastlora.errors import FastLoRAError, TrainingError
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that of an allocation, on a CPU or a GPU."""
+    """Whether an allocation failed, on a CPU or a GPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
@@ -26,9 +26,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained(last: Path, out_of_memory: Callable[[], str]) -> Iterator[None]:
-    """Turns what stops a run from outside into a TrainingError of one line.
+    """Turns errors with an external cause into a TrainingError of one line.
 
-    last: the run's checkpoint. out_of_memory: what to say of the memory, asked when it ran out.
+    last: the run's checkpoint. out_of_memory: describes the memory needed, called after it ran out.
     """
     try:
         yield
@@ -48,26 +48,23 @@ def explained(last: Path, out_of_memory: Callable[[], str]) -> Iterator[None]:
 
 
 def memory_in_words(model: nn.Module, rows: int) -> str:
-    """What a step keeps in memory at least, counted as `fastlora.estimate` does, or parameters alone without adapters."""
+    """The least memory of a step: by `fastlora.estimate`, or of parameters alone in a model without adapters."""
     if any(True for _ in named_lora_layers(model)):
         mib = estimate(model, max(1, rows)).total_bytes / 2**20
-        return f"weights, gradients, optimizer and what the adapted layers save of {rows:,} tokens take {mib:.1f} MiB"
+        return f"weights, gradients, optimizer and the activations that adapted layers save for {rows:,} tokens take {mib:.1f} MiB"
     mib = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters()) / 2**20
     return f"weights, gradients and optimizer take {mib:.1f} MiB, without activations"
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is only noted, for the run to stop where it can save; the second stops at once.
+    """Inside, the first Ctrl-C only sets a flag, so that the run stops where it can save; the second one stops it at once.
 
-    Gives a function that says whether there was one. Beside other processes of torchrun, and outside the main thread,
-    Ctrl-C is left as it is.
+    Yields a function that returns the flag. With other processes of torchrun, and outside the main thread, Ctrl-C is unchanged.
     """
     asked = threading.Event()
-    if dist.is_available() and dist.is_initialized():
-        yield asked.is_set
-        return
-    if threading.current_thread() is not threading.main_thread():
+    alone = not (dist.is_available() and dist.is_initialized())
+    if not alone or threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
 
@@ -83,5 +80,5 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def ignore_interrupts(_: int) -> None:
-    """For loader processes: Ctrl-C on a terminal reaches them too, and the run still needs their batches."""
+    """For loader processes: a terminal sends Ctrl-C to them too, and the run still needs their batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The folder of one training run: where its files lie, who may write there, what is written after an epoch.
+"""The folder of one training run: the paths of its files, its lock, and the writing of an epoch.
 
 config.yaml  history.json  tb/  adapter.safetensors (LoRA only)  checkpoints/{last,previous,best,epoch_NNN}.pt  .lock
 """
@@ -28,7 +28,7 @@ from fastlora.medical.training.checkpointing import check_history, read_checkpoi
 
 
 class RunFolder:
-    """A run's folder; nothing is created before `open`."""
+    """A run's folder; `open` creates it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -38,12 +38,12 @@ class RunFolder:
         self.adapter = self.path / "adapter.safetensors"
         self.checkpoints = self.path / "checkpoints"
         self._lock: BinaryIO | None = None
-        self._epoch: int | None = None  # of the `last` that this object wrote
-        self._last = self._state_of_last()  # as this object found or left it
+        self._epoch: int | None = None  # of the `last` written by this object
+        self._last = self._state_of_last()  # as found or left by this object
 
     @staticmethod
     def split(path: str | Path) -> tuple[Path, str]:
-        """A run folder and which checkpoint: `best`, unless the path is `<run>/checkpoints/<which>.pt`."""
+        """A run folder and the name of a checkpoint: `best`, unless the path is `<run>/checkpoints/<which>.pt`."""
         path = Path(path)
         if path.is_file() and path.parent.name == "checkpoints":
             return path.parent.parent, path.stem
@@ -54,7 +54,7 @@ class RunFolder:
         return self.checkpoints / f"{which}.pt"
 
     def find(self, which: str) -> Path:
-        """The same, which must exist. Raises CheckpointError, naming the checkpoints that do."""
+        """The file of a checkpoint that exists. Raises: CheckpointError, naming the existing ones."""
         path = self.checkpoint(which)
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in self.checkpoints.glob("*.pt"))) or "none"
@@ -62,7 +62,7 @@ class RunFolder:
         return path
 
     def read_history(self) -> dict[str, Any]:
-        """What history.json holds: `epochs` (a record each), `seconds`, `best_epoch` and `counts` of parameters.
+        """The content of history.json of a mesh model: `epochs` (an entry each), `seconds`, `best_epoch` and `counts` of parameters.
 
         Raises: CheckpointError if it is no such file.
         """
@@ -80,13 +80,13 @@ class RunFolder:
         counts = history["counts"]
         if not all(type(counts.get(name)) is int for name in ("total", "trainable", "lora")):
             raise CheckpointError(f"{self.history}: counts: expected total, trainable and lora")
-        check_history(history["epochs"], history["seconds"], str(self.history))
+        check_history(history["epochs"], history["seconds"], str(self.history), "dice")
         return dict(history)
 
     def resume_from(self, resume: str | None) -> Path | None:
-        """The checkpoint that `--resume` means: a file, a run folder's `last`, or with 'auto' this run's `last` if any.
+        """The checkpoint that `--resume` names: a file, a run folder's `last`, or with 'auto' this run's `last` if any.
 
-        Where `last` is damaged it is `previous`, with a warning. Raises CheckpointError if that cannot be read either.
+        If `last` is damaged, it is `previous`, with a warning. Raises: CheckpointError if that cannot be read either.
         """
         if resume is None:
             return None
@@ -104,17 +104,13 @@ class RunFolder:
                 raise
             epoch = read_checkpoint(previous)["epoch"]
             warnings.warn(
-                f"{error}; going on from {previous}, epoch {epoch}", FastLoRAWarning, stacklevel=3
+                f"{error}; resuming from {previous}, epoch {epoch}", FastLoRAWarning, stacklevel=3
             )
             return previous
         return last
 
     def check_free(self, resume: Path | None, auto: bool, overwrite: bool) -> None:
-        """Refuses to mix two runs.
-
-        Raises:
-            ConfigError: the folder holds something, and the run neither continues it nor may overwrite it.
-        """
+        """Refuses to mix two runs. Raises: ConfigError if the folder is not empty, and the run neither continues nor may overwrite it."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"checkpoint_dir: expected a folder, got the file {self.path}")
         continued = auto or (
@@ -127,10 +123,10 @@ class RunFolder:
             )
 
     def open(self, config: Mapping[str, Any], overwrite: bool) -> None:
-        """Creates the folder, without the files of a run that is to be overwritten, and writes config.yaml.
+        """Creates and locks the folder, removes the files of a run to be overwritten, and writes config.yaml.
 
-        The folder is this process's until `close`. Raises ConfigError if it cannot be written, TrainingError if another
-        process has it, or had it since this object was made: what was read before would undo what that process did.
+        The lock lasts until `close`. Raises: ConfigError if the folder cannot be written. TrainingError if another process holds the
+        lock, or wrote here since this object was made, which would be lost.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -138,7 +134,7 @@ class RunFolder:
             if not overwrite and self._state_of_last() != self._last:
                 self.close()
                 raise TrainingError(
-                    f"checkpoint_dir: another run wrote to {self.path} since this one was set up; start it again to go on from there"
+                    f"checkpoint_dir: another run wrote to {self.path} since this one was set up; restart this one to continue from there"
                 )
             if overwrite:
                 for file in (self.config, self.history, self.adapter):
@@ -156,7 +152,7 @@ class RunFolder:
         atomic_write(self.config, text.encode())
 
     def _state_of_last(self) -> tuple[int, int, int] | None:
-        """What changes with every writing of `last`; None where there is none."""
+        """Identifies the file `last`, new whenever it is written; None without it."""
         try:
             state = self.checkpoint("last").stat()
         except OSError:
@@ -164,7 +160,7 @@ class RunFolder:
         return state.st_ino, state.st_mtime_ns, state.st_size
 
     def close(self) -> None:
-        """Leaves the folder to other processes."""
+        """Releases the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -172,9 +168,9 @@ class RunFolder:
     def write(
         self, last: Mapping[str, Any], best: Mapping[str, Any] | None, history: object
     ) -> None:
-        """Writes `last` first, then what can be made again from it: `best` (if given) and history.json.
+        """Writes `last` first, then the files that follow from it: `best` (if given) and history.json.
 
-        The old `last` stays as `previous` when the new one is of another epoch than it.
+        The old `last` becomes `previous` if it is of another epoch.
         """
         if self._epoch not in (None, last["epoch"]):
             _keep(self.checkpoint("last"), self.checkpoint("previous"))
@@ -187,7 +183,7 @@ class RunFolder:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """A file that this process alone holds until it is closed, or the process ends in whatever way."""
+    """Opens and locks a file, until it is closed or the process ends."""
     file = path.open("a+b")
     if os.name != "posix":
         return file
@@ -202,7 +198,7 @@ def _locked(path: Path) -> BinaryIO:
                 f"checkpoint_dir: another run is writing to {path.parent}; wait for it or choose another folder"
             ) from None
         warnings.warn(
-            f"{path}: no locks here ({error}); do not start a second run",
+            f"{path}: this file system has no locks ({error}); do not start a second run",
             FastLoRAWarning,
             stacklevel=3,
         )
@@ -210,7 +206,7 @@ def _locked(path: Path) -> BinaryIO:
 
 
 def _keep(last: Path, previous: Path) -> None:
-    """Gives `last` a second name, so that it is still there when a new one takes its place."""
+    """Gives `last` a second name, so that it survives when a new one replaces it."""
     second = temporary_name(previous)
     try:
         try:

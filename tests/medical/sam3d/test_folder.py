@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
-from fastlora.medical.sam3d.folder import ENVIRONMENT, load_part
+from fastlora.medical.sam3d.folder import ENVIRONMENT, FlowSettings, load_part
 from fastlora.medical.sam3d.generator import flow_matching_loss
 from tests.support.sam3d_folder import NAMES, TARGETS
 from tests.support.sam3d_package import forget_package
@@ -259,7 +259,9 @@ def test_the_flow_matching_loss_follows_its_equation():
     model = Flow(["shape", "pose"])
     torch.manual_seed(1)
     condition = torch.zeros(2, 7, 8)
-    loss = flow_matching_loss(model, latents, condition, sigma_min=0.25, time_scale=10.0)
+    loss = flow_matching_loss(
+        model, latents, condition, settings=FlowSettings(sigma_min=0.25, time_scale=10.0)
+    )
     x, t, given, coords, d = model.seen
     assert given is condition and coords == () and torch.equal(d, torch.zeros(2))
     assert ((t > 0) & (t < 10)).all() and t[0] != t[1]

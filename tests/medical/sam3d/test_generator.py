@@ -18,12 +18,18 @@ from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import make_splits
 from fastlora.medical.evaluation.evaluate import Run
 from fastlora.medical.sam3d.decoder import active_voxels
-from fastlora.medical.sam3d.folder import TARGETS, latent_scale, load_part, read_generator
+from fastlora.medical.sam3d.folder import (
+    TARGETS,
+    FlowSettings,
+    latent_scale,
+    load_part,
+    read_generator,
+)
 from fastlora.medical.sam3d.generator import VALIDATION_DRAWS, Sam3dFlow, flow_matching_loss
 from fastlora.medical.sam3d.latents import read_structure
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig
-from fastlora.medical.training.data import load_cases
+from fastlora.medical.training.data import load_cases, micro_batches
 from fastlora.medical.training.finetuned import load_base, load_finetuned
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.ranks import run_ranks
@@ -111,7 +117,7 @@ def test_the_adapter_goes_into_the_generator_itself(runs, folder, part):
     """As the user's own pipeline takes it: without the trainer's wrapper around it."""
     run = runs[part]
     model = load_base(run.config)
-    batch = next(iter(run._micro_batches(run.val_data, [0])))[0]
+    batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
     base = model.eval()(*model.inputs(batch))
     fastlora.inject_lora(model.flow, list(TARGETS), rank=4, alpha=8.0)
     fastlora.load_adapter(model.flow, run.folder.adapter)
@@ -156,7 +162,7 @@ def test_validation_draws_the_same_each_time_and_moves_no_generator(runs, part):
     # The mean over the regions of the mean over each region's own draws, one region at a time.
     run.model.eval()
     losses = []
-    for batch, _, _ in run._micro_batches(run.val_data, range(len(run.val_data))):
+    for batch, _, _ in micro_batches(run.val_data, range(len(run.val_data)), 2, run.ranks):
         for index, meta in enumerate(batch.meta):
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(zlib.crc32(f"{meta['subject']}-{meta['region']}".encode()))
@@ -179,7 +185,7 @@ def one_loss(model, batch, index, condition=None):
 @pytest.mark.parametrize("part", GENERATORS)
 def test_conditions_are_dropped_as_often_as_asked(runs, folder, part):
     run, scale = runs[part], latent_scale(folder) if part == "slat" else None
-    batch = next(iter(run._micro_batches(run.val_data, [0])))[0]
+    batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
     model = Sam3dFlow(run.model.flow, run.model.settings, scale, drop_condition=0.3)
     model.train()
     nothing, dropped = torch.zeros_like(batch.condition), 0
@@ -239,7 +245,7 @@ def edit_generator(folder, name, **changes):
 def test_the_generators_settings_are_read(own_folder):
     about = read_generator(own_folder, "slat")
     assert (about.resolution, about.condition_channels) == (16, 48)
-    assert about.latents == {"feats": (None, 8)} and about.loss_weights == {"feats": 1.0}
+    assert about.latents == {"feats": (None, 8)} and about.flow.loss_weights == {"feats": 1.0}
     sampler = {"_target_": "a.lognorm_sampler", "_partial_": True, "mean": 1, "std": 0.5}
     edit_generator(
         own_folder,
@@ -251,9 +257,9 @@ def test_the_generators_settings_are_read(own_folder):
     )
     about = read_generator(own_folder, "structure")
     assert about.latents == {"shape": (64, 8), "pose": (4, 8)} and about.resolution is None
-    assert (about.sigma_min, about.time_scale) == (0.25, 10.0)
-    assert (about.time_mean, about.time_std) == (1.0, 0.5)
-    assert about.loss_weights == {"shape": 2.0, "pose": 0.5}
+    assert (about.flow.sigma_min, about.flow.time_scale) == (0.25, 10.0)
+    assert (about.flow.time_mean, about.flow.time_std) == (1.0, 0.5)
+    assert about.flow.loss_weights == {"shape": 2.0, "pose": 0.5}
 
 
 def test_the_settings_reach_the_loss():
@@ -270,11 +276,8 @@ def test_the_settings_reach_the_loss():
     losses = []
     for weights in ({"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, {"a": 2.0, "b": 3.0}):
         torch.manual_seed(1)
-        losses.append(
-            flow_matching_loss(
-                flow, latents, torch.zeros(1, 1, 1), time_mean=50.0, time_std=0.1, loss_weights=weights
-            )
-        )  # fmt: skip
+        settings = FlowSettings(time_mean=50.0, time_std=0.1, loss_weights=weights)
+        losses.append(flow_matching_loss(flow, latents, torch.zeros(1, 1, 1), settings=settings))
         assert flow.time == 1000
     torch.testing.assert_close(losses[2], 2 * losses[0] + 3 * losses[1])
 
@@ -316,12 +319,24 @@ GOOD["condition"] = np.ones((3, 5), np.float16)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"pose": None}, r"expected shape, pose, condition, got \['condition', 'shape'\]"),
-        ({"shape": np.ones((63, 8), np.float32)}, r"shape: expected \(64, 8\), got \(63, 8\)"),
-        ({"pose": np.ones((4, 7), np.float32)}, r"pose: expected \(4, 8\), got \(4, 7\)"),
-        ({"condition": np.ones((3, 4), np.float32)}, r"condition: expected \(N, 5\), got \(3, 4\)"),
-        ({"condition": np.ones((0, 5), np.float32)}, "condition: expected rows of floats"),
-        ({"pose": np.ones((4, 8), np.int64)}, "pose: expected rows of floats"),
+        ({"pose": None}, r"expected shape, pose, condition, got condition, shape"),
+        (
+            {"shape": np.ones((63, 8), np.float32)},
+            r"shape: expected \(64, 8\) floats, got \(63, 8\)",
+        ),
+        ({"pose": np.ones((4, 7), np.float32)}, r"pose: expected \(4, 8\) floats, got \(4, 7\)"),
+        (
+            {"condition": np.ones((3, 4), np.float32)},
+            r"condition: expected \(N, 5\) floats, got \(3, 4\)",
+        ),
+        (
+            {"condition": np.ones((0, 5), np.float32)},
+            r"condition: expected \(N, 5\) floats, got \(0, 5\)",
+        ),
+        (
+            {"pose": np.ones((4, 8), np.int64)},
+            r"pose: expected \(4, 8\) floats, got \(4, 8\) torch.int64",
+        ),
         ({"pose": np.full((4, 8), np.inf, np.float32)}, "pose: expected finite numbers"),
     ],
 )
@@ -347,7 +362,7 @@ def test_conditions_that_do_not_fit_are_refused(folder, volumes, latents, tmp_pa
     content = dict(np.load(files[0]))
     for condition, message in (
         (content["condition"][:, :4], r"condition: expected \(L, 48\), got \(11, 4\)"),
-        (content["condition"][:5], "condition: expected as many rows in each file"),
+        (content["condition"][:5], "condition: expected the same number of rows in each file"),
         (None, r"condition: expected \(L, 48\), got none"),
     ):
         changed = {**content, "condition": condition}

@@ -15,9 +15,9 @@ GOOD = {"coords": np.zeros((1, 3), np.int32), "feats": np.zeros((1, 8), np.float
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"coords": GOOD["coords"]}, r"expected coords and feats, got \['coords'\]"),
-        ({**GOOD, "coords": np.zeros((1, 4), np.int32)}, r"coords: expected \(T, 3\) integers"),
-        ({**GOOD, "coords": np.zeros((1, 3), np.float32)}, r"coords: expected \(T, 3\) integers"),
+        ({"coords": GOOD["coords"]}, r"expected coords, feats, got coords"),
+        ({**GOOD, "coords": np.zeros((1, 4), np.int32)}, r"coords: expected \(N, 3\) integers"),
+        ({**GOOD, "coords": np.zeros((1, 3), np.float32)}, r"coords: expected \(N, 3\) integers"),
         ({**GOOD, "feats": np.zeros((2, 8), np.float32)}, r"feats: expected \(1, C\) floats"),
         ({**GOOD, "feats": np.full((1, 8), np.nan, np.float32)}, "feats: expected finite numbers"),
         ({**GOOD, "feats": np.array([[object()]], dtype=object)}, "cannot read"),

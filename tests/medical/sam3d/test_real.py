@@ -15,7 +15,7 @@ from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.geometry import mesh_from_sdf
 from fastlora.medical.sam3d.decoder import load_sam3d
 from fastlora.medical.sam3d.folder import TARGETS as COMPONENTS
-from fastlora.medical.sam3d.folder import load_part, sparse_tensor
+from fastlora.medical.sam3d.folder import FlowSettings, load_part, sparse_tensor
 from fastlora.medical.sam3d.generator import flow_matching_loss
 from fastlora.medical.sam3d.losses import surface_losses
 from fastlora.medical.training.config import TrainConfig
@@ -219,7 +219,7 @@ def test_the_flow_matching_loss_is_the_packages_own(folder, part):
     torch.manual_seed(11)
     wanted, _ = theirs.loss(latents, condition, *more, **zeros)
     torch.manual_seed(11)
-    got = flow_matching_loss(model, latents, condition, coords, sigma_min=0.1, time_scale=500.0)
+    got = flow_matching_loss(model, latents, condition, coords, FlowSettings(0.1, 500.0))
     assert torch.equal(got, wanted)
 
 
@@ -260,7 +260,7 @@ def test_a_generator_learns_from_cached_latents(folder, part, finetune, tmp_path
     assert (
         losses[-1] < 0.97 * losses[0]
     )  # with LoRA through a frozen output layer of random weights
-    state = {id(p) for p in trainer.optimizer.state}
+    state = {id(p) for p in trainer.state.optimizer.state}
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     reached = [n for n, p in trainer.model.named_parameters() if id(p) in state]
     assert reached == trained  # every one had a gradient
@@ -279,7 +279,7 @@ def losses_of(model, batch):
 def ready(folder, **options):
     torch.manual_seed(4)
     model = load_sam3d(str(folder), **options)
-    model.adapt(2, 4.0, 0.1, include_ffn=True)
+    model.adapt(2, 4.0, 0.1, True, {})
     return model.train()
 
 
@@ -328,7 +328,7 @@ def test_two_ranks_equal_one_process(folder, tmp_path, kind):
 def test_checkpointing_gives_the_same_gradients_bit_for_bit(folder):
     found = []
     for checkpointing in (False, True):
-        model = ready(folder, checkpointing=checkpointing)
+        model = ready(folder, recompute=checkpointing)
         losses_of(model, regions())["total"].backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert found[0].keys() == found[1].keys() and len(found[0]) == 16 + 6

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from fastlora import load_adapter
 from fastlora.errors import ConfigError, TrainingError
@@ -24,6 +23,7 @@ from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.distributed import Ranks, local_device
 from fastlora.medical.training.finetuned import load_finetuned, trainable_parameters
+from fastlora.medical.training.reporting import RunReport
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.paths import ROOT
@@ -199,11 +199,11 @@ def no_loss_of_mine(folder: str) -> float:
         gradients = [p.grad for p in trainable_parameters(trainer.model).values()]
         assert all(g is not None for g in gradients)
         largest = max(largest, *(float(g.abs().max()) for g in gradients if g is not None))
-        trainer.optimizer.zero_grad()
+        trainer.state.optimizer.zero_grad()
         return 0.0
 
     trainer._step = step  # type: ignore[method-assign]
-    trainer._train_epoch(tqdm(disable=True))
+    trainer._train_epoch(RunReport(trainer.state, Path(folder), active=False))
     return largest
 
 

@@ -181,7 +181,7 @@ def test_a_truncated_checkpoint_is_said_and_the_epoch_before_it_used(whole, tmp_
     code, _, err = faulty(run, "none")
     assert code == 0, err
     assert "last.pt: cannot be read as a checkpoint" in err
-    assert "going on from" in err and "previous.pt, epoch 3" in err
+    assert "resuming from" in err and "previous.pt, epoch 3" in err
     assert_same_run(run, whole)
     (run / "checkpoints" / "previous.pt").write_bytes(b"")
     last.write_bytes(b"")
@@ -240,7 +240,10 @@ def test_nan_keeps_the_epoch_before(whole, tmp_path):
 def test_out_of_memory_is_said_with_the_estimate(whole, tmp_path):
     run = tmp_path / "run"
     line = refused(run, "no memory", 1)
-    assert "out of memory: weights, gradients, optimizer and what the adapted layers save" in line
+    assert (
+        "out of memory: weights, gradients, optimizer and the activations that adapted layers"
+        in line
+    )
     assert "MiB; a smaller batch_size than 2" in line and "--halve_batch" in line
     goes_on(run, whole)
 
@@ -248,7 +251,7 @@ def test_out_of_memory_is_said_with_the_estimate(whole, tmp_path):
 def test_out_of_memory_halves_the_batch_if_asked(tmp_path):
     code, out, err = faulty(tmp_path / "halved", "halve", 1)
     assert code == 0, err
-    assert out.count("begins again in micro-batches of") == 2  # 4, 2, 1
+    assert out.count("restarts in micro-batches of") == 2  # 4, 2, 1
     plain = tiny_trainer(tmp_path / "plain", batch_size=4, grad_accum=1)
     wanted = plain.train()
     history = json.loads((tmp_path / "halved" / "history.json").read_text())["epochs"]

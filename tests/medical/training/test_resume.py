@@ -116,7 +116,9 @@ def test_more_epochs_stretch_the_schedule(whole_lora: MedicalTrainer, tmp_path: 
     last = whole_lora.folder.find("last")
     longer = tiny_trainer(tmp_path / "run", epochs=6, resume=str(last))
     assert (
-        longer.optimizer.param_groups[0]["lr"] == longer.config.peak_lr * longer._lr_factor(8) > 0
+        longer.state.optimizer.param_groups[0]["lr"]
+        == longer.config.peak_lr * longer.state.lr_factor(8)
+        > 0
     )
     history = longer.train()
     assert [record["epoch"] for record in history] == list(range(7))
@@ -144,13 +146,15 @@ def test_checkpoint_of_another_run(
 ) -> None:
     trainer = tiny_trainer(tmp_path / "run", **change)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    optimizer, rng = trainer.optimizer.state_dict(), torch.get_rng_state()
+    optimizer, rng = trainer.state.optimizer.state_dict(), torch.get_rng_state()
     with pytest.raises(CheckpointError, match=message):
         trainer.load_checkpoint(whole_lora.folder.find("last"))
     assert all(
         torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items()
     )
-    assert trainer.optimizer.state_dict() == optimizer and torch.equal(torch.get_rng_state(), rng)
+    assert trainer.state.optimizer.state_dict() == optimizer and torch.equal(
+        torch.get_rng_state(), rng
+    )
     assert trainer.epoch == 0 and trainer.history == [] and not (tmp_path / "run").exists()
 
 

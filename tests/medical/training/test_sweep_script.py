@@ -67,7 +67,10 @@ def test_shared_settings_may_not_be_swept(
 ) -> None:
     (tmp_path / "shared.yaml").write_text("lora_rank: 4\n")
     assert script.main(["--config", str(tmp_path / "shared.yaml")]) == 2
-    assert "expected none of what the sweep sets, got ['lora_rank']" in capsys.readouterr().err
+    assert (
+        "expected none of the options that the sweep sets, got ['lora_rank']"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_documented_table_is_that_of_the_record(script: Any) -> None:

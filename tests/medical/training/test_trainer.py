@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,19 @@ from fastlora import LoRALinear, load_adapter, merged_model
 from fastlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.models.decoder import SparseMeshDecoder, load_base_model, save_base_model
+from fastlora.medical.models.losses import mesh_losses
+from fastlora.medical.sam3d.options import Sam3dOptions
 from fastlora.medical.training import checkpointing
-from fastlora.medical.training import trainer as trainer_module
-from fastlora.medical.training.config import TrainConfig, read_yaml
+from fastlora.medical.training.config import (
+    TrainConfig,
+    is_resumable,
+    option_owners,
+    read_yaml,
+)
+from fastlora.medical.training.data import epoch_order
 from fastlora.medical.training.finetuned import load_finetuned, make_trainable, trainable_parameters
-from fastlora.medical.training.trainer import MedicalTrainer, epoch_order, inside_dice
+from fastlora.medical.training.trainer import MedicalTrainer, inside_dice
+from tests.support.paths import ROOT
 from tests.support.tiny_run import TinyRegions, tiny_model, tiny_trainer
 
 
@@ -108,9 +117,9 @@ def test_clipping_and_schedule(tmp_path: Path) -> None:
             if p.grad is not None
         ]
         norms.append(math.sqrt(sum(s.item() for s in squares)))
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        rates.append(trainer.state.optimizer.param_groups[0]["lr"])
 
-    trainer.optimizer.register_step_pre_hook(look)
+    trainer.state.optimizer.register_step_pre_hook(look)
     history = trainer.train()
     assert len(norms) == 8 and max(norms) <= 1.01e-3
     assert all(record["grad_norm"] > 1e-2 for record in history[1:])  # before clipping
@@ -145,7 +154,7 @@ def test_validate_averages_over_regions(tmp_path: Path) -> None:
     got = trainer.validate()
     data = trainer.val_data
     batch = collate_regions([data[index] for index in range(3)])
-    losses = trainer_module.mesh_losses(trainer.model(batch.tokens, batch.base_vox), batch)
+    losses = mesh_losses(trainer.model(batch.tokens, batch.base_vox), batch)
     for name, value in losses.items():
         assert got[name] == pytest.approx(value.item(), rel=1e-5)
     dice = inside_dice(predict(trainer.model), batch.sdf_vox)
@@ -236,9 +245,10 @@ def test_save_and_load_checkpoint(run: MedicalTrainer, tmp_path: Path) -> None:
     assert torch.equal(predict(other.model), predict(run.model))
 
 
-def test_a_line_per_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_per_epoch_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fastlora.medical")
     tiny_trainer(tmp_path, epochs=2).train()
-    lines = capsys.readouterr().out.splitlines()
+    lines = caplog.messages
     assert len(lines) == 3 and lines[0].startswith("epoch   0/2  before training  val ")
     assert all(f"epoch   {n}/2  train " in lines[n] and " dice " in lines[n] for n in (1, 2))
 
@@ -341,7 +351,7 @@ def test_mixed_precision_on_cuda(amp: str, tmp_path: Path) -> None:
     run = tiny_trainer(tmp_path / "run", device="cuda", amp=amp)
     run.train()
     resumed = tiny_trainer(tmp_path / "run", device="cuda", amp=amp, epochs=5, resume="auto")
-    assert resumed.scaler.state_dict() == run.scaler.state_dict()
+    assert resumed.state.scaler.state_dict() == run.state.scaler.state_dict()
     assert len(resumed.train()) == 6
     assert run.history[-1]["train"]["total"] < run.history[1]["train"]["total"]
 
@@ -365,7 +375,7 @@ def test_mixed_precision_on_cuda(amp: str, tmp_path: Path) -> None:
         ({"split": 3}, "split: expected text, got 3"),
         ({"lora_rnak": 4}, "lora_rnak: unknown key .nearest: lora_rank"),
         ({"resume": "auto", "overwrite": True}, "resume, overwrite: expected at most one of them"),
-        ({"amp": "fp16", "parallel": "fsdp"}, "amp, parallel: expected bf16 beside 'fsdp'"),
+        ({"amp": "fp16", "parallel": "fsdp"}, "amp, parallel: expected bf16 with 'fsdp'"),
         (
             {"demo": "synthetic", "data_root": "x"},
             "demo: expected neither data_root nor use_dataset",
@@ -389,6 +399,29 @@ def test_config_round_trip_and_defaults(tmp_path: Path) -> None:
     assert splits == ["structure", "patient", "patient"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 1.0  # type: ignore[misc]
+
+
+def test_the_configuration_of_an_old_run_loads_and_stays_the_same() -> None:
+    """Written before the options of SAM 3D had a dataclass of their own: files and checkpoints are flat."""
+    saved = read_yaml(ROOT / "tests" / "golden" / "medical_run.yaml")
+    config = TrainConfig.from_dict(saved)
+    assert config.to_dict() == saved
+    assert isinstance(config.options, Sam3dOptions) and config.options.sam3d_part == "slat"
+    other = dataclasses.replace(config, lr=0.5)
+    assert other.options == config.options and other.to_dict() == {**saved, "lr": 0.5}
+
+
+def test_options_of_another_model_are_refused() -> None:
+    assert TrainConfig(sam3d_dir=None, drop_condition=0.1) == TrainConfig()
+    for name, value in {"sam3d_dir": "x", "latents_dir": "x", "loss_vertex": 0.3}.items():
+        with pytest.raises(ConfigError, match=f"{name}: expected model 'sam3d' with it, got 'com"):
+            TrainConfig(**{name: value})
+
+
+def test_a_resumed_run_may_change_only_what_says_so() -> None:
+    changeable = {name for name in option_owners() if is_resumable(name)}
+    assert {"epochs", "device", "sam3d_dir", "latents_dir", "checkpoint_dir"} <= changeable
+    assert not changeable & {"lr", "seed", "batch_size", "model", "sam3d_part", "lora_rank"}
 
 
 def test_read_yaml(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""The interface of a model to training and evaluation, and of the options that choose it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from fastlora.medical.data.batch import RegionBatch
+
+if TYPE_CHECKING:
+    from fastlora.medical.data.regions import RegionDataset
+
+
+class Trainee(nn.Module, ABC):
+    """A model that can be trained and evaluated; `forward` takes the results of `inputs`."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The part that was pretrained: a run belongs to the values that it starts from."""
+        return self
+
+    @property
+    def exported(self) -> nn.Module:
+        """The part whose trained parameters the run's adapter file holds."""
+        return self
+
+    @property
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Submodules that FSDP2 shards on their own, before the rest."""
+        return ()
+
+    @abstractmethod
+    def adapt(
+        self, rank: int, alpha: float, dropout: float, ffn: bool, rank_pattern: Mapping[str, int]
+    ) -> None:
+        """Injects adapters and freezes the base.
+
+        ffn: also adapt the feed-forward layers. rank_pattern: ranks of layers by name, in place of `rank`.
+        """
+
+    def train_all(self) -> None:
+        """Makes every parameter trainable. Raises: ConfigError if some have a precision that cannot be trained."""
+        self.requires_grad_(True)
+
+    @abstractmethod
+    def inputs(self, batch: RegionBatch) -> tuple[Any, ...]:
+        """The arguments of `forward` for a batch. Raises: ConfigError if the batch lacks an input of the model."""
+
+    @abstractmethod
+    def losses(self, output: Any, batch: RegionBatch, weights: Any) -> dict[str, Tensor]:
+        """Loss terms by name, 0-d, means over the batch's regions, among them the weighted `total`.
+
+        output: of `forward`. weights: a `ModelOptions.loss_weights`.
+        """
+
+    def distances(self, output: Any) -> Tensor:
+        """Signed distances (B, 32, 32, 32) of an output: fine voxels, negative inside. Only where the model `makes_mesh`."""
+        raise NotImplementedError(f"{type(self).__name__} makes no mesh")
+
+
+class ModelOptions(ABC):
+    """A value of `--model`: a dataclass of the options that only this model has, with its defaults and its loader.
+
+    default_rank, default_ranks: LoRA's rank, and the ranks of layers by name, if no rank is given. peak_lr: of AdamW
+    by the kind of fine-tuning. loss_weights: the dataclass of its loss terms. standalone_base: whether the base alone
+    predicts anything, without the layers trained around it. same_to_compare: options that two runs must share to be compared.
+    """
+
+    default_rank: ClassVar[int]
+    default_ranks: ClassVar[tuple[str, ...]] = ()
+    peak_lr: ClassVar[Mapping[str, float]]
+    loss_weights: ClassVar[type]
+    standalone_base: ClassVar[bool] = True
+    same_to_compare: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def makes_mesh(self) -> bool:
+        """Whether the model predicts a surface. The best epoch is then that of the highest Dice, else of the lowest loss."""
+        return True
+
+    def check_makes_mesh(self, where: object) -> None:
+        """Raises: CheckpointError, beginning with `where`, unless `makes_mesh`."""
+        return None
+
+    def check(self, run: Mapping[str, Any]) -> None:
+        """Refuses options of the run that this model cannot use. Raises: ConfigError, naming the option."""
+        return None
+
+    @abstractmethod
+    def load(self, base_weights: str | None) -> Trainee:
+        """The model, untrained. Raises: CheckpointError or ConfigError, naming the problem."""
+
+    def regions(self, dataset: RegionDataset) -> Any:
+        """The dataset with the further inputs of this model. Raises: DataError if a region lacks it."""
+        return dataset

@@ -1,0 +1,145 @@
+"""`--model sam3d`: the options of SAM 3D Objects, and how they load the part that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from fastlora.errors import CheckpointError, ConfigError
+from fastlora.medical.data.regions import RegionDataset
+from fastlora.medical.models.options import (
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    PROBABILITY,
+    check_options,
+    one_of,
+    option,
+)
+from fastlora.medical.models.trainee import ModelOptions
+from fastlora.medical.sam3d.decoder import load_sam3d
+from fastlora.medical.sam3d.folder import latent_shape, read_generator
+from fastlora.medical.sam3d.generator import load_flow
+from fastlora.medical.sam3d.latents import CachedRegions, slat_reader, structure_reader
+from fastlora.medical.sam3d.losses import SurfaceLossWeights
+from fastlora.medical.sam3d.part import Sam3dPart
+
+_sam3d = partial(option, "sam3d")
+
+
+@dataclass(frozen=True)
+class Sam3dOptions(ModelOptions):
+    """The options. Raises: ConfigError if a value breaks its rule, naming it."""
+
+    default_rank: ClassVar[int] = 4
+    peak_lr: ClassVar[Mapping[str, float]] = {"lora": 1e-3, "full": 1e-4}
+    loss_weights: ClassVar[type] = SurfaceLossWeights
+    # The decoder predicts nothing without latents: with its adapters off it still needs the run's encoder.
+    standalone_base: ClassVar[bool] = False
+    same_to_compare: ClassVar[tuple[str, ...]] = ("latents_dir",)
+
+    sam3d_dir: str | None = _sam3d(
+        None, "checkpoint folder, with pipeline.yaml", NOT_EMPTY, resumable=True
+    )
+    sam3d_part: str = _sam3d(
+        "decoder",
+        "trained part: the mesh decoder, or the generator of structured latents or of the coarse structure",
+        one_of("decoder", "slat", "structure"),
+    )
+    sam3d_torso: str = _sam3d(
+        "config",
+        "precision of the frozen blocks; config: that of the checkpoint folder",
+        one_of("config", "fp32", "fp16"),
+    )
+    sam3d_checkpointing: bool = _sam3d(
+        False, "recompute activations in the backward pass: less memory, more time", resumable=True
+    )
+    latents_dir: str | None = _sam3d(
+        None,
+        "cached latents of every region; without it an encoder that makes the decoder's is trained",
+        NOT_EMPTY,
+        resumable=True,
+    )
+    drop_condition: float = _sam3d(
+        0.1,
+        "how often a generator is trained without its condition, for guidance",
+        PROBABILITY,
+        "probability",
+    )
+    loss_vertex: float = _sam3d(
+        0.2, "weight of the vertices' distance to the true surface", NOT_NEGATIVE
+    )
+    loss_chamfer: float = _sam3d(
+        0.1, "weight of the distance between the surfaces' points", NOT_NEGATIVE
+    )
+    loss_regularisation: float = _sam3d(
+        0.1, "weight of the decoder's own regularisation", NOT_NEGATIVE
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def makes_mesh(self) -> bool:
+        """Whether the decoder is trained: the generators make latents."""
+        return self.sam3d_part == "decoder"
+
+    def check_makes_mesh(self, where: object) -> None:
+        """See `ModelOptions`."""
+        if not self.makes_mesh:
+            raise CheckpointError(
+                f"{where}: expected a run of a mesh decoder, got the generator {self.sam3d_part!r}, which makes no mesh; "
+                "fastlora.load_adapter loads the run's adapter.safetensors into it"
+            )
+
+    def check(self, run: Mapping[str, Any]) -> None:
+        """See `ModelOptions`."""
+        if self.sam3d_dir is None:
+            raise ConfigError(
+                "sam3d_dir: expected a checkpoint folder with model 'sam3d', got none"
+            )
+        if run["base_weights"] is not None:
+            raise ConfigError(
+                "base_weights: expected none with model 'sam3d', whose sam3d_dir has them"
+            )
+        if run["finetune"] == "full" and self.sam3d_torso == "fp16":
+            raise ConfigError("sam3d_torso: expected 'fp32' with finetune 'full', got 'fp16'")
+        if run["amp"] != "off":
+            raise ConfigError(
+                f"amp: expected 'off' with model 'sam3d', whose precision sam3d_torso sets, got {run['amp']!r}"
+            )
+        if not self.makes_mesh and self.latents_dir is None:
+            raise ConfigError(
+                f"latents_dir: expected cached latents and conditions to train {self.sam3d_part!r} on, got none"
+            )
+        if self.latents_dir is not None and run["augment"]:
+            raise ConfigError(
+                "augment: expected --no-augment with latents_dir: cached latents do not move with their region"
+            )
+        if run["lora_ranks"]:
+            raise ConfigError(
+                f"lora_ranks: expected none with model 'sam3d', got {list(run['lora_ranks'])}"
+            )
+
+    def load(self, base_weights: str | None) -> Sam3dPart:
+        """The part, untrained. Raises: as `load_sam3d` and `load_flow`."""
+        how = str(self.sam3d_dir), self.sam3d_torso, self.sam3d_checkpointing
+        if self.makes_mesh:
+            return load_sam3d(*how, encoder=self.latents_dir is None)
+        return load_flow(*how, self.sam3d_part, self.drop_condition)
+
+    def regions(self, dataset: RegionDataset) -> RegionDataset | CachedRegions:
+        """The dataset with the cached latents of `latents_dir`, if given. Raises: DataError if a region lacks them."""
+        if self.latents_dir is None:
+            return dataset
+        folder = str(self.sam3d_dir)
+        if self.makes_mesh:
+            return CachedRegions(dataset, self.latents_dir, slat_reader(*latent_shape(folder)))
+        about = read_generator(folder, self.sam3d_part)
+        if about.resolution is None:
+            read = structure_reader(about.latents, about.condition_channels)
+        else:
+            channels = about.latents["feats"][1]
+            read = slat_reader(about.resolution, channels, about.condition_channels)
+        return CachedRegions(dataset, self.latents_dir, read)

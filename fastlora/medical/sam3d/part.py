@@ -1,0 +1,51 @@
+"""The common base of the trainable parts of SAM 3D Objects: adapters, and the precision of their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from fastlora import freeze_base_params, inject_lora
+from fastlora.errors import ConfigError
+from fastlora.medical.models.trainee import Trainee
+
+
+class Sam3dPart(Trainee):
+    """A part whose `base` is the user's own module.
+
+    Under FSDP2 a part is one unit: FSDP2 does not find the tensors inside the objects that its blocks pass to each other.
+    """
+
+    targets: ClassVar[tuple[str, ...]]
+    """Path components of the layers that take adapters."""
+
+    def adapt(
+        self, rank: int, alpha: float, dropout: float, ffn: bool, rank_pattern: Mapping[str, int]
+    ) -> None:
+        """Adapts the base and freezes the rest of it. `rank_pattern` is empty: `Sam3dOptions.check` refuses others."""
+        targets = [name for name in self.targets if ffn or name != "mlp"]
+        inject_lora(self.base, targets, rank=rank, alpha=alpha, dropout=dropout)
+        freeze_base_params(self.base)
+
+    def train_all(self) -> None:
+        """Makes every parameter trainable. Raises: ConfigError if the blocks have 16 bits."""
+        if any(p.dtype == torch.float16 for p in self.parameters()):
+            raise ConfigError(
+                "sam3d_torso: expected 'fp32' with finetune 'full', got 16-bit blocks from the checkpoint folder"
+            )
+        super().train_all()
+
+
+def set_torso(model: Any, torso: str, recompute: bool) -> None:
+    """Sets the precision of a part's blocks: "fp32", "fp16", or "config" to leave it as built.
+
+    recompute: recompute each block's activations in the backward pass instead of saving them.
+    """
+    if torso != "config":
+        half = torso == "fp16"
+        (model.convert_to_fp16 if half else model.convert_to_fp32)()
+        model.dtype = torch.float16 if half else torch.float32
+    for block in model.blocks:
+        block.use_checkpoint = recompute

@@ -1,0 +1,82 @@
+"""Reports of a run in progress: a progress bar, TensorBoard scalars, and a line in the log after each epoch."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from fastlora.medical.training.state import RunState
+
+log = logging.getLogger(__name__)
+
+
+class RunReport:
+    """Reports the progress of a run until `close`.
+
+    board: the folder of TensorBoard's files. active: False in all ranks but the first, which report nothing.
+    """
+
+    def __init__(self, state: RunState, board: Path, active: bool) -> None:
+        self.state, self.config = state, state.config
+        resumed, steps = bool(state.history), state.steps_per_epoch
+        purge = state.epoch + 1 if resumed else None
+        self._board = SummaryWriter(str(board), purge_step=purge) if active else None
+        self._bar = tqdm(
+            total=self.config.epochs * steps,
+            initial=state.epoch * steps + len((state.within or {}).get("norms", ())),
+            desc=f"{self.config.finetune} fine-tuning",
+            unit="step",
+            disable=None if self.config.progress and active else True,  # None: on a terminal only
+        )
+
+    def close(self) -> None:
+        """Ends the bar and TensorBoard's files."""
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, loss: float) -> None:
+        """After an optimizer step. loss: of its last micro-batch."""
+        self._bar.set_postfix(epoch=self.state.epoch + 1, loss=f"{loss:.4f}")
+        self._bar.update()
+
+    def restart_epoch(self, micro_batch: int) -> None:
+        """After memory ran out. micro_batch: the regions of a micro-batch from now on."""
+        self._bar.n = self.state.epoch * self.state.steps_per_epoch
+        log.warning(
+            "out of memory: epoch %d restarts in micro-batches of %d",
+            self.state.epoch + 1,
+            micro_batch,
+        )
+
+    def epoch(self, entry: dict[str, Any], best: bool) -> None:
+        """After an epoch. entry: of the history. best: whether it is the best epoch so far."""
+        if self._board is None:
+            return
+        epoch = entry["epoch"]
+        parts = {part: entry[part] for part in ("train", "val") if part in entry}
+        figures = {
+            f"{part}/{name}": v for part, terms in parts.items() for name, v in terms.items()
+        }
+        figures |= {name: entry[name] for name in ("lr", "grad_norm") if name in entry}
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, epoch)
+        self._board.flush()
+        if empty := max(terms.get("empty", 0.0) for terms in parts.values()):
+            log.warning(
+                "epoch %d: the decoder gave no mesh for %.0f%% of the regions: only the loss terms of distances and "
+                "regularisation train on them",
+                epoch,
+                100 * empty,
+            )
+        train = f"train {parts['train']['total']:.4f}" if "train" in parts else "before training"
+        dice = f"dice {parts['val']['dice']:.4f}  " if "dice" in parts["val"] else ""
+        log.info(
+            "epoch %3d/%d  %s  val %.4f  %s%.1f s%s",
+            *(epoch, self.config.epochs, train, parts["val"]["total"], dice),
+            *(self.state.seconds[-1], "  best" if best else ""),
+        )
