@@ -17,6 +17,7 @@ from workload import Workload, trainable
 
 import fastlora
 from fastlora.ops import reference
+from fastlora.ops.linear import keep_mask, low_rank
 
 NAMES = ("y", "dx", "dlora_a", "dlora_b")
 SEED = 0x5EED
@@ -35,7 +36,7 @@ class Oracle:
         self._known: dict[Any, tuple[Results, Results]] = {}
 
     def check(self, name: str, layer: nn.Module) -> None:
-        """Without dropout the layer as it is; with dropout also fastlora's function, given the reference's own mask.
+        """Without dropout the layer as it is; with dropout also fastlora's function, under the same mask.
 
         Raises: Wrong.
         """
@@ -83,10 +84,8 @@ class Oracle:
             if not adapters:
                 return F.linear(x, weight, bias)
             lora_a, lora_b = (adapter.to(dtype) for adapter in adapters)
-            y, _ = reference.forward(
-                x, weight, bias, lora_a, lora_b, ALPHA_PER_RANK, work.case.p, seed
-            )
-            return y
+            low = low_rank(lora_a, lora_b, ALPHA_PER_RANK, work.case.p, seed)
+            return reference.forward(x, weight, bias, low, keep_mask(x, low))[0]
 
         adapters = _leaves(work, torch.promote_types(dtype, torch.float32)) if adapted else []
         return _results(formula, work.x[0].to(dtype), adapters, work.dy[0].to(dtype))

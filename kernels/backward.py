@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastlora.kernels.config import PassConfig, chunks
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import drop_bits, keep_bits, overlaps
+from fastlora.kernels.tiles import NO_MASK, Mask, drop_bits, keep_bits, overlaps
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -159,14 +159,13 @@ def x_pass(
     dtype: torch.dtype,
     config: PassConfig,
     *,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
+    mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask in bits (M, ⌈K / 8⌉) uint8, None without dropout.
 
     x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits cuts M.
-    seed, threshold, precision: as in `rank_gemm`.
+    mask, precision: as in `rank_gemm`.
     """
     (m, k), r = x.shape, ds.shape[1]
     chunk, splits = chunks(m, config.splits, config.block_m)
@@ -174,7 +173,7 @@ def x_pass(
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
     overlapping = overlaps(config)
     packed = None
-    if seed is not None:
+    if mask.drops:
         # Rows a multiple of 16 bytes apart can be read in wide pieces.
         pitch = triton.cdiv(k, 128) * 16
         packed = torch.empty(m, pitch, dtype=torch.uint8, device=x.device)[:, : triton.cdiv(k, 8)]
@@ -182,17 +181,17 @@ def x_pass(
         x_ptr=x,
         ds_ptr=ds,
         da_ptr=da,
-        seed_ptr=x if seed is None else seed,
+        seed_ptr=x if mask.seed is None else mask.seed,
         packed_ptr=x if packed is None else packed,
         M=m,
         K=k,
         R=r,
         m_chunk=chunk,
         stride_pm=0 if packed is None else packed.stride(0),
-        threshold=threshold,
+        threshold=mask.threshold,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        DROPOUT=seed is not None,
+        DROPOUT=mask.drops,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision,
         BLOCK_M=config.block_m,

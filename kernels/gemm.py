@@ -18,7 +18,16 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.tiles import drop, drop_bits, halves, overlaps, pdl_options, tile_of
+from fastlora.kernels.tiles import (
+    NO_MASK,
+    Mask,
+    drop,
+    drop_bits,
+    halves,
+    overlaps,
+    pdl_options,
+    tile_of,
+)
 
 
 @triton.jit
@@ -227,9 +236,7 @@ def rank_gemm(
     *,
     lora_a: torch.Tensor | None = None,
     scale: float = 1.0,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
-    packed: torch.Tensor | None = None,
+    mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """out = x Wᵀ + bias + keep ∘ (low upᵀ), newly allocated (M, N), row-major, in x's dtype.
@@ -239,9 +246,7 @@ def rank_gemm(
     config: tiles. With `config.descriptor`, x, out and weight (or its transpose) must suit the tensor memory accelerator:
         rows contiguous, 16-byte aligned, their pitch a multiple of 16 bytes.
     lora_a: (R, K), x's dtype. If given, low is not read but written: low = scale · x Aᵀ.
-    seed: 0-d int64 on x's device, or None for no dropout; threshold: p in units of 2⁻¹⁶.
-    packed: (M, ⌈N / 8⌉) uint8, rows contiguous: the mask as `backward.x_pass` leaves it; then seed and threshold are not used.
-    precision: of float32 products, "ieee", "tf32" or "tf32x3".
+    mask: which elements of the rank-R term to keep. precision: of float32 products, "ieee" or "tf32".
 
     Raises: ValueError if lora_a has more ranks than config.block_r: a fused tile of S holds all of them.
     """
@@ -257,22 +262,22 @@ def rank_gemm(
         "a_ptr": a,
         "low_ptr": low,
         "up_ptr": up,
-        "mask_ptr": _mask(seed, packed, x),
+        "mask_ptr": _pointer(mask, x),
         "M": m,
         "N": n,
         "K": k,
         "R": r,
         "scale": scale,
-        "threshold": threshold,
+        "threshold": mask.threshold,
         "stride_ar": a.stride(0),
         "stride_ak": a.stride(1),
         "stride_un": up.stride(0),
         "stride_ur": up.stride(1),
-        "stride_mask": 0 if packed is None else packed.stride(0),
+        "stride_mask": 0 if mask.packed is None else mask.packed.stride(0),
         "HAS_BIAS": bias is not None,
         "FUSED": lora_a is not None,
-        "DROPOUT": seed is not None or packed is not None,
-        "PACKED": packed is not None,
+        "DROPOUT": mask.drops,
+        "PACKED": mask.packed is not None,
         "PRECISION": precision,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -316,11 +321,10 @@ def rank_gemm(
     return out
 
 
-def _mask(
-    seed: torch.Tensor | None, packed: torch.Tensor | None, unused: torch.Tensor
-) -> torch.Tensor:
-    """What the kernels' mask_ptr points to: the bits, the seed, or any tensor where there is no dropout."""
-    return unused if seed is None and packed is None else seed if packed is None else packed
+def _pointer(mask: Mask, unused: torch.Tensor) -> torch.Tensor:
+    """The kernels' mask_ptr: the bits, the seed, or any tensor where there is no dropout."""
+    found = mask.seed if mask.packed is None else mask.packed
+    return unused if found is None else found
 
 
 def rank_update_(
@@ -329,31 +333,29 @@ def rank_update_(
     up: torch.Tensor,
     config: GemmConfig,
     *,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
-    packed: torch.Tensor | None = None,
+    mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """out += keep ∘ (low upᵀ), in place, for a base product that another library made.
 
     out: (M, N), contiguous; changed. low: (M, R), contiguous, out's dtype. up: (N, R), any strides, any float dtype.
-    config: block_m, block_n, block_r and the launch numbers. seed, threshold, packed, precision: as in `rank_gemm`.
+    config: block_m, block_n, block_r and the launch numbers. mask, precision: as in `rank_gemm`.
     """
     (m, n), r = out.shape, low.shape[1]
     _update_kernel[(triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))](
         out_ptr=out,
         low_ptr=low,
         up_ptr=up,
-        mask_ptr=_mask(seed, packed, out),
+        mask_ptr=_pointer(mask, out),
         M=m,
         N=n,
         R=r,
-        threshold=threshold,
+        threshold=mask.threshold,
         stride_un=up.stride(0),
         stride_ur=up.stride(1),
-        stride_mask=0 if packed is None else packed.stride(0),
-        DROPOUT=seed is not None or packed is not None,
-        PACKED=packed is not None,
+        stride_mask=0 if mask.packed is None else mask.packed.stride(0),
+        DROPOUT=mask.drops,
+        PACKED=mask.packed is not None,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -5,11 +5,33 @@
 is the dropout mask of `fastlora.ops.reference.keep_mask`, bit for bit. One Philox call serves eight neighbouring columns.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
 from fastlora.kernels.config import GemmConfig, PassConfig
+
+
+class Mask(NamedTuple):
+    """Where a kernel takes the dropout mask from; neither seed nor packed means no dropout.
+
+    seed: 0-d int64 on the operands' device. threshold: dropout probability in units of 2⁻¹⁶.
+    packed: (M, ⌈N / 8⌉) uint8, rows contiguous, as `backward.x_pass` writes it; seed and threshold are then not read.
+    """
+
+    seed: torch.Tensor | None = None
+    threshold: int = 0
+    packed: torch.Tensor | None = None
+
+    @property
+    def drops(self) -> bool:
+        return self.seed is not None or self.packed is not None
+
+
+NO_MASK = Mask()
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from fastlora.kernels.config import Architecture, Problem, fused_rank, rank_bloc
 
 _LAUNCH = 2e-6  # seconds between dependent kernels
 # Speed of a float32 product relative to a 16-bit one on tensor cores: (cuBLAS, ours).
-_FLOAT_SPEED = {"ieee": (0.08, 0.04), "tf32": (0.5, 0.45), "tf32x3": (0.08, 0.15)}
+_FLOAT_SPEED = {"ieee": (0.08, 0.04), "tf32": (0.5, 0.45)}
 
 
 def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:

@@ -84,8 +84,7 @@ def choose(
     wanted = resolve(backend)
     if not plain_base:
         return _or_raise(_AROUND, wanted)
-    # While compiling, the tracer handles the autograd function; the query below is for eager transforms.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if functorch_active():
         return _or_raise(_FUNCTORCH, wanted)
     if wanted == "torch":
         return _CPU if x.device.type == "cpu" else _ASKED
@@ -110,6 +109,11 @@ def resolve(backend: str) -> str:
             f"FASTLORA_BACKEND: expected one of {', '.join(BACKENDS)}, got {_ENVIRONMENT!r}"
         )
     return _ENVIRONMENT
+
+
+def functorch_active() -> bool:
+    """Whether an eager functorch transform runs, which needs plain operations; a compiler traces the autograd functions."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) -> Choice | None:

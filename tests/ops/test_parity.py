@@ -45,8 +45,8 @@ def test_the_checks_can_fail(monkeypatch, check):
         pytest.importorskip("triton.tools.tensor_descriptor", reason="the kernels need Triton 3.4")
     forward = reference.forward
 
-    def off(x, weight, bias, lora_a, lora_b, scaling, p=0.0, seed=None):
-        return forward(x, weight, bias, lora_a, lora_b, scaling * 1.001 + 1e-3, p, seed)
+    def off(x, weight, bias, low, keep=None):
+        return forward(x, weight, bias, low._replace(scaling=low.scaling * 1.001 + 1e-3), keep)
 
     monkeypatch.setattr(reference, "forward", off)
     failures = 0
