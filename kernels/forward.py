@@ -1,10 +1,10 @@
 """The small kernels of the forward pass.
 
-    down_project   S = scale · (keep ∘ x) Aᵀ              one pass over x, which is where dropout happens
-    decode         y = x Wᵀ + bias + S Bᵀ, and S          for few rows: W streams once, split along K, two launches
+    down_project   S = scale · (keep ∘ x) Aᵀ              one pass over x, the only place of the dropout
+    decode         y = x Wᵀ + bias + S Bᵀ, and S          for few rows: W is read once, split along K, in two launches
 
 `scale` holds every factor of the low-rank path (alpha / rank, and 1 / (1 − p') of the dropout), so that S is rounded
-once and no later product has a factor of its own.
+once and no later product needs a factor.
 """
 
 import torch
@@ -88,7 +88,7 @@ def down_project(
 ) -> torch.Tensor:
     """S = scale · (keep ∘ x) Aᵀ, newly allocated (M, R), in x's dtype.
 
-    x: (M, K), any strides. lora_a: (R, K), any strides, any float dtype, cast to x's. config.splits cuts K.
+    x: (M, K), any strides. lora_a: (R, K), any strides, any float dtype, cast to x's. config.splits divides K.
     mask, precision: as in `rank_gemm`.
     """
     (m, k), r = x.shape, lora_a.shape[0]
@@ -130,7 +130,7 @@ def _stream_kernel(
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, split): one chunk of K of x Wᵀ, or, for the tiles after the last of W, of (keep ∘ x) Aᵀ.
+    """Program (tile, split): one chunk of K of x Wᵀ, or, for the tiles after those of W, of (keep ∘ x) Aᵀ.
 
     base_ptr: (splits, M, N) and s_ptr: (splits, M, R), float32.
     """
@@ -205,7 +205,7 @@ def decode(
     """y = x Wᵀ + bias + S Bᵀ (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), in x's dtype, in two launches.
 
     x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R), R ≤ config.block_r: any strides; the
-    adapters in any float dtype. config.splits cuts K. mask, precision: as in `rank_gemm`.
+    adapters in any float dtype. config.splits divides K. mask, precision: as in `rank_gemm`.
 
     Raises: ValueError for more rows or ranks than the tiles hold.
     """

@@ -21,9 +21,8 @@ from torch import Tensor
 from fastlora.ops.reference import dropout_threshold
 
 _LANES = 16
-# Lanes in a block of rows: its mask takes 512 KiB and its two scratch arrays 2 MiB each in float32. Smaller blocks pay for more
-# Python and more small products, larger ones leave the cache.
-_BLOCK_LANES = 512 * 1024
+# Lanes in a block of rows: its mask takes 128 KiB and its scratch 512 KiB in float32, so both stay in a core's cache.
+_BLOCK_LANES = 128 * 1024
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,7 +36,7 @@ class _Scratch:
         self.philox = np.random.Philox(key=0)
         self.keep = torch.empty(lanes, dtype=torch.bool)
         self.keep_array = self.keep.numpy()
-        self.work = torch.empty(2 * lanes * 8, dtype=torch.uint8)  # two blocks of any dtype
+        self.work = torch.empty(lanes * 8, dtype=torch.uint8)  # of any dtype
 
 
 # Taken while a mask is in use and given back, so that threads and nested calls never share one.
@@ -55,7 +54,7 @@ def _take(lanes: int) -> _Scratch:
 def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(which rows, their mask, scratch) for consecutive blocks of the rows of x (M, K), whose values are not read.
 
-    The mask (block, K) bool and the scratch (2, block, K) of x's dtype are views of buffers that the next block, and
+    The mask (block, K) bool and the scratch (block, K) of x's dtype are views of buffers that the next block, and
     the next caller, overwrite.
     """
     rows, cols = x.shape
@@ -74,7 +73,7 @@ def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tens
             yield (
                 slice(first, first + count),
                 scratch.keep.as_strided((count, cols), (width, 1)),
-                work.as_strided((2, count, cols), (count * cols, cols, 1)),
+                work.as_strided((count, cols), (cols, 1)),
             )
     finally:
         _idle.append(scratch)
@@ -88,7 +87,7 @@ def _state(seed: int) -> dict[str, Any]:
 
 
 def zero_dropped(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
-    """x where keep is true and 0 elsewhere, written to `out` and returned. All three have one shape, x and out one dtype.
+    """x where keep is true and 0 elsewhere, written to `out`, which may be x, and returned. All three have one shape, x and out one dtype.
 
     The product of the bits as integers: exact for infinities and NaN too, and a third of the time of `torch.where` or less.
     """

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
 from fastlora.ops import cpu_dropout, reference
+from fastlora.ops.cpu_dropout import keep_blocks, zero_dropped
 from fastlora.ops.dispatch import choose, functorch_active
 from fastlora.ops.reference import LowRank
 
@@ -268,8 +269,8 @@ def down_project(x: Tensor, low: LowRank) -> Tensor:
     if not _in_blocks(x):
         return reference.apply_dropout(x, low, keep_mask(x, low)) @ low.a.T
     s = x.new_empty(x.shape[0], low.rank())
-    for rows, keep, (kept, _) in cpu_dropout.keep_blocks(x, low.p, low.seed):
-        torch.mm(cpu_dropout.zero_dropped(x[rows], keep, kept), low.a.T, out=s[rows])
+    for rows, keep, work in keep_blocks(x, low.p, low.seed):
+        torch.mm(zero_dropped(x[rows], keep, work), low.a.T, out=s[rows])
     return s.mul_(reference.keep_scale(low.p))
 
 
@@ -292,12 +293,12 @@ def up_project(
     ds_t = ds_t * low.scale()
     ds = ds_t.T.contiguous()  # [M, R]: rows of it make the small products in about half the time
     da = torch.zeros_like(low.a) if needs_a else None
-    for rows, keep, (product, kept) in cpu_dropout.keep_blocks(x, low.p, low.seed):
+    for rows, keep, work in keep_blocks(x, low.p, low.seed):
         if dx is not None:
-            torch.mm(ds[rows], low.a, out=product)
-            dx[rows] += cpu_dropout.zero_dropped(product, keep, kept)
+            torch.mm(ds[rows], low.a, out=work)
+            dx[rows].add_(zero_dropped(work, keep, work))
         if da is not None:
-            da.addmm_(ds_t[:, rows], cpu_dropout.zero_dropped(x[rows], keep, kept))
+            da.addmm_(ds_t[:, rows], zero_dropped(x[rows], keep, work))
     return da
 
 
