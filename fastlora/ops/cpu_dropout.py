@@ -96,36 +96,23 @@ def zero_dropped(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+@torch.library.custom_op("fastlora::cpu_keep", mutates_args=(), device_types="cpu")
 def keep_mask(seed: Tensor, p: float, rows: int, cols: int) -> Tensor:
     """The whole mask (rows, cols) bool, as one operator: torch.compile and functorch see a node, not NumPy.
 
     seed: 0-d int64 on the CPU; under vmap it may have a value of its own for each sample.
     """
-    mask: Tensor = torch.ops.fastlora.cpu_keep(seed, p, rows, cols)
-    return mask
-
-
-def _keep(seed: Tensor, p: float, rows: int, cols: int) -> Tensor:
     mask = torch.empty(rows, cols, dtype=torch.bool)
     for block, keep, _ in keep_blocks(mask, p, seed):
         mask[block] = keep
     return mask
 
 
-def _keep_shape(seed: Tensor, p: float, rows: int, cols: int) -> Tensor:
+@keep_mask.register_fake
+def _(seed: Tensor, p: float, rows: int, cols: int) -> Tensor:
     return seed.new_empty((rows, cols), dtype=torch.bool)
 
 
-def _keep_by_sample(
-    info: Any, in_dims: tuple[int | None, ...], seed: Tensor, p: float, rows: int, cols: int
-) -> tuple[Tensor, int]:
-    (dim, *_) = in_dims
-    assert dim is not None  # nothing else of the arguments can have a batch dimension
-    return torch.stack([keep_mask(one, p, rows, cols) for one in seed.unbind(dim)]), 0
-
-
-_LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("cpu_keep(Tensor seed, float p, SymInt rows, SymInt cols) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("cpu_keep", _keep, "CPU")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("cpu_keep", _keep_shape, "Meta")  # type: ignore[no-untyped-call]
-torch.library.register_vmap("fastlora::cpu_keep", _keep_by_sample, lib=_LIBRARY)
+@keep_mask.register_vmap
+def _(info: Any, in_dims: Any, seed: Tensor, p: float, rows: int, cols: int) -> tuple[Tensor, int]:
+    return torch.stack([keep_mask(one, p, rows, cols) for one in seed.unbind(in_dims[0])]), 0

@@ -28,9 +28,13 @@ class GroupMember(NamedTuple):
     lora_b: Tensor
     scaling: float
 
-    def low(self, p: float, seed: Tensor | None) -> LowRank:
-        """The low-rank path of this layer under the group's dropout."""
-        return LowRank(self.lora_a, self.lora_b, self.scaling, p, seed)
+
+class Layer(NamedTuple):
+    """A member in a call; every member's `low` has the same p and seed."""
+
+    weight: Tensor
+    bias: Tensor | None
+    low: LowRank
 
 
 def lora_linear_group(
@@ -48,25 +52,19 @@ def lora_linear_group(
     triton: run kernels, not torch's operations; only where `dispatch` allows them, with at most MAX_RANK ranks in all and adapters of
         one dtype.
     """
-    if linear.autocasts(x):
-        x = linear.autocast(x)
-        members = [
-            m._replace(
-                weight=linear.autocast(m.weight),
-                bias=None if m.bias is None else linear.autocast(m.bias),
-            )
-            for m in members
-        ]
-    if not triton:  # kernels cast as they load
-        members = [
-            m._replace(lora_a=m.lora_a.to(x.dtype), lora_b=m.lora_b.to(x.dtype)) for m in members
-        ]
+    casts = linear.autocasts(x)
+    x = linear.autocast(x) if casts else x
+    tensors: list[Tensor | None] = []
+    for weight, bias, a, b, _ in members:
+        if casts:
+            weight, bias = linear.autocast(weight), None if bias is None else linear.autocast(bias)
+        # Kernels cast the adapters as they load them.
+        tensors += [weight, bias, *((a, b) if triton else (a.to(x.dtype), b.to(x.dtype)))]
+    scalings = tuple(m.scaling for m in members)
     if reference.dropout_threshold(p) == 0:
         seed = None
     if not torch.is_grad_enabled():
-        return _forward(x, members, p, seed, triton)[0]
-    scalings = tuple(m.scaling for m in members)
-    tensors = [tensor for m in members for tensor in m[:_TENSORS]]
+        return _forward(x, _layers(tensors, scalings, p, seed), triton)[0]
     return list(_Group.apply(x, seed, p, scalings, spent, triton, *tensors))  # type: ignore[no-untyped-call]
 
 
@@ -84,7 +82,7 @@ class _Group(torch.autograd.Function):
         triton: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs, s = _forward(x, _members(tensors, scalings), p, seed, triton)
+        outputs, s = _forward(x, _layers(tensors, scalings, p, seed), triton)
         ctx.save_for_backward(x, seed, *s, *tensors)
         ctx.p, ctx.scalings, ctx.spent, ctx.triton = p, scalings, spent, triton
         ctx.set_materialize_grads(False)
@@ -104,41 +102,41 @@ class _Group(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def composed(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-                members = _members(tensors, ctx.scalings)
-                return _composed(x, [members[i] for i in used], ctx.p, seed, ctx.triton)
+                layers = _layers(tensors, ctx.scalings, ctx.p, seed)
+                return _composed(x, [layers[i] for i in used], ctx.triton)
 
             dx, *gradients = linear.exact_gradients(
                 composed, (x, *tensors), (needs_x, *needs), list(used.values())
             )
-        else:
-            gradients = [None] * len(tensors)
-            flat = linear.as_rows(x)
-            rows = {i: linear.gradient_rows(dy) for i, dy in used.items()}
-            for i, dy in rows.items():
-                at = _TENSORS * i
-                if needs[at]:
-                    gradients[at] = dy.T @ flat  # [N, M] @ [M, K] -> [N, K]
-                if needs[at + 1]:
-                    gradients[at + 1] = dy.sum(0)
-            members = _members(tensors, ctx.scalings)
-            backward = _kernels().group_backward if ctx.triton else _backward
-            needs_a = [needs[_TENSORS * i + 2] for i in rows]
-            needs_b = [needs[_TENSORS * i + 3] for i in rows]
-            dx, das, dbs = backward(
-                list(rows.values()), flat, [members[i] for i in rows], [s[i] for i in rows],
-                ctx.p, seed, needs_x, any(needs_a), needs_b,
-            )  # fmt: skip
-            for i, needed, da, db in zip(rows, needs_a, das, dbs, strict=True):
-                gradients[_TENSORS * i + 2] = da if needed else None
-                gradients[_TENSORS * i + 3] = db
-            dx = None if dx is None else dx.view(x.shape)
+            return dx, None, None, None, None, None, *gradients
+        flat, layers = linear.as_rows(x), _layers(tensors, ctx.scalings, ctx.p, seed)
+        rows = [linear.gradient_rows(dy) for dy in used.values()]
+        needs_a, needs_b = ([needs[_TENSORS * i + at] for i in used] for at in (2, 3))
+        backward = _kernels().group_backward if ctx.triton else _backward
+        chosen = [layers[i] for i in used]
+        dx, das, dbs = backward(
+            rows, flat, chosen, [s[i] for i in used], (needs_x, any(needs_a)), needs_b
+        )
+        gradients = [None] * len(tensors)
+        for i, dy, da, db in zip(used, rows, das, dbs, strict=True):
+            needs_weight, needs_bias, needed, _ = needs[_TENSORS * i : _TENSORS * (i + 1)]
+            gradients[_TENSORS * i : _TENSORS * (i + 1)] = (
+                dy.T @ flat if needs_weight else None,  # [N, M] @ [M, K] -> [N, K]
+                dy.sum(0) if needs_bias else None,
+                da if needed else None,
+                db,
+            )
+        dx = None if dx is None else dx.view(x.shape)
         return dx, None, None, None, None, None, *gradients
 
 
-def _members(tensors: Sequence[Any], scalings: Sequence[float]) -> list[GroupMember]:
+def _layers(
+    tensors: Sequence[Any], scalings: Sequence[float], p: float, seed: Tensor | None
+) -> list[Layer]:
+    fours = zip(*(tensors[i::_TENSORS] for i in range(_TENSORS)), strict=True)
     return [
-        GroupMember._make((*tensors[_TENSORS * i : _TENSORS * (i + 1)], scaling))
-        for i, scaling in enumerate(scalings)
+        Layer(weight, bias, LowRank(a, b, scaling, p, seed))
+        for (weight, bias, a, b), scaling in zip(fours, scalings, strict=True)
     ]
 
 
@@ -149,81 +147,69 @@ def _kernels() -> Any:
     return triton_ops
 
 
-def _composed(
-    x: Tensor, members: Sequence[GroupMember], p: float, seed: Tensor | None, triton: bool
-) -> list[Tensor]:
+def _composed(x: Tensor, layers: Sequence[Layer], triton: bool) -> list[Tensor]:
     """The outputs (..., N) as torch operations that autograd sees."""
-    flat, lows = linear.as_rows(x), [m.low(p, seed).to(x.dtype) for m in members]
-    keep = linear.keep_mask(flat, lows[0], triton)
-    rows = [
-        reference.forward(flat, m.weight, m.bias, low, keep)[0]
-        for m, low in zip(members, lows, strict=True)
-    ]
+    flat = linear.as_rows(x)
+    keep = linear.keep_mask(flat, layers[0].low, triton)
+    rows = [reference.forward(flat, w, bias, low.to(x.dtype), keep)[0] for w, bias, low in layers]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in rows]
 
 
 def _forward(
-    x: Tensor, members: Sequence[GroupMember], p: float, seed: Tensor | None, triton: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """y (..., N) and S (M, R) of each member; the kernels' S holds every factor, torch's none."""
+    x: Tensor, layers: Sequence[Layer], triton: bool
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """y (..., N) and S (M, R) of each layer; the kernels' S holds every factor, torch's none."""
     flat = linear.as_rows(x)  # [M, K]
     if triton:
-        made, s = _kernels().group_forward(flat, members, p, seed)
+        made, s = _kernels().group_forward(flat, layers)
         # Not views of the kernels' results: autograd forbids writing into views when a function has several outputs.
         shapes = [(*x.shape[:-1], y.shape[-1]) for y in made]
         return [x.new_empty(0).set_(y).resize_(*n) for y, n in zip(made, shapes, strict=True)], s
-    s = torch.split(linear.down_project(flat, _stacked(members, p, seed)), _ranks(members), 1)
+    lows = [layer.low for layer in layers]
+    s = torch.split(linear.down_project(flat, stacked(lows)), [low.rank() for low in lows], 1)
     outputs = []
-    for s_i, m in zip(s, members, strict=True):
-        y = x.new_empty(*x.shape[:-1], m.weight.shape[0])  # not a view of the product, as above
-        rows = y.view(-1, m.weight.shape[0])
-        if m.bias is None:
-            torch.mm(flat, m.weight.T, out=rows)  # [M, K] @ [K, N] -> [M, N]
+    for s_i, (weight, bias, low) in zip(s, layers, strict=True):
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view of the product, as above
+        rows = y.view(-1, weight.shape[0])
+        if bias is None:
+            torch.mm(flat, weight.T, out=rows)  # [M, K] @ [K, N] -> [M, N]
         else:
-            torch.addmm(m.bias, flat, m.weight.T, out=rows)
-        rows.addmm_(s_i, m.lora_b.T, alpha=m.scaling)  # [M, R] @ [R, N]
+            torch.addmm(bias, flat, weight.T, out=rows)
+        rows.addmm_(s_i, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N]
         outputs.append(y)
-    return outputs, list(s)
+    return outputs, s
 
 
 def _backward(
     dys: Sequence[Tensor],
     x: Tensor,
-    members: Sequence[GroupMember],
+    layers: Sequence[Layer],
     s: Sequence[Tensor],
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
-    needs_a: bool,
+    needs: tuple[bool, bool],
     needs_b: Sequence[bool],
 ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
-    """dx (M, K), [dA (R, K)] and [dB (N, R)], None for what is not needed."""
+    """dx (M, K), [dA (R, K)] and [dB (N, R)], None for what is not needed. needs: of dx and of any dA."""
+    needs_x, needs_a = needs
     dx: Tensor | None = None
     das: Sequence[Tensor | None] = [None] * len(dys)
-    dbs: list[Tensor | None] = [None] * len(dys)
+    dbs: list[Tensor | None] = []
     ds_t = []
-    for i, (dy, m) in enumerate(zip(dys, members, strict=True)):
+    for dy, (weight, _, low), s_i, needs_db in zip(dys, layers, s, needs_b, strict=True):
         if needs_x:
             # dx += dy @ weight  # [M, N] @ [N, K] -> [M, K]
-            dx = dy @ m.weight if dx is None else dx.addmm_(dy, m.weight)
-        if needs_b[i]:
-            # ([R, M] @ [M, N])ᵀ -> [N, R]
-            dbs[i] = linear.scaled_product(s[i].T, dy, m.scaling, m.lora_b.T).T
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        # ([R, M] @ [M, N])ᵀ -> [N, R]
+        dbs.append(linear.scaled_product(s_i.T, dy, low.scaling, low.b.T).T if needs_db else None)
         if needs_x or needs_a:
-            # [R, N] @ [N, M] -> [R, M]
-            ds_t.append(m.scaling * (m.lora_b.T.contiguous() @ dy.T))
+            ds_t.append(low.scaling * (low.b.T.contiguous() @ dy.T))  # [R, N] @ [N, M] -> [R, M]
     if ds_t:
-        da = linear.up_project(torch.cat(ds_t), x, _stacked(members, p, seed), dx, needs_a)
+        lows = [layer.low for layer in layers]
+        da = linear.up_project(torch.cat(ds_t), x, stacked(lows), dx, needs_a)
         if da is not None:
-            das = torch.split(da, _ranks(members))
+            das = torch.split(da, [low.rank() for low in lows])
     return dx, das, dbs
 
 
-def _stacked(members: Sequence[GroupMember], p: float, seed: Tensor | None) -> LowRank:
-    """The A_i of all members as one path (ΣR, K), for the products of x, which do not read B; the scalings are in the dS_i."""
-    a = torch.cat([m.lora_a for m in members])
-    return LowRank(a, members[0].lora_b, 1.0, p, seed)
-
-
-def _ranks(members: Sequence[GroupMember]) -> list[int]:
-    return [m.lora_a.shape[0] for m in members]
+def stacked(lows: Sequence[LowRank]) -> LowRank:
+    """One path with every A_i (ΣR, K), for the products of x, which read neither B nor the scalings; those are in S_i and dS_i."""
+    return lows[0]._replace(a=torch.cat([low.a for low in lows]), scaling=1.0)

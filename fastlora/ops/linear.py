@@ -59,8 +59,8 @@ def lora_linear(
     if choice.plan == "composed":
         return _composed(x, weight, bias, low)
     if not torch.is_grad_enabled():
-        return _forward(x, weight, bias, low, triton)[0]
-    y: Tensor = _LoRALinear.apply(x, weight, bias, triton, *low)  # type: ignore[no-untyped-call]
+        return _forward(x, weight, bias, None, low, triton)[0]
+    y: Tensor = _LoRALinear.apply(x, weight, bias, None, triton, *low)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -82,10 +82,10 @@ def lora_update(
             return lora_update(y, x, lora_a, lora_b, scaling, p, seed)
     x, low = x.to(y.dtype), low_rank(lora_a, lora_b, scaling, p, seed).to(y.dtype)
     if functorch_active():
-        return _composed_update(y, x, low)
+        return y + _composed(x, None, None, low)
     if not torch.is_grad_enabled():
-        return _update(y, x, low)[0]
-    z: Tensor = _LoRAUpdate.apply(y, x, *low)  # type: ignore[no-untyped-call]
+        return _forward(x, None, None, y, low)[0]
+    z: Tensor = _LoRALinear.apply(x, None, None, y, False, *low)  # type: ignore[no-untyped-call]
     return z
 
 
@@ -105,7 +105,8 @@ def keep_mask(x: Tensor, low: LowRank, triton: bool = False) -> Tensor | None:
     if low.seed is None:
         return None
     if x.device.type == "cpu" and not triton:
-        return cpu_dropout.keep_mask(low.seed, low.p, x.shape[0], x.shape[1])
+        mask: Tensor = cpu_dropout.keep_mask(low.seed, low.p, x.shape[0], x.shape[1])
+        return mask
     return reference.keep_mask(low.seed, low.p, x.shape[0], x.shape[1], device=x.device)
 
 
@@ -115,14 +116,23 @@ def _in_blocks(x: Tensor) -> bool:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Plan `in_place`, and the kernels. `forward(ctx, …)` rather than `setup_context`, which costs tens of microseconds a call."""
+    """`lora_linear`, or `lora_update` of `base`, where weight and bias are None.
+
+    `forward(ctx, …)` rather than `setup_context`, which costs tens of microseconds a call.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, triton: bool, *path: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor | None,
+        triton: bool,
+        *path: Any,
     ) -> Tensor:
         low = LowRank(*path)
-        y, s = _forward(x, weight, bias, low, triton)
+        y, s = _forward(x, weight, bias, base, low, triton)
         ctx.save_for_backward(x, weight, low.a, low.b, s, low.seed)
         ctx.scaling, ctx.p, ctx.triton = low.scaling, low.p, triton
         return y
@@ -131,10 +141,12 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, a, b, s, seed = ctx.saved_tensors
         scaling, p, triton = ctx.scaling, ctx.p, ctx.triton
-        needs_x, needs_weight, needs_bias, _, needs_a, needs_b = ctx.needs_input_grad[:6]
+        needs_x, needs_weight, needs_bias, needs_base, _, needs_a, needs_b = ctx.needs_input_grad[
+            :7
+        ]
         if torch.is_grad_enabled():
 
-            def composed(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+            def composed(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
                 low = LowRank(a, b, scaling, p, seed).to(x.dtype)
                 return [_composed(x, weight, None, low, triton)]
 
@@ -143,46 +155,21 @@ class _LoRALinear(torch.autograd.Function):
         else:
             low, flat, rows = LowRank(a, b, scaling, p, seed), as_rows(x), gradient_rows(dy)
             if triton:
-                needed = (needs_x, needs_a, needs_b)
-                made = iter(_triton().lora_backward(rows, flat, weight, s, *low, *needed))
-                dx, da, db = (next(made) if one else None for one in needed)
+                wanted = (needs_x, needs_a, needs_b)
+                made = iter(_triton().lora_backward(rows, flat, weight, s, *low, *wanted))
+                dx, da, db = (next(made) if one else None for one in wanted)
             else:
-                dx = rows @ weight if needs_x else None  # [M, N] @ [N, K] -> [M, K]
-                da, db = _low_rank_backward(rows, flat, low, s, dx, needs_a, needs_b)
+                dx = da = db = None
+                if needs_x:  # [M, N] @ [N, K] -> [M, K]
+                    dx = torch.zeros_like(flat) if weight is None else rows @ weight
+                if needs_b:  # ([R, M] @ [M, N])ᵀ -> [N, R]
+                    db = scaled_product(s.T, rows, scaling, b.T).T
+                if needs_x or needs_a:
+                    da = up_project(b.T @ rows.T, flat, low, dx, needs_a)
             dx = None if dx is None else _shaped_as(x, dx)
             dweight = rows.T @ flat if needs_weight else None  # [N, M] @ [M, K] -> [N, K]
         dbias = as_rows(dy).sum(0) if needs_bias else None
-        return dx, dweight, dbias, None, da, db, None, None, None
-
-
-class _LoRAUpdate(torch.autograd.Function):
-    """`lora_update`, saving what `_LoRALinear` saves."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, *path: Any) -> Tensor:
-        low = LowRank(*path)
-        z, s = _update(y, x, low)
-        ctx.save_for_backward(x, low.a, low.b, s, low.seed)
-        ctx.scaling, ctx.p = low.scaling, low.p
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> Gradients:
-        x, a, b, s, seed = ctx.saved_tensors
-        scaling, p = ctx.scaling, ctx.p
-        needs_x, needs_a, needs_b = ctx.needs_input_grad[1:4]
-        if torch.is_grad_enabled():
-
-            def composed(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
-                return [_composed_update(None, x, LowRank(a, b, scaling, p, seed))]
-
-            dx, da, db = exact_gradients(composed, (x, a, b), (needs_x, needs_a, needs_b), [dz])
-        else:
-            low, flat = LowRank(a, b, scaling, p, seed), as_rows(x)
-            dx = torch.zeros_like(flat) if needs_x else None
-            da, db = _low_rank_backward(gradient_rows(dz), flat, low, s, dx, needs_a, needs_b)
-            dx = None if dx is None else _shaped_as(x, dx)
-        return dz, dx, da, db, None, None, None
+        return dx, dweight, dbias, dy if needs_base else None, None, da, db, None, None, None
 
 
 def exact_gradients(
@@ -205,54 +192,38 @@ def exact_gradients(
 
 
 def _composed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, triton: bool = False
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, low: LowRank, triton: bool = False
 ) -> Tensor:
-    """`lora_linear` as torch operations that autograd and functorch see; `low` in x's dtype."""
+    """`lora_linear` as torch operations that autograd and functorch see; the low-rank product alone if weight is None."""
     flat = as_rows(x)
-    return _shaped_as(
-        x, reference.forward(flat, weight, bias, low, keep_mask(flat, low, triton))[0]
-    )
-
-
-def _composed_update(y: Tensor | None, x: Tensor, low: LowRank) -> Tensor:
-    """`lora_update` likewise; the product alone if y is None."""
-    flat = as_rows(x)
-    s = reference.apply_dropout(flat, low, keep_mask(flat, low)) @ low.a.T  # [M, K] @ [K, R]
-    product = _shaped_as(x, low.scaling * (s @ low.b.T))  # [M, R] @ [R, N] -> [M, N]
-    return product if y is None else y + product
+    keep = keep_mask(flat, low, triton)
+    if weight is not None:
+        return _shaped_as(x, reference.forward(flat, weight, bias, low, keep)[0])
+    s = reference.apply_dropout(flat, low, keep) @ low.a.T  # [M, K] @ [K, R] -> [M, R]
+    return _shaped_as(x, low.scaling * (s @ low.b.T))
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, triton: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    low: LowRank,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y (..., N) and S (M, R); the kernels' S holds every factor, torch's none."""
     flat = as_rows(x)  # [M, K]
     if triton:
         y, s = _triton().lora_forward(flat, weight, bias, *low)
+        return _shaped_as(x, y), s
+    s = down_project(flat, low)  # [M, R]
+    if base is not None:
+        y = torch.addmm(as_rows(base), s, low.b.T, alpha=low.scaling)  # [M, N] + [M, R] @ [R, N]
     else:
-        s = down_project(flat, low)  # [M, R]
+        assert weight is not None
         y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
         y.addmm_(s, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N] -> [M, N]
     return _shaped_as(x, y), s
-
-
-def _update(y: Tensor, x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
-    """y + scaling · S Bᵀ (..., N) and S (M, R)."""
-    s = down_project(as_rows(x), low)
-    # [M, N] + [M, R] @ [R, N]
-    return _shaped_as(y, torch.addmm(as_rows(y), s, low.b.T, alpha=low.scaling)), s
-
-
-def _low_rank_backward(
-    dy: Tensor, x: Tensor, low: LowRank, s: Tensor, dx: Tensor | None, needs_a: bool, needs_b: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dA and dB, None where not needed; the low-rank path's part of dx is added into dx (M, K), unless that is None."""
-    da = db = None
-    if needs_b:
-        db = scaled_product(s.T, dy, low.scaling, low.b.T).T  # ([R, M] @ [M, N])ᵀ -> [N, R]
-    if needs_a or dx is not None:
-        da = up_project(low.b.T @ dy.T, x, low, dx, needs_a)  # [R, N] @ [N, M] -> [R, M]
-    return da, db
 
 
 def _triton() -> Any:
@@ -345,10 +316,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
         raise ConfigError(f"x: expected the weight's device {weight.device}, got {x.device}")
     if lora_a.ndim != 2 or lora_a.shape[1] != k:
         raise ConfigError(f"lora_a: expected (R, K={k}), got {tuple(lora_a.shape)}")
-    if lora_b.shape != (n, lora_a.shape[0]):
-        raise ConfigError(
-            f"lora_b: expected (N={n}, R={lora_a.shape[0]}), got {tuple(lora_b.shape)}"
-        )
+    r = lora_a.shape[0]
+    if lora_b.shape != (n, r):
+        raise ConfigError(f"lora_b: expected (N={n}, R={r}), got {tuple(lora_b.shape)}")
     if bias is not None and bias.shape != (n,):
         raise ConfigError(f"bias: expected (N={n},), got {tuple(bias.shape)}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):

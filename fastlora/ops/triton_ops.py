@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,8 @@ from fastlora.kernels.gemm import rank_gemm, rank_update_
 from fastlora.kernels.tiles import NO_MASK, Mask
 from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice
+from fastlora.ops.group import Layer, stacked
 from fastlora.ops.reference import LowRank
-
-if TYPE_CHECKING:
-    from fastlora.ops.group import GroupMember
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
 _PATH = (
@@ -203,32 +201,28 @@ def _x_product(
     return dx
 
 
-def group_forward(
-    x: Tensor, members: Sequence[GroupMember], p: float, seed: Tensor | None
-) -> tuple[list[Tensor], list[Tensor]]:
+def group_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """[y (M, N)] and [S (M, R)] of layers that share x (M, K) and the mask, each by its own plan.
 
-    Those whose plan computes S in a pass of its own share that pass where their scaling is the same.
+    Those whose plan computes S in a separate pass share that pass where their scaling is the same.
     """
-    lows = [m.low(p, seed) for m in members]
-    choices = [_choice(x, m.weight, low) for m, low in zip(members, lows, strict=True)]
+    choices = [_choice(x, weight, low) for weight, _, low in layers]
     made: dict[int, Tensor] = {}
     with _current(x):
         sharing: dict[float, list[int]] = {}
         for i, choice in enumerate(choices):
             if choice.config is not None and choice.plan in ("split", "in_place"):
-                sharing.setdefault(lows[i].scaling, []).append(i)
-        for group in sharing.values():
-            first = group[0]
-            stacked = lows[first]._replace(a=torch.cat([lows[i].a for i in group]))  # [ΣR, K]
-            config = _choice(x, members[first].weight, stacked).config
+                sharing.setdefault(layers[i].low.scaling, []).append(i)
+        for scaling, group in sharing.items():
+            lows = [layers[i].low for i in group]
+            low = stacked(lows)._replace(scaling=scaling)
+            config = _choice(x, layers[group[0]].weight, low).config
             assert config is not None
-            ranks = [lows[i].rank() for i in group]
-            parts = torch.split(_down_project(x, stacked, config), ranks, 1)
+            parts = torch.split(_down_project(x, low, config), [one.rank() for one in lows], 1)
             made |= {i: part.contiguous() for i, part in zip(group, parts, strict=True)}
         pairs = [
-            run_forward(choice, x, m.weight, m.bias, low, made.get(i))
-            for i, (choice, m, low) in enumerate(zip(choices, members, lows, strict=True))
+            run_forward(choice, x, *layer, made.get(i))
+            for i, (choice, layer) in enumerate(zip(choices, layers, strict=True))
         ]
     return [y for y, _ in pairs], [s for _, s in pairs]
 
@@ -236,37 +230,37 @@ def group_forward(
 def group_backward(
     dys: Sequence[Tensor],
     x: Tensor,
-    members: Sequence[GroupMember],
+    layers: Sequence[Layer],
     s: Sequence[Tensor],
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
-    needs_a: bool,
+    needs: tuple[bool, bool],
     needs_b: Sequence[bool],
 ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
-    """dx (M, K), [dA (R, K)] and [dB (N, R)] of layers that share x: one pass over x for every dA, and dx summed in place."""
-    lows = [m.low(p, seed) for m in members]
+    """dx (M, K), [dA (R, K)] and [dB (N, R)] of layers that share x: one pass over x for every dA, and dx summed in place.
+
+    needs: of dx and of any dA.
+    """
+    needs_x, needs_a = needs
     dx: Tensor | None = None
     das: Sequence[Tensor | None] = [None] * len(dys)
     products = []
     with _current(x):
-        for i, (dy, m) in enumerate(zip(dys, members, strict=True)):
-            config = _choice(x, m.weight, lows[i], dy).config
+        for dy, (weight, _, low), s_i, needs_db in zip(dys, layers, s, needs_b, strict=True):
+            config = _choice(x, weight, low, dy).config
             assert config is not None  # as in the forward pass
-            products.append(_dy_products(config, dy, s[i], lows[i], needs_x or needs_a, needs_b[i]))
+            products.append(_dy_products(config, dy, s_i, low, needs_x or needs_a, needs_db))
         if needs_x or needs_a:
             ds = torch.cat([part for part, _ in products if part is not None], 1)  # [M, ΣR]
-            stacked = lows[0]._replace(a=torch.cat([low.a for low in lows]))  # [ΣR, K]
-            choice = _choice(x, members[0].weight, stacked, dys[0])
+            low = stacked([layer.low for layer in layers])
+            choice = _choice(x, layers[0].weight, low, dys[0])
             assert choice.config is not None
-            mask = _mask(x, stacked)
+            mask = _mask(x, low)
             if needs_a:
-                da, mask = _a_product(choice.config, x, ds, stacked.a.dtype, mask)
-                das = torch.split(da, [low.rank() for low in lows])
+                da, mask = _a_product(choice.config, x, ds, low.a.dtype, mask)
+                das = torch.split(da, [layer.low.rank() for layer in layers])
             if needs_x:
-                dx = _x_product(choice, dys[0], members[0].weight, ds, stacked.a, mask)
-                for dy, m in zip(dys[1:], members[1:], strict=True):
-                    dx.addmm_(dy, m.weight)  # [M, N] @ [N, K] -> [M, K]
+                dx = _x_product(choice, dys[0], layers[0].weight, ds, low.a, mask)
+                for dy, layer in zip(dys[1:], layers[1:], strict=True):
+                    dx.addmm_(dy, layer.weight)  # [M, N] @ [N, K] -> [M, K]
     return dx, das, [db for _, db in products]
 
 
@@ -300,22 +294,11 @@ def _forward_shapes(
 
 
 def _backward_shapes(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    s: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
-    needs_a: bool,
-    needs_b: bool,
-    plan: str | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, lora_a: Tensor, lora_b: Tensor, *others: Any
 ) -> list[Tensor]:
-    wanted = ((needs_x, x), (needs_a, lora_a), (needs_b, lora_b))
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for needed, t in wanted if needed]
+    needs = others[3:6]  # after the scaling, p and the seed
+    made = zip(needs, (x, lora_a, lora_b), strict=True)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for needed, t in made if needed]
 
 
 for _name, _run, _shapes in (
