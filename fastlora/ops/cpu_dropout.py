@@ -34,9 +34,9 @@ class _Scratch:
     def __init__(self, lanes: int) -> None:
         self.lanes = lanes
         self.philox = np.random.Philox(key=0)
-        self.keep = torch.empty(lanes, dtype=torch.bool)
+        self.keep = torch.empty(lanes, dtype=torch.bool, device="cpu")
         self.keep_array = self.keep.numpy()
-        self.work = torch.empty(lanes * 8, dtype=torch.uint8)  # of any dtype
+        self.work = torch.empty(lanes * 8, dtype=torch.uint8, device="cpu")  # of any dtype
 
 
 # Taken while a mask is in use and given back, so that threads and nested calls never share one.
@@ -102,7 +102,7 @@ def keep_mask(seed: Tensor, p: float, rows: int, cols: int) -> Tensor:
 
     seed: 0-d int64 on the CPU; under vmap it may have a value of its own for each sample.
     """
-    mask = torch.empty(rows, cols, dtype=torch.bool)
+    mask = torch.empty(rows, cols, dtype=torch.bool, device="cpu")
     for block, keep, _ in keep_blocks(mask, p, seed):
         mask[block] = keep
     return mask

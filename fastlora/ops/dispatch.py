@@ -158,11 +158,12 @@ def launch_choice(
         return _torch("an empty tensor has nothing to launch")
     if device_architecture(x.device) is None:
         return _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
-    precision = float32_precision() if x.dtype == torch.float32 else "ieee"
     # The large product reads x or dy, and its output has rows of n or k elements.
     large, width = (x, n) if dy is None else (dy, k)
     aligned = width % 16 == 0 and _aligned(large) and _aligned(weight)
-    problem = Problem(_bucket(m), n, k, rank, x.element_size(), dropout, precision, aligned)
+    problem = Problem(
+        _bucket(m), n, k, rank, x.element_size(), dropout, product_precision(x), aligned
+    )
     return _plan(x.device, problem, plan)
 
 
@@ -194,6 +195,11 @@ def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
     times = ", ".join(f"{plan} {1e6 * forward[plan]:.0f}" for plan in ranking)
     reason = f"least predicted time, not measured (microseconds: {times})"
     return Choice("triton", ranking[0], reason, min(dx, key=dx.__getitem__), config)
+
+
+def product_precision(x: torch.Tensor) -> str:
+    """The precision of products of x's dtype; it makes a difference to float32 only."""
+    return float32_precision() if x.dtype == torch.float32 else "ieee"
 
 
 def float32_precision() -> str:

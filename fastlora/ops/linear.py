@@ -141,16 +141,14 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, a, b, s, seed = ctx.saved_tensors
         scaling, p, triton = ctx.scaling, ctx.p, ctx.triton
-        needs_x, needs_weight, needs_bias, needs_base, _, needs_a, needs_b = ctx.needs_input_grad[
-            :7
-        ]
+        needs_x, needs_w, needs_bias, needs_base, _, needs_a, needs_b = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():
 
             def composed(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
                 low = LowRank(a, b, scaling, p, seed).to(x.dtype)
                 return [_composed(x, weight, None, low, triton)]
 
-            needs = (needs_x, needs_weight, needs_a, needs_b)
+            needs = (needs_x, needs_w, needs_a, needs_b)
             dx, dweight, da, db = exact_gradients(composed, (x, weight, a, b), needs, [dy])
         else:
             low, flat, rows = LowRank(a, b, scaling, p, seed), as_rows(x), gradient_rows(dy)
@@ -167,7 +165,7 @@ class _LoRALinear(torch.autograd.Function):
                 if needs_x or needs_a:
                     da = up_project(b.T @ rows.T, flat, low, dx, needs_a)
             dx = None if dx is None else _shaped_as(x, dx)
-            dweight = rows.T @ flat if needs_weight else None  # [N, M] @ [M, K] -> [N, K]
+            dweight = rows.T @ flat if needs_w else None  # [N, M] @ [M, K] -> [N, K]
         dbias = as_rows(dy).sum(0) if needs_bias else None
         return dx, dweight, dbias, dy if needs_base else None, None, da, db, None, None, None
 
@@ -178,12 +176,12 @@ def exact_gradients(
     needs: Sequence[bool],
     dys: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of `function(*inputs)` for dys that can be differentiated again, by those of the inputs that `needs` marks.
+    """The gradients of `function(*inputs)` for dys, with respect to the inputs that `needs` marks, differentiable themselves.
 
-    For a double backward, where autograd has to see every product; S was computed out of its sight.
+    For a double backward, in which autograd has to see every product; it has not seen how S was computed.
     """
     with torch.enable_grad():
-        # Views, so that the gradient by one input does not go through another that was computed from it.
+        # Views, so that the gradient of one input does not flow through another that was computed from it.
         views = [None if t is None else t.view_as(t) for t in inputs]
         outputs = function(*views)
     wanted = [v for v, needed in zip(views, needs, strict=True) if v is not None and needed]

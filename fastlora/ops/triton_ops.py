@@ -23,14 +23,13 @@ from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
 from fastlora.kernels.tiles import NO_MASK, Mask
 from fastlora.ops import dispatch, reference
-from fastlora.ops.dispatch import Choice
+from fastlora.ops.dispatch import Choice, product_precision
 from fastlora.ops.group import Layer, stacked
 from fastlora.ops.reference import LowRank
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
-_PATH = (
-    "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed"  # the fields of `LowRank`
-)
+# The fields of `LowRank`, which the dispatcher must see one by one.
+_PATH = "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed"
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     f"lora_forward(Tensor x, Tensor weight, Tensor? bias, {_PATH}, str? plan=None) -> (Tensor, Tensor)"
 )
@@ -67,10 +66,9 @@ def run_forward(
     s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and S (M, R) by the plan and the tiles of `choice`. s: S for `split` or `in_place`, if it is computed already."""
-    config, precision = choice.config, _precision(x)
+    config, precision = choice.config, product_precision(x)
     if config is None:  # a shape or device without kernels
-        low = _on_device(low, x).to(x.dtype)
-        y, s = reference.forward(x, weight, bias, low)
+        y, s = reference.forward(x, weight, bias, low.to(x.dtype))
         return y, s * low.scaling
     bias = None if bias is None else bias.contiguous()
     if choice.plan == "decode":
@@ -132,7 +130,7 @@ def run_backward(
     da: Tensor | None = None
     db: Tensor | None = None
     if choice.config is None:  # a shape or device without kernels
-        wide = _on_device(low, x).to(dy.dtype)
+        wide = low.to(dy.dtype)
         ds = wide.scaling * (dy @ wide.b)
         if needs_x:
             dx = dy @ weight + reference.apply_dropout(ds @ wide.a, wide)
@@ -153,7 +151,7 @@ def run_backward(
 def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
     """S = scale · (keep ∘ x) Aᵀ (M, R)."""
     s: Tensor = down_project(
-        x, low.a, config.down, scale=low.scale(), mask=_mask(x, low), precision=_precision(x)
+        x, low.a, config.down, scale=low.scale(), mask=_mask(x, low), precision=product_precision(x)
     )
     return s
 
@@ -165,7 +163,7 @@ def _dy_products(
     if low.rank() <= DY_RANK:
         both: tuple[Tensor | None, Tensor | None] = dy_pass(
             dy, low.b, s, config.dy,
-            scale=low.scale(), needs_ds=needs_ds, needs_db=needs_db, precision=_precision(dy),
+            scale=low.scale(), needs_ds=needs_ds, needs_db=needs_db, precision=product_precision(dy),
         )  # fmt: skip
         return both
     # Two products of cuBLAS read dy twice, which costs less than the partial sums of one pass would.
@@ -182,7 +180,7 @@ def _a_product(
     config: Tiles, x: Tensor, ds: Tensor, dtype: torch.dtype, mask: Mask
 ) -> tuple[Tensor, Mask]:
     """dA = dSᵀ (keep ∘ x) (R, K) in `dtype`, and the mask as bits, so that dx need not compute it again."""
-    da, packed = x_pass(x, ds, dtype, config.x, mask=mask, precision=_precision(x))
+    da, packed = x_pass(x, ds, dtype, config.x, mask=mask, precision=product_precision(x))
     return da, Mask(packed=packed)
 
 
@@ -191,7 +189,7 @@ def _x_product(
 ) -> Tensor:
     """dx = dy W + keep ∘ (dS A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]"""
     assert choice.config is not None
-    precision, up = _precision(dy), lora_a.T
+    precision, up = product_precision(dy), lora_a.T
     if choice.dx_plan == "split":
         tiles = choice.config.dx
         dx: Tensor = rank_gemm(dy, weight.T, None, ds, up, tiles, mask=mask, precision=precision)
@@ -277,14 +275,6 @@ def _mask(x: Tensor, low: LowRank) -> Mask:
     if low.seed is None:
         return NO_MASK
     return Mask(low.seed.to(x.device), reference.dropout_threshold(low.p))
-
-
-def _on_device(low: LowRank, x: Tensor) -> LowRank:
-    return low._replace(seed=None if low.seed is None else low.seed.to(x.device))
-
-
-def _precision(x: Tensor) -> str:
-    return dispatch.float32_precision() if x.dtype == torch.float32 else "ieee"
 
 
 def _forward_shapes(

@@ -110,7 +110,7 @@ class Bench:
         dropout = reference.dropout_threshold(shape.p) > 0
         seed = torch.tensor(1234567, device=device) if dropout else None
         self.low = LowRank(a, b, 2.0, shape.p, seed)
-        precision = dispatch.float32_precision() if dtype == torch.float32 else "ieee"
+        precision = dispatch.product_precision(self.x)
         self.problem = Problem(m, n, k, r, self.x.element_size(), dropout, precision)
         self.exact, self.plain = self._results(torch.float64), self._results(dtype)
 
@@ -220,11 +220,7 @@ def _seconds(
             return timer(lambda: bench.forward(choice))
         _, s = bench.forward(choice)
         return timer(lambda: bench.backward(choice, s, needs))
-    except (
-        OutOfResources,
-        CompilationError,
-        PTXASError,
-    ):  # the device or the compiler refuses the tiles
+    except (OutOfResources, CompilationError, PTXASError):  # what these tiles may raise
         return math.inf
 
 

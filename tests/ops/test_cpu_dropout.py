@@ -129,6 +129,13 @@ def test_dropped_elements_are_zero_whatever_they_were_and_kept_ones_are_unchange
     assert torch.equal(cpu_dropout.zero_dropped(out, keep, out).nan_to_num(), expected.nan_to_num())
 
 
+def test_the_mask_is_on_the_cpu_whatever_the_default_device(monkeypatch):
+    expected = cpu_dropout.keep_mask(SEED, P, 3, 20)
+    monkeypatch.setattr(cpu_dropout, "_idle", [])
+    with torch.device("meta"):
+        assert torch.equal(cpu_dropout.keep_mask(SEED, P, 3, 20), expected)
+
+
 def test_the_operator_fits_into_graphs():
     operator = torch.ops.fastlora.cpu_keep.default
     results = torch.library.opcheck(operator, (SEED, P, 5, 21))
