@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import linear, reference
-from fastlora.ops.reference import LowRank
+from fastlora.ops.reference import Layer, LowRank, stacked
 
 _TENSORS = 4  # of a member
 
@@ -27,14 +27,6 @@ class GroupMember(NamedTuple):
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
-
-
-class Layer(NamedTuple):
-    """A member in a call; every member's `low` has the same p and seed."""
-
-    weight: Tensor
-    bias: Tensor | None
-    low: LowRank
 
 
 def lora_linear_group(
@@ -208,8 +200,3 @@ def _backward(
         if da is not None:
             das = torch.split(da, [low.rank() for low in lows])
     return dx, das, dbs
-
-
-def stacked(lows: Sequence[LowRank]) -> LowRank:
-    """One path with every A_i (ΣR, K), for the products of x, which read neither B nor the scalings; those are in S_i and dS_i."""
-    return lows[0]._replace(a=torch.cat([low.a for low in lows]), scaling=1.0)

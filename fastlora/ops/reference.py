@@ -15,6 +15,7 @@ Source: Hu et al., LoRA (2106.09685); Salmon et al., Parallel random numbers: as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,19 @@ class LowRank(NamedTuple):
     def to(self, dtype: torch.dtype) -> LowRank:
         """The same with both factors in `dtype`."""
         return LowRank(self.a.to(dtype), self.b.to(dtype), self.scaling, self.p, self.seed)
+
+
+class Layer(NamedTuple):
+    """A layer in a call. weight: (N, K). bias: (N,) or None. In a group every `low` has the same p and seed."""
+
+    weight: Tensor
+    bias: Tensor | None
+    low: LowRank
+
+
+def stacked(lows: Sequence[LowRank]) -> LowRank:
+    """One path with every A_i (ΣR, K), for the products of x, which read neither B nor the scalings; those are in S_i and dS_i."""
+    return lows[0]._replace(a=torch.cat([low.a for low in lows]), scaling=1.0)
 
 
 def philox_4x32(

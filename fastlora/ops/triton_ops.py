@@ -24,8 +24,7 @@ from fastlora.kernels.gemm import rank_gemm, rank_update_
 from fastlora.kernels.tiles import NO_MASK, Mask
 from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
-from fastlora.ops.group import Layer, stacked
-from fastlora.ops.reference import LowRank
+from fastlora.ops.reference import Layer, LowRank, stacked
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
 # The fields of `LowRank`, which the dispatcher must see one by one.
