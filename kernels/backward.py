@@ -1,10 +1,10 @@
-"""The two passes of the backward pass that are not a large product (that one is `gemm.rank_gemm`).
+"""The two small kernels of the backward pass; its large product is `gemm.rank_gemm`.
 
     dy_pass   dS = scale · dy B   and   dB = dyᵀ S        one pass over dy
-    x_pass    dA = dSᵀ (keep ∘ x)                         one pass over x, the dropout mask made again
-                                                         and left in bits for the product that makes dx
+    x_pass    dA = dSᵀ (keep ∘ x)                         one pass over x, which recomputes the dropout mask
+                                                         and writes it as bits for the product of dx
 
-S and dS come with every factor already in them (see `forward`). Sums over many rows are split into float32 parts, which
+S and dS already hold every factor (see `forward`). Sums over many rows are split into float32 partial sums, which
 `sum_partials` adds in a fixed order.
 """
 
@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastlora.kernels.config import PassConfig, chunks
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import drop_bits, keep_bits, overlaps
+from fastlora.kernels.tiles import NO_MASK, Mask, drop_bits, keep_bits, overlaps
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -24,7 +24,7 @@ def _dy_kernel(
     R: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, split): BLOCK_N columns and one chunk of the rows of dy; B and the sum of dB stay where they are.
+    """Program (n, split): BLOCK_N columns and one chunk of the rows of dy; B and the sum of dB stay in registers.
 
     ds_ptr: (tiles of N, M, R), each over BLOCK_N columns. db_ptr: (splits, N, R), each over a chunk of rows.
     """
@@ -73,7 +73,7 @@ def dy_pass(
     """dS = scale · dy B (M, R) in dy's dtype, and dB = dyᵀ S (N, R) in lora_b's; None for what is not needed.
 
     dy: (M, N), any strides. lora_b: (N, R), any strides, any float dtype, cast to dy's. s: (M, R), contiguous, dy's dtype.
-    config.splits cuts M.
+    config.splits divides M.
 
     Raises: ValueError for more ranks than the tiles hold.
     """
@@ -145,7 +145,7 @@ def _x_kernel(
             bits = keep_bits(tl.load(seed_ptr), threshold, m + tl.arange(0, BLOCK_M), o_byte)
             x = drop_bits(x, bits)
             p_byte = packed_ptr + o_m[:, None] * stride_pm + o_byte[None, :]
-            # Without a mask by columns, neighbouring bytes are stored as one number.
+            # Without a column mask, neighbouring bytes are stored together.
             m_byte = m_m[:, None] if EVEN_K else m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
             tl.store(p_byte, bits.to(tl.uint8), mask=m_byte)
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)
@@ -159,14 +159,13 @@ def x_pass(
     dtype: torch.dtype,
     config: PassConfig,
     *,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
+    mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask in bits (M, ⌈K / 8⌉) uint8, None without dropout.
 
-    x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits cuts M.
-    seed, threshold, precision: as in `rank_gemm`.
+    x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits divides M.
+    mask, precision: as in `rank_gemm`.
     """
     (m, k), r = x.shape, ds.shape[1]
     chunk, splits = chunks(m, config.splits, config.block_m)
@@ -174,25 +173,25 @@ def x_pass(
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
     overlapping = overlaps(config)
     packed = None
-    if seed is not None:
-        # Rows a multiple of 16 bytes apart can be read in wide pieces.
+    if mask.drops:
+        # A pitch of a multiple of 16 bytes allows vectorised loads.
         pitch = triton.cdiv(k, 128) * 16
         packed = torch.empty(m, pitch, dtype=torch.uint8, device=x.device)[:, : triton.cdiv(k, 8)]
     _x_kernel[(triton.cdiv(k, config.block_k), splits)](
         x_ptr=x,
         ds_ptr=ds,
         da_ptr=da,
-        seed_ptr=x if seed is None else seed,
+        seed_ptr=x if mask.seed is None else mask.seed,
         packed_ptr=x if packed is None else packed,
         M=m,
         K=k,
         R=r,
         m_chunk=chunk,
         stride_pm=0 if packed is None else packed.stride(0),
-        threshold=threshold,
+        threshold=mask.threshold,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        DROPOUT=seed is not None,
+        DROPOUT=mask.drops,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision,
         BLOCK_M=config.block_m,

@@ -1,7 +1,7 @@
 """Tiles, in plain Python: a table per architecture, and the rules that fit a row of it to a problem.
 
-No kernel is tuned when it is called. `gemm_config` and its kin are pure functions of the problem, so a compiled kernel, a
-CUDA graph and a test see the same tiles; `python -m fastlora.tune` measures others and keeps what is faster.
+No kernel is tuned at call time. `gemm_config` and the functions like it are pure functions of the problem, so a compiled kernel, a
+CUDA graph and a test see the same tiles; `python -m fastlora.tune` measures others and stores the faster ones.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 MAX_RANK = 256
-# A fused kernel holds a tile of S beside the base tile; wider ranks would spill or lose a pipeline stage.
+# A fused kernel holds a tile of S in addition to the base tile; wider ranks would spill or lose a pipeline stage.
 FUSED_RANK = 64
-# One pass over dy leaves float32 parts of dS and dB; beyond this rank they outweigh the second pass that they save.
+# One pass over dy leaves float32 partial sums of dS and dB; beyond this rank they cost more than the second pass that they save.
 DY_RANK = 32
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the tables and the cost model know of a GPU generation.
+    """Facts about a GPU generation for the tables and the cost model.
 
-    shared: bytes of shared memory a block may use. tensor_memory: columns (sm_100), else 0. sms: of the usual part.
-    decode_rows: the most rows that the plan `decode` takes, all in one tile; 64 leave scalars on the stack on sm_100.
-    tflops, tbps: dense 16-bit TFLOP/s and TB/s that real kernels reach. eta: our product's speed over cuBLAS's, assumed
+    shared: bytes of shared memory a block may use. tensor_memory: columns (sm_100), else 0. sms: SMs of the usual part.
+    decode_rows: the most rows that the plan `decode` takes, all in one tile; with 64, sm_100 keeps scalars on the stack.
+    tflops, tbps: dense 16-bit TFLOP/s and TB/s that real kernels reach. eta: our product's speed relative to cuBLAS's, assumed
     from published Triton kernels until measured.
     """
 
@@ -44,9 +44,9 @@ ARCHITECTURES = {
 
 
 def architecture(capability: tuple[int, int]) -> Architecture | None:
-    """The row for a compute capability such as (9, 0), or None if its kernels are not compiled by the gate.
+    """The row for a compute capability such as (9, 0), or None if the compile gate does not build for it.
 
-    8.6 has the limits of 8.9, and 10.3 those of 10.0; their code is made for them when they are met.
+    8.6 has the limits of 8.9, and 10.3 those of 10.0; their code is compiled at run time.
     """
     number = 10 * capability[0] + capability[1]
     return ARCHITECTURES.get({86: 89, 103: 100}.get(number, number))
@@ -57,7 +57,7 @@ class GemmConfig:
     """Tiles of `gemm.rank_gemm` and `gemm.rank_update_`.
 
     overlap: by programmatic dependent launch (sm_90 and newer, with descriptors) the product of x and W begins while the pass before
-    is still running, and waits for it where it needs S, dS or the mask. Whatever made x and W must be done by then.
+    is still running, and waits for it before it reads S, dS or the mask. x and W themselves must be complete by then.
     """
 
     block_m: int
@@ -75,9 +75,9 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class PassConfig:
-    """Tiles of a pass that reads one large operand once; `splits` cuts the summed dimension.
+    """Tiles of a pass that reads one large operand once; `splits` divides the summed dimension.
 
-    overlap: lets a kernel that overlaps begin before the pass has ended; of `decode` its own second kernel.
+    overlap: lets an overlapping kernel begin before the pass has ended; for `decode`, its own second kernel.
     """
 
     block_m: int
@@ -94,8 +94,8 @@ class PassConfig:
 class Problem:
     """One call: x (m, k), weight (n, k), adapters of rank `rank`; itemsize in bytes; precision of float32 products.
 
-    aligned: whether the rows of every large matrix are contiguous, begin at multiples of 16 bytes and lie a multiple of
-    16 elements apart, so that they are read in wide pieces, and by tensor descriptors where there are any.
+    aligned: whether the rows of every large matrix are contiguous, start at multiples of 16 bytes and have a pitch that is a multiple of
+    16 elements, so that loads are vectorised, or use tensor descriptors where the GPU has them.
     """
 
     m: int
@@ -122,7 +122,7 @@ class Tiles:
     dx: GemmConfig
 
     def overlapped(self) -> Tiles:
-        """The same tiles with every launch that can overlap the one before it told so."""
+        """The same tiles, with `overlap` set for every kernel that supports it."""
         names = ("split", "down", "decode", "x", "dx")
         changed = {name: replace(getattr(self, name), overlap=True) for name in names}
         return replace(self, **changed)
@@ -157,12 +157,12 @@ def fused_rank(itemsize: int, precision: str) -> int:
 def gemm_config(
     arch: Architecture, q: Problem, columns: int, *, fused: bool = False, dropout: bool = False
 ) -> GemmConfig:
-    """Tiles for a product of q.m rows and `columns` columns. fused, dropout: what the loop or the epilogue does besides."""
+    """Tiles for a product of q.m rows and `columns` columns. fused: whether its loop computes S too. dropout: whether its epilogue applies a mask."""
     block_r = rank_block(q.rank, fused_rank(q.itemsize, q.precision))
     if q.itemsize == 4:
         return _float_gemm(arch, block_r, q.precision)
     if not q.aligned:
-        # Every element is a load of its own, with registers of its own.
+        # Every element is a separate load, with its own registers.
         return GemmConfig(128 if arch.capability >= 90 else 64, 64, 32, block_r, 8, 3)
     if arch.capability < 90:
         stages = 4 if arch.shared > 150_000 else 3
@@ -171,10 +171,10 @@ def gemm_config(
     if arch.capability >= 100:
         config = GemmConfig(128, 128, 64, block_r, 8, 3, descriptor=True, subtiles=2)
     elif _tiles(q.m, 128) * _tiles(columns, 256) < arch.sms:
-        # Less than one wave of large tiles would leave processors idle.
+        # Less than one wave of large tiles would leave SMs idle.
         config = GemmConfig(128, 128, 64, block_r, 8, 4, descriptor=True, subtiles=4)
     else:
-        # The masked product has an accumulator of its own, which leaves no room for more ranks at once.
+        # The masked product needs a second accumulator, which leaves no room for more ranks at once.
         block_r = min(block_r, 32 if q.rank <= 64 else 16) if dropout else block_r
         config = GemmConfig(128, 256, 64, block_r, 8, 4, descriptor=True, subtiles=4)
     if fused:
@@ -198,7 +198,7 @@ def update_config(q: Problem) -> GemmConfig:
 
 
 def down_config(arch: Architecture, q: Problem) -> PassConfig:
-    """Tiles of the S pass: enough programs to fill the machine, along K too when the rows are few."""
+    """Tiles of the S pass: enough programs to fill the GPU, split along K too when there are few rows."""
     block_r = rank_block(q.rank)
     block_m = 64 if block_r <= 64 and q.m >= 128 * arch.sms else 32
     block_k = 128 if block_r <= 32 and q.aligned else 64 if block_r <= 64 and q.aligned else 32
@@ -208,9 +208,9 @@ def down_config(arch: Architecture, q: Problem) -> PassConfig:
 
 
 def decode_config(arch: Architecture, q: Problem) -> PassConfig:
-    """Tiles of the decode kernel: one tile of rows, W split along K while two programs to a processor hold a part each."""
+    """Tiles of the decode kernel: one tile of rows, W split along K into as many parts as two programs per SM can hold."""
     block_m = 16 if q.m <= 16 else 32 if q.m <= 32 else 64
-    # Narrow enough that float32 adapters over 16-bit weights leave room for two programs to a processor.
+    # Narrow enough that float32 adapters over 16-bit weights leave room for two programs per SM.
     block_n, block_k = (64, 64) if q.itemsize == 2 else (32, 64 if block_m < 64 else 32)
     if not q.aligned:
         block_k //= 4
@@ -222,7 +222,7 @@ def decode_config(arch: Architecture, q: Problem) -> PassConfig:
 
 
 def dy_config(arch: Architecture, q: Problem) -> PassConfig:
-    """Tiles of the pass over dy: wide ones, since every tile of columns leaves a part of dS; the rows are split."""
+    """Tiles of the pass over dy: wide ones, since every tile of columns leaves a partial sum of dS; the rows are split."""
     block_r = rank_block(q.rank, DY_RANK)
     block_n = 256 * 2 // q.itemsize
     block_m = 64 if q.aligned and q.itemsize == 2 else 32
@@ -231,7 +231,7 @@ def dy_config(arch: Architecture, q: Problem) -> PassConfig:
 
 
 def x_config(arch: Architecture, q: Problem) -> PassConfig:
-    """Tiles of the pass over x for dA; the rows are split to fill the machine."""
+    """Tiles of the pass over x for dA; the rows are split to fill the GPU."""
     block_r = rank_block(q.rank)
     block_m = 64 if q.aligned and (q.itemsize == 2 or block_r <= 64) else 32
     if q.itemsize == 4 and block_r > 64:

@@ -1,10 +1,10 @@
 """The small kernels of the forward pass.
 
-    down_project   S = scale · (keep ∘ x) Aᵀ              one pass over x, which is where dropout happens
-    decode         y = x Wᵀ + bias + S Bᵀ, and S          for few rows: W streams once, split along K, two launches
+    down_project   S = scale · (keep ∘ x) Aᵀ              one pass over x, the only place of the dropout
+    decode         y = x Wᵀ + bias + S Bᵀ, and S          for few rows: W is read once, split along K, in two launches
 
 `scale` holds every factor of the low-rank path (alpha / rank, and 1 / (1 − p') of the dropout), so that S is rounded
-once and no later product has a factor of its own.
+once and no later product needs a factor.
 """
 
 import torch
@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastlora.kernels.config import PassConfig, chunks
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import drop, overlaps, pdl_options
+from fastlora.kernels.tiles import NO_MASK, Mask, drop, overlaps, pdl_options
 
 
 @triton.jit
@@ -83,14 +83,13 @@ def down_project(
     config: PassConfig,
     *,
     scale: float = 1.0,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
+    mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """S = scale · (keep ∘ x) Aᵀ, newly allocated (M, R), in x's dtype.
 
-    x: (M, K), any strides. lora_a: (R, K), any strides, any float dtype, cast to x's. config.splits cuts K.
-    seed, threshold, precision: as in `rank_gemm`.
+    x: (M, K), any strides. lora_a: (R, K), any strides, any float dtype, cast to x's. config.splits divides K.
+    mask, precision: as in `rank_gemm`.
     """
     (m, k), r = x.shape, lora_a.shape[0]
     chunk, splits = chunks(k, config.splits, config.block_k)
@@ -100,18 +99,18 @@ def down_project(
         x_ptr=x,
         a_ptr=lora_a,
         s_ptr=s,
-        seed_ptr=x if seed is None else seed,
+        seed_ptr=x if mask.seed is None else mask.seed,
         M=m,
         K=k,
         R=r,
         k_chunk=chunk,
         scale=scale,
-        threshold=threshold,
+        threshold=mask.threshold,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
         stride_ar=lora_a.stride(0),
         stride_ak=lora_a.stride(1),
-        DROPOUT=seed is not None,
+        DROPOUT=mask.drops,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision,
         BLOCK_M=config.block_m,
@@ -131,7 +130,7 @@ def _stream_kernel(
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, split): one chunk of K of x Wᵀ, or, for the tiles after the last of W, of (keep ∘ x) Aᵀ.
+    """Program (tile, split): one chunk of K of x Wᵀ, or, for the tiles after those of W, of (keep ∘ x) Aᵀ.
 
     base_ptr: (splits, M, N) and s_ptr: (splits, M, R), float32.
     """
@@ -200,14 +199,13 @@ def decode(
     config: PassConfig,
     *,
     scale: float = 1.0,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
+    mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x Wᵀ + bias + S Bᵀ (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), in x's dtype, in two launches.
 
     x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R), R ≤ config.block_r: any strides; the
-    adapters in any float dtype. config.splits cuts K. seed, threshold, precision: as in `rank_gemm`.
+    adapters in any float dtype. config.splits divides K. mask, precision: as in `rank_gemm`.
 
     Raises: ValueError for more rows or ranks than the tiles hold.
     """
@@ -227,20 +225,20 @@ def decode(
         a_ptr=lora_a,
         base_ptr=base_part,
         s_ptr=s_part,
-        seed_ptr=x if seed is None else seed,
+        seed_ptr=x if mask.seed is None else mask.seed,
         M=m,
         N=n,
         K=k,
         R=r,
         k_chunk=chunk,
-        threshold=threshold,
+        threshold=mask.threshold,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
         stride_wn=weight.stride(0),
         stride_wk=weight.stride(1),
         stride_ar=lora_a.stride(0),
         stride_ak=lora_a.stride(1),
-        DROPOUT=seed is not None,
+        DROPOUT=mask.drops,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision,
         BLOCK_M=config.block_m,

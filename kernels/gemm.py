@@ -3,8 +3,8 @@
     out = x Wᵀ + bias + keep ∘ (low upᵀ)
 
 Forward: low = S, up = B. Gradient of x: x is dy, W is read transposed, low = dS, up = Aᵀ, and `keep` is the dropout mask,
-read as bits that the pass over x has left, or made again from the seed if that pass was not needed.
-With FUSED the kernel makes S itself, S = scale · x Aᵀ, beside the base tile: x is read once, and the products of S are
+read as the bits that the pass over x wrote, or recomputed from the seed if that pass was not needed.
+With FUSED the kernel computes S itself, S = scale · x Aᵀ, along with the base tile: x is read once, and the products of S are
 repeated for every tile of columns.
 
 Both kernels accumulate in float32 and round once. `_pointer_kernel` takes any strides and sizes. `_descriptor_kernel`
@@ -18,7 +18,16 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.tiles import drop, drop_bits, halves, overlaps, pdl_options, tile_of
+from fastlora.kernels.tiles import (
+    NO_MASK,
+    Mask,
+    drop,
+    drop_bits,
+    halves,
+    overlaps,
+    pdl_options,
+    tile_of,
+)
 
 
 @triton.jit
@@ -87,7 +96,7 @@ def _pointer_kernel(
     o_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)
     o_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    # Rows past the end read row 0 and are never stored, so the loop needs no mask for them.
+    # Rows past the end read row 0 and are not stored, so the loop needs no row mask.
     p_x = x_ptr + tl.where(o_m < M, o_m, 0)[:, None] * stride_xm + o_k[None, :] * stride_xk
     p_w = w_ptr + o_n[None, :] * stride_wn + o_k[:, None] * stride_wk
     p_a = a_ptr + o_r[None, :] * stride_ar + o_k[:, None] * stride_ak
@@ -162,7 +171,7 @@ def _descriptor_kernel(
 ):  # fmt: skip
     """Tiles [BLOCK_M, BLOCK_N] of out, each program taking every P-th of them. TRANSPOSED: W is (K, N), not (N, K).
 
-    OVERLAP: the pass that makes low and the mask may still be running; nothing is read of it, and nothing stored, before the wait.
+    OVERLAP: the pass that writes low and the mask may still be running; its results are not read, and nothing is stored, before the wait.
     """
     DTYPE: tl.constexpr = x_desc.dtype
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -187,7 +196,7 @@ def _descriptor_kernel(
                 a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)  # [BLOCK_K, BLOCK_R]
                 s = tl.dot(x, a, s, input_precision=PRECISION)
         if OVERLAP:
-            gdc_wait()  # after the loop, never inside: there it makes the pipelined loads wrong
+            gdc_wait()  # after the loop: inside, the pipelined loads would be wrong
         s_low = (s * scale).to(DTYPE)
         if FUSED and tile_n == 0:
             _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
@@ -202,7 +211,7 @@ def _update_kernel(
     out_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
     R: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out is read, given its rank-R term, and written back."""
+    """Add the rank-R term to one tile of out, in place."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -227,9 +236,7 @@ def rank_gemm(
     *,
     lora_a: torch.Tensor | None = None,
     scale: float = 1.0,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
-    packed: torch.Tensor | None = None,
+    mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """out = x Wᵀ + bias + keep ∘ (low upᵀ), newly allocated (M, N), row-major, in x's dtype.
@@ -239,9 +246,7 @@ def rank_gemm(
     config: tiles. With `config.descriptor`, x, out and weight (or its transpose) must suit the tensor memory accelerator:
         rows contiguous, 16-byte aligned, their pitch a multiple of 16 bytes.
     lora_a: (R, K), x's dtype. If given, low is not read but written: low = scale · x Aᵀ.
-    seed: 0-d int64 on x's device, or None for no dropout; threshold: p in units of 2⁻¹⁶.
-    packed: (M, ⌈N / 8⌉) uint8, rows contiguous: the mask as `backward.x_pass` leaves it; then seed and threshold are not used.
-    precision: of float32 products, "ieee", "tf32" or "tf32x3".
+    mask: which elements of the rank-R term to keep. precision: of float32 products, "ieee" or "tf32".
 
     Raises: ValueError if lora_a has more ranks than config.block_r: a fused tile of S holds all of them.
     """
@@ -257,22 +262,22 @@ def rank_gemm(
         "a_ptr": a,
         "low_ptr": low,
         "up_ptr": up,
-        "mask_ptr": _mask(seed, packed, x),
+        "mask_ptr": _pointer(mask, x),
         "M": m,
         "N": n,
         "K": k,
         "R": r,
         "scale": scale,
-        "threshold": threshold,
+        "threshold": mask.threshold,
         "stride_ar": a.stride(0),
         "stride_ak": a.stride(1),
         "stride_un": up.stride(0),
         "stride_ur": up.stride(1),
-        "stride_mask": 0 if packed is None else packed.stride(0),
+        "stride_mask": 0 if mask.packed is None else mask.packed.stride(0),
         "HAS_BIAS": bias is not None,
         "FUSED": lora_a is not None,
-        "DROPOUT": seed is not None or packed is not None,
-        "PACKED": packed is not None,
+        "DROPOUT": mask.drops,
+        "PACKED": mask.packed is not None,
         "PRECISION": precision,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -302,7 +307,7 @@ def rank_gemm(
     w_block = [config.block_n, config.block_k]
     out_block = [config.block_m, config.block_n // config.subtiles]
     programs = min(tiles, config.programs)
-    overlapping = overlaps(config) and lora_a is None  # `fused` has no pass before it
+    overlapping = overlaps(config) and lora_a is None  # `fused` follows no pass
     _descriptor_kernel[(programs,)](
         x_desc=TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         w_desc=TensorDescriptor.from_tensor(stored, w_block[::-1] if transposed else w_block),
@@ -316,11 +321,10 @@ def rank_gemm(
     return out
 
 
-def _mask(
-    seed: torch.Tensor | None, packed: torch.Tensor | None, unused: torch.Tensor
-) -> torch.Tensor:
-    """What the kernels' mask_ptr points to: the bits, the seed, or any tensor where there is no dropout."""
-    return unused if seed is None and packed is None else seed if packed is None else packed
+def _pointer(mask: Mask, unused: torch.Tensor) -> torch.Tensor:
+    """The kernels' mask_ptr: the bits, the seed, or any tensor where there is no dropout."""
+    found = mask.seed if mask.packed is None else mask.packed
+    return unused if found is None else found
 
 
 def rank_update_(
@@ -329,31 +333,29 @@ def rank_update_(
     up: torch.Tensor,
     config: GemmConfig,
     *,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
-    packed: torch.Tensor | None = None,
+    mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
-    """out += keep ∘ (low upᵀ), in place, for a base product that another library made.
+    """out += keep ∘ (low upᵀ), in place, for a base product that another library computed.
 
     out: (M, N), contiguous; changed. low: (M, R), contiguous, out's dtype. up: (N, R), any strides, any float dtype.
-    config: block_m, block_n, block_r and the launch numbers. seed, threshold, packed, precision: as in `rank_gemm`.
+    config: block_m, block_n, block_r and the launch numbers. mask, precision: as in `rank_gemm`.
     """
     (m, n), r = out.shape, low.shape[1]
     _update_kernel[(triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))](
         out_ptr=out,
         low_ptr=low,
         up_ptr=up,
-        mask_ptr=_mask(seed, packed, out),
+        mask_ptr=_pointer(mask, out),
         M=m,
         N=n,
         R=r,
-        threshold=threshold,
+        threshold=mask.threshold,
         stride_un=up.stride(0),
         stride_ur=up.stride(1),
-        stride_mask=0 if packed is None else packed.stride(0),
-        DROPOUT=seed is not None or packed is not None,
-        PACKED=packed is not None,
+        stride_mask=0 if mask.packed is None else mask.packed.stride(0),
+        DROPOUT=mask.drops,
+        PACKED=mask.packed is not None,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -1,10 +1,13 @@
-"""Jitted helpers that kernels share: the dropout mask, the order of the tiles, the halving of an accumulator.
+"""Helpers that kernels share: the dropout mask, the order of the tiles, the halving of an accumulator.
 
     keep(i, j) = int16(lane j % 8 of Philox(seed; j // 8, i, 0, 0)) ≥ threshold − 2¹⁵
 
 is the dropout mask of `fastlora.ops.reference.keep_mask`, bit for bit. One Philox call serves eight neighbouring columns.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -12,9 +15,28 @@ from triton import knobs
 from fastlora.kernels.config import GemmConfig, PassConfig
 
 
+class Mask(NamedTuple):
+    """Where a kernel takes the dropout mask from; neither seed nor packed means no dropout.
+
+    seed: 0-d int64 on the operands' device. threshold: dropout probability in units of 2⁻¹⁶.
+    packed: (M, ⌈N / 8⌉) uint8, rows contiguous, as `backward.x_pass` writes it; seed and threshold are then not read.
+    """
+
+    seed: torch.Tensor | None = None
+    threshold: int = 0
+    packed: torch.Tensor | None = None
+
+    @property
+    def drops(self) -> bool:
+        return self.seed is not None or self.packed is not None
+
+
+NO_MASK = Mask()
+
+
 @triton.jit
 def keep_bits(seed, threshold, o_row, o_group):
-    """The mask of a tile, eight columns to a number.
+    """The mask of a tile, eight columns packed into a number.
 
     seed: int64. threshold: int32, dropout probability in units of 2^-16.
     o_row: [BLOCK_M] row numbers. o_group: [BLOCK_G] column numbers divided by 8.
@@ -37,14 +59,14 @@ def _two(word, least):
 
 @triton.jit
 def drop_bits(block, bits):
-    """`block` [BLOCK_M, BLOCK_N] with 0 where the bit is 0; bits: [BLOCK_M, BLOCK_N / 8], as of `keep_bits`."""
+    """`block` [BLOCK_M, BLOCK_N] with 0 where the bit is 0; bits: [BLOCK_M, BLOCK_N / 8], from `keep_bits`."""
     eights = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.where(tl.reshape(eights, block.shape) != 0, block, 0.0)
 
 
 @triton.jit
 def drop(block, seed, threshold, first_row, first_col):
-    """`block` [BLOCK_M, BLOCK_N] with every dropped element 0; its top left corner is (first_row, first_col)."""
+    """`block` [BLOCK_M, BLOCK_N] with every dropped element 0; its top left element is (first_row, first_col)."""
     o_row = first_row + tl.arange(0, block.shape[0])
     o_group = first_col // 8 + tl.arange(0, block.shape[1] // 8)
     return drop_bits(block, keep_bits(seed, threshold, o_row, o_group))
@@ -52,7 +74,7 @@ def drop(block, seed, threshold, first_row, first_col):
 
 @triton.jit
 def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """(m, n) of the tile number `pid`: bands of GROUP_M tile rows, column by column, so that both operands stay in L2."""
+    """(m, n) of the tile number `pid`: bands of GROUP_M tile rows, each column by column, so that both operands stay in L2."""
     width = GROUP_M * num_n
     first_m = (pid // width) * GROUP_M
     rows = min(num_m - first_m, GROUP_M)
@@ -67,10 +89,10 @@ def halves(block):
 
 
 def overlaps(config: GemmConfig | PassConfig) -> bool:
-    """Whether a kernel with this configuration overlaps; Triton's interpreter has no such launches."""
+    """Whether a kernel with this configuration overlaps; Triton's interpreter does not support it."""
     return config.overlap and not knobs.runtime.interpret
 
 
 def pdl_options(overlapping: bool) -> dict[str, bool]:
-    """The launch option of a kernel that begins before the one before it has ended."""
+    """The launch option of a kernel that may begin before the previous one has ended."""
     return {"launch_pdl": True} if overlapping else {}

@@ -50,6 +50,7 @@ class Mutant:
 TILES, GEMM, FORWARD = "kernels/tiles.py", "kernels/gemm.py", "kernels/forward.py"
 BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/config.py"
 OPS, GLUE = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
+REFERENCE = "fastlora/ops/reference.py"
 
 MUTANTS = (
     # the mask
@@ -112,21 +113,21 @@ MUTANTS = (
     Mutant("dS, dB: chunk of rows", BACKWARD, "first_m = split * m_chunk", "first_m = 0", 0),
     Mutant("dA: chunk of rows", BACKWARD, "first_m = split * m_chunk", "first_m = 0", 1),
     Mutant("dA: mask row", BACKWARD, "threshold, m + tl.arange(0, BLOCK_M), o_byte", "threshold, first_m + tl.arange(0, BLOCK_M), o_byte"),
-    Mutant("dA: no dropout", BACKWARD, "DROPOUT=seed is not None", "DROPOUT=False"),
+    Mutant("dA: no dropout", BACKWARD, "DROPOUT=mask.drops", "DROPOUT=False"),
     Mutant("sums: a part is left out", REDUCE, "first + o_split < splits", "first + o_split < splits - 1"),
     Mutant("sums: the first parts only", REDUCE, "for first in range(0, splits, SPLITS)", "for first in range(0, SPLITS, SPLITS)"),
     Mutant("sums: the wrong stride", REDUCE, "(first + o_split)[:, None] * size", "(first + o_split)[:, None] * (size - 1)"),
     # what holds them together
-    Mutant("ops: keep scale", OPS, "return scaling * reference.keep_scale(p), mask", "return scaling, mask"),
-    Mutant("ops: gradients in another order", OPS, "wanted = ((needs_x, x), (needs_a, lora_a)", "wanted = ((needs_a, lora_a), (needs_x, x)"),
-    Mutant("ops: fused A in its own dtype", OPS, "lora_a = lora_a.to(x.dtype)", "lora_a = lora_a.to(lora_a.dtype)"),
+    Mutant("ops: keep scale", REFERENCE, "self.scaling * keep_scale(self.p)", "self.scaling"),
+    Mutant("ops: gradients in another order", OPS, "gradient in (dx, da, db)", "gradient in (da, dx, db)"),
+    Mutant("ops: fused A in its own dtype", OPS, "lora_a = low.a.to(x.dtype)", "lora_a = low.a"),
     Mutant("ops: bias with gaps", OPS, "bias.contiguous()", "bias"),
-    Mutant("ops: dS of many ranks without its factor", OPS, "beta=0, alpha=scale", "beta=0"),
+    Mutant("ops: dS of many ranks without its factor", OPS, "beta=0, alpha=low.scale()", "beta=0"),
     Mutant("ops: dB always made", OPS, "needs_db=needs_db", "needs_db=True"),
-    Mutant("group: every layer shares S, whatever its scaling", OPS, "sharing.setdefault(scalings[i], [])", "sharing.setdefault(scalings[0], [])"),
-    Mutant("group: dx of the first layer only", OPS, "dx.addmm_(dy, weight)", "dx.addmm_(dy, weight, alpha=0)"),
-    Mutant("group: dS under the first layer's scaling", OPS, "_factors(x, scalings[i], p, seed)", "_factors(x, scalings[0], p, seed)"),
-    Mutant("glue: gradients in another order", GLUE, "needs = (needs_x, needs_a, needs_b)", "needs = (needs_x, needs_b, needs_a)"),
+    Mutant("group: every layer shares S, whatever its scaling", OPS, "sharing.setdefault(layers[i].low.scaling, [])", "sharing.setdefault(layers[0].low.scaling, [])"),
+    Mutant("group: dx of the first layer only", OPS, "dx.addmm_(dy, layer.weight)", "dx.addmm_(dy, layer.weight, alpha=0)"),
+    Mutant("group: dS under the first layer's scaling", OPS, "dy, s_i, low, needs_x", "dy, s_i, low._replace(scaling=layers[0].low.scaling), needs_x"),
+    Mutant("glue: gradients in another order", GLUE, "wanted = (needs_x, needs_a, needs_b)", "wanted = (needs_x, needs_b, needs_a)"),
     Mutant("config: fused float32 of too many ranks", CONFIG, "return 16 if precision == \"ieee\" else 32", "return 64"),
     Mutant("config: S of ranks that do not fit", CONFIG, "max(16, 1 << (rank - 1).bit_length())", "max(16, 1 << (rank.bit_length() - 1))"),
 )  # fmt: skip

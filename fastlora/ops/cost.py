@@ -1,7 +1,7 @@
-"""What each plan should cost on a GPU, from bytes and FLOPs: the default choice until a plan has been measured.
+"""Predicted cost of each plan on a GPU, from bytes and FLOPs: decides until a plan has been measured.
 
 A product of (m, k) and (k, n) takes the longer of its arithmetic and its traffic; a pass takes its traffic; a launch
-takes a fixed time. `eta` is the speed of our product over cuBLAS's. docs/design.md derives the formulas and shows where a
+takes a fixed time. `eta` is our product's speed relative to cuBLAS's. docs/design.md derives the formulas and shows where a
 measurement corrected one.
 """
 
@@ -11,7 +11,7 @@ from fastlora.kernels.config import Architecture, Problem, fused_rank, rank_bloc
 
 _LAUNCH = 2e-6  # seconds between dependent kernels
 # Speed of a float32 product relative to a 16-bit one on tensor cores: (cuBLAS, ours).
-_FLOAT_SPEED = {"ieee": (0.08, 0.04), "tf32": (0.5, 0.45), "tf32x3": (0.08, 0.15)}
+_FLOAT_SPEED = {"ieee": (0.08, 0.04), "tf32": (0.5, 0.45)}
 
 
 def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
@@ -43,7 +43,7 @@ def _gemm(arch: Architecture, q: Problem, m: int, n: int, k: int) -> tuple[float
     cublas, ours = (1.0, arch.eta) if q.itemsize == 2 else _FLOAT_SPEED[q.precision]
     arithmetic = 2 * m * n * k / (arch.tflops * 1e12)
     traffic = _bytes(arch, q, m * k + n * k + m * n)
-    # cuBLAS splits the inner dimension when there are fewer tiles than processors; our kernel leaves some idle.
+    # cuBLAS splits the inner dimension when there are fewer tiles than SMs; our kernel leaves some idle.
     filled = min(1.0, -(-m // 128) * -(-n // 128) / arch.sms)
     return (
         max(arithmetic / cublas, traffic) + _LAUNCH,

@@ -1,16 +1,16 @@
-"""The one place where a backend and a plan are chosen, and the reason is kept.
+"""The one place that chooses a backend and a plan, and records why. A plan is how one call is computed.
 
 Plans of backend "torch":
     in_place   base GEMM, then the rank-R product added into its output; saves x, S and the dropout seed.
     composed   the reference mathematics under autograd, for functorch transforms (vmap, grad, jvp).
-    around     the wrapped module is called, then the rank-R product is added: for a base that is more than F.linear.
+    around     calls the wrapped module, then adds the rank-R product: for a base that is more than F.linear.
 
 Plans of backend "triton":
     fused      one kernel: the base tile and S together.
     split      S by one pass over x (dropout happens there), then a product whose epilogue adds S Bᵀ and the bias.
     in_place   S by the same pass, cuBLAS for the base, then one kernel that adds S Bᵀ into it.
     decode     few rows: W streams once, split along K, in two launches.
-dx has "split" or "in_place" of its own; the rest of the backward pass is the same for all.
+dx has a plan of its own, "split" or "in_place"; the rest of the backward pass is the same under every plan.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Choice:
-    """What will run, and why. `str(choice)` is one line for people.
+    """How a call runs, and why. `str(choice)` is one readable line.
 
-    backend: "torch" or "triton". plan: see above. reason: why. dx_plan and config: only for Triton, how dx is made and
+    backend: "torch" or "triton". plan: see above. reason: why. dx_plan and config: only for Triton, the plan of dx and
     the tiles of every kernel that the call may launch.
     """
 
@@ -52,7 +52,7 @@ class Choice:
 
 _CPU = Choice("torch", "in_place", "torch runs this on the CPU; Triton kernels are for CUDA")
 _OTHER = Choice("torch", "in_place", "the device is neither a CPU nor CUDA")
-_ASKED = Choice("torch", "in_place", "torch was asked for")
+_ASKED = Choice("torch", "in_place", "backend='torch' was requested")
 _SUBCLASS = Choice(
     "torch", "in_place", "a tensor subclass (DTensor, quantised) has operators of its own"
 )
@@ -73,19 +73,18 @@ def choose(
 ) -> Choice:
     """Choose how one call runs.
 
-    x: (..., K), the input of the layer, in the dtype in which it will be computed. weight: (N, K). Values are not looked at.
+    x: (..., K), the input of the layer, in the dtype of the computation. weight: (N, K). Values are not read.
     rank: R of the adapters. dropout: whether a mask will be applied.
     plain_base: whether the wrapped layer computes `F.linear` and nothing else.
-    backend: "auto", "torch" or "triton". "auto" takes the environment's FASTLORA_BACKEND, if that is set.
-    with_plan: False leaves the plan to the operator, which chooses it again anyway, unless Triton is forced.
+    backend: "auto", "torch" or "triton". "auto" takes the environment variable FASTLORA_BACKEND, if that is set.
+    with_plan: False leaves the plan to the operator, which chooses it at run time anyway, unless Triton is forced.
 
     Raises: ConfigError for an unknown backend, BackendError if "triton" is forced and cannot run.
     """
     wanted = resolve(backend)
     if not plain_base:
         return _or_raise(_AROUND, wanted)
-    # While compiling, the tracer handles the autograd function; the query below is for eager transforms.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if functorch_active():
         return _or_raise(_FUNCTORCH, wanted)
     if wanted == "torch":
         return _CPU if x.device.type == "cpu" else _ASKED
@@ -100,7 +99,7 @@ def choose(
 
 
 def resolve(backend: str) -> str:
-    """`backend`, or for "auto" what FASTLORA_BACKEND says. Raises: ConfigError for anything but the three names."""
+    """`backend`, or for "auto" the value of FASTLORA_BACKEND. Raises: ConfigError for anything but the three names."""
     if backend not in BACKENDS:
         raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend != "auto":
@@ -112,10 +111,15 @@ def resolve(backend: str) -> str:
     return _ENVIRONMENT
 
 
-def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) -> Choice | None:
-    """What runs instead of Triton, judged by what does not change from call to call; None if Triton may run.
+def functorch_active() -> bool:
+    """Whether an eager functorch transform runs, which needs plain operations; a compiler traces the autograd functions."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
-    forced: whether Triton was asked for by name; then its interpreter, if it is on, may also run on a CPU.
+
+def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) -> Choice | None:
+    """The torch choice where Triton cannot run, judged by what is the same for every call; None if Triton may run.
+
+    forced: whether Triton was requested by name; its interpreter, if enabled, may then run on a CPU too.
     """
     if device == "cpu" and not (forced and _interpreting()):
         return _CPU
@@ -142,7 +146,7 @@ def launch_choice(
     plan: str | None = None,
     dy: torch.Tensor | None = None,
 ) -> Choice:
-    """The plan and tiles of a call that `why_not_triton` lets pass, or torch where this device or shape has none.
+    """The plan and tiles of a call that `why_not_triton` admits, or torch where this device or shape has no kernels.
 
     plan: one of TRITON_PLANS to force it. dy: (M, N) in the backward pass, whose tiles depend on its alignment.
 
@@ -154,11 +158,12 @@ def launch_choice(
         return _torch("an empty tensor has nothing to launch")
     if device_architecture(x.device) is None:
         return _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
-    precision = float32_precision() if x.dtype == torch.float32 else "ieee"
     # The large product reads x or dy, and its output has rows of n or k elements.
     large, width = (x, n) if dy is None else (dy, k)
     aligned = width % 16 == 0 and _aligned(large) and _aligned(weight)
-    problem = Problem(_bucket(m), n, k, rank, x.element_size(), dropout, precision, aligned)
+    problem = Problem(
+        _bucket(m), n, k, rank, x.element_size(), dropout, product_precision(x), aligned
+    )
     return _plan(x.device, problem, plan)
 
 
@@ -171,7 +176,7 @@ def _bucket(m: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
     arch = device_architecture(device)
-    assert arch is not None  # the caller has looked
+    assert arch is not None  # the caller has checked
     forward, dx = cost.forward_seconds(arch, problem), cost.dx_seconds(arch, problem)
     config = tiles(arch, problem)
     if forced is not None:
@@ -180,7 +185,7 @@ def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
                 f"plan={forced!r} cannot run {problem}: expected one of {sorted(forward)}"
             )
         dx_plan = "split" if forced in ("split", "fused") else "in_place"
-        return Choice("triton", forced, "the plan was asked for", dx_plan, config)
+        return Choice("triton", forced, "the plan was requested", dx_plan, config)
     measured = tuned.lookup(device, problem) if device.type == "cuda" else None
     if measured is not None:
         return Choice(
@@ -192,8 +197,13 @@ def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
     return Choice("triton", ranking[0], reason, min(dx, key=dx.__getitem__), config)
 
 
+def product_precision(x: torch.Tensor) -> str:
+    """The precision of products of x's dtype; it makes a difference to float32 only."""
+    return float32_precision() if x.dtype == torch.float32 else "ieee"
+
+
 def float32_precision() -> str:
-    """How float32 products are made, following torch's switch: "tf32" if it allows that, else "ieee"."""
+    """How float32 products are computed, following torch's switch: "tf32" if it allows that, else "ieee"."""
     matmul = torch.backends.cuda.matmul
     # Since torch 2.9 there are two switches, and the old one may not be read once the new one was set.
     if hasattr(matmul, "fp32_precision"):
@@ -202,7 +212,7 @@ def float32_precision() -> str:
 
 
 def device_architecture(device: torch.device) -> Architecture | None:
-    """The table row of a CUDA device, with its own number of processors; under the interpreter, on a CPU, that of sm_90."""
+    """The table row of a CUDA device, with its own number of SMs; under the interpreter, on a CPU, that of sm_90."""
     return architecture((9, 0)) if device.type == "cpu" else _cuda_architecture(device)
 
 
@@ -220,7 +230,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _aligned(matrix: torch.Tensor) -> bool:
-    """What `Problem.aligned` says, for a tensor whose leading dimensions will be flattened into rows."""
+    """Whether a tensor, once its leading dimensions are flattened into rows, is as `Problem.aligned` requires."""
     pitch = matrix.stride(-2) if matrix.ndim > 1 else matrix.shape[-1]
     return (
         matrix.stride(-1) == 1
@@ -249,6 +259,6 @@ def _has_triton() -> bool:
     return installed is not None and tuple(map(int, installed.split(".")[:2])) >= _OLDEST_TRITON
 
 
-# Read once: a compiler can trace a constant, not a look at the file system or the environment.
+# Read once: a compiler can trace a constant, but no access to the file system or the environment.
 _HAS_TRITON = _has_triton()
 _ENVIRONMENT = os.environ.get("FASTLORA_BACKEND", "auto")

@@ -1,24 +1,25 @@
-"""Autograd glue for linear layers that share their input: one pass over x, and one dropout mask, for all their adapters.
+"""Autograd function of linear layers that share their input: one pass over x, and one dropout mask, for all their adapters.
 
-For layers i with y_i = x W_iᵀ + bias_i + scaling_i · (D(x) A_iᵀ) B_iᵀ, separate calls read x once for each S_i and once for each dA_i, make
+For layers i with y_i = x W_iᵀ + bias_i + scaling_i · (D(x) A_iᵀ) B_iᵀ, separate calls read x once for each S_i and once for each dA_i, compute
 the mask twice for each, and leave the sum of their dx to autograd. Here S is one product with the A_i stacked, dA one with the
-dS_i stacked, and every dx is added where it lies. With Triton the same kernels run that run for one layer (`fastlora.ops.triton_ops`).
+dS_i stacked, and every dx is added in place. With Triton the kernels are those of single layers (`fastlora.ops.triton_ops`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora.ops import linear, reference
+from fastlora.ops.reference import Layer, LowRank, stacked
+
+_TENSORS = 4  # of a member
 
 
-@dataclass(frozen=True)
-class GroupMember:
+class GroupMember(NamedTuple):
     """One layer of a group. weight: (N, K). bias: (N,) or None. lora_a: (R, K). lora_b: (N, R). scaling: the applied factor."""
 
     weight: Tensor
@@ -39,71 +40,24 @@ def lora_linear_group(
     """[`lora_linear(x, …)` for each member], all under the same dropout mask.
 
     x: (..., K), of the weights' dtype. N and R may differ. p, seed: as in `lora_linear`. Under autocast all take its dtype.
-    spent: gets an entry when the backward pass has run, after which the outputs belong to a graph that is gone.
-    triton: run kernels, not torch's operations; only for what `dispatch` lets them take, with ranks of MAX_RANK in all and adapters of
+    spent: gets an entry when the backward pass has run; the outputs then belong to a graph that is freed.
+    triton: run kernels, not torch's operations; only where `dispatch` allows them, with at most MAX_RANK ranks in all and adapters of
         one dtype.
     """
-    to = linear.autocast if linear.autocasts(x) else _same
-    x = to(x)
-    if seed is not None and reference.dropout_threshold(p) == 0:
-        seed = None
+    casts = linear.autocasts(x)
+    x = linear.autocast(x) if casts else x
     tensors: list[Tensor | None] = []
-    for m in members:
-        bias = None if m.bias is None else to(m.bias)
-        a, b = (m.lora_a, m.lora_b) if triton else (m.lora_a.to(x.dtype), m.lora_b.to(x.dtype))
-        tensors += [to(m.weight), bias, a, b]
+    for weight, bias, a, b, _ in members:
+        if casts:
+            weight, bias = linear.autocast(weight), None if bias is None else linear.autocast(bias)
+        # Kernels cast the adapters as they load them.
+        tensors += [weight, bias, *((a, b) if triton else (a.to(x.dtype), b.to(x.dtype)))]
     scalings = tuple(m.scaling for m in members)
-    if torch.is_grad_enabled():
-        return list(_Group.apply(x, seed, p, scalings, spent, triton, *tensors))  # type: ignore[no-untyped-call]
-    return _forward(x, seed, p, scalings, triton, tensors)[0]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _forward(
-    x: Tensor,
-    seed: Tensor | None,
-    p: float,
-    scalings: tuple[float, ...],
-    triton: bool,
-    tensors: Sequence[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """y (..., N) and S (M, R) of each member; the kernels' S holds every factor, torch's none."""
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    weights, biases, lora_as, lora_bs = (tensors[i::4] for i in range(4))
-    if triton:
-        made, s = _kernels().group_forward(
-            flat, weights, biases, lora_as, lora_bs, scalings, p, seed
-        )
-        # Not views of what the kernels made: of several outputs, autograd lets nobody write into views.
-        shapes = [(*x.shape[:-1], y.shape[-1]) for y in made]
-        return [x.new_empty(0).set_(y).resize_(*n) for y, n in zip(made, shapes, strict=True)], s
-    stacked = torch.cat([a for a in lora_as if a is not None])  # [ΣR, K]
-    ranks = [a.shape[0] for a in lora_as if a is not None]
-    s = list(torch.split(linear.down_project(flat, stacked, p, seed), ranks, 1))
-    outputs = []
-    for s_i, scaling, weight, bias, lora_b in zip(
-        s, scalings, weights, biases, lora_bs, strict=True
-    ):
-        assert weight is not None and lora_b is not None
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view of the product, as above
-        rows = y.view(-1, weight.shape[0])
-        if bias is None:
-            torch.mm(flat, weight.T, out=rows)  # [M, K] @ [K, N] -> [M, N]
-        else:
-            torch.addmm(bias, flat, weight.T, out=rows)
-        rows.addmm_(s_i, lora_b.T, alpha=scaling)  # [M, R] @ [R, N]
-        outputs.append(y)
-    return outputs, s
-
-
-def _kernels() -> Any:
-    """The module that launches kernels; Triton is imported when it is first wanted."""
-    from fastlora.ops import triton_ops
-
-    return triton_ops
+    if reference.dropout_threshold(p) == 0:
+        seed = None
+    if not torch.is_grad_enabled():
+        return _forward(x, _layers(tensors, scalings, p, seed), triton)[0]
+    return list(_Group.apply(x, seed, p, scalings, spent, triton, *tensors))  # type: ignore[no-untyped-call]
 
 
 class _Group(torch.autograd.Function):
@@ -120,99 +74,129 @@ class _Group(torch.autograd.Function):
         triton: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs, s = _forward(x, seed, p, scalings, triton, tensors)
+        outputs, s = _forward(x, _layers(tensors, scalings, p, seed), triton)
         ctx.save_for_backward(x, seed, *s, *tensors)
         ctx.p, ctx.scalings, ctx.spent, ctx.triton = p, scalings, spent, triton
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> linear.Gradients:
+        if ctx.spent is not None:
+            ctx.spent.append(True)
         x, seed, *rest = ctx.saved_tensors
         s, tensors = rest[: len(dys)], rest[len(dys) :]
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
-        if ctx.spent is not None:
-            ctx.spent.append(True)
-        flat = x.reshape(-1, x.shape[-1])
-        gradients: list[Tensor | None] = [None] * len(tensors)
-        dx: Tensor | None = None
-        ds_t, stacked, places = [], [], []
-        exact = torch.is_grad_enabled()  # double backward: every product must be seen by autograd
-        kernels = ctx.triton and not exact
-        dropped = reference.apply_dropout(flat, ctx.p, seed) if exact else None
-        used: dict[int, Tensor] = {}
-        for i, (dy, scaling) in enumerate(zip(dys, ctx.scalings, strict=True)):
-            weight, _, lora_a, lora_b = tensors[4 * i : 4 * i + 4]
-            needs_weight, needs_bias, needs_a, needs_b = needs[4 * i : 4 * i + 4]
-            if dy is None:  # an output that nothing used
-                continue
-            dy = dy.reshape(-1, dy.shape[-1])
-            if needs_weight:
-                gradients[4 * i] = dy.T @ flat
-            if needs_bias:
-                gradients[4 * i + 1] = dy.sum(0)
-            if kernels:
-                used[i] = dy.contiguous() if 0 in dy.stride() else dy
-                continue
-            if needs_x:
-                if exact or dx is None:
-                    product = dy @ weight  # [M, N] @ [N, K] -> [M, K]
-                    dx = product if dx is None else dx + product
-                else:
-                    dx.addmm_(dy, weight)
-            if needs_b:
-                s_i = s[i] if dropped is None else dropped @ lora_a.T
-                gradients[4 * i + 3] = scaling * (s_i.T @ dy).T  # ([R, M] @ [M, N])ᵀ -> [N, R]
-            if needs_x or needs_a:
-                ds_t.append(scaling * (lora_b.T.contiguous() @ dy.T))  # [R, N] @ [N, M] -> [R, M]
-                stacked.append(lora_a)
-                places.append((4 * i + 2, lora_a.shape[0], needs_a))
-        if ds_t:
-            all_ds, all_a = torch.cat(ds_t), torch.cat(stacked)  # [ΣR, M], [ΣR, K]
-            needs_a = any(needed for _, _, needed in places)
-            if dropped is None:
-                da = linear.up_project(all_ds, flat, all_a, 1.0, ctx.p, seed, dx, needs_a)
-            else:
-                da = all_ds @ dropped  # [ΣR, M] @ [M, K] -> [ΣR, K]
-                if dx is not None:
-                    dx = dx + reference.apply_dropout(all_ds.T @ all_a, ctx.p, seed)
-            if da is not None:
-                for part, (place, _, needed) in zip(
-                    torch.split(da, [rank for _, rank, _ in places]), places, strict=True
-                ):
-                    gradients[place] = part if needed else None
-        if used:
-            dx = _backward_by_kernels(ctx, flat, seed, s, tensors, used, gradients)
-        return None if dx is None else dx.view(x.shape), None, None, None, None, None, *gradients
+        used = {i: dy for i, dy in enumerate(dys) if dy is not None}
+        if not used:
+            return (None,) * (6 + len(tensors))
+        dx: Tensor | None
+        if torch.is_grad_enabled():
+
+            def composed(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+                layers = _layers(tensors, ctx.scalings, ctx.p, seed)
+                return _composed(x, [layers[i] for i in used], ctx.triton)
+
+            dx, *gradients = linear.exact_gradients(
+                composed, (x, *tensors), (needs_x, *needs), list(used.values())
+            )
+            return dx, None, None, None, None, None, *gradients
+        flat, layers = linear.as_rows(x), _layers(tensors, ctx.scalings, ctx.p, seed)
+        rows = [linear.gradient_rows(dy) for dy in used.values()]
+        needs_a, needs_b = ([needs[_TENSORS * i + at] for i in used] for at in (2, 3))
+        backward = _kernels().group_backward if ctx.triton else _backward
+        chosen = [layers[i] for i in used]
+        dx, das, dbs = backward(
+            rows, flat, chosen, [s[i] for i in used], (needs_x, any(needs_a)), needs_b
+        )
+        gradients = [None] * len(tensors)
+        for i, dy, da, db in zip(used, rows, das, dbs, strict=True):
+            needs_weight, needs_bias, needed, _ = needs[_TENSORS * i : _TENSORS * (i + 1)]
+            gradients[_TENSORS * i : _TENSORS * (i + 1)] = (
+                dy.T @ flat if needs_weight else None,  # [N, M] @ [M, K] -> [N, K]
+                dy.sum(0) if needs_bias else None,
+                da if needed else None,
+                db,
+            )
+        dx = None if dx is None else dx.view(x.shape)
+        return dx, None, None, None, None, None, *gradients
 
 
-def _backward_by_kernels(
-    ctx: Any,
+def _layers(
+    tensors: Sequence[Any], scalings: Sequence[float], p: float, seed: Tensor | None
+) -> list[Layer]:
+    fours = zip(*(tensors[i::_TENSORS] for i in range(_TENSORS)), strict=True)
+    return [
+        Layer(weight, bias, LowRank(a, b, scaling, p, seed))
+        for (weight, bias, a, b), scaling in zip(fours, scalings, strict=True)
+    ]
+
+
+def _kernels() -> Any:
+    """The module that launches kernels; Triton is imported at the first call."""
+    from fastlora.ops import triton_ops
+
+    return triton_ops
+
+
+def _composed(x: Tensor, layers: Sequence[Layer], triton: bool) -> list[Tensor]:
+    """The outputs (..., N) as torch operations that autograd sees."""
+    flat = linear.as_rows(x)
+    keep = linear.keep_mask(flat, layers[0].low, triton)
+    rows = [reference.forward(flat, w, bias, low.to(x.dtype), keep)[0] for w, bias, low in layers]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in rows]
+
+
+def _forward(
+    x: Tensor, layers: Sequence[Layer], triton: bool
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """y (..., N) and S (M, R) of each layer; the kernels' S holds every factor, torch's none."""
+    flat = linear.as_rows(x)  # [M, K]
+    if triton:
+        made, s = _kernels().group_forward(flat, layers)
+        # Not views of the kernels' results: autograd forbids writing into views when a function has several outputs.
+        shapes = [(*x.shape[:-1], y.shape[-1]) for y in made]
+        return [x.new_empty(0).set_(y).resize_(*n) for y, n in zip(made, shapes, strict=True)], s
+    lows = [layer.low for layer in layers]
+    s = torch.split(linear.down_project(flat, stacked(lows)), [low.rank() for low in lows], 1)
+    outputs = []
+    for s_i, (weight, bias, low) in zip(s, layers, strict=True):
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view of the product, as above
+        rows = y.view(-1, weight.shape[0])
+        if bias is None:
+            torch.mm(flat, weight.T, out=rows)  # [M, K] @ [K, N] -> [M, N]
+        else:
+            torch.addmm(bias, flat, weight.T, out=rows)
+        rows.addmm_(s_i, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N]
+        outputs.append(y)
+    return outputs, s
+
+
+def _backward(
+    dys: Sequence[Tensor],
     x: Tensor,
-    seed: Tensor | None,
+    layers: Sequence[Layer],
     s: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    dys: dict[int, Tensor],
-    gradients: list[Tensor | None],
-) -> Tensor | None:
-    """dx, from the outputs' gradients by member; the adapters' gradients go to their places in `gradients`."""
-    needs = ctx.needs_input_grad[6:]
-    needs_a, needs_b = [needs[4 * i + 2] for i in dys], [needs[4 * i + 3] for i in dys]
-    dx, dlora_as, dlora_bs = _kernels().group_backward(
-        list(dys.values()),
-        x,
-        [tensors[4 * i] for i in dys],
-        [tensors[4 * i + 2] for i in dys],
-        [tensors[4 * i + 3] for i in dys],
-        [s[i] for i in dys],
-        [ctx.scalings[i] for i in dys],
-        ctx.p,
-        seed,
-        ctx.needs_input_grad[0],
-        any(needs_a),
-        needs_b,
-    )
-    for i, needed, dlora_a, dlora_b in zip(dys, needs_a, dlora_as, dlora_bs, strict=True):
-        gradients[4 * i + 2] = dlora_a if needed else None
-        gradients[4 * i + 3] = dlora_b
-    return None if dx is None else cast(Tensor, dx)
+    needs: tuple[bool, bool],
+    needs_b: Sequence[bool],
+) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
+    """dx (M, K), [dA (R, K)] and [dB (N, R)], None for what is not needed. needs: of dx and of any dA."""
+    needs_x, needs_a = needs
+    dx: Tensor | None = None
+    das: Sequence[Tensor | None] = [None] * len(dys)
+    dbs: list[Tensor | None] = []
+    ds_t = []
+    for dy, (weight, _, low), s_i, needs_db in zip(dys, layers, s, needs_b, strict=True):
+        if needs_x:
+            # dx += dy @ weight  # [M, N] @ [N, K] -> [M, K]
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        # ([R, M] @ [M, N])ᵀ -> [N, R]
+        dbs.append(linear.scaled_product(s_i.T, dy, low.scaling, low.b.T).T if needs_db else None)
+        if needs_x or needs_a:
+            ds_t.append(low.scaling * (low.b.T.contiguous() @ dy.T))  # [R, N] @ [N, M] -> [R, M]
+    if ds_t:
+        lows = [layer.low for layer in layers]
+        da = linear.up_project(torch.cat(ds_t), x, stacked(lows), dx, needs_a)
+        if da is not None:
+            das = torch.split(da, [low.rank() for low in lows])
+    return dx, das, dbs

@@ -1,11 +1,12 @@
-"""Autograd glue: `lora_linear`, the function behind `LoRALinear`.
+"""Autograd functions of one layer: `lora_linear`, the function behind `LoRALinear`, and `lora_update`.
 
 What autograd would save for `x Wᵀ + scaling · (D(x) Aᵀ) Bᵀ` is x, D(x) and the dropout mask, besides the small S. The
-function here saves x (which the caller holds anyway), S (M, R) and a seed of 8 bytes, and makes the mask again.
+functions here save x (which the caller holds anyway), S (M, R) and a seed of 8 bytes, and recompute the mask.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
-from fastlora.ops import reference
+from fastlora.ops import cpu_dropout, reference
 from fastlora.ops.cpu_dropout import keep_blocks, zero_dropped
-from fastlora.ops.dispatch import choose
+from fastlora.ops.dispatch import choose, functorch_active
+from fastlora.ops.reference import LowRank
+
+Gradients = tuple[Tensor | None, ...]
 
 
 def lora_linear(
@@ -35,7 +39,8 @@ def lora_linear(
     x: (..., K), any float dtype, any strides, empty allowed. weight: (N, K) and bias: (N,) or None, of x's dtype.
     lora_a: (R, K) and lora_b: (N, R), any float dtype: they are cast to x's dtype, x never is.
     scaling: the applied factor, alpha / rank. p: dropout probability, 0 ≤ p < 1, used only if `seed` is given.
-    seed: 0-d int64 tensor on x's device or the CPU; the mask is `reference.keep_mask(seed, p, M, K)`.
+    seed: 0-d int64 tensor on x's device or the CPU. One device drops the same elements for the same seed, whether the call is compiled,
+    transformed by functorch or neither; `keep_mask` says which.
     Returns y (..., N) in x's dtype, newly allocated. Under autocast all of them take the autocast dtype.
 
     Raises: ConfigError if shapes, dtypes or devices do not fit; BackendError if `backend` cannot run.
@@ -44,22 +49,18 @@ def lora_linear(
         x, weight = autocast(x), autocast(weight)
         bias = None if bias is None else autocast(bias)
     _check(x, weight, bias, lora_a, lora_b)
-    if seed is not None and reference.dropout_threshold(p) == 0:
-        seed = None
+    low = low_rank(lora_a, lora_b, scaling, p, seed)
     choice = choose(
-        x, weight, lora_a.shape[0], dropout=seed is not None, backend=backend, with_plan=False
+        x, weight, low.rank(), dropout=low.seed is not None, backend=backend, with_plan=False
     )
     triton = choice.backend == "triton"
     if not triton and (lora_a.dtype != x.dtype or lora_b.dtype != x.dtype):
-        lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # kernels cast as they load
+        low = low.to(x.dtype)  # kernels cast as they load
     if choice.plan == "composed":
-        flat, _ = reference.forward(as_rows(x), weight, bias, lora_a, lora_b, scaling, p, seed)
-        return _shaped_as(x, flat)
+        return _composed(x, weight, bias, low)
     if not torch.is_grad_enabled():
-        return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed, triton)[0]
-    y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, lora_a, lora_b, scaling, p, seed, triton
-    )
+        return _forward(x, weight, bias, None, low, triton)[0]
+    y: Tensor = _LoRALinear.apply(x, weight, bias, None, triton, *low)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -76,195 +77,201 @@ def lora_update(
 
     x is cast to y's dtype. Saved for the backward pass: x, S and the seed, as in `lora_linear`.
     """
-    if autocasts(y):  # y's dtype is the wrapped layer's choice; autocast would make another of it
+    if autocasts(y):  # the result keeps y's dtype, which the wrapped layer chose
         with torch.autocast(y.device.type, enabled=False):
             return lora_update(y, x, lora_a, lora_b, scaling, p, seed)
-    x, lora_a, lora_b = x.to(y.dtype), lora_a.to(y.dtype), lora_b.to(y.dtype)
-    if torch.is_grad_enabled() and (
-        torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
-    ):
-        z: Tensor = _LoRAUpdate.apply(y, x, lora_a, lora_b, scaling, p, seed)  # type: ignore[no-untyped-call]
-        return z
-    flat = x.reshape(-1, x.shape[-1])
-    s = reference.apply_dropout(flat, p, seed) @ lora_a.T  # [M, K] @ [K, R] -> [M, R]
-    return y + (scaling * (s @ lora_b.T)).view(y.shape)
+    x, low = x.to(y.dtype), low_rank(lora_a, lora_b, scaling, p, seed).to(y.dtype)
+    if functorch_active():
+        return y + _composed(x, None, None, low)
+    if not torch.is_grad_enabled():
+        return _forward(x, None, None, y, low)[0]
+    z: Tensor = _LoRALinear.apply(x, None, None, y, False, *low)  # type: ignore[no-untyped-call]
+    return z
+
+
+def low_rank(
+    lora_a: Tensor, lora_b: Tensor, scaling: float, p: float, seed: Tensor | None
+) -> LowRank:
+    """The value of these arguments, without a seed if p' is 0."""
+    drops = seed is not None and reference.dropout_threshold(p) > 0
+    return LowRank(lora_a, lora_b, scaling, p, seed if drops else None)
+
+
+def keep_mask(x: Tensor, low: LowRank, triton: bool = False) -> Tensor | None:
+    """The elements of x (M, K) that a call keeps, (M, K) bool; None without dropout. The one place that says which mask a call uses.
+
+    On a CPU it is that of `cpu_dropout`; on every other device, and in the Triton kernels wherever they run, `reference.keep_mask`.
+    """
+    if low.seed is None:
+        return None
+    if x.device.type == "cpu" and not triton:
+        mask: Tensor = cpu_dropout.keep_mask(low.seed, low.p, x.shape[0], x.shape[1])
+        return mask
+    return reference.keep_mask(low.seed, low.p, x.shape[0], x.shape[1], device=x.device)
+
+
+def _in_blocks(x: Tensor) -> bool:
+    """Whether dropout works through x in cache-sized blocks: on a CPU, but not in a graph, where the mask is one operator."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Plan `in_place`. `forward(ctx, …)` rather than `setup_context`, which costs tens of microseconds a call."""
+    """`lora_linear`, or `lora_update` of `base`, where weight and bias are None.
+
+    `forward(ctx, …)` rather than `setup_context`, which costs tens of microseconds a call.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        p: float,
-        seed: Tensor | None,
+        base: Tensor | None,
         triton: bool,
+        *path: Any,
     ) -> Tensor:
-        y, s = _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed, triton)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed)
-        ctx.scaling, ctx.p, ctx.triton = scaling, p, triton
+        low = LowRank(*path)
+        y, s = _forward(x, weight, bias, base, low, triton)
+        ctx.save_for_backward(x, weight, low.a, low.b, s, low.seed)
+        ctx.scaling, ctx.p, ctx.triton = low.scaling, low.p, triton
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
-        scaling, p = ctx.scaling, ctx.p
-        flat, dy = as_rows(x), as_rows(dy)
-        # An expanded gradient would be copied by each GEMM below; older compilers trace no question about strides.
-        if not torch.compiler.is_compiling() and 0 in dy.stride():
-            dy = dy.contiguous()
-        dx = dlora_a = dlora_b = None
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, weight, a, b, s, seed = ctx.saved_tensors
+        scaling, p, triton = ctx.scaling, ctx.p, ctx.triton
+        needs_x, needs_w, needs_bias, needs_base, _, needs_a, needs_b = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():
-            # Double backward: every product must be seen by autograd, S included, which was made out of its sight.
-            a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-            s = reference.apply_dropout(flat, p, seed) @ a.T
-            dx, dlora_a, dlora_b = reference.backward(dy, flat, weight, a, b, s, scaling, p, seed)
-        elif ctx.triton:
-            needs = (needs_x, needs_a, needs_b)
-            made = iter(
-                _triton().lora_backward(
-                    dy, flat, weight, lora_a, lora_b, s, scaling, p, seed, *needs
-                )
-            )
-            dx, dlora_a, dlora_b = (next(made) if needed else None for needed in needs)
+
+            def composed(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
+                low = LowRank(a, b, scaling, p, seed).to(x.dtype)
+                return [_composed(x, weight, None, low, triton)]
+
+            needs = (needs_x, needs_w, needs_a, needs_b)
+            dx, dweight, da, db = exact_gradients(composed, (x, weight, a, b), needs, [dy])
         else:
-            if needs_b:
-                dlora_b = _scaled_product(s.T, dy, scaling, lora_b.T).T
-            if needs_x:
-                dx = dy @ weight  # [M, N] @ [N, K] -> [M, K]
-            if needs_x or needs_a:
-                ds_t = lora_b.T @ dy.T  # [R, N] @ [N, M] -> [R, M]
-                dlora_a = up_project(ds_t, flat, lora_a, scaling, p, seed, dx, needs_a)
-        dweight = dy.T @ flat if needs_weight else None  # [N, M] @ [M, K] -> [N, K]
-        dbias = dy.sum(0) if needs_bias else None
-        dx = None if dx is None else _shaped_as(x, dx)
-        return dx, dweight, dbias, dlora_a, dlora_b, None, None, None, None
+            low, flat, rows = LowRank(a, b, scaling, p, seed), as_rows(x), gradient_rows(dy)
+            if triton:
+                wanted = (needs_x, needs_a, needs_b)
+                made = iter(_triton().lora_backward(rows, flat, weight, s, *low, *wanted))
+                dx, da, db = (next(made) if one else None for one in wanted)
+            else:
+                dx = da = db = None
+                if needs_x:  # [M, N] @ [N, K] -> [M, K]
+                    dx = torch.zeros_like(flat) if weight is None else rows @ weight
+                if needs_b:  # ([R, M] @ [M, N])ᵀ -> [N, R]
+                    db = scaled_product(s.T, rows, scaling, b.T).T
+                if needs_x or needs_a:
+                    da = up_project(b.T @ rows.T, flat, low, dx, needs_a)
+            dx = None if dx is None else _shaped_as(x, dx)
+            dweight = rows.T @ flat if needs_w else None  # [N, M] @ [M, K] -> [N, K]
+        dbias = as_rows(dy).sum(0) if needs_bias else None
+        return dx, dweight, dbias, dy if needs_base else None, None, da, db, None, None, None
 
 
-class _LoRAUpdate(torch.autograd.Function):
-    """`lora_update`, saving what `_LoRALinear` saves."""
+def exact_gradients(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    dys: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of `function(*inputs)` for dys, with respect to the inputs that `needs` marks, differentiable themselves.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        p: float,
-        seed: Tensor | None,
-    ) -> Tensor:
-        s = down_project(as_rows(x), lora_a, p, seed)  # [M, R]
-        ctx.save_for_backward(x, lora_a, lora_b, s, seed)
-        ctx.scaling, ctx.p = scaling, p
-        # [M, N] + [M, R] @ [R, N]
-        return _shaped_as(y, torch.addmm(as_rows(y), s, lora_b.T, alpha=scaling))
+    For a double backward, in which autograd has to see every product; it has not seen how S was computed.
+    """
+    with torch.enable_grad():
+        # Views, so that the gradient of one input does not flow through another that was computed from it.
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        outputs = function(*views)
+    wanted = [v for v, needed in zip(views, needs, strict=True) if v is not None and needed]
+    found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in needs]
 
-    @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_a, lora_b, s, seed = ctx.saved_tensors
-        _, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
-        flat, dy = as_rows(x), as_rows(dz)
-        dx = dlora_a = dlora_b = None
-        if torch.is_grad_enabled():  # double backward, as in `_LoRALinear`
-            dropped = reference.apply_dropout(flat, ctx.p, seed)
-            ds = ctx.scaling * (dy @ lora_b)  # [M, N] @ [N, R] -> [M, R]
-            dx = reference.apply_dropout(ds @ lora_a, ctx.p, seed)
-            dlora_a, dlora_b = ds.T @ dropped, ctx.scaling * (dy.T @ (dropped @ lora_a.T))
-        else:
-            if needs_b:
-                dlora_b = _scaled_product(s.T, dy, ctx.scaling, lora_b.T).T
-            if needs_x or needs_a:
-                dx = torch.zeros_like(flat) if needs_x else None
-                ds_t = lora_b.T @ dy.T  # [R, N] @ [N, M] -> [R, M]
-                dlora_a = up_project(ds_t, flat, lora_a, ctx.scaling, ctx.p, seed, dx, needs_a)
-        return dz, None if dx is None else _shaped_as(x, dx), dlora_a, dlora_b, None, None, None
+
+def _composed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, low: LowRank, triton: bool = False
+) -> Tensor:
+    """`lora_linear` as torch operations that autograd and functorch see; the low-rank product alone if weight is None."""
+    flat = as_rows(x)
+    keep = keep_mask(flat, low, triton)
+    if weight is not None:
+        return _shaped_as(x, reference.forward(flat, weight, bias, low, keep)[0])
+    s = reference.apply_dropout(flat, low, keep) @ low.a.T  # [M, K] @ [K, R] -> [M, R]
+    return _shaped_as(x, low.scaling * (s @ low.b.T))
 
 
 def _forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    triton: bool,
+    base: Tensor | None,
+    low: LowRank,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y (..., N) and S (M, R); the kernels' S holds every factor, torch's none."""
     flat = as_rows(x)  # [M, K]
     if triton:
-        y, s = _triton().lora_forward(flat, weight, bias, lora_a, lora_b, scaling, p, seed)
+        y, s = _triton().lora_forward(flat, weight, bias, *low)
         return _shaped_as(x, y), s
-    s = down_project(flat, lora_a, p, seed)  # [M, R]
-    y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-    y.addmm_(s, lora_b.T, alpha=scaling)  # [M, R] @ [R, N] -> [M, N]
+    s = down_project(flat, low)  # [M, R]
+    if base is not None:
+        y = torch.addmm(as_rows(base), s, low.b.T, alpha=low.scaling)  # [M, N] + [M, R] @ [R, N]
+    else:
+        assert weight is not None
+        y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
+        y.addmm_(s, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N] -> [M, N]
     return _shaped_as(x, y), s
 
 
 def _triton() -> Any:
-    """The namespace of the Triton operators; Triton is imported when they are first wanted."""
+    """The namespace of the Triton operators; Triton is imported at the first call."""
     import fastlora.ops.triton_ops  # noqa: F401
 
     return torch.ops.fastlora
 
 
-def down_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def down_project(x: Tensor, low: LowRank) -> Tensor:
     """S = D(x) Aᵀ, [M, K] @ [K, R] -> [M, R]."""
-    if seed is None:
-        return x @ lora_a.T
+    if low.seed is None:
+        return x @ low.a.T
     if not _in_blocks(x):
-        return reference.apply_dropout(x, p, seed) @ lora_a.T
-    s = x.new_empty(x.shape[0], lora_a.shape[0])
-    for rows, keep, (kept, _) in keep_blocks(int(seed), p, x.shape[0], x.shape[1], x.dtype):
-        torch.mm(zero_dropped(x[rows], keep, kept), lora_a.T, out=s[rows])
-    return s.mul_(reference.keep_scale(p))
+        return reference.apply_dropout(x, low, keep_mask(x, low)) @ low.a.T
+    s = x.new_empty(x.shape[0], low.rank())
+    for rows, keep, work in keep_blocks(x, low.p, low.seed):
+        torch.mm(zero_dropped(x[rows], keep, work), low.a.T, out=s[rows])
+    return s.mul_(reference.keep_scale(low.p))
 
 
 def up_project(
-    ds_t: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    dx: Tensor | None,
-    needs_a: bool,
+    ds_t: Tensor, x: Tensor, low: LowRank, dx: Tensor | None, needs_a: bool
 ) -> Tensor | None:
     """Add keep ∘ (dS A) / (1 − p') into dx (unless None) and return dA = dSᵀ D(x) (or None), one mask for both.
 
     ds_t: dSᵀ / scaling (R, M), the layout in which both products are fast; they apply the factor.
     """
-    if seed is None:
+    if low.seed is None:
         if dx is not None:
-            dx.addmm_(ds_t.T, lora_a, alpha=scaling)  # [M, R] @ [R, K] -> [M, K]
-        return _scaled_product(ds_t, x, scaling, lora_a) if needs_a else None
-    ds_t = ds_t * (scaling * reference.keep_scale(p) if _in_blocks(x) else scaling)
+            dx.addmm_(ds_t.T, low.a, alpha=low.scaling)  # [M, R] @ [R, K] -> [M, K]
+        return scaled_product(ds_t, x, low.scaling, low.a) if needs_a else None
     if not _in_blocks(x):
+        ds_t, keep = ds_t * low.scaling, keep_mask(x, low)
         if dx is not None:
-            dx += reference.apply_dropout(ds_t.T @ lora_a, p, seed)
-        return ds_t @ reference.apply_dropout(x, p, seed) if needs_a else None
+            dx += reference.apply_dropout(ds_t.T @ low.a, low, keep)
+        return ds_t @ reference.apply_dropout(x, low, keep) if needs_a else None
+    ds_t = ds_t * low.scale()
     ds = ds_t.T.contiguous()  # [M, R]: rows of it make the small products in about half the time
-    dlora_a = torch.zeros_like(lora_a) if needs_a else None
-    for rows, keep, (product, kept) in keep_blocks(int(seed), p, x.shape[0], x.shape[1], x.dtype):
+    da = torch.zeros_like(low.a) if needs_a else None
+    for rows, keep, work in keep_blocks(x, low.p, low.seed):
         if dx is not None:
-            torch.mm(ds[rows], lora_a, out=product)
-            dx[rows] += zero_dropped(product, keep, kept)
-        if dlora_a is not None:
-            dlora_a.addmm_(ds_t[:, rows], zero_dropped(x[rows], keep, kept))
-    return dlora_a
+            torch.mm(ds[rows], low.a, out=work)
+            dx[rows].add_(zero_dropped(work, keep, work))
+        if da is not None:
+            da.addmm_(ds_t[:, rows], zero_dropped(x[rows], keep, work))
+    return da
 
 
-def _scaled_product(one: Tensor, other: Tensor, scaling: float, shape: Tensor) -> Tensor:
+def scaled_product(one: Tensor, other: Tensor, scaling: float, shape: Tensor) -> Tensor:
     """scaling · one @ other as one operation; it has the shape of `shape`, whose values are not read."""
     return torch.addmm(shape, one, other, beta=0, alpha=scaling)
 
@@ -279,9 +286,11 @@ def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
     return rows if x.ndim == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
 
 
-def _in_blocks(x: Tensor) -> bool:
-    """Whether dropout works through x in cache-sized blocks: on a CPU, unless a compiler fuses the plain expression."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def gradient_rows(dy: Tensor) -> Tensor:
+    """dy (..., N) as (M, N). An expanded gradient, which every product would copy again, is copied once."""
+    dy = as_rows(dy)
+    # Older compilers trace no question about strides.
+    return dy.contiguous() if not torch.compiler.is_compiling() and 0 in dy.stride() else dy
 
 
 def autocasts(x: Tensor) -> bool:
@@ -305,10 +314,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
         raise ConfigError(f"x: expected the weight's device {weight.device}, got {x.device}")
     if lora_a.ndim != 2 or lora_a.shape[1] != k:
         raise ConfigError(f"lora_a: expected (R, K={k}), got {tuple(lora_a.shape)}")
-    if lora_b.shape != (n, lora_a.shape[0]):
-        raise ConfigError(
-            f"lora_b: expected (N={n}, R={lora_a.shape[0]}), got {tuple(lora_b.shape)}"
-        )
+    r = lora_a.shape[0]
+    if lora_b.shape != (n, r):
+        raise ConfigError(f"lora_b: expected (N={n}, R={r}), got {tuple(lora_b.shape)}")
     if bias is not None and bias.shape != (n,):
         raise ConfigError(f"bias: expected (N={n},), got {tuple(bias.shape)}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):

@@ -4,8 +4,9 @@
     dS = scaling · dy B                      dB = scaling · dyᵀ S
     dA = dSᵀ D(x)                            dx = dy W + keep ∘ (dS A) / (1 − p')
 
-`keep` is not stored anywhere. It is a pure function of (seed, row, column), computed with Philox-4x32-10, so it does
-not depend on how the work is tiled, and a kernel can make the same bits again in the backward pass.
+`keep` is not stored: it is a pure function of (seed, row, column), so it does not depend on how the work is tiled, and the backward
+pass computes the same bits again. `keep_mask` below uses Philox-4x32-10, as the kernels do. Calls on a CPU have a mask of their
+own (`fastlora.ops.cpu_dropout`), which `forward` and `backward` take as an argument.
 
 Every function works for any float dtype and device and is differentiable by autograd. Nothing here is tuned.
 
@@ -13,6 +14,9 @@ Source: Hu et al., LoRA (2106.09685); Salmon et al., Parallel random numbers: as
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +27,6 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 LANES = 8  # one call gives four 32-bit words, that is eight 16-bit lanes
-
-Key = tuple[Tensor | int, Tensor | int]
 
 
 def dropout_threshold(p: float) -> int:
@@ -37,6 +39,45 @@ def keep_scale(p: float) -> float:
     return 65536 / (65536 - dropout_threshold(p))
 
 
+class LowRank(NamedTuple):
+    """The low-rank path of one call: scaling · (D(x) Aᵀ) Bᵀ.
+
+    a: (R, K). b: (N, R). scaling: the applied factor, alpha / rank. p: dropout probability, 0 ≤ p < 1, quantised to multiples of 2⁻¹⁶.
+    seed: 0-d int64 tensor, or None for no dropout.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    p: float = 0.0
+    seed: Tensor | None = None
+
+    # Methods rather than properties: torch 2.6 does not trace properties of a named tuple.
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def scale(self) -> float:
+        """Every factor of the path: `scaling`, and 1 / (1 − p') where there is dropout."""
+        return self.scaling if self.seed is None else self.scaling * keep_scale(self.p)
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same with both factors in `dtype`."""
+        return LowRank(self.a.to(dtype), self.b.to(dtype), self.scaling, self.p, self.seed)
+
+
+class Layer(NamedTuple):
+    """A layer in a call. weight: (N, K). bias: (N,) or None. In a group every `low` has the same p and seed."""
+
+    weight: Tensor
+    bias: Tensor | None
+    low: LowRank
+
+
+def stacked(lows: Sequence[LowRank]) -> LowRank:
+    """One path with every A_i (ΣR, K), for the products of x, which read neither B nor the scalings; those are in S_i and dS_i."""
+    return lows[0]._replace(a=torch.cat([low.a for low in lows]), scaling=1.0)
+
+
 def philox_4x32(
     seed: Tensor | int, c0: Tensor, c1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,23 +86,17 @@ def philox_4x32(
     c0, c1: int64 tensors with values in [0, 2³²), broadcast against each other.
     Returns four int64 tensors whose low 32 bits are the random words; the bits above are undefined.
     """
-    return philox_rounds(c0, c1, (seed & MASK32, (seed >> 32) & MASK32), ROUNDS)[:4]
-
-
-def philox_rounds(
-    c0: Tensor, c1: Tensor, key: Key, rounds: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Key]:
-    """The first `rounds` rounds from the counter (c0, c1, 0, 0): the four words, and the key of the next round."""
-    # 32-bit unsigned words live in int64. A product of two of them wraps to the right 64 bits, and `>>` being an
-    # arithmetic shift only soils bits that the next `& MASK32` clears. Early rounds stay small by broadcasting.
+    # 32-bit unsigned words live in int64. A product of two of them wraps to the right 64 bits, and what the arithmetic
+    # shift `>>` leaves in the high bits is cleared by the next `& MASK32`. Early rounds stay small by broadcasting.
+    key_0, key_1 = seed & MASK32, (seed >> 32) & MASK32
     c2 = c3 = torch.zeros_like(c0)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         product_0, product_1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0 = ((product_1 >> 32) ^ c1 ^ key[0]) & MASK32
-        c2 = ((product_0 >> 32) ^ c3 ^ key[1]) & MASK32
+        c0 = ((product_1 >> 32) ^ c1 ^ key_0) & MASK32
+        c2 = ((product_0 >> 32) ^ c3 ^ key_1) & MASK32
         c1, c3 = product_1, product_0
-        key = ((key[0] + KEY_STEPS[0]) & MASK32, (key[1] + KEY_STEPS[1]) & MASK32)
-    return c0, c1, c2, c3, key
+        key_0, key_1 = (key_0 + KEY_STEPS[0]) & MASK32, (key_1 + KEY_STEPS[1]) & MASK32
+    return c0, c1, c2, c3
 
 
 def keep_mask(
@@ -91,51 +126,38 @@ def keep_mask(
     return (lanes.view(rows, groups * LANES) >= dropout_threshold(p) - 32768)[:, :cols]
 
 
-def apply_dropout(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
-    """D(x) for x (M, K). A dropped element is exactly 0, whatever it was. `seed` None or p 0 returns x itself."""
-    if seed is None or dropout_threshold(p) == 0:
+def apply_dropout(x: Tensor, low: LowRank, keep: Tensor | None = None) -> Tensor:
+    """D(x) for x (M, K). A dropped element is exactly 0, whatever it was. Without a seed, or with p' = 0, D(x) is x itself.
+
+    keep: (M, K) bool, the mask to apply; None applies `keep_mask`.
+    """
+    if low.seed is None or dropout_threshold(low.p) == 0:
         return x
-    keep = keep_mask(seed, p, x.shape[0], x.shape[1], device=x.device)
-    return torch.where(keep, x, 0.0) * keep_scale(p)
+    if keep is None:
+        keep = keep_mask(low.seed, low.p, x.shape[0], x.shape[1], device=x.device)
+    return torch.where(keep, x, 0.0) * keep_scale(low.p)
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float = 0.0,
-    seed: Tensor | int | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + bias + scaling · (D(x) Aᵀ) Bᵀ.
 
-    x: (M, K). weight: (N, K). bias: (N,) or None. lora_a: (R, K). lora_b: (N, R). All of one float dtype and device.
+    x: (M, K). weight: (N, K). bias: (N,) or None. low: of x's dtype and device. keep: as in `apply_dropout`.
     Returns y (M, N) and S = D(x) Aᵀ (M, R), which the backward pass needs.
     """
-    s = apply_dropout(x, p, seed) @ lora_a.T  # [M, K] @ [K, R] -> [M, R]
+    s = apply_dropout(x, low, keep) @ low.a.T  # [M, K] @ [K, R] -> [M, R]
     y = torch.nn.functional.linear(x, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-    return y + scaling * (s @ lora_b.T), s
+    return y + low.scaling * (s @ low.b.T), s
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scaling: float,
-    p: float = 0.0,
-    seed: Tensor | int | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor, low: LowRank, s: Tensor, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients (dx, dlora_a, dlora_b) of `forward` for dy (M, N); `s` is what `forward` returned."""
-    ds = scaling * (dy @ lora_b)  # [M, N] @ [N, R] -> [M, R]
-    dlora_b = scaling * (dy.T @ s)  # [N, M] @ [M, R] -> [N, R]
-    dlora_a = ds.T @ apply_dropout(x, p, seed)  # [R, M] @ [M, K] -> [R, K]
-    # The mask of D acts on dS A just as it did on x: D is linear and diagonal.
-    dx = dy @ weight + apply_dropout(
-        ds @ lora_a, p, seed
-    )  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]
+    """The gradients (dx, dA, dB) of `forward` for dy (M, N); `s` is what `forward` returned."""
+    ds = low.scaling * (dy @ low.b)  # [M, N] @ [N, R] -> [M, R]
+    dlora_b = low.scaling * (dy.T @ s)  # [N, M] @ [M, R] -> [N, R]
+    dlora_a = ds.T @ apply_dropout(x, low, keep)  # [R, M] @ [M, K] -> [R, K]
+    # D is linear and diagonal, so the same mask applies to dS A.
+    dx = dy @ weight + apply_dropout(ds @ low.a, low, keep)  # [M, N] @ [N, K] + [M, R] @ [R, K]
     return dx, dlora_a, dlora_b

@@ -1,7 +1,7 @@
 """The two torch operators behind the Triton path: each launches all kernels of one direction.
 
     fastlora::lora_forward    (y, S)            S holds every factor of the low-rank path, see `kernels.forward`
-    fastlora::lora_backward   [dx, dA, dB]      only those that are asked for
+    fastlora::lora_backward   [dx, dA, dB]      only those that are needed
 
 torch.compile sees an operator, not kernels, so it neither breaks the graph nor compiles again for another shape: plan and
 tiles are chosen inside, when the sizes are known. Importing this module imports Triton.
@@ -18,20 +18,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.kernels.backward import dy_pass, x_pass
-from fastlora.kernels.config import DY_RANK
+from fastlora.kernels.config import DY_RANK, Tiles
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
+from fastlora.kernels.tiles import NO_MASK, Mask
 from fastlora.ops import dispatch, reference
-from fastlora.ops.dispatch import Choice
+from fastlora.ops.dispatch import Choice, product_precision
+from fastlora.ops.reference import Layer, LowRank, stacked
 
-_LIBRARY = torch.library.Library("fastlora", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
+# The fields of `LowRank`, which the dispatcher must see one by one.
+_PATH = "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed"
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float p, "
-    "Tensor? seed, str? plan=None) -> (Tensor, Tensor)"
+    f"lora_forward(Tensor x, Tensor weight, Tensor? bias, {_PATH}, str? plan=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "lora_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, float scaling, float p, "
-    "Tensor? seed, bool needs_x, bool needs_a, bool needs_b, str? plan=None) -> Tensor[]"
+    f"lora_backward(Tensor dy, Tensor x, Tensor weight, Tensor s, {_PATH}, "
+    "bool needs_x, bool needs_a, bool needs_b, str? plan=None) -> Tensor[]"
 )
 
 
@@ -47,9 +50,10 @@ def _forward(
     plan: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), for x (M, K). plan: one of `dispatch.TRITON_PLANS`, or None to choose."""
-    choice = dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None, plan)
+    low = LowRank(lora_a, lora_b, scaling, p, seed)
+    choice = dispatch.launch_choice(x, weight, low.rank(), seed is not None, plan)
     with _current(x):
-        return run_forward(choice, x, weight, bias, lora_a, lora_b, scaling, p, seed)
+        return run_forward(choice, x, weight, bias, low)
 
 
 def run_forward(
@@ -57,57 +61,44 @@ def run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
+    low: LowRank,
     s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, N) and S (M, R) by the plan and the tiles of `choice`. s: S for `split` or `in_place`, if it is made already."""
-    scale, mask = _factors(x, scaling, p, seed)
-    if choice.config is None:  # a shape or device without kernels
-        s = (_kept(x, p, seed) @ lora_a.to(x.dtype).T) * scale
-        return F.linear(x, weight, bias) + s @ lora_b.to(x.dtype).T, s
-    config = choice.config
-    precision = _precision(x)
+    """y (M, N) and S (M, R) by the plan and the tiles of `choice`. s: S for `split` or `in_place`, if it is computed already."""
+    config, precision = choice.config, product_precision(x)
+    if config is None:  # a shape or device without kernels
+        y, s = reference.forward(x, weight, bias, low.to(x.dtype))
+        return y, s * low.scaling
     bias = None if bias is None else bias.contiguous()
     if choice.plan == "decode":
         y, s = decode(
-            x, weight, bias, lora_a, lora_b, config.decode, scale=scale, precision=precision, **mask
-        )
+            x, weight, bias, low.a, low.b, config.decode,
+            scale=low.scale(), mask=_mask(x, low), precision=precision,
+        )  # fmt: skip
         return y, s
     if choice.plan == "fused":
-        s = x.new_empty(x.shape[0], lora_a.shape[0])
+        s = x.new_empty(x.shape[0], low.rank())
         # A is read once for every tile of columns, next to W: cast before, it streams as W does.
-        lora_a = lora_a.to(x.dtype)
+        lora_a = low.a.to(x.dtype)
         y = rank_gemm(
-            x,
-            weight,
-            bias,
-            s,
-            lora_b,
-            config.fused,
-            lora_a=lora_a,
-            scale=scale,
-            precision=precision,
-        )
+            x, weight, bias, s, low.b, config.fused, lora_a=lora_a, scale=low.scale(), precision=precision
+        )  # fmt: skip
         return y, s
     if s is None:
-        s = down_project(x, lora_a, config.down, scale=scale, precision=precision, **mask)
+        s = _down_project(x, low, config)
     if choice.plan == "split":
-        return rank_gemm(x, weight, bias, s, lora_b, config.split, precision=precision), s
+        return rank_gemm(x, weight, bias, s, low.b, config.split, precision=precision), s
     y = F.linear(x, weight, bias)
-    return rank_update_(y, s, lora_b, config.update, precision=precision), s
+    return rank_update_(y, s, low.b, config.update, precision=precision), s
 
 
 def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
+    s: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    s: Tensor,
     scaling: float,
     p: float,
     seed: Tensor | None,
@@ -117,10 +108,10 @@ def _backward(
     plan: str | None = None,
 ) -> list[Tensor]:
     """Those of dx (M, K), dA (R, K), dB (N, R) that are needed, in this order; `s` is what `_forward` returned."""
-    choice = dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None, plan, dy)
-    needs = (needs_x, needs_a, needs_b)
+    low = LowRank(lora_a, lora_b, scaling, p, seed)
+    choice = dispatch.launch_choice(x, weight, low.rank(), seed is not None, plan, dy)
     with _current(x):
-        return run_backward(choice, dy, x, weight, lora_a, lora_b, s, scaling, p, seed, needs)
+        return run_backward(choice, dy, x, weight, s, low, (needs_x, needs_a, needs_b))
 
 
 def run_backward(
@@ -128,150 +119,107 @@ def run_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
     s: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
+    low: LowRank,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> list[Tensor]:
-    """Those of dx, dA and dB that `needs` asks for, by the plan and the tiles of `choice`."""
+    """Those of dx, dA and dB that `needs` marks, by the plan and the tiles of `choice`."""
     needs_x, needs_a, needs_b = needs
-    scale, mask = _factors(x, scaling, p, seed)
-    gradients: list[Tensor] = []
-    ds: Tensor | None = None
-    if choice.config is None:  # a shape or device without kernels
-        ds = (dy @ lora_b.to(dy.dtype)) * scale
-        if needs_x:
-            gradients.append(dy @ weight + _kept(ds @ lora_a.to(dy.dtype), p, seed))
-        if needs_a:
-            gradients.append((ds.T @ _kept(x, p, seed)).to(lora_a.dtype))
-        if needs_b:
-            gradients.append((dy.T @ s).to(lora_b.dtype))
-        return gradients
     dx: Tensor | None = None
-    dlora_a: Tensor | None = None
-    ds, dlora_b = _dy_products(choice, dy, lora_b, s, scale, needs_x or needs_a, needs_b)
-    if needs_a:
-        dlora_a, mask = _a_product(choice, x, ds, lora_a.dtype, mask)
-    if needs_x:
-        dx = _x_product(choice, dy, weight, ds, lora_a, mask)
-    made = ((needs_x, dx), (needs_a, dlora_a), (needs_b, dlora_b))
-    return [gradient for needed, gradient in made if needed and gradient is not None]
+    da: Tensor | None = None
+    db: Tensor | None = None
+    if choice.config is None:  # a shape or device without kernels
+        wide = low.to(dy.dtype)
+        ds = wide.scaling * (dy @ wide.b)
+        if needs_x:
+            dx = dy @ weight + reference.apply_dropout(ds @ wide.a, wide)
+        if needs_a:
+            da = (ds.T @ reference.apply_dropout(x, wide)).to(low.a.dtype)
+        if needs_b:
+            db = (dy.T @ s).to(low.b.dtype)
+    else:
+        made, db = _dy_products(choice.config, dy, s, low, needs_x or needs_a, needs_b)
+        mask = _mask(x, low)
+        if made is not None and needs_a:
+            da, mask = _a_product(choice.config, x, made, low.a.dtype, mask)
+        if made is not None and needs_x:
+            dx = _x_product(choice, dy, weight, made, low.a, mask)
+    return [gradient for gradient in (dx, da, db) if gradient is not None]
+
+
+def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
+    """S = scale · (keep ∘ x) Aᵀ (M, R)."""
+    s: Tensor = down_project(
+        x, low.a, config.down, scale=low.scale(), mask=_mask(x, low), precision=product_precision(x)
+    )
+    return s
 
 
 def _dy_products(
-    choice: Choice,
-    dy: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scale: float,
-    needs_ds: bool,
-    needs_db: bool,
+    config: Tiles, dy: Tensor, s: Tensor, low: LowRank, needs_ds: bool, needs_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dS = scale · dy B (M, R) and dB = dyᵀ S (N, R); None for what is not needed."""
-    assert choice.config is not None
-    if lora_b.shape[1] <= DY_RANK:
+    if low.rank() <= DY_RANK:
         both: tuple[Tensor | None, Tensor | None] = dy_pass(
-            dy,
-            lora_b,
-            s,
-            choice.config.dy,
-            scale=scale,
-            needs_ds=needs_ds,
-            needs_db=needs_db,
-            precision=_precision(dy),
-        )
+            dy, low.b, s, config.dy,
+            scale=low.scale(), needs_ds=needs_ds, needs_db=needs_db, precision=product_precision(dy),
+        )  # fmt: skip
         return both
-    # Two products of cuBLAS read dy twice, which is less than the parts of one pass would be.
-    ds = dlora_b = None
+    # Two products of cuBLAS read dy twice, which costs less than the partial sums of one pass would.
+    ds = db = None
     if needs_ds:
-        # dS = scale * dy @ B  # [M, N] @ [N, R] -> [M, R]; with beta=0 what `s` holds is not read
-        ds = torch.addmm(s, dy, lora_b.to(dy.dtype), beta=0, alpha=scale)
+        # dS = scale * dy @ B  # [M, N] @ [N, R] -> [M, R]; with beta=0 the values of `s` are not read
+        ds = torch.addmm(s, dy, low.b.to(dy.dtype), beta=0, alpha=low.scale())
     if needs_db:
-        dlora_b = (dy.T @ s).to(lora_b.dtype)  # [N, M] @ [M, R] -> [N, R]
-    return ds, dlora_b
+        db = (dy.T @ s).to(low.b.dtype)  # [N, M] @ [M, R] -> [N, R]
+    return ds, db
 
 
 def _a_product(
-    choice: Choice, x: Tensor, ds: Tensor | None, dtype: torch.dtype, mask: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    """dA = dSᵀ (keep ∘ x) (R, K) in `dtype`, and the mask as bits, so that dx need not make it once more."""
-    assert choice.config is not None
-    dlora_a, packed = x_pass(x, ds, dtype, choice.config.x, precision=_precision(x), **mask)
-    return dlora_a, mask and {"packed": packed}
+    config: Tiles, x: Tensor, ds: Tensor, dtype: torch.dtype, mask: Mask
+) -> tuple[Tensor, Mask]:
+    """dA = dSᵀ (keep ∘ x) (R, K) in `dtype`, and the mask as bits, so that dx need not compute it again."""
+    da, packed = x_pass(x, ds, dtype, config.x, mask=mask, precision=product_precision(x))
+    return da, Mask(packed=packed)
 
 
 def _x_product(
-    choice: Choice,
-    dy: Tensor,
-    weight: Tensor,
-    ds: Tensor | None,
-    lora_a: Tensor,
-    mask: dict[str, Any],
+    choice: Choice, dy: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, mask: Mask
 ) -> Tensor:
     """dx = dy W + keep ∘ (dS A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]"""
-    assert choice.config is not None and ds is not None
-    precision = _precision(dy)
+    assert choice.config is not None
+    precision, up = product_precision(dy), lora_a.T
     if choice.dx_plan == "split":
-        config = choice.config.dx
-        dx: Tensor = rank_gemm(
-            dy, weight.T, None, ds, lora_a.T, config, precision=precision, **mask
-        )
+        tiles = choice.config.dx
+        dx: Tensor = rank_gemm(dy, weight.T, None, ds, up, tiles, mask=mask, precision=precision)
     else:
-        config = choice.config.update
-        dx = rank_update_(dy @ weight, ds, lora_a.T, config, precision=precision, **mask)
+        tiles = choice.config.update
+        dx = rank_update_(dy @ weight, ds, up, tiles, mask=mask, precision=precision)
     return dx
 
 
-def group_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    p: float,
-    seed: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor]]:
+def group_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """[y (M, N)] and [S (M, R)] of layers that share x (M, K) and the mask, each by its own plan.
 
-    Those whose plan makes S in a pass of its own share that pass where their scaling is the same.
+    Those whose plan computes S in a separate pass share that pass where their scaling is the same.
     """
-    choices = [
-        dispatch.launch_choice(x, weight, lora_a.shape[0], seed is not None)
-        for weight, lora_a in zip(weights, lora_as, strict=True)
-    ]
+    choices = [_choice(x, weight, low) for weight, _, low in layers]
     made: dict[int, Tensor] = {}
     with _current(x):
         sharing: dict[float, list[int]] = {}
         for i, choice in enumerate(choices):
             if choice.config is not None and choice.plan in ("split", "in_place"):
-                sharing.setdefault(scalings[i], []).append(i)
+                sharing.setdefault(layers[i].low.scaling, []).append(i)
         for scaling, group in sharing.items():
-            stacked = torch.cat([lora_as[i] for i in group])  # [ΣR, K]
-            first = weights[group[0]]
-            config = dispatch.launch_choice(x, first, stacked.shape[0], seed is not None).config
+            lows = [layers[i].low for i in group]
+            low = stacked(lows)._replace(scaling=scaling)
+            config = _choice(x, layers[group[0]].weight, low).config
             assert config is not None
-            scale, mask = _factors(x, scaling, p, seed)
-            s = down_project(x, stacked, config.down, scale=scale, precision=_precision(x), **mask)
-            ranks = [lora_as[i].shape[0] for i in group]
-            made |= {i: part.contiguous() for i, part in zip(group, s.split(ranks, 1), strict=True)}
+            parts = torch.split(_down_project(x, low, config), [one.rank() for one in lows], 1)
+            made |= {i: part.contiguous() for i, part in zip(group, parts, strict=True)}
         pairs = [
-            run_forward(
-                choice,
-                x,
-                weights[i],
-                biases[i],
-                lora_as[i],
-                lora_bs[i],
-                scalings[i],
-                p,
-                seed,
-                made.get(i),
-            )
-            for i, choice in enumerate(choices)
+            run_forward(choice, x, *layer, made.get(i))
+            for i, (choice, layer) in enumerate(zip(choices, layers, strict=True))
         ]
     return [y for y, _ in pairs], [s for _, s in pairs]
 
@@ -279,43 +227,42 @@ def group_forward(
 def group_backward(
     dys: Sequence[Tensor],
     x: Tensor,
-    weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    ss: Sequence[Tensor],
-    scalings: Sequence[float],
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
-    needs_a: bool,
+    layers: Sequence[Layer],
+    s: Sequence[Tensor],
+    needs: tuple[bool, bool],
     needs_b: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """dx (M, K), [dA (R, K)] and [dB (N, R)] of layers that share x: one pass over x for every dA, and dx summed where it lies."""
-    dropout = seed is not None
+) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
+    """dx (M, K), [dA (R, K)] and [dB (N, R)] of layers that share x: one pass over x for every dA, and dx summed in place.
+
+    needs: of dx and of any dA.
+    """
+    needs_x, needs_a = needs
     dx: Tensor | None = None
+    das: Sequence[Tensor | None] = [None] * len(dys)
     products = []
     with _current(x):
-        for i, dy in enumerate(dys):
-            choice = dispatch.launch_choice(x, weights[i], lora_as[i].shape[0], dropout, None, dy)
-            scale, _ = _factors(x, scalings[i], p, seed)
-            products.append(
-                _dy_products(choice, dy, lora_bs[i], ss[i], scale, needs_x or needs_a, needs_b[i])
-            )
-        dlora_as: list[Tensor | None] = [None] * len(dys)
+        for dy, (weight, _, low), s_i, needs_db in zip(dys, layers, s, needs_b, strict=True):
+            config = _choice(x, weight, low, dy).config
+            assert config is not None  # as in the forward pass
+            products.append(_dy_products(config, dy, s_i, low, needs_x or needs_a, needs_db))
         if needs_x or needs_a:
             ds = torch.cat([part for part, _ in products if part is not None], 1)  # [M, ΣR]
-            stacked = torch.cat(list(lora_as))  # [ΣR, K]
-            rank = stacked.shape[0]
-            choice = dispatch.launch_choice(x, weights[0], rank, dropout, None, dys[0])
-            _, mask = _factors(x, 1.0, p, seed)
+            low = stacked([layer.low for layer in layers])
+            choice = _choice(x, layers[0].weight, low, dys[0])
+            assert choice.config is not None
+            mask = _mask(x, low)
             if needs_a:
-                dlora_a, mask = _a_product(choice, x, ds, stacked.dtype, mask)
-                dlora_as = list(torch.split(dlora_a, [a.shape[0] for a in lora_as]))
+                da, mask = _a_product(choice.config, x, ds, low.a.dtype, mask)
+                das = torch.split(da, [layer.low.rank() for layer in layers])
             if needs_x:
-                dx = _x_product(choice, dys[0], weights[0], ds, stacked, mask)
-                for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                    dx.addmm_(dy, weight)  # [M, N] @ [N, K] -> [M, K]
-    return dx, dlora_as, [dlora_b for _, dlora_b in products]
+                dx = _x_product(choice, dys[0], layers[0].weight, ds, low.a, mask)
+                for dy, layer in zip(dys[1:], layers[1:], strict=True):
+                    dx.addmm_(dy, layer.weight)  # [M, N] @ [N, K] -> [M, K]
+    return dx, das, [db for _, db in products]
+
+
+def _choice(x: Tensor, weight: Tensor, low: LowRank, dy: Tensor | None = None) -> Choice:
+    return dispatch.launch_choice(x, weight, low.rank(), low.seed is not None, None, dy)
 
 
 def _current(x: Tensor) -> AbstractContextManager[object]:
@@ -323,26 +270,10 @@ def _current(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _factors(
-    x: Tensor, scaling: float, p: float, seed: Tensor | None
-) -> tuple[float, dict[str, Any]]:
-    """The factor of the low-rank path, and the arguments that make kernels drop elements out."""
-    if seed is None:
-        return scaling, {}
-    mask = {"seed": seed.to(x.device), "threshold": reference.dropout_threshold(p)}
-    return scaling * reference.keep_scale(p), mask
-
-
-def _kept(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """keep ∘ x, without the factor 1 / (1 − p')."""
-    if seed is None:
-        return x
-    keep = reference.keep_mask(seed.to(x.device), p, x.shape[0], x.shape[1], device=x.device)
-    return torch.where(keep, x, 0.0)
-
-
-def _precision(x: Tensor) -> str:
-    return dispatch.float32_precision() if x.dtype == torch.float32 else "ieee"
+def _mask(x: Tensor, low: LowRank) -> Mask:
+    if low.seed is None:
+        return NO_MASK
+    return Mask(low.seed.to(x.device), reference.dropout_threshold(low.p))
 
 
 def _forward_shapes(
@@ -352,26 +283,17 @@ def _forward_shapes(
 
 
 def _backward_shapes(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
-    needs_a: bool,
-    needs_b: bool,
-    plan: str | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, lora_a: Tensor, lora_b: Tensor, *others: Any
 ) -> list[Tensor]:
-    wanted = ((needs_x, x), (needs_a, lora_a), (needs_b, lora_b))
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for needed, t in wanted if needed]
+    needs = others[3:6]  # after the scaling, p and the seed
+    made = zip(needs, (x, lora_a, lora_b), strict=True)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for needed, t in made if needed]
 
 
-for _key in ("CUDA", "CPU"):  # the CPU only under Triton's interpreter, which `dispatch` sees to
-    _LIBRARY.impl("lora_forward", _forward, _key)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl("lora_backward", _backward, _key)  # type: ignore[no-untyped-call]
-_LIBRARY.impl("lora_forward", _forward_shapes, "Meta")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("lora_backward", _backward_shapes, "Meta")  # type: ignore[no-untyped-call]
+for _name, _run, _shapes in (
+    ("lora_forward", _forward, _forward_shapes),
+    ("lora_backward", _backward, _backward_shapes),
+):
+    for _key in ("CUDA", "CPU"):  # the CPU only under Triton's interpreter, which `dispatch` checks
+        _LIBRARY.impl(_name, _run, _key)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _shapes, "Meta")  # type: ignore[no-untyped-call]

@@ -3,10 +3,9 @@
     python -m fastlora.tune --shapes 8192,4096,4096,16,0.1 32768,1024,1024,16,0 [--dtype bfloat16] [--dry-run]
 
 A shape is M,K,N,R,p: x (M, K), weight (N, K), rank R, dropout p. Each kernel is timed alone under each of its candidate
-tiles, in a cold L2; then each plan is timed whole with the best tiles of its kernels, on sm_90 and newer also with
-launches that overlap. A kernel that gives a wrong
-result gets no time: results are compared with float64 by the rule of the tests. The outcome goes to the file of
-`fastlora.ops.tuned`, where it serves this GPU, these versions and these kernels only.
+tiles, in a cold L2; then each whole plan is timed with the best tiles of its kernels, on sm_90 and newer also with
+overlapping launches. A kernel with a wrong result is not timed: results are compared with float64 by the rule of the tests. The
+outcome is stored in the file of `fastlora.ops.tuned`, and applies to this GPU, these versions and these kernels only.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from fastlora.errors import BackendError, ConfigError
 from fastlora.kernels.config import GemmConfig, PassConfig, Problem, Tiles
 from fastlora.ops import cost, dispatch, reference, tuned
 from fastlora.ops.dispatch import Choice
+from fastlora.ops.reference import LowRank
 
 Timer = Callable[[Callable[[], object]], float]
+Needs = tuple[bool, bool, bool]  # of dx, dA, dB
 Config = TypeVar("Config", GemmConfig, PassConfig)
-_REPORT = "{:10s} {:9.1f} us  {}"
 
 
 @dataclass(frozen=True)
@@ -106,37 +106,28 @@ class Bench:
         m, k, n, r = shape.m, shape.k, shape.n, shape.rank
         self.x, self.dy = draw(m, k), draw(m, n)
         self.weight, self.bias = draw(n, k, scale=k**-0.5), draw(n)
-        self.lora_a, self.lora_b = draw(r, k, scale=k**-0.5).float(), draw(n, r).float()
-        self.scaling = 2.0
-        self.seed = (
-            torch.tensor(1234567, device=device) if reference.dropout_threshold(shape.p) else None
-        )
-        precision = dispatch.float32_precision() if dtype == torch.float32 else "ieee"
-        size = self.x.element_size()
-        self.problem = Problem(m, n, k, r, size, self.seed is not None, precision)
+        a, b = draw(r, k, scale=k**-0.5).float(), draw(n, r).float()
+        dropout = reference.dropout_threshold(shape.p) > 0
+        seed = torch.tensor(1234567, device=device) if dropout else None
+        self.low = LowRank(a, b, 2.0, shape.p, seed)
+        precision = dispatch.product_precision(self.x)
+        self.problem = Problem(m, n, k, r, self.x.element_size(), dropout, precision)
         self.exact, self.plain = self._results(torch.float64), self._results(dtype)
 
     def _results(self, dtype: torch.dtype) -> list[Tensor]:
         x, weight, bias, dy = (t.to(dtype) for t in (self.x, self.weight, self.bias, self.dy))
-        # The kernels cast the adapters to x's dtype.
-        a, b = (t.to(self.dtype).to(dtype) for t in (self.lora_a, self.lora_b))
-        y, s = reference.forward(x, weight, bias, a, b, self.scaling, self.shape.p, self.seed)
-        rest = reference.backward(dy, x, weight, a, b, s, self.scaling, self.shape.p, self.seed)
-        return [y, *rest]
+        low = self.low.to(self.dtype).to(dtype)  # the kernels cast the adapters to x's dtype
+        y, s = reference.forward(x, weight, bias, low)
+        return [y, *reference.backward(dy, x, weight, low, s)]
 
     def forward(self, choice: Choice) -> tuple[Tensor, Tensor]:
-        return self.ops.run_forward(
-            choice, self.x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, self.shape.p, self.seed
-        )  # fmt: skip
+        return self.ops.run_forward(choice, self.x, self.weight, self.bias, self.low)
 
-    def backward(self, choice: Choice, s: Tensor, needs: tuple[bool, bool, bool]) -> list[Tensor]:
-        return self.ops.run_backward(
-            choice, self.dy, self.x, self.weight, self.lora_a, self.lora_b, s, self.scaling, self.shape.p, self.seed,
-            needs,
-        )  # fmt: skip
+    def backward(self, choice: Choice, s: Tensor, needs: Needs) -> list[Tensor]:
+        return self.ops.run_backward(choice, self.dy, self.x, self.weight, s, self.low, needs)
 
     def is_right(self, choice: Choice) -> bool:
-        """Whether every result of the choice is as close to float64 as the tests ask."""
+        """Whether every result of the choice is as close to float64 as the tests require."""
         y, s = self.forward(choice)
         got = [y, *self.backward(choice, s, (True, True, True))]
         for mine, plain, exact in zip(got, self.plain, self.exact, strict=True):
@@ -149,7 +140,7 @@ class Bench:
 
 
 def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tuned.Tuned:
-    """The fastest right plans and tiles for a shape.
+    """The fastest correct plans and tiles for a shape.
 
     start: the tiles to begin from. timer: seconds of a call. most: how many candidates of one kernel are tried.
     """
@@ -157,56 +148,44 @@ def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tune
     assert arch is not None  # the kernels run here
     plans = list(cost.forward_seconds(arch, bench.problem))
     best: Tiles = start
-    # kernel -> a plan whose forward or backward pass runs it, and which gradients to ask for
-    kernels: dict[str, tuple[str, str, tuple[bool, bool, bool] | None]] = {
+    # kernel -> a forward plan and a dx plan that run it, and the gradients to compute; no gradients: time the forward pass
+    kernels: dict[str, tuple[str, str, Needs | None]] = {
         "down": ("in_place", "in_place", None),
         "dy": ("in_place", "in_place", (False, True, True)),
         "x": ("in_place", "in_place", (False, True, False)),
-        # with dA, so that dx finds the mask in bits as it does in training
+        # with dA, so that dx reads the mask as bits, as it does in training
         "dx": ("in_place", "split", (True, True, False)),
         "update": ("in_place", "in_place", None),
-        **{
-            plan: (plan, "in_place", None) for plan in ("split", "fused", "decode") if plan in plans
-        },
     }
+    kernels |= {p: (p, "in_place", None) for p in ("split", "fused", "decode") if p in plans}
     for name, (plan, dx_plan, needs) in kernels.items():
         options = [c for c, _ in zip(candidates(getattr(best, name)), range(most), strict=False)]
         times = [
-            _seconds(
-                bench,
-                Choice("triton", plan, "tuning", dx_plan, replace(best, **{name: c})),
-                needs,
-                timer,
-            )
-            for c in options
+            _seconds(bench, plan, dx_plan, replace(best, **{name: option}), needs, timer)
+            for option in options
         ]
         fastest = min(range(len(options)), key=times.__getitem__)
         best = replace(best, **{name: options[fastest]})
-        print(_REPORT.format(name, 1e6 * times[fastest], options[fastest]), flush=True)
+        _print_row(name, times[fastest], options[fastest])
     if arch.capability >= 90:
         best = _with_overlap(bench, best, plans, timer)
-    forward = {
-        plan: _seconds(bench, Choice("triton", plan, "tuning", "in_place", best), None, timer)
-        for plan in plans
-    }
+    forward = {plan: _seconds(bench, plan, "in_place", best, None, timer) for plan in plans}
     dx = {
-        plan: _seconds(
-            bench, Choice("triton", "in_place", "tuning", plan, best), (True, True, False), timer
-        )
+        plan: _seconds(bench, "in_place", plan, best, (True, True, False), timer)
         for plan in ("split", "in_place")
     }
     for kind, times_of in (("y", forward), ("dx", dx)):
         for plan, time in times_of.items():
-            print(_REPORT.format(kind, 1e6 * time, plan), flush=True)
+            _print_row(kind, time, plan)
     plan, dx_plan = min(forward, key=forward.__getitem__), min(dx, key=dx.__getitem__)
     if not math.isfinite(forward[plan] + dx[dx_plan]):
-        raise BackendError(f"{bench.shape}: no plan gave a right result, so nothing was stored")
+        raise BackendError(f"{bench.shape}: no plan gave a correct result, so nothing was stored")
     return tuned.Tuned(plan, dx_plan, best)
 
 
 def _with_overlap(bench: Bench, best: Tiles, plans: Sequence[str], timer: Timer) -> Tiles:
-    """The tiles, told to overlap their launches where a whole pass is right and faster with it."""
-    trials: dict[str, tuple[tuple[str, ...], str, str, tuple[bool, bool, bool] | None]] = {
+    """The tiles, with overlapping launches where a whole pass is correct and faster with them."""
+    trials: dict[str, tuple[tuple[str, ...], str, str, Needs | None]] = {
         "split": (("down", "split"), "split", "in_place", None),
         "decode": (("decode",), "decode", "in_place", None),
         "dx": (("x", "dx"), "in_place", "split", (True, True, False)),
@@ -214,27 +193,26 @@ def _with_overlap(bench: Bench, best: Tiles, plans: Sequence[str], timer: Timer)
     for name, (kernels, plan, dx_plan, needs) in trials.items():
         if plan not in plans:
             continue
-        told = {kernel: replace(getattr(best, kernel), overlap=True) for kernel in kernels}
-        options = [best, replace(best, **told)]
-        times = [
-            _seconds(bench, Choice("triton", plan, "tuning", dx_plan, tiles), needs, timer)
-            for tiles in options
-        ]
-        best = options[times[1] < times[0]]
-        print(
-            _REPORT.format(f"{name} over", 1e6 * times[1], f"apart {1e6 * times[0]:.1f} us"),
-            flush=True,
-        )
+        changed = {kernel: replace(getattr(best, kernel), overlap=True) for kernel in kernels}
+        options = [best, replace(best, **changed)]
+        apart, over = (_seconds(bench, plan, dx_plan, o, needs, timer) for o in options)
+        best = options[over < apart]
+        _print_row(f"{name} over", over, f"apart {1e6 * apart:.1f} us")
     return best
 
 
+def _print_row(name: str, seconds: float, what: object) -> None:
+    print(f"{name:10s} {1e6 * seconds:9.1f} us  {what}", flush=True)
+
+
 def _seconds(
-    bench: Bench, choice: Choice, needs: tuple[bool, bool, bool] | None, timer: Timer
+    bench: Bench, plan: str, dx_plan: str, tiles: Tiles, needs: Needs | None, timer: Timer
 ) -> float:
-    """Seconds of the forward pass, or of the backward pass for the gradients in `needs`; infinity if it cannot count."""
+    """Seconds of the forward pass, or of the backward pass for the gradients in `needs`; infinity if it fails or is wrong."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
+    choice = Choice("triton", plan, "tuning", dx_plan, tiles)
     try:
         if not bench.is_right(choice):
             return math.inf
@@ -242,11 +220,7 @@ def _seconds(
             return timer(lambda: bench.forward(choice))
         _, s = bench.forward(choice)
         return timer(lambda: bench.backward(choice, s, needs))
-    except (
-        OutOfResources,
-        CompilationError,
-        PTXASError,
-    ):  # tiles that the device or the compiler cannot do
+    except (OutOfResources, CompilationError, PTXASError):  # what these tiles may raise
         return math.inf
 
 
@@ -277,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         for shape in shapes:
             bench = Bench(shape, getattr(torch, arguments.dtype), device)
             choice = dispatch.launch_choice(
-                bench.x, bench.weight, shape.rank, bench.seed is not None, "in_place"
+                bench.x, bench.weight, shape.rank, bench.problem.dropout, "in_place"
             )
             if choice.config is None:
                 raise BackendError(f"nothing to tune: {choice.reason}")

@@ -1,7 +1,7 @@
-"""What `python -m fastlora.tune` measured: a JSON file that `dispatch` looks plans and tiles up in.
+"""The measurements of `python -m fastlora.tune`: a JSON file in which `dispatch` looks up plans and tiles.
 
-The file is at $FASTLORA_TUNING, or else `fastlora/tuning.json` in the user's cache folder. An entry counts only on the
-GPU, under the versions of torch and Triton, and for the very kernels that it was measured with.
+The file is at $FASTLORA_TUNING, or else `fastlora/tuning.json` in the user's cache folder. An entry is valid only for the
+GPU, the versions of torch and Triton, and the kernels that it was measured with.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GEMMS = ("fused", "split", "update", "dx")
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest forward plan, the fastest plan of dx, and the tiles they were measured with."""
+    """The fastest forward plan and the fastest plan of dx, with the tiles under which they were measured."""
 
     plan: str
     dx_plan: str
@@ -34,7 +34,7 @@ class Tuned:
 
 
 def path() -> Path:
-    """Where the file is, whether or not it exists."""
+    """The path of the file, whether or not it exists."""
     if "FASTLORA_TUNING" in os.environ:
         return Path(os.environ["FASTLORA_TUNING"])
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -44,7 +44,7 @@ def path() -> Path:
 def lookup(device: torch.device, problem: Problem) -> Tuned | None:
     """The entry for a problem, or None. Problems whose m rounds up to the same power of two share one.
 
-    Raises: ConfigError if the file is there and cannot be understood.
+    Raises: ConfigError if the file exists and is not what the tuner writes.
     """
     entry = _read(path()).get(key(torch.cuda.get_device_name(device), problem))
     return None if entry is None else _parse(entry)
@@ -60,7 +60,7 @@ def store(device_name: str, problem: Problem, tuned: Tuned) -> None:
 
 
 def key(device_name: str, q: Problem) -> str:
-    """One line that names the GPU, the versions and the bucket of problems."""
+    """The entry's name: the GPU, the versions and the bucket of problems."""
     rows = 1 << (q.m - 1).bit_length()
     flags = f"{q.itemsize} bytes, {q.precision}{', dropout' if q.dropout else ''}"
     flags += "" if q.aligned else ", unaligned"
@@ -79,7 +79,7 @@ def triton_version() -> str | None:
 
 @functools.lru_cache
 def _versions() -> str:
-    """torch, Triton and a digest of the kernels' source: what was measured says nothing about others."""
+    """torch, Triton and a digest of the kernels' source: measurements are not valid for others."""
     folder = Path(config.__file__).parent
     source = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
     digest = hashlib.sha256(source).hexdigest()[:12]

@@ -17,10 +17,11 @@ from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, fused_rank,
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import keep_bits
+from fastlora.kernels.tiles import Mask, keep_bits
 from fastlora.ops import dispatch, reference, triton_ops
 from fastlora.ops.dispatch import TRITON_PLANS
-from tests.support.cases import CASES, Case, Tensors, make
+from fastlora.ops.reference import LowRank
+from tests.support.cases import CASES, Case, Tensors, formula, make
 from tests.support.tolerance import assert_close
 
 GPU = torch.cuda.is_available()
@@ -84,28 +85,19 @@ def _run(function, t: Tensors, case: Case, seed=SEED) -> list[torch.Tensor]:
 
 def _by_plan(plan, case):
     def run(x, dy, t, seed):
-        low_rank = (
-            t.lora_a.float(),
-            t.lora_b.float(),
-        )  # adapters of another dtype, cast inside the kernels
-        y, s = triton_ops._forward(
-            x, t.weight, t.bias, *low_rank, t.scaling, case.p, seed, plan=plan
-        )
-        gradients = triton_ops._backward(
-            dy, x, t.weight, *low_rank, s, t.scaling, case.p, seed, True, True, True, plan=plan
-        )
-        return [y, *gradients]
+        # Adapters of another dtype, cast inside the kernels.
+        low = LowRank(t.lora_a.float(), t.lora_b.float(), t.scaling, case.p, seed)
+        y, s = triton_ops._forward(x, t.weight, t.bias, *low, plan=plan)
+        return [y, *triton_ops._backward(dy, x, t.weight, s, *low, True, True, True, plan=plan)]
 
     return run
 
 
 def _by_reference(case):
     def run(x, dy, t, seed):
-        y, s = reference.forward(x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, case.p, seed)
-        gradients = reference.backward(
-            dy, x, t.weight, t.lora_a, t.lora_b, s, t.scaling, case.p, seed
-        )
-        return [y, *gradients]
+        low = LowRank(t.lora_a, t.lora_b, t.scaling, case.p, seed)
+        y, s = reference.forward(x, t.weight, t.bias, low)
+        return [y, *reference.backward(dy, x, t.weight, low, s)]
 
     return run
 
@@ -217,30 +209,30 @@ def test_every_place_that_drops_out_uses_the_references_bits(p):
     row = ARCHITECTURES[90]
     seed, threshold = SEED.to(DEVICE), reference.dropout_threshold(p)
     keep = reference.keep_mask(SEED, p, m, k).float().to(DEVICE)
-    mask = {"seed": seed, "threshold": threshold}
+    mask = Mask(seed, threshold)
     ours = tiles(row, Problem(m, k, k, k, 4, True))
     assert torch.equal(
-        down_project(_ones(m, k), torch.eye(k, device=DEVICE), ours.down, **mask), keep
+        down_project(_ones(m, k), torch.eye(k, device=DEVICE), ours.down, mask=mask), keep
     )
     zero = torch.zeros(k, k, device=DEVICE)
     few, unit = keep[:33].half(), torch.eye(k, dtype=torch.float16, device=DEVICE)
     small = tiles(row, Problem(33, k, k, k, 2, True)).decode
-    y, s = decode(_ones(33, k).half(), zero.half(), None, unit, unit, small, **mask)
+    y, s = decode(_ones(33, k).half(), zero.half(), None, unit, unit, small, mask=mask)
     assert torch.equal(s, few) and torch.equal(y, few)
     rows = tiles(row, Problem(m, k, k, m, 4, True))
-    da, packed = x_pass(_ones(m, k), torch.eye(m, device=DEVICE), torch.float32, rows.x, **mask)
+    da, packed = x_pass(_ones(m, k), torch.eye(m, device=DEVICE), torch.float32, rows.x, mask=mask)
     assert torch.equal(da, keep)
     assert torch.equal(_unpack(packed, k).float(), keep)
     low, up = _ones(m, 1), _ones(k, 1)
     half = tiles(row, Problem(m, k, k, k, 2, True))
     assert half.dx.descriptor
-    for source in (mask, {"packed": packed}):
+    for source in (mask, Mask(packed=packed)):
         base = torch.zeros(m, k, device=DEVICE)
-        assert torch.equal(rank_update_(base, low, up, ours.update, **source), keep)
-        dx = rank_gemm(torch.zeros(m, k, device=DEVICE), zero, None, low, up, ours.dx, **source)
+        assert torch.equal(rank_update_(base, low, up, ours.update, mask=source), keep)
+        dx = rank_gemm(torch.zeros(m, k, device=DEVICE), zero, None, low, up, ours.dx, mask=source)
         assert torch.equal(dx, keep)
         blank = torch.zeros(m, k, dtype=torch.float16, device=DEVICE)
-        dx = rank_gemm(blank, zero.half(), None, low.half(), up, half.dx, **source)
+        dx = rank_gemm(blank, zero.half(), None, low.half(), up, half.dx, mask=source)
         assert torch.equal(dx.float(), keep)
 
 
@@ -288,7 +280,8 @@ def test_a_dropped_element_is_zero_even_if_it_was_infinite():
     keep = reference.keep_mask(SEED, p, 32, 16).to(DEVICE)
     x = torch.where(keep, 1.0, float("inf"))
     threshold = reference.dropout_threshold(p)
-    s = down_project(x, torch.eye(16, device=DEVICE), config, seed=seed, threshold=threshold)
+    mask = Mask(seed, threshold)
+    s = down_project(x, torch.eye(16, device=DEVICE), config, mask=mask)
     assert torch.equal(s, keep.float())
 
 
@@ -370,16 +363,12 @@ def test_only_what_is_needed_is_computed(needs, arch, monkeypatch):
             return _function(*args, **named)
 
         monkeypatch.setattr(triton_ops, name, spy)
-    low_rank = (t.lora_a, t.lora_b)
-    _, s = triton_ops._forward(t.x, t.weight, t.bias, *low_rank, 1.0, case.p, SEED)
+    low = LowRank(t.lora_a, t.lora_b, 1.0, case.p, SEED)
+    _, s = triton_ops._forward(t.x, t.weight, t.bias, *low)
+    arguments = (t.dy, t.x, t.weight, s, *low)
+    everything = triton_ops._backward(*arguments, True, True, True, "split")
     launched.clear()
-    everything = triton_ops._backward(
-        t.dy, t.x, t.weight, *low_rank, s, 1.0, case.p, SEED, True, True, True, "split"
-    )
-    launched.clear()
-    some = triton_ops._backward(
-        t.dy, t.x, t.weight, *low_rank, s, 1.0, case.p, SEED, *needs, "split"
-    )
+    some = triton_ops._backward(*arguments, *needs, "split")
     assert len(some) == sum(needs)
     for one, other in zip(
         some, [g for g, n in zip(everything, needs, strict=True) if n], strict=True
@@ -398,14 +387,13 @@ def test_an_expanded_dy_is_read_where_it_lies(arch):
     dy = t.dy[:1].expand(40, 32)
     s = t.x @ t.lora_a.T
 
-    def run(dy, low_rank=(t.lora_a, t.lora_b)):
-        return triton_ops._backward(
-            dy, t.x, t.weight, *low_rank, s, 1.0, 0.0, None, True, True, True, "split"
-        )
+    low = LowRank(t.lora_a, t.lora_b, 1.0)
+
+    def run(dy):
+        return triton_ops._backward(dy, t.x, t.weight, s, *low, True, True, True, "split")
 
     wide = t.to(torch.float64)
-    factors = (wide.lora_a, wide.lora_b, s.double(), 1.0)
-    exact = reference.backward(dy.double(), wide.x, wide.weight, *factors)
+    exact = reference.backward(dy.double(), wide.x, wide.weight, low.to(torch.float64), s.double())
     for one, other, e in zip(run(dy), run(dy.contiguous()), exact, strict=True):
         assert_close(one, other, e)
 
@@ -423,13 +411,13 @@ def test_dy_pass_leaves_out_what_is_not_needed():
 def test_lora_linear_through_autograd_matches_the_reference(case, dtype, arch):
     t = _on_device(make(case))
 
-    def run(t, backend):
+    def run(t, function, **named):
         x, a, b = (v.detach().requires_grad_() for v in (t.x, t.lora_a, t.lora_b))
-        y = lora_linear(x, t.weight, t.bias, a, b, t.scaling, case.p, SEED, backend=backend)
+        y = function(x, t.weight, t.bias, a, b, t.scaling, case.p, SEED, **named)
         return [y, *torch.autograd.grad(y, (x, a, b), t.dy)]
 
     # An empty tensor launches nothing, so forcing Triton on it is refused.
-    got = run(t.to(dtype), "triton" if case.m else "auto")
-    same, exact = run(t.to(dtype), "torch"), run(t.to(torch.float64), "torch")
+    got = run(t.to(dtype), lora_linear, backend="triton" if case.m else "auto")
+    same, exact = (run(t.to(d), formula, triton=True) for d in (dtype, torch.float64))
     for name, g, s, e in zip(("y", "dx", "dA", "dB"), got, same, exact, strict=True):
         assert_close(g, s, e, name)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from fastlora import ConfigError, InjectionError, LoRALinear, MergeError, explain
 from fastlora.errors import BackendError
 from fastlora.layers.kinds import why_unsuitable
-from fastlora.ops import reference
+from tests.support.cases import formula
 from tests.support.tolerance import assert_close
 
 
@@ -102,16 +102,8 @@ def test_dropout_acts_in_training_only_follows_the_generator_and_can_be_reproduc
     assert torch.equal(layer(x), first) and not torch.equal(first, second)
     torch.manual_seed(3)
     seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
-    y, _ = reference.forward(
-        x,
-        layer.original_linear.weight,
-        layer.bias,
-        layer.lora_A,
-        layer.lora_B,
-        layer.scaling,
-        0.5,
-        seed,
-    )
+    weight, factors = layer.original_linear.weight, (layer.lora_A, layer.lora_B)
+    y = formula(x, weight, layer.bias, *factors, layer.scaling, 0.5, seed)
     torch.testing.assert_close(first, y)
     layer.eval()
     assert torch.equal(layer(x), layer(x))

@@ -13,6 +13,7 @@ from torch import nn
 from fastlora import BackendError, ConfigError, LoRALinear, explain
 from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, architecture, rank_block, tiles
 from fastlora.ops import cost, dispatch, triton_ops, tuned
+from fastlora.ops.reference import LowRank
 from tests.support.cases import CASES, Case, make
 from tests.support.paths import ROOT
 
@@ -133,14 +134,11 @@ def test_the_operators_compute_the_same_where_there_is_no_kernel(p, monkeypatch)
     case = Case((9,), 16, 24, 4, p=p)
     t = make(case)
     seed = torch.tensor(5) if p else None
-    arguments = (t.weight, t.bias, t.lora_a, t.lora_b)
+    low = LowRank(t.lora_a, t.lora_b, 2.0, p, seed)
 
     def run():
-        y, s = triton_ops._forward(t.x, *arguments, 2.0, p, seed)
-        gradients = triton_ops._backward(
-            t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, 2.0, p, seed, True, True, True
-        )
-        return [y, s, *gradients]
+        y, s = triton_ops._forward(t.x, t.weight, t.bias, *low)
+        return [y, s, *triton_ops._backward(t.dy, t.x, t.weight, s, *low, True, True, True)]
 
     kernels = run()
     monkeypatch.setattr(

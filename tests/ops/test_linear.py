@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import lora_linear
 from fastlora.errors import BackendError, ConfigError
-from fastlora.ops import cpu_dropout, linear, reference
-from tests.support.cases import CASES, Case, Tensors, make
+from fastlora.ops import cpu_dropout, linear
+from tests.support.cases import CASES, Case, Tensors, formula, make
 from tests.support.tolerance import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -27,20 +27,13 @@ def _run(function, t: Tensors, case: Case) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, t.dy)]
 
 
-def _reference(x, weight, bias, lora_a, lora_b, scaling, p, seed):
-    y, _ = reference.forward(
-        x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling, p, seed
-    )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward_match_the_reference(case, dtype):
     t = make(case)
     got = _run(lora_linear, t.to(dtype), case)
-    same = _run(_reference, t.to(dtype), case)
-    exact = _run(_reference, t.to(torch.float64), case)
+    same = _run(formula, t.to(dtype), case)
+    exact = _run(formula, t.to(torch.float64), case)
     for name, g, s, e in zip(
         ("y", "dx", "dA", "dB", "dW", "dbias"), got, same, exact, strict=False
     ):
@@ -50,7 +43,7 @@ def test_forward_and_backward_match_the_reference(case, dtype):
 def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
     case = Case((70,), 24, 16, 4, p=0.3)
     whole = _run(lora_linear, make(case).to(torch.float64), case)
-    monkeypatch.setattr(cpu_dropout, "_BLOCK_CALLS", 3 * 9)
+    monkeypatch.setattr(cpu_dropout, "_BLOCK_LANES", 9 * 32)
     blocks = _run(lora_linear, make(case).to(torch.float64), case)
     for a, b in zip(whole, blocks, strict=True):
         torch.testing.assert_close(a, b)
@@ -184,7 +177,7 @@ def test_lora_update_adds_what_lora_linear_would():
     base = torch.nn.functional.linear(t.x, t.weight, t.bias)
     got = linear.lora_update(base, t.x, t.lora_a, t.lora_b, t.scaling, 0.3, SEED)
     expected = lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.3, SEED)
-    assert_close(got, expected, _reference(*_double(t), 0.3, SEED))
+    assert_close(got, expected, formula(*_double(t), 0.3, SEED))
 
 
 def _double(t: Tensors):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastlora.ops import cpu_dropout, reference
+from fastlora.ops import reference
+from fastlora.ops.reference import LowRank
 from tests.support.cases import CASES, Case, make
 
 
@@ -73,64 +74,31 @@ def test_dropout_quantises_p_and_keeps_the_expectation():
     assert reference.dropout_threshold(0.9999999) == 65535
     assert reference.keep_scale(0.5) == 2.0
     x = torch.full((4, 16), float("inf"))
-    dropped = reference.apply_dropout(x, 0.5, 1)
+    low, seed = LowRank(x, x, 1.0), torch.tensor(1)
+    dropped = reference.apply_dropout(x, low._replace(p=0.5, seed=seed))
     assert set(dropped.unique().tolist()) == {0.0, float("inf")}
-    assert reference.apply_dropout(x, 0.0, 1) is x
-    assert reference.apply_dropout(x, 0.5, None) is x
+    assert reference.apply_dropout(x, low._replace(seed=seed)) is x
+    assert reference.apply_dropout(x, low._replace(p=0.5)) is x
+    keep = torch.arange(64).view(4, 16) % 2 == 0
+    given = reference.apply_dropout(torch.ones(4, 16), low._replace(p=0.5, seed=seed), keep)
+    assert torch.equal(given, 2.0 * keep)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if len(c.lead) == 1], ids=str)
 def test_backward_equals_autograd(case: Case):
     t = make(case).to(torch.float64)
     leaves = [v.requires_grad_() for v in (t.x, t.lora_a, t.lora_b)]
-    y, s = reference.forward(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, case.p, 11)
+    low = LowRank(t.lora_a, t.lora_b, t.scaling, case.p, torch.tensor(11))
+    y, s = reference.forward(t.x, t.weight, t.bias, low)
     expected = torch.autograd.grad(y, leaves, t.dy)
-    got = reference.backward(t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, t.scaling, case.p, 11)
+    got = reference.backward(t.dy, t.x, t.weight, low, s)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
 def test_forward_is_the_formula_without_dropout():
     t = make(CASES[3]).to(torch.float64)
-    y, s = reference.forward(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling)
+    y, s = reference.forward(t.x, t.weight, t.bias, LowRank(t.lora_a, t.lora_b, t.scaling))
     merged = t.weight + t.scaling * t.lora_b @ t.lora_a
     torch.testing.assert_close(y, t.x @ merged.T + t.bias)
     torch.testing.assert_close(s, t.x @ t.lora_a.T)
-
-
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (5, 8), (70, 21), (0, 8), (33, 768), (683, 768), (2500, 768)]
-)
-@pytest.mark.parametrize("seed", [3, -1, -(2**63)])
-def test_the_blockwise_mask_of_the_cpu_is_the_same(shape, seed):
-    blocks = [keep.clone() for _, keep, _ in cpu_dropout.keep_blocks(seed, 0.3, *shape)]
-    whole = torch.cat(blocks) if blocks else torch.empty(shape, dtype=torch.bool)
-    assert torch.equal(whole, reference.keep_mask(seed, 0.3, *shape))
-
-
-def test_masks_made_at_the_same_time_do_not_share_buffers():
-    first, second = (cpu_dropout.keep_blocks(seed, 0.3, 90, 24) for seed in (1, 2))
-    for (_, one, work), (_, other, _) in zip(first, second, strict=True):
-        work.fill_(float("nan"))
-        assert torch.equal(one, reference.keep_mask(1, 0.3, 90, 24))
-        assert torch.equal(other, reference.keep_mask(2, 0.3, 90, 24))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_scratch_of_a_block_has_its_shape_and_dtype(dtype):
-    ((_, keep, work),) = cpu_dropout.keep_blocks(1, 0.3, 5, 21, dtype)
-    assert keep.shape == (5, 21) and work.shape == (2, 5, 21) and work.dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dropped_elements_are_zero_whatever_they_were_and_kept_ones_are_unchanged(dtype):
-    x = torch.tensor([[1.5, -2.0, 3.0, -0.0], [float("inf"), -float("inf"), float("nan"), 7.0]])
-    x = torch.cat([x, x], 1).to(dtype)[:, ::2].repeat(1, 2)
-    x = torch.stack([x, x], 2).view(2, -1)[:, ::2]  # not contiguous, as rows of an input may be
-    keep = torch.tensor([[True, False] * 4, [False, True] * 4])
-    out = torch.full(x.shape, 5.0, dtype=dtype)
-    assert cpu_dropout.zero_dropped(x, keep, out) is out
-    assert torch.equal(out.isnan(), x.isnan() & keep)
-    expected = torch.where(keep, x, 0.0)
-    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
-    assert not out[~keep].signbit().any()

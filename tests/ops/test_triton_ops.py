@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from fastlora import LoRALinear, fuse, lora_linear, unfuse
 from fastlora.ops import reference
 from fastlora.ops.group import GroupMember, lora_linear_group
-from tests.support.cases import Case, Tensors, make
+from fastlora.ops.reference import LowRank
+from tests.support.cases import Case, Tensors, formula, make
 from tests.support.tolerance import assert_close
 
 GPU = torch.cuda.is_available()
@@ -108,16 +109,17 @@ def test_saves_x_itself_s_and_a_seed(p):
 def test_double_backward_differentiates_the_gradients():
     t = _inputs(Case((5,), 8, 6, 2))
 
-    def second(backend, dtype=torch.float32):
+    def second(function, dtype=torch.float32, **named):
         x, a, b = (v.detach().to(dtype).requires_grad_() for v in (t.x, t.lora_a, t.lora_b))
         weight, bias = t.weight.to(dtype), t.bias.to(dtype)
-        y = lora_linear(x, weight, bias, a, b, t.scaling, 0.25, SEED, backend=backend)
+        y = function(x, weight, bias, a, b, t.scaling, 0.25, SEED, **named)
         first = torch.autograd.grad(y.square().sum(), (x, a, b), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), (x, a, b))
 
-    exact = second("torch", torch.float64)
-    for got, plain, wide in zip(second("triton"), second("torch"), exact, strict=True):
-        assert_close(got, plain, wide)
+    got = second(lora_linear, backend="triton")
+    plain, exact = (second(formula, d, triton=True) for d in (torch.float32, torch.float64))
+    for one, same, wide in zip(got, plain, exact, strict=True):
+        assert_close(one, same, wide)
 
 
 def test_a_trainable_base_gets_its_gradients():
@@ -172,16 +174,16 @@ def test_one_x_under_q_k_and_v_gets_the_sum_of_their_gradients():
     torch.testing.assert_close(together, sum(parts))
 
 
-def test_a_model_trains_the_same_on_both_backends():
+def test_a_model_trains_as_by_the_reference(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 5)).to(DEVICE)
     x, target = torch.randn(30, 12, device=DEVICE), torch.randn(30, 5, device=DEVICE)
 
-    def losses(backend):
+    def losses():
         wrapped = copy.deepcopy(model)
         for index in (0, 2):
             torch.manual_seed(index)
-            wrapped[index] = LoRALinear(wrapped[index], 4, dropout=0.1, backend=backend).to(DEVICE)
+            wrapped[index] = LoRALinear(wrapped[index], 4, dropout=0.1, backend="triton").to(DEVICE)
         optimizer = torch.optim.AdamW(
             [p for n, p in wrapped.named_parameters() if "lora" in n], lr=1e-2
         )
@@ -195,8 +197,11 @@ def test_a_model_trains_the_same_on_both_backends():
             history.append(loss.item())
         return history
 
-    triton, torch_ = losses("triton"), losses("torch")
-    assert triton == pytest.approx(torch_, rel=1e-5) and triton[-1] < triton[0]
+    kernels = losses()
+    monkeypatch.setattr(
+        "fastlora.layers.linear.lora_linear", lambda *a, backend: formula(*a, triton=True)
+    )
+    assert kernels == pytest.approx(losses(), rel=1e-5) and kernels[-1] < kernels[0]
 
 
 @pytest.mark.slow
@@ -220,13 +225,10 @@ def test_overlapping_launches_change_no_bit(plan, rows, monkeypatch):
     monkeypatch.setattr(dispatch, "launch_choice", launch_choice)
 
     def step():
-        arguments = (t.x, t.weight, t.lora_a, t.lora_b)
-        y, s = triton_ops._forward(
-            t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.1, SEED.to(DEVICE), plan
-        )
-        rest = (t.scaling, 0.1, SEED.to(DEVICE), True, True, True)
-        dx_plan = plan if plan == "split" else None
-        return [y, s, *triton_ops._backward(t.dy, *arguments, s, *rest, dx_plan)]
+        low = LowRank(t.lora_a, t.lora_b, t.scaling, 0.1, SEED.to(DEVICE))
+        y, s = triton_ops._forward(t.x, t.weight, t.bias, *low, plan)
+        needs, dx_plan = (True, True, True), plan if plan == "split" else None
+        return [y, s, *triton_ops._backward(t.dy, t.x, t.weight, s, *low, *needs, dx_plan)]
 
     apart = step()
     told = True
@@ -293,11 +295,11 @@ def test_offsets_beyond_32_bits(plan):
     weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") / 64
     a = torch.randn(r, k, dtype=torch.bfloat16, device="cuda") / 64
     b = torch.randn(n, r, dtype=torch.bfloat16, device="cuda")
-    seed = SEED.cuda()
-    y, s = triton_ops._forward(x, weight, None, a, b, 1.0, 0.1, seed, plan)
+    low = LowRank(a, b, 1.0, 0.1, SEED.cuda())
+    y, s = triton_ops._forward(x, weight, None, *low, plan)
     dy = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")
     dy[-128:] = torch.randn(128, n, device="cuda")
-    dx, da, _ = triton_ops._backward(dy, x, weight, a, b, s, 1.0, 0.1, seed, True, True, True, plan)
+    dx, da, _ = triton_ops._backward(dy, x, weight, s, *low, True, True, True, plan)
     tail = slice(m - 128, m)
     keep = reference.keep_mask(SEED, 0.1, 128, k, first_row=m - 128).cuda()
     kept = torch.where(keep, x[tail], 0.0) * reference.keep_scale(0.1)
@@ -330,9 +332,7 @@ def _group(dtype=torch.float32):
 def _group_step(function, x, members, dys):
     """[y of each member], and the gradients of x and of every lora_a and lora_b."""
     x = x.detach().requires_grad_()
-    members = [
-        dataclasses.replace(m, lora_a=_leaf(m.lora_a), lora_b=_leaf(m.lora_b)) for m in members
-    ]
+    members = [m._replace(lora_a=_leaf(m.lora_a), lora_b=_leaf(m.lora_b)) for m in members]
     ys = function(x, members)
     leaves = [x] + [t for m in members for t in (m.lora_a, m.lora_b)]
     used = [i for i, dy in enumerate(dys) if dy is not None]
@@ -353,13 +353,8 @@ def test_a_group_gives_what_its_layers_give_alone(p, unused):
     if unused is not None:
         dys[unused] = None
 
-    def alone(x, members, backend="torch"):
-        return [
-            lora_linear(
-                x, m.weight, m.bias, m.lora_a, m.lora_b, m.scaling, p, SEED, backend=backend
-            )
-            for m in members
-        ]
+    def alone(x, members):
+        return [formula(x, *m, p, SEED, triton=True) for m in members]
 
     got = _group_step(
         lambda x, members: lora_linear_group(x, members, p, SEED, triton=True), x, members, dys
@@ -394,9 +389,7 @@ def test_a_group_gives_no_gradient_that_nobody_asked_for(frozen):
         if frozen == "x":
             x = x.detach()
         else:
-            members = [
-                dataclasses.replace(m, **{frozen: getattr(m, frozen).detach()}) for m in members
-            ]
+            members = [m._replace(**{frozen: getattr(m, frozen).detach()}) for m in members]
         return lora_linear_group(x, members, 0.25, SEED, triton=True)
 
     names = ["x"] + ["lora_a", "lora_b"] * 3

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastlora.ops import reference
+from fastlora.ops.linear import keep_mask, low_rank
+
 
 @dataclass(frozen=True)
 class Case:
@@ -86,3 +89,22 @@ def make(case: Case, seed: int = 0) -> Tensors:
     return Tensors(
         x, draw(case.n, case.k), bias, draw(case.rank, case.k), draw(case.n, case.rank), dy
     )
+
+
+def formula(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    triton: bool = False,
+) -> Tensor:
+    """What `lora_linear` computes, by the reference under autograd and under the mask of that call. triton: of a call that runs kernels."""
+    rows = x.reshape(-1, x.shape[-1])
+    low = low_rank(lora_a, lora_b, scaling, p, seed)
+    y, _ = reference.forward(rows, weight, bias, low, keep_mask(rows, low, triton))
+    return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -16,6 +16,8 @@ from fastlora import lora_linear
 from fastlora.kernels.config import fused_rank
 from fastlora.ops import reference
 from fastlora.ops.dispatch import TRITON_PLANS
+from fastlora.ops.reference import LowRank
+from tests.support.cases import formula
 from tests.support.tolerance import assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -93,12 +95,9 @@ def draw_call(number: int) -> Call:
 
 
 def _plain(tensors: dict[str, Tensor | None], call: Call) -> Tensor:
-    """The reference's own formula in the dtype of what it is given."""
-    x, weight, bias, lora_a, lora_b = (tensors[name] for name in NAMES)
-    assert x is not None and weight is not None and lora_a is not None and lora_b is not None
-    rows = x.reshape(-1, x.shape[-1])
-    y, _ = reference.forward(rows, weight, bias, lora_a, lora_b, call.scaling, call.p, call.seed)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    """The reference in the dtype of the tensors given."""
+    arguments = [tensors[name] for name in NAMES]
+    return formula(*arguments, call.scaling, call.p, call.seed)  # type: ignore[arg-type]
 
 
 def _close(got: Tensor, same: Tensor, exact: Tensor, magnitude: Tensor, name: str) -> None:
@@ -199,20 +198,18 @@ def check_kernels(number: int) -> None:
         for shape in ((m, k), (n, k), (n,), (rank, k), (n, rank), (m, n))
     )
     scaling, seed = 1.75, torch.tensor(number) if p else None
-    y, s = triton_ops._forward(x, weight, bias, a, b, scaling, p, seed, plan=plan)
-    grads = triton_ops._backward(
-        dy, x, weight, a, b, s, scaling, p, seed, True, True, True, plan=plan
-    )
+    low = LowRank(a, b, scaling, p, seed)
+    y, s = triton_ops._forward(x, weight, bias, *low, plan=plan)
+    grads = triton_ops._backward(dy, x, weight, s, *low, True, True, True, plan=plan)
 
     def plain(kind: torch.dtype) -> list[Tensor]:
-        t = [v.to(kind) for v in (x, weight, bias, a, b, dy)]
-        out, low = reference.forward(*t[:5], scaling, p, seed)
-        back = reference.backward(t[5], t[0], t[1], t[3], t[4], low, scaling, p, seed)
-        return [out, *back]
+        x_, w, b_, d = (v.to(kind) for v in (x, weight, bias, dy))
+        out, s_ = reference.forward(x_, w, b_, low.to(kind))
+        return [out, *reference.backward(d, x_, w, low.to(kind), s_)]
 
     same, exact = plain(dtype), plain(torch.float64)
-    for name, g, low, e in zip(("y", "dx", "dA", "dB"), [y, *grads], same, exact, strict=True):
-        assert_close(g.to(dtype), low, e, f"case {number}, {plan}, {(m, k, n, rank)}: {name}")
+    for name, g, one, e in zip(("y", "dx", "dA", "dB"), [y, *grads], same, exact, strict=True):
+        assert_close(g.to(dtype), one, e, f"case {number}, {plan}, {(m, k, n, rank)}: {name}")
 
 
 EXTREMES = (float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 1e30, -1e30, 0.0, -0.0, 6e4)
