@@ -1,6 +1,7 @@
 """The code of docs/export.md, docs/integrations.md and docs/variants.md runs, and files and tests that pages name exist."""
 
 import importlib.util
+import pkgutil
 import re
 
 import pytest
@@ -43,6 +44,12 @@ OTHERS = re.compile(r"benchmarks/results/[\w-]*(<gpu>|seedN)|cd peft-(.|\n)*?\n\
 def test_every_file_that_a_page_names_exists(page):
     text = OTHERS.sub("", page.read_text())
     assert not [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_and_name_of_fastlora_on_a_page_exists(page):
+    for name in set(re.findall(r"(?<![\w./-])fastlora(?:\.[A-Za-z_]\w*)+", page.read_text())):
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
