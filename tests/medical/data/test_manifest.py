@@ -64,7 +64,7 @@ def test_it_lists_what_is_usable_and_what_is_not(prepared):
 def test_training_takes_what_is_listed_and_reads_the_cache(prepared, monkeypatch):
     root, cache = prepared
     config = TrainConfig(data_root=str(root), classes=("blob", "tube"), split="file")
-    with pytest.raises(DataError, match="empty mask .*--skip_invalid finds out what can be used"):
+    with pytest.raises(DataError, match="empty mask .*--skip_invalid lists the usable structures"):
         load_splits(config)
     grids._MEMORY.clear()
     monkeypatch.setattr(grids.StructureGrid, "read", lambda *a: pytest.fail("not from the cache"))
