@@ -38,10 +38,7 @@ _DAMAGED = (
     *(MemoryError, OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
 )
 _PLAIN = (type(None), bool, int, float, str)
-_STORAGES = (
-    ("BFloat16", "Bool", "Byte", "Char", "ComplexDouble", "ComplexFloat")
-    + ("Double", "Float", "Half", "Int", "Long", "Short")
-)  # fmt: skip
+_STORAGES = "BFloat16 Bool Byte Char ComplexDouble ComplexFloat Double Float Half Int Long Short"
 # Globals that the pickle inside a file of torch.save may use. torch's own list also has constructors that allocate any size:
 # `bytearray`, `torch.Tensor`, sparse tensors.
 _GLOBALS = frozenset(
@@ -52,7 +49,7 @@ _GLOBALS = frozenset(
         "torch._utils _rebuild_tensor_v3",
         "torch.storage UntypedStorage",
     }
-    | {f"torch {name}Storage" for name in _STORAGES}
+    | {f"torch {name}Storage" for name in _STORAGES.split()}
     | {str(value).replace(".", " ") for value in vars(torch).values() if isinstance(value, torch.dtype)}
 )  # fmt: skip
 

@@ -120,7 +120,7 @@ def extra_trainable(
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
         if not paths:
             raise InjectionError(
-                f"modules_to_save: {name!r} is not a module of the model{nearest_names(name, set(modules))}"
+                f"modules_to_save: {name!r} is not a module of the model{nearest_names(name, modules)}"
             )
         for path in paths:
             inside = next((a for a in adapted if f"{a}.".startswith(f"{path}.")), None)
@@ -215,7 +215,8 @@ def pattern_text(pattern: str | re.Pattern[str]) -> str:
 
 def nearest_names(wanted: str, paths: Iterable[str]) -> str:
     """The end of an error message: the path components nearest to `wanted`, or else a few of them."""
-    components = sorted({part for path in paths for part in path.split(".") if not part.isdigit()})
+    parts = {part for path in paths for part in path.split(".")}
+    components = sorted(part for part in parts if part and not part.isdigit())
     if not components:
         return "; there are no such layers in the model"
     return nearest(wanted, components) or f"; there are {', '.join(components[:5])}"

@@ -1,4 +1,4 @@
-"""`disable_adapter`: a context in which adapters have no effect."""
+"""`disable_adapter`, in which adapters have no effect, and `eval_mode`: contexts that restore a model afterwards."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, disabled in zip(layers, before, strict=True):
             layer.disabled = disabled
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """A context in which every module of `models` is in eval mode, without calling `eval()`, which may be overridden."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
