@@ -78,8 +78,6 @@ class LoRAConfig:
     PEFT's names r, lora_alpha, lora_dropout and exclude_modules are accepted for rank, alpha, dropout and exclude.
     Every pattern, index and name must match at least one layer; `inject_lora` raises otherwise.
 
-    Source: PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775.
-
     Raises: ConfigError naming the field if a value is invalid.
     """
 
@@ -187,20 +185,7 @@ class LoRAConfig:
         """
         if callable(self.target_modules):
             raise ConfigError("target_modules: a callback cannot be written to a file")
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("target_modules", "exclude"):
-            values[name] = _plain(name, values[name])
-        for name in _PATTERNS:
-            compiled = [key for key in values[name] if not isinstance(key, str)]
-            if compiled:
-                raise ConfigError(f"{name}: the compiled pattern {compiled[0]!r} cannot be written")
-            values[name] = dict(values[name])
-        if self.adapter_dtype is not None:
-            values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
-        values["layers_to_transform"] = list(self.indices) or None
-        for name in ("kinds", "modules_to_save"):
-            values[name] = list(values[name])
-        return values
+        return {f.name: _json_value(f.name, getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
@@ -326,19 +311,25 @@ def _with_aliases(init: Callable[..., None]) -> Callable[..., None]:
 LoRAConfig.__init__ = _with_aliases(LoRAConfig.__init__)  # type: ignore[method-assign]
 
 
-def _plain(name: str, pattern: Any) -> Any:
-    """A pattern, or a tuple of them, as a JSON value."""
-    if isinstance(pattern, tuple):
-        return [_plain(name, p) for p in pattern]
-    if isinstance(pattern, str):
-        return pattern
-    if pattern.flags != re.compile(pattern.pattern).flags:
-        raise ConfigError(f"{name}: the flags of {pattern!r} cannot be written; use (?i) and such")
-    return {"regex": pattern.pattern}
+def _json_value(name: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json_value(name, item) for item in value]
+    if isinstance(value, dict):
+        compiled = [key for key in value if not isinstance(key, str)]
+        if compiled:
+            raise ConfigError(f"{name}: the compiled pattern {compiled[0]!r} cannot be written")
+        return dict(value)
+    if isinstance(value, re.Pattern):
+        if value.flags != re.compile(value.pattern).flags:
+            raise ConfigError(
+                f"{name}: the flags of {value!r} cannot be written; use (?i) and such"
+            )
+        return {"regex": value.pattern}
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _compiled(name: str, value: Any) -> Any:
-    """The reverse of `_plain`."""
+    """The reverse of `_json_value` for patterns."""
     if isinstance(value, list):
         return [_compiled(name, v) for v in value]
     if not isinstance(value, Mapping):

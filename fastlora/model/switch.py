@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -26,24 +26,24 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in named_lora_layers(model)]
     if not layers:
         raise InjectionError("model: has no adapters, so there is nothing to disable")
-    before = [layer.disabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.disabled = True
+    with _attribute_set(layers, "disabled", True):
         yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.disabled = disabled
 
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """A context in which every module of `models` is in eval mode, without calling `eval()`, which may be overridden."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    with _attribute_set((m for model in models for m in model.modules()), "training", False):
+        yield
+
+
+@contextmanager
+def _attribute_set(modules: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
+    before = [(module, getattr(module, name)) for module in modules]
     try:
-        for module, _ in modes:
-            module.training = False
+        for module, _ in before:
+            setattr(module, name, value)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, old in before:
+            setattr(module, name, old)

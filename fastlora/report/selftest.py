@@ -197,14 +197,10 @@ def _gradient_modes(
     def note(path: str, *_: Any) -> None:
         calls[path] = calls[path] or torch.is_grad_enabled()
 
-    handles = [
-        layer.register_forward_pre_hook(partial(note, path)) for path, layer in suspects.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for path, layer in suspects.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(note, path)))
         run(True)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
