@@ -34,7 +34,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _CHOICES = {"match": get_args(Match), "backend": BACKENDS, "bias": get_args(Bias)}
 _INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 _PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]{0,2}")
-_PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
 _ALIASES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -117,7 +117,7 @@ class LoRAConfig:
             self._check_patterns("target_modules", self.targets)
         self._freeze("exclude", self.exclude)
         self._check_patterns("exclude", self.exclude)
-        for name in _PATTERNS:
+        for name in PATTERNS:
             self._check_pattern_values(name)
         self._check_indices()
         start = self.init_lora_weights
@@ -149,11 +149,10 @@ class LoRAConfig:
     @property
     def targets(self) -> tuple[str | re.Pattern[str], ...]:
         """The target patterns as a tuple; empty for a callback."""
-        if callable(self.target_modules):
+        targets = self.target_modules
+        if callable(targets):
             return ()
-        if isinstance(self.target_modules, (str, re.Pattern)):
-            return (self.target_modules,)
-        return tuple(self.target_modules)
+        return (targets,) if isinstance(targets, (str, re.Pattern)) else tuple(targets)
 
     def matches(self, pattern: str | re.Pattern[str], path: str) -> bool:
         """Whether `pattern` matches the layer at `path` under this config's `match`."""

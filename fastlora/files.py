@@ -343,13 +343,8 @@ def move_into_place(finished: Mapping[Path, Path]) -> None:
             shutil.copymode(place, file)
     for file, place in finished.items():
         os.replace(file, place)
-    for folder in {place.parent for place in finished.values()}:
-        _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable; only POSIX can open a folder."""
-    if os.name == "posix":
+    # Syncing the folder makes a rename durable; only POSIX can open a folder.
+    for folder in {place.parent for place in finished.values() if os.name == "posix"}:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -37,9 +37,8 @@ def inject_lora(
 ) -> int:
     """Wrap the matching linear layers of `model` in `LoRALinear`, in place.
 
-    A target matches a layer if it is contained in any component of the layer's dotted path: `to_qkv` matches
-    `blocks.0.attn.to_qkv`, and also the children `to_qkv.shape` and `to_qkv.pose` of a ModuleDict. Pass a `LoRAConfig`
-    for exact names, globs, regular expressions, exclusions and ranks by layer.
+    A target matches a layer if a component of its dotted path contains it: `to_qkv` matches `blocks.0.attn.to_qkv` and
+    `to_qkv.pose`. Pass a `LoRAConfig` for exact names, globs, regular expressions, exclusions and ranks by layer.
 
     model: changed only if everything can be wrapped. A module under several names is wrapped once and stays shared.
     target_modules: patterns, "all-linear", a callback `(path, module) -> bool | LoRAConfig`, or a `LoRAConfig`, which then

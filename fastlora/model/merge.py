@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import reduce
+from types import SimpleNamespace
 from typing import cast
 
 import torch
@@ -151,14 +153,9 @@ def check_mergeable(model: nn.Module) -> None:
         raise MergeError("cannot merge " + "; ".join(problems))
 
 
-class _Tokens:
+def _tokens(feats: Tensor) -> SimpleNamespace:
     """A minimal token object, for layers that accept nothing else."""
-
-    def __init__(self, feats: Tensor) -> None:
-        self.feats = feats
-
-    def replace(self, feats: Tensor) -> _Tokens:
-        return _Tokens(feats)
+    return SimpleNamespace(feats=feats, replace=_tokens)
 
 
 def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -196,9 +193,8 @@ def _layer_report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> Lay
     original, merged = layer.wrapped_weight(), cast(Tensor, fresh.weight)
     if original.device.type == "meta":
         return LayerMerge(path, merged.dtype, 0.0, 0.0, None, None, "the weight is on meta")
-    wide = torch.float32
-    for narrow in (original.dtype, merged.dtype, layer.lora_A.dtype):
-        wide = torch.promote_types(wide, narrow)
+    dtypes = (original.dtype, merged.dtype, layer.lora_A.dtype)
+    wide = reduce(torch.promote_types, dtypes, torch.float32)
     update = layer.delta(wide)
     rounding = merged.to(wide) - (original.to(wide) + update)
     touched = update != 0
@@ -229,7 +225,7 @@ def _compare(
             try:
                 got, want = fresh(merged_rows), layer(rows)
             except (AttributeError, TypeError):  # a layer that takes token objects only
-                got, want = fresh(_Tokens(merged_rows)).feats, layer(_Tokens(rows)).feats
+                got, want = fresh(_tokens(merged_rows)).feats, layer(_tokens(rows)).feats
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:

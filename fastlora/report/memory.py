@@ -1,10 +1,4 @@
-"""Memory of a fine-tuning run, computed from shapes: parameters, gradients, optimizer, saved activations.
-
-A model on the meta device is enough. For one adapted layer with M rows and elements of b bytes (docs/design.md, Memory):
-
-    fastlora    b·MK (x itself) + b·MR, and 8 with dropout
-    PEFT        a·MK + a·MR, and with dropout a mask of MK elements; a is the larger of b and the adapters' size
-"""
+"""Memory of a fine-tuning run, computed from shapes: parameters, gradients, optimizer, saved activations (docs/design.md)."""
 
 from __future__ import annotations
 

@@ -102,7 +102,13 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         def run(grad: bool) -> list[Tensor]:
             rewind()
             with torch.set_grad_enabled(grad):
-                return _outputs(model(*_copied(args), **_copied(kwargs)))
+                output = model(*_copied(args), **_copied(kwargs))
+            found = list(_tensors(output))
+            if not found:
+                raise CheckError(
+                    f"model: expected an output with floating-point tensors, got {type(output).__name__}"
+                )
+            return found
 
         findings = {
             path: reason
@@ -122,8 +128,8 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
             calls = _gradient_modes(run, suspects) if suspects else {}
         for path, call in calls.items():
             findings[path] = _reason(path in no_gradient, path in ineffective, call)
-    found = tuple(Finding(path, findings[path]) for path in layers if path in findings)
-    return CheckReport(tuple(layers), found)
+    ordered = (Finding(path, findings[path]) for path in layers if path in findings)
+    return CheckReport(tuple(layers), tuple(ordered))
 
 
 def _why_untrainable(layer: LoRALayer) -> str | None:
@@ -306,15 +312,6 @@ def _difference(got: list[Tensor], want: list[Tensor]) -> float:
             gap = torch.where(same, 0.0, (a.double() - b.double()).abs())
             largest = max(largest, float(gap.nan_to_num(nan=float("inf")).max()))
     return largest
-
-
-def _outputs(output: Any) -> list[Tensor]:
-    found = list(_tensors(output))
-    if not found:
-        raise CheckError(
-            f"model: expected an output with floating-point tensors, got {type(output).__name__}"
-        )
-    return found
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -211,8 +211,8 @@ def _table(
         elif kind_of(module) is not None:
             table.append(_plain(path, module, decisions.get(module), config, rows, module in read))
         elif _holds_a_matrix(module):
-            kind, reason = type(module).__name__, str(why_unsuitable(module))
-            table.append(LayerRow(path, kind, "unsuitable", reason, trainable=_trainable(module)))
+            row = LayerRow(path, type(module).__name__, "unsuitable", str(why_unsuitable(module)))
+            table.append(replace(row, trainable=_trainable(module)))
         elif config is not None and (name := _target(config, path.rpartition(".")[2])) is not None:
             below = sum(
                 kind_of(child) in config.kinds or isinstance(child, LoRALayer)
@@ -308,19 +308,15 @@ def _weight_read(dropout: float) -> str:
 
 
 def _trainable(module: nn.Module) -> int:
-    recurse = isinstance(module, LoRALayer) or kind_of(module) is not None
-    lazy = nn.parameter.UninitializedParameter
-    parameters = module.parameters(recurse)
-    return sum(p.numel() for p in parameters if p.requires_grad and not isinstance(p, lazy))
+    parameters = module.parameters(isinstance(module, LoRALayer) or kind_of(module) is not None)
+    return sum(p.numel() for p in parameters if p.requires_grad and not nn.parameter.is_lazy(p))
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:
     """Whether the module seems to own a weight matrix: a parameter of two or more dimensions, or a class named "linear"."""
     leaf_by_name = "linear" in type(module).__name__.lower() and not module._modules
-    return leaf_by_name or any(
-        isinstance(p, nn.parameter.UninitializedParameter) or p.ndim >= 2
-        for p in module.parameters(recurse=False)
-    )
+    own = module.parameters(recurse=False)
+    return leaf_by_name or any(nn.parameter.is_lazy(p) or p.ndim >= 2 for p in own)
 
 
 def _target(config: LoRAConfig, path: str) -> str | None:
