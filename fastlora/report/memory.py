@@ -62,13 +62,12 @@ class LayerShape:
 
     def saved_beyond_input_bytes(self, rows: int) -> int:
         """`saved_bytes` without x, which its owner may hold anyway: S, the seed, casts of the adapters, DoRA's tensors."""
-        cast = self.adapter_dtype != self.dtype
         size = self.dtype.itemsize
         if self.weight_read:
             return self.in_features * self.out_features * size  # the merged weight
         kept = rows * self.rank * size
         # The product saves the factors that it reads: casts, or the joined ones.
-        if cast or self.joined:
+        if self.adapter_dtype != self.dtype or self.joined:
             kept += self.rank * (self.in_features + self.out_features) * size
         if self.dora:  # the output before it is scaled, g, and the norms
             wide = max(self.adapter_dtype.itemsize, 4)
