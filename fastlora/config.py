@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -30,12 +30,11 @@ Bias = Literal["none", "all", "lora_only"]
 Selector = Callable[[str, nn.Module], "bool | LoRAConfig"]
 Targets = str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | Selector
 
-_MODES = ("contains", "exact", "glob", "regex")
-KINDS: tuple[Kind, ...] = ("linear", "conv", "embedding")
-_BIASES = ("none", "all", "lora_only")
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_CHOICES = {"match": get_args(Match), "backend": BACKENDS, "bias": get_args(Bias)}
 _INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 _PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]{0,2}")
-_PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
 _ALIASES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -79,8 +78,6 @@ class LoRAConfig:
     PEFT's names r, lora_alpha, lora_dropout and exclude_modules are accepted for rank, alpha, dropout and exclude.
     Every pattern, index and name must match at least one layer; `inject_lora` raises otherwise.
 
-    Source: PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775.
-
     Raises: ConfigError naming the field if a value is invalid.
     """
 
@@ -106,14 +103,11 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         check_hyperparameters(self.rank, self.alpha, self.dropout)
         for name in ("use_rslora", "use_dora"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if self.match not in _MODES:
-            raise ConfigError(f"match: expected one of {', '.join(_MODES)}, got {self.match!r}")
-        if self.backend not in BACKENDS:
-            raise ConfigError(
-                f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}"
-            )
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected True or False, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"adapter_dtype: expected a float dtype or None, got {dtype!r}")
@@ -123,7 +117,7 @@ class LoRAConfig:
             self._check_patterns("target_modules", self.targets)
         self._freeze("exclude", self.exclude)
         self._check_patterns("exclude", self.exclude)
-        for name in _PATTERNS:
+        for name in PATTERNS:
             self._check_pattern_values(name)
         self._check_indices()
         start = self.init_lora_weights
@@ -134,16 +128,15 @@ class LoRAConfig:
                 f"init_lora_weights: expected one of {', '.join(_INITIALISATIONS)} or pissa_niter_<steps>, "
                 f"got {start!r}"
             )
-        if self.init_lora_weights == "orthogonal" and self.rank % 2:
+        if start == "orthogonal" and self.rank % 2:
             raise ConfigError(f"init_lora_weights: orthogonal needs an even rank, got {self.rank}")
         if self.subtracts_init and self.alpha == 0:
             raise ConfigError(f"init_lora_weights: {start!r} needs an alpha other than 0")
-        self._check_kinds()
-        if self.bias not in _BIASES:
-            raise ConfigError(f"bias: expected one of {', '.join(_BIASES)}, got {self.bias!r}")
-        names = self.modules_to_save
-        if names is None:  # as PEFT writes it
-            names = ()
+        kinds = self.kinds
+        if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
+            raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {kinds!r}")
+        object.__setattr__(self, "kinds", tuple(kinds))
+        names = () if self.modules_to_save is None else self.modules_to_save  # PEFT writes None
         if isinstance(names, str) or not all(isinstance(n, str) and n for n in names):
             raise ConfigError(f"modules_to_save: expected a list of names, got {names!r}")
         object.__setattr__(self, "modules_to_save", tuple(names))
@@ -156,11 +149,10 @@ class LoRAConfig:
     @property
     def targets(self) -> tuple[str | re.Pattern[str], ...]:
         """The target patterns as a tuple; empty for a callback."""
-        if callable(self.target_modules):
+        targets = self.target_modules
+        if callable(targets):
             return ()
-        if isinstance(self.target_modules, (str, re.Pattern)):
-            return (self.target_modules,)
-        return tuple(self.target_modules)
+        return (targets,) if isinstance(targets, (str, re.Pattern)) else tuple(targets)
 
     def matches(self, pattern: str | re.Pattern[str], path: str) -> bool:
         """Whether `pattern` matches the layer at `path` under this config's `match`."""
@@ -183,8 +175,7 @@ class LoRAConfig:
     @property
     def indices(self) -> tuple[int, ...]:
         """`layers_to_transform` as a tuple; empty for None."""
-        wanted = self.layers_to_transform or ()
-        return (wanted,) if isinstance(wanted, int) else tuple(wanted)
+        return cast("tuple[int, ...]", self.layers_to_transform or ())  # see _check_indices
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a JSON value: a dtype by its name, a compiled pattern as {"regex": …}.
@@ -193,22 +184,7 @@ class LoRAConfig:
         """
         if callable(self.target_modules):
             raise ConfigError("target_modules: a callback cannot be written to a file")
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("target_modules", "exclude"):
-            value = values[name]
-            many = isinstance(value, tuple)
-            values[name] = [_plain(name, v) for v in value] if many else _plain(name, value)
-        for name in _PATTERNS:
-            compiled = [key for key in values[name] if not isinstance(key, str)]
-            if compiled:
-                raise ConfigError(f"{name}: the compiled pattern {compiled[0]!r} cannot be written")
-            values[name] = dict(values[name])
-        if self.adapter_dtype is not None:
-            values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
-        values["layers_to_transform"] = list(self.indices) or None
-        for name in ("kinds", "modules_to_save"):
-            values[name] = list(values[name])
-        return values
+        return {f.name: _json_value(f.name, getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
@@ -224,11 +200,8 @@ class LoRAConfig:
                 raise ConfigError(f"{name}: no such field{nearest(str(name), known)}")
         given = dict(values)
         for name in ("target_modules", "exclude", "exclude_modules"):
-            value = given.get(name)
-            if isinstance(value, list):
-                given[name] = [_compiled(name, v) for v in value]
-            elif isinstance(value, Mapping):
-                given[name] = _compiled(name, value)
+            if name in given:
+                given[name] = _compiled(name, given[name])
         dtype = given.get("adapter_dtype")
         if isinstance(dtype, str):
             given["adapter_dtype"] = getattr(torch, dtype, dtype)
@@ -272,19 +245,12 @@ class LoRAConfig:
             raise ConfigError(f"{name}: expected a mapping of pattern → value, got {patterns!r}")
         object.__setattr__(self, name, dict(patterns))
         self._check_patterns(name, tuple(patterns))
-        field_name = name.removesuffix("_pattern")
+        own: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
         for pattern, value in patterns.items():
-            own: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
             try:
-                check_hyperparameters(**own | {field_name: value})
+                check_hyperparameters(**own | {name.removesuffix("_pattern"): value})
             except ConfigError as error:
                 raise ConfigError(f"{name}[{pattern!r}]: {error}") from None
-
-    def _check_kinds(self) -> None:
-        kinds = self.kinds
-        if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
-            raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {kinds!r}")
-        object.__setattr__(self, "kinds", tuple(kinds))
 
     def _check_indices(self) -> None:
         wanted = self.layers_to_transform
@@ -344,15 +310,27 @@ def _with_aliases(init: Callable[..., None]) -> Callable[..., None]:
 LoRAConfig.__init__ = _with_aliases(LoRAConfig.__init__)  # type: ignore[method-assign]
 
 
-def _plain(name: str, pattern: str | re.Pattern[str]) -> str | dict[str, str]:
-    if isinstance(pattern, str):
-        return pattern
-    if pattern.flags != re.compile(pattern.pattern).flags:
-        raise ConfigError(f"{name}: the flags of {pattern!r} cannot be written; use (?i) and such")
-    return {"regex": pattern.pattern}
+def _json_value(name: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json_value(name, item) for item in value]
+    if isinstance(value, dict):
+        compiled = [key for key in value if not isinstance(key, str)]
+        if compiled:
+            raise ConfigError(f"{name}: the compiled pattern {compiled[0]!r} cannot be written")
+        return dict(value)
+    if isinstance(value, re.Pattern):
+        if value.flags != re.compile(value.pattern).flags:
+            raise ConfigError(
+                f"{name}: the flags of {value!r} cannot be written; use (?i) and such"
+            )
+        return {"regex": value.pattern}
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _compiled(name: str, value: Any) -> Any:
+    """The reverse of `_json_value` for patterns."""
+    if isinstance(value, list):
+        return [_compiled(name, v) for v in value]
     if not isinstance(value, Mapping):
         return value
     if set(value) != {"regex"} or not isinstance(value["regex"], str):
@@ -375,19 +353,16 @@ def scaling_divisor(rank: int, use_rslora: bool) -> float:
     return math.sqrt(rank) if use_rslora else rank
 
 
+def is_number(value: object) -> bool:
+    """Whether the value is an int or a float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_hyperparameters(rank: int, alpha: float, dropout: float) -> None:
     """Raises: ConfigError naming the argument, the expected value and the given one."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"rank: expected an integer ≥ 1, got {rank!r}")
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, (int, float))
-        or not abs(alpha) <= sys.float_info.max
-    ):
+    if not is_number(alpha) or not abs(alpha) <= sys.float_info.max:
         raise ConfigError(f"alpha: expected a finite number, got {alpha!r}")
-    if (
-        isinstance(dropout, bool)
-        or not isinstance(dropout, (int, float))
-        or not 0.0 <= dropout < 1.0
-    ):
+    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise ConfigError(f"dropout: expected a probability with 0 ≤ p < 1, got {dropout!r}")

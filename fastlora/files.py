@@ -38,10 +38,7 @@ _DAMAGED = (
     *(MemoryError, OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
 )
 _PLAIN = (type(None), bool, int, float, str)
-_STORAGES = (
-    ("BFloat16", "Bool", "Byte", "Char", "ComplexDouble", "ComplexFloat")
-    + ("Double", "Float", "Half", "Int", "Long", "Short")
-)  # fmt: skip
+_STORAGES = "BFloat16 Bool Byte Char ComplexDouble ComplexFloat Double Float Half Int Long Short"
 # Globals that the pickle inside a file of torch.save may use. torch's own list also has constructors that allocate any size:
 # `bytearray`, `torch.Tensor`, sparse tensors.
 _GLOBALS = frozenset(
@@ -52,7 +49,7 @@ _GLOBALS = frozenset(
         "torch._utils _rebuild_tensor_v3",
         "torch.storage UntypedStorage",
     }
-    | {f"torch {name}Storage" for name in _STORAGES}
+    | {f"torch {name}Storage" for name in _STORAGES.split()}
     | {str(value).replace(".", " ") for value in vars(torch).values() if isinstance(value, torch.dtype)}
 )  # fmt: skip
 
@@ -346,13 +343,8 @@ def move_into_place(finished: Mapping[Path, Path]) -> None:
             shutil.copymode(place, file)
     for file, place in finished.items():
         os.replace(file, place)
-    for folder in {place.parent for place in finished.values()}:
-        _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable; only POSIX can open a folder."""
-    if os.name == "posix":
+    # Syncing the folder makes a rename durable; only POSIX can open a folder.
+    for folder in {place.parent for place in finished.values() if os.name == "posix"}:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -13,7 +13,7 @@ from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 from fastlora.ops.dispatch import Choice
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class LoRAConv(LoRALayer):
@@ -44,13 +44,12 @@ class LoRAConv(LoRALayer):
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:
-        """Why a layer cannot be wrapped, or None if it can."""
         kind = type(layer).__name__
-        if not isinstance(layer, _KINDS):
+        if not isinstance(layer, CONVOLUTIONS):
             return f"expected an nn.Conv1d, Conv2d or Conv3d, got {kind}"
         if isinstance(layer.weight, nn.parameter.UninitializedParameter):
             return f"{kind} has no weight yet (lazy): run one forward pass first"
-        own = next(k for k in _KINDS if isinstance(layer, k))
+        own = next(k for k in CONVOLUTIONS if isinstance(layer, k))
         if type(layer).forward is not own.forward or (
             type(layer)._conv_forward is not own._conv_forward
         ):
@@ -82,7 +81,6 @@ class LoRAConv(LoRALayer):
         return cast(Tensor, y + self.scaling * update)
 
     def choose(self, x: Tensor) -> Choice:
-        """The backend and plan of a call with `x`, and the reason."""
         if self.disabled:
             return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
         return Choice("torch", "around", "a convolution: three convolutions of torch")

@@ -32,7 +32,6 @@ class LoRAEmbedding(LoRALayer):
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:
-        """Why a layer cannot be wrapped, or None if it can."""
         kind = type(layer).__name__
         if not isinstance(layer, nn.Embedding):
             return f"expected an nn.Embedding, got {kind}"
@@ -67,7 +66,6 @@ class LoRAEmbedding(LoRALayer):
         return y + (self.scaling * (s @ b.T)).to(y.dtype)  # [..., R] @ [R, N] -> [..., N]
 
     def choose(self, x: Tensor) -> Choice:
-        """The backend and plan of a call with `x`, and the reason."""
         if self.disabled:
             return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
         return Choice("torch", "around", "an embedding: two look-ups and a product of torch")

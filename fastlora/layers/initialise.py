@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlora.layers.base import LoRALayer, no_autocast
 from fastlora.layers.embedding import LoRAEmbedding
@@ -45,8 +45,6 @@ def _initialise_from_weight(layer: LoRALinear, method: str) -> None:
     weight = layer.dequantised_matrix()
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, rank = weight.to(wide), layer.rank
-    a: Tensor
-    b: Tensor
     with no_autocast(weight):
         if method == "olora":
             q, r = torch.linalg.qr(weight)

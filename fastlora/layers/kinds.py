@@ -6,26 +6,19 @@ from torch import nn
 
 from fastlora.config import KINDS, LoRAConfig
 from fastlora.layers.base import LoRALayer
-from fastlora.layers.conv import LoRAConv
+from fastlora.layers.conv import CONVOLUTIONS, LoRAConv
 from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.linear import LoRALinear, LoRATransposedLinear, is_transposed_linear
 
 # Transposed convolutions are included so that a pattern that matches one is refused by name.
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def kind_of(module: nn.Module) -> str | None:
     """The module's kind as in `LoRAConfig.kinds`, or None if it has none."""
     if isinstance(module, nn.Linear) or is_transposed_linear(module):
         return "linear"
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, (*CONVOLUTIONS, *_TRANSPOSED)):
         return "conv"
     return "embedding" if isinstance(module, nn.Embedding) else None
 
@@ -41,10 +34,11 @@ def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | No
     if reason is not None or config is None:
         return reason
     if kind != "linear":
+        only_linear = f"is for linear layers, not for a {type(module).__name__}"
         if config.use_dora:
-            return f"use_dora is for linear layers, not for a {type(module).__name__}"
+            return f"use_dora {only_linear}"
         if config.subtracts_init or config.init_lora_weights == "orthogonal":
-            return f"init_lora_weights={config.init_lora_weights!r} is for linear layers, not for a {type(module).__name__}"
+            return f"init_lora_weights={config.init_lora_weights!r} {only_linear}"
     if kind == "conv" and config.rank % module.groups:  # type: ignore[operator]
         return f"rank {config.rank} is not a multiple of its groups={module.groups}"
     if kind == "linear" and config.subtracts_init:
@@ -68,8 +62,7 @@ def layer_class(
 
 def wrap(module: nn.Module, config: LoRAConfig) -> LoRALayer:
     """`module` wrapped in its layer class with its own `config`, in the default initialisation. Raises: as the layer's class."""
-    make = layer_class(module)
-    return make(
+    return layer_class(module)(
         module,  # type: ignore[arg-type]
         config.rank,
         config.alpha,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.config import LoRAConfig, Targets, check_hyperparameters
+from fastlora.config import LoRAConfig, Targets, check_hyperparameters, is_number
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import LoRALayer
 from fastlora.model.adapter_registry import (
@@ -155,8 +155,7 @@ def combine_adapters(
         raise ConfigError(f"weights: expected a mapping of adapter name → weight, got {weights!r}")
     for name, weight in weights.items():
         _check_exists(registry, name, "weights")
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
+        if not is_number(weight) or not math.isfinite(weight):
             raise ConfigError(f"weights[{name!r}]: expected a finite number, got {weight!r}")
     if method not in _METHODS:
         raise ConfigError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
@@ -229,9 +228,9 @@ def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
         raise InjectionError(
             "model: is itself an adapted layer; pass the model that contains it, or give it a parent"
         )
-    return owner, AdapterRegistry(
-        {DEFAULT_NAME: layers} if layers else {}, DEFAULT_NAME if layers else None
-    )
+    if not layers:
+        return owner, AdapterRegistry({}, None)
+    return owner, AdapterRegistry({DEFAULT_NAME: layers}, DEFAULT_NAME)
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
@@ -347,29 +346,23 @@ def _why_not_combinable(layer: LoRALayer) -> str | None:
 @torch.no_grad()
 def _combined(layers: Mapping[LoRALayer, float], method: Method, rank: int | None) -> LoRALayer:
     """A wrapper around the base layer of `layers` whose update is the weighted sum of theirs."""
-    first = next(iter(layers))
-    base, dtype = first.wrapped, torch.float32
-    device = first.wrapped_device
-    for layer in layers:
+    first, dtype = next(iter(layers)), torch.float32
+    all_a, all_b = [], []
+    for layer, weight in layers.items():
         dtype = torch.promote_types(dtype, layer.lora_A.dtype)
-    a = torch.cat([_matrix(layer.factors()[0], device) for layer in layers])  # [ΣR, K]
-    b = torch.cat(
-        [_matrix(layer.factors()[1], device) * (w * layer.scaling) for layer, w in layers.items()],
-        1,
-    )  # [N, ΣR]
+        a, b = (f.flatten(1).to(first.wrapped_device, torch.float64) for f in layer.factors())
+        all_a.append(a)
+        all_b.append(b * (weight * layer.scaling))
+    a, b = torch.cat(all_a), torch.cat(all_b, 1)  # [ΣR, K], [N, ΣR]
     if method == "svd":
-        highest = max(layer.rank for layer in layers) if rank is None else rank
-        a, b = _truncated(a, b, highest)
+        a, b = _truncated(a, b, rank or max(layer.rank for layer in layers))
     total = a.shape[0]
-    kind: Any = type(first)
-    fresh: LoRALayer = kind(base, total, float(total), adapter_dtype=dtype, backend=first.backend)
+    fresh = type(first)(
+        first.wrapped, total, float(total), adapter_dtype=dtype, backend=first.backend
+    )
     fresh.lora_A.copy_(a.view_as(fresh.lora_A))
     fresh.lora_B.copy_(b.view_as(fresh.lora_B))
     return fresh
-
-
-def _matrix(factor: Tensor, device: torch.device) -> Tensor:
-    return factor.flatten(1).to(device, torch.float64)
 
 
 def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

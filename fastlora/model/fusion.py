@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastlora.errors import InjectionError
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear, is_plain
+from fastlora.model.switch import eval_mode
 from fastlora.ops.dispatch import why_not_triton
 from fastlora.ops.group import GroupMember, lora_linear_group
 from fastlora.ops.linear import autocast, autocasts
@@ -57,19 +59,24 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     alone: dict[str, str] = {}
     by_input: dict[tuple[Any, ...], list[str]] = {}
     for path, layer in layers.items():
-        reason = _why_ungrouped(layer, seen.get(path, []))
-        if reason is not None:
+        calls = seen.get(path, [])
+        reason = _why_not_fusable(layer)
+        if not calls:
+            alone[path] = "its forward is not called on this sample"
+        elif len(calls) > 1:
+            alone[path] = f"it is called {len(calls)} times on this sample"
+        elif reason is not None:
             alone[path] = reason
-            continue
-        x, version, order = seen[path][0]
-        key = (id(x), version, layer.dropout, layer.lora_A.dtype, layer.backend)
-        by_input.setdefault(key, []).append(path)
+        else:
+            x, version = calls[0]
+            key = (id(x), version, layer.dropout, layer.lora_A.dtype, layer.backend)
+            by_input.setdefault(key, []).append(path)
     groups = []
     for paths in by_input.values():
         if len(paths) == 1:
             alone[paths[0]] = "no other adapted layer with these settings receives the same tensor"
         else:
-            groups.append(tuple(sorted(paths, key=lambda path: seen[path][0][2])))
+            groups.append(tuple(path for path in seen if path in paths))
     unfuse(model)
     for group in groups:
         members = _Group([layers[path] for path in group])
@@ -112,9 +119,8 @@ class _Group:
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """The output of `layer` for x (..., K); None if it must run by itself."""
-        if torch.is_inference_mode_enabled() or x.is_inference():  # no versions to compare
-            return None
-        if torch._C._are_functorch_transforms_active():
+        versionless = torch.is_inference_mode_enabled() or x.is_inference()
+        if versionless or torch._C._are_functorch_transforms_active():
             return None
         state, cached = self._state(x), self._cached
         if cached is not None and not cached.spent and cached.x() is x and cached.state == state:
@@ -176,14 +182,6 @@ class _Group:
         return "triton"
 
 
-def _why_ungrouped(layer: LoRALinear, calls: list[tuple[Tensor, int, int]]) -> str | None:
-    if not calls:
-        return "its forward is not called on this sample"
-    if len(calls) > 1:
-        return f"it is called {len(calls)} times on this sample"
-    return _why_not_fusable(layer)
-
-
 def _why_not_fusable(layer: LoRALinear) -> str | None:
     if layer.lora_magnitude is not None:
         return "it has DoRA"
@@ -196,29 +194,18 @@ def _why_not_fusable(layer: LoRALinear) -> str | None:
 
 def _record_inputs(
     model: nn.Module, layers: dict[str, LoRALinear], args: Any, kwargs: Any
-) -> dict[str, list[tuple[Tensor, int, int]]]:
-    """For each layer its input tensors, with their versions and the order of the calls."""
-    seen: dict[str, list[tuple[Tensor, int, int]]] = {}
+) -> dict[str, list[tuple[Tensor, int]]]:
+    """For each layer that is called, in the order of first calls, its input tensors and their versions."""
+    seen: dict[str, list[tuple[Tensor, int]]] = {}
 
     def note(path: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = inputs[0] if inputs else named["input"]
         x = given if isinstance(given, Tensor) else given.feats
-        order = sum(map(len, seen.values()))
-        seen.setdefault(path, []).append((x, x._version, order))
+        seen.setdefault(path, []).append((x, x._version))
 
-    modes = [(module, module.training) for module in model.modules()]
-    handles = [
-        layer.register_forward_pre_hook(partial(note, path), with_kwargs=True)
-        for path, layer in layers.items()
-    ]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.inference_mode(False), torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
+    with ExitStack() as hooks, eval_mode(model), torch.inference_mode(False), torch.no_grad():
+        for path, layer in layers.items():
+            handle = layer.register_forward_pre_hook(partial(note, path), with_kwargs=True)
+            hooks.enter_context(handle)
+        model(*args, **kwargs)
     return seen

@@ -37,9 +37,8 @@ def inject_lora(
 ) -> int:
     """Wrap the matching linear layers of `model` in `LoRALinear`, in place.
 
-    A target matches a layer if it is contained in any component of the layer's dotted path: `to_qkv` matches
-    `blocks.0.attn.to_qkv`, and also the children `to_qkv.shape` and `to_qkv.pose` of a ModuleDict. Pass a `LoRAConfig`
-    for exact names, globs, regular expressions, exclusions and ranks by layer.
+    A target matches a layer if a component of its dotted path contains it: `to_qkv` matches `blocks.0.attn.to_qkv` and
+    `to_qkv.pose`. Pass a `LoRAConfig` for exact names, globs, regular expressions, exclusions and ranks by layer.
 
     model: changed only if everything can be wrapped. A module under several names is wrapped once and stays shared.
     target_modules: patterns, "all-linear", a callback `(path, module) -> bool | LoRAConfig`, or a `LoRAConfig`, which then
@@ -66,9 +65,7 @@ def inject_lora(
             FastLoRAWarning,
             stacklevel=2,
         )
-    elif (
-        problem is not None and target_modules is not None
-    ):  # the defaults are for several architectures
+    elif problem is not None and target_modules is not None:  # the defaults fit many architectures
         warnings.warn(f"inject_lora: {problem}", FastLoRAWarning, stacklevel=2)
     count = _wrap(model, selected)
     for module, names in trained.items():
@@ -196,11 +193,16 @@ def _wrap(model: nn.Module, selected: Selection) -> int:
     wrapped = {module: wrap(module, own) for module, (_, own) in selected.items()}
     for module, layer in wrapped.items():
         initialise(layer, selected[module][1].init_lora_weights)
+    replace_modules(model, wrapped)
+    return len(wrapped)
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace submodules of `model` under all their names, except inside adapted layers."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is not None and child in wrapped and not isinstance(parent, LoRALayer):
-                setattr(parent, name, wrapped[child])
-    return len(wrapped)
+            if child is not None and child in replacements and not isinstance(parent, LoRALayer):
+                setattr(parent, name, replacements[child])
 
 
 def _output_parameters(
@@ -208,17 +210,17 @@ def _output_parameters(
 ) -> list[nn.Parameter]:
     """The parameters of every module that one of `names` names as a whole path component."""
     found: list[nn.Parameter] = []
+    modules = dict(model.named_modules())
     for name in names:
-        paths = [path for path, _ in model.named_modules() if name in path.split(".")]
+        paths = [path for path in modules if name in path.split(".")]
         if not paths:
-            components = {c for path, _ in model.named_modules() for c in path.split(".") if c}
             raise InjectionError(
-                f"output_layer_names: {name!r} is not a module of the model{nearest_names(name, components)}"
+                f"output_layer_names: {name!r} is not a module of the model{nearest_names(name, modules)}"
             )
         both = sorted(adapted.intersection(paths))
         if both:
             raise InjectionError(
                 f"output_layer_names: {both[0]} would get an adapter and be unfrozen"
             )
-        found += [p for path in paths for p in model.get_submodule(path).parameters()]
+        found += [p for path in paths for p in modules[path].parameters()]
     return found

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import reduce
+from types import SimpleNamespace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
-from fastlora.layers.base import LoRALayer
+from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.model.adapter_registry import (
     clear_extra_trainable,
     copy_active,
     drop_registries,
     inactive_adapters,
 )
+from fastlora.model.inject import replace_modules
+from fastlora.model.switch import eval_mode
 
 LOST_SHARE = 0.1  # of an update's norm; a merge that loses more warns
 _ROWS = 8
@@ -48,11 +52,9 @@ class LayerMerge:
         return self.max_error is None or self.allowed is None or self.max_error <= self.allowed
 
     def __str__(self) -> str:
-        error = (
-            f"not called: {self.skipped}"
-            if self.max_error is None
-            else f"error {self.max_error:.2g}, of which rounding explains {self.allowed:.2g}"
-        )
+        error = f"not called: {self.skipped}"
+        if self.max_error is not None:
+            error = f"error {self.max_error:.2g}, of which rounding explains {self.allowed:.2g}"
         return (
             f"{self.path or 'the layer'}: {self.dtype}, {self.lost:.2%} of the update lost, "
             f"{self.unchanged:.1%} of the weights unchanged, {error}"
@@ -128,13 +130,8 @@ def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRep
     if dtype is not None and not dtype.is_floating_point:
         raise ConfigError(f"dtype: expected a float dtype or None, got {dtype}")
     check_mergeable(model)
-    return MergeReport(
-        tuple(
-            _layer_report(path, module, dtype)
-            for path, module in model.named_modules()
-            if isinstance(module, LoRALayer)
-        )
-    )
+    layers = named_lora_layers(model)
+    return MergeReport(tuple(_layer_report(path, layer, dtype) for path, layer in layers))
 
 
 def check_mergeable(model: nn.Module) -> None:
@@ -144,42 +141,31 @@ def check_mergeable(model: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     problems = []
-    for path, module in model.named_modules():
-        if not isinstance(module, LoRALayer):
-            continue
-        where = path or "the layer"
-        reason = module.why_unmergeable()
+    for path, layer in named_lora_layers(model):
+        reason = layer.why_unmergeable()
         if reason is None:
-            mine = f"{path}.{module.wrapped_name}.weight".lstrip(".")
-            tied = [n for n in owners[id(module.wrapped.weight)] if n != mine]
+            mine = f"{path}.{layer.wrapped_name}.weight".lstrip(".")
+            tied = [n for n in owners[id(layer.wrapped.weight)] if n != mine]
             reason = f"the weight is tied to {', '.join(tied)}" if tied else None
         if reason is not None:
-            problems.append(f"{where}: {reason}")
+            problems.append(f"{path or 'the layer'}: {reason}")
     if problems:
         raise MergeError("cannot merge " + "; ".join(problems))
 
 
-class _Tokens:
+def _tokens(feats: Tensor) -> SimpleNamespace:
     """A minimal token object, for layers that accept nothing else."""
-
-    def __init__(self, feats: Tensor) -> None:
-        self.feats = feats
-
-    def replace(self, feats: Tensor) -> _Tokens:
-        return _Tokens(feats)
+    return SimpleNamespace(feats=feats, replace=_tokens)
 
 
 def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(model, LoRALayer):
         model = model.merge_weights(dtype)
     else:
-        merged: dict[nn.Module, nn.Module] = {}
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if isinstance(child, LoRALayer):
-                    if child not in merged:
-                        merged[child] = child.merge_weights(dtype)
-                    setattr(parent, name, merged[child])
+        merged: dict[nn.Module, nn.Module] = {
+            layer: layer.merge_weights(dtype) for _, layer in named_lora_layers(model)
+        }
+        replace_modules(model, merged)
         drop_registries(model)
     clear_extra_trainable(model)
     return model if dtype is None else model.to(dtype)
@@ -207,9 +193,8 @@ def _layer_report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> Lay
     original, merged = layer.wrapped_weight(), cast(Tensor, fresh.weight)
     if original.device.type == "meta":
         return LayerMerge(path, merged.dtype, 0.0, 0.0, None, None, "the weight is on meta")
-    wide = torch.float32
-    for narrow in (original.dtype, merged.dtype, layer.lora_A.dtype):
-        wide = torch.promote_types(wide, narrow)
+    dtypes = (original.dtype, merged.dtype, layer.lora_A.dtype)
+    wide = reduce(torch.promote_types, dtypes, torch.float32)
     update = layer.delta(wide)
     rounding = merged.to(wide) - (original.to(wide) + update)
     touched = update != 0
@@ -233,24 +218,19 @@ def _compare(
     rows = layer.sample_input(_ROWS, torch.Generator().manual_seed(0)).to(weight.device)
     floats = rows.is_floating_point()
     rows = rows.to(weight.dtype) if floats else rows
-    modes = [(module, module.training) for module in (*layer.modules(), *fresh.modules())]
+    merged_rows = rows.to(merged.dtype) if floats else rows
     try:
-        for module, _ in modes:
-            module.training = False
-        fresh.to(merged.dtype)  # a bias in a narrower dtype would not fit the weight
-        merged_rows = rows.to(merged.dtype) if floats else rows
-        try:
-            got, want = fresh(merged_rows), layer(rows)
-        except (AttributeError, TypeError):  # a layer that takes token objects only
-            got, want = fresh(_Tokens(merged_rows)).feats, layer(_Tokens(rows)).feats
+        with eval_mode(layer, fresh):
+            fresh.to(merged.dtype)  # a bias in a narrower dtype would not fit the weight
+            try:
+                got, want = fresh(merged_rows), layer(rows)
+            except (AttributeError, TypeError):  # a layer that takes token objects only
+                got, want = fresh(_tokens(merged_rows)).feats, layer(_tokens(rows)).feats
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         # A custom forward on an unsuitable input, or a forced backend that is not available.
         return None, None, f"random rows do not fit it: {type(error).__name__}: {error}"
-    finally:
-        for module, mode in modes:
-            module.training = mode
     x = rows.to(wide).abs() if floats else rows
     bias = None if layer.bias is None else layer.bias.abs().to(wide)
     magnitudes = weight.abs().to(wide) + layer.delta(wide, magnitude=True)
@@ -260,8 +240,7 @@ def _compare(
     if weight.device.type == "cuda" and want.dtype == torch.float32:
         summed = 2**-10  # TF32 may be allowed
     terms = layer.lora_A[0].numel() if floats else 1
-    share = 16 * unit + 4 * terms**0.5 * summed
-    allowed = share * magnitude
+    allowed = (16 * unit + 4 * terms**0.5 * summed) * magnitude
     difference = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=float("inf"))
     if difference.numel() == 0:
         return 0.0, 0.0, None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, layer_index
+from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, PATTERNS, LoRAConfig, Targets, layer_index
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
@@ -120,7 +120,7 @@ def extra_trainable(
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
         if not paths:
             raise InjectionError(
-                f"modules_to_save: {name!r} is not a module of the model{nearest_names(name, set(modules))}"
+                f"modules_to_save: {name!r} is not a module of the model{nearest_names(name, modules)}"
             )
         for path in paths:
             inside = next((a for a in adapted if f"{a}.".startswith(f"{path}.")), None)
@@ -146,13 +146,9 @@ def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection)
     """An error message on the first pattern or layer index that matches nothing; None if all match."""
     every = [path for path, _ in candidates(model, config)]
     taken = [path for path, _ in selected.values()]
-    for name, patterns, paths in (
-        ("target_modules", config.targets, every),
-        ("exclude", tuple(config.exclude), every),
-        ("rank_pattern", tuple(config.rank_pattern), taken),
-        ("alpha_pattern", tuple(config.alpha_pattern), taken),
-        ("dropout_pattern", tuple(config.dropout_pattern), taken),
-    ):
+    checked = [("target_modules", config.targets, every), ("exclude", config.exclude, every)]
+    checked += [(name, getattr(config, name), taken) for name in PATTERNS]
+    for name, patterns, paths in checked:
         for pattern in patterns:
             if pattern != ALL_LINEAR and not any(config.matches(pattern, path) for path in paths):
                 shown = pattern_text(pattern)
@@ -215,7 +211,8 @@ def pattern_text(pattern: str | re.Pattern[str]) -> str:
 
 def nearest_names(wanted: str, paths: Iterable[str]) -> str:
     """The end of an error message: the path components nearest to `wanted`, or else a few of them."""
-    components = sorted({part for path in paths for part in path.split(".") if not part.isdigit()})
+    parts = {part for path in paths for part in path.split(".")}
+    components = sorted(part for part in parts if part and not part.isdigit())
     if not components:
         return "; there are no such layers in the model"
     return nearest(wanted, components) or f"; there are {', '.join(components[:5])}"
@@ -256,15 +253,10 @@ def _decide_layer(
         chosen = pattern_text(found[0])
         reason = f"matches {chosen!r}"
 
-    def by_pattern(patterns: Mapping[str, float], default: float) -> float:
-        return next(
-            (v for pattern, v in patterns.items() if config.matches(pattern, path)), default
-        )
+    def by_pattern(name: str) -> Any:
+        patterns = getattr(config, f"{name}_pattern").items()
+        found = (value for pattern, value in patterns if config.matches(pattern, path))
+        return next(found, getattr(config, name))
 
-    own = replace(
-        config,
-        rank=int(by_pattern(config.rank_pattern, config.rank)),
-        alpha=by_pattern(config.alpha_pattern, config.alpha),
-        dropout=by_pattern(config.dropout_pattern, config.dropout),
-    )
+    own = replace(config, **{name: by_pattern(name) for name in ("rank", "alpha", "dropout")})
     return Decision(path, module, "selected", reason, config=own, pattern=chosen)

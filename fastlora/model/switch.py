@@ -1,8 +1,8 @@
-"""`disable_adapter`: a context in which adapters have no effect."""
+"""`disable_adapter`, in which adapters have no effect, and `eval_mode`: contexts that restore a model afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -26,11 +26,24 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in named_lora_layers(model)]
     if not layers:
         raise InjectionError("model: has no adapters, so there is nothing to disable")
-    before = [layer.disabled for layer in layers]
+    with _attribute_set(layers, "disabled", True):
+        yield
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """A context in which every module of `models` is in eval mode, without calling `eval()`, which may be overridden."""
+    with _attribute_set((m for model in models for m in model.modules()), "training", False):
+        yield
+
+
+@contextmanager
+def _attribute_set(modules: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
+    before = [(module, getattr(module, name)) for module in modules]
     try:
-        for layer in layers:
-            layer.disabled = True
+        for module, _ in before:
+            setattr(module, name, value)
         yield
     finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.disabled = disabled
+        for module, old in before:
+            setattr(module, name, old)

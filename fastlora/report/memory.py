@@ -1,10 +1,4 @@
-"""Memory of a fine-tuning run, computed from shapes: parameters, gradients, optimizer, saved activations.
-
-A model on the meta device is enough. For one adapted layer with M rows and elements of b bytes (docs/design.md, Memory):
-
-    fastlora    b·MK (x itself) + b·MR, and 8 with dropout
-    PEFT        a·MK + a·MR, and with dropout a mask of MK elements; a is the larger of b and the adapters' size
-"""
+"""Memory of a fine-tuning run, computed from shapes: parameters, gradients, optimizer, saved activations (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -68,13 +62,12 @@ class LayerShape:
 
     def saved_beyond_input_bytes(self, rows: int) -> int:
         """`saved_bytes` without x, which its owner may hold anyway: S, the seed, casts of the adapters, DoRA's tensors."""
-        cast = self.adapter_dtype != self.dtype
         size = self.dtype.itemsize
         if self.weight_read:
             return self.in_features * self.out_features * size  # the merged weight
         kept = rows * self.rank * size
         # The product saves the factors that it reads: casts, or the joined ones.
-        if cast or self.joined:
+        if self.adapter_dtype != self.dtype or self.joined:
             kept += self.rank * (self.in_features + self.out_features) * size
         if self.dora:  # the output before it is scaled, g, and the norms
             wide = max(self.adapter_dtype.itemsize, 4)
@@ -183,7 +176,8 @@ def estimate(
                 f"model: {name} has no shape yet (lazy): run one forward pass first"
             )
     counted = _as_it_is(model) if config is None else _after_injection(model, config)
-    adapted, shapes, trainable, frozen = counted
+    adapted, shapes, added, trains = counted
+    trainable = added + [p.nbytes for p in model.parameters() if p in trains]
     copies, step = OPTIMIZERS[optimizer]
     return MemoryEstimate(
         rows=rows,
@@ -191,7 +185,7 @@ def estimate(
         uncounted=adapted - len(shapes),
         optimizer=optimizer,
         trainable_bytes=sum(trainable),
-        frozen_bytes=frozen,
+        frozen_bytes=sum(p.nbytes for p in model.parameters() if p not in trains),
         gradient_bytes=sum(trainable),
         optimizer_bytes=sum(copies * size + step for size in trainable),
         saved_bytes=sum(s.saved_bytes(rows) for s in shapes),
@@ -200,8 +194,8 @@ def estimate(
     )
 
 
-# Number of adapted layers, shapes of the linear ones, bytes of each trainable parameter, bytes of the others.
-_Counted = tuple[int, list[LayerShape], list[int], int]
+# Number of adapted layers, shapes of the linear ones, bytes of each parameter to add, the model's parameters that train.
+_Counted = tuple[int, list[LayerShape], list[int], set[nn.Parameter | None]]
 
 
 def _as_it_is(model: nn.Module) -> _Counted:
@@ -210,9 +204,7 @@ def _as_it_is(model: nn.Module) -> _Counted:
         raise InjectionError("model: has no adapters; pass the config to inject")
     read = attention_projections(model)
     shapes = [shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)]
-    trainable = [p.nbytes for p in model.parameters() if p.requires_grad]
-    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    return len(layers), shapes, trainable, frozen
+    return len(layers), shapes, [], {p for p in model.parameters() if p.requires_grad}
 
 
 def _after_injection(model: nn.Module, config: LoRAConfig | Targets) -> _Counted:
@@ -227,19 +219,17 @@ def _after_injection(model: nn.Module, config: LoRAConfig | Targets) -> _Counted
         for module, (_, own) in selected.items()
         if kind_of(module) == "linear"
     ]
-    trainable = [
+    added = [
         size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
         for module, (_, own) in selected.items()
         for size in adapter_sizes(module, own)
     ]
-    extra = {
+    trains = {
         module._parameters[name]
         for module, names in extra_trainable(model, settings, selected).items()
         for name in names
     }
-    trainable += [p.nbytes for p in extra if p is not None]
-    frozen = sum(p.nbytes for p in model.parameters() if p not in extra)
-    return len(selected), shapes, trainable, frozen
+    return len(selected), shapes, added, trains
 
 
 def shape_after_injection(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastlora.errors import CheckError, InjectionError
 from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.model.switch import eval_mode
 
-Modes = list[tuple[nn.Module, bool]]
+Layers = Mapping[str, LoRALayer]
 
 _SHOWN = 4  # paths in a line of the report
 _SHARE = 0.1  # norm of the trial update relative to the weight's
@@ -71,8 +72,8 @@ class CheckReport:
 def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     """Run `model(*args, **kwargs)` and find adapters that do not change the output or get no gradient.
 
-    Three runs: forward and backward in training mode (in the model's own modes if it is in training), the same in eval mode,
-    and eval without gradients, where fast paths run. Meanwhile trainable parameters are replaced by leaves on the same storage,
+    Three runs: forward and backward in eval mode, eval without gradients, where fast paths run, and forward and backward in
+    training mode (in the model's own modes if it is in training). Meanwhile trainable parameters are replaced by leaves on the same storage,
     and random values that make the update a tenth of the weight are added to lora_B. Layers for which these runs are not
     conclusive are run one by one. Findings are adapters
         whose weight is read elsewhere, so that their forward is not called or its result not used;
@@ -92,43 +93,43 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     """
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise InjectionError(f"model: is a {type(model).__name__}; pass model.module")
-    layers = list(named_lora_layers(model))
+    layers = dict(named_lora_layers(model))
     if not layers:
         raise InjectionError("model: has no adapters, so there is nothing to check")
     modes = [(module, module.training) for module in model.modules()]
-    with torch.inference_mode(False), _restored(model, modes) as rewind:
+    with torch.inference_mode(False), eval_mode(model), _restored(model) as rewind:
 
         def run(grad: bool) -> list[Tensor]:
             rewind()
             with torch.set_grad_enabled(grad):
-                return _outputs(model(*_copied(args), **_copied(kwargs)))
+                output = model(*_copied(args), **_copied(kwargs))
+            found = list(_tensors(output))
+            if not found:
+                raise CheckError(
+                    f"model: expected an output with floating-point tensors, got {type(output).__name__}"
+                )
+            return found
 
         findings = {
             path: reason
-            for path, layer in layers
+            for path, layer in layers.items()
             if (reason := _why_untrainable(layer)) is not None
         }
-        with _replaced_parameters(model, layers):
-            learning = [(p, layer) for p, layer in layers if p not in findings]
-            _to_training(modes)
-            no_gradient = _without_gradient(run, learning)
-            for module, _ in modes:
-                module.training = False  # not `eval()`, which may be overridden
+        with _replaced_parameters(model, layers.values()):
             ineffective = _ineffective(run, layers)
-            if no_gradient or ineffective:
-                suspects = {
-                    path: layer
-                    for path, layer in layers
-                    if path in no_gradient or path in ineffective
-                }
-                _to_training(modes)
-                calls = _gradient_modes(run, suspects)
-                for path in suspects:
-                    findings.setdefault(
-                        path, _reason(path in no_gradient, path in ineffective, calls[path])
-                    )
-    found = tuple(Finding(path, findings[path]) for path, _ in layers if path in findings)
-    return CheckReport(tuple(path for path, _ in layers), found)
+            for module, mode in modes:  # if the model is in training, modules fixed in eval stay
+                module.training = mode or not modes[0][1]
+            no_gradient = _without_gradient(run(True), layers)
+            suspects = {
+                path: layer
+                for path, layer in layers.items()
+                if path not in findings and path in ineffective | no_gradient
+            }
+            calls = _gradient_modes(run, suspects) if suspects else {}
+        for path, call in calls.items():
+            findings[path] = _reason(path in no_gradient, path in ineffective, call)
+    ordered = (Finding(path, findings[path]) for path in layers if path in findings)
+    return CheckReport(tuple(layers), tuple(ordered))
 
 
 def _why_untrainable(layer: LoRALayer) -> str | None:
@@ -144,36 +145,45 @@ def _why_untrainable(layer: LoRALayer) -> str | None:
     return None
 
 
-def _without_gradient(
-    run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALayer]]
-) -> set[str]:
-    """The paths whose lora_A and lora_B both get no gradient, or a zero one."""
-    _backward(run(True))
-    no_gradient = {path for path, layer in layers if not _has_gradient(layer)}
-    _clear_gradients(layer for _, layer in layers)
-    return no_gradient
+def _without_gradient(outputs: list[Tensor], layers: Layers) -> set[str]:
+    """The paths whose lora_A and lora_B both get no gradient from `outputs`, or a zero one; gradients are then cleared.
+
+    The sum has fixed random weights, so that symmetric outputs (a softmax) do not cancel.
+    """
+    generator = torch.Generator().manual_seed(1)
+    total = [
+        (tensor.float() * torch.randn(tensor.shape, generator=generator).to(tensor.device)).sum()
+        for tensor in outputs
+        if tensor.requires_grad
+    ]
+    if total:
+        torch.stack([part.to(total[0].device) for part in total]).sum().backward()  # type: ignore[no-untyped-call]
+    found = set()
+    for path, layer in layers.items():
+        gradients = (layer.lora_A.grad, layer.lora_B.grad)
+        if not any(g is not None and bool(g.any()) for g in gradients):
+            found.add(path)
+    for layer in layers.values():
+        layer.lora_A.grad = layer.lora_B.grad = None
+    return found
 
 
-def _ineffective(
-    run: Callable[[bool], list[Tensor]], layers: list[tuple[str, LoRALayer]]
-) -> set[str]:
+def _ineffective(run: Callable[[bool], list[Tensor]], layers: Layers) -> set[str]:
     """The paths whose lora_B changes nothing in eval mode without gradients.
 
     A layer with a gradient in eval mode changes the output there, and also without gradients if that output is the same bit for
     bit. Other layers are tested one by one.
     """
     with_gradients = run(True)
-    _backward(with_gradients)
-    uncertain = {path for path, layer in layers if not _has_gradient(layer)}
-    _clear_gradients(layer for _, layer in layers)
+    uncertain = _without_gradient(with_gradients, layers)
     base = run(False)
     if _difference(base, with_gradients) > 0:
-        uncertain = {path for path, _ in layers}
+        uncertain = set(layers)
     if not uncertain:
         return set()
     noise = _difference(base, run(False))
     found = set()
-    for path, layer in layers:
+    for path, layer in layers.items():
         if path not in uncertain:
             continue
         kept = layer.lora_B
@@ -185,7 +195,7 @@ def _ineffective(
 
 
 def _gradient_modes(
-    run: Callable[[bool], list[Tensor]], suspects: Mapping[str, LoRALayer]
+    run: Callable[[bool], list[Tensor]], suspects: Layers
 ) -> dict[str, bool | None]:
     """For each suspect, whether gradients were on when its forward was called; None if it was not called."""
     calls: dict[str, bool | None] = dict.fromkeys(suspects)
@@ -193,14 +203,10 @@ def _gradient_modes(
     def note(path: str, *_: Any) -> None:
         calls[path] = calls[path] or torch.is_grad_enabled()
 
-    handles = [
-        layer.register_forward_pre_hook(partial(note, path)) for path, layer in suspects.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for path, layer in suspects.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(note, path)))
         run(True)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
@@ -222,16 +228,15 @@ def _reason(no_gradient: bool, ineffective: bool, call: bool | None) -> str:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module, modes: Modes) -> Iterator[Callable[[], None]]:
-    """Yields a function that restores buffers and random states; on exit they and training modes are restored."""
+def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Yields a function that restores buffers and random states; on exit they are restored too."""
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count() if cuda else 0)
-    states = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in devices]
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
     others = random.getstate(), np.random.get_state()
 
     def rewind() -> None:
@@ -241,8 +246,7 @@ def _restored(model: nn.Module, modes: Modes) -> Iterator[Callable[[], None]]:
                 if buffer is not None and value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
         torch.set_rng_state(states[0])
-        for index, state in zip(devices, states[1], strict=True):
-            torch.cuda.set_rng_state(state, index)
+        torch.cuda.set_rng_state_all(states[1])
         random.setstate(others[0])
         np.random.set_state(others[1])
 
@@ -250,19 +254,17 @@ def _restored(model: nn.Module, modes: Modes) -> Iterator[Callable[[], None]]:
         yield rewind
     finally:
         rewind()
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager
-def _replaced_parameters(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[None]:
+def _replaced_parameters(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[None]:
     """Replace every trainable parameter, lora_A and lora_B by a new leaf, so that a backward pass cannot reach the real ones.
 
     Random values are added to lora_B, so that a small or zero update becomes visible; a zero lora_A becomes random. `.grad` of
     the real parameters is restored, since some modules (an LSTM) also hold them outside `_parameters`.
     """
     tried: dict[int, Tensor] = {}
-    for _, layer in layers:
+    for layer in layers:
         a, b = _trial_values(layer)
         tried[id(layer.lora_A)] = layer.lora_A.detach() if layer.lora_A.any() else a
         tried[id(layer.lora_B)] = layer.lora_B.detach() + b
@@ -272,11 +274,9 @@ def _replaced_parameters(model: nn.Module, layers: list[tuple[str, LoRALayer]]) 
         for name, parameter in module._parameters.items()
         if parameter is not None and (parameter.requires_grad or id(parameter) in tried)
     ]
-    others: dict[int, nn.Parameter] = {}
-    for _, _, parameter, _ in places:
-        if id(parameter) not in others:
-            value = tried.get(id(parameter), parameter.detach())
-            others[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+    others = {
+        id(p): nn.Parameter(tried.get(id(p), p.detach()), p.requires_grad) for _, _, p, _ in places
+    }
     try:
         for module, name, parameter, _ in places:
             module._parameters[name] = others[id(parameter)]
@@ -300,34 +300,6 @@ def _trial_values(layer: LoRALayer) -> tuple[Tensor, Tensor]:
     return a.to(layer.lora_A), (b * (target / update if update else 1.0)).to(layer.lora_B)
 
 
-def _to_training(modes: Modes) -> None:
-    """The model's own modes if it is in training, so that modules fixed in eval stay there; else training for all."""
-    for module, mode in modes:
-        module.training = mode or not modes[0][1]
-
-
-def _backward(outputs: list[Tensor]) -> None:
-    """Backward from a sum with fixed random weights, so that symmetric outputs (a softmax) do not cancel."""
-    generator = torch.Generator().manual_seed(1)
-    total = [
-        (tensor.float() * torch.randn(tensor.shape, generator=generator).to(tensor.device)).sum()
-        for tensor in outputs
-        if tensor.requires_grad
-    ]
-    if total:
-        torch.stack([part.to(total[0].device) for part in total]).sum().backward()  # type: ignore[no-untyped-call]
-
-
-def _has_gradient(layer: LoRALayer) -> bool:
-    gradients = [p.grad for p in (layer.lora_A, layer.lora_B)]
-    return any(g is not None and bool(g.any()) for g in gradients)
-
-
-def _clear_gradients(layers: Iterator[LoRALayer]) -> None:
-    for layer in layers:
-        layer.lora_A.grad = layer.lora_B.grad = None
-
-
 def _difference(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest difference, with NaN and infinities equal to themselves; infinite if shapes differ."""
     if [t.shape for t in got] != [t.shape for t in want]:
@@ -340,15 +312,6 @@ def _difference(got: list[Tensor], want: list[Tensor]) -> float:
             gap = torch.where(same, 0.0, (a.double() - b.double()).abs())
             largest = max(largest, float(gap.nan_to_num(nan=float("inf")).max()))
     return largest
-
-
-def _outputs(output: Any) -> list[Tensor]:
-    found = list(_tensors(output))
-    if not found:
-        raise CheckError(
-            f"model: expected an output with floating-point tensors, got {type(output).__name__}"
-        )
-    return found
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
@@ -31,9 +32,6 @@ from fastlora.report.memory import adapter_sizes, format_bytes, shape_after_inje
 Status = Literal[
     "adapted", "selected", "no adapter", "not targeted", "excluded", "unsuitable", "container"
 ]
-_WEIGHT_READ = (
-    "nn.MultiheadAttention multiplies by the merged weight itself, recomputed at each call"
-)
 
 
 @dataclass(frozen=True)
@@ -157,10 +155,7 @@ def explain(
             raise ConfigError("rows, config: expected only without x")
         return model.choose(x)
     _check_rows(rows)
-    if config is None:
-        return _table(model, {}, None, rows)
-    settings = to_config(config)
-    return _table(model, _decisions(model, settings), settings, rows)
+    return _table(model, None if config is None else to_config(config), rows)
 
 
 def preview(
@@ -189,7 +184,7 @@ def preview(
             problems.append(unmatched)
     except InjectionError as error:
         problems.append(str(error))
-    return _table(model, _decisions(model, config), config, rows, tuple(problems))
+    return _table(model, config, rows, problems)
 
 
 def _check_rows(rows: int | None) -> None:
@@ -197,22 +192,13 @@ def _check_rows(rows: int | None) -> None:
         raise ConfigError(f"rows: expected an integer ≥ 1 or None, got {rows!r}")
 
 
-def _decisions(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, Decision]:
-    """The decision on each layer: under the name that is selected, else under its first."""
-    found: dict[nn.Module, Decision] = {}
-    for decision in decide(model, config):
-        if decision.module not in found or decision.config is not None:
-            found[decision.module] = decision
-    return found
-
-
 def _table(
-    model: nn.Module,
-    decisions: dict[nn.Module, Decision],
-    config: LoRAConfig | None,
-    rows: int | None,
-    problems: tuple[str, ...] = (),
+    model: nn.Module, config: LoRAConfig | None, rows: int | None, problems: Sequence[str] = ()
 ) -> LayerTable:
+    decisions: dict[nn.Module, Decision] = {}  # under the name that is selected, else the first
+    for decision in [] if config is None else decide(model, config):
+        if decision.module not in decisions or decision.config is not None:
+            decisions[decision.module] = decision
     read = attention_projections(model)
     table = []
     adapters = [layer for _, layer in named_lora_layers(model)]
@@ -225,9 +211,8 @@ def _table(
         elif kind_of(module) is not None:
             table.append(_plain(path, module, decisions.get(module), config, rows, module in read))
         elif _holds_a_matrix(module):
-            trainable = _trainable(module)
-            kind, reason = type(module).__name__, str(why_unsuitable(module))
-            table.append(LayerRow(path, kind, "unsuitable", reason, trainable=trainable))
+            row = LayerRow(path, type(module).__name__, "unsuitable", str(why_unsuitable(module)))
+            table.append(replace(row, trainable=_trainable(module)))
         elif config is not None and (name := _target(config, path.rpartition(".")[2])) is not None:
             below = sum(
                 kind_of(child) in config.kinds or isinstance(child, LoRALayer)
@@ -238,10 +223,10 @@ def _table(
     counts: dict[str, int] = {}
     if config is not None:
         counts = {pattern_text(pattern): 0 for pattern in (*config.targets, *config.exclude)}
-        for row in table:
-            if row.pattern is not None and row.status != "container":
-                counts[row.pattern] = counts.get(row.pattern, 0) + 1
-    return LayerTable(tuple(table), counts, problems, rows)
+    for row in table:
+        if row.pattern is not None and row.status != "container":
+            counts[row.pattern] += 1
+    return LayerTable(tuple(table), counts, tuple(problems), rows)
 
 
 def _adapted(
@@ -260,7 +245,7 @@ def _adapted(
         except BackendError as error:
             reason = str(error)
     if weight_read:
-        choice, reason = None, _WEIGHT_READ + ("; dropout has no effect" if layer.dropout else "")
+        choice, reason = None, _weight_read(layer.dropout)
     return LayerRow(
         path,
         type(layer.wrapped).__name__,
@@ -284,55 +269,54 @@ def _plain(
     rows: int | None,
     weight_read: bool,
 ) -> LayerRow:
-    kind, trainable = type(module).__name__, _trainable(module)
-    if config is not None and kind_of(module) not in config.kinds:
+    kind = kind_of(module)
+    reason = f"not adapted (kind {kind!r})"
+    row = LayerRow(path, type(module).__name__, "no adapter", reason, trainable=_trainable(module))
+    if config is not None and kind not in config.kinds:
         name = _target(config, path)
-        reason = f"kinds has no {kind_of(module)!r}" + (f"; {name!r} matches it" if name else "")
-        return LayerRow(path, kind, "not targeted", reason, trainable=trainable)
-    unsuitable = why_unsuitable(module, None if decision is None else decision.config)
-    if unsuitable is not None:
-        pattern = None if decision is None else decision.pattern
-        return LayerRow(path, kind, "unsuitable", unsuitable, pattern, trainable=trainable)
+        reason = f"kinds has no {kind!r}" + (f"; {name!r} matches it" if name else "")
+        return replace(row, status="not targeted", reason=reason)
+    own = None if decision is None else decision.config
+    unsuitable = why_unsuitable(module, own)
     if decision is None:
-        reason = f"not adapted (kind {kind_of(module)!r})"
-        return LayerRow(path, kind, "no adapter", reason, trainable=trainable)
-    own, reason = decision.config, decision.reason
+        return row if unsuitable is None else replace(row, status="unsuitable", reason=unsuitable)
+    row = replace(row, pattern=decision.pattern)
+    if unsuitable is not None:
+        return replace(row, status="unsuitable", reason=unsuitable)
+    row = replace(row, path=decision.path, status=decision.status, reason=decision.reason)
     if own is None:
-        status: Status = decision.status
-        return LayerRow(decision.path, kind, status, reason, decision.pattern, trainable=trainable)
-    if weight_read:
-        reason += "; " + _WEIGHT_READ + ("; dropout has no effect" if own.dropout else "")
-    return LayerRow(
-        decision.path,
-        kind,
-        "selected",
-        reason,
-        decision.pattern,
-        own.rank,
-        own.alpha,
-        own.dropout,
-        None,
-        sum(adapter_sizes(module, own)),
-        shape_after_injection(module, own, weight_read).saved_bytes(rows)
-        if rows is not None and kind_of(module) == "linear"
+        return row
+    return replace(
+        row,
+        reason=f"{row.reason}; {_weight_read(own.dropout)}" if weight_read else row.reason,
+        rank=own.rank,
+        alpha=own.alpha,
+        dropout=own.dropout,
+        trainable=sum(adapter_sizes(module, own)),
+        saved_bytes=shape_after_injection(module, own, weight_read).saved_bytes(rows)
+        if rows is not None and kind == "linear"
         else None,
     )
 
 
+def _weight_read(dropout: float) -> str:
+    """The reason of a projection of `nn.MultiheadAttention`, which is never called."""
+    return (
+        "nn.MultiheadAttention multiplies by the merged weight itself, recomputed at each call"
+        + ("; dropout has no effect" if dropout else "")
+    )
+
+
 def _trainable(module: nn.Module) -> int:
-    recurse = isinstance(module, LoRALayer) or kind_of(module) is not None
-    lazy = nn.parameter.UninitializedParameter
-    parameters = module.parameters(recurse)
-    return sum(p.numel() for p in parameters if p.requires_grad and not isinstance(p, lazy))
+    parameters = module.parameters(isinstance(module, LoRALayer) or kind_of(module) is not None)
+    return sum(p.numel() for p in parameters if p.requires_grad and not nn.parameter.is_lazy(p))
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:
     """Whether the module seems to own a weight matrix: a parameter of two or more dimensions, or a class named "linear"."""
     leaf_by_name = "linear" in type(module).__name__.lower() and not module._modules
-    return leaf_by_name or any(
-        isinstance(p, nn.parameter.UninitializedParameter) or p.ndim >= 2
-        for p in module.parameters(recurse=False)
-    )
+    own = module.parameters(recurse=False)
+    return leaf_by_name or any(nn.parameter.is_lazy(p) or p.ndim >= 2 for p in own)
 
 
 def _target(config: LoRAConfig, path: str) -> str | None:

@@ -341,3 +341,9 @@ def test_dropout_that_multihead_attention_would_ignore_warns():
             adapt(model)
     inject_lora(nn.TransformerEncoderLayer(16, 4, 32), ["linear1", "linear2"], dropout=0.1)
     inject_lora(nn.MultiheadAttention(16, 4), ["out_proj"])
+
+
+def test_the_names_that_an_error_lists_are_not_empty():
+    config = LoRAConfig(["to_qkv"], modules_to_save=["zzz"])
+    with pytest.raises(InjectionError, match=r"is not a module of the model; there are \w+, \w+"):
+        inject_lora(Decoder(), config)
