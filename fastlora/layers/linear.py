@@ -21,31 +21,30 @@ _NORM_ROWS = 1024
 class LoRALinear(LoRALayer):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ around an `nn.Linear` or a subclass of it.
 
-    The wrapped layer is kept as `original_linear`, its weight shared and never changed. `lora_A` (rank, in_features)
-    starts Kaiming-uniform and `lora_B` (out_features, rank) at zero, so a new layer computes what the wrapped one does.
+    The wrapped layer is kept as `original_linear`; its weight is shared and never changed. `lora_A` (rank, in_features)
+    is initialised Kaiming-uniform and `lora_B` (out_features, rank) to zero, so a new layer computes what the wrapped one does.
 
-    The input may be a tensor (..., in_features), or a token object with `.feats` (T, in_features) and `.replace(feats)`
-    (as SAM 3D's SparseTensor); what comes back is of the same kind.
+    The input is a tensor (..., in_features), or a token object with `.feats` (T, in_features) and `.replace(feats)`
+    (such as SAM 3D's SparseTensor); the output is of the same type.
 
-    A subclass with a forward of its own is trusted to be F.linear on `.feats` when it is given a token object. On a
-    plain tensor, wherever the wrapped layer has forward or backward hooks, and where its weight is quantised by bitsandbytes
-    or torchao, it is called as it is and the low-rank product is added to its output. `fastlora.explain(layer, x)` says
-    which of these runs.
+    The wrapped layer is called, and the low-rank product added to its output, if it has hooks, a weight quantised by bitsandbytes or
+    torchao, or a forward of its own and a plain tensor as input. On a token object a forward of its own is assumed to be F.linear on
+    `.feats`. `fastlora.explain(layer, x)` tells which of these runs.
 
-    original_linear: the layer to adapt; its weight must be a floating-point (out_features, in_features), or quantised.
-    rank: 1 or more. alpha: the update is scaled by alpha / rank, or by alpha / √rank
-    if use_rslora (rank-stabilised LoRA). dropout: probability in [0, 1) on the LoRA path's input,
-    in training mode only; quantised to multiples of 2⁻¹⁶.
-    adapter_dtype: dtype of lora_A and lora_B. None takes the weight's, but float32 for a weight of 16 bits or fewer, because small
-    updates vanish in 16 bits. They are cast to the input's dtype in the computation.
+    original_linear: the layer to adapt; its weight (out_features, in_features) is floating-point or quantised.
+    rank: 1 or more.
+    alpha: the update is scaled by alpha / rank, or by alpha / √rank if use_rslora (rank-stabilised LoRA).
+    dropout: probability in [0, 1) on the input of the LoRA path, in training mode only; quantised to multiples of 2⁻¹⁶.
+    adapter_dtype: dtype of lora_A and lora_B, which are cast to the input's dtype in the computation. None: the weight's dtype, but
+        float32 for 16 bits or fewer, in which small updates vanish.
     backend: "auto", "torch" or "triton".
-    use_dora: weight-decomposed LoRA. `lora_magnitude` (out_features,) starts as the norms of the rows of W, and the layer computes
-    y = g ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias with g = lora_magnitude / ‖W + scaling · B A‖ by rows, the
-    norms taken as constants in the backward pass. Unlike in PEFT, dropout leaves the path through W alone.
+    use_dora: weight-decomposed LoRA. `lora_magnitude` (out_features,) is initialised to the norms of the rows of W, and the layer
+        computes y = g ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias with g = lora_magnitude / ‖W + scaling · B A‖ by rows; the
+        norms are constants in the backward pass. Unlike in PEFT, dropout does not affect the product with W.
 
     Source: rsLoRA, arXiv 2312.03732. DoRA, arXiv 2402.09353, section 4.3 for the constant norms.
 
-    Raises: ConfigError for a value that cannot work, InjectionError if the layer cannot be adapted.
+    Raises: ConfigError for an invalid value, InjectionError if the layer cannot be adapted.
     """
 
     wrapped_name = "original_linear"
@@ -85,7 +84,7 @@ class LoRALinear(LoRALayer):
             self.reset_magnitude()
 
     def scales_nothing(self) -> bool:
-        """Whether DoRA's magnitudes are the norms of the rows as they stand, so that g is 1, as at the start."""
+        """Whether DoRA's magnitudes equal the present norms of the rows, so that g is 1."""
         magnitude = self.lora_magnitude
         if magnitude is None or magnitude.is_meta:
             return False
@@ -93,7 +92,7 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """Make DoRA's magnitudes the norms of the rows as they stand."""
+        """Set DoRA's magnitudes to the present norms of the rows."""
         assert self.lora_magnitude is not None
         self.lora_magnitude.copy_(self._row_norms())
 
@@ -108,7 +107,7 @@ class LoRALinear(LoRALayer):
         if quantisation(layer) is not None:
             return None
         if not weight.dtype.is_floating_point:
-            return f"{kind} holds a {weight.dtype} weight of a quantisation that is not known"
+            return f"{kind} holds a {weight.dtype} weight of an unknown quantisation"
         if weight.shape != (layer.out_features, layer.in_features):
             expected = (layer.out_features, layer.in_features)
             return f"{kind} holds a weight of shape {tuple(weight.shape)}, expected {expected}"
@@ -139,7 +138,7 @@ class LoRALinear(LoRALayer):
         return self._as_weight_layout(self.wrapped_weight())
 
     def forward(self, input: Any) -> Any:
-        """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Gives back the same kind."""
+        """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Returns the same type."""
         if isinstance(input, Tensor):
             return self.original_linear(input) if self.disabled else self._forward_tensor(input)
         if not (hasattr(input, "feats") and hasattr(input, "replace")):
@@ -154,7 +153,7 @@ class LoRALinear(LoRALayer):
             if self._is_plain():
                 return input.replace(self.original_linear(input.feats))
             return self.original_linear(input)
-        if self._has_hooks():
+        if has_hooks(self.original_linear):
             base = self.original_linear(input)
             return base.replace(self._update(base.feats, input.feats))
         return input.replace(self._fused(input.feats))
@@ -165,21 +164,14 @@ class LoRALinear(LoRALayer):
             return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
         dropout = self.training and reference.dropout_threshold(self.dropout) > 0
         choice = self._choose(autocast(x) if autocasts(x) else x, dropout)
-        package = quantisation(self.original_linear)
+        package, reason = quantisation(self.original_linear), choice.reason
         if package is not None:
-            return replace(
-                choice, reason=f"the weight is quantised by {package}, whose product runs"
-            )
-        if self.lora_magnitude is not None:
-            return replace(
-                choice, reason=f"{choice.reason}; DoRA scales the output in another pass"
-            )
-        if self.group is not None and (choice.backend, choice.plan) == ("torch", "in_place"):
-            others = len(self.group.layers) - 1
-            return replace(
-                choice, reason=f"{choice.reason}; fused with {others} that share its input"
-            )
-        return choice
+            reason = f"the weight is quantised by {package}, whose product runs"
+        elif self.lora_magnitude is not None:
+            reason += "; DoRA scales the output in another pass"
+        elif self.group is not None and (choice.backend, choice.plan) == ("torch", "in_place"):
+            reason += f"; fused with {len(self.group.layers) - 1} that share its input"
+        return replace(choice, reason=reason)
 
     def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
         update = super().delta(dtype, magnitude=magnitude)
@@ -198,12 +190,8 @@ class LoRALinear(LoRALayer):
         return torch.randn(rows, self.in_features, generator=generator)
 
     def extra_repr(self) -> str:
-        features = f"{self.in_features}, {self.out_features}, "
-        return (
-            features
-            + super().extra_repr()
-            + f", bias={self.bias is not None}, backend={self.backend}"
-        )
+        features, rest = f"{self.in_features}, {self.out_features}", super().extra_repr()
+        return f"{features}, {rest}, bias={self.bias is not None}, backend={self.backend}"
 
     def _forward_tensor(self, x: Tensor) -> Tensor:
         if self._is_plain():
@@ -235,7 +223,7 @@ class LoRALinear(LoRALayer):
         return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        """The layer's output, from that of the wrapped layer, y."""
+        """The layer's output for x, where y is the output of the wrapped layer."""
         if self.lora_magnitude is None:
             return self._add_product(y, x)
         bias = self.original_linear.bias
@@ -278,7 +266,7 @@ class LoRALinear(LoRALayer):
         return self._as_weight_layout(b @ a)  # [N, R] @ [R, K] -> [N, K]
 
     def _draw_seed(self, x: Tensor) -> Tensor | None:
-        # From torch's generator, outside the op: checkpointing, `torch.manual_seed` and compiled graphs all see it.
+        # From torch's generator, outside the operator: `torch.manual_seed`, recomputation and compiled graphs apply to it.
         if not self.training or self.dropout == 0.0:
             return None
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
@@ -296,9 +284,6 @@ class LoRALinear(LoRALayer):
     def _is_plain(self) -> bool:
         return is_plain(self.original_linear)
 
-    def _has_hooks(self) -> bool:
-        return has_hooks(self.original_linear)
-
     def _merged_weight(self, weight: Tensor) -> Tensor:
         if self.lora_magnitude is not None:
             return super()._merged_weight(weight)
@@ -312,8 +297,8 @@ class LoRALinear(LoRALayer):
 class LoRATransposedLinear(LoRALinear):
     """`LoRALinear` around Hugging Face's `Conv1D` (GPT-2), whose weight is stored as (in_features, out_features).
 
-    Its transpose is a view, which the products read as it lies, so nothing is copied. `weight` and the merged layer keep the
-    stored orientation. Arguments as in `LoRALinear`.
+    The products read its transpose as a view, so nothing is copied. `weight` and the merged layer keep the stored
+    orientation. Arguments as in `LoRALinear`.
     """
 
     kind = "transposed"
@@ -356,9 +341,9 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def computes_linear(linear: nn.Module) -> bool:
-    """Whether the layer's class has no other forward, nor the layer one of its own, than `nn.Linear` or transformers' `Conv1D`."""
+    """Whether the forward of the layer is that of `nn.Linear` or of transformers' `Conv1D`."""
     kind = type(linear)
-    if "forward" in linear.__dict__:  # hooks of the package accelerate replace it so
+    if "forward" in linear.__dict__:  # as hooks of the package accelerate do
         return False
     if kind.forward is nn.Linear.forward:
         return True
@@ -367,11 +352,5 @@ def computes_linear(linear: nn.Module) -> bool:
 
 
 def _conv1d(kind: type) -> Any:
-    return next(
-        (
-            c
-            for c in kind.__mro__
-            if (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")
-        ),
-        None,
-    )
+    name = ("transformers.pytorch_utils", "Conv1D")
+    return next((c for c in kind.__mro__ if (c.__module__, c.__name__) == name), None)

@@ -279,7 +279,7 @@ def test_unsuitable_layers_are_refused_with_the_reason():
     for layer, reason in (
         (nn.Conv1d(2, 2, 1), "expected an nn.Linear or a subclass, got Conv1d"),
         (nn.LazyLinear(4), "no weight yet"),
-        (integer, "torch.int8 weight of a quantisation that is not known"),
+        (integer, "torch.int8 weight of an unknown quantisation"),
         (packed, r"weight of shape \(8, 1\), expected \(4, 4\)"),
         (LoRALinear(nn.Linear(4, 4)), "expected an nn.Linear or a subclass, got LoRALinear"),
     ):
