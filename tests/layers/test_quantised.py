@@ -172,7 +172,7 @@ def test_an_unknown_quantisation_is_refused():
 
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(InjectionError, match="torch.int8 weight of a quantisation that is not"):
+    with pytest.raises(InjectionError, match="torch.int8 weight of an unknown quantisation"):
         LoRALinear(linear)
 
 
