@@ -176,10 +176,7 @@ def read_segment(path: Path, number: int, affine: FloatArray, shape: Sequence[in
 
 
 def _header(path: Path, **options: Any) -> Any:
-    """What precedes the pixels of a file.
-
-    Raises: ValueError for the transfer syntax that compresses it too: the complete file is inflated.
-    """
+    """The header. Raises: ValueError if it is compressed too, which hides the size of the file."""
     pydicom, _ = _packages(path)
     meta = pydicom.filereader.read_file_meta_info(path)
     if str(meta.get("TransferSyntaxUID", "")) == "1.2.840.10008.1.2.1.99":
@@ -190,10 +187,7 @@ def _header(path: Path, **options: Any) -> Any:
 
 
 def _check_size(header: Any, files: int) -> None:
-    """Check the size that a header declares, gaps between frames included. files: of the series.
-
-    Raises: ValueError if it exceeds the limit of a volume.
-    """
+    """Check the declared size, gaps between frames included. Raises: ValueError above the limit."""
     rows, columns = int(header.Rows), int(header.Columns)
     frames = int(header.get("NumberOfFrames", 1) or 1)
     shared = header.get("SharedFunctionalGroupsSequence")

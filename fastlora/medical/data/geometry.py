@@ -25,10 +25,7 @@ SHEAR_TOLERANCE = 1e-3  # largest cosine between two axes that still counts as a
 
 
 def check_affine(affine: ArrayLike, name: str = "affine") -> FloatArray:
-    """The affine as float64 (4, 4). name: of the argument, for errors.
-
-    Raises: DataError if it is not finite, not invertible or sheared.
-    """
+    """The affine as float64 (4, 4). Raises: DataError if it is not finite, singular or sheared."""
     matrix = np.asarray(affine, dtype=np.float64)
     if matrix.shape != (4, 4):
         raise DataError(f"{name}: expected a (4, 4) matrix, got {matrix.shape}")

@@ -225,12 +225,9 @@ def _nnunet_files(
         raise DataError(
             f"{root / 'dataset.json'}: expected file_ending {' or '.join(NIFTI_ENDINGS)}, got {ending!r}"
         )
-    found = []
-    for label in (root / "labelsTr").glob(f"[!.]*{ending}"):
-        subject = label.name.removesuffix(ending)
-        image = root / "imagesTr" / f"{subject}_{channel:04d}{ending}"
-        found.append((subject, image, label))
-    return found
+    labels = {p.name.removesuffix(ending): p for p in (root / "labelsTr").glob(f"[!.]*{ending}")}
+    images, number = root / "imagesTr", f"_{channel:04d}{ending}"
+    return [(subject, images / f"{subject}{number}", label) for subject, label in labels.items()]
 
 
 def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[tuple[str, Path, Path]]:

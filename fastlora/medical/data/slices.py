@@ -289,10 +289,7 @@ def _cut(sample: dict[str, Any], height: int, width: int) -> dict[str, torch.Ten
 
 
 def _frame_start(filled: torch.Tensor, size: int) -> int:
-    """The first pixel of a frame of `size` pixels centred on the filled ones.
-
-    It is shifted so that one side is not cropped while the other is padded.
-    """
+    """First pixel of a frame around the filled ones; no side is cropped while another is padded."""
     length = len(filled)
     inside = filled.nonzero()
     middle = int(inside.min() + inside.max() + 1) / 2 if len(inside) else length / 2
