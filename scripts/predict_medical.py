@@ -16,7 +16,7 @@ from fastlora.medical.console import Parser, show_log
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.slices import select_structures
 from fastlora.medical.data.volumes import Volume, tissue_of, window
-from fastlora.medical.evaluation.overlay import overlay_picture
+from fastlora.medical.evaluation.pictures import overlay_picture
 from fastlora.medical.evaluation.predict import (
     SPACES,
     Subject,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import default_collate
 
 from fastlora.errors import DataError
 
@@ -67,37 +67,29 @@ class RegionBatch:
 
     def to(self, device: torch.device | str) -> RegionBatch:
         """The same batch on another device."""
-        kept = ("meta", "latents")
-        moved = {n: v.to(device) for n, v in vars(self).items() if n not in kept and v is not None}
+        moved = {name: x.to(device) for name, x in vars(self).items() if hasattr(x, "to")}
         latents = self.latents and {name: x.to(device) for name, x in self.latents.items()}
-        return RegionBatch(**moved, meta=self.meta, latents=latents)
+        return replace(self, **moved, latents=latents)
+
+
+DENSE = {"coarse", "base_vox", "sdf_vox", "image", "affine", "spacing", "latents", "condition"}
+"""What has one shape in all samples."""
 
 
 def collate_regions(samples: Sequence[dict[str, Any]]) -> RegionBatch:
     """Samples of `RegionDataset`, with or without latents → one batch."""
-    first = samples[0]
-    arrays = ("coarse", "base_vox", "sdf_vox", "image", "affine")
-    fields: dict[str, Any] = {
-        name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in arrays
-    }
-    if "slat_coords" in first:
-        feats = torch.cat([s["slat_feats"] for s in samples])
-        fields["slat"] = SparseTokens(feats, _coords([s["slat_coords"].numpy() for s in samples]))
-    if "latents" in first:
-        names = first["latents"]
-        fields["latents"] = {n: torch.stack([s["latents"][n] for s in samples]) for n in names}
-    if "condition" in first:
-        fields["condition"] = torch.stack([s["condition"] for s in samples])
-    feats = torch.from_numpy(np.concatenate([s["feats"] for s in samples]))
-    return RegionBatch(
-        tokens=SparseTokens(feats, _coords([s["coords"] for s in samples])),
-        spacing=torch.tensor([s["spacing"] for s in samples], dtype=torch.float64),
-        meta=[s["meta"] for s in samples],
-        **fields,
+    names = DENSE & samples[0].keys()
+    fields = default_collate([{name: sample[name] for name in names} for sample in samples])
+    if "slat_coords" in samples[0]:
+        fields["slat"] = _tokens(samples, "slat_feats", "slat_coords")
+    tokens = _tokens(samples, "feats", "coords")
+    return RegionBatch(tokens=tokens, meta=[s["meta"] for s in samples], **fields)
+
+
+def _tokens(samples: Sequence[dict[str, Any]], feats: str, coords: str) -> SparseTokens:
+    """The tokens of all samples, the sample's number in front of the cells (T, 3) of each."""
+    cells = [torch.as_tensor(sample[coords]) for sample in samples]
+    numbered = [pad(cell, (1, 0), value=number) for number, cell in enumerate(cells)]
+    return SparseTokens(
+        torch.cat([torch.as_tensor(sample[feats]) for sample in samples]), torch.cat(numbered)
     )
-
-
-def _coords(cells: Sequence[NDArray[np.int64]]) -> Tensor:
-    """Cells (T, 3) of each sample → (T, 4) of the batch, the sample's number in front."""
-    numbers = np.repeat(np.arange(len(cells)), [len(c) for c in cells])
-    return torch.from_numpy(np.column_stack([numbers, np.concatenate(cells)]))

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from numpy.typing import NDArray
 
 from fastlora.errors import DataError
 from fastlora.medical.data.generated import generate_folder, sha256
-from fastlora.medical.data.geometry import Mask
+from fastlora.medical.data.geometry import FloatArray, Mask
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import Case, save_volume
 
@@ -140,18 +139,20 @@ def _write(folder: Path) -> None:
         ("spine_ct", (21, 22, 23), ()),
         ("spine_mr", (5, 6, 7), (105, 106)),
     ):
-        labels, affine = _read_labels(files[f"{case}_vertebrae"])
-        regions, _ = _read_labels(files[f"{case}_regions"])
-        masks = {f"disc_{v}": labels == v for v in discs}
+        labels = nib.load(files[f"{case}_vertebrae"])
+        vertebra = np.asanyarray(labels.dataobj)
+        region = np.asanyarray(nib.load(files[f"{case}_regions"]).dataobj)
+        for v in discs:
+            _save_mask(folder / case, f"disc_{v}", vertebra == v, labels.affine)
         for v in vertebrae:
-            masks[f"vertebra_{v}"] = labels == v
+            _save_mask(folder / case, f"vertebra_{v}", vertebra == v, labels.affine)
             for part, values in PARTS.items():
-                masks[f"vertebra_{v}_{part}"] = (labels == v) & np.isin(regions, values)
-        for name, mask in masks.items():
-            _save_mask(folder / case, name, mask, affine)
+                mask = (vertebra == v) & np.isin(region, values)
+                _save_mask(folder / case, f"vertebra_{v}_{part}", mask, labels.affine)
     for tissue in ("grey_matter", "white_matter"):
-        probability, affine = _read_labels(files[tissue])
-        _save_mask(folder / "brain_mni", tissue, probability >= HALF, affine)
+        image = nib.load(files[tissue])
+        mask = np.asanyarray(image.dataobj) >= HALF
+        _save_mask(folder / "brain_mni", tissue, mask, image.affine)
     (folder / "README.txt").write_text(README, encoding="utf-8")
     (folder / "meta.csv").write_text(
         "image_id;image_type;source\n"
@@ -160,11 +161,5 @@ def _write(folder: Path) -> None:
     )
 
 
-def _read_labels(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Stored values and affine, in the file's own orientation."""
-    image = nib.Nifti1Image.from_filename(path)
-    return np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
-
-
-def _save_mask(case: Path, name: str, mask: Mask, affine: NDArray[np.float64]) -> None:
+def _save_mask(case: Path, name: str, mask: Mask, affine: FloatArray) -> None:
     save_volume(case / "segmentations" / f"{name}.nii.gz", mask.astype(np.uint8), affine)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import sqlite3
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastlora.errors import DataError
-from fastlora.medical.data.geometry import MAX_VOXELS, FloatArray, Mask
+from fastlora.medical.data.geometry import MAX_VOXELS, Array, FloatArray, Mask
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription")
@@ -35,6 +35,19 @@ def unusable() -> tuple[type[Exception], ...]:
         # These derive from Exception only.
         *(errors.BytesLengthException, errors.InvalidDicomError),
     )
+
+
+@contextmanager
+def reading(path: Path, expected: str, unusable: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn what a reader raises for unusable files into a DataError."""
+    try:
+        with np.errstate(all="ignore"):  # callers check for values that overflow
+            yield
+    except DataError:
+        raise
+    except unusable as error:
+        kind = type(error).__name__
+        raise DataError(f"{path}: expected {expected}, got {kind}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -74,23 +87,18 @@ def list_series(folder: Path) -> list[Series]:
 
     Raises: DataError if a file cannot be read or the packages are missing.
     """
-    pydicom, _ = _packages(folder)
+    _packages(folder)
     found: dict[str, Series] = {}
-    paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
-    for path in (p for p in paths if is_dicom(p)):
-        try:
-            _refuse_deflated(pydicom, path)
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
-            values = [str(header.get(name, "")) for name in HEADER]
-        except unusable() as error:
-            raise _unreadable(path, error) from error
-        if values[0]:  # a DICOMDIR has no series
-            uid, modality, description = values
+    for path in filter(is_dicom, [folder] if folder.is_file() else sorted(folder.rglob("*"))):
+        with reading(path, "a readable DICOM file", unusable()):
+            header = _header(path, specific_tags=list(HEADER))
+            uid, modality, description = (str(header.get(name, "")) for name in HEADER)
+        if uid:  # a DICOMDIR has no series
             found.setdefault(uid, Series(uid, modality, description)).files.append(path)
     return [found[uid] for uid in sorted(found)]
 
 
-def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray[np.float32], FloatArray]:
+def read_series(folder: Path, uid: str | None = None) -> tuple[Array, FloatArray]:
     """The voxels of one series (X, Y, Z), float32 (CT in Hounsfield units), and their affine, RAS mm.
 
     uid: of the series; None for the only one in the folder that is not a segmentation.
@@ -105,7 +113,7 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray[np.float3
     files = series[0].files
     try:
         for path in files:
-            _check_size(pydicom.dcmread(path, stop_before_pixels=True), len(files))
+            _check_size(_header(path), len(files))
         if len(files) == 1:
             volume = highdicom.imread(files[0]).get_volume(dtype=np.float32)
         else:
@@ -123,19 +131,14 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray[np.float3
 
 def read_segmentation(path: Path) -> Segmentation:
     """The segments of a DICOM SEG. Raises: DataError if it cannot be read."""
-    pydicom, _ = _packages(path)
-    try:
-        _refuse_deflated(pydicom, path)
-        header = pydicom.dcmread(path, stop_before_pixels=True)
-        modality = str(header.Modality)
-        sequence = header.SegmentSequence if modality == "SEG" else ()
-        segments = {int(s.SegmentNumber): str(s.SegmentLabel) for s in sequence}
+    _packages(path)
+    with reading(path, "a readable DICOM file", unusable()):
+        header = _header(path)
+        if header.Modality != "SEG":
+            raise DataError(f"{path}: expected a DICOM SEG, got {header.Modality}")
+        segments = {int(s.SegmentNumber): str(s.SegmentLabel) for s in header.SegmentSequence}
         references = header.get("ReferencedSeriesSequence", [])
         refers_to = frozenset(str(item.SeriesInstanceUID) for item in references)
-    except unusable() as error:
-        raise _unreadable(path, error) from error
-    if modality != "SEG":
-        raise DataError(f"{path}: expected a DICOM SEG, got {modality}")
     return Segmentation(path, segments, refers_to)
 
 
@@ -146,12 +149,12 @@ def read_segment(path: Path, number: int, affine: FloatArray, shape: Sequence[in
     Raises: DataError if there is no such segment, if its voxels do not coincide with the image's,
     or if part of it lies outside the image.
     """
-    pydicom, highdicom = _packages(path)
+    _, highdicom = _packages(path)
     segments = read_segmentation(path).segments
     if number not in segments:
         raise DataError(f"{path}: expected a segment among {segments}, got {number}")
     try:
-        _check_size(pydicom.dcmread(path, stop_before_pixels=True), 1)
+        _check_size(_header(path), 1)
         # Segments may overlap: only one is read.
         volume = highdicom.seg.segread(path).get_volume(
             segment_numbers=[number], skip_overlap_checks=True, dtype=np.float32
@@ -172,23 +175,19 @@ def read_segment(path: Path, number: int, affine: FloatArray, shape: Sequence[in
     return result
 
 
-def _refuse_deflated(pydicom: ModuleType, path: Path) -> None:
-    """Refuse the transfer syntax that compresses the header too: reading it inflates the complete file.
-
-    Raises: ValueError if the file uses it.
-    """
+def _header(path: Path, **options: Any) -> Any:
+    """The header. Raises: ValueError if it is compressed too, which hides the size of the file."""
+    pydicom, _ = _packages(path)
     meta = pydicom.filereader.read_file_meta_info(path)
     if str(meta.get("TransferSyntaxUID", "")) == "1.2.840.10008.1.2.1.99":
         raise ValueError(
             "expected a transfer syntax other than Deflated Explicit VR, which hides its size"
         )
+    return pydicom.dcmread(path, stop_before_pixels=True, **options)
 
 
 def _check_size(header: Any, files: int) -> None:
-    """Check the size that a header declares, gaps between frames included. files: of the series.
-
-    Raises: ValueError if it exceeds the limit of a volume.
-    """
+    """Check the declared size, gaps between frames included. Raises: ValueError above the limit."""
     rows, columns = int(header.Rows), int(header.Columns)
     frames = int(header.get("NumberOfFrames", 1) or 1)
     shared = header.get("SharedFunctionalGroupsSequence")
@@ -222,7 +221,3 @@ def _packages(path: Path) -> tuple[ModuleType, Any]:
             "(pip install 'fastlora[dicom]')"
         ) from error
     return pydicom, highdicom
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: expected a readable DICOM file, got {type(error).__name__}: {error}")

@@ -76,11 +76,9 @@ def _is_complete(root: Path, recipe: Mapping[str, object]) -> bool:
 def _refuse_foreign(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise DataError(f"{root}: expected a folder or nothing, got a file")
-    ours = {MANIFEST, *_manifest(root)[1]}
-    found = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    foreign = [name for name in found if name not in ours]
-    if foreign:
+    found = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+    if foreign := found - {MANIFEST, *_manifest(root)[1]}:
         raise DataError(
-            f"{root}: expected a generated folder or none, got {foreign[0]} in it, which its "
+            f"{root}: expected a generated folder or none, got {min(foreign)} in it, which its "
             f"{MANIFEST} does not list (nothing was changed; choose another folder)"
         )

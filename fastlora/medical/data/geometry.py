@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 import trimesh
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from skimage import measure
 
 from fastlora.errors import ConfigError, DataError
 
+Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 MAX_VOXELS = 2**29  # limit for any volume read, 512 × 512 × 2048: 2 GiB as float32
@@ -23,10 +25,7 @@ SHEAR_TOLERANCE = 1e-3  # largest cosine between two axes that still counts as a
 
 
 def check_affine(affine: ArrayLike, name: str = "affine") -> FloatArray:
-    """The affine as float64 (4, 4). name: of the argument, for errors.
-
-    Raises: DataError if it is not finite, not invertible or sheared.
-    """
+    """The affine as float64 (4, 4). Raises: DataError if it is not finite, singular or sheared."""
     matrix = np.asarray(affine, dtype=np.float64)
     if matrix.shape != (4, 4):
         raise DataError(f"{name}: expected a (4, 4) matrix, got {matrix.shape}")
@@ -34,7 +33,7 @@ def check_affine(affine: ArrayLike, name: str = "affine") -> FloatArray:
         raise DataError(
             f"{name}: expected finite numbers, the last row 0 0 0 1, got {matrix.tolist()}"
         )
-    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
+    lengths = voxel_sizes(matrix)
     if (lengths <= 0).any():
         raise DataError(
             f"{name}: expected a positive spacing on each axis, got {lengths.tolist()} mm"
@@ -49,12 +48,6 @@ def check_affine(affine: ArrayLike, name: str = "affine") -> FloatArray:
     return matrix
 
 
-def spacing_of(affine: ArrayLike) -> FloatArray:
-    """Millimetres between neighbouring voxels along each axis, (3,)."""
-    lengths: FloatArray = np.linalg.norm(np.asarray(affine, dtype=np.float64)[:3, :3], axis=0)
-    return lengths
-
-
 def check_spacing(spacing: ArrayLike) -> FloatArray:
     """The spacing as float64 (3,). Raises: DataError unless all three are positive and finite."""
     steps = np.asarray(spacing, dtype=np.float64)
@@ -63,14 +56,14 @@ def check_spacing(spacing: ArrayLike) -> FloatArray:
     return steps
 
 
-def apply_affine(affine: ArrayLike, points: ArrayLike) -> FloatArray:
-    """Map points (..., 3) by an affine (4, 4), in float64."""
-    matrix = np.asarray(affine, dtype=np.float64)
-    moved: FloatArray = np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+def shifted(affine: FloatArray, start: ArrayLike) -> FloatArray:
+    """The affine of an array that starts at index `start` (3,) of the array with `affine`."""
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ np.asarray(start, dtype=np.float64)
     return moved
 
 
-def sdf_from_mask(mask: Mask, spacing: ArrayLike) -> NDArray[np.float32]:
+def sdf_from_mask(mask: Mask, spacing: ArrayLike) -> Array:
     """Signed distance in mm to a mask's surface, negative inside, its zero level between voxels.
 
     A distance transform measures from a voxel's centre to the nearest centre on the other side, at
@@ -93,7 +86,7 @@ def sdf_from_mask(mask: Mask, spacing: ArrayLike) -> NDArray[np.float32]:
         distance -= 0.5 * steps.mean()
     else:
         distance = _corrected_distance(mask, steps) + _corrected_distance(~mask, steps)
-    signed: NDArray[np.float32] = np.where(mask, -distance, distance).astype(np.float32)
+    signed: Array = np.where(mask, -distance, distance).astype(np.float32)
     return signed
 
 
@@ -124,10 +117,8 @@ def mesh_from_sdf(
     field = np.asarray(sdf, dtype=np.float32)
     if field.ndim != 3:
         raise DataError(f"sdf: expected (X, Y, Z), got {field.shape}")
-    if not np.isfinite(field).all():
-        raise DataError(
-            f"sdf: expected finite values, got {np.count_nonzero(~np.isfinite(field))} that are not"
-        )
+    if bad := np.count_nonzero(~np.isfinite(field)):
+        raise DataError(f"sdf: expected finite values, got {bad} that are not")
     field = field - np.float32(level)
     # A value of exactly zero would put vertices on a voxel's centre and collapse triangles.
     tiny = np.float32(1e-5) * max(float(np.abs(field).max()), 1e-6)
@@ -145,9 +136,7 @@ def mesh_from_sdf(
     return trimesh.Trimesh(apply_affine(matrix, vertices - 1.0), faces, process=False)
 
 
-def pointmap(
-    affine: ArrayLike, shape: tuple[int, int, int], axis: int, index: int
-) -> NDArray[np.float32]:
+def pointmap(affine: ArrayLike, shape: tuple[int, ...], axis: int, index: int) -> Array:
     """Position in mm of each pixel of a slice: `affine @ (i, j, k, 1)`, (H, W, 3) float32.
 
     shape: of the volume. axis: 0, 1 or 2, the sliced one; H and W are the other two in order, so
@@ -159,15 +148,28 @@ def pointmap(
         raise ConfigError(f"axis: expected 0, 1 or 2, got {axis}")
     if not 0 <= index < shape[axis]:
         raise ConfigError(f"index: expected 0 to {shape[axis] - 1} on axis {axis}, got {index}")
-    ranges = [np.arange(n) for n in shape]
-    ranges[axis] = np.array([index])
-    grid = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).squeeze(axis)
-    return apply_affine(matrix, grid).astype(np.float32)
+    return plane_points(matrix, axis, index, *(range(shape[a]) for a in other_axes(axis)))
+
+
+def plane_points(affine: FloatArray, axis: int, index: int, rows: range, columns: range) -> Array:
+    """`pointmap` of a frame of the slice's plane, which may extend beyond the volume."""
+    first, second = other_axes(axis)
+    grid = np.empty((len(rows), len(columns), 3))
+    grid[..., axis] = index
+    grid[..., first] = np.array(rows)[:, None]
+    grid[..., second] = columns
+    points: Array = apply_affine(affine, grid).astype(np.float32)
+    return points
+
+
+def other_axes(axis: int) -> tuple[int, ...]:
+    """The axes of a slice's height and width, given the sliced one."""
+    return tuple(a for a in range(3) if a != axis)
 
 
 def regrid(
-    affine: ArrayLike, shape: tuple[int, int, int], spacing: float
-) -> tuple[FloatArray, tuple[int, int, int]]:
+    affine: ArrayLike, shape: tuple[int, ...], spacing: float
+) -> tuple[FloatArray, tuple[int, ...]]:
     """Affine and shape of an isotropic grid of `spacing` mm over the same box, with the same axes.
 
     The boxes share the outer corner of voxel (0, 0, 0); the opposite side is rounded up to whole
@@ -176,22 +178,20 @@ def regrid(
     matrix = check_affine(affine)
     if not spacing > 0:
         raise ConfigError(f"spacing: expected a positive length in mm, got {spacing}")
-    scale = spacing / spacing_of(matrix)
-    target = matrix.copy()
-    target[:3, :3] = matrix[:3, :3] * scale
-    target[:3, 3] = apply_affine(matrix, 0.5 * scale - 0.5)  # the corners at −½ coincide
-    x, y, z = (int(np.ceil(round(n / s, 6))) for n, s in zip(shape, scale, strict=True))
-    return target, (x, y, z)
+    scale = spacing / voxel_sizes(matrix)
+    origin = apply_affine(matrix, 0.5 * scale - 0.5)  # the corners at −½ coincide
+    sides = tuple(int(np.ceil(round(n / s, 6))) for n, s in zip(shape, scale, strict=True))
+    return from_matvec(matrix[:3, :3] * scale, origin), sides
 
 
 def resample(
     volume: NDArray[np.generic],
     affine: ArrayLike,
     target_affine: ArrayLike,
-    target_shape: tuple[int, int, int],
+    target_shape: tuple[int, ...],
     order: int = 1,
     cval: float | None = None,
-) -> NDArray[np.float32]:
+) -> Array:
     """The volume interpolated at the voxel centres of another grid, float32 (target_shape).
 
     No low-pass filter is applied, so a grid much coarser than the volume aliases.
@@ -200,7 +200,7 @@ def resample(
     repeats the nearest border voxel.
     """
     to_source = np.linalg.inv(check_affine(affine)) @ check_affine(target_affine, "target_affine")
-    sampled: NDArray[np.float32] = ndimage.affine_transform(
+    sampled: Array = ndimage.affine_transform(
         np.asarray(volume, dtype=np.float32),
         to_source[:3, :3],
         to_source[:3, 3],
@@ -212,7 +212,7 @@ def resample(
     return sampled
 
 
-def voxelise(mesh: trimesh.Trimesh, affine: ArrayLike, shape: tuple[int, int, int]) -> Mask:
+def voxelise(mesh: trimesh.Trimesh, affine: ArrayLike, shape: tuple[int, ...]) -> Mask:
     """Which voxel centres lie inside a closed mesh, (X, Y, Z) bool: odd number of crossings below."""
     to_index = np.linalg.inv(check_affine(affine))
     # A tiny irregular shift, so that no column of the grid passes through an edge or a vertex.

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastlora.errors import DataError
-from fastlora.medical.data.geometry import Mask, regrid, resample, sdf_from_mask
-from fastlora.medical.data.manifest import Layout, read_entry, write_entry
+from fastlora.medical.data.geometry import (
+    Array,
+    FloatArray,
+    Mask,
+    regrid,
+    resample,
+    sdf_from_mask,
+    shifted,
+)
+from fastlora.medical.data.manifest import Layout, load_entry
 from fastlora.medical.data.volumes import Case, Volume, window
-
-Array = NDArray[np.float32]
 
 SPACING_MM = 1.5
 COARSE = 8
 CELL = 4
-FINE = COARSE * CELL
-"""A region has FINE³ fine voxels of SPACING_MM, in COARSE³ cells of CELL³."""
-
-TRUNCATION_VOX = 4.0
-"""Distance (fine voxels) at which the true SDF is truncated: one coarse cell."""
-
-MARGIN = FINE // 2
-"""Fine voxels around a structure's bounding box."""
-
-MEMORY_BYTES = 2 * 1024**3
-"""Size limit of the in-memory cache of a process; the least recently used grids are dropped first."""
-
+FINE = COARSE * CELL  # a region has FINE³ fine voxels of SPACING_MM, in COARSE³ cells of CELL³
+TRUNCATION_VOX = 4.0  # distance at which the true SDF is truncated: one coarse cell
+MARGIN = FINE // 2  # fine voxels around a structure's bounding box
 _CACHE_VERSION = 2
 STORED: Layout = {
     "image": ("float32", ("X", "Y", "Z")),
@@ -41,7 +38,6 @@ STORED: Layout = {
     "offset": ("int64", (3,)),
     "box": ("int64", (2, 3)),
 }
-_MEMORY: OrderedDict[str, StructureGrid] = OrderedDict()
 
 
 def truncated_sdf(mask: Mask) -> Array:
@@ -61,7 +57,7 @@ class StructureGrid:
 
     image: Array
     sdf_vox: Array
-    affine: NDArray[np.float64]
+    affine: FloatArray
     offset: NDArray[np.int64]
     box: NDArray[np.int64]
 
@@ -82,13 +78,11 @@ class StructureGrid:
         ).astype(np.int64)
         low = np.maximum(box[0] - MARGIN, 0)
         high = np.maximum(np.minimum(box[1] + MARGIN, shape), low + FINE)
-        size = (int(high[0] - low[0]), int(high[1] - low[1]), int(high[2] - low[2]))
-        affine = whole.copy()
-        affine[:3, 3] += whole[:3, :3] @ low
+        size = tuple((high - low).tolist())
+        affine = shifted(whole, low)
         fine = resample(window(image.array, modality, structure), image.affine, affine, size)
         # Zero-padded, the mask ends at the faces of its outer voxels, not at their centres.
-        around = image.affine.copy()
-        around[:3, 3] -= image.affine[:3, :3].sum(axis=1)
+        around = shifted(image.affine, (-1, -1, -1))
         fine_mask = resample(np.pad(mask, 1), around, affine, size, cval=0.0) >= 0.5
         if not fine_mask.any():
             raise DataError(
@@ -115,25 +109,9 @@ class StructureGrid:
 
         A damaged file is logged and recomputed. Raises: DataError as `read`.
         """
-        if structure not in case.structures:
-            return cls.read(case, structure, image)  # which raises
-        name = _file_name(case, structure)
-        path = cache_dir / name if cache_dir else None
-        grid, unwritten = _MEMORY.get(name), path is not None and not path.is_file()
-        if grid is None and path and (stored := read_entry(path, STORED)) is not None:
-            grid = cls(**stored)
-        if grid is None:
-            grid, unwritten = cls.read(case, structure, image), True
-        if path and unwritten:
-            write_entry(path, vars(grid))
-        _MEMORY[name] = grid
-        _MEMORY.move_to_end(name)
-        while (
-            len(_MEMORY) > 1
-            and sum(g.image.nbytes + g.sdf_vox.nbytes for g in _MEMORY.values()) > MEMORY_BYTES
-        ):
-            _MEMORY.popitem(last=False)
-        return grid
+        path = grid_path(case, structure, cache_dir or Path())
+        compute = partial(cls.read, case, structure, image)
+        return load_entry(path, STORED, cls, compute, on_disk=cache_dir is not None)
 
     def crop(self, start: Sequence[int]) -> tuple[Array, Array]:
         """Image and SDF of the 32³ window that starts at index `start` of the subject's fine grid."""
@@ -143,10 +121,6 @@ class StructureGrid:
 
 def grid_path(case: Case, structure: str, cache_dir: Path) -> Path:
     """The cache file of a structure's grid; its name changes with the source files and the spacing."""
-    return cache_dir / _file_name(case, structure)
-
-
-def _file_name(case: Case, structure: str) -> str:
     key = repr((_CACHE_VERSION, case.stamp(structure), SPACING_MM))
     digest = hashlib.sha256(key.encode()).hexdigest()
-    return f"{case.subject}-{structure}-grid-{digest[:16]}.npz"
+    return cache_dir / f"{case.subject}-{structure}-grid-{digest[:16]}.npz"

@@ -87,8 +87,7 @@ def _subject_folders(root: Path, modality: Modality) -> list[Found]:
         if (folder / "segmentations").is_dir() or any((folder / n).is_file() for n in IMAGE_NAMES):
             found.append(("TotalSegmentator", partial(_totalsegmentator_case, folder, split)))
         elif any(folder.glob("*-image.nii.gz")) or any(folder.glob("*-label.nii.gz")):
-            make = partial(_pair_case, folder, modality, split)
-            found.append(("image/label pairs", make))
+            found.append(("image/label pairs", partial(_pair_case, folder, modality, split)))
         elif dicom.holds_dicom(folder):
             found.append(("DICOM", partial(_dicom_case, folder, split)))
     return found
@@ -226,12 +225,9 @@ def _nnunet_files(
         raise DataError(
             f"{root / 'dataset.json'}: expected file_ending {' or '.join(NIFTI_ENDINGS)}, got {ending!r}"
         )
-    found = []
-    for label in (root / "labelsTr").glob(f"[!.]*{ending}"):
-        subject = label.name.removesuffix(ending)
-        image = root / "imagesTr" / f"{subject}_{channel:04d}{ending}"
-        found.append((subject, image, label))
-    return found
+    labels = {p.name.removesuffix(ending): p for p in (root / "labelsTr").glob(f"[!.]*{ending}")}
+    images, number = root / "imagesTr", f"_{channel:04d}{ending}"
+    return [(subject, images / f"{subject}{number}", label) for subject, label in labels.items()]
 
 
 def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[tuple[str, Path, Path]]:
@@ -291,8 +287,7 @@ def _folds(path: Path) -> dict[str, str]:
         return {}
     content = _read_json(path)
     try:
-        fold = content[0]
-        return {str(s): side for side in ("train", "val") for s in fold[side]}
+        return {str(s): side for side in ("train", "val") for s in content[0][side]}
     except (KeyError, IndexError, TypeError) as error:
         raise DataError(
             f"{path}: expected a list of folds with 'train' and 'val', got none"

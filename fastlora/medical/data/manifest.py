@@ -1,6 +1,7 @@
 """The preprocessing cache: its entries, and their index `manifest.json` and `skipped.csv`.
 
-An entry is an `.npz` file whose name has a hash of the source files and the settings.
+An entry is a dataclass of arrays, in memory and in an `.npz` file, whose name has a hash of the
+source files and the settings.
 The manifest lists every usable structure with the SHA-256 of its sources and of the cache files
 that were asked for (grids; slices and meshes on request), and every skipped one with the reason.
 Training with `--cache_dir` uses only structures listed there.
@@ -12,13 +13,12 @@ import csv
 import hashlib
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastlora.errors import DataError
 from fastlora.files import atomic_write, read_json, read_npz, write_json
@@ -35,21 +35,49 @@ Layout = Mapping[str, tuple[str, tuple[int | str, ...]]]
 """Name → (dtype, shape) of each array of an entry, as `read_npz` checks them."""
 
 
-def read_entry(path: Path, layout: Layout) -> dict[str, NDArray[Any]] | None:
-    """The arrays of an entry; None if it does not exist, or, with a warning in the log, if it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        return read_npz(path, layout)
-    except (OSError, ValueError) as error:
-        log.warning("%s: damaged cache entry is recomputed (%s)", path, error)
-        return None
+Entry = TypeVar("Entry")
+
+MEMORY_BYTES = 2 * 1024**3
+"""Size limit of the entries that a process keeps in memory; the least recently used are dropped first."""
+
+MEMORY: dict[str, Any] = {}
+"""File name → entry, the most recently used last."""
 
 
-def write_entry(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an entry atomically: another process may be reading or writing the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: np.savez(file, **arrays))
+def load_entry(
+    path: Path,
+    layout: Layout,
+    make: Callable[..., Entry],
+    compute: Callable[[], Entry],
+    on_disk: bool = True,
+) -> Entry:
+    """An entry from memory or its file; if it is in neither, or the file is damaged, computed.
+
+    Then it is written if it has no usable file. A damaged file is logged. make: makes an entry from
+    the arrays of `layout` by name. on_disk: False neither reads nor writes the file.
+    """
+    entry: Entry | None = MEMORY.pop(path.name, None)
+    unwritten = on_disk and not path.is_file()
+    if entry is None and on_disk and not unwritten:
+        try:
+            entry = make(**read_npz(path, layout))
+        except (OSError, ValueError) as error:
+            log.warning("%s: damaged cache entry is recomputed (%s)", path, error)
+            unwritten = True
+    if entry is None:
+        entry = compute()
+    if unwritten:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Atomic, because another process may be reading or writing the same entry.
+        atomic_write(path, lambda file: np.savez(file, **vars(entry)))
+    MEMORY[path.name] = entry
+    while len(MEMORY) > 1 and _memory_bytes() > MEMORY_BYTES:
+        del MEMORY[next(iter(MEMORY))]
+    return entry
+
+
+def _memory_bytes() -> int:
+    return sum(array.nbytes for entry in MEMORY.values() for array in vars(entry).values())
 
 
 @dataclass(frozen=True)
@@ -97,14 +125,14 @@ def write_manifest(
     ready = [asdict(outcome) for outcome in outcomes if outcome.problem is None]
     for entry in ready:
         del entry["problem"]
-    skipped: list[dict[str, str | None]] = [
-        {"subject": o.subject, "structure": o.structure, "reason": o.problem}
-        for o in outcomes
-        if o.problem is not None
+    rows = [(o.subject, o.structure, o.problem) for o in outcomes if o.problem is not None]
+    columns = ("subject", "structure", "reason")
+    skipped = [
+        dict(zip(columns, row, strict=True))
+        for row in (*rows, *((None, None, problem) for problem in problems))
     ]
-    skipped += [{"subject": None, "structure": None, "reason": problem} for problem in problems]
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, ["subject", "structure", "reason"], lineterminator="\n")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     table.writerows(skipped)
     atomic_write(cache_dir / SKIPPED, text.getvalue().encode())
@@ -137,13 +165,10 @@ def read_manifest(cache_dir: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: object) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    digests = [entry.get("sources"), entry.get("files")]
-    return all(isinstance(entry.get(name), str) for name in ("subject", "structure")) and all(
-        isinstance(part, dict) and all(isinstance(value, str) for value in part.values())
-        for part in digests
-    )
+    match entry:
+        case {"subject": str(), "structure": str(), "sources": dict(a), "files": dict(b)}:
+            return all(isinstance(value, str) for value in (*a.values(), *b.values()))
+    return False
 
 
 def usable_cases(cases: Sequence[Case], cache_dir: Path) -> list[Case]:

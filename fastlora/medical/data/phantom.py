@@ -16,41 +16,41 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import from_matvec
 from numpy.random import Generator
-from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from fastlora.errors import ConfigError
 from fastlora.medical.data.generated import generate_folder
-from fastlora.medical.data.geometry import Mask
+from fastlora.medical.data.geometry import Array, FloatArray, Mask
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import Case, save_volume
 
-Field = NDArray[np.float32]
-Branch = tuple[NDArray[np.float64], NDArray[np.float64], float, float]  # start, end, their radii
+Branch = tuple[FloatArray, FloatArray, float, float]  # start, end, their radii
 LAYOUT_VERSION = 1  # raise it when the output of write_phantom_dataset changes
 
 
-def superquadric(rng: Generator, points: Field) -> Field:
+def superquadric(rng: Generator, points: Array) -> Array:
     """A diamond, ellipsoid or box: `(Σ |pᵢ / rᵢ|ᵉ)^(1/e) − 1`.
 
     points: (3, X, Y, Z), roughly in [−1, 1]; the same for every shape.
     """
     radii = rng.uniform(0.35, 0.95, size=(3, 1, 1, 1)).astype(np.float32)
     exponent = float(rng.choice([1.2, 2.0, 2.0, 3.0, 6.0]))
-    return _norm(_posed(rng, points) / radii, exponent) - np.float32(1)
+    norm: Array = np.linalg.norm(_posed(rng, points) / radii, exponent, axis=0)
+    return norm - np.float32(1)
 
 
-def blob(rng: Generator, points: Field) -> Field:
+def blob(rng: Generator, points: Array) -> Array:
     """An ellipsoid with bumps of smooth noise, from a potato to gyri."""
     radii = rng.uniform(0.45, 0.8, size=(3, 1, 1, 1)).astype(np.float32)
     bumps = smooth_noise(rng, points.shape[1:], rng.uniform(0.04, 0.16))
-    ellipsoid = _norm(_posed(rng, points) / radii, 2.0) - np.float32(1)
-    return ellipsoid + np.float32(rng.uniform(0.05, 0.3)) * bumps
+    norm: Array = np.linalg.norm(_posed(rng, points) / radii, axis=0)
+    return norm - np.float32(1) + np.float32(rng.uniform(0.05, 0.3)) * bumps
 
 
-def tube(rng: Generator, points: Field) -> Field:
+def tube(rng: Generator, points: Array) -> Array:
     """A bent tube of varying width that ends inside or outside the volume."""
     bend = np.cumsum(rng.normal(0, 0.35, size=(5, 2)), axis=0)
     path = np.column_stack([bend - bend.mean(0), np.linspace(-1, 1, 5) * rng.uniform(0.5, 1.2)])
@@ -59,7 +59,7 @@ def tube(rng: Generator, points: Field) -> Field:
     return _capsules(_posed(rng, points), branches)
 
 
-def tree(rng: Generator, points: Field) -> Field:
+def tree(rng: Generator, points: Array) -> Array:
     """A trunk that forks three times, thinner with each fork, like vessels or airways."""
     branches: list[Branch] = []
     tips = [(np.array([0.0, 0.0, -0.9]), np.array([0.0, 0.0, 1.0]), rng.uniform(0.2, 0.34))]
@@ -75,7 +75,7 @@ def tree(rng: Generator, points: Field) -> Field:
     return _capsules(_posed(rng, points), branches)
 
 
-def sheets(rng: Generator, points: Field) -> Field:
+def sheets(rng: Generator, points: Array) -> Array:
     """Folded sheets or a labyrinth: thresholded noise of one or two scales, like cortex."""
     noise = smooth_noise(rng, points.shape[1:], rng.uniform(0.04, 0.12))
     if rng.random() < 0.5:
@@ -86,47 +86,38 @@ def sheets(rng: Generator, points: Field) -> Field:
     return noise + np.float32(rng.uniform(-0.4, 0.6))
 
 
-def shell(rng: Generator, points: Field) -> Field:
+def shell(rng: Generator, points: Array) -> Array:
     """A layer of random thickness around the surface of a blob: a hollow organ or a cortex."""
-    distance: Field = np.abs(blob(rng, points))
+    distance: Array = np.abs(blob(rng, points))
     return distance - np.float32(rng.uniform(0.08, 0.25))
 
 
-def compound(rng: Generator, points: Field) -> Field:
+def compound(rng: Generator, points: Array) -> Array:
     """The union or the difference of two solids: bones with processes and foramina."""
     solids = [superquadric, blob, tube]
     first, second = (solids[i](rng, points) for i in rng.integers(0, 3, size=2))
     if rng.random() < 0.6:
-        joined: Field = np.minimum(first, second)
+        joined: Array = np.minimum(first, second)
     else:
         joined = np.maximum(first, -(second + np.float32(0.2)))
     return joined
 
 
-Shape = Callable[[Generator, Field], Field]
+Shape = Callable[[Generator, Array], Array]
 SHAPES: dict[str, Shape] = {
     shape.__name__: shape for shape in (superquadric, blob, tube, tree, sheets, shell, compound)
 }
 
 
-def _posed(rng: Generator, points: Field) -> Field:
+def _posed(rng: Generator, points: Array) -> Array:
     """The points in the frame of a shape that is rotated and slightly shifted at random."""
     turn = Rotation.from_quat(rng.normal(size=4)).as_matrix().astype(np.float32)
     shift = rng.normal(0, 0.15, size=(3, 1)).astype(np.float32)
-    posed: Field = (turn @ (points.reshape(3, -1) - shift)).reshape(points.shape)
+    posed: Array = (turn @ (points.reshape(3, -1) - shift)).reshape(points.shape)
     return posed
 
 
-def _norm(points: Field, exponent: float) -> Field:
-    """`(Σ |pᵢ|ᵉ)^(1/e)` over the first axis."""
-    if exponent == 2.0:
-        norm: Field = np.sqrt((points * points).sum(0))
-    else:
-        norm = (np.abs(points) ** exponent).sum(0) ** np.float32(1 / exponent)
-    return norm
-
-
-def _capsules(points: Field, branches: list[Branch]) -> Field:
+def _capsules(points: Array, branches: list[Branch]) -> Array:
     """Distance to the nearest segment minus its radius, which varies linearly along it."""
     field = np.full(points.shape[1:], np.inf, dtype=np.float32)
     for start, end, start_radius, end_radius in branches:
@@ -134,20 +125,20 @@ def _capsules(points: Field, branches: list[Branch]) -> Field:
         offset = points - start.astype(np.float32)[:, None, None, None]
         t = np.clip(np.tensordot(along, offset, 1) / (along @ along), 0, 1)
         radius = np.float32(start_radius) + t * np.float32(end_radius - start_radius)
-        distance = _norm(offset - t * along[:, None, None, None], 2.0)
+        distance = np.linalg.norm(offset - t * along[:, None, None, None], axis=0)
         np.minimum(field, distance - radius, out=field)
     return field
 
 
-def smooth_noise(rng: Generator, shape: tuple[int, ...], scale: float) -> Field:
+def smooth_noise(rng: Generator, shape: tuple[int, ...], scale: float) -> Array:
     """Noise of mean 0 and standard deviation 1, smoothed by `scale` times the longest side."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     noise = ndimage.gaussian_filter(noise, scale * max(shape), mode="wrap", truncate=3.0)
-    standard: Field = (noise - noise.mean()) / np.float32(max(float(noise.std()), 1e-6))
+    standard: Array = (noise - noise.mean()) / np.float32(max(float(noise.std()), 1e-6))
     return standard
 
 
-def make_phantom(rng: Generator, size: int = 32) -> tuple[NDArray[np.float32], Mask]:
+def make_phantom(rng: Generator, size: int = 32) -> tuple[Array, Mask]:
     """One random object and its image.
 
     Returns: image (size, size, size) float32 in [0, 1] and mask, the same shape, bool, which fills
@@ -155,21 +146,21 @@ def make_phantom(rng: Generator, size: int = 32) -> tuple[NDArray[np.float32], M
     """
     if size < 8:
         raise ConfigError(f"size: expected at least 8 voxels, got {size}")
-    names = list(SHAPES)
+    shapes = list(SHAPES.values())
     while True:
-        name = names[rng.choice(len(names), p=(0.12, 0.16, 0.08, 0.08, 0.26, 0.12, 0.18))]
-        mask = SHAPES[name](rng, _cube(size)) < 0
+        shape = shapes[rng.choice(len(shapes), p=(0.12, 0.16, 0.08, 0.08, 0.26, 0.12, 0.18))]
+        mask = shape(rng, _cube(size)) < 0
         if 0.03 <= mask.mean() <= 0.7:
             return _paint(rng, mask), mask
 
 
 @lru_cache(maxsize=4)
-def _cube(size: int) -> Field:
+def _cube(size: int) -> Array:
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))
 
 
-def _paint(rng: Generator, mask: Mask) -> NDArray[np.float32]:
+def _paint(rng: Generator, mask: Mask) -> Array:
     """An image of the mask: grey levels, rim, neighbours, texture, blur, bias field, noise."""
     shape = mask.shape
     ground, contrast = rng.uniform(0.15, 0.85), rng.uniform(0.12, 0.7)
@@ -195,7 +186,7 @@ def _paint(rng: Generator, mask: Mask) -> NDArray[np.float32]:
         image *= 1 + np.float32(rng.uniform(0.05, 0.2)) * smooth_noise(rng, shape, 0.25)
     noise = rng.standard_normal(shape, dtype=np.float32)
     image += noise * np.float32(rng.uniform(0, 0.3) * contrast)
-    painted: NDArray[np.float32] = np.clip(image, 0, 1)
+    painted: Array = np.clip(image, 0, 1)
     return painted
 
 
@@ -247,9 +238,7 @@ def _write_subject(folder: Path, rng: Generator) -> None:
     save_volume(folder / "ct.nii.gz", np.rint(image).astype(np.int16), affine)
 
 
-def _solid_shape(
-    rng: Generator, shape: Shape, size: tuple[int, ...], spacing: NDArray[np.float64]
-) -> Mask:
+def _solid_shape(rng: Generator, shape: Shape, size: tuple[int, ...], spacing: FloatArray) -> Mask:
     """A shape that fills 2 to 50 % of a box of voxels, undistorted by their spacing."""
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(size, spacing, strict=True)]
     reach = min(float(axis[-1]) for axis in axes)
@@ -260,12 +249,11 @@ def _solid_shape(
             return mask
 
 
-def _oblique_affine(rng: Generator, spacing: NDArray[np.float64]) -> NDArray[np.float64]:
+def _oblique_affine(rng: Generator, spacing: FloatArray) -> FloatArray:
     """Axes tilted by 5 to 20°, in random order and direction."""
     axes = np.eye(3)[:, rng.permutation(3)] * rng.choice([-1.0, 1.0], size=3)
     tilt = rng.normal(size=3)
     tilt *= np.radians(rng.uniform(5, 20)) / np.linalg.norm(tilt)
-    affine = np.eye(4)
-    affine[:3, :3] = Rotation.from_rotvec(tilt).as_matrix() @ axes * spacing
-    affine[:3, 3] = rng.uniform(-100, 100, size=3)
+    turned = Rotation.from_rotvec(tilt).as_matrix() @ axes * spacing
+    affine: FloatArray = from_matvec(turned, rng.uniform(-100, 100, size=3))
     return affine

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import from_matvec, voxel_sizes
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.geometry import (
+    Array,
     FloatArray,
     Mask,
-    apply_affine,
     mesh_from_sdf,
     regrid,
     resample,
     sdf_from_mask,
-    spacing_of,
+    shifted,
 )
-from fastlora.medical.data.manifest import Layout, read_entry, write_entry
+from fastlora.medical.data.manifest import Layout, load_entry
 from fastlora.medical.data.volumes import Case, Volume, window
 
 CACHE_VERSION = 2  # raise it when what `prepare` computes changes
@@ -58,10 +60,9 @@ class SliceConfig:
     min_area_px: int = 16
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
+        for name, value in vars(self).items():
             if value is not None and not value > 0:
-                raise ConfigError(f"{item.name}: expected a positive number, got {value}")
+                raise ConfigError(f"{name}: expected a positive number, got {value}")
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,14 @@ class Prepared:
     faces: (F, 3) int64. canonical_sdf, canonical_to_mm: see `to_canonical`.
     """
 
-    image: NDArray[np.float32]
+    image: Array
     mask: Mask
-    sdf: NDArray[np.float32]
+    sdf: Array
     affine: FloatArray
-    vertices: NDArray[np.float32]
+    vertices: Array
     faces: NDArray[np.int64]
-    canonical_sdf: NDArray[np.float32]
+    canonical_sdf: Array
     canonical_to_mm: FloatArray
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        x, y, z = self.mask.shape
-        return x, y, z
 
 
 def prepare(
@@ -100,8 +96,7 @@ def prepare(
     box = _box_around(mask, image.spacing, config)
     pixels = window(image.array, case.modality, structure)[box]
     mask = mask[box]
-    affine = image.affine.copy()
-    affine[:3, 3] = apply_affine(image.affine, [side.start for side in box])
+    affine = shifted(image.affine, [side.start for side in box])
     if config.spacing is not None:
         target, shape = regrid(affine, pixels.shape, config.spacing)
         pixels = resample(pixels, affine, target, shape)
@@ -113,14 +108,14 @@ def prepare(
                 "got an empty mask"
             )
     # The image's border counts as outside, so a structure cut off by it has a closed surface.
-    sdf = sdf_from_mask(np.pad(mask, 1), spacing_of(affine))[1:-1, 1:-1, 1:-1]
+    sdf = sdf_from_mask(np.pad(mask, 1), voxel_sizes(affine))[1:-1, 1:-1, 1:-1]
     mesh = mesh_from_sdf(sdf, affine)
     vertices = mesh.vertices.astype(np.float32)
     cube, to_mm = to_canonical(sdf, affine, vertices, config.sdf_size)
     return Prepared(pixels, mask, sdf, affine, vertices, mesh.faces.astype(np.int64), cube, to_mm)
 
 
-def _box_around(mask: Mask, spacing: FloatArray, config: SliceConfig) -> tuple[slice, slice, slice]:
+def _box_around(mask: Mask, spacing: FloatArray, config: SliceConfig) -> tuple[slice, ...]:
     """The mask's bounding box with its margin, at least crop_size wide, clipped to the image."""
     sides = []
     for axis, extent in enumerate(ndimage.find_objects(mask.astype(np.uint8))[0]):
@@ -128,14 +123,12 @@ def _box_around(mask: Mask, spacing: FloatArray, config: SliceConfig) -> tuple[s
         grow = max(config.margin_mm / spacing[axis], (wanted - (extent.stop - extent.start)) / 2)
         grow = int(np.ceil(grow))
         sides.append(slice(max(extent.start - grow, 0), min(extent.stop + grow, mask.shape[axis])))
-    x, y, z = sides
-    return x, y, z
+    return tuple(sides)
 
 
 def cache_path(case: Case, structure: str, config: SliceConfig, cache_dir: Path) -> Path:
     """The cache file of a structure; its name changes with the source files and the settings."""
-    key: dict[str, object] = {"version": CACHE_VERSION, "files": case.stamp(structure)}
-    key |= {item.name: getattr(config, item.name) for item in fields(config)}
+    key = {"version": CACHE_VERSION, "files": case.stamp(structure), **asdict(config)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache_dir / f"{case.subject}-{structure}-{digest[:16]}.npz"
 
@@ -147,23 +140,15 @@ def load_prepared(
     cache_dir: Path | None = None,
     image: Volume | None = None,
 ) -> Prepared:
-    """A structure from the cache; if missing or damaged there, computed and written.
-
-    cache_dir: None neither reads nor writes a cache. Raises: as `prepare`.
-    """
-    if cache_dir is None:
-        return prepare(case, structure, config, image)
-    path = cache_path(case, structure, config, cache_dir)
-    if (stored := read_entry(path, STORED)) is not None:
-        return Prepared(**stored)
-    prepared = prepare(case, structure, config, image)
-    write_entry(path, vars(prepared))
-    return prepared
+    """`prepare`, cached in memory and, if `cache_dir` is given, on disk; see `load_entry`."""
+    path = cache_path(case, structure, config, cache_dir or Path())
+    compute = partial(prepare, case, structure, config, image)
+    return load_entry(path, STORED, Prepared, compute, on_disk=cache_dir is not None)
 
 
 def to_canonical(
-    sdf: NDArray[np.float32], affine: FloatArray, vertices: NDArray[np.float32], size: int
-) -> tuple[NDArray[np.float32], FloatArray]:
+    sdf: Array, affine: FloatArray, vertices: Array, size: int
+) -> tuple[Array, FloatArray]:
     """A structure's signed distances in the canonical cube [−1, 1]³, and the map from there to mm.
 
     The cube is aligned with the patient's axes, centred on the structure and 10 % larger than its
@@ -175,11 +160,8 @@ def to_canonical(
     """
     low, high = vertices.min(0).astype(np.float64), vertices.max(0).astype(np.float64)
     half = 0.55 * float((high - low).max())
-    to_mm = np.diag([half, half, half, 1.0])
-    to_mm[:3, 3] = (low + high) / 2
-    step = 2 * half / size
-    cube_affine = np.diag([step, step, step, 1.0])
-    cube_affine[:3, 3] = to_mm[:3, 3] - half + step / 2
+    centre, step = (low + high) / 2, 2 * half / size
+    cube_affine = from_matvec(step * np.eye(3), centre - half + step / 2)
     cube = resample(sdf, affine, cube_affine, (size, size, size), cval=np.inf)
     inside = cube < 0
     if not inside.any():
@@ -187,4 +169,4 @@ def to_canonical(
     beyond = ~np.isfinite(cube)
     if beyond.any():
         cube[beyond] = sdf_from_mask(inside, np.full(3, step))[beyond]
-    return cube, to_mm
+    return cube, from_matvec(half * np.eye(3), centre)

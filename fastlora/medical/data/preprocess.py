@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trimesh
+from nibabel.affines import voxel_sizes
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
-from fastlora.medical.data.geometry import spacing_of
 from fastlora.medical.data.grids import SPACING_MM, StructureGrid, grid_path
 from fastlora.medical.data.manifest import Outcome, digest
 from fastlora.medical.data.prepared import SliceConfig, cache_path, load_prepared
@@ -67,20 +68,17 @@ def preprocess(
 
 def _case_outcomes(config: PreprocessConfig, item: tuple[Case, list[str]]) -> list[Outcome]:
     case, structures = item
+    skipped = (DataError,) if config.skip_invalid else ()
     try:
         image = case.load_image()
         image_digest = digest(case.image_path)
-    except DataError as error:
-        if not config.skip_invalid:
-            raise
+    except skipped as error:
         return [Outcome(case.subject, structure, str(error)) for structure in structures]
     outcomes = []
     for structure in structures:
         try:
             outcomes.append(_outcome(config, case, structure, image, image_digest))
-        except DataError as error:
-            if not config.skip_invalid:
-                raise
+        except skipped as error:
             outcomes.append(Outcome(case.subject, structure, str(error)))
     return outcomes
 
@@ -89,33 +87,33 @@ def _outcome(
     config: PreprocessConfig, case: Case, structure: str, image: Volume, image_digest: str
 ) -> Outcome:
     cache_dir = config.cache_dir
+    facts: dict[str, Any] = {}
     grid = StructureGrid.load(case, structure, cache_dir, image)
     regions = region_specs(case, structure, cache_dir=cache_dir)
     files = [grid_path(case, structure, cache_dir)]
     mask_path = case.structures[structure].path
-    outcome = Outcome(
-        case.subject,
-        structure,
-        volume_ml=float((grid.sdf_vox < 0).sum() * SPACING_MM**3 / 1000),
-        regions=len(regions),
-        sources={str(case.image_path): image_digest, str(mask_path): digest(mask_path)},
-    )
     if config.slices or config.meshes:
         entries = cache_dir if config.slices else None
         prepared = load_prepared(case, structure, config.slice_config, entries, image)
         if config.slices:
             files.append(cache_path(case, structure, config.slice_config, cache_dir))
             least = config.slice_config.min_area_px
-            outcome = replace(
-                outcome,
-                shape=prepared.shape,
-                spacing=tuple(spacing_of(prepared.affine).tolist()),
-                slices=tuple(len(slice_indices(prepared.mask, a, least)) for a in config.axes),
-            )
+            facts = {
+                "shape": prepared.mask.shape,
+                "spacing": tuple(voxel_sizes(prepared.affine).tolist()),
+                "slices": tuple(len(slice_indices(prepared.mask, a, least)) for a in config.axes),
+            }
         if config.meshes:
             files.append(cache_dir / "meshes" / f"{case.subject}-{structure}.ply")
             files[-1].parent.mkdir(exist_ok=True)
             mesh = trimesh.Trimesh(prepared.vertices, prepared.faces, process=False)
             atomic_write(files[-1], mesh.export(file_type="ply"))
-    digests = {str(file.relative_to(cache_dir)): digest(file) for file in files}
-    return replace(outcome, files=digests)
+    return Outcome(
+        case.subject,
+        structure,
+        volume_ml=float((grid.sdf_vox < 0).sum() * SPACING_MM**3 / 1000),
+        regions=len(regions),
+        sources={str(case.image_path): image_digest, str(mask_path): digest(mask_path)},
+        files={str(file.relative_to(cache_dir)): digest(file) for file in files},
+        **facts,
+    )

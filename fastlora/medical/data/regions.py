@@ -20,19 +20,16 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import FloatArray, Mask
-from fastlora.medical.data.grids import CELL, COARSE, FINE, SPACING_MM, Array, StructureGrid
-from fastlora.medical.data.splits import MIN_FILLED, RegionSpec, group_of
+from fastlora.medical.data.geometry import Array, FloatArray, Mask, shifted
+from fastlora.medical.data.grids import CELL, COARSE, FINE, SPACING_MM, StructureGrid
+from fastlora.medical.data.splits import RegionSpec, group_of, is_region
 
-CONTEXT = 2
-"""Image voxels around a cell that its token includes."""
-
+CONTEXT = 2  # image voxels around a cell that its token includes
 PATCH = CELL + 2 * CONTEXT
 TOKEN_CHANNELS = PATCH**3 + 3**3
 """A token is its cell's image patch with context, and the coarse values of the 3³ cells around it."""
 
-SHIFT_VOX = 8
-"""The largest shift of a window along each axis in augmentation."""
+SHIFT_VOX = 8  # the largest shift of a window along each axis in augmentation
 
 
 def upsample_coarse(coarse: Array) -> Array:
@@ -163,8 +160,7 @@ class RegionDataset(Dataset[dict[str, Any]]):
         if self.augment:
             start = _moved(spec, grid, rng)
         image, sdf = grid.crop(start.tolist())
-        affine = grid.affine.copy()
-        affine[:3, 3] += grid.affine[:3, :3] @ (start - grid.offset)
+        affine = shifted(grid.affine, start - grid.offset)
         if self.augment:
             image, sdf, affine = _augmented(image, sdf, affine, rng)
         return {
@@ -186,15 +182,14 @@ def _moved(spec: RegionSpec, grid: StructureGrid, rng: np.random.Generator) -> N
     for _ in range(8):
         shift = rng.integers(-SHIFT_VOX, SHIFT_VOX + 1, 3)
         start: NDArray[np.int64] = np.clip(np.array(spec.start) + shift, spec.low, spec.high)
-        filled = float((grid.crop(start.tolist())[1] < 0).mean())
-        if MIN_FILLED <= filled <= 1 - MIN_FILLED:
+        if is_region(grid, start.tolist()):
             return start
     return np.array(spec.start)
 
 
 def _augmented(
-    image: Array, sdf: Array, affine: NDArray[np.float64], rng: np.random.Generator
-) -> tuple[Array, Array, NDArray[np.float64]]:
+    image: Array, sdf: Array, affine: FloatArray, rng: np.random.Generator
+) -> tuple[Array, Array, FloatArray]:
     """Mirror image, SDF and affine along random axes, then vary brightness, contrast and noise."""
     for axis in np.flatnonzero(rng.random(3) < 0.5).tolist():
         image, sdf = np.flip(image, axis), np.flip(sdf, axis)

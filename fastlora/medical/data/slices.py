@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from scipy import ndimage
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import FloatArray, Mask, apply_affine, pointmap, spacing_of
+from fastlora.medical.data.geometry import (
+    Array,
+    FloatArray,
+    Mask,
+    other_axes,
+    plane_points,
+    pointmap,
+)
 from fastlora.medical.data.prepared import (
     Prepared,
     SliceConfig,
@@ -33,7 +39,6 @@ from fastlora.medical.data.splits import kind_of
 from fastlora.medical.data.volumes import Case
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order
-KEPT_IN_MEMORY = 8  # structures
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +76,6 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
         # Shared memory: workers that outlive an epoch see the next one's number.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self._kept: OrderedDict[int, Prepared] = OrderedDict()
         self.structures = select_structures(cases, classes)
         if self.cache_dir is not None:
             paths = [cache_path(c, s, self.config, self.cache_dir) for c, s in self.structures]
@@ -106,9 +110,12 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
         number, axis, slice_idx = self.slices[index]
         case, structure = self.structures[number]
         item = self._prepared(number)
-        move = self._move(index, item)
+        move = np.eye(4)
+        if self.augment:
+            rng = np.random.default_rng((self.seed, int(self._epoch), index))
+            move = random_move(rng, item.affine, item.mask, axis, slice_idx)
         image, mask, gt_sdf, to_mm = _moved(item, move, axis, slice_idx)
-        points = pointmap(item.affine, item.shape, axis, slice_idx)
+        points = pointmap(item.affine, item.mask.shape, axis, slice_idx)
         sample: dict[str, Any] = {
             "image": torch.from_numpy(image)[None],
             "mask": torch.from_numpy(mask)[None],
@@ -128,24 +135,8 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
             sample["faces"] = torch.from_numpy(item.faces[:, :: -1 if mirrored else 1].copy())
         return sample
 
-    def _move(self, index: int, item: Prepared) -> FloatArray:
-        if not self.augment:
-            return np.eye(4)
-        _, axis, slice_idx = self.slices[index]
-        rng = np.random.default_rng((self.seed, int(self._epoch), index))
-        return random_move(rng, item.affine, item.mask, axis, slice_idx)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": OrderedDict()}  # each worker has its own cache
-
     def _prepared(self, number: int) -> Prepared:
-        if number not in self._kept:
-            case, structure = self.structures[number]
-            self._kept[number] = load_prepared(case, structure, self.config, self.cache_dir)
-            if len(self._kept) > KEPT_IN_MEMORY:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(number)
-        return self._kept[number]
+        return load_prepared(*self.structures[number], self.config, self.cache_dir)
 
 
 def select_structures(
@@ -177,9 +168,8 @@ def parse_axes(axes: Sequence[str | int]) -> list[int]:
 
 def slice_indices(mask: Mask, axis: int, min_area_px: int) -> list[int]:
     """The indices along an axis where a mask's cross-section has at least `min_area_px` pixels."""
-    area = mask.sum(axis=tuple(_plane(axis)))
-    found: list[int] = np.flatnonzero(area >= min_area_px).tolist()
-    return found
+    area = mask.sum(axis=other_axes(axis))
+    return [int(index) for index in np.flatnonzero(area >= min_area_px)]
 
 
 def split_by_subject(
@@ -215,43 +205,38 @@ def random_move(
     It rotates by up to 20°, scales by 0.85 to 1.18 and flips with probability ½, about the normal
     through the centroid of the structure's cross-section.
     """
-    first, second = _plane(axis)
+    plane = other_axes(axis)
     local = np.eye(3)  # in mm along the volume's axes
     angle = np.radians(rng.uniform(-20, 20))
-    local[np.ix_((first, second), (first, second))] = (
-        (np.cos(angle), -np.sin(angle)),
-        (np.sin(angle), np.cos(angle)),
-    )
+    cos, sin = np.cos(angle), np.sin(angle)
+    local[np.ix_(plane, plane)] = (cos, -sin), (sin, cos)
     if rng.random() < 0.5:
-        local[:, first] *= -1
+        local[:, plane[0]] *= -1
     local *= np.exp(rng.uniform(-1, 1) * np.log(1.18))
-    centre = np.zeros(3)
-    centre[[first, second]] = np.argwhere(mask.take(slice_idx, axis)).mean(0)
-    centre[axis] = slice_idx
-    axes = affine[:3, :3] / spacing_of(affine)
-    move = np.eye(4)
-    move[:3, :3] = axes @ local @ axes.T
+    centre = np.insert(np.argwhere(mask.take(slice_idx, axis)).mean(0), axis, slice_idx)
+    axes = affine[:3, :3] / voxel_sizes(affine)
+    turn = axes @ local @ axes.T
     middle = apply_affine(affine, centre)
-    move[:3, 3] = middle - move[:3, :3] @ middle
+    move: FloatArray = from_matvec(turn, middle - turn @ middle)
     return move
 
 
 def _moved(
     item: Prepared, move: FloatArray, axis: int, slice_idx: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], FloatArray]:
+) -> tuple[Array, Array, Array, FloatArray]:
     """Image and mask (H, W) on the slice's pixels after moving the structure, and its new cube.
 
     The pixels stay in place. `move` maps the slice's plane to itself, so the slice is resampled in
     2-D; it multiplies distances by its scale, so the SDF is scaled and resampled in a cube around
     the moved structure.
     """
-    image: NDArray[np.float32] = np.take(item.image, slice_idx, axis)
-    mask: NDArray[np.float32] = np.take(item.mask, slice_idx, axis).astype(np.float32)
+    image: Array = np.take(item.image, slice_idx, axis)
+    mask: Array = np.take(item.mask, slice_idx, axis).astype(np.float32)
     if np.array_equal(move, np.eye(4)):
         return image, mask, item.canonical_sdf.copy(), item.canonical_to_mm.copy()
     moved_affine = move @ item.affine
     back = np.linalg.inv(moved_affine) @ item.affine  # index after → index before the move
-    plane = _plane(axis)
+    plane = list(other_axes(axis))
     matrix, offset = back[np.ix_(plane, plane)], back[plane, axis] * slice_idx + back[plane, 3]
     image = ndimage.affine_transform(image, matrix, offset, order=1, mode="nearest")
     mask = (ndimage.affine_transform(mask, matrix, offset, order=1) >= 0.5).astype(np.float32)
@@ -261,11 +246,6 @@ def _moved(
         item.sdf * scale, moved_affine, vertices, item.canonical_sdf.shape[0]
     )
     return image, mask, cube, to_mm
-
-
-def _plane(axis: int) -> list[int]:
-    """The axes of a slice's height and width."""
-    return [a for a in range(3) if a != axis]
 
 
 def collate_slices(
@@ -281,16 +261,14 @@ def collate_slices(
         height, width = (max(s["image"].shape[d] for s in samples) for d in (1, 2))
     else:
         height = width = crop_size
-    cut = [_cut(sample, height, width) for sample in samples]
-    batch: dict[str, Any] = {name: torch.stack([c[name] for c in cut]) for name in cut[0]}
-    for name in ("gt_sdf", "canonical_to_mm", "affine"):
-        batch[name] = torch.stack([sample[name] for sample in samples])
-    for name in ("slice_idx", "axis"):
-        batch[name] = torch.tensor([sample[name] for sample in samples])
-    for name in samples[0]:
-        if name not in batch:
-            batch[name] = [sample[name] for sample in samples]
-    return batch
+    mesh = [name for name in ("vertices", "faces") if name in samples[0]]  # of different lengths
+    cut = [
+        {name: value for name, value in sample.items() if name not in mesh}
+        | _cut(sample, height, width)
+        for sample in samples
+    ]
+    batch: dict[str, Any] = default_collate(cut)
+    return batch | {name: [sample[name] for sample in samples] for name in mesh}
 
 
 def _cut(sample: dict[str, Any], height: int, width: int) -> dict[str, torch.Tensor]:
@@ -300,26 +278,18 @@ def _cut(sample: dict[str, Any], height: int, width: int) -> dict[str, torch.Ten
     left = _frame_start(mask[0].any(dim=0), width)
     _, rows, columns = mask.shape
     grow = (-left, left + width - columns, -top, top + height - rows)  # negative values crop
-    index = torch.empty(height, width, 3, dtype=torch.float64)
-    first, second = _plane(sample["axis"])
-    index[..., first] = torch.arange(top, top + height, dtype=torch.float64)[:, None]
-    index[..., second] = torch.arange(left, left + width, dtype=torch.float64)
-    index[..., sample["axis"]] = sample["slice_idx"]
-    affine = sample["affine"]
-    points = index @ affine[:3, :3].T + affine[:3, 3]
+    place = sample["affine"].numpy(), sample["axis"], sample["slice_idx"]
+    points = plane_points(*place, range(top, top + height), range(left, left + width))
     return {
         "image": pad(sample["image"], grow),
         "mask": pad(mask, grow),
         "valid": pad(torch.ones_like(mask), grow).bool(),
-        "pointmap": points.permute(2, 0, 1).float().contiguous(),
+        "pointmap": torch.from_numpy(points).permute(2, 0, 1).contiguous(),
     }
 
 
 def _frame_start(filled: torch.Tensor, size: int) -> int:
-    """The first pixel of a frame of `size` pixels centred on the filled ones.
-
-    It is shifted so that one side is not cropped while the other is padded.
-    """
+    """First pixel of a frame around the filled ones; no side is cropped while another is padded."""
     length = len(filled)
     inside = filled.nonzero()
     middle = int(inside.min() + inside.max() + 1) / 2 if len(inside) else length / 2

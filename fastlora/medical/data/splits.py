@@ -15,7 +15,7 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.grids import FINE, SPACING_MM, StructureGrid
 from fastlora.medical.data.volumes import Case
 
-Index = tuple[int, int, int]
+Index = tuple[int, ...]
 
 GROUPS = {
     **dict.fromkeys(
@@ -59,8 +59,13 @@ SPLIT_NOTES = {
 }
 """What the sides of each split share, for the report."""
 
-MIN_FILLED = 0.01
-"""A window is a region if at least this fraction of it is inside the structure, and as much outside."""
+MIN_FILLED = 0.01  # of a region is at least inside the structure, and as much outside
+
+
+def is_region(grid: StructureGrid, start: Sequence[int]) -> bool:
+    """Whether a window contains enough of a structure, and of what is outside it, to be a region."""
+    filled = float((grid.crop(start)[1] < 0).mean())
+    return MIN_FILLED <= filled <= 1 - MIN_FILLED
 
 
 def kind_of(structure: str) -> str:
@@ -110,13 +115,9 @@ def region_specs(
             )
     last = high - FINE
     starts = [_cover(box[0, axis], box[1, axis], low[axis], last[axis]) for axis in range(3)]
-    found = []
-    for start in np.stack(np.meshgrid(*starts, indexing="ij"), -1).reshape(-1, 3).tolist():
-        filled = float((grid.crop(start)[1] < 0).mean())
-        if MIN_FILLED <= filled <= 1 - MIN_FILLED:
-            found.append(
-                RegionSpec(case, structure, tuple(start), tuple(low.tolist()), tuple(last.tolist()))
-            )
+    bounds = tuple(low.tolist()), tuple(last.tolist())
+    windows = (start for start in itertools.product(*starts) if is_region(grid, start))
+    found = [RegionSpec(case, structure, start, *bounds) for start in windows]
     if not found:
         raise DataError(
             f"{case.subject}: {structure}: no window of {FINE * SPACING_MM:g} mm is filled by "

@@ -7,18 +7,19 @@ NIfTI, from a folder of one DICOM series, and from PNG; masks from NIfTI and DIC
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
@@ -29,13 +30,14 @@ from PIL import Image
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data import dicom
+from fastlora.medical.data.dicom import reading
 from fastlora.medical.data.geometry import (
     MAX_VOXELS,
+    Array,
     FloatArray,
     Mask,
     check_affine,
     check_spacing,
-    spacing_of,
 )
 
 DEFLATE_RATIO = 1032  # the largest possible of a gzip file
@@ -69,12 +71,12 @@ class Volume:
     @property
     def spacing(self) -> FloatArray:
         """(3,) mm."""
-        return spacing_of(self.affine)
+        lengths: FloatArray = voxel_sizes(self.affine)
+        return lengths
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        x, y, z = self.array.shape
-        return x, y, z
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
 
 
 @dataclass(frozen=True)
@@ -107,26 +109,30 @@ class Case:
         """The image, float32. Raises: DataError as `load_volume`."""
         return load_volume(self.image_path, self.part)
 
+    def source(self, structure: str) -> Source:
+        """The structure's mask. Raises: DataError if the case has no such structure."""
+        if structure not in self.structures:
+            raise DataError(
+                f"{self.subject}: expected a structure among "
+                f"{', '.join(sorted(self.structures))}, got {structure!r}"
+            )
+        return self.structures[structure]
+
     def stamp(self, structure: str) -> tuple[object, ...]:
         """A key that changes with the files of the image or of a structure's mask; nothing is read.
 
-        Raises: DataError if a file is missing.
+        Raises: DataError as `source`, or if a file is missing.
         """
-        source = self.structures[structure]
+        source = self.source(structure)
         files = file_stamps(self.image_path), file_stamps(source.path)
         return (self.modality, self.part, structure, source.label, *files)
 
     def load_mask(self, structure: str, image: Volume) -> Mask:
         """The structure's mask on the image's grid, (X, Y, Z) bool.
 
-        Raises: DataError if the case has no such structure, or as the function `load_mask`.
+        Raises: DataError as `source`, or as the function `load_mask`.
         """
-        if structure not in self.structures:
-            raise DataError(
-                f"{self.subject}: expected a structure among "
-                f"{', '.join(sorted(self.structures))}, got {structure!r}"
-            )
-        return load_mask(self.structures[structure], image, self.image_path.name)
+        return load_mask(self.source(structure), image, self.image_path.name)
 
 
 def load_mask(source: Source, image: Volume, name: str = "the image") -> Mask:
@@ -174,10 +180,9 @@ def same_grid(
     a: ArrayLike, b: ArrayLike, shape: Sequence[int], tolerance_vox: float = 0.01
 ) -> bool:
     """Whether two affines map every voxel of a volume to the same place, within a tolerance."""
-    corners = np.stack(np.meshgrid(*((0, n - 1) for n in shape), indexing="ij"), -1).reshape(-1, 3)
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    apart = np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max()
-    return bool(apart <= tolerance_vox * spacing_of(b).min())
+    corners = list(itertools.product(*((0, n - 1) for n in shape)))
+    apart = np.linalg.norm(apply_affine(np.subtract(a, b), corners), axis=1).max()
+    return bool(apart <= tolerance_vox * voxel_sizes(np.asarray(b)).min())
 
 
 def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> Volume:
@@ -195,8 +200,7 @@ def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> 
         data, affine = _read(path, part)
     with np.errstate(over="ignore"):
         array = data.astype(np.float32)
-    bad = np.count_nonzero(~np.isfinite(array))
-    if bad:
+    if bad := np.count_nonzero(~np.isfinite(array)):
         raise DataError(
             f"{path}: expected finite values, got NaN or infinity in {bad} of {array.size} voxels"
         )
@@ -247,27 +251,15 @@ def _from_array(
     array: NDArray[Any], affine: FloatArray, path: Path
 ) -> tuple[NDArray[Any], FloatArray]:
     """Voxels and affine of another format, reoriented to RAS. path: for errors."""
-    with _reading(path, "a usable affine"):
+    with reading(path, "a usable affine", _UNREADABLE):
         return _canonical(nib.Nifti1Image(array, affine), path)
 
 
-@contextmanager
-def _reading(path: Path, expected: str) -> Iterator[None]:
-    """Turn what the readers raise for unusable files into a DataError."""
-    try:
-        with np.errstate(all="ignore"):  # callers check for values that overflow
-            yield
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        kind = type(error).__name__
-        raise DataError(f"{path}: expected {expected}, got {kind}: {error}") from error
-
-
-def _read_png(path: Path, slices: int) -> NDArray[np.float32]:
+def _read_png(path: Path, slices: int) -> Array:
     """(rows, columns) in [0, 1]. slices: the number of files in the stack, for the size limit."""
     # Unrestricted, Pillow opens any format, some of them through external programs.
-    with _reading(path, "a readable PNG"), Image.open(path, formats=("PNG",)) as picture:
+    opened = reading(path, "a readable PNG", _UNREADABLE)
+    with opened, Image.open(path, formats=("PNG",)) as picture:
         if math.prod(picture.size) * slices > MAX_VOXELS:
             raise ValueError(
                 f"{slices} of {picture.size} pixels; expected at most {MAX_VOXELS:,} in total"
@@ -285,7 +277,7 @@ def _read_png(path: Path, slices: int) -> NDArray[np.float32]:
 def _read(path: Path, part: int | str | None = None) -> tuple[NDArray[np.generic], FloatArray]:
     if not path.is_file():
         raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
-    with _reading(path, "a readable NIfTI file"):
+    with reading(path, "a readable NIfTI file", _UNREADABLE):
         stored = nib.load(path)
         _check_size(path, stored)
         return _canonical(stored, path, part)
@@ -342,7 +334,7 @@ def save_volume(
     atomic_write(path, gzip.compress(data, 1, mtime=0) if path.suffix == ".gz" else data)
 
 
-def window(image: NDArray[np.floating], modality: str, structure: str = "") -> NDArray[np.float32]:
+def window(image: NDArray[np.floating], modality: str, structure: str = "") -> Array:
     """Intensities clipped to a window and scaled to [0, 1], float32.
 
     image: the complete volume, since the window of MR is its 0.5 and 99.5 percentiles. modality:
@@ -363,7 +355,7 @@ def window(image: NDArray[np.floating], modality: str, structure: str = "") -> N
     else:
         raise ConfigError(f"modality: expected 'ct', 'mr' or 'grey', got {modality!r}")
     scaled = (np.asarray(image, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
-    clipped: NDArray[np.float32] = np.clip(scaled, 0.0, 1.0)
+    clipped: Array = np.clip(scaled, 0.0, 1.0)
     return clipped
 
 

@@ -27,7 +27,7 @@ from scipy.spatial import KDTree
 from skimage.measure import marching_cubes
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import FloatArray, Mask
+from fastlora.medical.data.geometry import Array, FloatArray, Mask
 from fastlora.medical.data.regions import upsample_coarse
 
 CHAMFER_POINTS = 4000
@@ -188,7 +188,7 @@ def mean_defined(values: Iterable[float | None]) -> dict[str, float | int | None
     return {"mean": mean, "n": len(defined), "undefined": len(values) - len(defined)}
 
 
-def baseline(coarse: ArrayLike, threshold: float) -> NDArray[np.float32]:
+def baseline(coarse: ArrayLike, threshold: float) -> Array:
     """The trivial prediction: the upsampled coarse structure, thresholded at an occupancy.
 
     coarse: (8, 8, 8) filled fraction of each cell. Returns: a level set (32, 32, 32), negative
@@ -223,8 +223,7 @@ def _check_pair(pred: ArrayLike, true: ArrayLike) -> tuple[FloatArray, FloatArra
     if pred.shape != true.shape:
         raise DataError(f"pred_sdf_vox: expected {true.shape} as true_sdf_vox, got {pred.shape}")
     for name, field in (("pred_sdf_vox", pred), ("true_sdf_vox", true)):
-        if not np.isfinite(field).all():
-            bad = np.count_nonzero(~np.isfinite(field))
+        if bad := np.count_nonzero(~np.isfinite(field)):
             raise DataError(f"{name}: expected finite values, got {bad} that are not")
     return pred, true
 

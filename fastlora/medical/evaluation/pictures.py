@@ -1,4 +1,4 @@
-"""Graphics of the report: charts, slices with outlines, and surfaces.
+"""Charts, slices with outlines, and surfaces, of the report and of predictions.
 
 Charts and surfaces are JSON values that plotly.js draws in the browser.
 """
@@ -14,19 +14,22 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import trimesh
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
-from fastlora.medical.data.geometry import FloatArray, apply_affine, spacing_of
-from fastlora.medical.data.grids import Array
+from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes
+from fastlora.medical.data.volumes import Volume
 from fastlora.medical.evaluation.evaluate import LABELS, Run
 from fastlora.medical.evaluation.metrics import zero_level
-from fastlora.medical.evaluation.tables import words
-
-Content = Mapping[str, Any]
+from fastlora.medical.evaluation.tables import Content, words
 
 MARKS = {
     "baseline": ("#767676", "circle-open"),
@@ -53,6 +56,8 @@ OUTLINES: dict[str, Line] = {
     "base": Line(LABELS["base"], "#E8743B", (4.0, 2.0), 1.6),
     "lora": Line(LABELS["lora"], "#56B4E9", (1.2, 1.2), 1.8),
 }
+MASK = Line("input mask", "#F0E442", (), 1.2)
+MESH = Line("cut through the mesh", "#56B4E9", (), 1.4)
 """Colours of the Okabe-Ito palette, safe for colour-blind readers; dashes for printing in grey."""
 
 # plane → sliced axis, horizontal axis, vertical axis of the picture
@@ -139,16 +144,59 @@ def slice_picture(image: Array, fields: Mapping[str, Array], affine: FloatArray)
     """
     figure = Figure(figsize=(12.0, 3.25), dpi=100, layout="constrained")
     axes = figure.subplots(1, 4)
-    inside = fields["truth"] < 0
-    inputs = {"baseline": fields["baseline"]}
-    outlines = {key: fields[key] for key in OUTLINES if key not in inputs}
-    for ax, plane, drawn in zip(axes, ("axial", *PLANES), (inputs, *3 * [outlines]), strict=True):
-        axis = PLANES[plane][0]
-        rest = tuple(n for n in range(3) if n != axis)
-        index = int(inside.sum(axis=rest).argmax())
-        _draw_slice(ax, image, drawn, affine, plane, index)
-        ax.set_title(f"{plane}: the input" if drawn is inputs else plane, fontsize=10)
+    outlines = [key for key in OUTLINES if key != "baseline"]
+    begin = 1.5 * float(voxel_sizes(affine)[0])
+    for ax, plane, drawn in zip(
+        axes, ("axial", *PLANES), (["baseline"], *3 * [outlines]), strict=True
+    ):
+        index = largest_slice(fields["truth"] < 0, PLANES[plane][0])
+        draw_grey(ax, image, affine, plane, index, "bilinear")
+        for key in drawn:
+            draw_outline(ax, fields[key], affine, plane, index, OUTLINES[key])
+        ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
+        ax.text(begin + 5.0, 1.4 * begin, "10 mm", fontsize=8, ha="center", **WHITE)
+        ax.set_title(plane if drawn is outlines else f"{plane}: the input", fontsize=10)
     return png_bytes(figure)
+
+
+def overlay_picture(image: Volume, grey: Array, mask: Mask, mesh: trimesh.Trimesh) -> bytes:
+    """PNG: outlines of the mask and of the mesh on three slices of the image, then the mesh in 3-D.
+
+    image: defines the grid. grey: (X, Y, Z) its windowed voxels in [0, 1]. mask: (X, Y, Z). mesh:
+    RAS mm; it is mapped by the image's affine, so a misplaced mesh is visible.
+    """
+    figure = Figure(figsize=(13.0, 3.6), dpi=100, layout="constrained")
+    in_index = apply_affine(np.linalg.inv(image.affine), mesh.vertices)
+    in_mm = trimesh.Trimesh(in_index * image.spacing, mesh.faces, process=False)
+    for n, (plane, (axis, across, up)) in enumerate(PLANES.items(), 1):
+        ax = figure.add_subplot(1, 4, n)
+        index = largest_slice(mask, axis)
+        draw_grey(ax, grey, image.affine, plane, index)
+        draw_outline(ax, mask, image.affine, plane, index, MASK, level=0.5)
+        normal = np.eye(3)[axis]
+        origin = normal * image.spacing * index + 1e-6  # avoids vertices in the plane
+        cut = trimesh.intersections.mesh_plane(in_mm, normal, origin)[:, :, [across, up]]
+        ax.add_collection(LineCollection(cut, colors=MESH.color, linewidths=MESH.width))
+        ax.set_title(f"{plane}, slice {index}", fontsize=10)
+    space = figure.add_subplot(1, 4, 4, projection="3d")
+    triangles = mesh.vertices[mesh.faces]
+    space.add_collection3d(
+        Poly3DCollection(triangles, facecolors=MESH.color, shade=True, linewidth=0)
+    )
+    low, high = mesh.bounds
+    middle, half = (low + high) / 2, float((high - low).max()) / 2
+    for name, centre in zip("xyz", middle, strict=True):
+        getattr(space, f"set_{name}lim")(centre - half, centre + half)
+        getattr(space, f"set_{name}label")(f"{name} (mm, RAS)", fontsize=8)
+    space.tick_params(labelsize=7)
+    handles = [Line2D([], [], color=line.color, label=line.label) for line in (MASK, MESH)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
+    return png_bytes(figure)
+
+
+def largest_slice(mask: Mask, axis: int) -> int:
+    """The index along an axis where a mask's cross-section is largest."""
+    return int(mask.sum(axis=other_axes(axis)).argmax())
 
 
 def png_bytes(figure: Figure) -> bytes:
@@ -158,26 +206,22 @@ def png_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_slice(
+def draw_outline(
     ax: Axes,
-    image: Array,
-    fields: Mapping[str, Array],
+    field: NDArray[Any],
     affine: FloatArray,
     plane: str,
     index: int,
+    line: Line,
+    level: float = 0.0,
 ) -> None:
+    """Draw where a field (X, Y, Z) crosses a level in a slice; arguments as of `draw_grey`."""
     axis, across, up = PLANES[plane]
-    draw_grey(ax, image, affine, plane, index, "bilinear")
-    spacing = float(spacing_of(affine)[0])  # isotropic
-    for name, field in fields.items():
-        values, line = np.take(field, index, axis=axis).T, OUTLINES[name]
-        if values.min() < 0 < values.max():
-            y, x = (spacing * np.arange(count) for count in values.shape)
-            drawn = ax.contour(x, y, values, [0.0], colors=line.color, linewidths=line.width)
-            drawn.set_linestyle((0, line.dashes) if line.dashes else "solid")
-    begin = 1.5 * spacing
-    ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
-    ax.text(begin + 5.0, begin + 0.6 * spacing, "10 mm", fontsize=8, ha="center", **WHITE)
+    values = np.take(field, index, axis=axis).T
+    if values.min() < level < values.max() and min(values.shape) > 1:
+        x, y = (voxel_sizes(affine)[n] * np.arange(field.shape[n]) for n in (across, up))
+        drawn = ax.contour(x, y, values, [level], colors=line.color, linewidths=line.width)
+        drawn.set_linestyle((0, line.dashes) if line.dashes else "solid")
 
 
 def draw_grey(
@@ -194,7 +238,7 @@ def draw_grey(
     index to RAS mm. plane: of `PLANES`. index: of the slice.
     """
     axis, across, up = PLANES[plane]
-    spacing = spacing_of(affine)
+    spacing = voxel_sizes(affine)
     low, high = -0.5 * spacing, spacing * (np.array(image.shape) - 0.5)
     extent = (low[across], high[across], low[up], high[up])
     pixels = np.take(image, index, axis=axis).T  # rows run up, columns across
@@ -243,7 +287,7 @@ def browser_region(sample: Mapping[str, Any], fields: Mapping[str, Array]) -> di
     for title, field in fields.items():
         mesh = browser_mesh(field, affine, truth, float(sample["spacing"]))
         meshes.append({"title": title, **mesh} if mesh else {"title": f"{title} (no surface)"})
-    corners = np.array(list(itertools.product(*((-0.5, n - 0.5) for n in truth.shape))))
+    corners = list(itertools.product(*((-0.5, n - 0.5) for n in truth.shape)))
     box = apply_affine(affine, corners)
     return {"meshes": meshes, "box": np.stack([box.min(0), box.max(0)], axis=1).round(1).tolist()}
 
@@ -260,10 +304,7 @@ def error_axis() -> dict[str, Any]:
 
 
 def browser_mesh(
-    field: Array,
-    affine: FloatArray,
-    true_sdf_vox: Array | None = None,
-    spacing: float = 1.0,
+    field: Array, affine: FloatArray, true_sdf_vox: Array | None = None, spacing: float = 1.0
 ) -> dict[str, Any] | None:
     """A surface as the report's script reads it, base64 of integers; None without a surface.
 

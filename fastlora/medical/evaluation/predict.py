@@ -24,8 +24,8 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data import dicom
 from fastlora.medical.data.batch import collate_regions
-from fastlora.medical.data.geometry import mesh_from_sdf, voxelise
-from fastlora.medical.data.grids import FINE, SPACING_MM, Array, StructureGrid
+from fastlora.medical.data.geometry import Array, mesh_from_sdf, voxelise
+from fastlora.medical.data.grids import FINE, SPACING_MM, StructureGrid
 from fastlora.medical.data.layouts import (
     DICOM_MODALITIES,
     IMAGE_NAMES,

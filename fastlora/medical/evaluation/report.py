@@ -10,6 +10,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from statistics import median_high
 from string import Template
 from typing import Any
 
@@ -18,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from fastlora.medical.evaluation import pictures, tables
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Run
 from fastlora.medical.evaluation.results import EVERYTHING
-from fastlora.medical.evaluation.tables import number, place, words
+from fastlora.medical.evaluation.tables import Content, number, place, words
 from fastlora.medical.training.config import TrainConfig
 
 TITLE = "From coarse structure to surface: held-out evaluation"
@@ -29,7 +30,6 @@ VALIDATION_NOTES = {
 }
 """Keyed by whether the held-out regions are the validation regions."""
 
-Content = Mapping[str, Any]
 Shown = Sequence[tuple[int, str]]
 
 
@@ -42,7 +42,7 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
     split = content["split"]
     commands = [*(train_command(run.config) for run in runs.values()), content["command"]]
     spacings = sorted({record["spacing_mm"] for record in content["records"]})
-    template = files("fastlora.medical.evaluation").joinpath("report_template.html")
+    template = files("fastlora.medical.evaluation") / "report_template.html"
     return Template(template.read_text("utf-8")).substitute(
         title=html.escape(TITLE),
         subtitle=html.escape(
@@ -141,15 +141,15 @@ def examples(evaluation: Evaluation, most: int = 6) -> list[tuple[int, str]]:
         lora, base = dice[index, "lora"], dice[index, "base"]
         if lora is not None and base is not None:
             groups.setdefault(sample["meta"]["group"], []).append((lora - base, index))
-    choices: dict[str, Callable[[int], int]] = {
-        "median gain": lambda n: n // 2,
-        "largest gain": lambda n: n - 1,
-        "smallest gain or largest loss": lambda n: 0,
+    choices: dict[str, Callable[..., tuple[float, int]]] = {
+        "median gain": median_high,
+        "largest gain": max,
+        "smallest gain or largest loss": min,
     }
     picks: dict[int, tuple[str, str]] = {}
-    for why, position in choices.items():
+    for why, choose in choices.items():
         for group, gains in sorted(groups.items()):
-            gain, index = sorted(gains)[position(len(gains))]
+            gain, index = choose(gains)
             if len(picks) < most and index not in picks:
                 change = f"{gain:+.3f}".replace("-", "−")
                 picks[index] = (group, f"{why} in {words(group)}: Dice {change}")
@@ -176,9 +176,7 @@ def title(evaluation: Evaluation, index: int) -> str:
 def slices_png(evaluation: Evaluation, index: int) -> bytes:
     """Slices of a region with the outlines of truth, base and LoRA."""
     sample = evaluation.samples[index]
-    fields = {
-        key: evaluation.predictions[key][index] for key in pictures.OUTLINES if key != "truth"
-    }
+    fields = {key: predicted[index] for key, predicted in evaluation.predictions.items()}
     fields["truth"] = sample["sdf_vox"]
     return pictures.slice_picture(sample["image"], fields, sample["affine"])
 

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 import trimesh
+from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
 from fastlora.errors import ConfigError
 from fastlora.files import atomic_write
-from fastlora.medical.data.geometry import apply_affine, mesh_from_sdf
+from fastlora.medical.data.geometry import mesh_from_sdf
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Record, Run
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
 from fastlora.medical.evaluation.statistics import statistics

@@ -16,9 +16,7 @@ from scipy.stats import wilcoxon
 
 RESAMPLES = 10_000
 SEED = 0
-LEAST = 3
-"""The smallest number of structures for an interval or a test."""
-
+LEAST = 3  # the smallest number of structures for an interval or a test
 KEYS = ("dice", "hd95_mm", "nsd")
 PAIRS = (("lora", "base"), ("full", "base"), ("lora", "full"))
 

@@ -62,7 +62,7 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], text_columns: int 
     def kind(column: int) -> str:
         return " class=text" if column < text_columns else ""
 
-    titles = "".join(f"<th scope=col{kind(n)}>{cell}</th>" for n, cell in enumerate(head))
+    titles = "".join(f"<th scope=col{kind(n)}>{title}</th>" for n, title in enumerate(head))
     body = ""
     for row in rows:
         cells = (c if c.startswith("<td") else f"<td{kind(n)}>{c}</td>" for n, c in enumerate(row))
@@ -73,14 +73,9 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], text_columns: int 
     )
 
 
-def marked(text: str, mark: str, condition: bool) -> str:
-    """A cell, of CSS class `mark` if the condition holds."""
-    return f"<td class={mark}>{text}</td>" if condition else f"<td>{text}</td>"
-
-
-def prose(text: str) -> str:
-    """A cell of running text."""
-    return f'<td class="wrap">{html.escape(text)}</td>'
+def cell(text: str, css: str = "") -> str:
+    """A cell of a CSS class: `best`, `worse`, or `wrap` for running text."""
+    return f"<td class={css}>{text}</td>" if css else f"<td>{text}</td>"
 
 
 def headline(content: Content) -> str:
@@ -101,7 +96,7 @@ def headline(content: Content) -> str:
             best = max((m for m in merits if m is not None), default=None)
             for row, mean, merit in zip(rows, means, merits, strict=True):
                 is_best = mean is not None and merit == best
-                row.append(marked(number(key, mean), "best", is_best))
+                row.append(cell(number(key, mean), "best" if is_best else ""))
         parts.append(table(["Method", *headings(HEADLINE, content)], rows))
     return "".join(parts)
 
@@ -209,7 +204,8 @@ def _losses(losses: Sequence[Content], content: Content, reference: str) -> str:
         row.append(html.escape(loss["subject"]))
         for key in COMPARED:
             mine, theirs = (number(key, value) for value in loss["values"][key])
-            row.append(marked(f"{mine} <small>({theirs})</small>", "worse", key in loss["worse"]))
+            lost = "worse" if key in loss["worse"] else ""
+            row.append(cell(f"{mine} <small>({theirs})</small>", lost))
         rows.append(row)
     against = f"<br><small>LoRA ({reference})</small>"
     titles = [title + against for title in headings(COMPARED, content)]
@@ -241,7 +237,7 @@ def detail(rows: Sequence[Content], content: Content, name: str) -> str:
             cells = [html.escape(text) for text in (words(structure), subject, where_text)]
             for method in methods:
                 lost = method == "lora" and is_worse(key, mine["lora"][key], mine["base"][key])
-                cells.append(marked(number(key, mine[method][key]), "worse", lost))
+                cells.append(cell(number(key, mine[method][key]), "worse" if lost else ""))
             body.append(cells)
         note = f"<p class=note>{title}: {html.escape(METRIC_OF[key].definition)}</p>"
         panels.append(f'<div class="panel">{note}{table(titles, body, 3)}</div>')
@@ -251,7 +247,7 @@ def detail(rows: Sequence[Content], content: Content, name: str) -> str:
 def definitions(content: Content) -> str:
     """The meaning of each metric and the package that computes it."""
     rows = [
-        [html.escape(metric["label"]), prose(metric["definition"]), prose(metric["source"])]
+        [metric["label"], *(cell(html.escape(metric[n]), "wrap") for n in ("definition", "source"))]
         for metric in content["metrics"].values()
     ]
     return table(["Figure", "Meaning", "Computed by"], rows, 3)
@@ -269,5 +265,6 @@ def settings(content: Content) -> str:
 
 def environment(content: Content) -> str:
     """Versions and machine."""
-    rows = [[html.escape(name), prose(str(v))] for name, v in content["environment"].items()]
+    facts = content["environment"].items()
+    rows = [[html.escape(name), cell(html.escape(str(value)), "wrap")] for name, value in facts]
     return table(["", "Version or value"], rows, 2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastlora.errors import DataError
-from fastlora.medical.data import grids
+from fastlora.medical.data import grids, manifest
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import (
     FORMAT,
@@ -66,7 +66,7 @@ def test_training_takes_what_is_listed_and_reads_the_cache(prepared, monkeypatch
     config = TrainConfig(data_root=str(root), classes=("blob", "tube"), split="file")
     with pytest.raises(DataError, match="empty mask .*--skip_invalid lists the usable structures"):
         load_splits(config)
-    grids._MEMORY.clear()
+    manifest.MEMORY.clear()
     monkeypatch.setattr(grids.StructureGrid, "read", lambda *a: pytest.fail("not from the cache"))
     cached = TrainConfig(**{**config.to_dict(), "cache_dir": str(cache)})
     sides = load_splits(cached)
@@ -94,7 +94,7 @@ def test_a_damaged_grid_is_logged_and_recomputed(prepared, caplog):
     path = grids.grid_path(case, "blob", cache)
     whole = path.read_bytes()
     path.write_bytes(whole[:500])
-    grids._MEMORY.clear()
+    manifest.MEMORY.clear()
     grids.StructureGrid.load(case, "blob", cache)
     assert "damaged cache entry is recomputed" in caplog.text
     assert len(path.read_bytes()) == len(whole)
@@ -102,12 +102,12 @@ def test_a_damaged_grid_is_logged_and_recomputed(prepared, caplog):
 
 def test_memory_is_bounded(prepared, monkeypatch):
     root, _ = prepared
-    grids._MEMORY.clear()
-    monkeypatch.setattr(grids, "MEMORY_BYTES", 1)
+    manifest.MEMORY.clear()
+    monkeypatch.setattr(manifest, "MEMORY_BYTES", 1)
     case = find_cases(root)[0]
     for structure in ("blob", "tube"):
         grids.StructureGrid.load(case, structure)
-    assert len(grids._MEMORY) == 1
+    assert len(manifest.MEMORY) == 1
 
 
 def test_bad_manifests_are_named(tmp_path, prepared):

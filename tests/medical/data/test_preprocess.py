@@ -14,7 +14,7 @@ import torch
 import trimesh
 
 from fastlora.errors import ConfigError, DataError, FastLoRAWarning
-from fastlora.medical.data import grids
+from fastlora.medical.data import grids, manifest
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import read_manifest, verify
 from fastlora.medical.data.phantom import write_phantom_dataset
@@ -73,6 +73,7 @@ def test_slices_and_meshes_are_prepared_on_request(phantom, tmp_path, capsys, mo
     assert out.count(" 2.00×2.00×2.00 ") == 4
     entries = read_manifest(cache)["structures"]
     assert [len(entry["files"]) for entry in entries] == [3] * 4 and verify(cache) == []
+    manifest.MEMORY.clear()
     monkeypatch.setattr(
         "fastlora.medical.data.prepared.prepare", lambda *a: pytest.fail("not cached")
     )
@@ -119,7 +120,7 @@ def test_a_default_run_prepares_what_training_reads_and_no_more(
     config = TrainConfig(
         data_root=str(phantom), classes=classes, cache_dir=str(cache), split="file"
     )
-    grids._MEMORY.clear()
+    manifest.MEMORY.clear()
     with monkeypatch.context() as patch:
         patch.setattr(grids.StructureGrid, "read", lambda *a: pytest.fail("not from the cache"))
         for data in load_train_data(config)[:2]:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data import grids
+from fastlora.medical.data import grids, manifest
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.bundled import build_bundled
-from fastlora.medical.data.geometry import apply_affine
 from fastlora.medical.data.grids import FINE, SPACING_MM, TRUNCATION_VOX
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.regions import (
@@ -220,10 +220,10 @@ def test_collate_joins_tokens_and_stacks_the_rest(ball: Case) -> None:
 def test_the_disk_cache_gives_the_same_and_follows_the_files(ball: Case, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     fresh = grids.StructureGrid.read(ball, "liver")
-    grids._MEMORY.clear()
+    manifest.MEMORY.clear()
     grids.StructureGrid.load(ball, "liver", cache)
     assert len(list(cache.glob("*.npz"))) == 1
-    grids._MEMORY.clear()
+    manifest.MEMORY.clear()
     cached = grids.StructureGrid.load(ball, "liver", cache)
     for name, value in vars(fresh).items():
         np.testing.assert_array_equal(vars(cached)[name], value)

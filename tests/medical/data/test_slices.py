@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data import prepared
-from fastlora.medical.data.geometry import apply_affine, spacing_of
+from fastlora.medical.data import manifest, prepared
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.prepared import (
     SliceConfig,
@@ -45,7 +45,7 @@ SMALL = SliceConfig(crop_size=8, margin_mm=5.0, sdf_size=32)
 
 def ellipsoid_distance(points, affine, centre):
     """Signed mm of the order of the distance to the surface (exact where it is zero)."""
-    axes = affine[:3, :3] / spacing_of(affine)
+    axes = affine[:3, :3] / voxel_sizes(affine)
     local = (points - centre) @ axes
     scaled = np.linalg.norm(local / RADII, axis=-1)
     return (scaled - 1) * scaled / np.linalg.norm(local / RADII**2, axis=-1).clip(1e-6)
@@ -250,12 +250,12 @@ def test_workers_give_the_same_and_see_the_epoch(root, tmp_path):
 def test_preparation_can_resample(root):
     case, structure = select_structures(find_cases(root), ["organ_1"])[0]
     fine = prepare(case, structure, replace(SMALL, spacing=1.5))
-    np.testing.assert_allclose(spacing_of(fine.affine), 1.5)
+    np.testing.assert_allclose(voxel_sizes(fine.affine), 1.5)
     coarse = prepare(case, structure, SMALL)
     assert fine.mask.sum() * 1.5**3 == pytest.approx(coarse.mask.sum() * np.prod(SPACING), rel=0.05)
     # The box has the asked size where the image reaches, whatever the spacing.
     wide = prepare(case, structure, replace(SMALL, spacing=1.5, crop_size=26, margin_mm=0.1))
-    assert 26 <= wide.shape[0] <= 30
+    assert 26 <= wide.mask.shape[0] <= 30
     with pytest.raises(DataError, match="s0/organ_1: expected voxels left at spacing 90"):
         prepare(case, structure, replace(SMALL, spacing=90.0))
 
@@ -302,6 +302,7 @@ def test_cache_is_used_until_a_source_or_a_parameter_changes(root, tmp_path, mon
     first = load_prepared(case, "organ_1", SMALL, cache)
     (entry,) = cache.iterdir()
     assert entry == cache_path(case, "organ_1", SMALL, cache)
+    manifest.MEMORY.clear()
     with monkeypatch.context() as patch:
         patch.setattr(prepared, "prepare", lambda *a: pytest.fail("the cache was not used"))
         again = load_prepared(case, "organ_1", SMALL, cache)
@@ -335,11 +336,13 @@ def test_damaged_cache_entries_are_logged_and_recomputed(root, tmp_path, caplog,
         entry.write_bytes(b"")
     else:
         np.savez(entry, image=first.image)
+    manifest.MEMORY.clear()
     with caplog.at_level(logging.WARNING):
         again = load_prepared(case, "organ_1", SMALL, tmp_path)
     assert "damaged cache entry is recomputed" in caplog.text
     np.testing.assert_array_equal(again.sdf, first.sdf)
     caplog.clear()
+    manifest.MEMORY.clear()
     load_prepared(case, "organ_1", SMALL, tmp_path)
     assert not caplog.text and list(tmp_path.iterdir()) == [entry]
 

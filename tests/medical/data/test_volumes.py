@@ -7,10 +7,10 @@ import gzip
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.affines import apply_affine
 
 from fastlora import files
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import apply_affine
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import (
     Case,

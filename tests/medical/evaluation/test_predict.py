@@ -17,7 +17,7 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.geometry import voxelise
 from fastlora.medical.data.grids import StructureGrid
 from fastlora.medical.data.volumes import Volume, load_png, load_volume, save_volume
-from fastlora.medical.evaluation.overlay import overlay_picture
+from fastlora.medical.evaluation.pictures import overlay_picture
 from fastlora.medical.evaluation.predict import (
     Subject,
     predict_field,
