@@ -19,8 +19,8 @@ from fastlora.errors import CheckpointError
 from fastlora.files import write_files
 from fastlora.io.adapter_state import AdapterState, LayerState
 from fastlora.io.format import fastlora_bytes, read_adapter_file, safetensors_bytes
-from fastlora.peft.config import CONFIG_FILE, WEIGHTS_FILE, overlap
-from fastlora.peft.format import folder_files, peft_config, read_folder
+from fastlora.peft.config import CONFIG_FILE, WEIGHTS_FILE
+from fastlora.peft.format import heads_of, peft_config, read_folder, write_folder
 
 SCHEMES = ("fastlora", "peft", "loralib")
 
@@ -75,20 +75,16 @@ def convert(
     for layer in state.layers.values():
         _ = layer.scaling  # raises where alpha is unknown
     if scheme == "peft":
-        files = _peft_files(state.folded(), target)
-    elif target.is_dir():
+        folded = state.folded()
+        config = peft_config(folded, heads_of(state.others, state.layers))
+        refuse_existing([target / WEIGHTS_FILE, target / CONFIG_FILE], force)
+        write_folder(target, folded, config)
+        return
+    if target.is_dir():
         raise CheckpointError(f"{target}: is a folder; expected the name of a file to write")
-    elif scheme == "loralib":
-        files = {target: _loralib_bytes(state.folded(), alpha)}
-    else:
-        files = {target: fastlora_bytes(state)}
-    refuse_existing(files, force)
-    if scheme == "peft":
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot make the folder {target}: {error}") from error
-    write_files(files)
+    data = _loralib_bytes(state.folded(), alpha) if scheme == "loralib" else fastlora_bytes(state)
+    refuse_existing([target], force)
+    write_files({target: data})
 
 
 def update_norm(layer: LayerState) -> float:
@@ -123,24 +119,6 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
     """‖left @ right‖ over all groups, through the triangles of QR: small differences of large updates keep their digits."""
     r1, r2 = torch.linalg.qr(left, "r").R, torch.linalg.qr(right.mT, "r").R
     return float(torch.linalg.vector_norm(r1 @ r2.mT))
-
-
-def _peft_files(state: AdapterState, folder: Path) -> dict[Path, bytes]:
-    if "" in state.layers:
-        raise CheckpointError(
-            "the adapted layer is the whole model; PEFT's format needs it to have a name"
-        )
-    heads = {name: name.rpartition(".")[0] for name in state.others}
-    for name, head in heads.items():
-        adapted = overlap(head, state.layers) if head else None
-        if not head or adapted:
-            owner = f"the adapted {adapted}" if adapted else "the model itself"
-            raise CheckpointError(
-                f"{name} belongs to {owner}, for which PEFT's format has no place"
-            )
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file; PEFT's format is a folder")
-    return folder_files(folder, state, peft_config(state, sorted(set(heads.values()))))
 
 
 def _loralib_bytes(state: AdapterState, alpha: float | None) -> bytes:

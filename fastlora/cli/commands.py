@@ -42,11 +42,10 @@ exit code: 0; for diff 1 if the adapters differ; 2 if something is wrong with th
 _INSPECT = """\
 For each adapted layer: kind, the shapes of A and B, dtype, rank r, alpha, the applied scaling, and the size of the update as
 Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained. The initial product that PiSSA
-and OLoRA subtract is subtracted in them; with DoRA |dW| depends on the base. "linear?" and "transposed?" are guesses: the file does not
-say how the weight is stored.
+and OLoRA subtract is subtracted in them; with DoRA |dW| depends on the base. Files of loralib's, and PEFT's where layers differ, do not
+say whether a weight is stored transposed: the kind is a guess then, which merge checks against the shapes of the base.
 
-examples:
-  fastlora inspect adapter.safetensors
+example:
   fastlora inspect peft_folder --json
 """
 
@@ -89,6 +88,9 @@ examples:
 """
 
 
+_VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "init subtracted"}
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports wrong arguments in one line."""
 
@@ -118,28 +120,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("fastlora", description=__doc__, epilog=_EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, help: str, description: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name, help=help, description=f"{help}.\n\n{description}", formatter_class=raw
-        )
+    def command(name: str, run: Any, help: str, text: str, *paths: str) -> argparse.ArgumentParser:
+        description = f"{help}.\n\n{text}"
+        made = commands.add_parser(name, help=help, description=description, formatter_class=raw)
         made.set_defaults(run=run)
+        for path in paths:
+            made.add_argument(path.lower(), type=Path, metavar=path)
         return made
 
-    inspect = command("inspect", _inspect, "Show what an adapter holds", _INSPECT)
-    inspect.add_argument("adapter", type=Path, metavar="ADAPTER")
+    inspect = command("inspect", _inspect, "Show what an adapter holds", _INSPECT, "ADAPTER")
     inspect.add_argument("--json", action="store_true", help="the same as JSON, for programs")
-    merge = command("merge", _merge, "Merge an adapter into a file of base weights", _MERGE)
-    base_help = ".safetensors, or .index.json of a sharded base"
-    merge.add_argument("base", type=Path, metavar="BASE", help=base_help)
-    merge.add_argument("adapter", type=Path, metavar="ADAPTER")
-    merge.add_argument("out", type=Path, metavar="OUT")
-    converted = command("convert", _convert, "Write an adapter in another scheme", _CONVERT)
-    converted.add_argument("source", type=Path, metavar="SRC")
-    converted.add_argument("target", type=Path, metavar="DST")
+    about = "Merge an adapter into a file of base weights"
+    merge = command("merge", _merge, about, _MERGE, "BASE", "ADAPTER", "OUT")
+    about = "Write an adapter in another scheme"
+    converted = command("convert", _convert, about, _CONVERT, "SRC", "DST")
     converted.add_argument("--to", required=True, choices=SCHEMES)
-    diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF)
-    diff.add_argument("a", type=Path, metavar="A")
-    diff.add_argument("b", type=Path, metavar="B")
+    diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF, "A", "B")
     tolerance_help = "relative difference up to which a layer counts as equal (default %(default)g)"
     diff.add_argument("--tolerance", type=float, default=1e-6, help=tolerance_help)
     alpha_help = "alpha of a loralib file, which does not hold its own"
@@ -161,34 +157,28 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps({"scheme": adapter.scheme, "layers": rows, "others": others}, indent=1))
         return 0
     tensors = adapter.tensors().values()
-    count = sum(t.numel() for t in tensors)
-    size = sum(t.numel() * t.element_size() for t in tensors)
     print(
         f"{_printable(arguments.adapter)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
-        f"{count:,} parameters, {size:,} bytes"
+        f"{sum(t.numel() for t in tensors):,} parameters, {sum(t.nbytes for t in tensors):,} bytes"
     )
-    _table(
-        ["layer", "kind", "A", "B", "dtype", "r", "alpha", "scaling", "|BA|", "|dW|", "variant"],
+    columns = ("alpha", "scaling", "|BA|", "|dW|")
+    cells = [
         [
-            [
-                row["layer"] or "(the whole model)",
-                row["kind"] + ("" if row["kind_known"] else "?"),
-                _shape(row["lora_A"]),
-                _shape(row["lora_B"]),
-                row["dtype"],
-                str(row["r"]),
-                *(_number(row[name]) for name in ("alpha", "scaling", "|BA|", "|dW|")),
-                ", ".join(label for name, label in _VARIANTS.items() if row[name]),
-            ]
-            for row in rows
-        ],
-    )
+            row["layer"] or "(the whole model)",
+            row["kind"],
+            _shape(row["lora_A"]),
+            _shape(row["lora_B"]),
+            row["dtype"],
+            str(row["r"]),
+            *(_number(row[name]) for name in columns),
+            ", ".join(label for name, label in _VARIANTS.items() if row[name]),
+        ]
+        for row in rows
+    ]
+    _table(["layer", "kind", "A", "B", "dtype", "r", *columns, "variant"], cells)
     for other in others:
         print(f"also {_printable(other['tensor'])}  {_shape(other['shape'])}  {other['dtype']}")
     return 0
-
-
-_VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "init subtracted"}
 
 
 def _row(path: str, layer: LayerState) -> dict[str, Any]:
@@ -206,7 +196,6 @@ def _row(path: str, layer: LayerState) -> dict[str, Any]:
         "|BA|": norm,
         "|dW|": None if scaling is None or layer.use_dora else abs(scaling) * norm,
         **settings,
-        "kind_known": layer.kind_known,
     }
 
 
@@ -225,41 +214,35 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     # For loralib's scheme --alpha confirms the alpha that the file loses; otherwise it gives the one that the source lacks.
     confirms = arguments.to == "loralib"
-    adapter = read_adapter(arguments.source, arguments.alpha, prefer_own=confirms)
-    convert(adapter, arguments.target, arguments.to, force=arguments.force, alpha=arguments.alpha)
-    print(f"{_printable(arguments.target)}: {len(adapter.layers)} layers, {arguments.to}")
+    adapter = read_adapter(arguments.src, arguments.alpha, prefer_own=confirms)
+    convert(adapter, arguments.dst, arguments.to, force=arguments.force, alpha=arguments.alpha)
+    print(f"{_printable(arguments.dst)}: {len(adapter.layers)} layers, {arguments.to}")
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     a = read_adapter(arguments.a, arguments.alpha, prefer_own=True)
     b = read_adapter(arguments.b, arguments.alpha, prefer_own=True)
+    comparisons: list[tuple[dict[str, Any], dict[str, Any], Any, Any]] = [
+        (a.layers, b.layers, lambda x: abs(x.scaling) * update_norm(x), difference_norm),
+        (_plain_tensors(a), _plain_tensors(b), _norm, _distance),
+    ]
     rows, equal = [], True
-
-    def compare(name: str, left: Any, right: Any, norm: Any, distance: Any) -> None:
-        """Add the row of one layer or tensor of A and of B; one that is missing is None."""
-        nonlocal equal
-        norms = [norm(value) for value in (left, right) if value is not None]
-        row = [name, *map(_number, norms)]
-        if left is None or right is None:
-            row.insert(1 if left is None else 2, "")
-            rows.append([*row, "", f"only in {'B' if left is None else 'A'}"])
-            equal = False
-            return
-        try:
-            difference = distance(left, right)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from None
-        relative = difference / max(norms) if max(norms) else 0.0
-        equal = equal and relative <= arguments.tolerance
-        rows.append([*row, _number(difference), f"{relative:.2g}"])
-
-    for path in dict.fromkeys([*a.layers, *b.layers]):
-        layers = a.layers.get(path), b.layers.get(path)
-        compare(path, *layers, lambda x: abs(x.scaling) * update_norm(x), difference_norm)
-    ours, theirs = _plain_tensors(a), _plain_tensors(b)
-    for name in dict.fromkeys([*ours, *theirs]):
-        compare(name, ours.get(name), theirs.get(name), _norm, _distance)
+    for left, right, norm, distance in comparisons:
+        for name in dict.fromkeys([*left, *right]):
+            norms = [norm(side[name]) if name in side else 0.0 for side in (left, right)]
+            row = [name, *map(_number, norms)]
+            if name not in left or name not in right:
+                rows.append([*row, "", f"only in {'A' if name in left else 'B'}"])
+                equal = False
+                continue
+            try:
+                difference = distance(left[name], right[name])
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from None
+            relative = difference / max(norms) if max(norms) else 0.0
+            rows.append([*row, _number(difference), f"{relative:.2g}"])
+            equal = equal and relative <= arguments.tolerance
     _table(["layer or tensor", "|A|", "|B|", "|A - B|", "relative"], rows)
     print("the same" if equal else "they differ")
     return 0 if equal else 1
@@ -267,12 +250,8 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _plain_tensors(adapter: AdapterState) -> dict[str, Tensor]:
     """DoRA's magnitudes and the tensors saved with the adapter, which are compared as they are."""
-    magnitudes = {
-        f"{path}.lora_magnitude".lstrip("."): layer.tensors["lora_magnitude"]
-        for path, layer in adapter.layers.items()
-        if layer.use_dora
-    }
-    return magnitudes | adapter.others
+    factors, tensors = ("lora_A", "lora_B", "initial_A", "initial_B"), adapter.tensors()
+    return {name: t for name, t in tensors.items() if name.rpartition(".")[2] not in factors}
 
 
 def _norm(tensor: Tensor) -> float:

@@ -6,17 +6,17 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlora.cli.adapter_files import refuse_existing
-from fastlora.errors import CheckpointError, FastLoRAWarning, nearest
+from fastlora.errors import CheckpointError, nearest
 from fastlora.files import move_into_place, read_json
 from fastlora.io.adapter_state import AdapterState
 
@@ -27,15 +27,24 @@ _FLOATS = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_OTHER_ORIENTATION = {"linear": "transposed", "transposed": "linear"}
 
 
-@dataclass(frozen=True)
-class MergedLayer:
+class MergedLayer(NamedTuple):
     """What merging one layer did: its path, the weight's dtype, and the share ‖rounding‖ / ‖ΔW‖ that was lost."""
 
     path: str
     dtype: torch.dtype
     lost: float
+
+
+class _Entry(NamedTuple):
+    """One tensor of a safetensors file: its dtype as the file writes it, its shape, and where its bytes begin and end."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 def merge_files(
@@ -44,31 +53,29 @@ def merge_files(
     """Write a copy of the `base` weights with the adapter merged, one layer in memory at a time.
 
     W + ΔW is summed in float32 or wider and rounded once to the dtype of W. Heads saved with the adapter replace those of the
-    base. Everything else, metadata included, is copied byte by byte.
+    base. Everything else, metadata included, is copied byte by byte. Whether a matrix is stored transposed is told by its shape
+    in the base, and by the adapter only where it is square.
 
     base: a safetensors file, or the `*.index.json` of a sharded one; then `target` is a folder that gets shards and index.
 
     Raises: CheckpointError if a layer or head is not in the base or does not fit, with the nearest key; if a weight is not
-    a float of 16 to 64 bits; if neither file says how a weight is stored; or if the target exists without `force`. Nothing is
-    written then.
+    a float of 16 to 64 bits; if a weight is square and the shapes of others contradict the adapter; or if the target exists
+    without `force`. Nothing is written then.
     """
     sharded = base.name.endswith(_INDEX_SUFFIX)
-    names = _shards(base) if sharded else [base.name]
     if sharded and target.exists() and not target.is_dir():
-        raise CheckpointError(
-            f"{target}: a sharded base needs a folder to write to; this is a file"
-        )
+        raise CheckpointError(f"{target}: is a file; a sharded base needs a folder to write to")
     if not sharded and target.is_dir():
         raise CheckpointError(f"{target}: is a folder; expected the name of a file to write")
+    names = _shards(base) if sharded else [base.name]
     places = {name: target / name if sharded else target for name in names}
     if sharded:
-        places[base.name] = target / base.name
+        places[base.name] = target / base.name  # last, so that the index appears after the shards
     refuse_existing(places.values(), force)
     entries: dict[str, _Entry] = {}
     for name in names:
         entries |= _header(base.parent / name)
-    state = _settle_kinds(adapter, entries)
-    _check_fit(state, entries)
+    state = _fit(adapter, entries)
     merged = []
     folder = target if sharded else target.parent
     made = sharded and not folder.exists()
@@ -81,23 +88,12 @@ def merge_files(
                 shutil.copyfile(base.parent / name, copied)
                 if name in names:
                     merged += _merge_into(copied, state)
-            # The index, if there is one, comes last.
             move_into_place({Path(temporary) / name: place for name, place in places.items()})
     except OSError as error:
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         raise CheckpointError(f"cannot write {target}: {error}") from error
     return merged
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a safetensors file: its dtype as the file writes it, its shape, and where its bytes begin and end."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def _header(file: Path) -> dict[str, _Entry]:
@@ -110,17 +106,12 @@ def _header(file: Path) -> dict[str, _Entry]:
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
-    start = 8 + size
-    return {
-        key: _Entry(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            start + entry["data_offsets"][0],
-            start + entry["data_offsets"][1],
-        )
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
+    header.pop("__metadata__", None)
+    entries = {}
+    for key, entry in header.items():
+        begin, end = (8 + size + offset for offset in entry["data_offsets"])
+        entries[key] = _Entry(entry["dtype"], tuple(entry["shape"]), begin, end)
+    return entries
 
 
 def _shards(index: Path) -> list[str]:
@@ -144,45 +135,31 @@ def _shards(index: Path) -> list[str]:
     return files
 
 
-def _settle_kinds(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
-    """`state` with "linear" and "transposed" told apart by the shapes of the base where the adapter's file does not.
+def _fit(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
+    """`state` with each matrix "linear" or "transposed" as its shape in the base shows.
 
-    Raises: CheckpointError if a weight is square, and the others show that the file's own hint cannot be trusted.
+    Raises: CheckpointError naming the tensors that the base lacks, or has in another shape or a dtype that is no float; a scaling
+    that is unknown or too large; or a square weight, if the shape of another shows that the adapter's file does not tell.
     """
-    settled, square = {}, []
+    layers, turned = dict(state.layers), []
     for path, layer in state.layers.items():
-        if layer.kind_known:
-            continue
-        other = replace(layer, kind="linear" if layer.kind == "transposed" else "transposed")
-        entry = base.get(_weight(path))
-        if other.weight_shape == layer.weight_shape:
-            square.append(path)
-        elif entry is not None and entry.shape == other.weight_shape:
-            settled[path] = other
-    if square and settled:
-        raise CheckpointError(
-            f"{square[0]}: the adapter's file does not say whether this square weight is stored transposed, "
-            f"as that of {min(settled)} shows; merge in Python (merged_model)"
-        )
-    if square and state.scheme != "peft":  # whose fan_in_fan_out is the guess
-        warnings.warn(
-            f"{square[0]}: the adapter's file does not say whether this square weight is stored transposed; "
-            f"merged as {state.layers[square[0]].kind}",
-            FastLoRAWarning,
-            stacklevel=2,
-        )
-    return replace(state, layers=state.layers | settled)
-
-
-def _check_fit(state: AdapterState, base: Mapping[str, _Entry]) -> None:
-    """Raises: CheckpointError naming the tensors that the base lacks, or has in another shape or a dtype that is no float."""
-    shapes = {_weight(path): layer.weight_shape for path, layer in state.layers.items()}
-    shapes |= {name: tuple(value.shape) for name, value in state.others.items()}
-    for path, layer in state.layers.items():
-        if (
-            abs(layer.scaling) > torch.finfo(torch.float32).max
-        ):  # also raises where alpha is unknown
+        if abs(layer.scaling) > torch.finfo(torch.float32).max:
             raise CheckpointError(f"{path}: the scaling {layer.scaling:g} is too large for float32")
+        entry, other = base.get(_weight(path)), _OTHER_ORIENTATION.get(layer.kind)
+        if entry is None or other is None or entry.shape == layer.weight_shape:
+            continue
+        if entry.shape == layer.weight_shape[::-1]:
+            layers[path] = replace(layer, kind=other)
+            turned.append(path)
+    if turned:
+        for path, layer in layers.items():
+            if layer.kind in _OTHER_ORIENTATION and layer.weight_shape == layer.weight_shape[::-1]:
+                raise CheckpointError(
+                    f"{path}: whether this square weight is stored transposed is unknown, since {turned[0]} is not stored "
+                    "as the adapter's file says; merge in Python (merged_model)"
+                )
+    shapes = {_weight(path): layer.weight_shape for path, layer in layers.items()}
+    shapes |= {name: tuple(value.shape) for name, value in state.others.items()}
     problems = []
     for key, shape in shapes.items():
         if key not in base:
@@ -190,13 +167,13 @@ def _check_fit(state: AdapterState, base: Mapping[str, _Entry]) -> None:
         elif base[key].shape != shape:
             problems.append(f"{key}: expected shape {shape}, got {base[key].shape}")
         elif base[key].dtype not in _FLOATS:
-            kinds = ", ".join(_FLOATS)
-            problems.append(f"{key}: expected one of {kinds}, got {base[key].dtype}")
+            problems.append(f"{key}: expected one of {', '.join(_FLOATS)}, got {base[key].dtype}")
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
             "the base does not fit the adapter: " + "; ".join(problems[:3]) + more
         )
+    return replace(state, layers=layers)
 
 
 def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +51,11 @@ def load_lora_state_dict(
     strict is False but nothing at all would be loaded.
     """
     own = adapter_state(model)
+    if not own.layers:
+        raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
     adapters = own.tensors()
     others = {name: p for name, p in model.named_parameters() if name not in adapters}
     known: dict[str, Tensor] = {**adapters, **others}
-    if not own.layers:
-        raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
-    bad_type = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if bad_type:
-        raise CheckpointError(
-            f"state: expected tensors, got {type(state[bad_type[0]]).__name__} at {bad_type[0]!r}"
-        )
     wanted = list(adapters)
     if any(key in others for key in state):
         wanted += [name for name, p in others.items() if p.requires_grad]
@@ -83,8 +78,7 @@ def settle(problems: list[str], loadable: list[str], strict: bool, caller: str) 
     if not loadable:
         raise CheckpointError("state: is empty, so nothing would be loaded")
     if problems:
-        lines = "\n  ".join(problems)
-        text = f"{caller}: loaded {len(loadable)} tensors; problems:\n  {lines}"
+        text = "\n  ".join([f"{caller}: loaded {len(loadable)} tensors; problems:", *problems])
         warnings.warn(text, FastLoRAWarning, stacklevel=3)
 
 
@@ -112,7 +106,7 @@ def refuse_complex(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
 
 
 def compare(
-    state: Mapping[str, Tensor], wanted: list[str], shapes: Mapping[str, torch.Size]
+    state: Mapping[str, Any], wanted: list[str], shapes: Mapping[str, torch.Size]
 ) -> tuple[list[str], list[str], list[str], list[str]]:
     """(loadable, missing, unexpected, problems): what fits, and a line with the nearest candidate for each key that does not.
 
@@ -120,16 +114,15 @@ def compare(
     """
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in shapes]
-    misshapen = [k for k, v in state.items() if k in shapes and v.shape != shapes[k]]
-    loadable = [k for k in state if k in shapes and k not in misshapen]
-    problems = (
-        [f"missing {key}{nearest(key, unexpected)}" for key in missing]
-        + [f"unexpected {key}{nearest(key, missing or wanted)}" for key in unexpected]
-        + [
-            f"{key}: expected shape {tuple(shapes[key])}, got {tuple(state[key].shape)}"
-            for key in misshapen
-        ]
-    )
+    loadable = []
+    problems = [f"missing {key}{nearest(key, unexpected)}" for key in missing]
+    problems += [f"unexpected {key}{nearest(key, missing or wanted)}" for key in unexpected]
+    for key, value in state.items():
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if key in shapes and got == shapes[key]:
+            loadable.append(key)
+        elif key in shapes:
+            problems.append(f"{key}: expected shape {tuple(shapes[key])}, got {got}")
     return loadable, missing, unexpected, problems
 
 
@@ -160,9 +153,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     file = Path(path)
     if not file.is_file():
         raise CheckpointError(f"path: no such file: {file}")
-    state, layers = (
-        read_safetensors(file) if file.suffix == ".safetensors" else (_read_torch(file), {})
-    )
+    if file.suffix == ".safetensors":
+        state, layers = read_safetensors(file)
+    else:
+        state, layers = _read_torch(file), {}
     problems = []
     for layer_path, layer in named_lora_layers(model):
         saved = {"use_rslora": False} | layers[layer_path] if layer_path in layers else {}
@@ -175,9 +169,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     if problems and strict:
         raise misfit(file.name, problems)
     if problems:
-        warnings.warn(
-            f"load_adapter: {file.name}:\n  " + "\n  ".join(problems), FastLoRAWarning, stacklevel=2
-        )
+        text = "\n  ".join([f"load_adapter: {file.name}:", *problems])
+        warnings.warn(text, FastLoRAWarning, stacklevel=2)
     return load_lora_state_dict(model, state, strict)
 
 

@@ -102,7 +102,11 @@ def _check_arguments(
     if not isinstance(args, tuple):
         raise ExportError(f"args: expected a tuple of inputs, got {type(args).__name__}")
     if format == "onnx":
-        _require(*_ONNX_PACKAGES)
+        missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ExportError(
+                f"format='onnx' needs {' and '.join(missing)}: pip install 'fastlora[export]'"
+            )
     if format == "torchscript":
         if dynamic_shapes is not None:
             raise ExportError("dynamic_shapes: a trace has no fixed shapes; leave it out")
@@ -171,14 +175,6 @@ def _first_dimension(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return {key: _first_dimension(v, f"{name}[{key!r}]") for key, v in value.items()}
     return None
-
-
-def _require(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f"format='onnx' needs {' and '.join(missing)}: pip install 'fastlora[export]'"
-        )
 
 
 def _write(target: Path, save: Save) -> None:

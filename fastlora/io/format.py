@@ -8,6 +8,7 @@ have are unknown.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastlora.errors import CheckpointError, ConfigError
+from fastlora.errors import CheckpointError, ConfigError, FastLoRAWarning
 from fastlora.io.adapter_state import TENSORS, AdapterState, LayerState
 
 PEFT_PREFIX = "base_model.model."
@@ -75,10 +76,15 @@ def read_adapter_file(file: Path) -> AdapterState:
         raise CheckpointError(
             f"{file}: the metadata describes {min(undescribed)!r}, of which there are no tensors"
         )
-    described = {path: settings.get(path, {}) if settings else None for path in layers}
-    return AdapterState(
-        layer_states(file, layers, described), others, "fastlora" if settings else "loralib"
-    )
+    if settings:
+        described = {path: settings.get(path, {}) for path in layers}
+        return AdapterState(layer_states(file, layers, described), others, "fastlora")
+    states = layer_states(file, layers, dict.fromkeys(layers))
+    square = [p for p, s in states.items() if s.kind == "linear" and len({*s.weight_shape}) == 1]
+    if square:
+        text = f"{file}: {square[0]}: the file does not say whether this square weight is stored transposed; taken not to be"
+        warnings.warn(text, FastLoRAWarning, stacklevel=2)
+    return AdapterState(states, others, "loralib")
 
 
 def group_tensors(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, LoRAConfig, check_hyperparameters, scaling_divisor
-from fastlora.errors import CheckpointError, ConfigError
+from fastlora.config import ALL_LINEAR, LoRAConfig, check_hyperparameters
+from fastlora.errors import CheckpointError
 from fastlora.files import check_regexes, read_json
-from fastlora.io.adapter_state import LayerState
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.kinds import kind_of
-from fastlora.model.selection import nearest_names, output_embeddings
+from fastlora.model.selection import output_embeddings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,6 +36,7 @@ _IGNORED = frozenset(
         "task_type",
     ]
 )
+_ANY_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that keep W
 
 
@@ -83,97 +82,68 @@ class PeftConfig:
             use_dora=self.use_dora,
         )
 
-    def no_match(self, model: nn.Module) -> str:
-        """The error message if no layer of the model is a target, with the nearest names."""
-        wanted = self.target_modules
-        first = wanted if isinstance(wanted, str) else wanted[0]
-        paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
-        return f"{wanted!r} matches no layer of the model{nearest_names(first, paths)}"
-
     def heads(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that PEFT would train whole: those whose path ends with a name, with or without a dot before it."""
         names = tuple(self.modules_to_save or ())
         return {path: module for path, module in base_modules(model) if path.endswith(names)}
 
     def _takes(self, path: str) -> bool:
-        if self._excludes(path):
-            return False
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, path) is not None
-        return _has_suffix(path, self.target_modules) and self._takes_index(path)
+        found = not self._excludes(path) and _matches(self.target_modules, path)
+        return found and self._takes_index(path)
 
     def _excludes(self, path: str) -> bool:
-        excluded = self.exclude_modules or []
-        if isinstance(excluded, str):
-            by_name = re.fullmatch(excluded, path) is not None
-        else:
-            by_name = _has_suffix(path, excluded)
         heads = self.modules_to_save or []
-        return by_name or any(re.match(_head_regex(head), path) for head in heads)
+        return _matches(self.exclude_modules or [], path) or any(
+            re.match(_head_regex(head), path) for head in heads
+        )
 
     def _takes_index(self, path: str) -> bool:
         """Whether the first index in the path (or the first after a pattern) is one of layers_to_transform."""
         indices = self.layers_to_transform
         if indices is None or indices == []:
             return True
-        for regex in self._index_regexes():
+        wanted = [indices] if isinstance(indices, int) else indices
+        regexes = map(_index_regex, self._layer_patterns()) if self.layers_pattern else [_ANY_INDEX]
+        for regex in regexes:
             match = re.match(regex, path)
             if match:
-                wanted = [indices] if isinstance(indices, int) else indices
                 return int(match["index"]) in wanted
         return False
 
-    def _index_regexes(self) -> list[str]:
-        patterns = self.layers_pattern or [r"[^.]*"]
-        anywhere = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
-        return [
-            rf"{anywhere}{pattern}\.(?P<index>\d+)\."
-            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-        ]
+    def _layer_patterns(self) -> list[str]:
+        patterns = self.layers_pattern or []
+        return [patterns] if isinstance(patterns, str) else patterns
+
+    def _regexes(self) -> Iterator[tuple[str, str]]:
+        """(as in the file, as matched against paths) of every regex."""
+        for value in (self.target_modules, self.exclude_modules):
+            if isinstance(value, str):
+                yield value, value
+        yield from ((key, _key_regex(key)) for key in (*self.rank_pattern, *self.alpha_pattern))
+        yield from ((head, _head_regex(head)) for head in self.modules_to_save or ())
+        yield from ((pattern, _index_regex(pattern)) for pattern in self._layer_patterns())
+
+    def check_values(self) -> None:
+        """Raises: ValueError for a value that PEFT or `LoRAConfig` does not take, or a regex that is none."""
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform: needs a list of target_modules")
+        for rank in (self.r, *self.rank_pattern.values()):
+            check_hyperparameters(rank, self.lora_alpha, self.lora_dropout)
+        for alpha in self.alpha_pattern.values():
+            check_hyperparameters(self.r, alpha, self.lora_dropout)
+        for regex, _ in self._regexes():
+            try:
+                re.compile(regex)
+            except re.error as error:
+                raise ValueError(f"{regex!r} is no regex: {error}") from None
 
     def check_matching(self, paths: Iterable[str]) -> None:
         """Raises: CheckpointError if matching a regex of the file against one of these paths does not end."""
-        regexes = [v for v in (self.target_modules, self.exclude_modules) if isinstance(v, str)]
-        for key in {**self.rank_pattern, **self.alpha_pattern}:
-            regexes += [_key_regex(key)] if _repeats(key) else []
-        for head in self.modules_to_save or ():
-            regexes += [_head_regex(head)] if _repeats(head) else []
-        if self.layers_pattern:
-            regexes += self._index_regexes()
+        slow = [used for regex, used in self._regexes() if any(c in regex for c in "*+?{|")]
         try:
-            check_regexes(regexes, paths)
+            check_regexes(slow, paths)
         except ValueError as error:
             raise CheckpointError(f"{CONFIG_FILE}: {error}") from None
-
-
-def config_for(layers: Mapping[str, LayerState], heads: list[str]) -> PeftConfig:
-    """The config that matches exactly these layers, with their settings; the highest dropout where they differ.
-
-    layers: by path, folded. heads: paths of the modules that are saved whole.
-    """
-    use_rslora = all(layer.use_rslora for layer in layers.values())
-
-    def alpha_of(layer: LayerState) -> float:
-        """alpha under the divisor that all layers of the config share."""
-        if layer.alpha is not None and layer.use_rslora == use_rslora:
-            return layer.alpha
-        return layer.scaling * scaling_divisor(layer.rank, use_rslora)
-
-    alphas = {path: alpha_of(layer) for path, layer in layers.items()}
-    ranks = {path: layer.rank for path, layer in layers.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    return PeftConfig(
-        "|".join(re.escape(path) for path in layers),
-        r=int(rank),
-        lora_alpha=alpha,
-        lora_dropout=max(layer.dropout for layer in layers.values()),
-        use_rslora=use_rslora,
-        use_dora=any(layer.use_dora for layer in layers.values()),
-        fan_in_fan_out=any(layer.kind == "transposed" for layer in layers.values()),
-        modules_to_save=heads or None,
-        rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
-        alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
-    )
 
 
 def as_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
@@ -213,8 +183,11 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _has_suffix(path: str, names: Iterable[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
+def _matches(names: str | list[str], path: str) -> bool:
+    """PEFT's rule: a string is a regex of whole paths; a list holds paths or dotted suffixes of them."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(f".{path}".endswith(f".{name}") for name in names)
 
 
 def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
@@ -229,12 +202,8 @@ def _head_regex(head: str) -> str:
     return rf"(^|.*\.){head}($|\..*)"
 
 
-def _repeats(pattern: str) -> bool:
-    return any(character in pattern for character in "*+?{|")
-
-
-def _most_common(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]
+def _index_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
 
 
 def read_config(file: Path) -> PeftConfig:
@@ -261,7 +230,10 @@ def read_config(file: Path) -> PeftConfig:
         if not fits(given[key]) if key in given else key == "target_modules":
             raise CheckpointError(f"{file}: {key}: expected {expected}, got {raw.get(key)!r}")
     config = PeftConfig(**given)
-    _check_values(file, config)
+    try:
+        config.check_values()
+    except ValueError as error:  # ConfigError is one
+        raise CheckpointError(f"{file}: {error}") from None
     return config
 
 
@@ -274,8 +246,7 @@ def _is_regex_or_names(value: object) -> bool:
 
 
 def _is_indices(value: object) -> bool:
-    indices = value if isinstance(value, list) else [value]
-    return all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
+    return all(type(i) is int for i in (value if isinstance(value, list) else [value]))
 
 
 def _is_pattern(value: object, kind: type | tuple[type, ...]) -> bool:
@@ -295,24 +266,3 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_dora": _FLAG,
     "fan_in_fan_out": _FLAG,
 }
-
-
-def _check_values(file: Path, config: PeftConfig) -> None:
-    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-        raise CheckpointError(f"{file}: layers_to_transform: needs a list of target_modules")
-    try:
-        for rank in (config.r, *config.rank_pattern.values()):
-            check_hyperparameters(rank, config.lora_alpha, config.lora_dropout)
-        for alpha in config.alpha_pattern.values():
-            check_hyperparameters(config.r, alpha, config.lora_dropout)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    regexes = [v for v in (config.target_modules, config.exclude_modules) if isinstance(v, str)]
-    layers = config.layers_pattern or []
-    regexes += [*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or [])]
-    regexes += [layers] if isinstance(layers, str) else layers
-    for regex in regexes:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise CheckpointError(f"{file}: {regex!r} is no regex: {error}") from None

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError
-from fastlora.files import write_files
 from fastlora.io.adapter import LoadResult, compare, misfit, refuse_complex
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.format import PEFT_PREFIX
@@ -25,13 +24,15 @@ from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.inject import freeze_base_params, inject_lora
+from fastlora.model.selection import nearest_names
 from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
 from fastlora.peft.format import (
-    folder_files,
+    heads_of,
     peft_config,
     peft_names,
     read_tensors,
     why_peft_differs,
+    write_folder,
 )
 
 
@@ -54,30 +55,21 @@ def save_pretrained(
     layers = dict(named_lora_layers(model))
     if not layers:
         raise CheckpointError("model: has no adapters, so there is nothing to save")
-    if "" in layers:
-        raise CheckpointError(
-            "model: is itself an adapted layer; PEFT's format needs it to have a name"
-        )
+    _refuse_shared(model, layers.values())
     state = adapter_state(model).folded()
-    trained = _trained_modules(model, layers) if include_trainable else []
+    heads: dict[str, Tensor] = {}
     try:
+        trained = _trained_modules(model, layers) if include_trainable else []
         config = peft_config(state, trained)
+        for path, module in config.heads(model).items():
+            heads |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
+        heads_of(heads, layers)  # PEFT's rule for heads may find more than the trained ones
+        config = _with_short_targets(model, config, layers)
     except CheckpointError as error:
         raise CheckpointError(f"model: {error}; use save_adapter") from None
-    _refuse_shared(model, layers.values())
-    config = _with_short_targets(model, config, layers)
-    heads: dict[str, Tensor] = {}
-    for path, module in config.heads(model).items():
-        _refuse_adapted(path, layers)
-        heads |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"folder: cannot make {target}: {error}") from error
     name = getattr(model, "name_or_path", None)
     base_name = name if isinstance(name, str) and name else None
-    write_files(folder_files(target, replace(state, others=heads), config, base_name))
+    write_folder(Path(folder), replace(state, others=heads), config, base_name)
 
 
 def from_pretrained(
@@ -160,7 +152,12 @@ def _refuse_model(model: nn.Module) -> None:
 def _check_targets(model: nn.Module, config: PeftConfig, targets: Mapping[str, Any]) -> None:
     """Raises: CheckpointError if there are no targets, or one cannot be adapted or computes something else in PEFT."""
     if not targets:
-        raise CheckpointError(f"target_modules: {config.no_match(model)}")
+        wanted = config.target_modules
+        paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
+        first = wanted if isinstance(wanted, str) else wanted[0]
+        raise CheckpointError(
+            f"target_modules: {wanted!r} matches no layer of the model{nearest_names(first, paths)}"
+        )
     refused = []
     for path, module in targets.items():
         reason = why_unsuitable(module, config.layer(path))
@@ -217,8 +214,7 @@ def _with_short_targets(
             return chosen
     missed = layers.keys() - config.targets(model).keys()
     raise CheckpointError(
-        f"model: {min(missed)} lies in a part of the model that is saved whole, which PEFT's format "
-        "cannot hold; use save_adapter"
+        f"{min(missed)} lies in a part of the model that is saved whole, which PEFT's format cannot hold"
     )
 
 
@@ -227,54 +223,33 @@ def _check_ties(
 ) -> None:
     """Raises: CheckpointError if a head is tied to a parameter here and was not when PEFT saved it."""
     own = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        names.setdefault(id(tensor), []).append(name)
-    for path, head in heads.items():
-        for name in (f"{path}.{key}" for key in head.state_dict()):
-            for other in names[id(own[name])]:
-                value = tensors.get(PEFT_PREFIX + other)
-                if other == name:
-                    continue
-                if value is None or not torch.equal(value, tensors[PEFT_PREFIX + name]):
-                    raise CheckpointError(
-                        f"modules_to_save: {name} is tied to {other}, which the file gives another "
-                        "value; untie them in the model first"
-                    )
+    for name in (f"{path}.{key}" for path, head in heads.items() for key in head.state_dict()):
+        tied = [key for key, tensor in own.items() if tensor is own[name] and key != name]
+        for other in tied:
+            value = tensors.get(PEFT_PREFIX + other)
+            if value is None or not torch.equal(value, tensors[PEFT_PREFIX + name]):
+                raise CheckpointError(
+                    f"modules_to_save: {name} is tied to {other}, which the file gives another "
+                    "value; untie them in the model first"
+                )
 
 
 def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
     """Paths of the modules that own a trained parameter outside the adapters, without those inside another of them."""
     adapters = {id(p) for layer in layers.values() for p in layer.lora_parameters().values()}
-    owners: dict[str, None] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad or id(parameter) in adapters:
-            continue
-        owner = name.rpartition(".")[0]
-        if not owner:
-            raise CheckpointError(
-                f"model: {name} trains and belongs to the model itself, which PEFT's format cannot "
-                "hold; use save_adapter"
-            )
-        _refuse_adapted(owner, layers)
-        module = model.get_submodule(owner)
+    trained = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and id(parameter) not in adapters
+    ]
+    heads = heads_of(trained, layers)
+    for path in heads:
+        module = model.get_submodule(path)
         if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             raise CheckpointError(
-                f"model: {name} trains and belongs to a {type(module).__name__}, which PEFT cannot "
-                "save whole; use save_adapter"
+                f"{path} trains and is a {type(module).__name__}, which PEFT cannot save whole"
             )
-        owners[owner] = None
-    return [p for p in owners if not any(p.startswith(f"{outer}.") for outer in owners)]
-
-
-def _refuse_adapted(path: str, layers: Mapping[str, LoRALayer]) -> None:
-    adapted = overlap(path, layers)
-    if adapted:
-        raise CheckpointError(
-            f"model: {path} would be saved whole and holds or is part of the adapted {adapted}. "
-            "PEFT's format has no biases or weights of adapted layers: freeze them (freeze_base_params, bias='none'), use "
-            "include_trainable=False, or save_adapter"
-        )
+    return heads
 
 
 def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -286,6 +261,5 @@ def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             here = f"{path}.{name}".lstrip(".")
             if id(child) in wanted and places.setdefault(id(child), here) != here:
                 raise CheckpointError(
-                    f"model: {here} and {places[id(child)]} are one module; PEFT adapts it under one "
-                    "of its names only"
+                    f"model: {here} and {places[id(child)]} are one module, which PEFT adapts under one of its names only"
                 )
