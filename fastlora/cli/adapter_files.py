@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastlora.config import check_hyperparameters
 from fastlora.errors import CheckpointError
 from fastlora.files import write_files
 from fastlora.io.adapter_state import AdapterState, LayerState
@@ -32,8 +30,7 @@ def read_adapter(
 
     alpha: for a file that does not hold it. prefer_own: ignore `alpha` for one that does.
 
-    Raises: CheckpointError if the source is no adapter, is damaged, or holds its own alpha while one is given; ConfigError for
-    a value that cannot work.
+    Raises: CheckpointError if the source is no adapter, is damaged, or holds its own alpha while one is given, or for a bad alpha.
     """
     if source.is_dir():
         state = read_folder(source)
@@ -47,15 +44,10 @@ def read_adapter(
             "use fastlora.load_adapter and save_adapter in Python"
         )
     else:
-        state = read_adapter_file(source)
-    if alpha is None or (prefer_own and state.scheme != "loralib"):
-        return state
-    if state.scheme != "loralib":
+        state = read_adapter_file(source, alpha)
+    if alpha is not None and state.scheme != "loralib" and not prefer_own:
         raise CheckpointError(f"--alpha: {source} holds its own alpha")
-    for layer in state.layers.values():
-        check_hyperparameters(layer.rank, alpha, layer.dropout)
-    given = {path: replace(layer, alpha=alpha) for path, layer in state.layers.items()}
-    return replace(state, layers=given)
+    return state
 
 
 def convert(

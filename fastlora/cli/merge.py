@@ -63,35 +63,32 @@ def merge_files(
     without `force`. Nothing is written then.
     """
     sharded = base.name.endswith(_INDEX_SUFFIX)
-    if sharded and target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target}: is a file; a sharded base needs a folder to write to")
-    if not sharded and target.is_dir():
-        raise CheckpointError(f"{target}: is a folder; expected the name of a file to write")
+    if target.exists() and target.is_dir() != sharded:
+        problem = "file; a sharded base needs a folder" if sharded else "folder; expected a file"
+        raise CheckpointError(f"{target}: is a {problem} to write to")
     names = _shards(base) if sharded else [base.name]
-    places = {name: target / name if sharded else target for name in names}
-    if sharded:
-        places[base.name] = target / base.name  # last, so that the index appears after the shards
+    places = (
+        {name: target / name for name in (*names, base.name)} if sharded else {base.name: target}
+    )
     refuse_existing(places.values(), force)
     entries: dict[str, _Entry] = {}
     for name in names:
         entries |= _header(base.parent / name)
     state = _fit(adapter, entries)
     merged = []
-    folder = target if sharded else target.parent
-    made = sharded and not folder.exists()
+    folder = target if target.is_dir() else target.parent
     try:
-        if made:
-            folder.mkdir()
         with tempfile.TemporaryDirectory(prefix=".merge-", dir=folder) as temporary:
             for name in places:
                 copied = Path(temporary) / name
                 shutil.copyfile(base.parent / name, copied)
                 if name in names:
                     merged += _merge_into(copied, state)
+            if sharded:
+                target.mkdir(exist_ok=True)
+            # The index, if there is one, comes last.
             move_into_place({Path(temporary) / name: place for name, place in places.items()})
     except OSError as error:
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
         raise CheckpointError(f"cannot write {target}: {error}") from error
     return merged
 

@@ -59,33 +59,54 @@ def load_lora_state_dict(
     wanted = list(adapters)
     if any(key in others for key in state):
         wanted += [name for name, p in others.items() if p.requires_grad]
-    shapes = {name: tensor.shape for name, tensor in known.items()}
-    loadable, missing, unexpected, problems = compare(state, wanted, shapes)
+    loadable, missing, unexpected, problems = compare(state, wanted, known)
     if not strict:
         _refuse_incomplete(own, set(loadable))
-    refuse_complex({key: state[key] for key in loadable}, known)
-    settle(problems, loadable, strict, "load_lora_state_dict")
+    settle("state", problems, loadable, strict)
     with torch.no_grad():
         for key in loadable:
             known[key].copy_(state[key])
     return LoadResult(loadable, missing, unexpected)
 
 
-def settle(problems: list[str], loadable: list[str], strict: bool, caller: str) -> None:
+def compare(
+    state: Mapping[str, Any], wanted: list[str], known: Mapping[str, Tensor]
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """(loadable, missing, unexpected, problems): what fits, and a line with the nearest candidate for each key that does not.
+
+    wanted: the keys that must be there. known: every key that may be there, with a tensor of its shape.
+    """
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in known]
+    loadable = []
+    problems = [f"missing {key}{nearest(key, unexpected)}" for key in missing]
+    problems += [f"unexpected {key}{nearest(key, missing or wanted)}" for key in unexpected]
+    for key, value in state.items():
+        if key not in known:
+            continue
+        own, shape = known[key], tuple(known[key].shape)
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if got != shape:
+            problems.append(f"{key}: expected shape {shape}, got {got}")
+        elif value.is_complex() and not own.is_complex():
+            problems.append(f"{key}: expected real numbers, got {value.dtype}")
+        else:
+            loadable.append(key)
+    return loadable, missing, unexpected, problems
+
+
+def settle(what: str, problems: list[str], loadable: list[str], strict: bool) -> None:
     """Raises: CheckpointError if there are problems and `strict`, or if nothing is loadable. Otherwise warns of the problems."""
+    lines = "".join(f"\n  {problem}" for problem in problems)
     if problems and (strict or not loadable):
-        raise misfit("state", problems)
+        raise CheckpointError(
+            f"{what} does not fit the model: {len(problems)} problems, nothing was changed:{lines}"
+        )
     if not loadable:
-        raise CheckpointError("state: is empty, so nothing would be loaded")
+        raise CheckpointError(f"{what}: is empty, so nothing would be loaded")
     if problems:
-        text = "\n  ".join([f"{caller}: loaded {len(loadable)} tensors; problems:", *problems])
+        text = f"{what}: loaded {len(loadable)} tensors; problems:{lines}"
         warnings.warn(text, FastLoRAWarning, stacklevel=3)
-
-
-def misfit(what: str, problems: list[str]) -> CheckpointError:
-    """The error that names every problem of `what`."""
-    head = f"{what} does not fit the model: {len(problems)} problems, nothing was changed:"
-    return CheckpointError("\n  ".join([head, *problems]))
 
 
 def _refuse_incomplete(own: AdapterState, loadable: set[str]) -> None:
@@ -96,34 +117,6 @@ def _refuse_incomplete(own: AdapterState, loadable: set[str]) -> None:
             raise CheckpointError(
                 f"state: only a part of the adapter of {path or 'the layer'} fits, which is not usable without the rest"
             )
-
-
-def refuse_complex(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises: CheckpointError if copying a tensor of `state` into that of `own` would drop an imaginary part."""
-    for key, value in state.items():
-        if value.is_complex() and not (key in own and own[key].is_complex()):
-            raise CheckpointError(f"{key}: expected real numbers, got {value.dtype}")
-
-
-def compare(
-    state: Mapping[str, Any], wanted: list[str], shapes: Mapping[str, torch.Size]
-) -> tuple[list[str], list[str], list[str], list[str]]:
-    """(loadable, missing, unexpected, problems): what fits, and a line with the nearest candidate for each key that does not.
-
-    wanted: the keys that must be there. shapes: every key that may be there.
-    """
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in shapes]
-    loadable = []
-    problems = [f"missing {key}{nearest(key, unexpected)}" for key in missing]
-    problems += [f"unexpected {key}{nearest(key, missing or wanted)}" for key in unexpected]
-    for key, value in state.items():
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if key in shapes and got == shapes[key]:
-            loadable.append(key)
-        elif key in shapes:
-            problems.append(f"{key}: expected shape {tuple(shapes[key])}, got {got}")
-    return loadable, missing, unexpected, problems
 
 
 def save_adapter(
@@ -166,11 +159,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
                 problems.append(
                     f"{layer_path}: {name} is {saved[name]} in the file, {mine} in the model"
                 )
-    if problems and strict:
-        raise misfit(file.name, problems)
-    if problems:
-        text = "\n  ".join([f"load_adapter: {file.name}:", *problems])
-        warnings.warn(text, FastLoRAWarning, stacklevel=2)
+    settle(file.name, problems, list(state), strict)
     return load_lora_state_dict(model, state, strict)
 
 

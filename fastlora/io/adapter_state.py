@@ -205,7 +205,7 @@ class LayerState:
 
     def _check_settings(self, given: Mapping[str, Any]) -> None:
         """Raises: CheckpointError or ConfigError if the values in `given` are invalid or do not fit the tensors."""
-        check_hyperparameters(given.get("rank"), self.alpha, self.dropout)  # type: ignore[arg-type]
+        check_hyperparameters(self.rank, self.alpha, self.dropout)  # type: ignore[arg-type]
         for name in ("rank", "use_dora"):
             mine, said = getattr(self, name), given.get(name, getattr(self, name))
             if said != mine:

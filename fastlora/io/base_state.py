@@ -42,12 +42,12 @@ def load_base_state_dict(
     keys = _key_map(model)
     own = model.state_dict()
     current = {original: own[key] for original, key in keys.items()}
-    shapes = {key: value.shape for key, value in current.items() if isinstance(value, Tensor)}
-    extras = [key for key in current if key not in shapes]  # from get_extra_state
+    known = {key: value for key, value in current.items() if isinstance(value, Tensor)}
+    extras = [key for key in current if key not in known]  # from get_extra_state
     names = _names_of_one_tensor(model, keys)
-    wanted = [k for k in shapes if k in state or not any(n in state for n in names.get(k, ()))]
+    wanted = [k for k in known if k in state or not any(n in state for n in names.get(k, ()))]
     loadable, missing, unexpected, problems = compare(
-        {key: value for key, value in state.items() if key not in extras}, wanted, shapes
+        {key: value for key, value in state.items() if key not in extras}, wanted, known
     )
     conflicts = [
         f"{key}: differs from {other}, which is the same tensor in the model"
@@ -59,7 +59,7 @@ def load_base_state_dict(
     problems += conflicts + [f"missing {key}" for key in absent]
     missing += absent
     loadable += [key for key in extras if key in state]
-    settle(problems, loadable, strict, "load_base_state_dict")
+    settle("state", problems, loadable, strict)
     fresh = [m for m in model.modules() if isinstance(m, LoRALinear) and m.scales_nothing()]
     model.load_state_dict({keys[key]: state[key] for key in loadable}, strict=False)
     for layer in fresh:

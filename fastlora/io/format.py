@@ -60,8 +60,8 @@ def fastlora_bytes(state: AdapterState) -> bytes:
     return safetensors_bytes(state.tensors(), metadata)
 
 
-def read_adapter_file(file: Path) -> AdapterState:
-    """The adapter in fastlora's or loralib's file.
+def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
+    """The adapter in fastlora's or loralib's file. alpha: for loralib's, which does not hold it.
 
     Raises: CheckpointError if the file is damaged, holds no adapter, or its tensors and settings do not fit together.
     """
@@ -79,7 +79,8 @@ def read_adapter_file(file: Path) -> AdapterState:
     if settings:
         described = {path: settings.get(path, {}) for path in layers}
         return AdapterState(layer_states(file, layers, described), others, "fastlora")
-    states = layer_states(file, layers, dict.fromkeys(layers))
+    known = None if alpha is None else {"alpha": alpha}
+    states = layer_states(file, layers, dict.fromkeys(layers, known))
     square = [p for p, s in states.items() if s.kind == "linear" and len({*s.weight_shape}) == 1]
     if square:
         text = f"{file}: {square[0]}: the file does not say whether this square weight is stored transposed; taken not to be"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -44,7 +45,7 @@ _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those
 class PeftConfig:
     """The fields of `adapter_config.json` that fastlora acts on, under PEFT's names and with PEFT's defaults."""
 
-    target_modules: str | list[str]
+    target_modules: str | list[str] = ""
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -60,15 +61,14 @@ class PeftConfig:
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that PEFT would adapt, by path."""
-        paths = dict(base_modules(model))
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
-            head = output_embeddings(model)
-            return {
-                path: module
-                for path, module in paths.items()
-                if kind_of(module) == "linear" and module is not head and not self._excludes(path)
-            }
-        return {path: module for path, module in paths.items() if self._takes(path)}
+        every = isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+        head = output_embeddings(model) if every else None
+        return {
+            path: module
+            for path, module in base_modules(model)
+            if not self._excludes(path)
+            and (kind_of(module) == "linear" and module is not head if every else self._takes(path))
+        }
 
     def layer(self, path: str) -> LoRAConfig:
         """Rank, alpha and the other settings of the layer at `path`."""
@@ -88,8 +88,7 @@ class PeftConfig:
         return {path: module for path, module in base_modules(model) if path.endswith(names)}
 
     def _takes(self, path: str) -> bool:
-        found = not self._excludes(path) and _matches(self.target_modules, path)
-        return found and self._takes_index(path)
+        return _matches(self.target_modules, path) and self._takes_index(path)
 
     def _excludes(self, path: str) -> bool:
         heads = self.modules_to_save or []
@@ -125,6 +124,8 @@ class PeftConfig:
 
     def check_values(self) -> None:
         """Raises: ValueError for a value that PEFT or `LoRAConfig` does not take, or a regex that is none."""
+        if not self.target_modules:
+            raise ValueError("target_modules: expected a list or a regex, got none")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform: needs a list of target_modules")
         for rank in (self.r, *self.rank_pattern.values()):
@@ -226,9 +227,10 @@ def read_config(file: Path) -> PeftConfig:
         if value not in defaults.get(key, ()):
             raise CheckpointError(f"{file}: {key}={value!r} is not supported by fastlora")
     given = {key: raw[key] for key in fields if raw.get(key) is not None}
-    for key, (expected, fits) in _CHECKS.items():
-        if not fits(given[key]) if key in given else key == "target_modules":
-            raise CheckpointError(f"{file}: {key}: expected {expected}, got {raw.get(key)!r}")
+    hints = get_type_hints(PeftConfig)
+    for key, value in given.items():
+        if not _fits(value, hints[key]):
+            raise CheckpointError(f"{file}: {key}: expected {fields[key].type}, got {value!r}")
     config = PeftConfig(**given)
     try:
         config.check_values()
@@ -237,32 +239,13 @@ def read_config(file: Path) -> PeftConfig:
     return config
 
 
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-
-
-def _is_regex_or_names(value: object) -> bool:
-    return isinstance(value, str) or _is_names(value)
-
-
-def _is_indices(value: object) -> bool:
-    return all(type(i) is int for i in (value if isinstance(value, list) else [value]))
-
-
-def _is_pattern(value: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, kind) for v in value.values())
-
-
-_FLAG: tuple[str, Callable[[Any], bool]] = ("true or false", lambda v: isinstance(v, bool))
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "target_modules": ("a list or a regex", lambda v: bool(v) and _is_regex_or_names(v)),
-    "exclude_modules": ("a list or a regex", _is_regex_or_names),
-    "modules_to_save": ("a list of names", _is_names),
-    "layers_pattern": ("names", _is_regex_or_names),
-    "layers_to_transform": ("indices", _is_indices),
-    "rank_pattern": ("pattern → rank", lambda v: _is_pattern(v, int)),
-    "alpha_pattern": ("pattern → alpha", lambda v: _is_pattern(v, (int, float))),
-    "use_rslora": _FLAG,
-    "use_dora": _FLAG,
-    "fan_in_fan_out": _FLAG,
-}
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a JSON value has the type of an annotation."""
+    kinds = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, kind) for kind in kinds)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(v, kinds[0]) for v in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(v, kinds[1]) for v in value.values())
+    return type(value) in ((int, float) if hint is float else (hint,))

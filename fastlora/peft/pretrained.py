@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError
-from fastlora.io.adapter import LoadResult, compare, misfit, refuse_complex
+from fastlora.io.adapter import LoadResult, compare, settle
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
@@ -120,7 +120,6 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
             f"adapter: the file also holds {others[0]}, which all adapters of the model would share; "
             "load it into a model of its own"
         )
-    refuse_complex({k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()}, model.state_dict())
     inject_lora(model, LoRAConfig(lambda path, _: plan.get(path, False), kinds=KINDS))
     if alone:
         freeze_base_params(model)
@@ -135,7 +134,7 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
 
 def _refuse_model(model: nn.Module) -> None:
     """Raises: CheckpointError if the model cannot take a folder."""
-    if any(True for _ in named_lora_layers(model)):
+    if dict(named_lora_layers(model)):
         raise CheckpointError(
             "model: already has adapters; load into the plain base model, or give adapter="
         )
@@ -179,27 +178,26 @@ def _check_keys(
 
     Raises: CheckpointError if a tensor is missing, unexpected or wrongly shaped.
     """
-    shapes, keys = {}, {}
+    known, keys = {}, {}
     for path, chosen in plan.items():
         module = model.get_submodule(path)
         kind = layer_class(module)
         shape_a, shape_b = kind.factor_shapes(module, chosen.rank)
-        wanted = {"lora_A": shape_a, "lora_B": shape_b}
+        shapes = {"lora_A": shape_a, "lora_B": shape_b}
         if chosen.use_dora:
-            wanted["lora_magnitude"] = shape_b[:1]
-        for name, shape in wanted.items():
+            shapes["lora_magnitude"] = shape_b[:1]
+        for name, shape in shapes.items():
             key = f"{PEFT_PREFIX}{path}.{peft_names(kind.kind)[name]}"
-            shapes[key], keys[key] = torch.Size(shape), f"{path}.{name}"
-    required = list(shapes)
+            known[key], keys[key] = torch.empty(shape, device="meta"), f"{path}.{name}"
+    required = list(known)
     for path, head in heads.items():
         required += [f"{PEFT_PREFIX}{path}.{name}" for name in head.state_dict()]
     adapted = tuple(f"{path}." for path in plan)
     for name, value in model.state_dict().items():
         if not name.startswith(adapted):
-            shapes[PEFT_PREFIX + name] = value.shape
-    _, _, _, problems = compare(tensors, required, shapes)
-    if problems:
-        raise misfit(WEIGHTS_FILE, problems)
+            known[PEFT_PREFIX + name] = value
+    loadable, _, _, problems = compare(tensors, required, known)
+    settle(WEIGHTS_FILE, problems, loadable, strict=True)
     return keys
 
 
