@@ -81,7 +81,7 @@ def convert(
 
 def update_norm(layer: LayerState) -> float:
     """‖B A − B₀ A₀‖, the Frobenius norm, in float64 without forming the product."""
-    return _product_norm(*_by_groups(layer.folded()))
+    return _product_norm(*_by_groups(layer))
 
 
 def difference_norm(one: LayerState, other: LayerState) -> float:
@@ -89,12 +89,8 @@ def difference_norm(one: LayerState, other: LayerState) -> float:
 
     Raises: CheckpointError if the layers' sizes differ or an alpha is unknown.
     """
-    one, other = one.folded(), other.folded()
     (b1, a1), (b2, a2) = _by_groups(one), _by_groups(other)
-    sizes = [
-        (layer.lora_a.shape[1:], layer.lora_b.shape[0], layer.groups) for layer in (one, other)
-    ]
-    if sizes[0] != sizes[1]:
+    if b1.shape[:2] != b2.shape[:2] or one.lora_a.shape[1:] != other.lora_a.shape[1:]:
         raise CheckpointError("the layers have different sizes")
     return _product_norm(
         torch.cat([one.scaling * b1, -other.scaling * b2], 2), torch.cat([a1, a2], 1)
@@ -102,7 +98,8 @@ def difference_norm(one: LayerState, other: LayerState) -> float:
 
 
 def _by_groups(layer: LayerState) -> tuple[Tensor, Tensor]:
-    """B as (groups, N / groups, R / groups) and A as (groups, R / groups, K), in float64."""
+    """The folded B as (groups, N / groups, R / groups) and A as (groups, R / groups, K), in float64."""
+    layer = layer.folded()
     a, b = layer.lora_a.double().flatten(1), layer.lora_b.double().flatten(1)
     return b.reshape(layer.groups, -1, b.shape[1]), a.reshape(layer.groups, -1, a.shape[1])
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from fastlora.cli.adapter_files import (
@@ -88,6 +89,15 @@ examples:
 """
 
 
+_COLUMNS = {
+    "layer": "layer",
+    "kind": "kind",
+    "lora_A": "A",
+    "lora_B": "B",
+    "dtype": "dtype",
+    "r": "r",
+}
+_COLUMNS |= {name: name for name in ("alpha", "scaling", "|BA|", "|dW|")}
 _VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "init subtracted"}
 
 
@@ -108,10 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code: int = arguments.run(arguments)
         except (FastLoRAError, OSError) as error:
-            print(f"fastlora: error: {_printable(error)}", file=sys.stderr)
+            print(f"fastlora: error: {_cell(error)}", file=sys.stderr)
             code = 2
     for note in notes:
-        print(f"fastlora: note: {_printable(note.message)}", file=sys.stderr)
+        print(f"fastlora: note: {_cell(note.message)}", file=sys.stderr)
     return code
 
 
@@ -150,7 +160,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     adapter = read_adapter(arguments.adapter)
     rows = [_row(path, layer) for path, layer in adapter.layers.items()]
     others: list[dict[str, Any]] = [
-        {"tensor": name, "shape": list(value.shape), "dtype": _dtype(value.dtype)}
+        {"tensor": name, "shape": value.shape, "dtype": _cell(value.dtype)}
         for name, value in adapter.others.items()
     ]
     if arguments.json:
@@ -158,26 +168,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     tensors = adapter.tensors().values()
     print(
-        f"{_printable(arguments.adapter)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
+        f"{_cell(arguments.adapter)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
         f"{sum(t.numel() for t in tensors):,} parameters, {sum(t.nbytes for t in tensors):,} bytes"
     )
-    columns = ("alpha", "scaling", "|BA|", "|dW|")
-    cells = [
-        [
-            row["layer"] or "(the whole model)",
-            row["kind"],
-            _shape(row["lora_A"]),
-            _shape(row["lora_B"]),
-            row["dtype"],
-            str(row["r"]),
-            *(_number(row[name]) for name in columns),
-            ", ".join(label for name, label in _VARIANTS.items() if row[name]),
-        ]
-        for row in rows
-    ]
-    _table(["layer", "kind", "A", "B", "dtype", "r", *columns, "variant"], cells)
+    cells = [[row[name] for name in _COLUMNS] for row in rows]
+    for row, line in zip(rows, cells, strict=True):
+        line[0] = row["layer"] or "(the whole model)"
+        line.append(", ".join(label for name, label in _VARIANTS.items() if row[name]))
+    _table([*_COLUMNS.values(), "variant"], cells)
     for other in others:
-        print(f"also {_printable(other['tensor'])}  {_shape(other['shape'])}  {other['dtype']}")
+        print("also", "  ".join(map(_cell, other.values())))
     return 0
 
 
@@ -186,9 +186,9 @@ def _row(path: str, layer: LayerState) -> dict[str, Any]:
     scaling = None if layer.alpha is None else layer.scaling
     return {
         "layer": path,
-        "lora_A": list(layer.lora_a.shape),
-        "lora_B": list(layer.lora_b.shape),
-        "dtype": _dtype(layer.lora_a.dtype),
+        "lora_A": layer.lora_a.shape,
+        "lora_B": layer.lora_b.shape,
+        "dtype": _cell(layer.lora_a.dtype),
         "r": settings.pop("rank"),
         "groups": layer.groups,
         "subtracts_init": layer.subtracts_init,
@@ -204,9 +204,9 @@ def _merge(arguments: argparse.Namespace) -> int:
     merged = merge_files(arguments.base, adapter, arguments.out, force=arguments.force)
     worst = max(merged, key=lambda layer: layer.lost)
     print(
-        f"{_printable(arguments.out)}: merged {len(merged)} layers, replaced {len(adapter.others)} other tensors; "
-        f"rounding to {_dtype(worst.dtype)} lost at most {100 * worst.lost:.2g}% of an update "
-        f"({_printable(worst.path)})"
+        f"{_cell(arguments.out)}: merged {len(merged)} layers, replaced {len(adapter.others)} other tensors; "
+        f"rounding to {_cell(worst.dtype)} lost at most {100 * worst.lost:.2g}% of an update "
+        f"({_cell(worst.path)})"
     )
     return 0
 
@@ -216,7 +216,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     confirms = arguments.to == "loralib"
     adapter = read_adapter(arguments.src, arguments.alpha, prefer_own=confirms)
     convert(adapter, arguments.dst, arguments.to, force=arguments.force, alpha=arguments.alpha)
-    print(f"{_printable(arguments.dst)}: {len(adapter.layers)} layers, {arguments.to}")
+    print(f"{_cell(arguments.dst)}: {len(adapter.layers)} layers, {arguments.to}")
     return 0
 
 
@@ -231,9 +231,8 @@ def _diff(arguments: argparse.Namespace) -> int:
     for left, right, norm, distance in comparisons:
         for name in dict.fromkeys([*left, *right]):
             norms = [norm(side[name]) if name in side else 0.0 for side in (left, right)]
-            row = [name, *map(_number, norms)]
             if name not in left or name not in right:
-                rows.append([*row, "", f"only in {'A' if name in left else 'B'}"])
+                rows.append([name, *norms, "", f"only in {'A' if name in left else 'B'}"])
                 equal = False
                 continue
             try:
@@ -241,7 +240,7 @@ def _diff(arguments: argparse.Namespace) -> int:
             except CheckpointError as error:
                 raise CheckpointError(f"{name}: {error}") from None
             relative = difference / max(norms) if max(norms) else 0.0
-            rows.append([*row, _number(difference), f"{relative:.2g}"])
+            rows.append([name, *norms, difference, relative])
             equal = equal and relative <= arguments.tolerance
     _table(["layer or tensor", "|A|", "|B|", "|A - B|", "relative"], rows)
     print("the same" if equal else "they differ")
@@ -260,31 +259,27 @@ def _norm(tensor: Tensor) -> float:
 
 def _distance(left: Tensor, right: Tensor) -> float:
     if left.shape != right.shape:
-        raise CheckpointError(f"shapes {_shape(left.shape)} and {_shape(right.shape)}")
+        raise CheckpointError(f"shapes {_cell(left.shape)} and {_cell(right.shape)}")
     return _norm(left.double() - right.double())
 
 
-def _table(head: list[str], rows: list[list[str]]) -> None:
-    cells = [head, *([_printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        print("  ".join([first, *rest]).rstrip())
+def _table(head: list[str], rows: list[list[Any]]) -> None:
+    cells = [head, *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *rest in cells:
+        numbers = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
 
 
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4g}"
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _dtype(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _printable(text: object) -> str:
-    """One line without control characters: names in a file come from whoever wrote it."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+def _cell(value: object) -> str:
+    """A value as text of one line without control characters: names in a file come from whoever wrote it."""
+    if value is None:
+        return "?"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, torch.Size):
+        return "x".join(map(str, value)) or "scalar"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    text = " ".join(str(value).split())
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -114,18 +114,13 @@ def _header(file: Path) -> dict[str, _Entry]:
 def _shards(index: Path) -> list[str]:
     """The file names of a sharded base, each once."""
     try:
-        names = read_json(index)["weight_map"].values()
-        files = sorted(set(names))
-        plain = all(
-            name == Path(name).name
-            and name.endswith(".safetensors")
-            and "\0" not in name
-            and len(os.fsencode(name)) <= 255  # what file systems take
-            for name in files
-        )
+        files = sorted(set(read_json(index)["weight_map"].values()))
+        plain = all(name == Path(name).name and name.endswith(".safetensors") for name in files)
+        # what file systems take
+        usable = all("\0" not in name and len(os.fsencode(name)) <= 255 for name in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a readable index: {error!r}") from None
-    if not files or not plain:
+    if not (files and plain and usable):
         raise CheckpointError(
             f"{index}: weight_map: expected names of .safetensors files beside it"
         )
@@ -138,23 +133,22 @@ def _fit(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
     Raises: CheckpointError naming the tensors that the base lacks, or has in another shape or a dtype that is no float; a scaling
     that is unknown or too large; or a square weight, if the shape of another shows that the adapter's file does not tell.
     """
-    layers, turned = dict(state.layers), []
+    turned, square = {}, []
     for path, layer in state.layers.items():
         if abs(layer.scaling) > torch.finfo(torch.float32).max:
             raise CheckpointError(f"{path}: the scaling {layer.scaling:g} is too large for float32")
-        entry, other = base.get(_weight(path)), _OTHER_ORIENTATION.get(layer.kind)
-        if entry is None or other is None or entry.shape == layer.weight_shape:
-            continue
-        if entry.shape == layer.weight_shape[::-1]:
-            layers[path] = replace(layer, kind=other)
-            turned.append(path)
-    if turned:
-        for path, layer in layers.items():
-            if layer.kind in _OTHER_ORIENTATION and layer.weight_shape == layer.weight_shape[::-1]:
-                raise CheckpointError(
-                    f"{path}: whether this square weight is stored transposed is unknown, since {turned[0]} is not stored "
-                    "as the adapter's file says; merge in Python (merged_model)"
-                )
+        if layer.kind in _OTHER_ORIENTATION:
+            entry, shape = base.get(_weight(path)), layer.weight_shape
+            if shape == shape[::-1]:
+                square.append(path)
+            elif entry is not None and entry.shape == shape[::-1]:
+                turned[path] = replace(layer, kind=_OTHER_ORIENTATION[layer.kind])
+    if square and turned:
+        raise CheckpointError(
+            f"{square[0]}: whether this square weight is stored transposed is unknown, since {min(turned)} is not stored "
+            "as the adapter's file says; merge in Python (merged_model)"
+        )
+    layers = state.layers | turned
     shapes = {_weight(path): layer.weight_shape for path, layer in layers.items()}
     shapes |= {name: tuple(value.shape) for name, value in state.others.items()}
     problems = []

@@ -30,8 +30,6 @@ from fastlora.model.merge import merge_lora_weights
 FORMATS = ("torch.export", "onnx", "torchscript")
 Save = Callable[[Path], object]
 
-_ONNX_PACKAGES = ("onnx", "onnxscript")
-
 
 def export(
     model: nn.Module,
@@ -102,7 +100,9 @@ def _check_arguments(
     if not isinstance(args, tuple):
         raise ExportError(f"args: expected a tuple of inputs, got {type(args).__name__}")
     if format == "onnx":
-        missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        missing = [
+            name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None
+        ]
         if missing:
             raise ExportError(
                 f"format='onnx' needs {' and '.join(missing)}: pip install 'fastlora[export]'"

@@ -93,9 +93,7 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         raise InjectionError(
             f"peft_model: needs the package peft (pip install peft): {error}"
         ) from error
-    found = [
-        (path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)
-    ]
+    found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     if not found:
         raise InjectionError(
             "peft_model: expected a model with peft's LoRA layers (peft.get_peft_model makes one), "

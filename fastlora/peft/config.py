@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, LoRAConfig, check_hyperparameters
+from fastlora.config import ALL_LINEAR, check_hyperparameters
 from fastlora.errors import CheckpointError
 from fastlora.files import check_regexes, read_json
 from fastlora.layers.base import LoRALayer
@@ -61,40 +61,38 @@ class PeftConfig:
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that PEFT would adapt, by path."""
-        every = isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+        wanted = self.target_modules
+        every = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
         head = output_embeddings(model) if every else None
-        return {
-            path: module
-            for path, module in base_modules(model)
-            if not self._excludes(path)
-            and (kind_of(module) == "linear" and module is not head if every else self._takes(path))
-        }
+        found = {}
+        for path, module in base_modules(model):
+            if every:
+                taken = kind_of(module) == "linear" and module is not head
+            else:
+                taken = _matches(wanted, path) and self._takes_index(path)
+            if taken and not self._excludes(path):
+                found[path] = module
+        return found
 
-    def layer(self, path: str) -> LoRAConfig:
-        """Rank, alpha and the other settings of the layer at `path`."""
-        rank = _by_pattern(self.rank_pattern, path, self.r)
-        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
-        return LoRAConfig(
-            rank=int(rank),
-            alpha=alpha,
-            dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-        )
+    def layer(self, path: str) -> dict[str, Any]:
+        """Rank, alpha and the other settings of the layer at `path`, under the names of `LoRAConfig`."""
+        return {
+            "rank": _by_pattern(self.rank_pattern, path, self.r),
+            "alpha": _by_pattern(self.alpha_pattern, path, self.lora_alpha),
+            "dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
 
     def heads(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that PEFT would train whole: those whose path ends with a name, with or without a dot before it."""
         names = tuple(self.modules_to_save or ())
         return {path: module for path, module in base_modules(model) if path.endswith(names)}
 
-    def _takes(self, path: str) -> bool:
-        return _matches(self.target_modules, path) and self._takes_index(path)
-
     def _excludes(self, path: str) -> bool:
         heads = self.modules_to_save or []
-        return _matches(self.exclude_modules or [], path) or any(
-            re.match(_head_regex(head), path) for head in heads
-        )
+        by_head = any(re.match(_head_regex(head), path) for head in heads)
+        return by_head or _matches(self.exclude_modules or [], path)
 
     def _takes_index(self, path: str) -> bool:
         """Whether the first index in the path (or the first after a pattern) is one of layers_to_transform."""

@@ -71,9 +71,7 @@ def read_folder(folder: Path) -> AdapterState:
     config.check_matching(layers)
     settings: dict[str, dict[str, Any]] = {}
     for path, found in layers.items():
-        chosen, sizes = config.layer(path), found["lora_A"].ndim - 2
-        names = ("rank", "alpha", "dropout", "use_rslora", "use_dora")
-        settings[path] = {name: getattr(chosen, name) for name in names}
+        settings[path], sizes = config.layer(path), found["lora_A"].ndim - 2
         if f"{path}.{_EMBEDDING['lora_A']}" in plain:
             settings[path] |= {"kind": "embedding", "dropout": 0.0}
         elif sizes:

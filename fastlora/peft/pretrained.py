@@ -99,12 +99,23 @@ def from_pretrained(
 
 def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     """alone: whether the model has no other adapters, so that heads and base parameters in the folder become the model's."""
-    _refuse_model(model)
+    if dict(named_lora_layers(model)):
+        raise CheckpointError(
+            "model: already has adapters; load into the plain base model, or give adapter="
+        )
+    inactive = inactive_adapters(model)
+    if inactive:
+        raise CheckpointError(
+            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give adapter="
+        )
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
     config, tensors = read_tensors(folder)
     config.check_matching([path for path, _ in base_modules(model)])
     targets = config.targets(model)
-    plan = {path: config.layer(path) for path in targets}
-    _check_targets(model, config, targets)
+    plan = {path: LoRAConfig(**config.layer(path)) for path in targets}
+    _check_targets(model, config, targets, plan)
     heads = config.heads(model)
     for path in heads:
         adapted = overlap(path, plan)
@@ -132,23 +143,12 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     return LoadResult(list(tensors), [], [])
 
 
-def _refuse_model(model: nn.Module) -> None:
-    """Raises: CheckpointError if the model cannot take a folder."""
-    if dict(named_lora_layers(model)):
-        raise CheckpointError(
-            "model: already has adapters; load into the plain base model, or give adapter="
-        )
-    inactive = inactive_adapters(model)
-    if inactive:
-        raise CheckpointError(
-            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give adapter="
-        )
-    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
-
-
-def _check_targets(model: nn.Module, config: PeftConfig, targets: Mapping[str, Any]) -> None:
+def _check_targets(
+    model: nn.Module,
+    config: PeftConfig,
+    targets: Mapping[str, Any],
+    plan: Mapping[str, LoRAConfig],
+) -> None:
     """Raises: CheckpointError if there are no targets, or one cannot be adapted or computes something else in PEFT."""
     if not targets:
         wanted = config.target_modules
@@ -159,7 +159,7 @@ def _check_targets(model: nn.Module, config: PeftConfig, targets: Mapping[str, A
         )
     refused = []
     for path, module in targets.items():
-        reason = why_unsuitable(module, config.layer(path))
+        reason = why_unsuitable(module, plan[path])
         if reason is None and kind_of(module) == "conv":
             reason = why_peft_differs(module.groups, module.dilation, module.padding_mode)
         refused += [f"{path}: {reason}"] if reason is not None else []
