@@ -32,12 +32,12 @@ def read_adapter(
 
     Raises: CheckpointError if the source is no adapter, is damaged, or holds its own alpha while one is given, or for a bad alpha.
     """
+    if source.name == WEIGHTS_FILE and (source.parent / CONFIG_FILE).is_file():
+        source = source.parent
     if source.is_dir():
         state = read_folder(source)
     elif not source.is_file():
         raise CheckpointError(f"no such file or folder: {source}")
-    elif source.name == WEIGHTS_FILE and (source.parent / CONFIG_FILE).is_file():
-        state = read_folder(source.parent)
     elif source.suffix != ".safetensors":
         raise CheckpointError(
             f"{source}: expected a .safetensors file or a folder in PEFT's format; pickles (.pt, .bin) are not read: "

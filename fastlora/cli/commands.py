@@ -14,13 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastlora.cli.adapter_files import (
-    SCHEMES,
-    convert,
-    difference_norm,
-    read_adapter,
-    update_norm,
-)
+from fastlora.cli.adapter_files import SCHEMES, convert, difference_norm, read_adapter, update_norm
 from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, FastLoRAError
 from fastlora.io.adapter_state import AdapterState, LayerState
@@ -52,11 +46,10 @@ example:
 
 _MERGE = """\
 W + dW goes to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in the adapter
-replace those of the base. Everything else is copied byte by byte. The share of the update that rounding lost is
-printed: in bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
+replace those of the base. Everything else is copied byte by byte. The share of the update that rounding lost is printed: in
+bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
 
 examples:
-  fastlora merge model.safetensors adapter.safetensors merged.safetensors
   fastlora merge model.safetensors.index.json peft_folder merged_folder    (a sharded base: OUT is a folder)
   fastlora merge model.safetensors loralib.safetensors merged.safetensors --alpha 16
 
@@ -65,39 +58,28 @@ A file does not say which weights a model ties together: if an adapted weight is
 
 _CONVERT = """\
 fastlora   one file; kind, rank, alpha and the other settings of each layer are in its metadata
-peft       a folder with adapter_config.json; loads with PeftModel.from_pretrained and fastlora.from_pretrained. PEFT adapts
-           convolutions with groups, dilation or a padding mode in another way: they are refused
-loralib    one file with loralib's keys, for load_state_dict(..., strict=False); no convolutions and no DoRA. It cannot hold
-           alpha, so converting to it is refused unless you give, with --alpha, the lora_alpha that the loralib model will
-           be built with
+peft       a folder with adapter_config.json for PEFT and fastlora.from_pretrained. PEFT adapts convolutions with groups,
+           dilation or a padding mode in another way: they are refused
+loralib    one file for load_state_dict(..., strict=False); no convolutions and no DoRA. It cannot hold alpha, so give, with
+           --alpha, the lora_alpha that the loralib model will be built with
 peft and loralib do not subtract an initial product (PiSSA, OLoRA): it becomes part of A and B, whose rank doubles.
 
 examples:
   fastlora convert peft_folder adapter.safetensors --to fastlora
-  fastlora convert adapter.safetensors peft_folder --to peft
   fastlora convert loralib.safetensors adapter.safetensors --to fastlora --alpha 16
 """
 
 _DIFF = """\
-For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, where dW = scaling * B A, less an initial product that is subtracted. So two files may hold
-other factors, ranks or key schemes and still be the same adapter. DoRA's magnitudes, and heads saved with the adapters,
-are compared as they are.
+For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, with dW as `inspect` shows it. So two files may hold other factors, ranks or
+key schemes and still be the same adapter. DoRA's magnitudes, and heads saved with the adapters, are compared as they are.
 
-examples:
-  fastlora diff adapter.safetensors peft_folder
+example:
   fastlora diff step100.safetensors step200.safetensors --tolerance 0.01
 """
 
 
-_COLUMNS = {
-    "layer": "layer",
-    "kind": "kind",
-    "lora_A": "A",
-    "lora_B": "B",
-    "dtype": "dtype",
-    "r": "r",
-}
-_COLUMNS |= {name: name for name in ("alpha", "scaling", "|BA|", "|dW|")}
+_SETTINGS = ("layer", "kind", "lora_A", "lora_B", "dtype", "r", "alpha")
+_COLUMNS = (*_SETTINGS, "scaling", "|BA|", "|dW|", "variant")
 _VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "init subtracted"}
 
 
@@ -171,11 +153,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         f"{_cell(arguments.adapter)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
         f"{sum(t.numel() for t in tensors):,} parameters, {sum(t.nbytes for t in tensors):,} bytes"
     )
-    cells = [[row[name] for name in _COLUMNS] for row in rows]
-    for row, line in zip(rows, cells, strict=True):
-        line[0] = row["layer"] or "(the whole model)"
-        line.append(", ".join(label for name, label in _VARIANTS.items() if row[name]))
-    _table([*_COLUMNS.values(), "variant"], cells)
+    _table(list(_COLUMNS), [[row[name] for name in _COLUMNS] for row in rows])
     for other in others:
         print("also", "  ".join(map(_cell, other.values())))
     return 0
@@ -184,6 +162,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _row(path: str, layer: LayerState) -> dict[str, Any]:
     settings, norm = layer.settings(), update_norm(layer)
     scaling = None if layer.alpha is None else layer.scaling
+    variants = [label for name, label in _VARIANTS.items() if getattr(layer, name)]
     return {
         "layer": path,
         "lora_A": layer.lora_a.shape,
@@ -195,6 +174,7 @@ def _row(path: str, layer: LayerState) -> dict[str, Any]:
         "scaling": scaling,
         "|BA|": norm,
         "|dW|": None if scaling is None or layer.use_dora else abs(scaling) * norm,
+        "variant": ", ".join(variants),
         **settings,
     }
 
@@ -264,7 +244,9 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> None:
-    cells = [head, *([_cell(value) for value in row] for row in rows)]
+    """Print the rows. The first cell of a row is the path of a layer or the name of a tensor."""
+    named = ([row[0] or "(the whole model)", *row[1:]] for row in rows)
+    cells = [head, *([_cell(value) for value in row] for row in named)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *rest in cells:
         numbers = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))

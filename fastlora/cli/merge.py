@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,12 +21,7 @@ from fastlora.files import move_into_place, read_json
 from fastlora.io.adapter_state import AdapterState
 
 _INDEX_SUFFIX = ".index.json"
-_FLOATS = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _OTHER_ORIENTATION = {"linear": "transposed", "transposed": "linear"}
 
 
@@ -71,9 +66,7 @@ def merge_files(
         {name: target / name for name in (*names, base.name)} if sharded else {base.name: target}
     )
     refuse_existing(places.values(), force)
-    entries: dict[str, _Entry] = {}
-    for name in names:
-        entries |= _header(base.parent / name)
+    entries = {k: entry for name in names for k, entry in _header(base.parent / name).items()}
     state = _fit(adapter, entries)
     merged = []
     folder = target if target.is_dir() else target.parent
@@ -180,13 +173,10 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
             opened.seek(entry.begin)
             data = bytearray(opened.read(entry.end - entry.begin))
             weight, lost = layer.merge(torch.frombuffer(data, dtype=dtype).view(entry.shape))
-            opened.seek(entry.begin)
-            opened.write(_bytes(weight))
+            _write(opened, entry, weight)
             merged.append(MergedLayer(path, dtype, lost))
-        for name, value in state.others.items():
-            if name in header:
-                opened.seek(header[name].begin)
-                opened.write(_bytes(value.to(_FLOATS[header[name].dtype])))
+        for name in state.others.keys() & header.keys():
+            _write(opened, header[name], state.others[name])
     return merged
 
 
@@ -195,5 +185,8 @@ def _weight(path: str) -> str:
     return f"{path}.weight".lstrip(".")
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _write(file: BinaryIO, entry: _Entry, tensor: Tensor) -> None:
+    """Overwrite the bytes of `entry`."""
+    flat = tensor.to(_FLOATS[entry.dtype]).contiguous().reshape(-1)
+    file.seek(entry.begin)
+    file.write(flat.view(torch.uint8).numpy().tobytes())

@@ -59,22 +59,28 @@ def load_lora_state_dict(
     wanted = list(adapters)
     if any(key in others for key in state):
         wanted += [name for name, p in others.items() if p.requires_grad]
-    loadable, missing, unexpected, problems = compare(state, wanted, known)
-    if not strict:
-        _refuse_incomplete(own, set(loadable))
-    settle("state", problems, loadable, strict)
+    result, problems = compare(state, wanted, known)
+    for path, layer in own.layers.items():
+        keys = AdapterState({path: layer}, {}).tensors().keys()
+        # With DoRA or an initial product that is subtracted, a part is not usable without the rest.
+        if not strict and len(keys) > 2 and 0 < len(keys & set(result.loaded)) < len(keys):
+            where = path or "the layer"
+            raise CheckpointError(
+                f"state: only a part of the adapter of {where} fits, which is not usable without the rest"
+            )
+    settle("state", problems, result.loaded, strict)
     with torch.no_grad():
-        for key in loadable:
+        for key in result.loaded:
             known[key].copy_(state[key])
-    return LoadResult(loadable, missing, unexpected)
+    return result
 
 
 def compare(
-    state: Mapping[str, Any], wanted: list[str], known: Mapping[str, Tensor]
-) -> tuple[list[str], list[str], list[str], list[str]]:
-    """(loadable, missing, unexpected, problems): what fits, and a line with the nearest candidate for each key that does not.
+    state: Mapping[str, Any], wanted: list[str], known: Mapping[str, Tensor | torch.Size]
+) -> tuple[LoadResult, list[str]]:
+    """What of `state` fits `known`, and a line with the nearest candidate for each key that does not.
 
-    wanted: the keys that must be there. known: every key that may be there, with a tensor of its shape.
+    wanted: the keys that must be there. known: every key that may be there, with its tensor, or the shape of a real one.
     """
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in known]
@@ -84,15 +90,16 @@ def compare(
     for key, value in state.items():
         if key not in known:
             continue
-        own, shape = known[key], tuple(known[key].shape)
+        own = known[key]
+        shape = tuple(own.shape if isinstance(own, Tensor) else own)
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if got != shape:
             problems.append(f"{key}: expected shape {shape}, got {got}")
-        elif value.is_complex() and not own.is_complex():
+        elif value.is_complex() and not (isinstance(own, Tensor) and own.is_complex()):
             problems.append(f"{key}: expected real numbers, got {value.dtype}")
         else:
             loadable.append(key)
-    return loadable, missing, unexpected, problems
+    return LoadResult(loadable, missing, unexpected), problems
 
 
 def settle(what: str, problems: list[str], loadable: list[str], strict: bool) -> None:
@@ -107,16 +114,6 @@ def settle(what: str, problems: list[str], loadable: list[str], strict: bool) ->
     if problems:
         text = f"{what}: loaded {len(loadable)} tensors; problems:{lines}"
         warnings.warn(text, FastLoRAWarning, stacklevel=3)
-
-
-def _refuse_incomplete(own: AdapterState, loadable: set[str]) -> None:
-    """Raises: CheckpointError if a layer with DoRA or an initial product that is subtracted would be loaded in part."""
-    for path, layer in own.layers.items():
-        keys = AdapterState({path: layer}, {}).tensors().keys()
-        if len(keys) > 2 and keys & loadable and not keys <= loadable:
-            raise CheckpointError(
-                f"state: only a part of the adapter of {path or 'the layer'} fits, which is not usable without the rest"
-            )
 
 
 def save_adapter(

@@ -23,8 +23,8 @@ TENSORS = ("lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B")
 _MATRICES = ("linear", "transposed")
 _KINDS = (*_MATRICES, "conv", "embedding")
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-# The fields that a file stores; the last two are a convolution's.
-_SETTINGS = ("kind", "alpha", "use_rslora", "dropout", "dilation", "padding_mode")
+_SETTINGS = ("kind", "alpha", "use_rslora", "dropout")
+_CONV_SETTINGS = (*_SETTINGS, "dilation", "padding_mode")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -52,7 +52,7 @@ class LayerState:
     def of_layer(cls, layer: LoRALayer) -> LayerState:
         """The state of an adapted layer; tensors are detached and share storage."""
         tensors = {name: tensor.detach() for name, tensor in layer.lora_state().items()}
-        names = _SETTINGS if isinstance(layer, LoRAConv) else _SETTINGS[:4]
+        names = _CONV_SETTINGS if isinstance(layer, LoRAConv) else _SETTINGS
         return cls(tensors=tensors, **{name: getattr(layer, name) for name in names})
 
     @classmethod
@@ -66,7 +66,8 @@ class LayerState:
         Raises: CheckpointError or ConfigError if shapes, dtypes or settings do not fit together.
         """
         given = {"kind": "linear" if tensors["lora_A"].ndim == 2 else "conv"} | dict(settings or {})
-        state = cls(tensors=tensors, **{name: given[name] for name in _SETTINGS if name in given})
+        stored = {name: given[name] for name in _CONV_SETTINGS if name in given}
+        state = cls(tensors=tensors, **stored)
         state._check_tensors()
         if settings is not None:
             state._check_settings(given)
@@ -117,11 +118,8 @@ class LayerState:
 
     def settings(self) -> dict[str, Any]:
         """What a file must hold beside the tensors, as JSON values."""
-        found = {"rank": self.rank, "use_dora": self.use_dora}
-        return found | {
-            name: getattr(self, name)
-            for name in (_SETTINGS if self.dilation is not None else _SETTINGS[:4])
-        }
+        names = _SETTINGS if self.dilation is None else _CONV_SETTINGS
+        return {name: getattr(self, name) for name in ("rank", "use_dora", *names)}
 
     def folded(self) -> LayerState:
         """The same update as one product: initial_A and initial_B become part of the factors, with rank 2R and the same scaling."""

@@ -118,12 +118,11 @@ def _dynamic_batch(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Shape specifications by the forward's argument names, in which the first dimension of every tensor is dynamic."""
-    by_place = [_first_dimension(value, f"args[{i}]") for i, value in enumerate(args)]
-    by_name = {key: _first_dimension(value, f"kwargs[{key!r}]") for key, value in kwargs.items()}
     try:
-        return dict(inspect.signature(model.forward).bind(*by_place, **by_name).arguments)
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise ExportError(f"args, kwargs: do not fit the model's forward: {error}") from None
+    return {name: _first_dimension(value, name) for name, value in bound.arguments.items()}
 
 
 class _Plain(LoRALinear):

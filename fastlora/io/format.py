@@ -114,9 +114,9 @@ def group_tensors(
     if not layers:
         raise CheckpointError(f"{file}: holds no lora_A and lora_B, so it is no adapter")
     for path, found in layers.items():
-        missing = [name for name in ("lora_A", "lora_B") if name not in found]
-        if missing:
-            raise CheckpointError(f"{file}: {path} has {', '.join(found)} without {missing[0]}")
+        for name in ("lora_A", "lora_B"):
+            if name not in found:
+                raise CheckpointError(f"{file}: {path} has {', '.join(found)} without {name}")
     return {path: layers[path] for path in sorted(layers, key=_natural)}, others
 
 

@@ -33,10 +33,8 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         fast = sum(layer.fast for layer in self.layers)
-        head = (
-            f"{fast} of {len(self.layers)} LoRA layers take the fused path ({self.changed} changed)"
-        )
-        return "\n  ".join([head, *map(str, self.layers)])
+        head = f"{fast} of {len(self.layers)} LoRA layers take the fused path"
+        return "\n  ".join([f"{head} ({self.changed} changed)", *map(str, self.layers)])
 
 
 def accelerate(peft_model: nn.Module) -> AccelerationReport:

@@ -37,6 +37,10 @@ _IGNORED = frozenset(
         "task_type",
     ]
 )
+# PEFT's regexes around a key of a pattern, a name in modules_to_save, and an entry of layers_pattern.
+_KEY = r"(.*\.)?({})$"
+_HEAD = r"(^|.*\.){}($|\..*)"
+_INDEX = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
 _ANY_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that keep W
 
@@ -91,7 +95,7 @@ class PeftConfig:
 
     def _excludes(self, path: str) -> bool:
         heads = self.modules_to_save or []
-        by_head = any(re.match(_head_regex(head), path) for head in heads)
+        by_head = any(re.match(_HEAD.format(head), path) for head in heads)
         return by_head or _matches(self.exclude_modules or [], path)
 
     def _takes_index(self, path: str) -> bool:
@@ -100,8 +104,7 @@ class PeftConfig:
         if indices is None or indices == []:
             return True
         wanted = [indices] if isinstance(indices, int) else indices
-        regexes = map(_index_regex, self._layer_patterns()) if self.layers_pattern else [_ANY_INDEX]
-        for regex in regexes:
+        for regex in [_INDEX.format(p) for p in self._layer_patterns()] or [_ANY_INDEX]:
             match = re.match(regex, path)
             if match:
                 return int(match["index"]) in wanted
@@ -116,9 +119,9 @@ class PeftConfig:
         for value in (self.target_modules, self.exclude_modules):
             if isinstance(value, str):
                 yield value, value
-        yield from ((key, _key_regex(key)) for key in (*self.rank_pattern, *self.alpha_pattern))
-        yield from ((head, _head_regex(head)) for head in self.modules_to_save or ())
-        yield from ((pattern, _index_regex(pattern)) for pattern in self._layer_patterns())
+        yield from ((key, _KEY.format(key)) for key in (*self.rank_pattern, *self.alpha_pattern))
+        yield from ((head, _HEAD.format(head)) for head in self.modules_to_save or ())
+        yield from ((pattern, _INDEX.format(pattern)) for pattern in self._layer_patterns())
 
     def check_values(self) -> None:
         """Raises: ValueError for a value that PEFT or `LoRAConfig` does not take, or a regex that is none."""
@@ -165,10 +168,8 @@ def as_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
 
 def overlap(path: str, adapted: Iterable[str]) -> str | None:
     """The first adapted layer that is, holds, or is held by the module at `path`."""
-    for other in adapted:
-        if f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}."):
-            return other
-    return None
+    inside = f"{path}."
+    return next((o for o in adapted if inside.startswith(f"{o}.") or o.startswith(inside)), None)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -190,25 +191,11 @@ def _matches(names: str | list[str], path: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    return next((v for key, v in patterns.items() if re.match(_key_regex(key), path)), default)
-
-
-def _key_regex(key: str) -> str:
-    return rf"(.*\.)?({key})$"
-
-
-def _head_regex(head: str) -> str:
-    return rf"(^|.*\.){head}($|\..*)"
-
-
-def _index_regex(pattern: str) -> str:
-    return rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+    return next((v for key, v in patterns.items() if re.match(_KEY.format(key), path)), default)
 
 
 def read_config(file: Path) -> PeftConfig:
     """Raises: CheckpointError with one line that names the file and the field."""
-    if not file.is_file():
-        raise CheckpointError(f"folder: no such file: {file}")
     try:
         raw = read_json(file)
     except (OSError, ValueError) as error:

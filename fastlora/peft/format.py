@@ -37,17 +37,15 @@ from fastlora.peft.config import (
     read_config,
 )
 
-# fastlora's names of an adapter's tensors -> PEFT's.
+# kind of layer -> fastlora's names of its tensors -> PEFT's.
 _EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-_OTHER_KINDS = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_magnitude": "lora_magnitude_vector",
-}
+_LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+_LINEAR["lora_magnitude"] = "lora_magnitude_vector"
+PEFT_NAMES = dict.fromkeys(("linear", "transposed", "conv"), _LINEAR) | {"embedding": _EMBEDDING}
 _ADVICE = (
     "; freeze the parameter (freeze_base_params, bias='none') or save with include_trainable=False"
 )
-_TO_FASTLORA = {peft: own for names in (_EMBEDDING, _OTHER_KINDS) for own, peft in names.items()}
+_TO_FASTLORA = {peft: own for names in (_EMBEDDING, _LINEAR) for own, peft in names.items()}
 
 
 def read_folder(folder: Path) -> AdapterState:
@@ -81,7 +79,7 @@ def read_folder(folder: Path) -> AdapterState:
     states = layer_states(file, layers, settings)
     convolutions = {path: layer for path, layer in states.items() if layer.kind == "conv"}
     for path, layer in convolutions.items():
-        reason = why_peft_differs(layer.groups)
+        reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
         if reason is not None:
             raise CheckpointError(f"{folder}: {path}: {reason}")
     unsure = [path for path, layer in convolutions.items() if layer.lora_a[0, 0].numel() > 1]
@@ -134,16 +132,10 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
             "the adapted layer is the whole model; PEFT's format needs it to have a name"
         )
     for path, layer in layers.items():
-        if layer.kind != "conv":
-            continue
-        if layer.dilation is None or layer.padding_mode is None:
-            raise CheckpointError(
-                f"{path}: the file does not hold the convolution's dilation and padding mode, with some of which PEFT "
-                "computes something else; load it with load_adapter and save it again"
-            )
-        reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
-        if reason is not None:
-            raise CheckpointError(f"{path}: {reason}")
+        if layer.kind == "conv":
+            reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
+            if reason is not None:
+                raise CheckpointError(f"{path}: {reason}")
     use_dora = {layer.use_dora for layer in layers.values()}
     if len(use_dora) > 1:
         raise CheckpointError(
@@ -190,7 +182,7 @@ def write_folder(
     Raises: CheckpointError if the folder or a file cannot be written; neither file has changed then.
     """
     tensors = {
-        f"{PEFT_PREFIX}{path}.{peft_names(layer.kind)[name]}": tensor
+        f"{PEFT_PREFIX}{path}.{PEFT_NAMES[layer.kind][name]}": tensor
         for path, layer in state.layers.items()
         for name, tensor in layer.tensors.items()
     } | {PEFT_PREFIX + name: tensor for name, tensor in state.others.items()}
@@ -208,17 +200,17 @@ def write_folder(
 
 
 def why_peft_differs(
-    groups: int, dilation: Sequence[int] = (), padding_mode: str = "zeros"
+    groups: int, dilation: Sequence[int] | None, padding_mode: str | None
 ) -> str | None:
-    """Why PEFT computes something else with the adapter of such a convolution, or None if it does not."""
+    """Why PEFT computes something else with the adapter of such a convolution, or None if it does not. None: not known."""
+    if dilation is None or padding_mode is None:
+        return (
+            "the file does not hold the convolution's dilation and padding mode, with some of which PEFT computes "
+            "something else; load it with load_adapter and save it again"
+        )
     differing = [f"groups={groups}"] if groups != 1 else []
     differing += [f"dilation={tuple(dilation)}"] if any(d != 1 for d in dilation) else []
     differing += [f"padding_mode={padding_mode}"] if padding_mode != "zeros" else []
     if not differing:
         return None
     return f"PEFT's adapter of a convolution with {', '.join(differing)} is no update of its weight"
-
-
-def peft_names(kind: str) -> dict[str, str]:
-    """fastlora's names of an adapter's tensors -> PEFT's, for a layer of this kind."""
-    return _EMBEDDING if kind == "embedding" else _OTHER_KINDS

@@ -27,9 +27,9 @@ from fastlora.model.inject import freeze_base_params, inject_lora
 from fastlora.model.selection import nearest_names
 from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
 from fastlora.peft.format import (
+    PEFT_NAMES,
     heads_of,
     peft_config,
-    peft_names,
     read_tensors,
     why_peft_differs,
     write_folder,
@@ -144,10 +144,7 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
 
 
 def _check_targets(
-    model: nn.Module,
-    config: PeftConfig,
-    targets: Mapping[str, Any],
-    plan: Mapping[str, LoRAConfig],
+    model: nn.Module, config: PeftConfig, targets: Mapping[str, Any], plan: Mapping[str, LoRAConfig]
 ) -> None:
     """Raises: CheckpointError if there are no targets, or one cannot be adapted or computes something else in PEFT."""
     if not targets:
@@ -178,7 +175,8 @@ def _check_keys(
 
     Raises: CheckpointError if a tensor is missing, unexpected or wrongly shaped.
     """
-    known, keys = {}, {}
+    known: dict[str, Tensor | torch.Size] = {}
+    keys = {}
     for path, chosen in plan.items():
         module = model.get_submodule(path)
         kind = layer_class(module)
@@ -187,8 +185,8 @@ def _check_keys(
         if chosen.use_dora:
             shapes["lora_magnitude"] = shape_b[:1]
         for name, shape in shapes.items():
-            key = f"{PEFT_PREFIX}{path}.{peft_names(kind.kind)[name]}"
-            known[key], keys[key] = torch.empty(shape, device="meta"), f"{path}.{name}"
+            key = f"{PEFT_PREFIX}{path}.{PEFT_NAMES[kind.kind][name]}"
+            known[key], keys[key] = torch.Size(shape), f"{path}.{name}"
     required = list(known)
     for path, head in heads.items():
         required += [f"{PEFT_PREFIX}{path}.{name}" for name in head.state_dict()]
@@ -196,8 +194,8 @@ def _check_keys(
     for name, value in model.state_dict().items():
         if not name.startswith(adapted):
             known[PEFT_PREFIX + name] = value
-    loadable, _, _, problems = compare(tensors, required, known)
-    settle(WEIGHTS_FILE, problems, loadable, strict=True)
+    result, problems = compare(tensors, required, known)
+    settle(WEIGHTS_FILE, problems, result.loaded, strict=True)
     return keys
 
 
