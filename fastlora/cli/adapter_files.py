@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastlora.config import check_hyperparameters
 from fastlora.errors import CheckpointError
 from fastlora.files import write_files
 from fastlora.io.adapter_state import AdapterState, LayerState
 from fastlora.io.format import fastlora_bytes, read_adapter_file, safetensors_bytes
-from fastlora.peft.config import CONFIG_FILE, WEIGHTS_FILE, overlap
-from fastlora.peft.format import folder_files, peft_config, read_folder
+from fastlora.peft.config import CONFIG_FILE, WEIGHTS_FILE
+from fastlora.peft.format import heads_of, peft_config, read_folder, write_folder
 
 SCHEMES = ("fastlora", "peft", "loralib")
 
@@ -32,30 +30,24 @@ def read_adapter(
 
     alpha: for a file that does not hold it. prefer_own: ignore `alpha` for one that does.
 
-    Raises: CheckpointError if the source is no adapter, is damaged, or holds its own alpha while one is given; ConfigError for
-    a value that cannot work.
+    Raises: CheckpointError if the source is no adapter, is damaged, or holds its own alpha while one is given, or for a bad alpha.
     """
+    if source.name == WEIGHTS_FILE and (source.parent / CONFIG_FILE).is_file():
+        source = source.parent
     if source.is_dir():
         state = read_folder(source)
     elif not source.is_file():
         raise CheckpointError(f"no such file or folder: {source}")
-    elif source.name == WEIGHTS_FILE and (source.parent / CONFIG_FILE).is_file():
-        state = read_folder(source.parent)
     elif source.suffix != ".safetensors":
         raise CheckpointError(
             f"{source}: expected a .safetensors file or a folder in PEFT's format; pickles (.pt, .bin) are not read: "
             "use fastlora.load_adapter and save_adapter in Python"
         )
     else:
-        state = read_adapter_file(source)
-    if alpha is None or (prefer_own and state.scheme != "loralib"):
-        return state
-    if state.scheme != "loralib":
+        state = read_adapter_file(source, alpha)
+    if alpha is not None and state.scheme != "loralib" and not prefer_own:
         raise CheckpointError(f"--alpha: {source} holds its own alpha")
-    for layer in state.layers.values():
-        check_hyperparameters(layer.rank, alpha, layer.dropout)
-    given = {path: replace(layer, alpha=alpha) for path, layer in state.layers.items()}
-    return replace(state, layers=given)
+    return state
 
 
 def convert(
@@ -75,25 +67,21 @@ def convert(
     for layer in state.layers.values():
         _ = layer.scaling  # raises where alpha is unknown
     if scheme == "peft":
-        files = _peft_files(state.folded(), target)
-    elif target.is_dir():
+        folded = state.folded()
+        config = peft_config(folded, heads_of(state.others, state.layers))
+        refuse_existing([target / WEIGHTS_FILE, target / CONFIG_FILE], force)
+        write_folder(target, folded, config)
+        return
+    if target.is_dir():
         raise CheckpointError(f"{target}: is a folder; expected the name of a file to write")
-    elif scheme == "loralib":
-        files = {target: _loralib_bytes(state.folded(), alpha)}
-    else:
-        files = {target: fastlora_bytes(state)}
-    refuse_existing(files, force)
-    if scheme == "peft":
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot make the folder {target}: {error}") from error
-    write_files(files)
+    data = _loralib_bytes(state.folded(), alpha) if scheme == "loralib" else fastlora_bytes(state)
+    refuse_existing([target], force)
+    write_files({target: data})
 
 
 def update_norm(layer: LayerState) -> float:
     """‖B A − B₀ A₀‖, the Frobenius norm, in float64 without forming the product."""
-    return _product_norm(*_by_groups(layer.folded()))
+    return _product_norm(*_by_groups(layer))
 
 
 def difference_norm(one: LayerState, other: LayerState) -> float:
@@ -101,12 +89,8 @@ def difference_norm(one: LayerState, other: LayerState) -> float:
 
     Raises: CheckpointError if the layers' sizes differ or an alpha is unknown.
     """
-    one, other = one.folded(), other.folded()
     (b1, a1), (b2, a2) = _by_groups(one), _by_groups(other)
-    sizes = [
-        (layer.lora_a.shape[1:], layer.lora_b.shape[0], layer.groups) for layer in (one, other)
-    ]
-    if sizes[0] != sizes[1]:
+    if b1.shape[:2] != b2.shape[:2] or one.lora_a.shape[1:] != other.lora_a.shape[1:]:
         raise CheckpointError("the layers have different sizes")
     return _product_norm(
         torch.cat([one.scaling * b1, -other.scaling * b2], 2), torch.cat([a1, a2], 1)
@@ -114,7 +98,8 @@ def difference_norm(one: LayerState, other: LayerState) -> float:
 
 
 def _by_groups(layer: LayerState) -> tuple[Tensor, Tensor]:
-    """B as (groups, N / groups, R / groups) and A as (groups, R / groups, K), in float64."""
+    """The folded B as (groups, N / groups, R / groups) and A as (groups, R / groups, K), in float64."""
+    layer = layer.folded()
     a, b = layer.lora_a.double().flatten(1), layer.lora_b.double().flatten(1)
     return b.reshape(layer.groups, -1, b.shape[1]), a.reshape(layer.groups, -1, a.shape[1])
 
@@ -123,24 +108,6 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
     """‖left @ right‖ over all groups, through the triangles of QR: small differences of large updates keep their digits."""
     r1, r2 = torch.linalg.qr(left, "r").R, torch.linalg.qr(right.mT, "r").R
     return float(torch.linalg.vector_norm(r1 @ r2.mT))
-
-
-def _peft_files(state: AdapterState, folder: Path) -> dict[Path, bytes]:
-    if "" in state.layers:
-        raise CheckpointError(
-            "the adapted layer is the whole model; PEFT's format needs it to have a name"
-        )
-    heads = {name: name.rpartition(".")[0] for name in state.others}
-    for name, head in heads.items():
-        adapted = overlap(head, state.layers) if head else None
-        if not head or adapted:
-            owner = f"the adapted {adapted}" if adapted else "the model itself"
-            raise CheckpointError(
-                f"{name} belongs to {owner}, for which PEFT's format has no place"
-            )
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file; PEFT's format is a folder")
-    return folder_files(folder, state, peft_config(state, sorted(set(heads.values()))))
 
 
 def _loralib_bytes(state: AdapterState, alpha: float | None) -> bytes:

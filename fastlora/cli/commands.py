@@ -11,15 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
-from fastlora.cli.adapter_files import (
-    SCHEMES,
-    convert,
-    difference_norm,
-    read_adapter,
-    update_norm,
-)
+from fastlora.cli.adapter_files import SCHEMES, convert, difference_norm, read_adapter, update_norm
 from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, FastLoRAError
 from fastlora.io.adapter_state import AdapterState, LayerState
@@ -42,21 +37,19 @@ exit code: 0; for diff 1 if the adapters differ; 2 if something is wrong with th
 _INSPECT = """\
 For each adapted layer: kind, the shapes of A and B, dtype, rank r, alpha, the applied scaling, and the size of the update as
 Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained. The initial product that PiSSA
-and OLoRA subtract is subtracted in them; with DoRA |dW| depends on the base. "linear?" and "transposed?" are guesses: the file does not
-say how the weight is stored.
+and OLoRA subtract is subtracted in them; with DoRA |dW| depends on the base. Files of loralib's, and PEFT's where layers differ, do not
+say whether a weight is stored transposed: the kind is a guess then, which merge checks against the shapes of the base.
 
-examples:
-  fastlora inspect adapter.safetensors
+example:
   fastlora inspect peft_folder --json
 """
 
 _MERGE = """\
 W + dW goes to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in the adapter
-replace those of the base. Everything else is copied byte by byte. The share of the update that rounding lost is
-printed: in bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
+replace those of the base. Everything else is copied byte by byte. The share of the update that rounding lost is printed: in
+bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
 
 examples:
-  fastlora merge model.safetensors adapter.safetensors merged.safetensors
   fastlora merge model.safetensors.index.json peft_folder merged_folder    (a sharded base: OUT is a folder)
   fastlora merge model.safetensors loralib.safetensors merged.safetensors --alpha 16
 
@@ -65,28 +58,29 @@ A file does not say which weights a model ties together: if an adapted weight is
 
 _CONVERT = """\
 fastlora   one file; kind, rank, alpha and the other settings of each layer are in its metadata
-peft       a folder with adapter_config.json; loads with PeftModel.from_pretrained and fastlora.from_pretrained. PEFT adapts
-           convolutions with groups, dilation or a padding mode in another way: they are refused
-loralib    one file with loralib's keys, for load_state_dict(..., strict=False); no convolutions and no DoRA. It cannot hold
-           alpha, so converting to it is refused unless you give, with --alpha, the lora_alpha that the loralib model will
-           be built with
+peft       a folder with adapter_config.json for PEFT and fastlora.from_pretrained. PEFT adapts convolutions with groups,
+           dilation or a padding mode in another way: they are refused
+loralib    one file for load_state_dict(..., strict=False); no convolutions and no DoRA. It cannot hold alpha, so give, with
+           --alpha, the lora_alpha that the loralib model will be built with
 peft and loralib do not subtract an initial product (PiSSA, OLoRA): it becomes part of A and B, whose rank doubles.
 
 examples:
   fastlora convert peft_folder adapter.safetensors --to fastlora
-  fastlora convert adapter.safetensors peft_folder --to peft
   fastlora convert loralib.safetensors adapter.safetensors --to fastlora --alpha 16
 """
 
 _DIFF = """\
-For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, where dW = scaling * B A, less an initial product that is subtracted. So two files may hold
-other factors, ranks or key schemes and still be the same adapter. DoRA's magnitudes, and heads saved with the adapters,
-are compared as they are.
+For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, with dW as `inspect` shows it. So two files may hold other factors, ranks or
+key schemes and still be the same adapter. DoRA's magnitudes, and heads saved with the adapters, are compared as they are.
 
-examples:
-  fastlora diff adapter.safetensors peft_folder
+example:
   fastlora diff step100.safetensors step200.safetensors --tolerance 0.01
 """
+
+
+_SETTINGS = ("layer", "kind", "lora_A", "lora_B", "dtype", "r", "alpha")
+_COLUMNS = (*_SETTINGS, "scaling", "|BA|", "|dW|", "variant")
+_VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "init subtracted"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,10 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code: int = arguments.run(arguments)
         except (FastLoRAError, OSError) as error:
-            print(f"fastlora: error: {_printable(error)}", file=sys.stderr)
+            print(f"fastlora: error: {_cell(error)}", file=sys.stderr)
             code = 2
     for note in notes:
-        print(f"fastlora: note: {_printable(note.message)}", file=sys.stderr)
+        print(f"fastlora: note: {_cell(note.message)}", file=sys.stderr)
     return code
 
 
@@ -118,28 +112,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("fastlora", description=__doc__, epilog=_EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, help: str, description: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name, help=help, description=f"{help}.\n\n{description}", formatter_class=raw
-        )
+    def command(name: str, run: Any, help: str, text: str, *paths: str) -> argparse.ArgumentParser:
+        description = f"{help}.\n\n{text}"
+        made = commands.add_parser(name, help=help, description=description, formatter_class=raw)
         made.set_defaults(run=run)
+        for path in paths:
+            made.add_argument(path.lower(), type=Path, metavar=path)
         return made
 
-    inspect = command("inspect", _inspect, "Show what an adapter holds", _INSPECT)
-    inspect.add_argument("adapter", type=Path, metavar="ADAPTER")
+    inspect = command("inspect", _inspect, "Show what an adapter holds", _INSPECT, "ADAPTER")
     inspect.add_argument("--json", action="store_true", help="the same as JSON, for programs")
-    merge = command("merge", _merge, "Merge an adapter into a file of base weights", _MERGE)
-    base_help = ".safetensors, or .index.json of a sharded base"
-    merge.add_argument("base", type=Path, metavar="BASE", help=base_help)
-    merge.add_argument("adapter", type=Path, metavar="ADAPTER")
-    merge.add_argument("out", type=Path, metavar="OUT")
-    converted = command("convert", _convert, "Write an adapter in another scheme", _CONVERT)
-    converted.add_argument("source", type=Path, metavar="SRC")
-    converted.add_argument("target", type=Path, metavar="DST")
+    about = "Merge an adapter into a file of base weights"
+    merge = command("merge", _merge, about, _MERGE, "BASE", "ADAPTER", "OUT")
+    about = "Write an adapter in another scheme"
+    converted = command("convert", _convert, about, _CONVERT, "SRC", "DST")
     converted.add_argument("--to", required=True, choices=SCHEMES)
-    diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF)
-    diff.add_argument("a", type=Path, metavar="A")
-    diff.add_argument("b", type=Path, metavar="B")
+    diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF, "A", "B")
     tolerance_help = "relative difference up to which a layer counts as equal (default %(default)g)"
     diff.add_argument("--tolerance", type=float, default=1e-6, help=tolerance_help)
     alpha_help = "alpha of a loralib file, which does not hold its own"
@@ -154,59 +142,40 @@ def _inspect(arguments: argparse.Namespace) -> int:
     adapter = read_adapter(arguments.adapter)
     rows = [_row(path, layer) for path, layer in adapter.layers.items()]
     others: list[dict[str, Any]] = [
-        {"tensor": name, "shape": list(value.shape), "dtype": _dtype(value.dtype)}
+        {"tensor": name, "shape": value.shape, "dtype": _cell(value.dtype)}
         for name, value in adapter.others.items()
     ]
     if arguments.json:
         print(json.dumps({"scheme": adapter.scheme, "layers": rows, "others": others}, indent=1))
         return 0
     tensors = adapter.tensors().values()
-    count = sum(t.numel() for t in tensors)
-    size = sum(t.numel() * t.element_size() for t in tensors)
     print(
-        f"{_printable(arguments.adapter)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
-        f"{count:,} parameters, {size:,} bytes"
+        f"{_cell(arguments.adapter)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
+        f"{sum(t.numel() for t in tensors):,} parameters, {sum(t.nbytes for t in tensors):,} bytes"
     )
-    _table(
-        ["layer", "kind", "A", "B", "dtype", "r", "alpha", "scaling", "|BA|", "|dW|", "variant"],
-        [
-            [
-                row["layer"] or "(the whole model)",
-                row["kind"] + ("" if row["kind_known"] else "?"),
-                _shape(row["lora_A"]),
-                _shape(row["lora_B"]),
-                row["dtype"],
-                str(row["r"]),
-                *(_number(row[name]) for name in ("alpha", "scaling", "|BA|", "|dW|")),
-                ", ".join(label for name, label in _VARIANTS.items() if row[name]),
-            ]
-            for row in rows
-        ],
-    )
+    _table(list(_COLUMNS), [[row[name] for name in _COLUMNS] for row in rows])
     for other in others:
-        print(f"also {_printable(other['tensor'])}  {_shape(other['shape'])}  {other['dtype']}")
+        print("also", "  ".join(map(_cell, other.values())))
     return 0
-
-
-_VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "subtracts_init": "init subtracted"}
 
 
 def _row(path: str, layer: LayerState) -> dict[str, Any]:
     settings, norm = layer.settings(), update_norm(layer)
     scaling = None if layer.alpha is None else layer.scaling
+    variants = [label for name, label in _VARIANTS.items() if getattr(layer, name)]
     return {
         "layer": path,
-        "lora_A": list(layer.lora_a.shape),
-        "lora_B": list(layer.lora_b.shape),
-        "dtype": _dtype(layer.lora_a.dtype),
+        "lora_A": layer.lora_a.shape,
+        "lora_B": layer.lora_b.shape,
+        "dtype": _cell(layer.lora_a.dtype),
         "r": settings.pop("rank"),
         "groups": layer.groups,
         "subtracts_init": layer.subtracts_init,
         "scaling": scaling,
         "|BA|": norm,
         "|dW|": None if scaling is None or layer.use_dora else abs(scaling) * norm,
+        "variant": ", ".join(variants),
         **settings,
-        "kind_known": layer.kind_known,
     }
 
 
@@ -215,9 +184,9 @@ def _merge(arguments: argparse.Namespace) -> int:
     merged = merge_files(arguments.base, adapter, arguments.out, force=arguments.force)
     worst = max(merged, key=lambda layer: layer.lost)
     print(
-        f"{_printable(arguments.out)}: merged {len(merged)} layers, replaced {len(adapter.others)} other tensors; "
-        f"rounding to {_dtype(worst.dtype)} lost at most {100 * worst.lost:.2g}% of an update "
-        f"({_printable(worst.path)})"
+        f"{_cell(arguments.out)}: merged {len(merged)} layers, replaced {len(adapter.others)} other tensors; "
+        f"rounding to {_cell(worst.dtype)} lost at most {100 * worst.lost:.2g}% of an update "
+        f"({_cell(worst.path)})"
     )
     return 0
 
@@ -225,41 +194,34 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     # For loralib's scheme --alpha confirms the alpha that the file loses; otherwise it gives the one that the source lacks.
     confirms = arguments.to == "loralib"
-    adapter = read_adapter(arguments.source, arguments.alpha, prefer_own=confirms)
-    convert(adapter, arguments.target, arguments.to, force=arguments.force, alpha=arguments.alpha)
-    print(f"{_printable(arguments.target)}: {len(adapter.layers)} layers, {arguments.to}")
+    adapter = read_adapter(arguments.src, arguments.alpha, prefer_own=confirms)
+    convert(adapter, arguments.dst, arguments.to, force=arguments.force, alpha=arguments.alpha)
+    print(f"{_cell(arguments.dst)}: {len(adapter.layers)} layers, {arguments.to}")
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     a = read_adapter(arguments.a, arguments.alpha, prefer_own=True)
     b = read_adapter(arguments.b, arguments.alpha, prefer_own=True)
+    comparisons: list[tuple[dict[str, Any], dict[str, Any], Any, Any]] = [
+        (a.layers, b.layers, lambda x: abs(x.scaling) * update_norm(x), difference_norm),
+        (_plain_tensors(a), _plain_tensors(b), _norm, _distance),
+    ]
     rows, equal = [], True
-
-    def compare(name: str, left: Any, right: Any, norm: Any, distance: Any) -> None:
-        """Add the row of one layer or tensor of A and of B; one that is missing is None."""
-        nonlocal equal
-        norms = [norm(value) for value in (left, right) if value is not None]
-        row = [name, *map(_number, norms)]
-        if left is None or right is None:
-            row.insert(1 if left is None else 2, "")
-            rows.append([*row, "", f"only in {'B' if left is None else 'A'}"])
-            equal = False
-            return
-        try:
-            difference = distance(left, right)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from None
-        relative = difference / max(norms) if max(norms) else 0.0
-        equal = equal and relative <= arguments.tolerance
-        rows.append([*row, _number(difference), f"{relative:.2g}"])
-
-    for path in dict.fromkeys([*a.layers, *b.layers]):
-        layers = a.layers.get(path), b.layers.get(path)
-        compare(path, *layers, lambda x: abs(x.scaling) * update_norm(x), difference_norm)
-    ours, theirs = _plain_tensors(a), _plain_tensors(b)
-    for name in dict.fromkeys([*ours, *theirs]):
-        compare(name, ours.get(name), theirs.get(name), _norm, _distance)
+    for left, right, norm, distance in comparisons:
+        for name in dict.fromkeys([*left, *right]):
+            norms = [norm(side[name]) if name in side else 0.0 for side in (left, right)]
+            if name not in left or name not in right:
+                rows.append([name, *norms, "", f"only in {'A' if name in left else 'B'}"])
+                equal = False
+                continue
+            try:
+                difference = distance(left[name], right[name])
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from None
+            relative = difference / max(norms) if max(norms) else 0.0
+            rows.append([name, *norms, difference, relative])
+            equal = equal and relative <= arguments.tolerance
     _table(["layer or tensor", "|A|", "|B|", "|A - B|", "relative"], rows)
     print("the same" if equal else "they differ")
     return 0 if equal else 1
@@ -267,12 +229,8 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _plain_tensors(adapter: AdapterState) -> dict[str, Tensor]:
     """DoRA's magnitudes and the tensors saved with the adapter, which are compared as they are."""
-    magnitudes = {
-        f"{path}.lora_magnitude".lstrip("."): layer.tensors["lora_magnitude"]
-        for path, layer in adapter.layers.items()
-        if layer.use_dora
-    }
-    return magnitudes | adapter.others
+    factors, tensors = ("lora_A", "lora_B", "initial_A", "initial_B"), adapter.tensors()
+    return {name: t for name, t in tensors.items() if name.rpartition(".")[2] not in factors}
 
 
 def _norm(tensor: Tensor) -> float:
@@ -281,31 +239,29 @@ def _norm(tensor: Tensor) -> float:
 
 def _distance(left: Tensor, right: Tensor) -> float:
     if left.shape != right.shape:
-        raise CheckpointError(f"shapes {_shape(left.shape)} and {_shape(right.shape)}")
+        raise CheckpointError(f"shapes {_cell(left.shape)} and {_cell(right.shape)}")
     return _norm(left.double() - right.double())
 
 
-def _table(head: list[str], rows: list[list[str]]) -> None:
-    cells = [head, *([_printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        print("  ".join([first, *rest]).rstrip())
+def _table(head: list[str], rows: list[list[Any]]) -> None:
+    """Print the rows. The first cell of a row is the path of a layer or the name of a tensor."""
+    named = ([row[0] or "(the whole model)", *row[1:]] for row in rows)
+    cells = [head, *([_cell(value) for value in row] for row in named)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *rest in cells:
+        numbers = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
 
 
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4g}"
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _dtype(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _printable(text: object) -> str:
-    """One line without control characters: names in a file come from whoever wrote it."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+def _cell(value: object) -> str:
+    """A value as text of one line without control characters: names in a file come from whoever wrote it."""
+    if value is None:
+        return "?"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, torch.Size):
+        return "x".join(map(str, value)) or "scalar"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    text = " ".join(str(value).split())
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -6,36 +6,40 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlora.cli.adapter_files import refuse_existing
-from fastlora.errors import CheckpointError, FastLoRAWarning, nearest
+from fastlora.errors import CheckpointError, nearest
 from fastlora.files import move_into_place, read_json
 from fastlora.io.adapter_state import AdapterState
 
 _INDEX_SUFFIX = ".index.json"
-_FLOATS = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_OTHER_ORIENTATION = {"linear": "transposed", "transposed": "linear"}
 
 
-@dataclass(frozen=True)
-class MergedLayer:
+class MergedLayer(NamedTuple):
     """What merging one layer did: its path, the weight's dtype, and the share ‖rounding‖ / ‖ΔW‖ that was lost."""
 
     path: str
     dtype: torch.dtype
     lost: float
+
+
+class _Entry(NamedTuple):
+    """One tensor of a safetensors file: its dtype as the file writes it, its shape, and where its bytes begin and end."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 def merge_files(
@@ -44,60 +48,42 @@ def merge_files(
     """Write a copy of the `base` weights with the adapter merged, one layer in memory at a time.
 
     W + ΔW is summed in float32 or wider and rounded once to the dtype of W. Heads saved with the adapter replace those of the
-    base. Everything else, metadata included, is copied byte by byte.
+    base. Everything else, metadata included, is copied byte by byte. Whether a matrix is stored transposed is told by its shape
+    in the base, and by the adapter only where it is square.
 
     base: a safetensors file, or the `*.index.json` of a sharded one; then `target` is a folder that gets shards and index.
 
     Raises: CheckpointError if a layer or head is not in the base or does not fit, with the nearest key; if a weight is not
-    a float of 16 to 64 bits; if neither file says how a weight is stored; or if the target exists without `force`. Nothing is
-    written then.
+    a float of 16 to 64 bits; if a weight is square and the shapes of others contradict the adapter; or if the target exists
+    without `force`. Nothing is written then.
     """
     sharded = base.name.endswith(_INDEX_SUFFIX)
+    if target.exists() and target.is_dir() != sharded:
+        problem = "file; a sharded base needs a folder" if sharded else "folder; expected a file"
+        raise CheckpointError(f"{target}: is a {problem} to write to")
     names = _shards(base) if sharded else [base.name]
-    if sharded and target.exists() and not target.is_dir():
-        raise CheckpointError(
-            f"{target}: a sharded base needs a folder to write to; this is a file"
-        )
-    if not sharded and target.is_dir():
-        raise CheckpointError(f"{target}: is a folder; expected the name of a file to write")
-    places = {name: target / name if sharded else target for name in names}
-    if sharded:
-        places[base.name] = target / base.name
+    places = (
+        {name: target / name for name in (*names, base.name)} if sharded else {base.name: target}
+    )
     refuse_existing(places.values(), force)
-    entries: dict[str, _Entry] = {}
-    for name in names:
-        entries |= _header(base.parent / name)
-    state = _settle_kinds(adapter, entries)
-    _check_fit(state, entries)
+    entries = {k: entry for name in names for k, entry in _header(base.parent / name).items()}
+    state = _fit(adapter, entries)
     merged = []
-    folder = target if sharded else target.parent
-    made = sharded and not folder.exists()
+    folder = target if target.is_dir() else target.parent
     try:
-        if made:
-            folder.mkdir()
         with tempfile.TemporaryDirectory(prefix=".merge-", dir=folder) as temporary:
             for name in places:
                 copied = Path(temporary) / name
                 shutil.copyfile(base.parent / name, copied)
                 if name in names:
                     merged += _merge_into(copied, state)
+            if sharded:
+                target.mkdir(exist_ok=True)
             # The index, if there is one, comes last.
             move_into_place({Path(temporary) / name: place for name, place in places.items()})
     except OSError as error:
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
         raise CheckpointError(f"cannot write {target}: {error}") from error
     return merged
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a safetensors file: its dtype as the file writes it, its shape, and where its bytes begin and end."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def _header(file: Path) -> dict[str, _Entry]:
@@ -110,79 +96,54 @@ def _header(file: Path) -> dict[str, _Entry]:
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
-    start = 8 + size
-    return {
-        key: _Entry(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            start + entry["data_offsets"][0],
-            start + entry["data_offsets"][1],
-        )
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
+    header.pop("__metadata__", None)
+    entries = {}
+    for key, entry in header.items():
+        begin, end = (8 + size + offset for offset in entry["data_offsets"])
+        entries[key] = _Entry(entry["dtype"], tuple(entry["shape"]), begin, end)
+    return entries
 
 
 def _shards(index: Path) -> list[str]:
     """The file names of a sharded base, each once."""
     try:
-        names = read_json(index)["weight_map"].values()
-        files = sorted(set(names))
-        plain = all(
-            name == Path(name).name
-            and name.endswith(".safetensors")
-            and "\0" not in name
-            and len(os.fsencode(name)) <= 255  # what file systems take
-            for name in files
-        )
+        files = sorted(set(read_json(index)["weight_map"].values()))
+        plain = all(name == Path(name).name and name.endswith(".safetensors") for name in files)
+        # what file systems take
+        usable = all("\0" not in name and len(os.fsencode(name)) <= 255 for name in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a readable index: {error!r}") from None
-    if not files or not plain:
+    if not (files and plain and usable):
         raise CheckpointError(
             f"{index}: weight_map: expected names of .safetensors files beside it"
         )
     return files
 
 
-def _settle_kinds(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
-    """`state` with "linear" and "transposed" told apart by the shapes of the base where the adapter's file does not.
+def _fit(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
+    """`state` with each matrix "linear" or "transposed" as its shape in the base shows.
 
-    Raises: CheckpointError if a weight is square, and the others show that the file's own hint cannot be trusted.
+    Raises: CheckpointError naming the tensors that the base lacks, or has in another shape or a dtype that is no float; a scaling
+    that is unknown or too large; or a square weight, if the shape of another shows that the adapter's file does not tell.
     """
-    settled, square = {}, []
+    turned, square = {}, []
     for path, layer in state.layers.items():
-        if layer.kind_known:
-            continue
-        other = replace(layer, kind="linear" if layer.kind == "transposed" else "transposed")
-        entry = base.get(_weight(path))
-        if other.weight_shape == layer.weight_shape:
-            square.append(path)
-        elif entry is not None and entry.shape == other.weight_shape:
-            settled[path] = other
-    if square and settled:
-        raise CheckpointError(
-            f"{square[0]}: the adapter's file does not say whether this square weight is stored transposed, "
-            f"as that of {min(settled)} shows; merge in Python (merged_model)"
-        )
-    if square and state.scheme != "peft":  # whose fan_in_fan_out is the guess
-        warnings.warn(
-            f"{square[0]}: the adapter's file does not say whether this square weight is stored transposed; "
-            f"merged as {state.layers[square[0]].kind}",
-            FastLoRAWarning,
-            stacklevel=2,
-        )
-    return replace(state, layers=state.layers | settled)
-
-
-def _check_fit(state: AdapterState, base: Mapping[str, _Entry]) -> None:
-    """Raises: CheckpointError naming the tensors that the base lacks, or has in another shape or a dtype that is no float."""
-    shapes = {_weight(path): layer.weight_shape for path, layer in state.layers.items()}
-    shapes |= {name: tuple(value.shape) for name, value in state.others.items()}
-    for path, layer in state.layers.items():
-        if (
-            abs(layer.scaling) > torch.finfo(torch.float32).max
-        ):  # also raises where alpha is unknown
+        if abs(layer.scaling) > torch.finfo(torch.float32).max:
             raise CheckpointError(f"{path}: the scaling {layer.scaling:g} is too large for float32")
+        if layer.kind in _OTHER_ORIENTATION:
+            entry, shape = base.get(_weight(path)), layer.weight_shape
+            if shape == shape[::-1]:
+                square.append(path)
+            elif entry is not None and entry.shape == shape[::-1]:
+                turned[path] = replace(layer, kind=_OTHER_ORIENTATION[layer.kind])
+    if square and turned:
+        raise CheckpointError(
+            f"{square[0]}: whether this square weight is stored transposed is unknown, since {min(turned)} is not stored "
+            "as the adapter's file says; merge in Python (merged_model)"
+        )
+    layers = state.layers | turned
+    shapes = {_weight(path): layer.weight_shape for path, layer in layers.items()}
+    shapes |= {name: tuple(value.shape) for name, value in state.others.items()}
     problems = []
     for key, shape in shapes.items():
         if key not in base:
@@ -190,13 +151,13 @@ def _check_fit(state: AdapterState, base: Mapping[str, _Entry]) -> None:
         elif base[key].shape != shape:
             problems.append(f"{key}: expected shape {shape}, got {base[key].shape}")
         elif base[key].dtype not in _FLOATS:
-            kinds = ", ".join(_FLOATS)
-            problems.append(f"{key}: expected one of {kinds}, got {base[key].dtype}")
+            problems.append(f"{key}: expected one of {', '.join(_FLOATS)}, got {base[key].dtype}")
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
             "the base does not fit the adapter: " + "; ".join(problems[:3]) + more
         )
+    return replace(state, layers=layers)
 
 
 def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
@@ -212,13 +173,10 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
             opened.seek(entry.begin)
             data = bytearray(opened.read(entry.end - entry.begin))
             weight, lost = layer.merge(torch.frombuffer(data, dtype=dtype).view(entry.shape))
-            opened.seek(entry.begin)
-            opened.write(_bytes(weight))
+            _write(opened, entry, weight)
             merged.append(MergedLayer(path, dtype, lost))
-        for name, value in state.others.items():
-            if name in header:
-                opened.seek(header[name].begin)
-                opened.write(_bytes(value.to(_FLOATS[header[name].dtype])))
+        for name in state.others.keys() & header.keys():
+            _write(opened, header[name], state.others[name])
     return merged
 
 
@@ -227,5 +185,8 @@ def _weight(path: str) -> str:
     return f"{path}.weight".lstrip(".")
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _write(file: BinaryIO, entry: _Entry, tensor: Tensor) -> None:
+    """Overwrite the bytes of `entry`."""
+    flat = tensor.to(_FLOATS[entry.dtype]).contiguous().reshape(-1)
+    file.seek(entry.begin)
+    file.write(flat.view(torch.uint8).numpy().tobytes())

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,86 +51,69 @@ def load_lora_state_dict(
     strict is False but nothing at all would be loaded.
     """
     own = adapter_state(model)
+    if not own.layers:
+        raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
     adapters = own.tensors()
     others = {name: p for name, p in model.named_parameters() if name not in adapters}
     known: dict[str, Tensor] = {**adapters, **others}
-    if not own.layers:
-        raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
-    bad_type = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if bad_type:
-        raise CheckpointError(
-            f"state: expected tensors, got {type(state[bad_type[0]]).__name__} at {bad_type[0]!r}"
-        )
     wanted = list(adapters)
     if any(key in others for key in state):
         wanted += [name for name, p in others.items() if p.requires_grad]
-    shapes = {name: tensor.shape for name, tensor in known.items()}
-    loadable, missing, unexpected, problems = compare(state, wanted, shapes)
-    if not strict:
-        _refuse_incomplete(own, set(loadable))
-    refuse_complex({key: state[key] for key in loadable}, known)
-    settle(problems, loadable, strict, "load_lora_state_dict")
-    with torch.no_grad():
-        for key in loadable:
-            known[key].copy_(state[key])
-    return LoadResult(loadable, missing, unexpected)
-
-
-def settle(problems: list[str], loadable: list[str], strict: bool, caller: str) -> None:
-    """Raises: CheckpointError if there are problems and `strict`, or if nothing is loadable. Otherwise warns of the problems."""
-    if problems and (strict or not loadable):
-        raise misfit("state", problems)
-    if not loadable:
-        raise CheckpointError("state: is empty, so nothing would be loaded")
-    if problems:
-        lines = "\n  ".join(problems)
-        text = f"{caller}: loaded {len(loadable)} tensors; problems:\n  {lines}"
-        warnings.warn(text, FastLoRAWarning, stacklevel=3)
-
-
-def misfit(what: str, problems: list[str]) -> CheckpointError:
-    """The error that names every problem of `what`."""
-    head = f"{what} does not fit the model: {len(problems)} problems, nothing was changed:"
-    return CheckpointError("\n  ".join([head, *problems]))
-
-
-def _refuse_incomplete(own: AdapterState, loadable: set[str]) -> None:
-    """Raises: CheckpointError if a layer with DoRA or an initial product that is subtracted would be loaded in part."""
+    result, problems = compare(state, wanted, known)
     for path, layer in own.layers.items():
         keys = AdapterState({path: layer}, {}).tensors().keys()
-        if len(keys) > 2 and keys & loadable and not keys <= loadable:
+        # With DoRA or an initial product that is subtracted, a part is not usable without the rest.
+        if not strict and len(keys) > 2 and 0 < len(keys & set(result.loaded)) < len(keys):
+            where = path or "the layer"
             raise CheckpointError(
-                f"state: only a part of the adapter of {path or 'the layer'} fits, which is not usable without the rest"
+                f"state: only a part of the adapter of {where} fits, which is not usable without the rest"
             )
-
-
-def refuse_complex(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises: CheckpointError if copying a tensor of `state` into that of `own` would drop an imaginary part."""
-    for key, value in state.items():
-        if value.is_complex() and not (key in own and own[key].is_complex()):
-            raise CheckpointError(f"{key}: expected real numbers, got {value.dtype}")
+    settle("state", problems, result.loaded, strict)
+    with torch.no_grad():
+        for key in result.loaded:
+            known[key].copy_(state[key])
+    return result
 
 
 def compare(
-    state: Mapping[str, Tensor], wanted: list[str], shapes: Mapping[str, torch.Size]
-) -> tuple[list[str], list[str], list[str], list[str]]:
-    """(loadable, missing, unexpected, problems): what fits, and a line with the nearest candidate for each key that does not.
+    state: Mapping[str, Any], wanted: list[str], known: Mapping[str, Tensor | torch.Size]
+) -> tuple[LoadResult, list[str]]:
+    """What of `state` fits `known`, and a line with the nearest candidate for each key that does not.
 
-    wanted: the keys that must be there. shapes: every key that may be there.
+    wanted: the keys that must be there. known: every key that may be there, with its tensor, or the shape of a real one.
     """
     missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in shapes]
-    misshapen = [k for k, v in state.items() if k in shapes and v.shape != shapes[k]]
-    loadable = [k for k in state if k in shapes and k not in misshapen]
-    problems = (
-        [f"missing {key}{nearest(key, unexpected)}" for key in missing]
-        + [f"unexpected {key}{nearest(key, missing or wanted)}" for key in unexpected]
-        + [
-            f"{key}: expected shape {tuple(shapes[key])}, got {tuple(state[key].shape)}"
-            for key in misshapen
-        ]
-    )
-    return loadable, missing, unexpected, problems
+    unexpected = [key for key in state if key not in known]
+    loadable = []
+    problems = [f"missing {key}{nearest(key, unexpected)}" for key in missing]
+    problems += [f"unexpected {key}{nearest(key, missing or wanted)}" for key in unexpected]
+    for key, value in state.items():
+        if key not in known:
+            continue
+        own = known[key]
+        shape = tuple(own.shape if isinstance(own, Tensor) else own)
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if got != shape:
+            problems.append(f"{key}: expected shape {shape}, got {got}")
+        elif value.is_complex() and not (isinstance(own, Tensor) and own.is_complex()):
+            problems.append(f"{key}: expected real numbers, got {value.dtype}")
+        else:
+            loadable.append(key)
+    return LoadResult(loadable, missing, unexpected), problems
+
+
+def settle(what: str, problems: list[str], loadable: list[str], strict: bool) -> None:
+    """Raises: CheckpointError if there are problems and `strict`, or if nothing is loadable. Otherwise warns of the problems."""
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    if problems and (strict or not loadable):
+        raise CheckpointError(
+            f"{what} does not fit the model: {len(problems)} problems, nothing was changed:{lines}"
+        )
+    if not loadable:
+        raise CheckpointError(f"{what}: is empty, so nothing would be loaded")
+    if problems:
+        text = f"{what}: loaded {len(loadable)} tensors; problems:{lines}"
+        warnings.warn(text, FastLoRAWarning, stacklevel=3)
 
 
 def save_adapter(
@@ -160,9 +143,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     file = Path(path)
     if not file.is_file():
         raise CheckpointError(f"path: no such file: {file}")
-    state, layers = (
-        read_safetensors(file) if file.suffix == ".safetensors" else (_read_torch(file), {})
-    )
+    if file.suffix == ".safetensors":
+        state, layers = read_safetensors(file)
+    else:
+        state, layers = _read_torch(file), {}
     problems = []
     for layer_path, layer in named_lora_layers(model):
         saved = {"use_rslora": False} | layers[layer_path] if layer_path in layers else {}
@@ -172,12 +156,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
                 problems.append(
                     f"{layer_path}: {name} is {saved[name]} in the file, {mine} in the model"
                 )
-    if problems and strict:
-        raise misfit(file.name, problems)
-    if problems:
-        warnings.warn(
-            f"load_adapter: {file.name}:\n  " + "\n  ".join(problems), FastLoRAWarning, stacklevel=2
-        )
+    settle(file.name, problems, list(state), strict)
     return load_lora_state_dict(model, state, strict)
 
 

@@ -6,7 +6,7 @@ that PiSSA and OLoRA subtract have one meaning, that of `LayerState`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ TENSORS = ("lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B")
 _MATRICES = ("linear", "transposed")
 _KINDS = (*_MATRICES, "conv", "embedding")
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_SETTINGS = ("kind", "alpha", "use_rslora", "dropout")
+_CONV_SETTINGS = (*_SETTINGS, "dilation", "padding_mode")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -30,32 +32,28 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class LayerState:
     """The adapter of one layer, ΔW = scaling · (B A − B₀ A₀); under DoRA the rows of W + ΔW are scaled to given norms.
 
-    kind: "linear", "transposed" (the weight is stored as (K, N)), "conv" or "embedding".
+    kind: "linear", "transposed" (the weight is stored as (K, N)), "conv" or "embedding"; a guess if the file does not hold it.
     tensors: by the names of `TENSORS`. lora_A: (R, K); conv: (R, in_channels / groups, *kernel_size); embedding: (R, num_embeddings).
         lora_B: (N, R); conv: (out_channels, R / groups, 1, …); embedding: (embedding_dim, R). lora_magnitude: (N,), the norms
         under DoRA. initial_A, initial_B: A₀ and B₀ of PiSSA and OLoRA, shaped as lora_A and lora_B.
     alpha: None if the file does not hold it. use_rslora, dropout: as in `LoRALinear`.
     dilation, padding_mode: of a convolution; None if the file does not hold them.
-    kind_known: False if the file does not tell "linear" from "transposed"; `kind` is then a guess.
     """
 
     kind: str
     tensors: Mapping[str, Tensor]
-    alpha: float | None
+    alpha: float | None = None
     use_rslora: bool = False
     dropout: float = 0.0
-    dilation: tuple[int, ...] | None = None
+    dilation: Sequence[int] | None = None
     padding_mode: str | None = None
-    kind_known: bool = True
 
     @classmethod
     def of_layer(cls, layer: LoRALayer) -> LayerState:
         """The state of an adapted layer; tensors are detached and share storage."""
         tensors = {name: tensor.detach() for name, tensor in layer.lora_state().items()}
-        state = cls(layer.kind, tensors, layer.alpha, layer.use_rslora, layer.dropout)
-        if not isinstance(layer, LoRAConv):
-            return state
-        return replace(state, dilation=tuple(layer.dilation), padding_mode=layer.padding_mode)
+        names = _CONV_SETTINGS if isinstance(layer, LoRAConv) else _SETTINGS
+        return cls(tensors=tensors, **{name: getattr(layer, name) for name in names})
 
     @classmethod
     def from_file(
@@ -67,27 +65,13 @@ class LayerState:
 
         Raises: CheckpointError or ConfigError if shapes, dtypes or settings do not fit together.
         """
-        given = {"alpha": None, "use_rslora": False, "dropout": 0.0} | dict(settings or {})
-        matrix = tensors["lora_A"].ndim == 2
-        kind = given.get("kind", "linear" if matrix else "conv")
-        known = "kind" in given and given.get("kind_known", True) is True
-        if kind not in _KINDS:
-            raise CheckpointError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
-        state = cls(kind, tensors, None, kind_known=known or not matrix)
+        given = {"kind": "linear" if tensors["lora_A"].ndim == 2 else "conv"} | dict(settings or {})
+        stored = {name: given[name] for name in _CONV_SETTINGS if name in given}
+        state = cls(tensors=tensors, **stored)
         state._check_tensors()
-        if settings is None:
-            return state
-        check_hyperparameters(given.get("rank"), given["alpha"], given["dropout"])  # type: ignore[arg-type]
-        for name in ("rank", "use_dora"):
-            mine, said = getattr(state, name), given.get(name, getattr(state, name))
-            if said != mine:
-                raise CheckpointError(f"{name} is {said!r} in the settings, {mine} in the tensors")
-        use_rslora = given["use_rslora"]
-        if not isinstance(use_rslora, bool):
-            raise CheckpointError(f"use_rslora: expected true or false, got {use_rslora!r}")
-        alpha, dropout = float(given["alpha"]), float(given["dropout"])
-        state = replace(state, alpha=alpha, use_rslora=use_rslora, dropout=dropout)
-        return replace(state, **_conv_settings(state, given))
+        if settings is not None:
+            state._check_settings(given)
+        return state
 
     @property
     def lora_a(self) -> Tensor:
@@ -133,20 +117,9 @@ class LayerState:
         return (n, *inside) if self.kind in ("linear", "conv") else (*inside, n)
 
     def settings(self) -> dict[str, Any]:
-        """What a file must hold beside the tensors, as plain values."""
-        found: dict[str, Any] = {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-            "use_rslora": self.use_rslora,
-            "use_dora": self.use_dora,
-            "kind": self.kind,
-        }
-        if not self.kind_known:
-            found["kind_known"] = False
-        if self.dilation is not None:
-            found |= {"dilation": list(self.dilation), "padding_mode": self.padding_mode}
-        return found
+        """What a file must hold beside the tensors, as JSON values."""
+        names = _SETTINGS if self.dilation is None else _CONV_SETTINGS
+        return {name: getattr(self, name) for name in ("rank", "use_dora", *names)}
 
     def folded(self) -> LayerState:
         """The same update as one product: initial_A and initial_B become part of the factors, with rank 2R and the same scaling."""
@@ -167,8 +140,8 @@ class LayerState:
         """
         stored = weight.T if self.kind == "transposed" else weight
         layer = self._layer_around(stored)
-        wide = torch.promote_types(weight.dtype, self.lora_a.dtype)
-        wide = torch.promote_types(wide, torch.float32)
+        both = torch.promote_types(weight.dtype, self.lora_a.dtype)
+        wide = torch.promote_types(both, torch.float32)
         exact = layer.merge_weights(wide).weight
         assert isinstance(exact, Tensor)
         merged = exact.to(weight.dtype)
@@ -201,7 +174,9 @@ class LayerState:
         return layer
 
     def _check_tensors(self) -> None:
-        """Raises: CheckpointError if the tensors do not fit together."""
+        """Raises: CheckpointError if the kind is unknown or the tensors do not fit it."""
+        if self.kind not in _KINDS:
+            raise CheckpointError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
         a, b = tuple(self.lora_a.shape), tuple(self.lora_b.shape)
         fits = min((*a, *b), default=0) > 0
         if self.kind == "conv":
@@ -225,6 +200,25 @@ class LayerState:
                 raise CheckpointError(f"{name}: expected shape {wanted[name]}, got {shape}")
         if ("initial_A" in extra) != ("initial_B" in extra):
             raise CheckpointError("expected both of initial_A and initial_B, or neither")
+
+    def _check_settings(self, given: Mapping[str, Any]) -> None:
+        """Raises: CheckpointError or ConfigError if the values in `given` are invalid or do not fit the tensors."""
+        check_hyperparameters(self.rank, self.alpha, self.dropout)  # type: ignore[arg-type]
+        for name in ("rank", "use_dora"):
+            mine, said = getattr(self, name), given.get(name, getattr(self, name))
+            if said != mine:
+                raise CheckpointError(f"{name} is {said!r} in the settings, {mine} in the tensors")
+        if not isinstance(self.use_rslora, bool):
+            raise CheckpointError(f"use_rslora: expected true or false, got {self.use_rslora!r}")
+        if self.dilation is None and self.padding_mode is None:
+            return
+        types = [int] * (self.lora_a.ndim - 2)
+        plain = isinstance(self.dilation, list) and [type(d) for d in self.dilation] == types
+        if self.kind != "conv" or not plain or self.padding_mode not in _PADDING_MODES:
+            raise CheckpointError(
+                f"dilation, padding_mode: expected {len(types)} integers and one of {', '.join(_PADDING_MODES)} "
+                f"for a convolution, got {self.dilation!r} and {self.padding_mode!r}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,24 +252,9 @@ def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterS
     """
     layers = {path: LayerState.of_layer(layer) for path, layer in named_lora_layers(model)}
     state = AdapterState(layers, {})
-    if not include_trainable:
-        return state
-    adapters = state.tensors()
-    named = model.named_parameters()
-    heads = {n: p.detach() for n, p in named if p.requires_grad and n not in adapters}
-    return AdapterState(layers, heads)
-
-
-def _conv_settings(layer: LayerState, given: Mapping[str, Any]) -> dict[str, Any]:
-    """dilation and padding_mode as a file holds them. Raises: CheckpointError if they cannot be a convolution's."""
-    dilation, mode = given.get("dilation"), given.get("padding_mode")
-    if dilation is None and mode is None:
-        return {}
-    sizes = layer.lora_a.ndim - 2
-    plain = isinstance(dilation, list) and [type(size) for size in dilation] == [int] * sizes
-    if layer.kind != "conv" or not plain or mode not in _PADDING_MODES:
-        raise CheckpointError(
-            f"dilation, padding_mode: expected {sizes} integers and one of {', '.join(_PADDING_MODES)} "
-            f"for a convolution, got {dilation!r} and {mode!r}"
-        )
-    return {"dilation": tuple(dilation or ()), "padding_mode": mode}
+    if include_trainable:
+        adapters = state.tensors()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in adapters:
+                state.others[name] = parameter.detach()
+    return state

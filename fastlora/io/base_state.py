@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import CheckpointError
 from fastlora.io.adapter import LoadResult, compare, settle
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.linear import LoRALinear
@@ -41,35 +40,30 @@ def load_base_state_dict(
     strict is False but nothing at all would be loaded.
     """
     keys = _key_map(model)
-    own = model.state_dict()
-    current = {original: own[key] for original, key in keys.items()}
-    shapes = {key: value.shape for key, value in current.items() if isinstance(value, Tensor)}
-    extras = [key for key in current if key not in shapes]  # from get_extra_state
-    bad_type = [k for k in shapes if k in state and not isinstance(state[k], Tensor)]
-    if bad_type:
-        kind = type(state[bad_type[0]]).__name__
-        raise CheckpointError(f"state: expected a tensor at {bad_type[0]!r}, got {kind}")
+    current = base_state_dict(model)
+    known = {key: value for key, value in current.items() if isinstance(value, Tensor)}
+    extras = [key for key in current if key not in known]  # from get_extra_state
     names = _names_of_one_tensor(model, keys)
-    wanted = [k for k in shapes if k in state or not any(n in state for n in names.get(k, ()))]
-    loadable, missing, unexpected, problems = compare(
-        {key: value for key, value in state.items() if key not in extras}, wanted, shapes
+    wanted = [k for k in known if k in state or not any(n in state for n in names.get(k, ()))]
+    result, problems = compare(
+        {key: value for key, value in state.items() if key not in extras}, wanted, known
     )
     conflicts = [
         f"{key}: differs from {other}, which is the same tensor in the model"
-        for key in loadable
+        for key in result.loaded
         for other in names.get(key, ())
-        if key < other and other in loadable and not _equal(state[key], state[other])
+        if key < other and other in result.loaded and not _equal(state[key], state[other])
     ]
     absent = [key for key in extras if key not in state]
     problems += conflicts + [f"missing {key}" for key in absent]
-    missing += absent
-    loadable += [key for key in extras if key in state]
-    settle(problems, loadable, strict, "load_base_state_dict")
+    result.missing.extend(absent)
+    result.loaded.extend(key for key in extras if key in state)
+    settle("state", problems, result.loaded, strict)
     fresh = [m for m in model.modules() if isinstance(m, LoRALinear) and m.scales_nothing()]
-    model.load_state_dict({keys[key]: state[key] for key in loadable}, strict=False)
+    model.load_state_dict({keys[key]: state[key] for key in result.loaded}, strict=False)
     for layer in fresh:
         layer.reset_magnitude()
-    return LoadResult(loadable, missing, unexpected)
+    return result
 
 
 def _key_map(model: nn.Module) -> dict[str, str]:

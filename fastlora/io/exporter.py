@@ -30,8 +30,6 @@ from fastlora.model.merge import merge_lora_weights
 FORMATS = ("torch.export", "onnx", "torchscript")
 Save = Callable[[Path], object]
 
-_ONNX_PACKAGES = ("onnx", "onnxscript")
-
 
 def export(
     model: nn.Module,
@@ -102,7 +100,13 @@ def _check_arguments(
     if not isinstance(args, tuple):
         raise ExportError(f"args: expected a tuple of inputs, got {type(args).__name__}")
     if format == "onnx":
-        _require(*_ONNX_PACKAGES)
+        missing = [
+            name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None
+        ]
+        if missing:
+            raise ExportError(
+                f"format='onnx' needs {' and '.join(missing)}: pip install 'fastlora[export]'"
+            )
     if format == "torchscript":
         if dynamic_shapes is not None:
             raise ExportError("dynamic_shapes: a trace has no fixed shapes; leave it out")
@@ -114,12 +118,11 @@ def _dynamic_batch(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Shape specifications by the forward's argument names, in which the first dimension of every tensor is dynamic."""
-    by_place = [_first_dimension(value, f"args[{i}]") for i, value in enumerate(args)]
-    by_name = {key: _first_dimension(value, f"kwargs[{key!r}]") for key, value in kwargs.items()}
     try:
-        return dict(inspect.signature(model.forward).bind(*by_place, **by_name).arguments)
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise ExportError(f"args, kwargs: do not fit the model's forward: {error}") from None
+    return {name: _first_dimension(value, name) for name, value in bound.arguments.items()}
 
 
 class _Plain(LoRALinear):
@@ -171,14 +174,6 @@ def _first_dimension(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return {key: _first_dimension(v, f"{name}[{key!r}]") for key, v in value.items()}
     return None
-
-
-def _require(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f"format='onnx' needs {' and '.join(missing)}: pip install 'fastlora[export]'"
-        )
 
 
 def _write(target: Path, save: Save) -> None:

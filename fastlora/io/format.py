@@ -8,6 +8,7 @@ have are unknown.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastlora.errors import CheckpointError, ConfigError
+from fastlora.errors import CheckpointError, ConfigError, FastLoRAWarning
 from fastlora.io.adapter_state import TENSORS, AdapterState, LayerState
 
 PEFT_PREFIX = "base_model.model."
@@ -59,8 +60,8 @@ def fastlora_bytes(state: AdapterState) -> bytes:
     return safetensors_bytes(state.tensors(), metadata)
 
 
-def read_adapter_file(file: Path) -> AdapterState:
-    """The adapter in fastlora's or loralib's file.
+def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
+    """The adapter in fastlora's or loralib's file. alpha: for loralib's, which does not hold it.
 
     Raises: CheckpointError if the file is damaged, holds no adapter, or its tensors and settings do not fit together.
     """
@@ -75,10 +76,16 @@ def read_adapter_file(file: Path) -> AdapterState:
         raise CheckpointError(
             f"{file}: the metadata describes {min(undescribed)!r}, of which there are no tensors"
         )
-    described = {path: settings.get(path, {}) if settings else None for path in layers}
-    return AdapterState(
-        layer_states(file, layers, described), others, "fastlora" if settings else "loralib"
-    )
+    if settings:
+        described = {path: settings.get(path, {}) for path in layers}
+        return AdapterState(layer_states(file, layers, described), others, "fastlora")
+    known = None if alpha is None else {"alpha": alpha}
+    states = layer_states(file, layers, dict.fromkeys(layers, known))
+    square = [p for p, s in states.items() if s.kind == "linear" and len({*s.weight_shape}) == 1]
+    if square:
+        text = f"{file}: {square[0]}: the file does not say whether this square weight is stored transposed; taken not to be"
+        warnings.warn(text, FastLoRAWarning, stacklevel=2)
+    return AdapterState(states, others, "loralib")
 
 
 def group_tensors(
@@ -107,9 +114,9 @@ def group_tensors(
     if not layers:
         raise CheckpointError(f"{file}: holds no lora_A and lora_B, so it is no adapter")
     for path, found in layers.items():
-        missing = [name for name in ("lora_A", "lora_B") if name not in found]
-        if missing:
-            raise CheckpointError(f"{file}: {path} has {', '.join(found)} without {missing[0]}")
+        for name in ("lora_A", "lora_B"):
+            if name not in found:
+                raise CheckpointError(f"{file}: {path} has {', '.join(found)} without {name}")
     return {path: layers[path] for path in sorted(layers, key=_natural)}, others
 
 

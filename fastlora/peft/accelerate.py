@@ -33,10 +33,8 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         fast = sum(layer.fast for layer in self.layers)
-        head = (
-            f"{fast} of {len(self.layers)} LoRA layers take the fused path ({self.changed} changed)"
-        )
-        return "\n  ".join([head, *map(str, self.layers)])
+        head = f"{fast} of {len(self.layers)} LoRA layers take the fused path"
+        return "\n  ".join([f"{head} ({self.changed} changed)", *map(str, self.layers)])
 
 
 def accelerate(peft_model: nn.Module) -> AccelerationReport:
@@ -93,9 +91,7 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         raise InjectionError(
             f"peft_model: needs the package peft (pip install peft): {error}"
         ) from error
-    found = [
-        (path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)
-    ]
+    found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     if not found:
         raise InjectionError(
             "peft_model: expected a model with peft's LoRA layers (peft.get_peft_model makes one), "

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, LoRAConfig, check_hyperparameters, scaling_divisor
-from fastlora.errors import CheckpointError, ConfigError
+from fastlora.config import ALL_LINEAR, check_hyperparameters
+from fastlora.errors import CheckpointError
 from fastlora.files import check_regexes, read_json
-from fastlora.io.adapter_state import LayerState
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.kinds import kind_of
-from fastlora.model.selection import nearest_names, output_embeddings
+from fastlora.model.selection import output_embeddings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,6 +37,11 @@ _IGNORED = frozenset(
         "task_type",
     ]
 )
+# PEFT's regexes around a key of a pattern, a name in modules_to_save, and an entry of layers_pattern.
+_KEY = r"(.*\.)?({})$"
+_HEAD = r"(^|.*\.){}($|\..*)"
+_INDEX = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
+_ANY_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that keep W
 
 
@@ -45,7 +49,7 @@ _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those
 class PeftConfig:
     """The fields of `adapter_config.json` that fastlora acts on, under PEFT's names and with PEFT's defaults."""
 
-    target_modules: str | list[str]
+    target_modules: str | list[str] = ""
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -61,119 +65,87 @@ class PeftConfig:
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that PEFT would adapt, by path."""
-        paths = dict(base_modules(model))
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
-            head = output_embeddings(model)
-            return {
-                path: module
-                for path, module in paths.items()
-                if kind_of(module) == "linear" and module is not head and not self._excludes(path)
-            }
-        return {path: module for path, module in paths.items() if self._takes(path)}
-
-    def layer(self, path: str) -> LoRAConfig:
-        """Rank, alpha and the other settings of the layer at `path`."""
-        rank = _by_pattern(self.rank_pattern, path, self.r)
-        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
-        return LoRAConfig(
-            rank=int(rank),
-            alpha=alpha,
-            dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-        )
-
-    def no_match(self, model: nn.Module) -> str:
-        """The error message if no layer of the model is a target, with the nearest names."""
         wanted = self.target_modules
-        first = wanted if isinstance(wanted, str) else wanted[0]
-        paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
-        return f"{wanted!r} matches no layer of the model{nearest_names(first, paths)}"
+        every = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+        head = output_embeddings(model) if every else None
+        found = {}
+        for path, module in base_modules(model):
+            if every:
+                taken = kind_of(module) == "linear" and module is not head
+            else:
+                taken = _matches(wanted, path) and self._takes_index(path)
+            if taken and not self._excludes(path):
+                found[path] = module
+        return found
+
+    def layer(self, path: str) -> dict[str, Any]:
+        """Rank, alpha and the other settings of the layer at `path`, under the names of `LoRAConfig`."""
+        return {
+            "rank": _by_pattern(self.rank_pattern, path, self.r),
+            "alpha": _by_pattern(self.alpha_pattern, path, self.lora_alpha),
+            "dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
 
     def heads(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that PEFT would train whole: those whose path ends with a name, with or without a dot before it."""
         names = tuple(self.modules_to_save or ())
         return {path: module for path, module in base_modules(model) if path.endswith(names)}
 
-    def _takes(self, path: str) -> bool:
-        if self._excludes(path):
-            return False
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, path) is not None
-        return _has_suffix(path, self.target_modules) and self._takes_index(path)
-
     def _excludes(self, path: str) -> bool:
-        excluded = self.exclude_modules or []
-        if isinstance(excluded, str):
-            by_name = re.fullmatch(excluded, path) is not None
-        else:
-            by_name = _has_suffix(path, excluded)
         heads = self.modules_to_save or []
-        return by_name or any(re.match(_head_regex(head), path) for head in heads)
+        by_head = any(re.match(_HEAD.format(head), path) for head in heads)
+        return by_head or _matches(self.exclude_modules or [], path)
 
     def _takes_index(self, path: str) -> bool:
         """Whether the first index in the path (or the first after a pattern) is one of layers_to_transform."""
         indices = self.layers_to_transform
         if indices is None or indices == []:
             return True
-        for regex in self._index_regexes():
+        wanted = [indices] if isinstance(indices, int) else indices
+        for regex in [_INDEX.format(p) for p in self._layer_patterns()] or [_ANY_INDEX]:
             match = re.match(regex, path)
             if match:
-                wanted = [indices] if isinstance(indices, int) else indices
                 return int(match["index"]) in wanted
         return False
 
-    def _index_regexes(self) -> list[str]:
-        patterns = self.layers_pattern or [r"[^.]*"]
-        anywhere = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
-        return [
-            rf"{anywhere}{pattern}\.(?P<index>\d+)\."
-            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-        ]
+    def _layer_patterns(self) -> list[str]:
+        patterns = self.layers_pattern or []
+        return [patterns] if isinstance(patterns, str) else patterns
+
+    def _regexes(self) -> Iterator[tuple[str, str]]:
+        """(as in the file, as matched against paths) of every regex."""
+        for value in (self.target_modules, self.exclude_modules):
+            if isinstance(value, str):
+                yield value, value
+        yield from ((key, _KEY.format(key)) for key in (*self.rank_pattern, *self.alpha_pattern))
+        yield from ((head, _HEAD.format(head)) for head in self.modules_to_save or ())
+        yield from ((pattern, _INDEX.format(pattern)) for pattern in self._layer_patterns())
+
+    def check_values(self) -> None:
+        """Raises: ValueError for a value that PEFT or `LoRAConfig` does not take, or a regex that is none."""
+        if not self.target_modules:
+            raise ValueError("target_modules: expected a list or a regex, got none")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform: needs a list of target_modules")
+        for rank in (self.r, *self.rank_pattern.values()):
+            check_hyperparameters(rank, self.lora_alpha, self.lora_dropout)
+        for alpha in self.alpha_pattern.values():
+            check_hyperparameters(self.r, alpha, self.lora_dropout)
+        for regex, _ in self._regexes():
+            try:
+                re.compile(regex)
+            except re.error as error:
+                raise ValueError(f"{regex!r} is no regex: {error}") from None
 
     def check_matching(self, paths: Iterable[str]) -> None:
         """Raises: CheckpointError if matching a regex of the file against one of these paths does not end."""
-        regexes = [v for v in (self.target_modules, self.exclude_modules) if isinstance(v, str)]
-        for key in {**self.rank_pattern, **self.alpha_pattern}:
-            regexes += [_key_regex(key)] if _repeats(key) else []
-        for head in self.modules_to_save or ():
-            regexes += [_head_regex(head)] if _repeats(head) else []
-        if self.layers_pattern:
-            regexes += self._index_regexes()
+        slow = [used for regex, used in self._regexes() if any(c in regex for c in "*+?{|")]
         try:
-            check_regexes(regexes, paths)
+            check_regexes(slow, paths)
         except ValueError as error:
             raise CheckpointError(f"{CONFIG_FILE}: {error}") from None
-
-
-def config_for(layers: Mapping[str, LayerState], heads: list[str]) -> PeftConfig:
-    """The config that matches exactly these layers, with their settings; the highest dropout where they differ.
-
-    layers: by path, folded. heads: paths of the modules that are saved whole.
-    """
-    use_rslora = all(layer.use_rslora for layer in layers.values())
-
-    def alpha_of(layer: LayerState) -> float:
-        """alpha under the divisor that all layers of the config share."""
-        if layer.alpha is not None and layer.use_rslora == use_rslora:
-            return layer.alpha
-        return layer.scaling * scaling_divisor(layer.rank, use_rslora)
-
-    alphas = {path: alpha_of(layer) for path, layer in layers.items()}
-    ranks = {path: layer.rank for path, layer in layers.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    return PeftConfig(
-        "|".join(re.escape(path) for path in layers),
-        r=int(rank),
-        lora_alpha=alpha,
-        lora_dropout=max(layer.dropout for layer in layers.values()),
-        use_rslora=use_rslora,
-        use_dora=any(layer.use_dora for layer in layers.values()),
-        fan_in_fan_out=any(layer.kind == "transposed" for layer in layers.values()),
-        modules_to_save=heads or None,
-        rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
-        alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
-    )
 
 
 def as_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
@@ -196,10 +168,8 @@ def as_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
 
 def overlap(path: str, adapted: Iterable[str]) -> str | None:
     """The first adapted layer that is, holds, or is held by the module at `path`."""
-    for other in adapted:
-        if f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}."):
-            return other
-    return None
+    inside = f"{path}."
+    return next((o for o in adapted if inside.startswith(f"{o}.") or o.startswith(inside)), None)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -213,34 +183,19 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _has_suffix(path: str, names: Iterable[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
+def _matches(names: str | list[str], path: str) -> bool:
+    """PEFT's rule: a string is a regex of whole paths; a list holds paths or dotted suffixes of them."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(f".{path}".endswith(f".{name}") for name in names)
 
 
 def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    return next((v for key, v in patterns.items() if re.match(_key_regex(key), path)), default)
-
-
-def _key_regex(key: str) -> str:
-    return rf"(.*\.)?({key})$"
-
-
-def _head_regex(head: str) -> str:
-    return rf"(^|.*\.){head}($|\..*)"
-
-
-def _repeats(pattern: str) -> bool:
-    return any(character in pattern for character in "*+?{|")
-
-
-def _most_common(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]
+    return next((v for key, v in patterns.items() if re.match(_KEY.format(key), path)), default)
 
 
 def read_config(file: Path) -> PeftConfig:
     """Raises: CheckpointError with one line that names the file and the field."""
-    if not file.is_file():
-        raise CheckpointError(f"folder: no such file: {file}")
     try:
         raw = read_json(file)
     except (OSError, ValueError) as error:
@@ -257,62 +212,25 @@ def read_config(file: Path) -> PeftConfig:
         if value not in defaults.get(key, ()):
             raise CheckpointError(f"{file}: {key}={value!r} is not supported by fastlora")
     given = {key: raw[key] for key in fields if raw.get(key) is not None}
-    for key, (expected, fits) in _CHECKS.items():
-        if not fits(given[key]) if key in given else key == "target_modules":
-            raise CheckpointError(f"{file}: {key}: expected {expected}, got {raw.get(key)!r}")
+    hints = get_type_hints(PeftConfig)
+    for key, value in given.items():
+        if not _fits(value, hints[key]):
+            raise CheckpointError(f"{file}: {key}: expected {fields[key].type}, got {value!r}")
     config = PeftConfig(**given)
-    _check_values(file, config)
+    try:
+        config.check_values()
+    except ValueError as error:  # ConfigError is one
+        raise CheckpointError(f"{file}: {error}") from None
     return config
 
 
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-
-
-def _is_regex_or_names(value: object) -> bool:
-    return isinstance(value, str) or _is_names(value)
-
-
-def _is_indices(value: object) -> bool:
-    indices = value if isinstance(value, list) else [value]
-    return all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
-
-
-def _is_pattern(value: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, kind) for v in value.values())
-
-
-_FLAG: tuple[str, Callable[[Any], bool]] = ("true or false", lambda v: isinstance(v, bool))
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "target_modules": ("a list or a regex", lambda v: bool(v) and _is_regex_or_names(v)),
-    "exclude_modules": ("a list or a regex", _is_regex_or_names),
-    "modules_to_save": ("a list of names", _is_names),
-    "layers_pattern": ("names", _is_regex_or_names),
-    "layers_to_transform": ("indices", _is_indices),
-    "rank_pattern": ("pattern → rank", lambda v: _is_pattern(v, int)),
-    "alpha_pattern": ("pattern → alpha", lambda v: _is_pattern(v, (int, float))),
-    "use_rslora": _FLAG,
-    "use_dora": _FLAG,
-    "fan_in_fan_out": _FLAG,
-}
-
-
-def _check_values(file: Path, config: PeftConfig) -> None:
-    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-        raise CheckpointError(f"{file}: layers_to_transform: needs a list of target_modules")
-    try:
-        for rank in (config.r, *config.rank_pattern.values()):
-            check_hyperparameters(rank, config.lora_alpha, config.lora_dropout)
-        for alpha in config.alpha_pattern.values():
-            check_hyperparameters(config.r, alpha, config.lora_dropout)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    regexes = [v for v in (config.target_modules, config.exclude_modules) if isinstance(v, str)]
-    layers = config.layers_pattern or []
-    regexes += [*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or [])]
-    regexes += [layers] if isinstance(layers, str) else layers
-    for regex in regexes:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise CheckpointError(f"{file}: {regex!r} is no regex: {error}") from None
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a JSON value has the type of an annotation."""
+    kinds = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, kind) for kind in kinds)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(v, kinds[0]) for v in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(v, kinds[1]) for v in value.values())
+    return type(value) in ((int, float) if hint is float else (hint,))

@@ -8,16 +8,19 @@ and `base_model.model.<path>.<name>` for modules that are saved whole (`modules_
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from torch import Tensor
 
+from fastlora.config import scaling_divisor
 from fastlora.errors import CheckpointError, FastLoRAWarning
-from fastlora.io.adapter_state import AdapterState
+from fastlora.files import write_files
+from fastlora.io.adapter_state import AdapterState, LayerState
 from fastlora.io.format import (
     PEFT_PREFIX,
     group_tensors,
@@ -30,25 +33,26 @@ from fastlora.peft.config import (
     WEIGHTS_FILE,
     PeftConfig,
     as_json,
-    config_for,
+    overlap,
     read_config,
 )
 
-# fastlora's names of an adapter's tensors -> PEFT's.
+# kind of layer -> fastlora's names of its tensors -> PEFT's.
 _EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-_OTHER_KINDS = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_magnitude": "lora_magnitude_vector",
-}
-_TO_FASTLORA = {peft: own for names in (_EMBEDDING, _OTHER_KINDS) for own, peft in names.items()}
+_LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+_LINEAR["lora_magnitude"] = "lora_magnitude_vector"
+PEFT_NAMES = dict.fromkeys(("linear", "transposed", "conv"), _LINEAR) | {"embedding": _EMBEDDING}
+_ADVICE = (
+    "; freeze the parameter (freeze_base_params, bias='none') or save with include_trainable=False"
+)
+_TO_FASTLORA = {peft: own for names in (_EMBEDDING, _LINEAR) for own, peft in names.items()}
 
 
 def read_folder(folder: Path) -> AdapterState:
     """The adapter in a folder, without a model.
 
-    A folder does not say of each layer whether its weight is stored transposed (fan_in_fan_out is one value for all, so
-    `kind_known` is False), nor the dilation and padding mode of a convolution (taken to be the default, with a warning).
+    A folder has one fan_in_fan_out for all layers, which tells whether a weight is stored transposed only if they do not differ. It
+    does not hold the dilation and padding mode of a convolution, which are taken to be the default, with a warning.
 
     Raises: CheckpointError if a file is missing or damaged, holds what fastlora does not support, or config and weights do
     not fit together.
@@ -64,23 +68,21 @@ def read_folder(folder: Path) -> AdapterState:
     layers, others = group_tensors(file, plain, _TO_FASTLORA)
     config.check_matching(layers)
     settings: dict[str, dict[str, Any]] = {}
-    for path in layers:
-        chosen = config.layer(path)
-        names = ("rank", "alpha", "dropout", "use_rslora", "use_dora")
-        settings[path] = {name: getattr(chosen, name) for name in names}
+    for path, found in layers.items():
+        settings[path], sizes = config.layer(path), found["lora_A"].ndim - 2
         if f"{path}.{_EMBEDDING['lora_A']}" in plain:
             settings[path] |= {"kind": "embedding", "dropout": 0.0}
+        elif sizes:
+            settings[path] |= {"dilation": [1] * sizes, "padding_mode": "zeros"}
+        elif config.fan_in_fan_out:
+            settings[path]["kind"] = "transposed"
     states = layer_states(file, layers, settings)
-    for path, layer in states.items():
-        if layer.kind == "conv":
-            reason = why_peft_differs(layer.groups)
-            if reason is not None:
-                raise CheckpointError(f"{folder}: {path}: {reason}")
-            plain_dilation = (1,) * (layer.lora_a.ndim - 2)
-            states[path] = replace(layer, dilation=plain_dilation, padding_mode="zeros")
-        if not layer.kind_known and config.fan_in_fan_out:
-            states[path] = replace(layer, kind="transposed")
-    unsure = [p for p, s in states.items() if s.kind == "conv" and s.lora_a[0, 0].numel() > 1]
+    convolutions = {path: layer for path, layer in states.items() if layer.kind == "conv"}
+    for path, layer in convolutions.items():
+        reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
+        if reason is not None:
+            raise CheckpointError(f"{folder}: {path}: {reason}")
+    unsure = [path for path, layer in convolutions.items() if layer.lora_a[0, 0].numel() > 1]
     if unsure:
         warnings.warn(
             f"{folder}: {unsure[0]}: a PEFT folder does not hold the dilation and padding mode of a convolution; if they are "
@@ -99,65 +101,116 @@ def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     return config, read_safetensors(file)[0]
 
 
+def heads_of(names: Iterable[str], adapted: Iterable[str]) -> list[str]:
+    """Paths of the modules that own these parameters, without those inside another of them; PEFT's format holds them whole.
+
+    Raises: CheckpointError if one is the model itself, or is, holds or is part of an adapted layer.
+    """
+    owners: dict[str, None] = {}
+    for name in names:
+        owner = name.rpartition(".")[0]
+        layer = overlap(owner, adapted) if owner else None
+        if not owner or layer:
+            raise CheckpointError(
+                f"{name} belongs to {owner or 'the model itself'}, which PEFT's format cannot hold"
+                + (f": it holds or is part of the adapted {layer}{_ADVICE}" if layer else "")
+            )
+        owners[owner] = None
+    return [path for path in owners if not any(path.startswith(f"{p}.") for p in owners)]
+
+
 def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
     """The config of a folder that holds `state`, the target a regex of the paths themselves, which means no other layers.
 
-    Raises: CheckpointError naming what PEFT's format cannot hold. Warns if layers differ in dropout.
+    state: folded. heads: paths of the modules that are saved whole.
+
+    Raises: CheckpointError naming what PEFT's format cannot hold. Warns if layers differ in dropout; the highest is taken.
     """
-    for path, layer in state.layers.items():
-        if layer.kind != "conv":
-            continue
-        if layer.dilation is None or layer.padding_mode is None:
-            raise CheckpointError(
-                f"{path}: the file does not hold the convolution's dilation and padding mode, with some of which PEFT "
-                "computes something else; load it with load_adapter and save it again"
-            )
-        reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
-        if reason is not None:
-            raise CheckpointError(f"{path}: {reason}")
-    if len({layer.use_dora for layer in state.layers.values()}) > 1:
+    layers = state.layers
+    if "" in layers:
+        raise CheckpointError(
+            "the adapted layer is the whole model; PEFT's format needs it to have a name"
+        )
+    for path, layer in layers.items():
+        if layer.kind == "conv":
+            reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
+            if reason is not None:
+                raise CheckpointError(f"{path}: {reason}")
+    use_dora = {layer.use_dora for layer in layers.values()}
+    if len(use_dora) > 1:
         raise CheckpointError(
             "some layers have DoRA and some do not, which PEFT's format cannot hold"
         )
     # An embedding has no dropout, whatever the others have.
-    dropouts = sorted({s.dropout for s in state.layers.values() if s.kind != "embedding"})
+    dropouts = sorted({s.dropout for s in layers.values() if s.kind != "embedding"}) or [0.0]
     if len(dropouts) > 1:
         warnings.warn(
             f"layers have the dropouts {dropouts}, PEFT's format holds one; {dropouts[-1]} is written",
             FastLoRAWarning,
             stacklevel=3,
         )
-    return config_for(state.layers, heads)
+    use_rslora = all(layer.use_rslora for layer in layers.values())
+
+    def alpha_of(layer: LayerState) -> float:
+        """alpha under the divisor that all layers of the config share."""
+        if layer.alpha is not None and layer.use_rslora == use_rslora:
+            return layer.alpha
+        return layer.scaling * scaling_divisor(layer.rank, use_rslora)
+
+    alphas = {path: alpha_of(layer) for path, layer in layers.items()}
+    ranks = {path: layer.rank for path, layer in layers.items()}
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
+    return PeftConfig(
+        "|".join(re.escape(path) for path in layers),
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropouts[-1],
+        use_rslora=use_rslora,
+        use_dora=use_dora == {True},
+        fan_in_fan_out=any(layer.kind == "transposed" for layer in layers.values()),
+        modules_to_save=heads or None,
+        rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
+    )
 
 
-def folder_files(
+def write_folder(
     folder: Path, state: AdapterState, config: PeftConfig, base_name: str | None = None
-) -> dict[Path, bytes]:
-    """The two files of a folder, by path. state: folded. base_name: the base model's name, if known."""
+) -> None:
+    """Write the two files of a folder, which is created if missing. base_name: the base model's name, if known.
+
+    Raises: CheckpointError if the folder or a file cannot be written; neither file has changed then.
+    """
     tensors = {
-        f"{PEFT_PREFIX}{path}.{peft_names(layer.kind)[name]}": tensor
+        f"{PEFT_PREFIX}{path}.{PEFT_NAMES[layer.kind][name]}": tensor
         for path, layer in state.layers.items()
         for name, tensor in layer.tensors.items()
     } | {PEFT_PREFIX + name: tensor for name, tensor in state.others.items()}
     text = json.dumps(as_json(config, base_name), indent=2, sort_keys=True) + "\n"
-    return {
-        folder / WEIGHTS_FILE: safetensors_bytes(tensors, {"format": "pt"}),
-        folder / CONFIG_FILE: text.encode(),
-    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"folder: cannot make {folder}: {error}") from error
+    write_files(
+        {
+            folder / WEIGHTS_FILE: safetensors_bytes(tensors, {"format": "pt"}),
+            folder / CONFIG_FILE: text.encode(),
+        }
+    )
 
 
 def why_peft_differs(
-    groups: int, dilation: Sequence[int] = (), padding_mode: str = "zeros"
+    groups: int, dilation: Sequence[int] | None, padding_mode: str | None
 ) -> str | None:
-    """Why PEFT computes something else with the adapter of such a convolution, or None if it does not."""
+    """Why PEFT computes something else with the adapter of such a convolution, or None if it does not. None: not known."""
+    if dilation is None or padding_mode is None:
+        return (
+            "the file does not hold the convolution's dilation and padding mode, with some of which PEFT computes "
+            "something else; load it with load_adapter and save it again"
+        )
     differing = [f"groups={groups}"] if groups != 1 else []
     differing += [f"dilation={tuple(dilation)}"] if any(d != 1 for d in dilation) else []
     differing += [f"padding_mode={padding_mode}"] if padding_mode != "zeros" else []
     if not differing:
         return None
     return f"PEFT's adapter of a convolution with {', '.join(differing)} is no update of its weight"
-
-
-def peft_names(kind: str) -> dict[str, str]:
-    """fastlora's names of an adapter's tensors -> PEFT's, for a layer of this kind."""
-    return _EMBEDDING if kind == "embedding" else _OTHER_KINDS

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError
-from fastlora.files import write_files
-from fastlora.io.adapter import LoadResult, compare, misfit, refuse_complex
+from fastlora.io.adapter import LoadResult, compare, settle
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
@@ -25,13 +24,15 @@ from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.inject import freeze_base_params, inject_lora
+from fastlora.model.selection import nearest_names
 from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
 from fastlora.peft.format import (
-    folder_files,
+    PEFT_NAMES,
+    heads_of,
     peft_config,
-    peft_names,
     read_tensors,
     why_peft_differs,
+    write_folder,
 )
 
 
@@ -54,30 +55,21 @@ def save_pretrained(
     layers = dict(named_lora_layers(model))
     if not layers:
         raise CheckpointError("model: has no adapters, so there is nothing to save")
-    if "" in layers:
-        raise CheckpointError(
-            "model: is itself an adapted layer; PEFT's format needs it to have a name"
-        )
+    _refuse_shared(model, layers.values())
     state = adapter_state(model).folded()
-    trained = _trained_modules(model, layers) if include_trainable else []
+    heads: dict[str, Tensor] = {}
     try:
+        trained = _trained_modules(model, layers) if include_trainable else []
         config = peft_config(state, trained)
+        for path, module in config.heads(model).items():
+            heads |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
+        heads_of(heads, layers)  # PEFT's rule for heads may find more than the trained ones
+        config = _with_short_targets(model, config, layers)
     except CheckpointError as error:
         raise CheckpointError(f"model: {error}; use save_adapter") from None
-    _refuse_shared(model, layers.values())
-    config = _with_short_targets(model, config, layers)
-    heads: dict[str, Tensor] = {}
-    for path, module in config.heads(model).items():
-        _refuse_adapted(path, layers)
-        heads |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"folder: cannot make {target}: {error}") from error
     name = getattr(model, "name_or_path", None)
     base_name = name if isinstance(name, str) and name else None
-    write_files(folder_files(target, replace(state, others=heads), config, base_name))
+    write_folder(Path(folder), replace(state, others=heads), config, base_name)
 
 
 def from_pretrained(
@@ -107,12 +99,23 @@ def from_pretrained(
 
 def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     """alone: whether the model has no other adapters, so that heads and base parameters in the folder become the model's."""
-    _refuse_model(model)
+    if dict(named_lora_layers(model)):
+        raise CheckpointError(
+            "model: already has adapters; load into the plain base model, or give adapter="
+        )
+    inactive = inactive_adapters(model)
+    if inactive:
+        raise CheckpointError(
+            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give adapter="
+        )
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
     config, tensors = read_tensors(folder)
     config.check_matching([path for path, _ in base_modules(model)])
     targets = config.targets(model)
-    plan = {path: config.layer(path) for path in targets}
-    _check_targets(model, config, targets)
+    plan = {path: LoRAConfig(**config.layer(path)) for path in targets}
+    _check_targets(model, config, targets, plan)
     heads = config.heads(model)
     for path in heads:
         adapted = overlap(path, plan)
@@ -128,7 +131,6 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
             f"adapter: the file also holds {others[0]}, which all adapters of the model would share; "
             "load it into a model of its own"
         )
-    refuse_complex({k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()}, model.state_dict())
     inject_lora(model, LoRAConfig(lambda path, _: plan.get(path, False), kinds=KINDS))
     if alone:
         freeze_base_params(model)
@@ -141,29 +143,20 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     return LoadResult(list(tensors), [], [])
 
 
-def _refuse_model(model: nn.Module) -> None:
-    """Raises: CheckpointError if the model cannot take a folder."""
-    if any(True for _ in named_lora_layers(model)):
-        raise CheckpointError(
-            "model: already has adapters; load into the plain base model, or give adapter="
-        )
-    inactive = inactive_adapters(model)
-    if inactive:
-        raise CheckpointError(
-            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give adapter="
-        )
-    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
-
-
-def _check_targets(model: nn.Module, config: PeftConfig, targets: Mapping[str, Any]) -> None:
+def _check_targets(
+    model: nn.Module, config: PeftConfig, targets: Mapping[str, Any], plan: Mapping[str, LoRAConfig]
+) -> None:
     """Raises: CheckpointError if there are no targets, or one cannot be adapted or computes something else in PEFT."""
     if not targets:
-        raise CheckpointError(f"target_modules: {config.no_match(model)}")
+        wanted = config.target_modules
+        paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
+        first = wanted if isinstance(wanted, str) else wanted[0]
+        raise CheckpointError(
+            f"target_modules: {wanted!r} matches no layer of the model{nearest_names(first, paths)}"
+        )
     refused = []
     for path, module in targets.items():
-        reason = why_unsuitable(module, config.layer(path))
+        reason = why_unsuitable(module, plan[path])
         if reason is None and kind_of(module) == "conv":
             reason = why_peft_differs(module.groups, module.dilation, module.padding_mode)
         refused += [f"{path}: {reason}"] if reason is not None else []
@@ -182,27 +175,27 @@ def _check_keys(
 
     Raises: CheckpointError if a tensor is missing, unexpected or wrongly shaped.
     """
-    shapes, keys = {}, {}
+    known: dict[str, Tensor | torch.Size] = {}
+    keys = {}
     for path, chosen in plan.items():
         module = model.get_submodule(path)
         kind = layer_class(module)
         shape_a, shape_b = kind.factor_shapes(module, chosen.rank)
-        wanted = {"lora_A": shape_a, "lora_B": shape_b}
+        shapes = {"lora_A": shape_a, "lora_B": shape_b}
         if chosen.use_dora:
-            wanted["lora_magnitude"] = shape_b[:1]
-        for name, shape in wanted.items():
-            key = f"{PEFT_PREFIX}{path}.{peft_names(kind.kind)[name]}"
-            shapes[key], keys[key] = torch.Size(shape), f"{path}.{name}"
-    required = list(shapes)
+            shapes["lora_magnitude"] = shape_b[:1]
+        for name, shape in shapes.items():
+            key = f"{PEFT_PREFIX}{path}.{PEFT_NAMES[kind.kind][name]}"
+            known[key], keys[key] = torch.Size(shape), f"{path}.{name}"
+    required = list(known)
     for path, head in heads.items():
         required += [f"{PEFT_PREFIX}{path}.{name}" for name in head.state_dict()]
     adapted = tuple(f"{path}." for path in plan)
     for name, value in model.state_dict().items():
         if not name.startswith(adapted):
-            shapes[PEFT_PREFIX + name] = value.shape
-    _, _, _, problems = compare(tensors, required, shapes)
-    if problems:
-        raise misfit(WEIGHTS_FILE, problems)
+            known[PEFT_PREFIX + name] = value
+    result, problems = compare(tensors, required, known)
+    settle(WEIGHTS_FILE, problems, result.loaded, strict=True)
     return keys
 
 
@@ -217,8 +210,7 @@ def _with_short_targets(
             return chosen
     missed = layers.keys() - config.targets(model).keys()
     raise CheckpointError(
-        f"model: {min(missed)} lies in a part of the model that is saved whole, which PEFT's format "
-        "cannot hold; use save_adapter"
+        f"{min(missed)} lies in a part of the model that is saved whole, which PEFT's format cannot hold"
     )
 
 
@@ -227,54 +219,33 @@ def _check_ties(
 ) -> None:
     """Raises: CheckpointError if a head is tied to a parameter here and was not when PEFT saved it."""
     own = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        names.setdefault(id(tensor), []).append(name)
-    for path, head in heads.items():
-        for name in (f"{path}.{key}" for key in head.state_dict()):
-            for other in names[id(own[name])]:
-                value = tensors.get(PEFT_PREFIX + other)
-                if other == name:
-                    continue
-                if value is None or not torch.equal(value, tensors[PEFT_PREFIX + name]):
-                    raise CheckpointError(
-                        f"modules_to_save: {name} is tied to {other}, which the file gives another "
-                        "value; untie them in the model first"
-                    )
+    for name in (f"{path}.{key}" for path, head in heads.items() for key in head.state_dict()):
+        tied = [key for key, tensor in own.items() if tensor is own[name] and key != name]
+        for other in tied:
+            value = tensors.get(PEFT_PREFIX + other)
+            if value is None or not torch.equal(value, tensors[PEFT_PREFIX + name]):
+                raise CheckpointError(
+                    f"modules_to_save: {name} is tied to {other}, which the file gives another "
+                    "value; untie them in the model first"
+                )
 
 
 def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
     """Paths of the modules that own a trained parameter outside the adapters, without those inside another of them."""
     adapters = {id(p) for layer in layers.values() for p in layer.lora_parameters().values()}
-    owners: dict[str, None] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad or id(parameter) in adapters:
-            continue
-        owner = name.rpartition(".")[0]
-        if not owner:
-            raise CheckpointError(
-                f"model: {name} trains and belongs to the model itself, which PEFT's format cannot "
-                "hold; use save_adapter"
-            )
-        _refuse_adapted(owner, layers)
-        module = model.get_submodule(owner)
+    trained = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and id(parameter) not in adapters
+    ]
+    heads = heads_of(trained, layers)
+    for path in heads:
+        module = model.get_submodule(path)
         if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             raise CheckpointError(
-                f"model: {name} trains and belongs to a {type(module).__name__}, which PEFT cannot "
-                "save whole; use save_adapter"
+                f"{path} trains and is a {type(module).__name__}, which PEFT cannot save whole"
             )
-        owners[owner] = None
-    return [p for p in owners if not any(p.startswith(f"{outer}.") for outer in owners)]
-
-
-def _refuse_adapted(path: str, layers: Mapping[str, LoRALayer]) -> None:
-    adapted = overlap(path, layers)
-    if adapted:
-        raise CheckpointError(
-            f"model: {path} would be saved whole and holds or is part of the adapted {adapted}. "
-            "PEFT's format has no biases or weights of adapted layers: freeze them (freeze_base_params, bias='none'), use "
-            "include_trainable=False, or save_adapter"
-        )
+    return heads
 
 
 def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -286,6 +257,5 @@ def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             here = f"{path}.{name}".lstrip(".")
             if id(child) in wanted and places.setdefault(id(child), here) != here:
                 raise CheckpointError(
-                    f"model: {here} and {places[id(child)]} are one module; PEFT adapts it under one "
-                    "of its names only"
+                    f"model: {here} and {places[id(child)]} are one module, which PEFT adapts under one of its names only"
                 )

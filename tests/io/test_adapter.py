@@ -104,8 +104,9 @@ def test_not_strict_loads_what_fits_warns_and_never_applies_nothing():
 def test_other_refusals():
     with pytest.raises(CheckpointError, match="has no adapters"):
         load_lora_state_dict(Decoder(), {"x": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="expected tensors, got int at 'x'"):
-        load_lora_state_dict(adapted(), {"x": 1})
+    with pytest.raises(CheckpointError, match=r"lora_A: expected shape \(4, 16\), got int"):
+        state = get_lora_state_dict(adapted()) | {"blocks.0.attn.to_qkv.lora_A": 1}
+        load_lora_state_dict(adapted(), state)
     model = Decoder()
     setup_lora_for_medical_finetuning(model)
     state = get_lora_state_dict(model, include_trainable=True)

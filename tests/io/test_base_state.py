@@ -147,7 +147,11 @@ def test_strict_errors_name_every_key_and_change_nothing():
     [
         ({}, False, "state: is empty|missing"),
         ({"module.out_layer.weight": torch.zeros(5, 16)}, False, "state does not fit the model"),
-        ({"out_layer.weight": "text"}, True, "expected a tensor at 'out_layer.weight', got str"),
+        (
+            {"out_layer.weight": "text"},
+            True,
+            r"out_layer.weight: expected shape \(5, 16\), got str",
+        ),
     ],
 )
 def test_states_that_load_nothing_are_refused(state, strict, message):
