@@ -19,9 +19,9 @@ from fastlora.medical.models.options import (
 )
 from fastlora.medical.models.trainee import ModelOptions
 from fastlora.medical.sam3d.decoder import load_sam3d
-from fastlora.medical.sam3d.folder import latent_shape, read_generator
+from fastlora.medical.sam3d.folder import read_decoder, read_generator
 from fastlora.medical.sam3d.generator import load_flow
-from fastlora.medical.sam3d.latents import CachedRegions, slat_reader, structure_reader
+from fastlora.medical.sam3d.latents import CachedRegions
 from fastlora.medical.sam3d.losses import SurfaceLossWeights
 from fastlora.medical.sam3d.part import Sam3dPart
 
@@ -133,13 +133,6 @@ class Sam3dOptions(ModelOptions):
         """The dataset with the cached latents of `latents_dir`, if given. Raises: DataError if a region lacks them."""
         if self.latents_dir is None:
             return dataset
-        folder = str(self.sam3d_dir)
-        if self.makes_mesh:
-            return CachedRegions(dataset, self.latents_dir, slat_reader(*latent_shape(folder)))
-        about = read_generator(folder, self.sam3d_part)
-        if about.resolution is None:
-            read = structure_reader(about.latents, about.condition_channels)
-        else:
-            channels = about.latents["feats"][1]
-            read = slat_reader(about.resolution, channels, about.condition_channels)
-        return CachedRegions(dataset, self.latents_dir, read)
+        folder, part = str(self.sam3d_dir), self.sam3d_part
+        about = read_decoder(folder) if self.makes_mesh else read_generator(folder, part)
+        return CachedRegions(dataset, self.latents_dir, about)

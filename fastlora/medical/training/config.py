@@ -31,7 +31,8 @@ MODELS: Mapping[str, type[Any]] = {"compact": DecoderOptions, "sam3d": Sam3dOpti
 """The `ModelOptions` of each value of `--model`: the one place of training and evaluation that knows SAM 3D."""
 
 _data, _model = partial(option, "data"), partial(option, "model")
-_optim, _run = partial(option, "optimisation"), partial(option, "run")
+_optim = partial(option, "optimisation")
+_run = partial(option, "run", resumable=True)
 
 
 @dataclass(frozen=True, init=False)
@@ -143,32 +144,24 @@ class TrainConfig:
     amp: str = _optim("off", "mixed precision, on CUDA only", one_of("off", "bf16", "fp16"))
     seed: int = _optim(0, "seed of weights, data order, dropout and augmentation", NOT_NEGATIVE)
 
-    checkpoint_dir: str = _run("runs/medical", "the run's folder", NOT_EMPTY, resumable=True)
+    checkpoint_dir: str = _run("runs/medical", "the run's folder", NOT_EMPTY)
     save_every: int = _run(
-        0,
-        "also keep checkpoints/epoch_NNN.pt this often; 0 never",
-        NOT_NEGATIVE,
-        "epochs",
-        resumable=True,
+        0, "also keep checkpoints/epoch_NNN.pt this often; 0 never", NOT_NEGATIVE, "epochs"
     )
     resume: str | None = _run(
         None,
         "continue from a checkpoint or run folder; 'auto': from the last one in --checkpoint_dir, if any",
         NOT_EMPTY,
-        resumable=True,
     )
-    overwrite: bool = _run(False, "replace the run in --checkpoint_dir", resumable=True)
-    device: str = _run("auto", "auto, cpu, cuda or cuda:N", NOT_EMPTY, resumable=True)
+    overwrite: bool = _run(False, "replace the run in --checkpoint_dir")
+    device: str = _run("auto", "auto, cpu, cuda or cuda:N", NOT_EMPTY)
     parallel: str = _run(
         "ddp",
         "how the processes of torchrun share the model: each holds all of it, or a shard of each weight",
         one_of("ddp", "fsdp"),
-        resumable=True,
     )
-    threads: int = _run(
-        0, "torch's CPU threads; 0 keeps the current number", NOT_NEGATIVE, resumable=True
-    )
-    progress: bool = _run(True, "show the progress bar on a terminal", resumable=True)
+    threads: int = _run(0, "torch's CPU threads; 0 keeps the current number", NOT_NEGATIVE)
+    progress: bool = _run(True, "show the progress bar on a terminal")
 
     options: ModelOptions = dataclasses.field(kw_only=True)
 
@@ -214,31 +207,25 @@ class TrainConfig:
         if self.lora_ranks is None:
             recipe = self.options.default_ranks if self.lora_rank is None else ()
             object.__setattr__(self, "lora_ranks", recipe)
-        if self.lora_rank is None:
-            object.__setattr__(self, "lora_rank", self.options.default_rank)
+        rank = self.options.default_rank if self.lora_rank is None else self.lora_rank
+        object.__setattr__(self, "lora_rank", rank)
         if self.lora_alpha is None:
-            object.__setattr__(self, "lora_alpha", 2.0 * self.rank)
+            object.__setattr__(self, "lora_alpha", 2.0 * rank)
         if self.split == "auto":
             own = self.data_root or self.demo
             object.__setattr__(self, "split", "patient" if own else "structure")
 
     @property
-    def rank(self) -> int:
-        """The rank of layers that `lora_ranks` does not name."""
-        assert self.lora_rank is not None
-        return self.lora_rank
-
-    @property
-    def alpha(self) -> float:
-        """LoRA's alpha for `rank`."""
-        assert self.lora_alpha is not None
-        return self.lora_alpha
-
-    @property
-    def rank_pattern(self) -> dict[str, int]:
-        """`lora_ranks` by name."""
+    def adapters(self) -> dict[str, Any]:
+        """The arguments of `Trainee.adapt`."""
         pairs = [entry.partition("=") for entry in self.lora_ranks or ()]
-        return {name: int(rank) for name, _, rank in pairs}
+        return {
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "ffn": self.lora_ffn,
+            "rank_pattern": {name: int(rank) for name, _, rank in pairs},
+        }
 
     @property
     def peak_lr(self) -> float:
@@ -248,7 +235,7 @@ class TrainConfig:
     @property
     def loss_weights(self) -> Any:
         """The weights of the model's loss terms, an instance of its `ModelOptions.loss_weights`."""
-        kind, values = self.options.loss_weights, {**vars(self), **vars(self.options)}
+        kind, values = self.options.loss_weights, self.to_dict()
         return kind(**{f.name: values[f"loss_{f.name}"] for f in dataclasses.fields(kind)})
 
     @classmethod

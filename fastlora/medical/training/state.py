@@ -24,7 +24,7 @@ from fastlora.medical.training.distributed import (
     load_optimizer_state,
     sharded_like,
 )
-from fastlora.medical.training.finetuned import has_half, load_tensors, trainable_parameters
+from fastlora.medical.training.finetuned import has_half, trainable_parameters
 
 
 class RunState:
@@ -132,10 +132,8 @@ class RunState:
     def restore(self, content: Mapping[str, Any]) -> None:
         """Puts back weights, optimizer, schedule, generators and position of a snapshot of this run."""
         parameters = trainable_parameters(self.model)
-        load_tensors(
-            self.model,
-            {name: sharded_like(parameters[name], t) for name, t in content["model"].items()},
-        )
+        weights = {n: sharded_like(parameters[n], t) for n, t in content["model"].items()}
+        self.model.load_state_dict(weights, strict=False)
         load_optimizer_state(self.optimizer, content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         factor = self.lr_factor(self.scheduler.last_epoch)  # differs if `epochs` changed

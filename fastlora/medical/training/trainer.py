@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlora import count_parameters, save_adapter
@@ -47,7 +46,6 @@ from fastlora.medical.training.faults import (
     memory_in_words,
 )
 from fastlora.medical.training.finetuned import (
-    has_half,
     load_base,
     make_trainable,
     trainable_parameters,
@@ -105,7 +103,7 @@ class MedicalTrainer:
         self.counts = count_parameters(self.model)
         self._adapted = without_values(self.model)
         self.model.to(self.device)
-        self._call = self._parallelize()
+        self._call = parallelize(self.model, config.parallel, self.device)
         steps = math.ceil(math.ceil(len(train_data) / config.batch_size) / config.grad_accum)
         sides = [getattr(data, "identity", None) for data in (train_data, val_data)]
         facts = {
@@ -128,17 +126,6 @@ class MedicalTrainer:
                 "validation samples": len(val_data),
             }
         )
-
-    def _parallelize(self) -> nn.Module:
-        """The module to call in place of the model."""
-        if self.config.parallel == "fsdp":
-            if not dist.is_initialized():
-                raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
-            if has_half(self.model):
-                raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
-        if dist.is_initialized():
-            return parallelize(self.model, self.config.parallel, self.device)
-        return self.model
 
     @property
     def epoch(self) -> int:
@@ -219,16 +206,11 @@ class MedicalTrainer:
         self.ranks.seed_dropout(config.seed, epoch)
         order = epoch_order(config.seed, epoch, total)
         group = config.batch_size * config.grad_accum
-        sums: defaultdict[str, float] = defaultdict(float)
-        norms: list[float] = []
-        rate = state.optimizer.param_groups[0]["lr"]  # of the epoch's first step
-        seen = 0
-        if state.within is not None:  # interrupted by Ctrl-C
-            seen, rate = state.within["seen"], state.within["lr"]
-            if self.ranks.first:
-                sums.update(state.within["sums"])
-            norms += state.within["norms"]
-            state.within = None
+        within = state.within or {}  # of an epoch that Ctrl-C interrupted
+        state.within = None
+        seen, norms = within.get("seen", 0), list(within.get("norms", ()))
+        rate = within.get("lr", state.optimizer.param_groups[0]["lr"])  # of the epoch's first step
+        sums = defaultdict(float, within.get("sums", {}) if self.ranks.first else {})
         rest = micro_batches(
             self.train_data, order[seen:], self.micro_batch, self.ranks, config.num_workers
         )
@@ -239,7 +221,7 @@ class MedicalTrainer:
             # A step's loss is the mean over all its regions, whatever the sizes of its micro-batches and shares.
             in_step = min(group, total - seen // group * group)
             step_loss = losses["total"] * (count * self.ranks.world / in_step)
-            state.scaler.scale(step_loss).backward()  # type: ignore[no-untyped-call]
+            state.scaler.scale(step_loss).backward()
             for name, value in losses.items():
                 sums[name] += value.item() * count
             seen += of_all
