@@ -189,7 +189,7 @@ def test_a_history_that_later_steps_could_not_use(tmp_path):
     ):
         torch.save({**content, **change}, tmp_path / "x.pt")
         with pytest.raises(CheckpointError, match=message):
-            checkpointing.read_checkpoint(tmp_path / "x.pt")
+            trainer.load_checkpoint(tmp_path / "x.pt")
 
 
 # Text

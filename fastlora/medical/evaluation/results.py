@@ -126,7 +126,7 @@ def document(
         "tolerance_mm": evaluation.tolerance_mm,
         **facts,
         "seed": runs["lora"].config.seed,
-        "runs": {key: run.facts() for key, run in runs.items()},
+        "runs": {key: run.facts for key, run in runs.items()},
         "environment": environment(),
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -226,8 +226,7 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
     LoRA, whose meshes are those of LoRA, has none either. A predicted PLY carries `distance_mm` at
     each vertex (see `distance_to_truth`). Returns the number of files.
 
-    Raises:
-        ConfigError: a format that is not in `MESH_FORMATS`.
+    Raises: ConfigError if the format is not in `MESH_FORMATS`.
     """
     if mesh_format not in MESH_FORMATS:
         raise ConfigError(f"mesh_format: expected one of {MESH_FORMATS}, got {mesh_format!r}")

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,12 +89,9 @@ def _converted(options: type, name: str, value: Any) -> Any:
         return None
     kind = value_type(options, name)
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
-            return number
+        with suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
     elif kind is tuple and isinstance(value, (list, tuple)):
         if all(isinstance(part, str) for part in value):
             return tuple(value)

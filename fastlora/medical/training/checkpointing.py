@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,46 @@ def score(val: Mapping[str, float]) -> float:
     return val["dice"] if "dice" in val else -val["total"]
 
 
-KEYS: Mapping[str, type] = {
-    **dict.fromkeys(("model", "optimizer", "scheduler", "scaler", "rng", "config"), dict),
-    **dict.fromkeys(("format", "base_sha256"), str),
-    **dict.fromkeys(("epoch", "samples"), int),
-    **dict.fromkeys(("history", "seconds"), list),
-    "best": object,
+def _is_figure(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+_PLAIN = (type(None), bool, int, float, str)
+_FIGURES = {str: _is_figure}
+_PROGRESS = {"seen": int, "lr": float, "sums": {str: float}, "norms": [float]}
+
+KEYS: Mapping[str, tuple[Any, str]] = {
+    **dict.fromkeys(("optimizer", "scheduler", "scaler", "rng"), (dict, "a mapping")),
+    **dict.fromkeys(("format", "base_sha256"), (str, "text")),
+    **dict.fromkeys(("epoch", "samples"), (int, "a whole number")),
+    "model": ({str: Tensor}, "tensors by name"),
+    "config": ({str: (*_PLAIN, [_PLAIN])}, "plain values by name"),
+    "history": (list, "a list of epochs"),
+    "seconds": ([_is_figure], "a list of numbers"),
+    "regions": ([str], "a list of fingerprints"),
+    "within": ((type(None), _PROGRESS), "the progress of an interrupted epoch"),
+    "best": ((type(None), dict), "a checkpoint"),
 }
-"""The entries of a checkpoint and their types."""
+"""The entries of a checkpoint, their structure as of `is_like`, and words for it."""
+
+
+def is_like(value: object, kind: Any) -> bool:
+    """Whether an untrusted value has a structure.
+
+    kind: a type, or a condition; `[kind]` of a list's items; `{str: kind}` of a mapping's values, or the kind of each key; a tuple of
+        alternatives.
+    """
+    if isinstance(kind, tuple):
+        return any(is_like(value, one) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(is_like(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in kind:
+            return all(isinstance(k, str) and is_like(v, kind[str]) for k, v in value.items())
+        return value.keys() == kind.keys() and all(is_like(value[k], kind[k]) for k in kind)
+    return isinstance(value, kind) if isinstance(kind, type) else bool(kind(value))
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -58,59 +90,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
+    older: dict[str, Any] = {"regions": [], "within": None}  # files of older versions have neither
+    content = {**older, **content}
     _check_content(content, str(path))
     if content["best"] is not None:
-        _check_content(content["best"], f"{path}: best")
-    regions = content.setdefault("regions", [])  # older files have neither this nor `within`
-    if not (isinstance(regions, list) and all(isinstance(side, str) for side in regions)):
-        raise CheckpointError(f"{path}: regions: expected a list of fingerprints")
-    if content.setdefault("within", None) is not None:
-        _check_within(content, str(path))
+        _check_content({**older, "best": None, **content["best"]}, f"{path}: best")
     return content
 
 
-def _check_within(content: dict[str, Any], where: str) -> None:
-    """Checks the progress of an interrupted epoch: regions seen, its rate, sums of loss terms, gradient norms."""
-    like = {"seen": 0, "lr": 0.0, "sums": {}, "norms": []}
-    within = content["within"]
-    sums, norms = (
-        (within.get("sums"), within.get("norms")) if isinstance(within, dict) else (None, None)
-    )
-    if not (
-        isinstance(sums, dict)
-        and isinstance(norms, list)
-        and all(isinstance(key, str) for key in sums)
-        and all(isinstance(value, float) for value in (*sums.values(), *norms))
-    ):
-        raise CheckpointError(f"{where}: within: expected sums by name and a list of norms")
-    check_like({**within, "sums": {}, "norms": []}, like, f"{where}: within")
-    if not 0 <= within["seen"] <= content["samples"]:
-        raise CheckpointError(f"{where}: within: expected at most {content['samples']} seen")
-
-
-def _check_content(content: Any, where: str) -> None:
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: expected a checkpoint, got {type(content).__name__}")
-    kinds = {name: kind for name, kind in KEYS.items() if kind is not object or name in content}
-    if missing := sorted((KEYS.keys() if "best" in content else kinds.keys()) - content.keys()):
+def _check_content(content: Mapping[str, Any], where: str) -> None:
+    if missing := sorted(KEYS.keys() - content.keys()):
         raise CheckpointError(f"{where}: the checkpoint lacks {', '.join(missing)}")
-    for name, kind in kinds.items():
-        if not isinstance(content[name], kind):
-            raise CheckpointError(
-                f"{where}: {name}: expected {kind.__name__}, got {type(content[name]).__name__}"
-            )
-    weights = content["model"]
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
-        raise CheckpointError(f"{where}: model: expected tensors by name")
-    for name, value in content["config"].items():
-        parts = value if isinstance(value, list) else [value]
-        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
-            raise CheckpointError(f"{where}: config: expected a plain value for {name}")
+    for name, (kind, words) in KEYS.items():
+        if not is_like(content[name], kind):
+            raise CheckpointError(f"{where}: {name}: expected {words}")
     if content["epoch"] < 0 or len(content["history"]) != content["epoch"] + 1:
         raise CheckpointError(
             f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} entries"
         )
     check_history(content["history"], content["seconds"], where)
+    if content["within"] and not 0 <= content["within"]["seen"] <= content["samples"]:
+        raise CheckpointError(f"{where}: within: expected at most {content['samples']} seen")
 
 
 def check_history(
@@ -118,19 +118,18 @@ def check_history(
 ) -> None:
     """Checks the entries and durations of epochs. chosen_by: the validation figure that `score` needs. Raises: CheckpointError."""
     for entry in history:
-        parts = [entry.get("train", {}), entry.get("val")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(part, dict) and _are_figures(part.values()) for part in parts):
+        if not (
+            isinstance(entry, dict)
+            and is_like(entry.get("train", {}), _FIGURES)
+            and is_like(entry.get("val"), _FIGURES)
+        ):
             raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
-        if chosen_by not in entry["val"]:  # type: ignore[index]
+        if chosen_by not in entry["val"]:
             raise CheckpointError(
                 f"{where}: history: expected {chosen_by!r} of the validation in every epoch"
             )
-    if not _are_figures(seconds):
+    if not is_like(seconds, [_is_figure]):
         raise CheckpointError(f"{where}: seconds: expected a list of numbers")
-
-
-def _are_figures(values: Iterable[object]) -> bool:
-    return all(isinstance(value, float) and math.isfinite(value) for value in values)
 
 
 def check_like(found: object, wanted: object, where: str) -> None:
@@ -204,16 +203,10 @@ def seed_everything(seed: int) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The state of the global generators, as values for a checkpoint."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (
-            name,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            position,
-            has_gauss,
-            cached,
-        ),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -222,8 +215,8 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restores a state from `rng_state`."""
     random.setstate(state["python"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
