@@ -183,9 +183,9 @@ def test_a_history_that_later_steps_could_not_use(tmp_path):
     best = {k: v for k, v in content.items() if k != "best"} | {"seconds": [torch.zeros(1)]}
     for change, message in (
         ({"history": history}, "history: expected 'dice' of the validation in every epoch"),
-        ({"seconds": [0.1, torch.zeros(1)]}, "seconds: expected a list of numbers"),
-        ({"seconds": [0.1, float("nan")]}, "seconds: expected a list of numbers"),
-        ({"best": best}, "best: seconds: expected a list of numbers"),
+        ({"seconds": [0.1, torch.zeros(1)]}, "seconds.1: expected float, got Tensor"),
+        ({"seconds": [0.1, float("nan")]}, "history, seconds: expected finite numbers"),
+        ({"best": best}, "best: seconds.0: expected float, got Tensor"),
     ):
         torch.save({**content, **change}, tmp_path / "x.pt")
         with pytest.raises(CheckpointError, match=message):

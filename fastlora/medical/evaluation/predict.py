@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,27 +177,22 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
         total[at] += weight * distance
         weights[at] += weight
 
-    waiting: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+    def windows() -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
+        for start in itertools.product(*(_starts(n) for n in shape)):
+            image, sdf = grid.crop((grid.offset + start).tolist())
+            sample = region_arrays(image, sdf)
+            if len(sample["coords"]):
+                about = {"affine": grid.affine, "spacing": SPACING_MM, "meta": {}}
+                yield start, {**sample, **about}
+            else:
+                blend(start, base_distance(coarse_structure(sdf < 0)))
 
-    def run() -> None:
-        if waiting:
-            batch = collate_regions([sample for _, sample in waiting]).to(device)
-            predicted = predict(model, batch).float().cpu().numpy()
-            for (start, _), distance in zip(waiting, predicted, strict=True):
-                blend(start, distance)
-            waiting.clear()
-
-    for start in itertools.product(*(_starts(n) for n in shape)):
-        image, sdf = grid.crop((grid.offset + start).tolist())
-        sample = region_arrays(image, sdf)
-        if len(sample["coords"]) == 0:
-            blend(start, base_distance(coarse_structure(sdf < 0)))
-            continue
-        about = {"affine": grid.affine, "spacing": SPACING_MM, "meta": {}}
-        waiting.append((start, {**sample, **about}))
-        if len(waiting) == batch_size:
-            run()
-    run()
+    waiting = windows()
+    while some := list(itertools.islice(waiting, batch_size)):
+        batch = collate_regions([sample for _, sample in some]).to(device)
+        predicted = predict(model, batch).float().cpu().numpy()
+        for (start, _), distance in zip(some, predicted, strict=True):
+            blend(start, distance)
     field: Array = total / weights
     if not np.isfinite(field).all():
         raise DataError(

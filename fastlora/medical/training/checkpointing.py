@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -30,46 +31,23 @@ def score(val: Mapping[str, float]) -> float:
     return val["dice"] if "dice" in val else -val["total"]
 
 
-def _is_figure(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
+_PLAIN = bool | int | float | str | None
 
-
-_PLAIN = (type(None), bool, int, float, str)
-_FIGURES = {str: _is_figure}
-_PROGRESS = {"seen": int, "lr": float, "sums": {str: float}, "norms": [float]}
-
-KEYS: Mapping[str, tuple[Any, str]] = {
-    **dict.fromkeys(("optimizer", "scheduler", "scaler", "rng"), (dict, "a mapping")),
-    **dict.fromkeys(("format", "base_sha256"), (str, "text")),
-    **dict.fromkeys(("epoch", "samples"), (int, "a whole number")),
-    "model": ({str: Tensor}, "tensors by name"),
-    "config": ({str: (*_PLAIN, [_PLAIN])}, "plain values by name"),
-    "history": (list, "a list of epochs"),
-    "seconds": ([_is_figure], "a list of numbers"),
-    "regions": ([str], "a list of fingerprints"),
-    "within": ((type(None), _PROGRESS), "the progress of an interrupted epoch"),
-    "best": ((type(None), dict), "a checkpoint"),
+KEYS: Mapping[str, Any] = {
+    **dict.fromkeys(("optimizer", "scheduler", "scaler", "rng"), dict),
+    **dict.fromkeys(("format", "base_sha256"), str),
+    **dict.fromkeys(("epoch", "samples"), int),
+    "model": {str: Tensor},
+    "config": {str: _PLAIN | list},
+    "history": list,
+    "seconds": list,
+    "regions": [str, ...],
+    "within": dict | None,
+    "best": dict | None,
 }
-"""The entries of a checkpoint, their structure as of `is_like`, and words for it."""
+"""The entries of a checkpoint and their structures, as in `check_like`."""
 
-
-def is_like(value: object, kind: Any) -> bool:
-    """Whether an untrusted value has a structure.
-
-    kind: a type, or a condition; `[kind]` of a list's items; `{str: kind}` of a mapping's values, or the kind of each key; a tuple of
-        alternatives.
-    """
-    if isinstance(kind, tuple):
-        return any(is_like(value, one) for one in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(is_like(item, kind[0]) for item in value)
-    if isinstance(kind, dict):
-        if not isinstance(value, dict):
-            return False
-        if str in kind:
-            return all(isinstance(k, str) and is_like(v, kind[str]) for k, v in value.items())
-        return value.keys() == kind.keys() and all(is_like(value[k], kind[k]) for k in kind)
-    return isinstance(value, kind) if isinstance(kind, type) else bool(kind(value))
+_PROGRESS = {"seen": int, "lr": float, "sums": {str: float}, "norms": [float, ...]}
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -101,40 +79,56 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _check_content(content: Mapping[str, Any], where: str) -> None:
     if missing := sorted(KEYS.keys() - content.keys()):
         raise CheckpointError(f"{where}: the checkpoint lacks {', '.join(missing)}")
-    for name, (kind, words) in KEYS.items():
-        if not is_like(content[name], kind):
-            raise CheckpointError(f"{where}: {name}: expected {words}")
+    for name, wanted in KEYS.items():
+        check_like(content[name], wanted, f"{where}: {name}")
+    for name, value in content["config"].items():
+        check_like(
+            value if isinstance(value, list) else [], [_PLAIN, ...], f"{where}: config.{name}"
+        )
     if content["epoch"] < 0 or len(content["history"]) != content["epoch"] + 1:
         raise CheckpointError(
             f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} entries"
         )
     check_history(content["history"], content["seconds"], where)
-    if content["within"] and not 0 <= content["within"]["seen"] <= content["samples"]:
-        raise CheckpointError(f"{where}: within: expected at most {content['samples']} seen")
+    if content["within"] is not None:
+        check_like(content["within"], _PROGRESS, f"{where}: within")
+        if not 0 <= content["within"]["seen"] <= content["samples"]:
+            raise CheckpointError(f"{where}: within: expected at most {content['samples']} seen")
 
 
 def check_history(
-    history: Sequence[object], seconds: Sequence[object], where: str, chosen_by: str = "total"
+    history: Sequence[Any], seconds: Sequence[float], where: str, chosen_by: str = "total"
 ) -> None:
     """Checks the entries and durations of epochs. chosen_by: the validation figure that `score` needs. Raises: CheckpointError."""
-    for entry in history:
-        if not (
-            isinstance(entry, dict)
-            and is_like(entry.get("train", {}), _FIGURES)
-            and is_like(entry.get("val"), _FIGURES)
-        ):
-            raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
+    check_like(seconds, [float, ...], f"{where}: seconds")
+    figures = list(seconds)
+    for epoch, entry in enumerate(history):
+        check_like(entry, {str: object}, f"{where}: history.{epoch}")
+        for name, terms in (("train", entry.get("train", {})), ("val", entry.get("val"))):
+            check_like(terms, {str: float}, f"{where}: history.{epoch}.{name}")
+            figures += terms.values()
         if chosen_by not in entry["val"]:
             raise CheckpointError(
                 f"{where}: history: expected {chosen_by!r} of the validation in every epoch"
             )
-    if not is_like(seconds, [_is_figure]):
-        raise CheckpointError(f"{where}: seconds: expected a list of numbers")
+    if not all(map(math.isfinite, figures)):
+        raise CheckpointError(f"{where}: history, seconds: expected finite numbers")
 
 
-def check_like(found: object, wanted: object, where: str) -> None:
-    """Checks that two nested values have the same keys, types and sizes; the values may differ. Raises: CheckpointError, naming the place."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
+def check_like(found: Any, wanted: Any, where: str) -> None:
+    """Checks the structure of a nested value. Raises: CheckpointError, naming the place.
+
+    wanted: a type; or an example, whose keys, types, lengths and shapes the value has; `{str: wanted}` is a mapping with any names,
+        `[wanted, ...]` a list of any length.
+    """
+    kind: Any = wanted if isinstance(wanted, (type, UnionType)) else type(wanted)
+    if not isinstance(found, kind):
+        name = getattr(kind, "__name__", kind)
+        raise CheckpointError(f"{where}: expected {name}, got {type(found).__name__}")
+    if isinstance(wanted, dict):
+        if str in wanted:
+            check_like(list(found), [str, ...], where)
+            wanted = dict.fromkeys(found, wanted[str])
         if found.keys() != wanted.keys():
             names = ", ".join(sorted(map(str, found.keys() ^ wanted.keys())))
             raise CheckpointError(
@@ -142,19 +136,16 @@ def check_like(found: object, wanted: object, where: str) -> None:
             )
         for key, value in wanted.items():
             check_like(found[key], value, f"{where}.{key}")
-    elif isinstance(wanted, (list, tuple)) and isinstance(found, type(wanted)):
+    elif isinstance(wanted, (list, tuple)):
+        if wanted and wanted[-1] is ...:
+            wanted = len(found) * wanted[:1]
         if len(found) != len(wanted):
             raise CheckpointError(f"{where}: expected {len(wanted)} values, got {len(found)}")
         for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
             check_like(a, b, f"{where}.{number}")
-    elif isinstance(wanted, Tensor) and isinstance(found, Tensor):
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            raise CheckpointError(
-                f"{where}: expected {tuple(wanted.shape)} {wanted.dtype}, got {tuple(found.shape)} {found.dtype}"
-            )
-    elif type(found) is not type(wanted):
+    elif isinstance(wanted, Tensor) and (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         raise CheckpointError(
-            f"{where}: expected {type(wanted).__name__}, got {type(found).__name__}"
+            f"{where}: expected {tuple(wanted.shape)} {wanted.dtype}, got {tuple(found.shape)} {found.dtype}"
         )
 
 
