@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -54,11 +55,10 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]
         }
         summary[method] = {}
         for group, rows in {**groups, EVERYTHING: mine}.items():
-            statuses = sorted({r["status"] for r in rows})
             summary[method][group] = {
                 **{key: mean_defined(r[key] for r in rows) for key in METRIC_KEYS},
                 "regions": len(rows),
-                "status": {s: sum(r["status"] == s for r in rows) for s in statuses},
+                "status": dict(sorted(Counter(r["status"] for r in rows).items())),
             }
     return summary
 

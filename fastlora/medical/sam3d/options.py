@@ -22,8 +22,8 @@ from fastlora.medical.sam3d.decoder import load_sam3d
 from fastlora.medical.sam3d.folder import read_decoder, read_generator
 from fastlora.medical.sam3d.generator import load_flow
 from fastlora.medical.sam3d.latents import CachedRegions
-from fastlora.medical.sam3d.losses import SurfaceLossWeights
 from fastlora.medical.sam3d.part import Sam3dPart
+from fastlora.medical.sam3d.surface import SurfaceLossWeights
 
 _sam3d = partial(option, "sam3d")
 

@@ -172,14 +172,13 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 raise ConfigError(f"{name}: unknown key{nearest(name, known)}")
-        for name, spec in declared(TrainConfig).items():
-            object.__setattr__(self, name, values.get(name, spec.default))
+        vars(self).update({n: values.get(n, s.default) for n, s in declared(TrainConfig).items()})
         check_options(self)
         self._check()
         for model, kind in MODELS.items():
             section = kind(**{name: values[name] for name in declared(kind) if name in values})
             if model == self.model:
-                object.__setattr__(self, "options", section)
+                vars(self)["options"] = section
                 continue
             for name, spec in declared(kind).items():
                 if getattr(section, name) != spec.default:
@@ -204,16 +203,15 @@ class TrainConfig:
 
     def _resolve(self) -> None:
         """Fills in the model's defaults, so that the run's folder states them."""
-        if self.lora_ranks is None:
-            recipe = self.options.default_ranks if self.lora_rank is None else ()
-            object.__setattr__(self, "lora_ranks", recipe)
+        own = self.data_root or self.demo
+        recipe = self.options.default_ranks if self.lora_rank is None else ()
         rank = self.options.default_rank if self.lora_rank is None else self.lora_rank
-        object.__setattr__(self, "lora_rank", rank)
-        if self.lora_alpha is None:
-            object.__setattr__(self, "lora_alpha", 2.0 * rank)
-        if self.split == "auto":
-            own = self.data_root or self.demo
-            object.__setattr__(self, "split", "patient" if own else "structure")
+        vars(self).update(
+            lora_ranks=recipe if self.lora_ranks is None else self.lora_ranks,
+            lora_rank=rank,
+            lora_alpha=2.0 * rank if self.lora_alpha is None else self.lora_alpha,
+            split=("patient" if own else "structure") if self.split == "auto" else self.split,
+        )
 
     @property
     def adapters(self) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.data.batch import SparseTokens
 from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training.config import TrainConfig
-from fastlora.medical.training.finetuned import has_half
 
 T = TypeVar("T")
 
@@ -188,7 +187,7 @@ def parallelize(model: Trainee, kind: str, device: torch.device) -> nn.Module:
     """
     if kind == "fsdp" and not dist.is_initialized():
         raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
-    if kind == "fsdp" and has_half(model):
+    if kind == "fsdp" and model.has_half:
         raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
     if not dist.is_initialized():
         return model

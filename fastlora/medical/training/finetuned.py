@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from fastlora import merged_model, named_lora_layers
@@ -43,11 +42,6 @@ def make_trainable(model: Trainee, config: TrainConfig) -> None:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name; a checkpoint holds exactly these."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def has_half(model: nn.Module) -> bool:
-    """Whether some parameters have 16 bits."""
-    return any(p.dtype == torch.float16 for p in model.parameters())
 
 
 def without_values(model: Trainee) -> Trainee:

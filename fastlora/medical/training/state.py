@@ -15,16 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlora.errors import CheckpointError
 from fastlora.files import check_tensors
 from fastlora.medical.models.trainee import Trainee
-from fastlora.medical.training import checkpointing
+from fastlora.medical.training import checkpointing, distributed
 from fastlora.medical.training.checkpointing import score
 from fastlora.medical.training.config import TrainConfig, is_resumable
-from fastlora.medical.training.distributed import (
-    full_optimizer_state,
-    full_tensor,
-    load_optimizer_state,
-    sharded_like,
-)
-from fastlora.medical.training.finetuned import has_half, trainable_parameters
+from fastlora.medical.training.finetuned import trainable_parameters
 
 
 class RunState:
@@ -48,7 +42,7 @@ class RunState:
         )
         self.scheduler = LambdaLR(self.optimizer, self.lr_factor)
         self.scaler = torch.amp.GradScaler(
-            next(iter(parameters)).device.type, enabled=config.amp == "fp16" or has_half(model)
+            next(iter(parameters)).device.type, enabled=config.amp == "fp16" or model.has_half
         )
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
@@ -89,8 +83,11 @@ class RunState:
         """A copy of the state, without `best`; every rank must call."""
         return {
             "format": checkpointing.FORMAT,
-            "model": {name: full_tensor(p) for name, p in trainable_parameters(self.model).items()},
-            "optimizer": full_optimizer_state(self.optimizer),
+            "model": {
+                name: distributed.full_tensor(p)
+                for name, p in trainable_parameters(self.model).items()
+            },
+            "optimizer": distributed.full_optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -132,9 +129,11 @@ class RunState:
     def restore(self, content: Mapping[str, Any]) -> None:
         """Puts back weights, optimizer, schedule, generators and position of a snapshot of this run."""
         parameters = trainable_parameters(self.model)
-        weights = {n: sharded_like(parameters[n], t) for n, t in content["model"].items()}
+        weights = {
+            n: distributed.sharded_like(parameters[n], t) for n, t in content["model"].items()
+        }
         self.model.load_state_dict(weights, strict=False)
-        load_optimizer_state(self.optimizer, content["optimizer"])
+        distributed.load_optimizer_state(self.optimizer, content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         factor = self.lr_factor(self.scheduler.last_epoch)  # differs if `epochs` changed
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):

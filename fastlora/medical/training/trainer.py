@@ -22,7 +22,7 @@ from fastlora import count_parameters, save_adapter
 from fastlora.errors import ConfigError, DataError, TrainingError
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.models.trainee import Trainee
-from fastlora.medical.training import checkpointing
+from fastlora.medical.training import checkpointing, distributed, faults
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import (
     RegionData,
@@ -31,20 +31,7 @@ from fastlora.medical.training.data import (
     micro_batches,
     region_names,
 )
-from fastlora.medical.training.distributed import (
-    Ranks,
-    full_tensor,
-    local_device,
-    parallelize,
-    resolve_device,
-    sync_gradients,
-)
-from fastlora.medical.training.faults import (
-    deferred_interrupt,
-    explained,
-    is_out_of_memory,
-    memory_in_words,
-)
+from fastlora.medical.training.distributed import Ranks
 from fastlora.medical.training.finetuned import (
     load_base,
     make_trainable,
@@ -83,7 +70,7 @@ class MedicalTrainer:
                 f"halve_batch: expected one process, got {self.ranks.world}: the others would wait for the one that restarts "
                 "its epoch"
             )
-        self.device = local_device(resolve_device(config))
+        self.device = distributed.local_device(distributed.resolve_device(config))
         self.folder = RunFolder(config.checkpoint_dir)
         resume = self.folder.resume_from(config.resume)
         self.folder.check_free(resume, config.resume == "auto", config.overwrite)
@@ -103,7 +90,7 @@ class MedicalTrainer:
         self.counts = count_parameters(self.model)
         self._adapted = without_values(self.model)
         self.model.to(self.device)
-        self._call = parallelize(self.model, config.parallel, self.device)
+        self._call = distributed.parallelize(self.model, config.parallel, self.device)
         steps = math.ceil(math.ceil(len(train_data) / config.batch_size) / config.grad_accum)
         sides = [getattr(data, "identity", None) for data in (train_data, val_data)]
         facts = {
@@ -148,7 +135,7 @@ class MedicalTrainer:
             KeyboardInterrupt after Ctrl-C, when the step is done and saved; after a second one at once.
         """
         last = self.folder.checkpoint("last")
-        with explained(last, self._memory), deferred_interrupt() as self.interrupted:
+        with faults.explained(last, self._memory), faults.deferred_interrupt() as self.interrupted:
             try:
                 return self._train()
             finally:
@@ -181,7 +168,7 @@ class MedicalTrainer:
             try:
                 return self._train_epoch(report)
             except (RuntimeError, MemoryError) as error:
-                if start is None or self.micro_batch == 1 or not is_out_of_memory(error):
+                if start is None or self.micro_batch == 1 or not faults.is_out_of_memory(error):
                     raise
             size = self.config.batch_size
             self.micro_batch = max(n for n in range(1, self.micro_batch // 2 + 1) if size % n == 0)
@@ -193,7 +180,7 @@ class MedicalTrainer:
     def _memory(self) -> str:
         alone = ", and --halve_batch does that by itself" if self.ranks.world == 1 else ""
         return (
-            f"{memory_in_words(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
+            f"{faults.memory_in_words(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
             f"grad_accum trains the same{alone}"
         )
 
@@ -216,7 +203,7 @@ class MedicalTrainer:
         )
         for batch, count, of_all in rest:
             last = (seen + of_all) % group == 0 or seen + of_all == total
-            sync_gradients(self._call, last)
+            distributed.sync_gradients(self._call, last)
             _, losses = self._forward(batch, f"epoch {epoch}, step {len(norms) + 1}")
             # A step's loss is the mean over all its regions, whatever the sizes of its micro-batches and shares.
             in_step = min(group, total - seen // group * group)
@@ -249,7 +236,7 @@ class MedicalTrainer:
         state.scaler.unscale_(state.optimizer)
         limit = self.config.clip_norm or math.inf
         weights = trainable_parameters(self.model).values()
-        norm = full_tensor(nn.utils.clip_grad_norm_(weights, limit)).item()
+        norm = distributed.full_tensor(nn.utils.clip_grad_norm_(weights, limit)).item()
         if not math.isfinite(norm) and not state.scaler.is_enabled():
             raise TrainingError(
                 f"gradient is not finite in epoch {state.epoch + 1}: {region_names(batch)}"
