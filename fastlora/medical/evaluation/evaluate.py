@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,12 +248,12 @@ def compare_runs(
 
 def _load_models(config: TrainConfig, lora: Run, full: Run | None) -> dict[str, Trainee]:
     """The models by method; the base alone, or within the rest of the LoRA run if it predicts nothing alone."""
+    trained = partial(load_finetuned, lora.folder, which=lora.which)
+    alone = config.options.standalone_base
     models = {
-        "base": load_base(config)
-        if config.options.standalone_base
-        else load_finetuned(lora.folder, which=lora.which, adapters=False),
-        "lora": load_finetuned(lora.folder, which=lora.which),
-        "merged": load_finetuned(lora.folder, which=lora.which, merged=True),
+        "base": load_base(config) if alone else trained(adapters=False),
+        "lora": trained(),
+        "merged": trained(merged=True),
     }
     if full is not None:
         models["full"] = load_finetuned(full.folder, which=full.which)

@@ -118,10 +118,8 @@ def read_subject(
 
 def stem(path: Path) -> str:
     """A file's name without its ending, `.nii.gz` being one."""
-    for ending in NIFTI_ENDINGS:
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending)
-    return path.stem if path.is_file() else path.name
+    ending = path.suffix if path.is_file() else ""
+    return path.name.removesuffix(next(filter(path.name.endswith, NIFTI_ENDINGS), ending))
 
 
 def _is_png(path: Path) -> bool:
@@ -202,7 +200,7 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
 
 
 def _starts(length: int) -> list[int]:
-    """Evenly spread starts of windows that cover ``length`` voxels and overlap by OVERLAP_VOX or more."""
+    """Evenly spread starts of windows that cover `length` voxels and overlap by OVERLAP_VOX or more."""
     steps = -(-(length - FINE) // (FINE - OVERLAP_VOX))
     starts: list[int] = np.linspace(0, length - FINE, steps + 1).round().astype(int).tolist()
     return starts
@@ -211,10 +209,10 @@ def _starts(length: int) -> list[int]:
 def predict_mesh(
     model: Trainee, subject: Subject, batch_size: int = 8
 ) -> tuple[trimesh.Trimesh, dict[str, Any]]:
-    """The predicted surface, closed, in RAS mm, and what there is to say about it.
+    """The predicted surface, closed, in RAS mm, and facts about it.
 
-    Facts: `volume_ml`, `watertight`, and `dice_with_mask`: the overlap of the mesh, made voxels of
-    the image again, with the rough mask, which shows a misplaced mesh at once.
+    Facts: `volume_ml`, `watertight`, and `dice_with_mask`: the overlap of the voxelised mesh with the
+    rough mask, which shows a misplaced mesh at once.
     Raises: DataError if the mask cannot be used, or if the prediction is empty.
     """
     grid = StructureGrid.make(subject.image, subject.mask, subject.modality, subject.structure)

@@ -108,10 +108,7 @@ def worse_than(records: Sequence[Record], method: str, reference: str) -> list[d
 
 
 def document(
-    evaluation: Evaluation,
-    facts: Mapping[str, Any],
-    runs: Mapping[str, Run],
-    command: str,
+    evaluation: Evaluation, facts: Mapping[str, Any], runs: Mapping[str, Run], command: str
 ) -> dict[str, Any]:
     """The content of eval.json: everything that is known, as plain JSON values.
 

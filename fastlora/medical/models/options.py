@@ -60,13 +60,13 @@ def declared(options: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def check_options(options: DataclassInstance) -> None:
-    """Converts every declared field to its type, in place, and checks its rule.
+    """Converts every declared field to its type, in place, and checks its rule; that of text without one is NOT_EMPTY.
 
     Raises: ConfigError, naming the field, the expected and the given value.
     """
     for name, spec in declared(options).items():
         value = _converted(type(options), name, getattr(options, name))
-        rule: Rule | None = spec.metadata["rule"]
+        rule: Rule | None = spec.metadata["rule"] or (NOT_EMPTY if isinstance(value, str) else None)
         if rule is not None and value is not None and not rule.holds(value):
             raise ConfigError(f"{name}: expected {rule.text}, got {value!r}")
         object.__setattr__(options, name, value)

@@ -66,9 +66,7 @@ def flow_matching_loss(
         at = time.view(-1, *[1] * (end.ndim - 1))
         noised[name] = (1 - (1 - flow.sigma_min) * at) * start + at * end
         velocity[name] = end - (1 - flow.sigma_min) * start
-    more: dict[str, Any] = {}
-    if getattr(model, "is_shortcut_model", False):
-        more["d"] = torch.zeros_like(time)
+    more = {"d": torch.zeros_like(time)} if getattr(model, "is_shortcut_model", False) else {}
     if coords is None:
         predicted = model(noised, time * flow.time_scale, condition, **more)
     else:
@@ -76,8 +74,8 @@ def flow_matching_loss(
         feats = model(noised["feats"], time * flow.time_scale, condition, voxels, **more)
         predicted = {"feats": feats}
     losses = [
-        flow.loss_weights.get(name, 1.0) * F.mse_loss(predicted[name], velocity[name])
-        for name in sorted(target)
+        flow.loss_weights.get(name, 1.0) * F.mse_loss(predicted[name], wanted)
+        for name, wanted in velocity.items()
     ]
     return torch.stack(losses).sum()
 
@@ -88,8 +86,7 @@ def _check_samples(
     names = set(getattr(model, "input_latent_mappings", ["feats"]))
     if target.keys() != names:
         raise DataError(f"latents: expected {sorted(names)}, got {sorted(target)}")
-    dense = hasattr(model, "input_latent_mappings")
-    if dense == (coords is not None):
+    if hasattr(model, "input_latent_mappings") == (coords is not None):
         raise DataError("coords: expected the voxels of 'slat', and none of 'structure'")
     counts = {len(condition), *(len(x) for x in target.values())}
     if len(counts) > 1 or (coords is not None and counts != {1}):

@@ -9,14 +9,7 @@ from typing import Any, ClassVar
 
 from fastlora.errors import CheckpointError, ConfigError
 from fastlora.medical.data.regions import RegionDataset
-from fastlora.medical.models.options import (
-    NOT_EMPTY,
-    NOT_NEGATIVE,
-    PROBABILITY,
-    check_options,
-    one_of,
-    option,
-)
+from fastlora.medical.models.options import NOT_NEGATIVE, PROBABILITY, check_options, one_of, option
 from fastlora.medical.models.trainee import ModelOptions
 from fastlora.medical.sam3d.decoder import load_sam3d
 from fastlora.medical.sam3d.folder import read_decoder, read_generator
@@ -39,9 +32,7 @@ class Sam3dOptions(ModelOptions):
     standalone_base: ClassVar[bool] = False
     same_to_compare: ClassVar[tuple[str, ...]] = ("latents_dir",)
 
-    sam3d_dir: str | None = _sam3d(
-        None, "checkpoint folder, with pipeline.yaml", NOT_EMPTY, resumable=True
-    )
+    sam3d_dir: str | None = _sam3d(None, "checkpoint folder, with pipeline.yaml", resumable=True)
     sam3d_part: str = _sam3d(
         "decoder",
         "trained part: the mesh decoder, or the generator of structured latents or of the coarse structure",
@@ -58,7 +49,6 @@ class Sam3dOptions(ModelOptions):
     latents_dir: str | None = _sam3d(
         None,
         "cached latents of every region; without it an encoder that makes the decoder's is trained",
-        NOT_EMPTY,
         resumable=True,
     )
     drop_condition: float = _sam3d(

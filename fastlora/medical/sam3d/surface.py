@@ -39,13 +39,9 @@ CHAMFER_POINTS = 2048
 def sample_volume(volume: Tensor, points: Tensor) -> Tensor:
     """A volume (X, Y, Z) at index coordinates (N, 3): (N,), trilinear, the border repeated. Differentiable in both."""
     size = torch.tensor(volume.shape, dtype=points.dtype, device=points.device)
-    grid = (2 * points / (size - 1) - 1).flip(-1)[
-        None, None, None
-    ]  # grid_sample's order is z, y, x
-    values = F.grid_sample(
-        volume[None, None], grid, mode="bilinear", padding_mode="border", align_corners=True
-    )
-    return values.flatten()
+    grid = (2 * points / (size - 1) - 1).flip(-1)[None, None, None]  # in the order z, y, x
+    volume = volume[None, None]
+    return F.grid_sample(volume, grid, padding_mode="border", align_corners=True).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,9 +165,8 @@ def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
         triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0], dim=1
     )
     centres = triangles.detach().mean(1)
-    near = (
-        sample_volume(true_vox, centres).abs() < TRUNCATION_VOX / 2
-    )  # the others have no true counterpart
+    # Faces far from the true surface have no counterpart on it.
+    near = sample_volume(true_vox, centres).abs() < TRUNCATION_VOX / 2
     slopes = true_gradient(true_vox, centres)
     bent = 1 - F.cosine_similarity(normals, slopes, dim=1, eps=1e-6)
     return {

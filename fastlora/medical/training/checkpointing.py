@@ -151,13 +151,12 @@ def check_like(found: Any, wanted: Any, where: str) -> None:
 
 def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str) -> None:
     """Checks that a saved state is of AdamW over parameters of these shapes. Raises: CheckpointError."""
-    wanted = optimizer.state_dict()
-    check_like(found.get("param_groups"), wanted["param_groups"], f"{where}: param_groups")
-    state = found.get("state")
+    groups = optimizer.state_dict()["param_groups"]
+    check_like(found, {"state": dict, "param_groups": groups}, where)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(state, dict) or not state.keys() <= set(range(len(parameters))):
+    if not found["state"].keys() <= set(range(len(parameters))):
         raise CheckpointError(f"{where}: expected a state for each parameter by number")
-    for number, entry in state.items():
+    for number, entry in found["state"].items():
         like = torch.empty(parameters[number].shape, dtype=parameters[number].dtype)
         moments = {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}
         check_like(entry, moments, f"{where}: state.{number}")

@@ -55,13 +55,11 @@ class TrainConfig:
         None,
         "data set in one of the layouts of docs/quickstart_training.md; "
         "without it the bundled cases are built in data/bundled",
-        NOT_EMPTY,
         resumable=True,
     )
     cache_dir: str | None = _data(
         None,
         "cache of preprocess_medical.py: only the structures that it found usable are used",
-        NOT_EMPTY,
         resumable=True,
     )
     demo: str | None = _data(None, "train on synthetic data instead", one_of("synthetic"))
@@ -107,7 +105,7 @@ class TrainConfig:
     lora_dropout: float = _model(0.0, "dropout on the LoRA path", PROBABILITY, "probability")
     lora_ffn: bool = _model(True, "adapt the feed-forward layers as well as the attention")
     base_weights: str | None = _model(
-        None, "base model's safetensors; the packaged one without it", NOT_EMPTY, resumable=True
+        None, "base model's safetensors; the packaged one without it", resumable=True
     )
     epochs: int = _optim(16, "passes over the training samples", AT_LEAST_ONE, resumable=True)
     batch_size: int = _optim(
@@ -144,17 +142,16 @@ class TrainConfig:
     amp: str = _optim("off", "mixed precision, on CUDA only", one_of("off", "bf16", "fp16"))
     seed: int = _optim(0, "seed of weights, data order, dropout and augmentation", NOT_NEGATIVE)
 
-    checkpoint_dir: str = _run("runs/medical", "the run's folder", NOT_EMPTY)
+    checkpoint_dir: str = _run("runs/medical", "the run's folder")
     save_every: int = _run(
         0, "also keep checkpoints/epoch_NNN.pt this often; 0 never", NOT_NEGATIVE, "epochs"
     )
     resume: str | None = _run(
         None,
         "continue from a checkpoint or run folder; 'auto': from the last one in --checkpoint_dir, if any",
-        NOT_EMPTY,
     )
     overwrite: bool = _run(False, "replace the run in --checkpoint_dir")
-    device: str = _run("auto", "auto, cpu, cuda or cuda:N", NOT_EMPTY)
+    device: str = _run("auto", "auto, cpu, cuda or cuda:N")
     parallel: str = _run(
         "ddp",
         "how the processes of torchrun share the model: each holds all of it, or a shard of each weight",

@@ -143,19 +143,14 @@ class RunState:
         self.rng = content["rng"]
 
     def _check_same_run(self, content: Mapping[str, Any], where: str) -> None:
-        mine = self.facts
-        if content["base_sha256"] != mine["base_sha256"]:
-            raise CheckpointError(
-                f"{where}: was trained on another base model (its weights differ)"
-            )
-        if content["samples"] != mine["samples"]:
-            raise CheckpointError(
-                f"{where}: was trained on {content['samples']} samples, the data now has {mine['samples']}"
-            )
-        if content["regions"] and content["regions"] != mine["regions"]:
-            raise CheckpointError(
-                f"{where}: was trained on other regions (subjects, structures or their places); the data or its manifest changed"
-            )
+        others = {
+            "base_sha256": "another base model (its weights differ)",
+            "samples": f"{content['samples']} samples, the data now has {self.facts['samples']}",
+            "regions": "other regions (subjects, structures or their places); the data or its manifest changed",
+        }
+        for name, words in others.items():
+            if content[name] not in (self.facts[name], []):  # [] in files of older versions
+                raise CheckpointError(f"{where}: was trained on {words}")
         now = self.config.to_dict()
         for name, value in content["config"].items():
             if now.get(name) != value and not is_resumable(name):

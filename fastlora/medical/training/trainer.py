@@ -48,7 +48,6 @@ class MedicalTrainer:
 
     The constructor checks everything (values, data, model, the checkpoint to resume from) and writes nothing there.
 
-    config: of the run.
     model: the base to fine-tune, in place; default `load_base(config)`.
     train_data, val_data: both or neither; default: the data of `config`. `val_data` selects the best epoch, so a report must not be
         made on it.
@@ -92,12 +91,9 @@ class MedicalTrainer:
         self.model.to(self.device)
         self._call = distributed.parallelize(self.model, config.parallel, self.device)
         steps = math.ceil(math.ceil(len(train_data) / config.batch_size) / config.grad_accum)
-        sides = [getattr(data, "identity", None) for data in (train_data, val_data)]
-        facts = {
-            "base_sha256": base_sha256,
-            "samples": len(train_data),
-            "regions": [side() for side in sides if side is not None],
-        }
+        sides = [data for data in (train_data, val_data) if hasattr(data, "identity")]
+        regions = [side.identity() for side in sides]
+        facts = {"base_sha256": base_sha256, "samples": len(train_data), "regions": regions}
         self.state = RunState(config, self.model, steps, facts)
         self.interrupted: Callable[[], bool] = lambda: False
         self.micro_batch = config.batch_size  # less after memory ran out with `halve_batch`
