@@ -1,7 +1,7 @@
 """From an image and a rough mask to a surface in the patient's mm.
 
 The mask's 6 mm cells are the coarse structure that the decoder refines; overlapping windows of 32³
-fine voxels cover it and are blended. What is written says its coordinates: RAS (x to the patient's
+fine voxels cover it and are blended. The files state their coordinates: RAS (x to the patient's
 right is positive; NIfTI's convention) or LPS (to the left; DICOM's, and ITK's).
 """
 
@@ -234,13 +234,13 @@ def predict_mesh(
 
 
 def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, Any]) -> None:
-    """Write a mesh of RAS mm in a space, as the path's ending says, and `facts` beside it as JSON.
+    """Write a mesh of RAS mm in a space, in the format of the path's ending, and `facts` beside it as JSON.
 
-    The space stands in both: in the JSON as `coordinates`, and in the mesh where the format has room
-    (the header of STL, a comment in PLY and OBJ, `extras` in GLB), as `SPACE=LPS`, which 3D Slicer
-    reads. glTF's own unit is the metre and its y points up: neither is done to a GLB.
+    Both state the space: the JSON as `coordinates`, the mesh (in the header of STL, a comment in PLY
+    and OBJ, `extras` in GLB) as `SPACE=LPS`, which 3D Slicer reads. A GLB is in mm with these axes too,
+    although glTF's own unit is the metre and its y points up.
 
-    Raises: ConfigError on a space or an ending that is not known.
+    Raises: ConfigError if the space or the ending is unknown.
     """
     if space not in SPACES:
         raise ConfigError(f"coordinates: expected one of {', '.join(SPACES)}, got {space!r}")

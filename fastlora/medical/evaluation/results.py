@@ -1,7 +1,6 @@
-"""What an evaluation says, as plain values and files: means, what got worse, eval.json, CSV, meshes.
+"""Results of an evaluation as plain values and files: means, regressions, eval.json, CSV, meshes.
 
-`document` gathers everything that is known; `compact_record` is its short form for benchmarks.
-Every file is written whole or not at all.
+`document` is the complete record; `compact_record` is its short form for benchmarks.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ EVERYTHING = "all"
 """The group that every region belongs to."""
 
 COMPARED = ("dice", "hd95_mm", "nsd")
-"""The metrics that decide whether something got worse."""
+"""The metrics that decide whether a method is worse than another."""
 
 
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -66,7 +65,7 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]
 def structure_means(records: Sequence[Record]) -> list[Record]:
     """One record for each structure of a subject and each method: its regions' means.
 
-    `regions` says how many; a metric that no region defines is None.
+    `regions` is their number; a metric that no region defines is None.
     """
     rows: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
@@ -110,7 +109,7 @@ def worse_than(records: Sequence[Record], method: str, reference: str) -> list[d
 def document(
     evaluation: Evaluation, facts: Mapping[str, Any], runs: Mapping[str, Run], command: str
 ) -> dict[str, Any]:
-    """The content of eval.json: everything that is known, as plain JSON values.
+    """The content of eval.json, as plain JSON values.
 
     facts: of `compare_runs`. runs: 'lora' and perhaps 'full'.
     """
