@@ -185,13 +185,13 @@ def test_a_history_that_later_steps_could_not_use(tmp_path):
     with pytest.raises(CheckpointError, match="history: expected 'dice' of the validation in"):
         tiny_trainer(tmp_path / "other", epochs=1, resume=str(tmp_path / "x.pt"))
     for change, message in (
-        ({"seconds": [0.1, torch.zeros(1)]}, "seconds: expected a list of numbers"),
-        ({"seconds": [0.1, float("nan")]}, "seconds: expected a list of numbers"),
-        ({"best": best}, "best: seconds: expected a list of numbers"),
+        ({"seconds": [0.1, torch.zeros(1)]}, "seconds.1: expected float, got Tensor"),
+        ({"seconds": [0.1, float("nan")]}, "history, seconds: expected finite numbers"),
+        ({"best": best}, "best: seconds.0: expected float, got Tensor"),
     ):
         torch.save({**content, **change}, tmp_path / "x.pt")
         with pytest.raises(CheckpointError, match=message):
-            checkpointing.read_checkpoint(tmp_path / "x.pt")
+            trainer.load_checkpoint(tmp_path / "x.pt")
 
 
 # Text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run's folder, read: its configuration and history, and the checkpoint to use."""
+    """A training run's folder, read: its configuration and history, and the checkpoint to use.
+
+    regions: fingerprints of the regions of training and validation; none in runs of older versions. facts: the run's configuration,
+    cost and size.
+    """
 
     folder: Path
     config: TrainConfig
     history: dict[str, Any]
     which: str
+    regions: list[str]
+    facts: dict[str, Any]
 
     @classmethod
     def read(cls, path: str | Path, finetune: str) -> Run:
@@ -104,35 +111,23 @@ class Run:
                 f"{path}: expected a run with finetune {finetune!r}, got {config.finetune!r}"
             )
         config.options.check_makes_mesh(path)
-        files.find(which)
-        history = files.read_history()
-        return cls(folder, config, history, which)
-
-    @property
-    def regions(self) -> list[str]:
-        """Fingerprints of the regions of training and validation; none in runs of older versions."""
-        found: list[str] = read_checkpoint(RunFolder(self.folder).find(self.which))["regions"]
-        return found
-
-    def facts(self) -> dict[str, Any]:
-        """The run's configuration, cost and size."""
-        files = RunFolder(self.folder)
-        checkpoint = files.find(self.which)
-        content = read_checkpoint(checkpoint)
-        counts = self.history["counts"]
+        checkpoint = files.find(which)
+        content, history = read_checkpoint(checkpoint), files.read_history()
+        counts = history["counts"]
         base_parameters = counts["total"] - counts["lora"]
-        return {
-            "config": self.config.to_dict(),
-            "checkpoint": self.which,
+        facts = {
+            "config": config.to_dict(),
+            "checkpoint": which,
             "used_epoch": content["epoch"],
-            "epochs": len(self.history["epochs"]) - 1,
-            "seconds": round(sum(self.history["seconds"]), 1),
+            "epochs": len(history["epochs"]) - 1,
+            "seconds": round(sum(history["seconds"]), 1),
             "base_parameters": base_parameters,
             "trainable": counts["trainable"],
             "trainable_share": counts["trainable"] / base_parameters,
             "weights_bytes": sum(tensor.nbytes for tensor in content["model"].values()),
             "checkpoint_bytes": checkpoint.stat().st_size,
         }
+        return cls(folder, config, history, which, content["regions"], facts)
 
 
 # ------------------------------------------------------------------------------------- predictions
@@ -207,7 +202,12 @@ def compare_runs(
     """
     config = replace(lora.config, device=device, amp="off")
     if full is not None:
-        _check_same_task(lora.config, full.config)
+        mine, others = lora.config.to_dict(), full.config.to_dict()
+        for name in (*SAME_IN_BOTH_RUNS, *config.options.same_to_compare):
+            if mine[name] != others[name]:
+                raise ConfigError(
+                    f"full: expected a run with {name} {mine[name]!r}, got {others[name]!r}"
+                )
     if data_root is not None:
         config = replace(config, data_root=data_root, demo=None, cache_dir=None)
     if cache_dir is not None:
@@ -219,7 +219,7 @@ def compare_runs(
     training = RegionDataset(splits["train"], cache_dir=config.cache_dir)
     if data_root is None:
         now = [training.identity(), RegionDataset(splits["val"]).identity()]
-        for run in (lora, *([full] if full is not None else [])):
+        for run in filter(None, (lora, full)):
             if run.regions and run.regions != now:
                 raise DataError(
                     f"{run.folder}: was trained on other regions than its data gives now, so a region that it trained on might be "
@@ -246,24 +246,14 @@ def compare_runs(
     return evaluation, facts
 
 
-def _check_same_task(lora: TrainConfig, full: TrainConfig) -> None:
-    """Raises: ConfigError, naming an option in which two runs must agree and do not."""
-    mine, others = ({**vars(config), **vars(config.options)} for config in (lora, full))
-    for name in (*SAME_IN_BOTH_RUNS, *lora.options.same_to_compare):
-        if mine[name] != others[name]:
-            raise ConfigError(
-                f"full: expected a run with {name} {mine[name]!r}, got {others[name]!r}"
-            )
-
-
 def _load_models(config: TrainConfig, lora: Run, full: Run | None) -> dict[str, Trainee]:
     """The models by method; the base alone, or within the rest of the LoRA run if it predicts nothing alone."""
+    trained = partial(load_finetuned, lora.folder, which=lora.which)
+    alone = config.options.standalone_base
     models = {
-        "base": load_base(config)
-        if config.options.standalone_base
-        else load_finetuned(lora.folder, which=lora.which, adapters=False),
-        "lora": load_finetuned(lora.folder, which=lora.which),
-        "merged": load_finetuned(lora.folder, which=lora.which, merged=True),
+        "base": load_base(config) if alone else trained(adapters=False),
+        "lora": trained(),
+        "merged": trained(merged=True),
     }
     if full is not None:
         models["full"] = load_finetuned(full.folder, which=full.which)

@@ -1,7 +1,7 @@
 """From an image and a rough mask to a surface in the patient's mm.
 
 The mask's 6 mm cells are the coarse structure that the decoder refines; overlapping windows of 32³
-fine voxels cover it and are blended. What is written says its coordinates: RAS (x to the patient's
+fine voxels cover it and are blended. The files state their coordinates: RAS (x to the patient's
 right is positive; NIfTI's convention) or LPS (to the left; DICOM's, and ITK's).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,8 @@ def read_subject(
 
 def stem(path: Path) -> str:
     """A file's name without its ending, `.nii.gz` being one."""
-    for ending in NIFTI_ENDINGS:
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending)
-    return path.stem if path.is_file() else path.name
+    ending = path.suffix if path.is_file() else ""
+    return path.name.removesuffix(next(filter(path.name.endswith, NIFTI_ENDINGS), ending))
 
 
 def _is_png(path: Path) -> bool:
@@ -177,27 +175,22 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
         total[at] += weight * distance
         weights[at] += weight
 
-    waiting: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+    def windows() -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
+        for start in itertools.product(*(_starts(n) for n in shape)):
+            image, sdf = grid.crop((grid.offset + start).tolist())
+            sample = region_arrays(image, sdf)
+            if len(sample["coords"]):
+                about = {"affine": grid.affine, "spacing": SPACING_MM, "meta": {}}
+                yield start, {**sample, **about}
+            else:
+                blend(start, base_distance(coarse_structure(sdf < 0)))
 
-    def run() -> None:
-        if waiting:
-            batch = collate_regions([sample for _, sample in waiting]).to(device)
-            predicted = predict(model, batch).float().cpu().numpy()
-            for (start, _), distance in zip(waiting, predicted, strict=True):
-                blend(start, distance)
-            waiting.clear()
-
-    for start in itertools.product(*(_starts(n) for n in shape)):
-        image, sdf = grid.crop((grid.offset + start).tolist())
-        sample = region_arrays(image, sdf)
-        if len(sample["coords"]) == 0:
-            blend(start, base_distance(coarse_structure(sdf < 0)))
-            continue
-        about = {"affine": grid.affine, "spacing": SPACING_MM, "meta": {}}
-        waiting.append((start, {**sample, **about}))
-        if len(waiting) == batch_size:
-            run()
-    run()
+    waiting = windows()
+    while some := list(itertools.islice(waiting, batch_size)):
+        batch = collate_regions([sample for _, sample in some]).to(device)
+        predicted = predict(model, batch).float().cpu().numpy()
+        for (start, _), distance in zip(some, predicted, strict=True):
+            blend(start, distance)
     field: Array = total / weights
     if not np.isfinite(field).all():
         raise DataError(
@@ -207,7 +200,7 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
 
 
 def _starts(length: int) -> list[int]:
-    """Evenly spread starts of windows that cover ``length`` voxels and overlap by OVERLAP_VOX or more."""
+    """Evenly spread starts of windows that cover `length` voxels and overlap by OVERLAP_VOX or more."""
     steps = -(-(length - FINE) // (FINE - OVERLAP_VOX))
     starts: list[int] = np.linspace(0, length - FINE, steps + 1).round().astype(int).tolist()
     return starts
@@ -216,10 +209,10 @@ def _starts(length: int) -> list[int]:
 def predict_mesh(
     model: Trainee, subject: Subject, batch_size: int = 8
 ) -> tuple[trimesh.Trimesh, dict[str, Any]]:
-    """The predicted surface, closed, in RAS mm, and what there is to say about it.
+    """The predicted surface, closed, in RAS mm, and facts about it.
 
-    Facts: `volume_ml`, `watertight`, and `dice_with_mask`: the overlap of the mesh, made voxels of
-    the image again, with the rough mask, which shows a misplaced mesh at once.
+    Facts: `volume_ml`, `watertight`, and `dice_with_mask`: the overlap of the voxelised mesh with the
+    rough mask, which shows a misplaced mesh at once.
     Raises: DataError if the mask cannot be used, or if the prediction is empty.
     """
     grid = StructureGrid.make(subject.image, subject.mask, subject.modality, subject.structure)
@@ -241,13 +234,13 @@ def predict_mesh(
 
 
 def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, Any]) -> None:
-    """Write a mesh of RAS mm in a space, as the path's ending says, and `facts` beside it as JSON.
+    """Write a mesh of RAS mm in a space, in the format of the path's ending, and `facts` beside it as JSON.
 
-    The space stands in both: in the JSON as `coordinates`, and in the mesh where the format has room
-    (the header of STL, a comment in PLY and OBJ, `extras` in GLB), as `SPACE=LPS`, which 3D Slicer
-    reads. glTF's own unit is the metre and its y points up: neither is done to a GLB.
+    Both state the space: the JSON as `coordinates`, the mesh (in the header of STL, a comment in PLY
+    and OBJ, `extras` in GLB) as `SPACE=LPS`, which 3D Slicer reads. A GLB is in mm with these axes too,
+    although glTF's own unit is the metre and its y points up.
 
-    Raises: ConfigError on a space or an ending that is not known.
+    Raises: ConfigError if the space or the ending is unknown.
     """
     if space not in SPACES:
         raise ConfigError(f"coordinates: expected one of {', '.join(SPACES)}, got {space!r}")

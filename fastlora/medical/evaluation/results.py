@@ -1,7 +1,6 @@
-"""What an evaluation says, as plain values and files: means, what got worse, eval.json, CSV, meshes.
+"""Results of an evaluation as plain values and files: means, regressions, eval.json, CSV, meshes.
 
-`document` gathers everything that is known; `compact_record` is its short form for benchmarks.
-Every file is written whole or not at all.
+`document` is the complete record; `compact_record` is its short form for benchmarks.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +39,7 @@ EVERYTHING = "all"
 """The group that every region belongs to."""
 
 COMPARED = ("dice", "hd95_mm", "nsd")
-"""The metrics that decide whether something got worse."""
+"""The metrics that decide whether a method is worse than another."""
 
 
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -55,11 +55,10 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]
         }
         summary[method] = {}
         for group, rows in {**groups, EVERYTHING: mine}.items():
-            statuses = sorted({r["status"] for r in rows})
             summary[method][group] = {
                 **{key: mean_defined(r[key] for r in rows) for key in METRIC_KEYS},
                 "regions": len(rows),
-                "status": {s: sum(r["status"] == s for r in rows) for s in statuses},
+                "status": dict(sorted(Counter(r["status"] for r in rows).items())),
             }
     return summary
 
@@ -67,7 +66,7 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]
 def structure_means(records: Sequence[Record]) -> list[Record]:
     """One record for each structure of a subject and each method: its regions' means.
 
-    `regions` says how many; a metric that no region defines is None.
+    `regions` is their number; a metric that no region defines is None.
     """
     rows: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
@@ -109,12 +108,9 @@ def worse_than(records: Sequence[Record], method: str, reference: str) -> list[d
 
 
 def document(
-    evaluation: Evaluation,
-    facts: Mapping[str, Any],
-    runs: Mapping[str, Run],
-    command: str,
+    evaluation: Evaluation, facts: Mapping[str, Any], runs: Mapping[str, Run], command: str
 ) -> dict[str, Any]:
-    """The content of eval.json: everything that is known, as plain JSON values.
+    """The content of eval.json, as plain JSON values.
 
     facts: of `compare_runs`. runs: 'lora' and perhaps 'full'.
     """
@@ -127,7 +123,7 @@ def document(
         "tolerance_mm": evaluation.tolerance_mm,
         **facts,
         "seed": runs["lora"].config.seed,
-        "runs": {key: run.facts() for key, run in runs.items()},
+        "runs": {key: run.facts for key, run in runs.items()},
         "environment": environment(),
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -227,8 +223,7 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
     LoRA, whose meshes are those of LoRA, has none either. A predicted PLY carries `distance_mm` at
     each vertex (see `distance_to_truth`). Returns the number of files.
 
-    Raises:
-        ConfigError: a format that is not in `MESH_FORMATS`.
+    Raises: ConfigError if the format is not in `MESH_FORMATS`.
     """
     if mesh_format not in MESH_FORMATS:
         raise ConfigError(f"mesh_format: expected one of {MESH_FORMATS}, got {mesh_format!r}")

@@ -113,13 +113,10 @@ class _Layout:
 
     @classmethod
     def of(cls, coords: Tensor, batch: int) -> _Layout:
-        sample = coords[:, 0]
-        lengths = torch.bincount(sample, minlength=batch)
-        starts = lengths.cumsum(0) - lengths
-        slot = torch.arange(len(sample), device=sample.device) - starts[sample]
+        lengths = torch.bincount(coords[:, 0], minlength=batch)
         longest = int(lengths.max())
-        slots = torch.arange(longest, device=sample.device)
-        mask = slots < lengths[:, None]
+        mask = torch.arange(longest, device=coords.device) < lengths[:, None]
+        sample, slot = mask.nonzero(as_tuple=True)  # tokens are in the order of their samples
         return cls(sample, slot, (batch, longest), None if mask.all() else mask[:, None, None])
 
     def pad(self, feats: Tensor) -> Tensor:

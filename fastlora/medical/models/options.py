@@ -9,6 +9,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,13 +60,13 @@ def declared(options: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def check_options(options: DataclassInstance) -> None:
-    """Converts every declared field to its type, in place, and checks its rule.
+    """Converts every declared field to its type, in place, and checks its rule; that of text without one is NOT_EMPTY.
 
     Raises: ConfigError, naming the field, the expected and the given value.
     """
     for name, spec in declared(options).items():
         value = _converted(type(options), name, getattr(options, name))
-        rule: Rule | None = spec.metadata["rule"]
+        rule: Rule | None = spec.metadata["rule"] or (NOT_EMPTY if isinstance(value, str) else None)
         if rule is not None and value is not None and not rule.holds(value):
             raise ConfigError(f"{name}: expected {rule.text}, got {value!r}")
         object.__setattr__(options, name, value)
@@ -88,12 +89,9 @@ def _converted(options: type, name: str, value: Any) -> Any:
         return None
     kind = value_type(options, name)
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
-            return number
+        with suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
     elif kind is tuple and isinstance(value, (list, tuple)):
         if all(isinstance(part, str) for part in value):
             return tuple(value)

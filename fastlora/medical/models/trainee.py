@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fastlora.medical.data.batch import RegionBatch
@@ -31,6 +32,11 @@ class Trainee(nn.Module, ABC):
     def shard_units(self) -> Sequence[nn.Module]:
         """Submodules that FSDP2 shards on their own, before the rest."""
         return ()
+
+    @property
+    def has_half(self) -> bool:
+        """Whether some parameters have 16 bits."""
+        return any(p.dtype == torch.float16 for p in self.parameters())
 
     @abstractmethod
     def adapt(

@@ -22,14 +22,15 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
 from fastlora.medical.sam3d.folder import load_part, sparse_tensor
-from fastlora.medical.sam3d.losses import SurfaceLossWeights, surface_losses
 from fastlora.medical.sam3d.part import Sam3dPart, set_torso
 from fastlora.medical.sam3d.surface import (
     SUBDIVISION,
     Decoded,
     Surface,
+    SurfaceLossWeights,
     no_surface,
     sample_volume,
+    surface_losses,
 )
 
 PATCH = 5

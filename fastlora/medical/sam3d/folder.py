@@ -106,19 +106,21 @@ def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Modul
     about = PARTS[part]
     config_path, config = _part_config(sam3d_dir, part)
     weights_path = _part_file(sam3d_dir, f"{about.name}_ckpt_path")
-    prefix = ""
     if about.generator:
-        config, prefix = _flow_model(config, config_path, about)
-    left_out = _EMBEDDER if about.generator else "pretrained_ckpt_path"
-    arguments = {key: value for key, value in config.items() if key != left_out}
-    if part == "decoder":
-        _check_resolution(arguments.get("resolution"), config_path)
+        _, arguments, prefix = _flow_model(config, config_path, about)
+        arguments = {key: value for key, value in arguments.items() if key != _EMBEDDER}
+    else:
+        arguments = {k: v for k, v in config.items() if k != "pretrained_ckpt_path"}
         arguments["device"] = device
     model = _build(arguments, about, about.classes, str(config_path))
     assert isinstance(model, nn.Module)
     state = _read_weights(weights_path, about)
-    if about.generator:
-        state = _without_prefix(state, _GENERATOR_KEYS + prefix, weights_path)
+    if about.generator:  # its training checkpoint holds other parts as well
+        state = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(_GENERATOR_KEYS) and not key.startswith(f"{prefix}{_EMBEDDER}.")
+        }
     check_tensors(state, model.state_dict(), str(weights_path))
     if integers := sorted(key for key, value in state.items() if not value.is_floating_point()):
         raise CheckpointError(
@@ -131,14 +133,15 @@ def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Modul
 def _part_config(sam3d_dir: str | Path, part: str) -> tuple[Path, dict[str, Any]]:
     """The path and the content of a part's YAML."""
     path = _part_file(sam3d_dir, f"{PARTS[part].name}_config_path")
-    return path, _mapping(path)
-
-
-def latent_shape(sam3d_dir: str | Path) -> tuple[int, int]:
-    """The resolution of the mesh decoder's grid and its number of latent channels. Raises: as `load_part`."""
-    path, config = _part_config(sam3d_dir, "decoder")
-    _check_resolution(config.get("resolution"), path)
-    return config["resolution"], _whole(config, "latent_channels", f"sam3d_dir: {path}")
+    config = _mapping(path)
+    size = config.get("resolution")
+    if part == "decoder" and not (
+        type(size) is int and 8 <= size <= MAX_RESOLUTION and size % 8 == 0
+    ):
+        raise ConfigError(
+            f"sam3d_dir: {path}: resolution: expected a multiple of 8 up to {MAX_RESOLUTION}, got {size!r}"
+        )
+    return path, config
 
 
 @dataclass(frozen=True)
@@ -157,23 +160,30 @@ class FlowSettings:
 
 
 @dataclass(frozen=True)
-class GeneratorSettings:
-    """A generator's latents and training, as its YAML defines them.
+class PartSettings:
+    """A part's latents and training, as its YAML defines them.
 
-    resolution: of the grid of "slat"; None for "structure". condition_channels: of the embedded condition.
-    latents: (tokens, channels) of each latent by name, tokens None for any number; "slat" has one, named "feats".
+    resolution: of the grid of "decoder" and "slat"; None for "structure". latents: (tokens, channels) of each latent by name, tokens
+    None for any number; those on a grid are named "feats". condition_channels: of a generator's embedded condition.
     """
 
     resolution: int | None
-    condition_channels: int
     latents: dict[str, tuple[int | None, int]]
-    flow: FlowSettings
+    condition_channels: int | None = None
+    flow: FlowSettings = field(default_factory=FlowSettings)
 
 
-def read_generator(sam3d_dir: str | Path, part: str) -> GeneratorSettings:
+def read_decoder(sam3d_dir: str | Path) -> PartSettings:
+    """The settings of "decoder". Raises: as `read_generator`."""
+    path, config = _part_config(sam3d_dir, "decoder")
+    channels = _whole(config, "latent_channels", f"sam3d_dir: {path}")
+    return PartSettings(config["resolution"], {"feats": (None, channels)})
+
+
+def read_generator(sam3d_dir: str | Path, part: str) -> PartSettings:
     """The settings of "slat" or "structure". Raises: as `load_part`, and ConfigError if a value cannot be used."""
     path, config = _part_config(sam3d_dir, part)
-    model, _ = _flow_model(config, path, PARTS[part])
+    flow, model, _ = _flow_model(config, path, PARTS[part])
     where = f"sam3d_dir: {path}"
     latents: dict[str, tuple[int | None, int]] = {}
     if part == "slat":
@@ -185,18 +195,6 @@ def read_generator(sam3d_dir: str | Path, part: str) -> GeneratorSettings:
         for name, latent in mapping.items():
             channels = _whole(latent, "in_channels", f"{where}: {name}")
             latents[str(name)] = _tokens(latent.get("pos_embedder")), channels
-    flow = config
-    for step in _GENERATOR_YAML:
-        flow = flow[step]
-    return GeneratorSettings(
-        resolution=_whole(model, "resolution", where) if part == "slat" else None,
-        condition_channels=_whole(model, "cond_channels", where),
-        latents=latents,
-        flow=_flow_settings(flow, list(latents), where),
-    )
-
-
-def _flow_settings(flow: Mapping[str, Any], latents: list[str], where: str) -> FlowSettings:
     given = flow.get("loss_weights", 1.0)
     weights = given if isinstance(given, dict) else dict.fromkeys(latents, given)
     sampler = flow.get("training_time_sampler_fn") or {"_target_": ".lognorm_sampler"}
@@ -205,13 +203,15 @@ def _flow_settings(flow: Mapping[str, Any], latents: list[str], where: str) -> F
         raise ConfigError(
             f"{where}: training_time_sampler_fn: expected lognorm_sampler, got {sampler!r}"
         )
-    return FlowSettings(
+    settings = FlowSettings(
         sigma_min=_number(flow, "sigma_min", 0.0, where),
         time_scale=_number(flow, "time_scale", 1000.0, where),
         time_mean=_number(sampler, "mean", 0.0, where),
         time_std=_number(sampler, "std", 1.0, where),
         loss_weights={name: _number(weights, name, 1.0, where) for name in latents},
     )
+    resolution = _whole(model, "resolution", where) if part == "slat" else None
+    return PartSettings(resolution, latents, _whole(model, "cond_channels", where), settings)
 
 
 def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
@@ -315,19 +315,18 @@ def _part_file(sam3d_dir: str | Path, key: str) -> Path:
             f"sam3d_dir: {key}: expected a path inside {folder}, got {name!r}, which leaves it"
         )
     try:
-        there = path.is_file()
+        if path.is_file():
+            return path
     except OSError as error:  # an impossible file name
         raise CheckpointError(f"sam3d_dir: {key}: {error}") from error
-    if not there:
-        raise CheckpointError(f"sam3d_dir: {key}: no file {path}")
-    return path
+    raise CheckpointError(f"sam3d_dir: {key}: no file {path}")
 
 
-def _flow_model(config: Any, path: Path, about: Part) -> tuple[dict[str, Any], str]:
-    """The model's part of a generator's YAML, and the prefix of its tensors' names."""
+def _flow_model(config: Any, path: Path, about: Part) -> tuple[Any, dict[str, Any], str]:
+    """The flow's part of a generator's YAML, the model's part of that, and the prefix of the model's tensors."""
     for step in _GENERATOR_YAML:
         config = config.get(step) if isinstance(config, dict) else None
-    prefix = ""
+    flow, prefix = config, _GENERATOR_KEYS
     while isinstance(config, dict) and config.get("_target_") not in about.classes:
         inner = next((name for name in _WRAPPERS if isinstance(config.get(name), dict)), None)
         if inner is None:
@@ -337,14 +336,7 @@ def _flow_model(config: Any, path: Path, about: Part) -> tuple[dict[str, Any], s
         config, prefix = config[inner], f"{prefix}{inner}."
     if not isinstance(config, dict):
         raise ConfigError(f"sam3d_dir: {path}: expected a model under {'.'.join(_GENERATOR_YAML)}")
-    return config, prefix
-
-
-def _check_resolution(value: Any, path: Path) -> None:
-    if type(value) is not int or not 8 <= value <= MAX_RESOLUTION or value % 8:
-        raise ConfigError(
-            f"sam3d_dir: {path}: resolution: expected a multiple of 8 up to {MAX_RESOLUTION}, got {value!r}"
-        )
+    return flow, config, prefix
 
 
 def _build(value: Any, about: Part, allowed: tuple[str, ...], where: str) -> Any:
@@ -404,12 +396,3 @@ def _read_weights(path: Path, about: Part) -> dict[str, Tensor]:
         where = " under 'state_dict'" if about.generator else ""
         raise CheckpointError(f"sam3d_dir: {path}: expected tensors by name{where}")
     return state
-
-
-def _without_prefix(state: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
-    """A generator's tensors under the model's own names, without those of other parts of its training checkpoint."""
-    mine = {key: value for key, value in state.items() if key.startswith(_GENERATOR_KEYS)}
-    if unexpected := sorted(key for key in mine if not key.startswith(prefix)):
-        raise CheckpointError(f"sam3d_dir: {path}: does not fit the model: {unexpected} unexpected")
-    own = {key.removeprefix(prefix): value for key, value in mine.items()}
-    return {key: value for key, value in own.items() if not key.startswith(f"{_EMBEDDER}.")}

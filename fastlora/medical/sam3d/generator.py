@@ -7,8 +7,7 @@ neither the encoders nor the condition embedder are needed.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.sam3d.folder import (
     TARGETS,
     FlowSettings,
-    GeneratorSettings,
+    PartSettings,
     latent_scale,
     load_part,
     read_generator,
@@ -48,7 +47,7 @@ def flow_matching_loss(
         (B, N, C) by name, whose errors are added.
     condition: (B, L, D), the embedded image.
     coords: of "slat" (T, 4) int, `[0, i, j, k]` of each voxel.
-    settings: the generator's `GeneratorSettings.flow`; default `FlowSettings()`.
+    settings: the generator's `PartSettings.flow`; default `FlowSettings()`.
 
     Raises: DataError if the latents are not those of the model, or the numbers of samples and conditions differ.
 
@@ -67,9 +66,7 @@ def flow_matching_loss(
         at = time.view(-1, *[1] * (end.ndim - 1))
         noised[name] = (1 - (1 - flow.sigma_min) * at) * start + at * end
         velocity[name] = end - (1 - flow.sigma_min) * start
-    more: dict[str, Any] = {}
-    if getattr(model, "is_shortcut_model", False):
-        more["d"] = torch.zeros_like(time)
+    more = {"d": torch.zeros_like(time)} if getattr(model, "is_shortcut_model", False) else {}
     if coords is None:
         predicted = model(noised, time * flow.time_scale, condition, **more)
     else:
@@ -77,8 +74,8 @@ def flow_matching_loss(
         feats = model(noised["feats"], time * flow.time_scale, condition, voxels, **more)
         predicted = {"feats": feats}
     losses = [
-        flow.loss_weights.get(name, 1.0) * F.mse_loss(predicted[name], velocity[name])
-        for name in sorted(target)
+        flow.loss_weights.get(name, 1.0) * F.mse_loss(predicted[name], wanted)
+        for name, wanted in velocity.items()
     ]
     return torch.stack(losses).sum()
 
@@ -89,8 +86,7 @@ def _check_samples(
     names = set(getattr(model, "input_latent_mappings", ["feats"]))
     if target.keys() != names:
         raise DataError(f"latents: expected {sorted(names)}, got {sorted(target)}")
-    dense = hasattr(model, "input_latent_mappings")
-    if dense == (coords is not None):
+    if hasattr(model, "input_latent_mappings") == (coords is not None):
         raise DataError("coords: expected the voxels of 'slat', and none of 'structure'")
     counts = {len(condition), *(len(x) for x in target.values())}
     if len(counts) > 1 or (coords is not None and counts != {1}):
@@ -111,7 +107,7 @@ class Sam3dFlow(Sam3dPart):
     def __init__(
         self,
         flow: nn.Module,
-        settings: GeneratorSettings,
+        settings: PartSettings,
         scale: tuple[list[float], list[float]] | None = None,
         drop_condition: float = 0.1,
     ) -> None:
@@ -147,23 +143,24 @@ class Sam3dFlow(Sam3dPart):
         latents: `SparseTokens` of all regions, or for "structure" (B, N, C) by name. condition: (B, L, D). seeds: of each region's
             times and noises in eval mode.
         """
-        return torch.stack(
-            [self._loss(latents, condition, index, seed) for index, seed in enumerate(seeds)]
-        )
-
-    def _loss(self, latents: Any, condition: Tensor, index: int, seed: int) -> Tensor:
-        own, coords = self._sample(latents, index)
-        cond = condition[index : index + 1]
-        if self.training:
-            if float(torch.rand(())) < self.drop_condition:
-                cond = torch.zeros_like(cond)
-            return flow_matching_loss(self.flow, own, cond, coords, self.settings.flow)
-        with _own_draws(seed, condition.device):
-            losses = [
-                flow_matching_loss(self.flow, own, cond, coords, self.settings.flow)
-                for _ in range(VALIDATION_DRAWS)
-            ]
-        return torch.stack(losses).mean()
+        losses = []
+        devices = [condition.device] if condition.is_cuda else []
+        for index, seed in enumerate(seeds):
+            own, coords = self._sample(latents, index)
+            cond = condition[index : index + 1]
+            if self.training:
+                if float(torch.rand(())) < self.drop_condition:
+                    cond = torch.zeros_like(cond)
+                losses.append(flow_matching_loss(self.flow, own, cond, coords, self.settings.flow))
+                continue
+            with torch.random.fork_rng(devices):  # leaves the generators of training as they are
+                torch.manual_seed(seed)
+                draws = [
+                    flow_matching_loss(self.flow, own, cond, coords, self.settings.flow)
+                    for _ in range(VALIDATION_DRAWS)
+                ]
+            losses.append(torch.stack(draws).mean())
+        return torch.stack(losses)
 
     def _sample(self, latents: Any, index: int) -> tuple[Any, Tensor | None]:
         """The latents of one region, normalised, and their voxels."""
@@ -176,15 +173,6 @@ class Sam3dFlow(Sam3dPart):
             mean, std = (values.to(feats) for values in self.scale)
             feats = (feats - mean) / std
         return feats[None], coords
-
-
-@contextmanager
-def _own_draws(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators start at `seed`; afterwards they have the state that they had before."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def load_flow(

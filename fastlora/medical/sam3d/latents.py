@@ -13,7 +13,7 @@ for the generator "structure" each of its latents by name, (N, C), as the genera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fastlora import files
 from fastlora.errors import DataError
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
 from fastlora.medical.data.regions import RegionDataset
+from fastlora.medical.sam3d.folder import PartSettings
 
 Size = tuple[int | None, int | None]
 """Rows and columns of a table; None for any number."""
@@ -60,7 +61,9 @@ def read_slat(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_structure(path: Path, latents: Mapping[str, Size], condition: int) -> dict[str, Tensor]:
+def read_structure(
+    path: Path, latents: Mapping[str, Size], condition: int | None
+) -> dict[str, Tensor]:
     """The latents of "structure" by name, (N, C) float32, and the `condition` (L, D) float32 of an untrusted file.
 
     latents: size of each. condition: D. Raises: DataError if it cannot be read, or holds anything else.
@@ -143,19 +146,14 @@ def check_slat(
 class CachedRegions:
     """`regions` with the cached latents of each. Samples gain `slat_coords` and `slat_feats`, or `latents`, and `condition`.
 
-    read: maps a region's file and sample to these entries, and checks that they fit.
+    about: the part that the latents are for.
 
     Raises: DataError if a region lacks its file, the file does not fit it, or conditions differ in length. The constructor checks every
         file, so that training does not fail later.
     """
 
-    def __init__(
-        self,
-        regions: RegionDataset,
-        folder: str | Path,
-        read: Callable[[Path, Mapping[str, Any]], dict[str, Any]],
-    ) -> None:
-        self.regions, self.folder, self.read = regions, Path(folder), read
+    def __init__(self, regions: RegionDataset, folder: str | Path, about: PartSettings) -> None:
+        self.regions, self.folder, self.about = regions, Path(folder), about
         lengths: dict[int, str] = {}
         for index in range(len(regions.specs)):
             sample = self[index]
@@ -178,37 +176,18 @@ class CachedRegions:
         return len(self.regions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.regions[index]
-        return {**sample, **self.read(slat_path(self.folder, sample["meta"]), sample)}
-
-
-def slat_reader(
-    resolution: int, channels: int, condition: int | None = None
-) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
-    """A reader for the decoder, or with `condition` (its channels) for training the generator "slat"."""
-
-    def read(path: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
-        slat = read_slat(path)
-        check_slat(slat, sample["sdf_vox"], resolution, channels, f"latents_dir: {path}")
-        found = {"slat_coords": slat["coords"], "slat_feats": slat["feats"]}
-        if condition is None:
-            return found
-        given = slat.get("condition")
-        if given is None or given.shape[1] != condition:
-            got = "none" if given is None else tuple(given.shape)
-            raise DataError(f"latents_dir: {path}: condition: expected (L, {condition}), got {got}")
-        return {**found, "condition": given}
-
-    return read
-
-
-def structure_reader(
-    latents: Mapping[str, Size], condition: int
-) -> Callable[[Path, Mapping[str, Any]], dict[str, Any]]:
-    """A reader for training the generator "structure"; arguments as in `read_structure`."""
-
-    def read(path: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
-        found = read_structure(path, latents, condition)
-        return {"condition": found.pop("condition"), "latents": found}
-
-    return read
+        sample, about, wanted = self.regions[index], self.about, self.about.condition_channels
+        path = slat_path(self.folder, sample["meta"])
+        if about.resolution is None:
+            latents = read_structure(path, about.latents, wanted)
+            return {**sample, "condition": latents.pop("condition"), "latents": latents}
+        slat, where = read_slat(path), f"latents_dir: {path}"
+        check_slat(slat, sample["sdf_vox"], about.resolution, about.latents["feats"][1], where)
+        sample = {**sample, "slat_coords": slat["coords"], "slat_feats": slat["feats"]}
+        if wanted is None:
+            return sample
+        condition = slat.get("condition")
+        if condition is None or condition.shape[1] != wanted:
+            got = "none" if condition is None else tuple(condition.shape)
+            raise DataError(f"{where}: condition: expected (L, {wanted}), got {got}")
+        return {**sample, "condition": condition}

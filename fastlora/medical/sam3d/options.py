@@ -9,21 +9,14 @@ from typing import Any, ClassVar
 
 from fastlora.errors import CheckpointError, ConfigError
 from fastlora.medical.data.regions import RegionDataset
-from fastlora.medical.models.options import (
-    NOT_EMPTY,
-    NOT_NEGATIVE,
-    PROBABILITY,
-    check_options,
-    one_of,
-    option,
-)
+from fastlora.medical.models.options import NOT_NEGATIVE, PROBABILITY, check_options, one_of, option
 from fastlora.medical.models.trainee import ModelOptions
 from fastlora.medical.sam3d.decoder import load_sam3d
-from fastlora.medical.sam3d.folder import latent_shape, read_generator
+from fastlora.medical.sam3d.folder import read_decoder, read_generator
 from fastlora.medical.sam3d.generator import load_flow
-from fastlora.medical.sam3d.latents import CachedRegions, slat_reader, structure_reader
-from fastlora.medical.sam3d.losses import SurfaceLossWeights
+from fastlora.medical.sam3d.latents import CachedRegions
 from fastlora.medical.sam3d.part import Sam3dPart
+from fastlora.medical.sam3d.surface import SurfaceLossWeights
 
 _sam3d = partial(option, "sam3d")
 
@@ -39,9 +32,7 @@ class Sam3dOptions(ModelOptions):
     standalone_base: ClassVar[bool] = False
     same_to_compare: ClassVar[tuple[str, ...]] = ("latents_dir",)
 
-    sam3d_dir: str | None = _sam3d(
-        None, "checkpoint folder, with pipeline.yaml", NOT_EMPTY, resumable=True
-    )
+    sam3d_dir: str | None = _sam3d(None, "checkpoint folder, with pipeline.yaml", resumable=True)
     sam3d_part: str = _sam3d(
         "decoder",
         "trained part: the mesh decoder, or the generator of structured latents or of the coarse structure",
@@ -58,7 +49,6 @@ class Sam3dOptions(ModelOptions):
     latents_dir: str | None = _sam3d(
         None,
         "cached latents of every region; without it an encoder that makes the decoder's is trained",
-        NOT_EMPTY,
         resumable=True,
     )
     drop_condition: float = _sam3d(
@@ -133,13 +123,6 @@ class Sam3dOptions(ModelOptions):
         """The dataset with the cached latents of `latents_dir`, if given. Raises: DataError if a region lacks them."""
         if self.latents_dir is None:
             return dataset
-        folder = str(self.sam3d_dir)
-        if self.makes_mesh:
-            return CachedRegions(dataset, self.latents_dir, slat_reader(*latent_shape(folder)))
-        about = read_generator(folder, self.sam3d_part)
-        if about.resolution is None:
-            read = structure_reader(about.latents, about.condition_channels)
-        else:
-            channels = about.latents["feats"][1]
-            read = slat_reader(about.resolution, channels, about.condition_channels)
-        return CachedRegions(dataset, self.latents_dir, read)
+        folder, part = str(self.sam3d_dir), self.sam3d_part
+        about = read_decoder(folder) if self.makes_mesh else read_generator(folder, part)
+        return CachedRegions(dataset, self.latents_dir, about)

@@ -31,7 +31,7 @@ class Sam3dPart(Trainee):
 
     def train_all(self) -> None:
         """Makes every parameter trainable. Raises: ConfigError if the blocks have 16 bits."""
-        if any(p.dtype == torch.float16 for p in self.parameters()):
+        if self.has_half:
             raise ConfigError(
                 "sam3d_torso: expected 'fp32' with finetune 'full', got 16-bit blocks from the checkpoint folder"
             )

@@ -1,29 +1,47 @@
-"""The surfaces that SAM 3D Objects' mesh decoder outputs, in fine voxels of their regions, and the fields that they imply."""
+"""The surfaces that SAM 3D Objects' mesh decoder outputs, the fields that they imply, and their losses, computed without rendering.
+
+With `s` the decoder's distances at its corners and `t` the truth (fine voxels, negative inside, truncated at `τ`):
+
+    sdf             mean |s - t| at the corners where |t| < τ; beyond it only a distance on the wrong side of ±τ counts
+    vertex          mean |t| at the mesh's vertices
+    chamfer         mean distance from vertices to the true surface's points, plus that from those to the vertices
+    normal          mean 1 - cos(normal, ∇t) over the faces near the true surface
+    regularisation  the decoder's own: agreement of neighbouring voxels on their corners, FlexiCubes' weights and deviation
+
+Each is a mean over the batch's regions. An empty mesh gives 0 in `vertex`, `chamfer` and `normal`, and is counted in `empty`; its
+`sdf` and `regularisation` still reach every weight, so a mesh can reappear.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from skimage import measure
 from torch import Tensor
 
+from fastlora.errors import DataError
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
+from fastlora.medical.models.losses import Weights
+
+if TYPE_CHECKING:
+    from fastlora.medical.data.batch import RegionBatch
 
 SUBDIVISION = 4
 """Cubes of the decoder's mesh along the edge of one of its voxels."""
+
+CHAMFER_POINTS = 2048
+"""Points of each surface that are compared, evenly spread over its list."""
 
 
 def sample_volume(volume: Tensor, points: Tensor) -> Tensor:
     """A volume (X, Y, Z) at index coordinates (N, 3): (N,), trilinear, the border repeated. Differentiable in both."""
     size = torch.tensor(volume.shape, dtype=points.dtype, device=points.device)
-    grid = (2 * points / (size - 1) - 1).flip(-1)[
-        None, None, None
-    ]  # grid_sample's order is z, y, x
-    values = F.grid_sample(
-        volume[None, None], grid, mode="bilinear", padding_mode="border", align_corners=True
-    )
-    return values.flatten()
+    grid = (2 * points / (size - 1) - 1).flip(-1)[None, None, None]  # in the order z, y, x
+    volume = volume[None, None]
+    return F.grid_sample(volume, grid, padding_mode="border", align_corners=True).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,3 +108,90 @@ def no_surface(like: Tensor) -> Surface:
 # registered ones.
 for kind in (Surface, Decoded):
     torch.export.register_dataclass(kind)
+
+
+@dataclass(frozen=True)
+class SurfaceLossWeights(Weights):
+    """Weights of `surface_losses`."""
+
+    sdf: float = 1.0
+    vertex: float = 0.2
+    chamfer: float = 0.1
+    normal: float = 0.05
+    regularisation: float = 0.1
+
+
+def surface_losses(
+    decoded: Decoded, batch: RegionBatch, weights: SurfaceLossWeights | None = None
+) -> dict[str, Tensor]:
+    """The terms above, their weighted sum `total`, and `empty`, the fraction of regions without a mesh; all 0-d.
+
+    Raises: DataError if a region's truth has no surface, or none near the decoder's corners.
+    """
+    weights = weights or SurfaceLossWeights()
+    terms: list[dict[str, Tensor]] = []
+    for surface, true, meta in zip(
+        decoded.surfaces, batch.sdf_vox.float(), batch.meta, strict=True
+    ):
+        if not bool((true < 0).any() and (true > 0).any()):
+            raise DataError(f"batch.sdf_vox: expected a surface in each region, got none in {meta}")
+        term = {"sdf": _corner_loss(surface, true, meta), "regularisation": surface.regularisation}
+        terms.append({**term, **_mesh_terms(surface, true)})
+    means = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+    return {**means, "total": weights.total(means)}
+
+
+def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Tensor:
+    """Term `sdf` of one region; the truth is sampled at the displaced corners, without a gradient to them."""
+    true = sample_volume(true_vox, surface.points.detach())
+    near = true.abs() < TRUNCATION_VOX - 1e-3  # a margin for rounding on the plateau
+    if not bool(near.any()):
+        raise DataError(f"batch: expected active voxels near the true surface, got none in {meta}")
+    beyond = F.relu(TRUNCATION_VOX - true.sign() * surface.distance)
+    error = torch.where(near, (surface.distance - true).abs(), beyond)
+    return error.sum() / near.sum()
+
+
+def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
+    """Terms `vertex`, `chamfer` and `normal` of one region, and whether it was `empty`."""
+    zero = true_vox.new_zeros(())
+    if surface.empty:
+        return {"vertex": zero, "chamfer": zero, "normal": zero, "empty": zero + 1}
+    points = _thinned(surface.vertices)
+    distances = torch.cdist(points, _thinned(true_points(true_vox)))
+    # Not vertices[faces]: on several CPU threads its backward adds in an order that varies from run to run.
+    triangles = F.embedding(surface.faces, surface.vertices)
+    normals = torch.linalg.cross(
+        triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0], dim=1
+    )
+    centres = triangles.detach().mean(1)
+    # Faces far from the true surface have no counterpart on it.
+    near = sample_volume(true_vox, centres).abs() < TRUNCATION_VOX / 2
+    slopes = true_gradient(true_vox, centres)
+    bent = 1 - F.cosine_similarity(normals, slopes, dim=1, eps=1e-6)
+    return {
+        "vertex": sample_volume(true_vox, surface.vertices).abs().mean(),
+        "chamfer": distances.amin(1).mean() + distances.amin(0).mean(),
+        "normal": (bent * near).sum() / near.sum().clamp(min=1),
+        "empty": zero,
+    }
+
+
+def true_points(true_vox: Tensor) -> Tensor:
+    """Points (N, 3) on the zero level of (X, Y, Z), in index coordinates; the level set is open at the volume's border."""
+    vertices, *_ = measure.marching_cubes(true_vox.cpu().numpy(), 0.0)
+    return torch.from_numpy(vertices.copy()).to(true_vox)
+
+
+def true_gradient(true_vox: Tensor, points: Tensor) -> Tensor:
+    """∇t (N, 3) at index coordinates, from differences of one voxel; it points outwards."""
+    half = 0.5 * torch.eye(3, dtype=points.dtype, device=points.device)
+    return torch.stack(
+        [sample_volume(true_vox, points + h) - sample_volume(true_vox, points - h) for h in half],
+        dim=1,
+    )
+
+
+def _thinned(points: Tensor) -> Tensor:
+    """At most CHAMFER_POINTS of the points."""
+    return points[:: -(-len(points) // CHAMFER_POINTS)]

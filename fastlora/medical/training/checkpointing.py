@@ -10,8 +10,9 @@ import hashlib
 import io
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,23 @@ def score(val: Mapping[str, float]) -> float:
     return val["dice"] if "dice" in val else -val["total"]
 
 
-KEYS: Mapping[str, type] = {
-    **dict.fromkeys(("model", "optimizer", "scheduler", "scaler", "rng", "config"), dict),
+_PLAIN = bool | int | float | str | None
+
+KEYS: Mapping[str, Any] = {
+    **dict.fromkeys(("optimizer", "scheduler", "scaler", "rng"), dict),
     **dict.fromkeys(("format", "base_sha256"), str),
     **dict.fromkeys(("epoch", "samples"), int),
-    **dict.fromkeys(("history", "seconds"), list),
-    "best": object,
+    "model": {str: Tensor},
+    "config": {str: _PLAIN | list},
+    "history": list,
+    "seconds": list,
+    "regions": [str, ...],
+    "within": dict | None,
+    "best": dict | None,
 }
-"""The entries of a checkpoint and their types."""
+"""The entries of a checkpoint and their structures, as in `check_like`."""
+
+_PROGRESS = {"seen": int, "lr": float, "sums": {str: float}, "norms": [float, ...]}
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -58,84 +68,67 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
+    older: dict[str, Any] = {"regions": [], "within": None}  # files of older versions have neither
+    content = {**older, **content}
     _check_content(content, str(path))
     if content["best"] is not None:
-        _check_content(content["best"], f"{path}: best")
-    regions = content.setdefault("regions", [])  # older files have neither this nor `within`
-    if not (isinstance(regions, list) and all(isinstance(side, str) for side in regions)):
-        raise CheckpointError(f"{path}: regions: expected a list of fingerprints")
-    if content.setdefault("within", None) is not None:
-        _check_within(content, str(path))
+        _check_content({**older, "best": None, **content["best"]}, f"{path}: best")
     return content
 
 
-def _check_within(content: dict[str, Any], where: str) -> None:
-    """Checks the progress of an interrupted epoch: regions seen, its rate, sums of loss terms, gradient norms."""
-    like = {"seen": 0, "lr": 0.0, "sums": {}, "norms": []}
-    within = content["within"]
-    sums, norms = (
-        (within.get("sums"), within.get("norms")) if isinstance(within, dict) else (None, None)
-    )
-    if not (
-        isinstance(sums, dict)
-        and isinstance(norms, list)
-        and all(isinstance(key, str) for key in sums)
-        and all(isinstance(value, float) for value in (*sums.values(), *norms))
-    ):
-        raise CheckpointError(f"{where}: within: expected sums by name and a list of norms")
-    check_like({**within, "sums": {}, "norms": []}, like, f"{where}: within")
-    if not 0 <= within["seen"] <= content["samples"]:
-        raise CheckpointError(f"{where}: within: expected at most {content['samples']} seen")
-
-
-def _check_content(content: Any, where: str) -> None:
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: expected a checkpoint, got {type(content).__name__}")
-    kinds = {name: kind for name, kind in KEYS.items() if kind is not object or name in content}
-    if missing := sorted((KEYS.keys() if "best" in content else kinds.keys()) - content.keys()):
+def _check_content(content: Mapping[str, Any], where: str) -> None:
+    if missing := sorted(KEYS.keys() - content.keys()):
         raise CheckpointError(f"{where}: the checkpoint lacks {', '.join(missing)}")
-    for name, kind in kinds.items():
-        if not isinstance(content[name], kind):
-            raise CheckpointError(
-                f"{where}: {name}: expected {kind.__name__}, got {type(content[name]).__name__}"
-            )
-    weights = content["model"]
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
-        raise CheckpointError(f"{where}: model: expected tensors by name")
+    for name, wanted in KEYS.items():
+        check_like(content[name], wanted, f"{where}: {name}")
     for name, value in content["config"].items():
-        parts = value if isinstance(value, list) else [value]
-        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
-            raise CheckpointError(f"{where}: config: expected a plain value for {name}")
+        check_like(
+            value if isinstance(value, list) else [], [_PLAIN, ...], f"{where}: config.{name}"
+        )
     if content["epoch"] < 0 or len(content["history"]) != content["epoch"] + 1:
         raise CheckpointError(
             f"{where}: expected a history of epoch 0 to {content['epoch']}, got {len(content['history'])} entries"
         )
     check_history(content["history"], content["seconds"], where)
+    if content["within"] is not None:
+        check_like(content["within"], _PROGRESS, f"{where}: within")
+        if not 0 <= content["within"]["seen"] <= content["samples"]:
+            raise CheckpointError(f"{where}: within: expected at most {content['samples']} seen")
 
 
 def check_history(
-    history: Sequence[object], seconds: Sequence[object], where: str, chosen_by: str = "total"
+    history: Sequence[Any], seconds: Sequence[float], where: str, chosen_by: str = "total"
 ) -> None:
     """Checks the entries and durations of epochs. chosen_by: the validation figure that `score` needs. Raises: CheckpointError."""
-    for entry in history:
-        parts = [entry.get("train", {}), entry.get("val")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(part, dict) and _are_figures(part.values()) for part in parts):
-            raise CheckpointError(f"{where}: history: expected figures by name in every epoch")
-        if chosen_by not in entry["val"]:  # type: ignore[index]
+    check_like(seconds, [float, ...], f"{where}: seconds")
+    figures = list(seconds)
+    for epoch, entry in enumerate(history):
+        check_like(entry, {str: object}, f"{where}: history.{epoch}")
+        for name, terms in (("train", entry.get("train", {})), ("val", entry.get("val"))):
+            check_like(terms, {str: float}, f"{where}: history.{epoch}.{name}")
+            figures += terms.values()
+        if chosen_by not in entry["val"]:
             raise CheckpointError(
                 f"{where}: history: expected {chosen_by!r} of the validation in every epoch"
             )
-    if not _are_figures(seconds):
-        raise CheckpointError(f"{where}: seconds: expected a list of numbers")
+    if not all(map(math.isfinite, figures)):
+        raise CheckpointError(f"{where}: history, seconds: expected finite numbers")
 
 
-def _are_figures(values: Iterable[object]) -> bool:
-    return all(isinstance(value, float) and math.isfinite(value) for value in values)
+def check_like(found: Any, wanted: Any, where: str) -> None:
+    """Checks the structure of a nested value. Raises: CheckpointError, naming the place.
 
-
-def check_like(found: object, wanted: object, where: str) -> None:
-    """Checks that two nested values have the same keys, types and sizes; the values may differ. Raises: CheckpointError, naming the place."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
+    wanted: a type; or an example, whose keys, types, lengths and shapes the value has; `{str: wanted}` is a mapping with any names,
+        `[wanted, ...]` a list of any length.
+    """
+    kind: Any = wanted if isinstance(wanted, (type, UnionType)) else type(wanted)
+    if not isinstance(found, kind):
+        name = getattr(kind, "__name__", kind)
+        raise CheckpointError(f"{where}: expected {name}, got {type(found).__name__}")
+    if isinstance(wanted, dict):
+        if str in wanted:
+            check_like(list(found), [str, ...], where)
+            wanted = dict.fromkeys(found, wanted[str])
         if found.keys() != wanted.keys():
             names = ", ".join(sorted(map(str, found.keys() ^ wanted.keys())))
             raise CheckpointError(
@@ -143,31 +136,27 @@ def check_like(found: object, wanted: object, where: str) -> None:
             )
         for key, value in wanted.items():
             check_like(found[key], value, f"{where}.{key}")
-    elif isinstance(wanted, (list, tuple)) and isinstance(found, type(wanted)):
+    elif isinstance(wanted, (list, tuple)):
+        if wanted and wanted[-1] is ...:
+            wanted = len(found) * wanted[:1]
         if len(found) != len(wanted):
             raise CheckpointError(f"{where}: expected {len(wanted)} values, got {len(found)}")
         for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
             check_like(a, b, f"{where}.{number}")
-    elif isinstance(wanted, Tensor) and isinstance(found, Tensor):
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            raise CheckpointError(
-                f"{where}: expected {tuple(wanted.shape)} {wanted.dtype}, got {tuple(found.shape)} {found.dtype}"
-            )
-    elif type(found) is not type(wanted):
+    elif isinstance(wanted, Tensor) and (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         raise CheckpointError(
-            f"{where}: expected {type(wanted).__name__}, got {type(found).__name__}"
+            f"{where}: expected {tuple(wanted.shape)} {wanted.dtype}, got {tuple(found.shape)} {found.dtype}"
         )
 
 
 def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str) -> None:
     """Checks that a saved state is of AdamW over parameters of these shapes. Raises: CheckpointError."""
-    wanted = optimizer.state_dict()
-    check_like(found.get("param_groups"), wanted["param_groups"], f"{where}: param_groups")
-    state = found.get("state")
+    groups = optimizer.state_dict()["param_groups"]
+    check_like(found, {"state": dict, "param_groups": groups}, where)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(state, dict) or not state.keys() <= set(range(len(parameters))):
+    if not found["state"].keys() <= set(range(len(parameters))):
         raise CheckpointError(f"{where}: expected a state for each parameter by number")
-    for number, entry in state.items():
+    for number, entry in found["state"].items():
         like = torch.empty(parameters[number].shape, dtype=parameters[number].dtype)
         moments = {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}
         check_like(entry, moments, f"{where}: state.{number}")
@@ -204,16 +193,10 @@ def seed_everything(seed: int) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The state of the global generators, as values for a checkpoint."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (
-            name,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            position,
-            has_gauss,
-            cached,
-        ),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -222,8 +205,8 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restores a state from `rng_state`."""
     random.setstate(state["python"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -31,7 +31,8 @@ MODELS: Mapping[str, type[Any]] = {"compact": DecoderOptions, "sam3d": Sam3dOpti
 """The `ModelOptions` of each value of `--model`: the one place of training and evaluation that knows SAM 3D."""
 
 _data, _model = partial(option, "data"), partial(option, "model")
-_optim, _run = partial(option, "optimisation"), partial(option, "run")
+_optim = partial(option, "optimisation")
+_run = partial(option, "run", resumable=True)
 
 
 @dataclass(frozen=True, init=False)
@@ -54,13 +55,11 @@ class TrainConfig:
         None,
         "data set in one of the layouts of docs/quickstart_training.md; "
         "without it the bundled cases are built in data/bundled",
-        NOT_EMPTY,
         resumable=True,
     )
     cache_dir: str | None = _data(
         None,
         "cache of preprocess_medical.py: only the structures that it found usable are used",
-        NOT_EMPTY,
         resumable=True,
     )
     demo: str | None = _data(None, "train on synthetic data instead", one_of("synthetic"))
@@ -106,7 +105,7 @@ class TrainConfig:
     lora_dropout: float = _model(0.0, "dropout on the LoRA path", PROBABILITY, "probability")
     lora_ffn: bool = _model(True, "adapt the feed-forward layers as well as the attention")
     base_weights: str | None = _model(
-        None, "base model's safetensors; the packaged one without it", NOT_EMPTY, resumable=True
+        None, "base model's safetensors; the packaged one without it", resumable=True
     )
     epochs: int = _optim(16, "passes over the training samples", AT_LEAST_ONE, resumable=True)
     batch_size: int = _optim(
@@ -143,32 +142,23 @@ class TrainConfig:
     amp: str = _optim("off", "mixed precision, on CUDA only", one_of("off", "bf16", "fp16"))
     seed: int = _optim(0, "seed of weights, data order, dropout and augmentation", NOT_NEGATIVE)
 
-    checkpoint_dir: str = _run("runs/medical", "the run's folder", NOT_EMPTY, resumable=True)
+    checkpoint_dir: str = _run("runs/medical", "the run's folder")
     save_every: int = _run(
-        0,
-        "also keep checkpoints/epoch_NNN.pt this often; 0 never",
-        NOT_NEGATIVE,
-        "epochs",
-        resumable=True,
+        0, "also keep checkpoints/epoch_NNN.pt this often; 0 never", NOT_NEGATIVE, "epochs"
     )
     resume: str | None = _run(
         None,
         "continue from a checkpoint or run folder; 'auto': from the last one in --checkpoint_dir, if any",
-        NOT_EMPTY,
-        resumable=True,
     )
-    overwrite: bool = _run(False, "replace the run in --checkpoint_dir", resumable=True)
-    device: str = _run("auto", "auto, cpu, cuda or cuda:N", NOT_EMPTY, resumable=True)
+    overwrite: bool = _run(False, "replace the run in --checkpoint_dir")
+    device: str = _run("auto", "auto, cpu, cuda or cuda:N")
     parallel: str = _run(
         "ddp",
         "how the processes of torchrun share the model: each holds all of it, or a shard of each weight",
         one_of("ddp", "fsdp"),
-        resumable=True,
     )
-    threads: int = _run(
-        0, "torch's CPU threads; 0 keeps the current number", NOT_NEGATIVE, resumable=True
-    )
-    progress: bool = _run(True, "show the progress bar on a terminal", resumable=True)
+    threads: int = _run(0, "torch's CPU threads; 0 keeps the current number", NOT_NEGATIVE)
+    progress: bool = _run(True, "show the progress bar on a terminal")
 
     options: ModelOptions = dataclasses.field(kw_only=True)
 
@@ -179,14 +169,13 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 raise ConfigError(f"{name}: unknown key{nearest(name, known)}")
-        for name, spec in declared(TrainConfig).items():
-            object.__setattr__(self, name, values.get(name, spec.default))
+        vars(self).update({n: values.get(n, s.default) for n, s in declared(TrainConfig).items()})
         check_options(self)
         self._check()
         for model, kind in MODELS.items():
             section = kind(**{name: values[name] for name in declared(kind) if name in values})
             if model == self.model:
-                object.__setattr__(self, "options", section)
+                vars(self)["options"] = section
                 continue
             for name, spec in declared(kind).items():
                 if getattr(section, name) != spec.default:
@@ -211,34 +200,27 @@ class TrainConfig:
 
     def _resolve(self) -> None:
         """Fills in the model's defaults, so that the run's folder states them."""
-        if self.lora_ranks is None:
-            recipe = self.options.default_ranks if self.lora_rank is None else ()
-            object.__setattr__(self, "lora_ranks", recipe)
-        if self.lora_rank is None:
-            object.__setattr__(self, "lora_rank", self.options.default_rank)
-        if self.lora_alpha is None:
-            object.__setattr__(self, "lora_alpha", 2.0 * self.rank)
-        if self.split == "auto":
-            own = self.data_root or self.demo
-            object.__setattr__(self, "split", "patient" if own else "structure")
+        own = self.data_root or self.demo
+        recipe = self.options.default_ranks if self.lora_rank is None else ()
+        rank = self.options.default_rank if self.lora_rank is None else self.lora_rank
+        vars(self).update(
+            lora_ranks=recipe if self.lora_ranks is None else self.lora_ranks,
+            lora_rank=rank,
+            lora_alpha=2.0 * rank if self.lora_alpha is None else self.lora_alpha,
+            split=("patient" if own else "structure") if self.split == "auto" else self.split,
+        )
 
     @property
-    def rank(self) -> int:
-        """The rank of layers that `lora_ranks` does not name."""
-        assert self.lora_rank is not None
-        return self.lora_rank
-
-    @property
-    def alpha(self) -> float:
-        """LoRA's alpha for `rank`."""
-        assert self.lora_alpha is not None
-        return self.lora_alpha
-
-    @property
-    def rank_pattern(self) -> dict[str, int]:
-        """`lora_ranks` by name."""
+    def adapters(self) -> dict[str, Any]:
+        """The arguments of `Trainee.adapt`."""
         pairs = [entry.partition("=") for entry in self.lora_ranks or ()]
-        return {name: int(rank) for name, _, rank in pairs}
+        return {
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "ffn": self.lora_ffn,
+            "rank_pattern": {name: int(rank) for name, _, rank in pairs},
+        }
 
     @property
     def peak_lr(self) -> float:
@@ -248,7 +230,7 @@ class TrainConfig:
     @property
     def loss_weights(self) -> Any:
         """The weights of the model's loss terms, an instance of its `ModelOptions.loss_weights`."""
-        kind, values = self.options.loss_weights, {**vars(self), **vars(self.options)}
+        kind, values = self.options.loss_weights, self.to_dict()
         return kind(**{f.name: values[f"loss_{f.name}"] for f in dataclasses.fields(kind)})
 
     @classmethod

@@ -63,14 +63,12 @@ def _only(cases: Sequence[Case], classes: Sequence[str]) -> list[Case]:
             raise ConfigError(
                 f"classes: no case has {name!r}{nearest(name, known)}; there are: {', '.join(sorted(structures))}"
             )
-    wanted = set(classes)
-    kept = [
-        replace(
-            case, structures={n: s for n, s in case.structures.items() if {n, kind_of(n)} & wanted}
-        )
-        for case in cases
-    ]
-    return [case for case in kept if case.structures]
+    kept = []
+    for case in cases:
+        own = {n: s for n, s in case.structures.items() if {n, kind_of(n)}.intersection(classes)}
+        if own:
+            kept.append(replace(case, structures=own))
+    return kept
 
 
 def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:

@@ -8,6 +8,7 @@ another number. Under DDP each rank holds the model, under FSDP2 a shard of each
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +71,6 @@ class Ranks:
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """The sums over all ranks, the same on each; a name missing on a rank counts 0 there."""
-        if self.world == 1:
-            return dict(values)
         everyone = self._gather(dict(values))
         names = dict.fromkeys(name for part in everyone for name in part)
         return {name: sum(part.get(name, 0.0) for part in everyone) for name in names}
@@ -81,8 +80,6 @@ class Ranks:
 
         Raises: ConfigError on every rank, naming the facts that differ.
         """
-        if self.world == 1:
-            return
         everyone = self._gather(dict(facts))
         different = [name for name in facts if any(f[name] != facts[name] for f in everyone)]
         if different:
@@ -91,20 +88,14 @@ class Ranks:
 
     def first_alone(self, make: Callable[[], T]) -> T:
         """Calls `make` on the first rank before all others, which then find the files that it wrote; returns its result."""
-        if self.first:
-            made = make()
-            self._wait()
-            return made
-        self._wait()
-        return make()
+        made = make() if self.first else None
+        self._gather(None)  # a barrier
+        return cast(T, made) if self.first else make()
 
     def seed_dropout(self, seed: int, epoch: int) -> None:
         """Seeds torch differently on each rank but the first for an epoch: equal seeds would draw equal dropout masks."""
         if not self.first:
             torch.manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + self.rank) % 2**63)
-
-    def _wait(self) -> None:
-        self._gather(None)
 
     def _gather(self, value: T) -> list[T]:
         everyone: list[Any] = [value] * self.world
@@ -155,12 +146,9 @@ def resolve_device(config: TrainConfig) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9]\d?))?", name):
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices)"
@@ -190,11 +178,19 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def parallelize(model: Trainee, kind: str, device: torch.device) -> nn.Module:
-    """The module to call in place of `model`, which averages gradients over the ranks of the current group.
+    """The module to call in place of `model`, which averages gradients over the ranks of the current group, if there is one.
 
     model: on `device`; "fsdp" shards its parameters in place: each of its `shard_units`, then the rest.
     kind: "ddp" or "fsdp".
+
+    Raises: ConfigError if "fsdp" has one process, or a model with 16-bit weights.
     """
+    if kind == "fsdp" and not dist.is_initialized():
+        raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
+    if kind == "fsdp" and model.has_half:
+        raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
+    if not dist.is_initialized():
+        return model
     if kind == "ddp":
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
@@ -228,37 +224,28 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state dict with full tensors on the CPU; every rank must call."""
-    state = optimizer.state_dict()
-    return {
-        "state": {
-            index: {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-            for index, values in state["state"].items()
-        },
-        "param_groups": [dict(group) for group in state["param_groups"]],
-    }
+    return _map_tensors(optimizer.state_dict(), lambda _, tensor: full_tensor(tensor))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads a `full_optimizer_state` on any number of ranks; `state` is not modified."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def placed(index: int, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        parameter = parameters[index]
-        # The optimizer modifies its state, so it gets a copy; AdamW's step counter is never sharded.
-        return (
-            sharded_like(parameter, value.clone())
-            if value.shape == parameter.shape
-            else value.clone()
-        )
+    def placed(index: int, tensor: Tensor) -> Tensor:
+        copy = tensor.clone()  # the optimizer modifies its state
+        if copy.shape != parameters[index].shape:  # AdamW's step counter is never sharded
+            return copy
+        return sharded_like(parameters[index], copy)
 
-    optimizer.load_state_dict(
-        {
-            "state": {
-                index: {k: placed(index, v) for k, v in values.items()}
-                for index, values in state["state"].items()
-            },
-            "param_groups": [dict(group) for group in state["param_groups"]],
-        }
-    )
+    optimizer.load_state_dict(_map_tensors(state, placed))
+
+
+def _map_tensors(
+    state: Mapping[str, Any], convert: Callable[[int, Tensor], Tensor]
+) -> dict[str, Any]:
+    """A copy of an optimizer's state dict; convert: called with the index of a parameter and each tensor of its state."""
+    converted = {
+        index: {k: convert(index, v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {"state": converted, "param_groups": [dict(group) for group in state["param_groups"]]}

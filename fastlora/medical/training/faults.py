@@ -63,8 +63,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     Yields a function that returns the flag. With other processes of torchrun, and outside the main thread, Ctrl-C is unchanged.
     """
     asked = threading.Event()
-    alone = not (dist.is_available() and dist.is_initialized())
-    if not alone or threading.current_thread() is not threading.main_thread():
+    if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
 

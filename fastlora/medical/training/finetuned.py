@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from fastlora import merged_model, named_lora_layers
@@ -38,9 +36,7 @@ def make_trainable(model: Trainee, config: TrainConfig) -> None:
     if config.finetune == "full":
         model.train_all()
     else:
-        model.adapt(
-            config.rank, config.alpha, config.lora_dropout, config.lora_ffn, config.rank_pattern
-        )
+        model.adapt(**config.adapters)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -48,30 +44,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def has_half(model: nn.Module) -> bool:
-    """Whether some parameters have 16 bits."""
-    return any(p.dtype == torch.float16 for p in model.parameters())
-
-
 def without_values(model: Trainee) -> Trainee:
     """A copy of a model's structure on the meta device, which takes no memory."""
-    tensors = [*model.parameters(), *model.buffers()]
     # The memo tells deepcopy that the tensors are copied already.
-    memo: dict[int, Any] = {
-        id(t): nn.Parameter(t.to("meta"), t.requires_grad)
-        if isinstance(t, nn.Parameter)
-        else t.to("meta")
-        for t in tensors
-    }
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
-
-
-@torch.no_grad()
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies tensors into the parameters of their names."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
 
 
 def load_finetuned(
@@ -100,7 +78,7 @@ def load_finetuned(
         raise CheckpointError(f"{path}: was trained on another base model (its weights differ)")
     make_trainable(model, config)
     check_tensors(content["model"], trainable_parameters(model), str(path))
-    load_tensors(model, content["model"])
+    model.load_state_dict(content["model"], strict=False)
     if not adapters:
         for _, layer in named_lora_layers(model):
             layer.reset_lora_parameters()

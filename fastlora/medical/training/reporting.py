@@ -22,8 +22,7 @@ class RunReport:
 
     def __init__(self, state: RunState, board: Path, active: bool) -> None:
         self.state, self.config = state, state.config
-        resumed, steps = bool(state.history), state.steps_per_epoch
-        purge = state.epoch + 1 if resumed else None
+        steps, purge = state.steps_per_epoch, state.epoch + 1 if state.history else None
         self._board = SummaryWriter(str(board), purge_step=purge) if active else None
         self._bar = tqdm(
             total=self.config.epochs * steps,
@@ -48,9 +47,7 @@ class RunReport:
         """After memory ran out. micro_batch: the regions of a micro-batch from now on."""
         self._bar.n = self.state.epoch * self.state.steps_per_epoch
         log.warning(
-            "out of memory: epoch %d restarts in micro-batches of %d",
-            self.state.epoch + 1,
-            micro_batch,
+            f"out of memory: epoch {self.state.epoch + 1} restarts in micro-batches of {micro_batch}"
         )
 
     def epoch(self, entry: dict[str, Any], best: bool) -> None:
@@ -68,15 +65,12 @@ class RunReport:
         self._board.flush()
         if empty := max(terms.get("empty", 0.0) for terms in parts.values()):
             log.warning(
-                "epoch %d: the decoder gave no mesh for %.0f%% of the regions: only the loss terms of distances and "
-                "regularisation train on them",
-                epoch,
-                100 * empty,
+                f"epoch {epoch}: the decoder gave no mesh for {100 * empty:.0f}% of the regions: only the loss terms of distances "
+                "and regularisation train on them"
             )
         train = f"train {parts['train']['total']:.4f}" if "train" in parts else "before training"
-        dice = f"dice {parts['val']['dice']:.4f}  " if "dice" in parts["val"] else ""
+        dice = f"dice {entry['val']['dice']:.4f}  " if "dice" in entry["val"] else ""
         log.info(
-            "epoch %3d/%d  %s  val %.4f  %s%.1f s%s",
-            *(epoch, self.config.epochs, train, parts["val"]["total"], dice),
-            *(self.state.seconds[-1], "  best" if best else ""),
+            f"epoch {epoch:3d}/{self.config.epochs}  {train}  val {entry['val']['total']:.4f}  "
+            f"{dice}{self.state.seconds[-1]:.1f} s{'  best' if best else ''}"
         )

@@ -88,15 +88,12 @@ class RunFolder:
 
         If `last` is damaged, it is `previous`, with a warning. Raises: CheckpointError if that cannot be read either.
         """
-        if resume is None:
+        if resume is None or (resume == "auto" and not self.checkpoint("last").is_file()):
             return None
-        if resume == "auto":
-            return self._readable() if self.checkpoint("last").is_file() else None
-        path = Path(resume)
-        return RunFolder(path)._readable() if path.is_dir() else path
-
-    def _readable(self) -> Path:
-        last, previous = self.find("last"), self.checkpoint("previous")
+        folder = self if resume == "auto" else RunFolder(resume)
+        if not folder.path.is_dir():
+            return folder.path
+        last, previous = folder.find("last"), folder.checkpoint("previous")
         try:
             read_checkpoint(last)
         except CheckpointError as error:
@@ -104,7 +101,7 @@ class RunFolder:
                 raise
             epoch = read_checkpoint(previous)["epoch"]
             warnings.warn(
-                f"{error}; resuming from {previous}, epoch {epoch}", FastLoRAWarning, stacklevel=3
+                f"{error}; resuming from {previous}, epoch {epoch}", FastLoRAWarning, stacklevel=2
             )
             return previous
         return last

@@ -15,16 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlora.errors import CheckpointError
 from fastlora.files import check_tensors
 from fastlora.medical.models.trainee import Trainee
-from fastlora.medical.training import checkpointing
+from fastlora.medical.training import checkpointing, distributed
 from fastlora.medical.training.checkpointing import score
 from fastlora.medical.training.config import TrainConfig, is_resumable
-from fastlora.medical.training.distributed import (
-    full_optimizer_state,
-    full_tensor,
-    load_optimizer_state,
-    sharded_like,
-)
-from fastlora.medical.training.finetuned import has_half, load_tensors, trainable_parameters
+from fastlora.medical.training.finetuned import trainable_parameters
 
 
 class RunState:
@@ -48,7 +42,7 @@ class RunState:
         )
         self.scheduler = LambdaLR(self.optimizer, self.lr_factor)
         self.scaler = torch.amp.GradScaler(
-            next(iter(parameters)).device.type, enabled=config.amp == "fp16" or has_half(model)
+            next(iter(parameters)).device.type, enabled=config.amp == "fp16" or model.has_half
         )
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
@@ -89,8 +83,11 @@ class RunState:
         """A copy of the state, without `best`; every rank must call."""
         return {
             "format": checkpointing.FORMAT,
-            "model": {name: full_tensor(p) for name, p in trainable_parameters(self.model).items()},
-            "optimizer": full_optimizer_state(self.optimizer),
+            "model": {
+                name: distributed.full_tensor(p)
+                for name, p in trainable_parameters(self.model).items()
+            },
+            "optimizer": distributed.full_optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -132,11 +129,11 @@ class RunState:
     def restore(self, content: Mapping[str, Any]) -> None:
         """Puts back weights, optimizer, schedule, generators and position of a snapshot of this run."""
         parameters = trainable_parameters(self.model)
-        load_tensors(
-            self.model,
-            {name: sharded_like(parameters[name], t) for name, t in content["model"].items()},
-        )
-        load_optimizer_state(self.optimizer, content["optimizer"])
+        weights = {
+            n: distributed.sharded_like(parameters[n], t) for n, t in content["model"].items()
+        }
+        self.model.load_state_dict(weights, strict=False)
+        distributed.load_optimizer_state(self.optimizer, content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         factor = self.lr_factor(self.scheduler.last_epoch)  # differs if `epochs` changed
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
@@ -146,19 +143,14 @@ class RunState:
         self.rng = content["rng"]
 
     def _check_same_run(self, content: Mapping[str, Any], where: str) -> None:
-        mine = self.facts
-        if content["base_sha256"] != mine["base_sha256"]:
-            raise CheckpointError(
-                f"{where}: was trained on another base model (its weights differ)"
-            )
-        if content["samples"] != mine["samples"]:
-            raise CheckpointError(
-                f"{where}: was trained on {content['samples']} samples, the data now has {mine['samples']}"
-            )
-        if content["regions"] and content["regions"] != mine["regions"]:
-            raise CheckpointError(
-                f"{where}: was trained on other regions (subjects, structures or their places); the data or its manifest changed"
-            )
+        others = {
+            "base_sha256": "another base model (its weights differ)",
+            "samples": f"{content['samples']} samples, the data now has {self.facts['samples']}",
+            "regions": "other regions (subjects, structures or their places); the data or its manifest changed",
+        }
+        for name, words in others.items():
+            if content[name] not in (self.facts[name], []):  # [] in files of older versions
+                raise CheckpointError(f"{where}: was trained on {words}")
         now = self.config.to_dict()
         for name, value in content["config"].items():
             if now.get(name) != value and not is_resumable(name):

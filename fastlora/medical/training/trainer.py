@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlora import count_parameters, save_adapter
 from fastlora.errors import ConfigError, DataError, TrainingError
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.models.trainee import Trainee
-from fastlora.medical.training import checkpointing
+from fastlora.medical.training import checkpointing, distributed, faults
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import (
     RegionData,
@@ -32,22 +31,8 @@ from fastlora.medical.training.data import (
     micro_batches,
     region_names,
 )
-from fastlora.medical.training.distributed import (
-    Ranks,
-    full_tensor,
-    local_device,
-    parallelize,
-    resolve_device,
-    sync_gradients,
-)
-from fastlora.medical.training.faults import (
-    deferred_interrupt,
-    explained,
-    is_out_of_memory,
-    memory_in_words,
-)
+from fastlora.medical.training.distributed import Ranks
 from fastlora.medical.training.finetuned import (
-    has_half,
     load_base,
     make_trainable,
     trainable_parameters,
@@ -63,7 +48,6 @@ class MedicalTrainer:
 
     The constructor checks everything (values, data, model, the checkpoint to resume from) and writes nothing there.
 
-    config: of the run.
     model: the base to fine-tune, in place; default `load_base(config)`.
     train_data, val_data: both or neither; default: the data of `config`. `val_data` selects the best epoch, so a report must not be
         made on it.
@@ -85,7 +69,7 @@ class MedicalTrainer:
                 f"halve_batch: expected one process, got {self.ranks.world}: the others would wait for the one that restarts "
                 "its epoch"
             )
-        self.device = local_device(resolve_device(config))
+        self.device = distributed.local_device(distributed.resolve_device(config))
         self.folder = RunFolder(config.checkpoint_dir)
         resume = self.folder.resume_from(config.resume)
         self.folder.check_free(resume, config.resume == "auto", config.overwrite)
@@ -105,14 +89,11 @@ class MedicalTrainer:
         self.counts = count_parameters(self.model)
         self._adapted = without_values(self.model)
         self.model.to(self.device)
-        self._call = self._parallelize()
+        self._call = distributed.parallelize(self.model, config.parallel, self.device)
         steps = math.ceil(math.ceil(len(train_data) / config.batch_size) / config.grad_accum)
-        sides = [getattr(data, "identity", None) for data in (train_data, val_data)]
-        facts = {
-            "base_sha256": base_sha256,
-            "samples": len(train_data),
-            "regions": [side() for side in sides if side is not None],
-        }
+        sides = [data for data in (train_data, val_data) if hasattr(data, "identity")]
+        regions = [side.identity() for side in sides]
+        facts = {"base_sha256": base_sha256, "samples": len(train_data), "regions": regions}
         self.state = RunState(config, self.model, steps, facts)
         self.interrupted: Callable[[], bool] = lambda: False
         self.micro_batch = config.batch_size  # less after memory ran out with `halve_batch`
@@ -128,17 +109,6 @@ class MedicalTrainer:
                 "validation samples": len(val_data),
             }
         )
-
-    def _parallelize(self) -> nn.Module:
-        """The module to call in place of the model."""
-        if self.config.parallel == "fsdp":
-            if not dist.is_initialized():
-                raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
-            if has_half(self.model):
-                raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
-        if dist.is_initialized():
-            return parallelize(self.model, self.config.parallel, self.device)
-        return self.model
 
     @property
     def epoch(self) -> int:
@@ -161,7 +131,7 @@ class MedicalTrainer:
             KeyboardInterrupt after Ctrl-C, when the step is done and saved; after a second one at once.
         """
         last = self.folder.checkpoint("last")
-        with explained(last, self._memory), deferred_interrupt() as self.interrupted:
+        with faults.explained(last, self._memory), faults.deferred_interrupt() as self.interrupted:
             try:
                 return self._train()
             finally:
@@ -194,7 +164,7 @@ class MedicalTrainer:
             try:
                 return self._train_epoch(report)
             except (RuntimeError, MemoryError) as error:
-                if start is None or self.micro_batch == 1 or not is_out_of_memory(error):
+                if start is None or self.micro_batch == 1 or not faults.is_out_of_memory(error):
                     raise
             size = self.config.batch_size
             self.micro_batch = max(n for n in range(1, self.micro_batch // 2 + 1) if size % n == 0)
@@ -206,7 +176,7 @@ class MedicalTrainer:
     def _memory(self) -> str:
         alone = ", and --halve_batch does that by itself" if self.ranks.world == 1 else ""
         return (
-            f"{memory_in_words(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
+            f"{faults.memory_in_words(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
             f"grad_accum trains the same{alone}"
         )
 
@@ -219,27 +189,22 @@ class MedicalTrainer:
         self.ranks.seed_dropout(config.seed, epoch)
         order = epoch_order(config.seed, epoch, total)
         group = config.batch_size * config.grad_accum
-        sums: defaultdict[str, float] = defaultdict(float)
-        norms: list[float] = []
-        rate = state.optimizer.param_groups[0]["lr"]  # of the epoch's first step
-        seen = 0
-        if state.within is not None:  # interrupted by Ctrl-C
-            seen, rate = state.within["seen"], state.within["lr"]
-            if self.ranks.first:
-                sums.update(state.within["sums"])
-            norms += state.within["norms"]
-            state.within = None
+        within = state.within or {}  # of an epoch that Ctrl-C interrupted
+        state.within = None
+        seen, norms = within.get("seen", 0), list(within.get("norms", ()))
+        rate = within.get("lr", state.optimizer.param_groups[0]["lr"])  # of the epoch's first step
+        sums = defaultdict(float, within.get("sums", {}) if self.ranks.first else {})
         rest = micro_batches(
             self.train_data, order[seen:], self.micro_batch, self.ranks, config.num_workers
         )
         for batch, count, of_all in rest:
             last = (seen + of_all) % group == 0 or seen + of_all == total
-            sync_gradients(self._call, last)
+            distributed.sync_gradients(self._call, last)
             _, losses = self._forward(batch, f"epoch {epoch}, step {len(norms) + 1}")
             # A step's loss is the mean over all its regions, whatever the sizes of its micro-batches and shares.
             in_step = min(group, total - seen // group * group)
             step_loss = losses["total"] * (count * self.ranks.world / in_step)
-            state.scaler.scale(step_loss).backward()  # type: ignore[no-untyped-call]
+            state.scaler.scale(step_loss).backward()
             for name, value in losses.items():
                 sums[name] += value.item() * count
             seen += of_all
@@ -267,7 +232,7 @@ class MedicalTrainer:
         state.scaler.unscale_(state.optimizer)
         limit = self.config.clip_norm or math.inf
         weights = trainable_parameters(self.model).values()
-        norm = full_tensor(nn.utils.clip_grad_norm_(weights, limit)).item()
+        norm = distributed.full_tensor(nn.utils.clip_grad_norm_(weights, limit)).item()
         if not math.isfinite(norm) and not state.scaler.is_enabled():
             raise TrainingError(
                 f"gradient is not finite in epoch {state.epoch + 1}: {region_names(batch)}"

@@ -253,7 +253,7 @@ def test_runs_on_different_data_are_not_compared(home, tmp_path, capsys):
     other = train_tiny(home, "full", classes=("blob",), checkpoint_dir=str(tmp_path / "other"))
     flags = ["--checkpoint", str(home / "lora"), "--full", str(other)]
     assert eval_main()([*flags, "--output_dir", str(tmp_path / "out")]) == 2
-    assert "full: expected a run with classes None, got ('blob',)" in capsys.readouterr().err
+    assert "full: expected a run with classes None, got ['blob']" in capsys.readouterr().err
 
 
 def test_an_interrupted_evaluation_leaves_nothing(home, tmp_path, monkeypatch, capsys):
@@ -275,7 +275,7 @@ def test_run_reads_its_folder_or_a_checkpoint_in_it(home):
     assert run.which == "best" and run.config.finetune == "lora"
     last = Run.read(home / "lora" / "checkpoints" / "last.pt", "lora")
     assert (last.folder, last.which) == (run.folder, "last")
-    assert last.facts()["used_epoch"] == last.facts()["epochs"]
+    assert last.facts["used_epoch"] == last.facts["epochs"]
     with pytest.raises(CheckpointError, match="expected a run folder"):
         Run.read(home / "lora" / "checkpoints" / "epoch_007.pt", "lora")
 
@@ -288,8 +288,8 @@ def test_run_reads_its_folder_or_a_checkpoint_in_it(home):
         ("{}", "lacks counts, epochs, seconds"),
         ({"epochs": []}, "epochs: expected a filled list"),
         ({"epochs": [{"val": {"total": 1.0}}]}, "history: expected 'dice' of the validation"),
-        ({"epochs": [7]}, "history: expected figures by name"),
-        ({"seconds": ["long"]}, "seconds: expected a list of numbers"),
+        ({"epochs": [7]}, "history.0: expected dict, got int"),
+        ({"seconds": ["long"]}, "seconds.0: expected float, got str"),
         ({"counts": {"total": 3}}, "counts: expected total, trainable and lora"),
     ],
     ids=str,

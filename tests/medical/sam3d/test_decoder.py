@@ -19,8 +19,14 @@ from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_s
 from fastlora.medical.data.splits import make_splits
 from fastlora.medical.sam3d.decoder import active_voxels, load_sam3d, voxel_features
 from fastlora.medical.sam3d.folder import load_part
-from fastlora.medical.sam3d.losses import SurfaceLossWeights, surface_losses, true_points
-from fastlora.medical.sam3d.surface import Decoded, Surface, sample_volume
+from fastlora.medical.sam3d.surface import (
+    Decoded,
+    Surface,
+    SurfaceLossWeights,
+    sample_volume,
+    surface_losses,
+    true_points,
+)
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_cases

@@ -17,7 +17,7 @@ from fastlora.medical.sam3d.decoder import load_sam3d
 from fastlora.medical.sam3d.folder import TARGETS as COMPONENTS
 from fastlora.medical.sam3d.folder import FlowSettings, load_part, sparse_tensor
 from fastlora.medical.sam3d.generator import flow_matching_loss
-from fastlora.medical.sam3d.losses import surface_losses
+from fastlora.medical.sam3d.surface import surface_losses
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.finetuned import load_finetuned, predict
 from fastlora.medical.training.trainer import MedicalTrainer

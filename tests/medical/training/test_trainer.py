@@ -229,7 +229,7 @@ def test_tensorboard_events(run: MedicalTrainer) -> None:
 
 def test_checkpoint_holds_trained_weights_only(run: MedicalTrainer) -> None:
     content = checkpointing.read_checkpoint(run.folder.find("last"))
-    assert set(content) == {*checkpointing.KEYS, "within", "regions"}
+    assert set(content) == set(checkpointing.KEYS)
     layers = ["attn.to_qkv", "attn.to_out", "mlp.mlp.0", "mlp.mlp.2"]
     adapters = {f"blocks.0.{layer}.{part}" for layer in layers for part in ("lora_A", "lora_B")}
     assert set(content["model"]) == adapters | {"out_layer.weight", "out_layer.bias"}
@@ -443,16 +443,15 @@ def test_read_yaml(tmp_path: Path) -> None:
 
 def test_ranks_that_are_not_asked_for_are_the_recipes() -> None:
     config = TrainConfig()
-    assert (config.rank, config.alpha) == (2, 4.0)
-    assert config.rank_pattern == {"to_qkv": 3, "out_layer": 32}
-    again = TrainConfig.from_dict(config.to_dict())
-    assert again == config
-    asked = TrainConfig(lora_rank=8)
-    assert (asked.rank, asked.alpha, asked.rank_pattern) == (8, 16.0, {})
-    mixed = TrainConfig(lora_rank=8, lora_alpha=4.0, lora_ranks=["mlp.0=2"])
-    assert (mixed.alpha, mixed.rank_pattern) == (4.0, {"mlp.0": 2})
-    other = TrainConfig(model="sam3d", sam3d_dir="x")
-    assert (other.rank, other.alpha, other.rank_pattern) == (4, 8.0, {})
+    for asked, rank, alpha, pattern in (
+        (config, 2, 4.0, {"to_qkv": 3, "out_layer": 32}),
+        (TrainConfig(lora_rank=8), 8, 16.0, {}),
+        (TrainConfig(lora_rank=8, lora_alpha=4.0, lora_ranks=["mlp.0=2"]), 8, 4.0, {"mlp.0": 2}),
+        (TrainConfig(model="sam3d", sam3d_dir="x"), 4, 8.0, {}),
+    ):
+        wanted = {"rank": rank, "alpha": alpha, "dropout": 0.0, "ffn": True}
+        assert asked.adapters == {**wanted, "rank_pattern": pattern}
+    assert TrainConfig.from_dict(config.to_dict()) == config
     for entry in ("to_qkv", "to_qkv=0", "to_qkv=x", "=3", "a b=3", "to_qkv=123456"):
         with pytest.raises(ConfigError, match="lora_ranks: expected name=rank with a rank >= 1"):
             TrainConfig(lora_ranks=[entry])
