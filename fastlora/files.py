@@ -202,7 +202,7 @@ def import_yaml() -> Any:
         import yaml
     except ImportError as error:
         raise ConfigError(
-            f"path: YAML needs the package pyyaml (pip install 'fastlora[yaml]'): {error}"
+            f"path: YAML needs the package pyyaml (pip install pyyaml): {error}"
         ) from error
     return yaml
 

@@ -164,7 +164,7 @@ def test_what_cannot_be_written_is_refused(config, message, tmp_path):
 def test_without_pyyaml_the_error_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "yaml", None)
     LoRAConfig().save(tmp_path / "c.json")
-    with pytest.raises(ConfigError, match=r"YAML needs the package pyyaml .pip install 'fastlora"):
+    with pytest.raises(ConfigError, match=r"YAML needs the package pyyaml .pip install pyyaml."):
         LoRAConfig().save(tmp_path / "c.yaml")
 
 

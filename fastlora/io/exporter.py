@@ -105,7 +105,7 @@ def _check_arguments(
         ]
         if missing:
             raise ExportError(
-                f"format='onnx' needs {' and '.join(missing)}: pip install 'fastlora[export]'"
+                f"format='onnx' needs {' and '.join(missing)}: pip install {' '.join(missing)}"
             )
     if format == "torchscript":
         if dynamic_shapes is not None:

@@ -1,4 +1,4 @@
-"""The medical application: data, models, training and evaluation (``pip install fastlora[medical]``)."""
+"""The medical application: data, models, training and evaluation."""
 
 from importlib import import_module
 from typing import Any

@@ -301,7 +301,7 @@ def test_what_cannot_work_is_refused(arguments, message):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ExportError, match=r"needs onnx and onnxscript: pip install 'fastlora\[export\]'"
+        ExportError, match=r"needs onnx and onnxscript: pip install onnx onnxscript"
     ):
         export(adapted(), (torch.ones(2, 7, 8),), format="onnx")
 

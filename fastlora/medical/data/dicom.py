@@ -218,6 +218,6 @@ def _packages(path: Path) -> tuple[ModuleType, Any]:
     except ImportError as error:
         raise DataError(
             f"{path}: DICOM is read by pydicom and highdicom, expected both, got: {error} "
-            "(pip install 'fastlora[dicom]')"
+            "(pip install highdicom pydicom)"
         ) from error
     return pydicom, highdicom

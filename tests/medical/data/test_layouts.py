@@ -320,7 +320,7 @@ def test_a_seg_of_some_slices_lands_on_them_and_errors_are_named(found, tmp_path
     with pytest.raises(DataError, match="expected a DICOM SEG beside the images, got none"):
         find_cases(tmp_path)
     monkeypatch.setitem(sys.modules, "highdicom", None)
-    with pytest.raises(DataError, match="pip install 'fastlora.dicom.'"):
+    with pytest.raises(DataError, match="pip install highdicom pydicom"):
         find_cases(tmp_path)
 
 
