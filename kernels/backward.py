@@ -14,8 +14,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastlora.kernels.config import PassConfig, chunks
+from fastlora.kernels.dropout import NO_MASK, Mask, drop_bits, keep_bits
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import NO_MASK, Mask, drop_bits, keep_bits, overlaps
+from fastlora.kernels.tiles import overlaps
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -13,8 +13,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastlora.kernels.config import PassConfig, chunks
+from fastlora.kernels.dropout import NO_MASK, Mask, drop
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import NO_MASK, Mask, drop, overlaps, pdl_options
+from fastlora.kernels.tiles import overlaps, pdl_options
 
 
 @triton.jit

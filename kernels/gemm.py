@@ -18,16 +18,8 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.tiles import (
-    NO_MASK,
-    Mask,
-    drop,
-    drop_bits,
-    halves,
-    overlaps,
-    pdl_options,
-    tile_of,
-)
+from fastlora.kernels.dropout import NO_MASK, Mask, drop, drop_bits
+from fastlora.kernels.tiles import halves, overlaps, pdl_options, tile_of
 
 
 @triton.jit

@@ -47,27 +47,32 @@ class Mutant:
         )
 
 
-TILES, GEMM, FORWARD = "kernels/tiles.py", "kernels/gemm.py", "kernels/forward.py"
+MASK, TILES, GEMM, FORWARD = (
+    "kernels/dropout.py",
+    "kernels/tiles.py",
+    "kernels/gemm.py",
+    "kernels/forward.py",
+)
 BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/config.py"
 OPS, GLUE = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
 REFERENCE = "fastlora/ops/reference.py"
 
 MUTANTS = (
     # the mask
-    Mutant("philox: nine rounds", TILES, "zero, zero)", "zero, zero, n_rounds=9)"),
-    Mutant("philox: row and column swapped", TILES, "seed, c0, c1", "seed, c1, c0"),
-    Mutant("philox: another key", TILES, "tl.philox(seed,", "tl.philox(seed ^ 1,"),
-    Mutant("mask: words in another order", TILES, "_two(w0, least) | _two(w1, least) << 2", "_two(w1, least) | _two(w0, least) << 2"),
-    Mutant("mask: a word in another place", TILES, "_two(w3, least) << 6", "_two(w3, least) << 5"),
-    Mutant("mask: unsigned low half", TILES, "((word << 16) >> 16 >= least)", "((word & 0xFFFF) >= least)"),
-    Mutant("mask: halves swapped", TILES, "((word << 16) >> 16 >= least).to(tl.int32) | ((word >> 16", "(word >> 16 >= least).to(tl.int32) | ((word << 16 >> 16"),
-    Mutant("mask: > for >=", TILES, "(word << 16) >> 16 >= least", "(word << 16) >> 16 > least"),
-    Mutant("mask: the threshold's offset", TILES, "threshold - 32768", "threshold - 32767"),
-    Mutant("mask: the next group of columns", TILES, "first_col // 8 +", "first_col // 8 + 1 +"),
-    Mutant("mask: the tile's row is forgotten", TILES, "o_row = first_row +", "o_row = 0 * first_row +"),
-    Mutant("mask: dropped by multiplication", TILES, "tl.where(tl.reshape(eights, block.shape) != 0, block, 0.0)",
+    Mutant("philox: nine rounds", MASK, "zero, zero)", "zero, zero, n_rounds=9)"),
+    Mutant("philox: row and column swapped", MASK, "seed, c0, c1", "seed, c1, c0"),
+    Mutant("philox: another key", MASK, "tl.philox(seed,", "tl.philox(seed ^ 1,"),
+    Mutant("mask: words in another order", MASK, "_two(w0, least) | _two(w1, least) << 2", "_two(w1, least) | _two(w0, least) << 2"),
+    Mutant("mask: a word in another place", MASK, "_two(w3, least) << 6", "_two(w3, least) << 5"),
+    Mutant("mask: unsigned low half", MASK, "((word << 16) >> 16 >= least)", "((word & 0xFFFF) >= least)"),
+    Mutant("mask: halves swapped", MASK, "((word << 16) >> 16 >= least).to(tl.int32) | ((word >> 16", "(word >> 16 >= least).to(tl.int32) | ((word << 16 >> 16"),
+    Mutant("mask: > for >=", MASK, "(word << 16) >> 16 >= least", "(word << 16) >> 16 > least"),
+    Mutant("mask: the threshold's offset", MASK, "threshold - 32768", "threshold - 32767"),
+    Mutant("mask: the next group of columns", MASK, "first_col // 8 +", "first_col // 8 + 1 +"),
+    Mutant("mask: the tile's row is forgotten", MASK, "o_row = first_row +", "o_row = 0 * first_row +"),
+    Mutant("mask: dropped by multiplication", MASK, "tl.where(tl.reshape(eights, block.shape) != 0, block, 0.0)",
            "tl.reshape(eights, block.shape).to(block.dtype) * block"),
-    Mutant("bits: another order", TILES, ">> tl.arange(0, 8)", ">> (7 - tl.arange(0, 8))"),
+    Mutant("bits: another order", MASK, ">> tl.arange(0, 8)", ">> (7 - tl.arange(0, 8))"),
     # the order of tiles
     Mutant("tiles: group width", TILES, "(pid // width) * GROUP_M", "(pid // width)"),
     Mutant("tiles: rows of the last group", TILES, "min(num_m - first_m, GROUP_M)", "GROUP_M"),

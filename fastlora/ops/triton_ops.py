@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from fastlora.kernels.backward import dy_pass, x_pass
 from fastlora.kernels.config import DY_RANK, Tiles
+from fastlora.kernels.dropout import NO_MASK, Mask
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
-from fastlora.kernels.tiles import NO_MASK, Mask
 from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
 from fastlora.ops.reference import Layer, LowRank, stacked

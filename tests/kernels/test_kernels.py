@@ -14,10 +14,10 @@ import triton.language as tl
 from fastlora import lora_linear
 from fastlora.kernels.backward import dy_pass, x_pass
 from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, fused_rank, tiles
+from fastlora.kernels.dropout import Mask, keep_bits
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import Mask, keep_bits
 from fastlora.ops import dispatch, reference, triton_ops
 from fastlora.ops.dispatch import TRITON_PLANS
 from fastlora.ops.reference import LowRank
