@@ -80,26 +80,18 @@ def sdf_from_mask(mask: Mask, spacing: ArrayLike) -> Array:
         raise DataError("mask: expected a surface, got an empty mask")
     if mask.all():
         raise DataError("mask: expected a surface, got a mask that fills the whole array")
-    if np.ptp(steps) <= 1e-4 * steps.max():  # isotropic: the correction is half a voxel
-        outside = ndimage.distance_transform_edt(~mask, sampling=steps)
-        distance = outside + ndimage.distance_transform_edt(mask, sampling=steps)
-        distance -= 0.5 * steps.mean()
-    else:
-        distance = _corrected_distance(mask, steps) + _corrected_distance(~mask, steps)
+    distance = _to_surface(mask, steps) + _to_surface(~mask, steps)
     signed: Array = np.where(mask, -distance, distance).astype(np.float32)
     return signed
 
 
-def _corrected_distance(inside: Mask, steps: FloatArray) -> FloatArray:
-    """Distance of each inside voxel to half a voxel before the nearest outside centre; 0 outside."""
-    nearest = ndimage.distance_transform_edt(
-        inside, sampling=steps, return_distances=False, return_indices=True
-    )
-    result: FloatArray = np.zeros(inside.shape)
-    offset = nearest[:, inside] - np.stack(np.nonzero(inside))  # (3, N) voxels
-    distance = np.linalg.norm(offset * steps[:, None], axis=0)
-    result[inside] = distance * (1 - 0.5 / np.linalg.norm(offset, axis=0))
-    return result
+def _to_surface(inside: Mask, steps: FloatArray) -> FloatArray:
+    """Distance in mm from each inside voxel to half a voxel before the nearest other one; 0 outside."""
+    distance, nearest = ndimage.distance_transform_edt(inside, sampling=steps, return_indices=True)
+    nearest -= np.indices(inside.shape, dtype=np.int32)
+    squared = np.einsum("n...,n...", nearest, nearest)  # voxels²
+    corrected: FloatArray = distance * (1 - 0.5 / np.sqrt(np.maximum(squared, 1)))
+    return corrected
 
 
 def mesh_from_sdf(
