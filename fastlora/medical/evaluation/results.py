@@ -31,15 +31,12 @@ from fastlora.files import atomic_write
 from fastlora.medical.data.geometry import mesh_from_sdf
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Record, Run
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
-from fastlora.medical.evaluation.statistics import statistics
+from fastlora.medical.evaluation.statistics import COMPARED, statistics
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "trimesh", "monai", "nibabel", "plotly")
 MESH_FORMATS = ("ply", "stl", "obj", "glb")
 EVERYTHING = "all"
 """The group that every region belongs to."""
-
-COMPARED = ("dice", "hd95_mm", "nsd")
-"""The metrics that decide whether a method is worse than another."""
 
 
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
