@@ -22,7 +22,7 @@ import numpy as np
 
 from fastlora.errors import DataError
 from fastlora.files import atomic_write, read_json, read_npz, write_json
-from fastlora.medical.data.generated import sha256
+from fastlora.medical.data.generated import digests, sha256
 from fastlora.medical.data.volumes import Case
 
 FORMAT = "fastlora-medical-manifest-1"
@@ -107,8 +107,7 @@ def digest(path: Path) -> str:
     Raises: DataError if the path does not exist.
     """
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        lines = [f"{p.relative_to(path).as_posix()} {sha256(p)}\n" for p in files]
+        lines = [f"{name} {value}\n" for name, value in digests(path).items()]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     if not path.is_file():
         raise DataError(f"{path}: expected a file, got nothing at that path")

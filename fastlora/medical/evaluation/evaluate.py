@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, collate_regions
+from fastlora.medical.data.geometry import Array
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import SPLIT_NOTES
 from fastlora.medical.evaluation.metrics import (
@@ -35,7 +35,6 @@ from fastlora.medical.training.distributed import resolve_device
 from fastlora.medical.training.finetuned import load_base, load_finetuned, predict
 from fastlora.medical.training.run_folder import RunFolder
 
-FloatArray = NDArray[np.float32]
 Record = dict[str, Any]
 
 LABELS = {
@@ -72,7 +71,7 @@ class Evaluation:
     """
 
     samples: list[dict[str, Any]]
-    predictions: dict[str, list[FloatArray]]
+    predictions: dict[str, list[Array]]
     records: list[Record]
     tolerance_mm: float
 
@@ -159,7 +158,7 @@ def evaluate(
     samples = [dataset[index] for index in range(len(dataset))]
     if not samples:
         raise DataError("dataset: expected at least one held-out region, got none")
-    predictions: dict[str, list[FloatArray]] = {method.key: [] for method in methods}
+    predictions: dict[str, list[Array]] = {method.key: [] for method in methods}
     for start in range(0, len(samples), batch_size):
         batch = collate_regions(samples[start : start + batch_size])
         for method in methods:

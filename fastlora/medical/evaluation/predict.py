@@ -8,8 +8,6 @@ right is positive; NIfTI's convention) or LPS (to the left; DICOM's, and ITK's).
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ import trimesh
 from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.files import atomic_write
+from fastlora.files import atomic_write, write_json
 from fastlora.medical.data import dicom
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.geometry import Array, mesh_from_sdf, voxelise
@@ -271,7 +269,6 @@ def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, A
         "unit": "mm",
         **facts,
     }
-    text = json.dumps(about, indent=1, allow_nan=False) + os.linesep
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, data)
-    atomic_write(path.with_suffix(".json"), text.encode())
+    write_json(path.with_suffix(".json"), about)

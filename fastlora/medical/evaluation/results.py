@@ -9,9 +9,7 @@ import csv
 import datetime
 import io
 import platform
-import shutil
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,12 +21,12 @@ import numpy as np
 import torch
 import trimesh
 from nibabel.affines import apply_affine
-from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
 from fastlora.errors import ConfigError
 from fastlora.files import atomic_write
-from fastlora.medical.data.geometry import mesh_from_sdf
+from fastlora.medical.data.generated import replaced_folder
+from fastlora.medical.data.geometry import Array, mesh_from_sdf
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Record, Run
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
 from fastlora.medical.evaluation.statistics import COMPARED, statistics
@@ -224,10 +222,8 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
     """
     if mesh_format not in MESH_FORMATS:
         raise ConfigError(f"mesh_format: expected one of {MESH_FORMATS}, got {mesh_format!r}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     count = 0
-    try:
+    with replaced_folder(folder) as new:
         for index, sample in enumerate(evaluation.samples):
             fields = {k: p[index] for k, p in evaluation.predictions.items() if k != "merged"}
             for method, field in {"truth": sample["sdf_vox"], **fields}.items():
@@ -237,23 +233,17 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
                 mesh = mesh_from_sdf(field, sample["affine"])
                 if method != "truth" and mesh_format == "ply":
                     mesh.vertex_attributes["distance_mm"] = distance_to_truth(mesh, sample)
-                mesh.export(partial / f"{name.replace('@', '_at_')}.{mesh_format}")
+                mesh.export(new / f"{name.replace('@', '_at_')}.{mesh_format}")
                 count += 1
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return count
 
 
-def distance_to_truth(mesh: trimesh.Trimesh, sample: Mapping[str, Any]) -> NDArray[np.float32]:
+def distance_to_truth(mesh: trimesh.Trimesh, sample: Mapping[str, Any]) -> Array:
     """Signed distance in mm of each vertex (V,) to the true surface, negative inside it.
 
     It is limited to the truncation of the sample's field (4 fine voxels, 6 mm).
     """
     index = apply_affine(np.linalg.inv(sample["affine"]), mesh.vertices)
     voxels = map_coordinates(sample["sdf_vox"], index.T, order=1, mode="nearest")
-    distance: NDArray[np.float32] = (voxels * float(sample["spacing"])).astype(np.float32)
+    distance: Array = (voxels * float(sample["spacing"])).astype(np.float32)
     return distance
