@@ -129,9 +129,6 @@ class Run:
         return cls(folder, config, history, which, content["regions"], facts)
 
 
-# ------------------------------------------------------------------------------------- predictions
-
-
 def baseline_method(threshold: float) -> Method:
     """The upsampled coarse structure, cut at `threshold`; it looks at no image."""
 

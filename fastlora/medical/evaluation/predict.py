@@ -60,9 +60,6 @@ class Subject:
     structure: str
 
 
-# ------------------------------------------------------------------------------------------ input
-
-
 def read_subject(
     image_path: Path,
     mask_path: Path,
@@ -151,9 +148,6 @@ def _source(path: Path, label: int | None) -> tuple[Source, str | None]:
     return Source(path, label), None
 
 
-# ------------------------------------------------------------------------------------- prediction
-
-
 @torch.inference_mode()
 def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> Array:
     """The decoder's distances on a grid, (X, Y, Z) float32 in fine voxels, negative inside.
@@ -226,9 +220,6 @@ def predict_mesh(
         "dice_with_mask": round(overlap(again, subject.mask)["dice"], 4),
     }
     return mesh, facts
-
-
-# ----------------------------------------------------------------------------------------- output
 
 
 def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, Any]) -> None:

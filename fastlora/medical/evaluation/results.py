@@ -197,9 +197,6 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------- files
-
-
 def write_csv(path: Path, records: Sequence[Record]) -> None:
     """One row per region and method; an undefined metric is an empty cell."""
     columns = ["group", "subject", "modality", "structure", "region", "spacing_mm"]
