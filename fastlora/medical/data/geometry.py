@@ -112,9 +112,6 @@ def mesh_from_sdf(
     if bad := np.count_nonzero(~np.isfinite(field)):
         raise DataError(f"sdf: expected finite values, got {bad} that are not")
     field = field - np.float32(level)
-    # A value of exactly zero would put vertices on a voxel's centre and collapse triangles.
-    tiny = np.float32(1e-5) * max(float(np.abs(field).max()), 1e-6)
-    field = np.where(np.abs(field) < tiny, tiny, field)
     if not (field < 0).any():
         raise DataError(
             f"sdf: expected a surface at level {level:g}, got no value below it (an empty shape)"
@@ -122,10 +119,22 @@ def mesh_from_sdf(
     # A layer of mirrored positive values: the surface lies half way between it and the border.
     padded = np.abs(np.pad(field, 1, mode="edge"))
     padded[1:-1, 1:-1, 1:-1] = field
-    vertices, faces, _, _ = measure.marching_cubes(padded, 0.0)
-    if np.linalg.det(matrix[:3, :3]) < 0:
-        faces = faces[:, ::-1]
-    return trimesh.Trimesh(apply_affine(matrix, vertices - 1.0), faces, process=False)
+    mesh = zero_level(padded)
+    mesh.apply_transform(shifted(matrix, (-1, -1, -1)))  # turns the faces where it mirrors
+    return mesh
+
+
+def zero_level(field: NDArray[np.floating], spacing: float = 1.0) -> trimesh.Trimesh:
+    """The surface inside an array, open where a structure meets the array's faces.
+
+    field: (X, Y, Z), negative inside, with both signs. spacing: of the voxels, in the unit of the
+    vertices; voxel (0, 0, 0) is the origin.
+    """
+    # As in the mask, 0 counts as outside; marching cubes would produce degenerate triangles there.
+    tiny = 1e-5 * max(float(np.abs(field).max()), 1e-6)
+    field = np.where(field < 0, np.minimum(field, -tiny), np.maximum(field, tiny))
+    vertices, faces, _, _ = measure.marching_cubes(field, 0.0, spacing=(spacing,) * 3)
+    return trimesh.Trimesh(vertices, faces, process=False)
 
 
 def pointmap(affine: ArrayLike, shape: tuple[int, ...], axis: int, index: int) -> Array:

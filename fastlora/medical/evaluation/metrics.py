@@ -22,12 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import trimesh
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.spatial import KDTree
-from skimage.measure import marching_cubes
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import Array, FloatArray, Mask
+from fastlora.medical.data.geometry import Array, FloatArray, Mask, zero_level
 from fastlora.medical.data.regions import upsample_coarse
 
 CHAMFER_POINTS = 4000
@@ -166,18 +165,6 @@ def overlap(pred_mask: Mask, true_mask: Mask) -> dict[str, float]:
     both = float(np.count_nonzero(pred_mask & true_mask))
     total = float(np.count_nonzero(pred_mask) + np.count_nonzero(true_mask))
     return {"dice": 2 * both / total, "iou": both / (total - both)}
-
-
-def zero_level(field: NDArray[np.floating], spacing: float = 1.0) -> trimesh.Trimesh:
-    """The surface inside the cube, open where a structure meets the cube's faces.
-
-    field: (X, Y, Z), negative inside, with both signs. spacing: of the voxels, in the unit of the
-    vertices; voxel (0, 0, 0) is the origin.
-    """
-    # As in the mask, 0 counts as outside; marching cubes would produce degenerate triangles there.
-    field = np.where(field < 0, np.minimum(field, -1e-6), np.maximum(field, 1e-6))
-    vertices, faces, _, _ = marching_cubes(field, 0.0, spacing=(spacing,) * 3)
-    return trimesh.Trimesh(vertices, faces, process=False)
 
 
 def mean_defined(values: Iterable[float | None]) -> dict[str, float | int | None]:

@@ -25,10 +25,9 @@ from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
-from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes
+from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes, zero_level
 from fastlora.medical.data.volumes import Volume
 from fastlora.medical.evaluation.evaluate import LABELS, Run
-from fastlora.medical.evaluation.metrics import zero_level
 from fastlora.medical.evaluation.tables import Content, words
 
 MARKS = {

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import trimesh
 
-from fastlora.medical.data.geometry import mesh_from_sdf
+from fastlora.medical.data.geometry import mesh_from_sdf, zero_level
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation
-from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRICS, zero_level
+from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRICS
 from fastlora.medical.evaluation.pictures import (
     ERROR_UNIT_MM,
     MARKS,
