@@ -23,11 +23,11 @@ from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
-from scipy.ndimage import map_coordinates
 
 from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes, zero_level
 from fastlora.medical.data.volumes import Volume
 from fastlora.medical.evaluation.evaluate import LABELS, Run
+from fastlora.medical.evaluation.results import distance_to_truth
 from fastlora.medical.evaluation.tables import Content, words
 
 MARKS = {
@@ -264,11 +264,10 @@ def png_tag(png: bytes, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def outline_legend(keys: Sequence[str]) -> str:
-    """A legend of the outlines as inline SVG."""
+def outline_legend() -> str:
+    """A legend of `OUTLINES` as inline SVG."""
     items = []
-    for key in keys:
-        line = OUTLINES[key]
+    for line in OUTLINES.values():
         dashes = ",".join(f"{d * line.width:g}" for d in line.dashes)
         dash = f' stroke-dasharray="{dashes}"' if dashes else ""
         items.append(
@@ -281,13 +280,13 @@ def outline_legend(keys: Sequence[str]) -> str:
 
 def browser_region(sample: Mapping[str, Any], fields: Mapping[str, Array]) -> dict[str, Any]:
     """A region of the 3-D view: meshes of the truth and of `fields` (title → level set), and its box in mm."""
-    truth, affine = sample["sdf_vox"], sample["affine"]
-    meshes: list[dict[str, Any]] = [{"title": "Truth", **(browser_mesh(truth, affine) or {})}]
+    truth = sample["sdf_vox"]
+    meshes = [{"title": "Truth", **(browser_mesh(truth, sample, errors=False) or {})}]
     for title, field in fields.items():
-        mesh = browser_mesh(field, affine, truth, float(sample["spacing"]))
+        mesh = browser_mesh(field, sample)
         meshes.append({"title": title, **mesh} if mesh else {"title": f"{title} (no surface)"})
     corners = list(itertools.product(*((-0.5, n - 0.5) for n in truth.shape)))
-    box = apply_affine(affine, corners)
+    box = apply_affine(sample["affine"], corners)
     return {"meshes": meshes, "box": np.stack([box.min(0), box.max(0)], axis=1).round(1).tolist()}
 
 
@@ -303,28 +302,27 @@ def error_axis() -> dict[str, Any]:
 
 
 def browser_mesh(
-    field: Array, affine: FloatArray, true_sdf_vox: Array | None = None, spacing: float = 1.0
+    field: Array, sample: Mapping[str, Any], errors: bool = True
 ) -> dict[str, Any] | None:
     """A surface as the report's script reads it, base64 of integers; None without a surface.
 
-    It is open where the structure was cut at the cube's faces. true_sdf_vox: (X, Y, Z) in voxels of
-    `spacing` mm; if given, each vertex has its signed distance to the true surface in mm, clipped
-    to the range of int8 (6 mm) and to the truncation of the truth.
+    It is open where the structure was cut at the cube's faces. sample: of `RegionDataset`. errors:
+    include the `distance_to_truth` of each vertex, clipped to the range of int8 (6 mm).
     """
     if not (field.min() < 0 < field.max()):
         return None
     mesh = zero_level(field)
-    vertices = apply_affine(affine, mesh.vertices)
-    origin = vertices.mean(axis=0)
-    steps = np.round((vertices - origin) / POSITION_UNIT_MM)
+    mesh.apply_transform(sample["affine"])
+    origin = mesh.vertices.mean(axis=0)
+    steps = np.round((mesh.vertices - origin) / POSITION_UNIT_MM)
     result: dict[str, Any] = {
         "vertices": _base64(steps.clip(-32768, 32767), "<i2"),
         "faces": _base64(mesh.faces, "<u4"),
         "origin": [round(float(x), 3) for x in origin],
         "unit_mm": POSITION_UNIT_MM,
     }
-    if true_sdf_vox is not None:
-        error = spacing * map_coordinates(true_sdf_vox, mesh.vertices.T, order=1, mode="nearest")
+    if errors:
+        error = distance_to_truth(mesh, sample)
         result["error"] = _base64(np.round(error / ERROR_UNIT_MM).clip(-127, 127), "<i1")
         result["error_unit_mm"] = ERROR_UNIT_MM
     return result

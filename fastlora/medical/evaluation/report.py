@@ -62,7 +62,7 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
         structures=tables.detail(content["structures"], content, "structures"),
         regions=tables.detail(content["records"], content, "regions"),
         spacing=" or ".join(f"{spacing:g}" for spacing in spacings),
-        legend=pictures.outline_legend(list(pictures.OUTLINES)),
+        legend=pictures.outline_legend(),
         slices="".join(_slices(evaluation, index, why) for index, why in shown),
         validation_note=VALIDATION_NOTES[split["held_out_side"] == "val"],
         split=html.escape(
