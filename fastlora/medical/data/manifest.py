@@ -124,16 +124,12 @@ def write_manifest(
     ready = [asdict(outcome) for outcome in outcomes if outcome.problem is None]
     for entry in ready:
         del entry["problem"]
-    rows = [(o.subject, o.structure, o.problem) for o in outcomes if o.problem is not None]
     columns = ("subject", "structure", "reason")
-    skipped = [
-        dict(zip(columns, row, strict=True))
-        for row in (*rows, *((None, None, problem) for problem in problems))
-    ]
+    rows = [(o.subject, o.structure, o.problem) for o in outcomes if o.problem is not None]
+    table = [columns, *rows, *((None, None, problem) for problem in problems)]
+    skipped = [dict(zip(columns, row, strict=True)) for row in table[1:]]
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(skipped)
+    csv.writer(text, lineterminator="\n").writerows(table)
     atomic_write(cache_dir / SKIPPED, text.getvalue().encode())
     content = {"format": FORMAT, "settings": settings, "structures": ready, "skipped": skipped}
     write_json(cache_dir / NAME, content)

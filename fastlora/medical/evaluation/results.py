@@ -45,11 +45,9 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for method in dict.fromkeys(r["method"] for r in records):
         mine = [r for r in records if r["method"] == method]
-        groups = {
-            g: [r for r in mine if r["group"] == g] for g in sorted({r["group"] for r in mine})
-        }
         summary[method] = {}
-        for group, rows in {**groups, EVERYTHING: mine}.items():
+        for group in (*sorted({r["group"] for r in mine}), EVERYTHING):
+            rows = [r for r in mine if group in (r["group"], EVERYTHING)]
             summary[method][group] = {
                 **{key: mean_defined(r[key] for r in rows) for key in METRIC_KEYS},
                 "regions": len(rows),
@@ -141,9 +139,9 @@ def compact_record(content: Mapping[str, Any]) -> dict[str, Any]:
     means = {
         method: {
             group: {
-                key: round(value["mean"], 6)
-                for key, value in figures.items()
-                if isinstance(value, dict) and value.get("mean") is not None
+                key: round(figures[key]["mean"], 6)
+                for key in METRIC_KEYS
+                if figures[key]["mean"] is not None
             }
             | {"regions": figures["regions"], "status": figures["status"]}
             for group, figures in groups.items()
@@ -202,9 +200,8 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
     columns = ["group", "subject", "modality", "structure", "region", "spacing_mm"]
     columns += ["method", "status", *METRIC_KEYS]
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(records)
+    rows = ([record.get(name) for name in columns] for record in records)
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     atomic_write(path, text.getvalue().encode())
 
 
