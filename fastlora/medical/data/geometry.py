@@ -81,8 +81,7 @@ def sdf_from_mask(mask: Mask, spacing: ArrayLike) -> Array:
     if mask.all():
         raise DataError("mask: expected a surface, got a mask that fills the whole array")
     distance = _to_surface(mask, steps) + _to_surface(~mask, steps)
-    signed: Array = np.where(mask, -distance, distance).astype(np.float32)
-    return signed
+    return np.where(mask, -distance, distance).astype(np.float32)
 
 
 def _to_surface(inside: Mask, steps: FloatArray) -> FloatArray:

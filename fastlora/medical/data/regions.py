@@ -36,8 +36,7 @@ SHIFT_VOX = 8  # the largest shift of a window along each axis in augmentation
 def upsample_coarse(coarse: Array) -> Array:
     """(8, 8, 8) fractions → (32, 32, 32), trilinear between cell centres, constant beyond the outer ones."""
     values = torch.tensor(coarse)[None, None]
-    up: Array = interpolate(values, scale_factor=CELL, mode="trilinear")[0, 0].numpy()
-    return up
+    return interpolate(values, scale_factor=CELL, mode="trilinear")[0, 0].numpy()
 
 
 def coarse_structure(mask: Mask) -> Array:

@@ -21,7 +21,6 @@ from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import SPLIT_NOTES
 from fastlora.medical.evaluation.metrics import (
     TOLERANCE_MM,
-    Regions,
     baseline,
     region_status,
     surface_metrics,
@@ -140,7 +139,7 @@ def model_method(model: Trainee, device: torch.device | str = "cpu") -> Method:
 
 @torch.inference_mode()
 def evaluate(
-    dataset: Regions, methods: Mapping[str, Method], tolerance_mm: float, batch_size: int = 8
+    dataset: RegionDataset, methods: Mapping[str, Method], tolerance_mm: float, batch_size: int = 8
 ) -> Evaluation:
     """Every method on every region. methods: by name, as in `LABELS`.
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from scipy.spatial import KDTree
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.geometry import Array, FloatArray, Mask, zero_level
-from fastlora.medical.data.regions import upsample_coarse
+from fastlora.medical.data.regions import RegionDataset, upsample_coarse
 
 CHAMFER_POINTS = 4000
 CHAMFER_SEED = 0
@@ -96,14 +95,6 @@ METRICS: tuple[Metric, ...] = (
 # fmt: on
 METRIC_KEYS: tuple[str, ...] = tuple(metric.key for metric in METRICS)
 METRIC_OF: dict[str, Metric] = {metric.key: metric for metric in METRICS}
-
-
-class Regions(Protocol):
-    """The interface of `RegionDataset` used here: a length, and samples by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 def surface_metrics(
@@ -184,7 +175,7 @@ def baseline(coarse: ArrayLike, threshold: float) -> Array:
     return np.float32(threshold) - upsample_coarse(np.asarray(coarse, dtype=np.float32))
 
 
-def tune_threshold(regions: Regions, thresholds: Sequence[float] = THRESHOLDS) -> float:
+def tune_threshold(regions: RegionDataset, thresholds: Sequence[float] = THRESHOLDS) -> float:
     """The `baseline` threshold with the best mean Dice over `regions`.
 
     regions: the TRAINING regions, never the held-out ones. Raises: DataError if all are empty.
