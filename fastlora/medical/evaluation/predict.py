@@ -31,6 +31,7 @@ from fastlora.medical.data.layouts import (
     structure_name,
 )
 from fastlora.medical.data.regions import base_distance, coarse_structure, region_arrays
+from fastlora.medical.data.splits import window_starts
 from fastlora.medical.data.volumes import (
     Modality,
     Source,
@@ -46,8 +47,7 @@ from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training.finetuned import predict
 
 SPACES = ("ras", "lps")
-OVERLAP_VOX = FINE // 2
-"""How far neighbouring windows reach into each other, at least."""
+STRIDE = FINE // 2  # so that neighbouring windows overlap by at least half
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
         weights[at] += weight
 
     def windows() -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-        for start in itertools.product(*(_starts(n) for n in shape)):
+        for start in itertools.product(*(window_starts(0, n, 0, n - FINE, STRIDE) for n in shape)):
             image, sdf = grid.crop((grid.offset + start).tolist())
             sample = region_arrays(image, sdf)
             if len(sample["coords"]):
@@ -189,13 +189,6 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
             f"prediction: expected finite distances, got {np.count_nonzero(~np.isfinite(field))} others"
         )
     return field
-
-
-def _starts(length: int) -> list[int]:
-    """Evenly spread starts of windows that cover `length` voxels and overlap by OVERLAP_VOX or more."""
-    steps = -(-(length - FINE) // (FINE - OVERLAP_VOX))
-    starts: list[int] = np.linspace(0, length - FINE, steps + 1).round().astype(int).tolist()
-    return starts
 
 
 def predict_mesh(
