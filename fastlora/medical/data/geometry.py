@@ -225,20 +225,15 @@ def voxelise(mesh: trimesh.Trimesh, affine: ArrayLike, shape: tuple[int, ...]) -
     triangle = np.repeat(np.arange(len(count)), count)
     rank = np.arange(len(triangle)) - np.repeat(np.cumsum(count) - count, count)
     column = low[triangle] + np.stack(np.divmod(rank, extent[triangle, 1]), axis=1)
-    a, b, c = (corners[triangle, n] for n in range(3))
-    wa, wb, wc = _cross(b, c, column), _cross(c, a, column), _cross(a, b, column)
-    area = wa + wb + wc
-    hit = (area != 0) & (np.minimum(np.minimum(wa * area, wb * area), wc * area) >= 0)
-    height = (wa * a[:, 2] + wb * b[:, 2] + wc * c[:, 2])[hit] / area[hit]
+    flat = corners[triangle, :, :2] - column[:, None]  # (N, 3, 2), from the column to the corners
+    one, other = flat[:, [1, 2, 0]], flat[:, [2, 0, 1]]
+    # Twice the signed area of the triangle between the column and the side opposite each corner.
+    weights = one[..., 0] * other[..., 1] - one[..., 1] * other[..., 0]  # (N, 3)
+    area = weights.sum(1)
+    hit = (area != 0) & ((weights * area[:, None]).min(1) >= 0)
+    height = (weights * corners[triangle, :, 2]).sum(1)[hit] / area[hit]
     first_above = np.clip(np.ceil(height), 0, shape[2]).astype(np.int64)
     crossings = np.zeros((shape[0], shape[1], shape[2] + 1), dtype=np.int32)
     np.add.at(crossings, (column[hit, 0], column[hit, 1], first_above), 1)
     inside: Mask = np.cumsum(crossings, axis=2)[:, :, :-1] % 2 == 1
     return inside
-
-
-def _cross(a: FloatArray, b: FloatArray, point: NDArray[np.int64]) -> FloatArray:
-    """Twice the signed area of the triangles (point, a, b) seen along the third axis, (N,)."""
-    (ax, ay), (bx, by) = (a[:, :2] - point).T, (b[:, :2] - point).T
-    area: FloatArray = ax * by - bx * ay
-    return area

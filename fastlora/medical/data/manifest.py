@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 Layout = Mapping[str, tuple[str, tuple[int | str, ...]]]
 """Name → (dtype, shape) of each array of an entry, as `read_npz` checks them."""
 
-
 Entry = TypeVar("Entry")
 
 MEMORY_BYTES = 2 * 1024**3
