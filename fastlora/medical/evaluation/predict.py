@@ -40,7 +40,6 @@ from fastlora.medical.data.volumes import (
     load_mask,
     load_png,
     load_volume,
-    same_grid,
 )
 from fastlora.medical.evaluation.metrics import overlap
 from fastlora.medical.models.trainee import Trainee
@@ -90,25 +89,9 @@ def read_subject(
         image, modality = load_png(image_path, spacing or ()), "grey"
     else:
         image, modality = load_volume(image_path), modality or _modality(image_path)
-    if _is_png(mask_path):
-        if label is not None:
-            raise ConfigError(
-                f"label: expected none, since {mask_path} is PNG, whose pixels above 0 are the structure, got {label}"
-            )
-        drawn = load_png(mask_path, spacing or ())
-        if drawn.shape != image.shape or not same_grid(drawn.affine, image.affine, image.shape):
-            raise DataError(
-                f"{mask_path}: expected the shape and place of {image_path.name}, {image.shape}, "
-                f"got {drawn.shape}"
-            )
-        mask = drawn.array > 0
-        if not mask.any():
-            raise DataError(f"{mask_path}: expected at least one pixel above 0, got an empty mask")
-    else:
-        source, name = _source(mask_path, label)
-        mask = load_mask(source, image, image_path.name)
-        structure = structure or name
-    return Subject(image, mask, modality, structure or structure_name(stem(mask_path)))
+    source, name = _source(mask_path, label, spacing)
+    mask = load_mask(source, image, image_path.name)
+    return Subject(image, mask, modality, structure or name or structure_name(stem(mask_path)))
 
 
 def stem(path: Path) -> str:
@@ -131,8 +114,16 @@ def _modality(path: Path) -> Modality:
     raise ConfigError(f"modality: expected ct or mr, since {path} does not tell it, got none")
 
 
-def _source(path: Path, label: int | None) -> tuple[Source, str | None]:
+def _source(
+    path: Path, label: int | None, spacing: Sequence[float] | None
+) -> tuple[Source, str | None]:
     """The mask, and its name if the file has one."""
+    if _is_png(path):
+        if label is not None:
+            raise ConfigError(
+                f"label: expected none, since {path} is PNG, whose pixels above 0 are the structure, got {label}"
+            )
+        return Source(path, spacing=spacing), None
     if dicom.is_dicom(path):
         segments = dicom.read_segmentation(path).segments
         if label is None and len(segments) != 1:
