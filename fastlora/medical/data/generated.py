@@ -47,16 +47,16 @@ def generate_folder(
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A new, empty folder, which takes the place of `folder` when the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-partial-"))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-partial-"))
     try:
-        new = workshop / "new"
+        new = temporary / "new"
         new.mkdir()
         yield new
         if folder.exists():
-            os.replace(folder, workshop / "old")
+            os.replace(folder, temporary / "old")
         os.replace(new, folder)
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

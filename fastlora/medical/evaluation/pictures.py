@@ -149,7 +149,7 @@ def slice_picture(image: Array, fields: Mapping[str, Array], affine: FloatArray)
         axes, ("axial", *PLANES), (["baseline"], *3 * [outlines]), strict=True
     ):
         index = largest_slice(fields["truth"] < 0, PLANES[plane][0])
-        draw_grey(ax, image, affine, plane, index, "bilinear")
+        draw_grey(ax, image, affine, plane, index, smooth=True)
         for key in drawn:
             draw_outline(ax, fields[key], affine, plane, index, OUTLINES[key])
         ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
@@ -167,11 +167,12 @@ def overlay_picture(image: Volume, grey: Array, mask: Mask, mesh: trimesh.Trimes
     figure = Figure(figsize=(13.0, 3.6), dpi=100, layout="constrained")
     in_index = apply_affine(np.linalg.inv(image.affine), mesh.vertices)
     in_mm = trimesh.Trimesh(in_index * image.spacing, mesh.faces, process=False)
+    signed = np.where(mask, np.int8(-1), np.int8(1))  # like distances: zero half way between voxels
     for n, (plane, (axis, across, up)) in enumerate(PLANES.items(), 1):
         ax = figure.add_subplot(1, 4, n)
         index = largest_slice(mask, axis)
         draw_grey(ax, grey, image.affine, plane, index)
-        draw_outline(ax, mask, image.affine, plane, index, MASK, level=0.5)
+        draw_outline(ax, signed, image.affine, plane, index, MASK)
         normal = np.eye(3)[axis]
         origin = normal * image.spacing * index + 1e-6  # avoids vertices in the plane
         cut = trimesh.intersections.mesh_plane(in_mm, normal, origin)[:, :, [across, up]]
@@ -206,35 +207,24 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def draw_outline(
-    ax: Axes,
-    field: NDArray[Any],
-    affine: FloatArray,
-    plane: str,
-    index: int,
-    line: Line,
-    level: float = 0.0,
+    ax: Axes, field: NDArray[Any], affine: FloatArray, plane: str, index: int, line: Line
 ) -> None:
-    """Draw where a field (X, Y, Z) crosses a level in a slice; arguments as of `draw_grey`."""
+    """Draw the zero level of a field (X, Y, Z) in a slice; arguments as of `draw_grey`."""
     axis, across, up = PLANES[plane]
     values = np.take(field, index, axis=axis).T
-    if values.min() < level < values.max() and min(values.shape) > 1:
+    if values.min() < 0 < values.max() and min(values.shape) > 1:
         x, y = (voxel_sizes(affine)[n] * np.arange(field.shape[n]) for n in (across, up))
-        drawn = ax.contour(x, y, values, [level], colors=line.color, linewidths=line.width)
+        drawn = ax.contour(x, y, values, [0], colors=line.color, linewidths=line.width)
         drawn.set_linestyle((0, line.dashes) if line.dashes else "solid")
 
 
 def draw_grey(
-    ax: Axes,
-    image: Array,
-    affine: FloatArray,
-    plane: str,
-    index: int,
-    interpolation: str | None = None,
+    ax: Axes, image: Array, affine: FloatArray, plane: str, index: int, smooth: bool = False
 ) -> None:
     """Draw a slice of an image (X, Y, Z) in [0, 1] and label the patient's sides.
 
     Coordinates are mm along the image's axes from the centre of its first voxel. affine: (4, 4)
-    index to RAS mm. plane: of `PLANES`. index: of the slice.
+    index to RAS mm. plane: of `PLANES`. index: of the slice. smooth: interpolate between pixels.
     """
     axis, across, up = PLANES[plane]
     spacing = voxel_sizes(affine)
@@ -242,7 +232,7 @@ def draw_grey(
     extent = (low[across], high[across], low[up], high[up])
     pixels = np.take(image, index, axis=axis).T  # rows run up, columns across
     style: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "origin": "lower"}
-    ax.imshow(pixels, extent=extent, interpolation=interpolation, **style)
+    ax.imshow(pixels, extent=extent, interpolation="bilinear" if smooth else None, **style)
     ax.set_axis_off()
     opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
     directions = nib.aff2axcodes(affine)
