@@ -60,7 +60,7 @@ def measure(names: Sequence[str], config: TrainConfig, folder: Path) -> list[dic
     """A row for each run: its size, its cost and its means over the held-out regions."""
     splits = load_splits(config)
     data = RegionDataset(splits["test" if "test" in splits else "val"])
-    methods = [model_method(name, load_finetuned(folder / name)) for name in names]
+    methods = {name: model_method(load_finetuned(folder / name)) for name in names}
     summary = summarise(evaluate(data, methods, TOLERANCE_MM, config.batch_size).records)
     rows = []
     for name in names:

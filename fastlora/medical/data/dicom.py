@@ -111,7 +111,9 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[Array, FloatArray
         raise DataError(f"{folder}: expected {wanted}, got {names or 'none'}")
     pydicom, highdicom = _packages(folder)
     files = series[0].files
-    try:
+    kind = f"{series[0].modality} {series[0].description!r}"
+    expected = f"a series of parallel slices at equal distances in {len(files)} files of {kind}"
+    with reading(folder, expected, unusable()):
         for path in files:
             _check_size(_header(path), len(files))
         if len(files) == 1:
@@ -119,11 +121,6 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[Array, FloatArray
         else:
             datasets = [pydicom.dcmread(path) for path in files]
             volume = highdicom.get_volume_from_series(datasets, dtype=np.float32)
-    except unusable() as error:
-        raise DataError(
-            f"{folder}: expected a series of parallel slices at equal distances, got "
-            f"{len(files)} files of {series[0].modality} {series[0].description!r}: {error}"
-        ) from error
     if volume.array.ndim != 3:
         raise DataError(f"{folder}: expected grey values, got an array {volume.array.shape}")
     return volume.array, LPS_TO_RAS @ volume.affine
@@ -153,7 +150,8 @@ def read_segment(path: Path, number: int, affine: FloatArray, shape: Sequence[in
     segments = read_segmentation(path).segments
     if number not in segments:
         raise DataError(f"{path}: expected a segment among {segments}, got {number}")
-    try:
+    expected = f"segment {number} on the voxels of the image, {tuple(shape)}"
+    with reading(path, expected, unusable()):
         _check_size(_header(path), 1)
         # Segments may overlap: only one is read.
         volume = highdicom.seg.segread(path).get_volume(
@@ -161,18 +159,13 @@ def read_segment(path: Path, number: int, affine: FloatArray, shape: Sequence[in
         )
         volume = volume.with_array(volume.array[..., 0])
         like = highdicom.VolumeGeometry(LPS_TO_RAS @ affine, list(shape), "PATIENT")
-        placed = volume.match_geometry(like, tol=1e-3).array >= 0.5
-    except unusable() as error:
-        raise DataError(
-            f"{path}: expected segment {number} on the voxels of the image, {tuple(shape)}: {error}"
-        ) from error
+        placed: Mask = volume.match_geometry(like, tol=1e-3).array >= 0.5
     lost = int((volume.array >= 0.5).sum()) - int(placed.sum())
     if lost:
         raise DataError(
             f"{path}: expected segment {number} within the image, got {lost} voxels outside it"
         )
-    result: Mask = placed
-    return result
+    return placed
 
 
 def _header(path: Path, **options: Any) -> Any:

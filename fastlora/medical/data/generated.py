@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastlora.errors import DataError
@@ -32,29 +33,41 @@ def generate_folder(
     if _is_complete(root, recipe):
         return root
     _refuse_foreign(root)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-partial-"))
     try:
-        new = workshop / "new"
-        new.mkdir()
-        write(new)
-        paths = [path for path in sorted(new.rglob("*")) if path.is_file()]
-        digests = {path.relative_to(new).as_posix(): sha256(path) for path in paths}
-        write_json(new / MANIFEST, {"recipe": recipe, "files": digests})
-        if root.exists():
-            os.replace(root, workshop / "old")
-        os.replace(new, root)
+        with replaced_folder(root) as new:
+            write(new)
+            write_json(new / MANIFEST, {"recipe": recipe, "files": digests(new)})
     except OSError:
         if not _is_complete(root, recipe):  # otherwise another process has written it
             raise
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
     return root
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new, empty folder, which takes the place of `folder` when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-partial-"))
+    try:
+        new = temporary / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, temporary / "old")
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, by its path in it."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
 
 def _manifest(root: Path) -> tuple[object, dict[str, str]]:
@@ -68,9 +81,7 @@ def _manifest(root: Path) -> tuple[object, dict[str, str]]:
 
 def _is_complete(root: Path, recipe: Mapping[str, object]) -> bool:
     found, files = _manifest(root)
-    return found == recipe and all(
-        (root / n).is_file() and sha256(root / n) == h for n, h in files.items()
-    )
+    return found == recipe and files.items() <= digests(root).items()
 
 
 def _refuse_foreign(root: Path) -> None:

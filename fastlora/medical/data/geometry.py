@@ -80,26 +80,17 @@ def sdf_from_mask(mask: Mask, spacing: ArrayLike) -> Array:
         raise DataError("mask: expected a surface, got an empty mask")
     if mask.all():
         raise DataError("mask: expected a surface, got a mask that fills the whole array")
-    if np.ptp(steps) <= 1e-4 * steps.max():  # isotropic: the correction is half a voxel
-        outside = ndimage.distance_transform_edt(~mask, sampling=steps)
-        distance = outside + ndimage.distance_transform_edt(mask, sampling=steps)
-        distance -= 0.5 * steps.mean()
-    else:
-        distance = _corrected_distance(mask, steps) + _corrected_distance(~mask, steps)
-    signed: Array = np.where(mask, -distance, distance).astype(np.float32)
-    return signed
+    distance = _to_surface(mask, steps) + _to_surface(~mask, steps)
+    return np.where(mask, -distance, distance).astype(np.float32)
 
 
-def _corrected_distance(inside: Mask, steps: FloatArray) -> FloatArray:
-    """Distance of each inside voxel to half a voxel before the nearest outside centre; 0 outside."""
-    nearest = ndimage.distance_transform_edt(
-        inside, sampling=steps, return_distances=False, return_indices=True
-    )
-    result: FloatArray = np.zeros(inside.shape)
-    offset = nearest[:, inside] - np.stack(np.nonzero(inside))  # (3, N) voxels
-    distance = np.linalg.norm(offset * steps[:, None], axis=0)
-    result[inside] = distance * (1 - 0.5 / np.linalg.norm(offset, axis=0))
-    return result
+def _to_surface(inside: Mask, steps: FloatArray) -> FloatArray:
+    """Distance in mm from each inside voxel to half a voxel before the nearest other one; 0 outside."""
+    distance, nearest = ndimage.distance_transform_edt(inside, sampling=steps, return_indices=True)
+    nearest -= np.indices(inside.shape, dtype=np.int32)
+    squared = np.einsum("n...,n...", nearest, nearest)  # voxels²
+    corrected: FloatArray = distance * (1 - 0.5 / np.sqrt(np.maximum(squared, 1)))
+    return corrected
 
 
 def mesh_from_sdf(
@@ -120,9 +111,6 @@ def mesh_from_sdf(
     if bad := np.count_nonzero(~np.isfinite(field)):
         raise DataError(f"sdf: expected finite values, got {bad} that are not")
     field = field - np.float32(level)
-    # A value of exactly zero would put vertices on a voxel's centre and collapse triangles.
-    tiny = np.float32(1e-5) * max(float(np.abs(field).max()), 1e-6)
-    field = np.where(np.abs(field) < tiny, tiny, field)
     if not (field < 0).any():
         raise DataError(
             f"sdf: expected a surface at level {level:g}, got no value below it (an empty shape)"
@@ -130,10 +118,22 @@ def mesh_from_sdf(
     # A layer of mirrored positive values: the surface lies half way between it and the border.
     padded = np.abs(np.pad(field, 1, mode="edge"))
     padded[1:-1, 1:-1, 1:-1] = field
-    vertices, faces, _, _ = measure.marching_cubes(padded, 0.0)
-    if np.linalg.det(matrix[:3, :3]) < 0:
-        faces = faces[:, ::-1]
-    return trimesh.Trimesh(apply_affine(matrix, vertices - 1.0), faces, process=False)
+    mesh = zero_level(padded)
+    mesh.apply_transform(shifted(matrix, (-1, -1, -1)))  # turns the faces where it mirrors
+    return mesh
+
+
+def zero_level(field: NDArray[np.floating], spacing: float = 1.0) -> trimesh.Trimesh:
+    """The surface inside an array, open where a structure meets the array's faces.
+
+    field: (X, Y, Z), negative inside, with both signs. spacing: of the voxels, in the unit of the
+    vertices; voxel (0, 0, 0) is the origin.
+    """
+    # As in the mask, 0 counts as outside; marching cubes would produce degenerate triangles there.
+    tiny = 1e-5 * max(float(np.abs(field).max()), 1e-6)
+    field = np.where(field < 0, np.minimum(field, -tiny), np.maximum(field, tiny))
+    vertices, faces, _, _ = measure.marching_cubes(field, 0.0, spacing=(spacing,) * 3)
+    return trimesh.Trimesh(vertices, faces, process=False)
 
 
 def pointmap(affine: ArrayLike, shape: tuple[int, ...], axis: int, index: int) -> Array:
@@ -225,20 +225,15 @@ def voxelise(mesh: trimesh.Trimesh, affine: ArrayLike, shape: tuple[int, ...]) -
     triangle = np.repeat(np.arange(len(count)), count)
     rank = np.arange(len(triangle)) - np.repeat(np.cumsum(count) - count, count)
     column = low[triangle] + np.stack(np.divmod(rank, extent[triangle, 1]), axis=1)
-    a, b, c = (corners[triangle, n] for n in range(3))
-    wa, wb, wc = _cross(b, c, column), _cross(c, a, column), _cross(a, b, column)
-    area = wa + wb + wc
-    hit = (area != 0) & (np.minimum(np.minimum(wa * area, wb * area), wc * area) >= 0)
-    height = (wa * a[:, 2] + wb * b[:, 2] + wc * c[:, 2])[hit] / area[hit]
+    flat = corners[triangle, :, :2] - column[:, None]  # (N, 3, 2), from the column to the corners
+    one, other = flat[:, [1, 2, 0]], flat[:, [2, 0, 1]]
+    # Twice the signed area of the triangle between the column and the side opposite each corner.
+    weights = one[..., 0] * other[..., 1] - one[..., 1] * other[..., 0]  # (N, 3)
+    area = weights.sum(1)
+    hit = (area != 0) & ((weights * area[:, None]).min(1) >= 0)
+    height = (weights * corners[triangle, :, 2]).sum(1)[hit] / area[hit]
     first_above = np.clip(np.ceil(height), 0, shape[2]).astype(np.int64)
     crossings = np.zeros((shape[0], shape[1], shape[2] + 1), dtype=np.int32)
     np.add.at(crossings, (column[hit, 0], column[hit, 1], first_above), 1)
     inside: Mask = np.cumsum(crossings, axis=2)[:, :, :-1] % 2 == 1
     return inside
-
-
-def _cross(a: FloatArray, b: FloatArray, point: NDArray[np.int64]) -> FloatArray:
-    """Twice the signed area of the triangles (point, a, b) seen along the third axis, (N,)."""
-    (ax, ay), (bx, by) = (a[:, :2] - point).T, (b[:, :2] - point).T
-    area: FloatArray = ax * by - bx * ay
-    return area

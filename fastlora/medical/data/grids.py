@@ -32,8 +32,7 @@ TRUNCATION_VOX = 4.0  # distance at which the true SDF is truncated: one coarse 
 MARGIN = FINE // 2  # fine voxels around a structure's bounding box
 _CACHE_VERSION = 2
 STORED: Layout = {
-    "image": ("float32", ("X", "Y", "Z")),
-    "sdf_vox": ("float32", ("X", "Y", "Z")),
+    **dict.fromkeys(("image", "sdf_vox"), ("float32", ("X", "Y", "Z"))),
     "affine": ("float64", (4, 4)),
     "offset": ("int64", (3,)),
     "box": ("int64", (2, 3)),

@@ -22,7 +22,7 @@ import numpy as np
 
 from fastlora.errors import DataError
 from fastlora.files import atomic_write, read_json, read_npz, write_json
-from fastlora.medical.data.generated import sha256
+from fastlora.medical.data.generated import digests, sha256
 from fastlora.medical.data.volumes import Case
 
 FORMAT = "fastlora-medical-manifest-1"
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 Layout = Mapping[str, tuple[str, tuple[int | str, ...]]]
 """Name → (dtype, shape) of each array of an entry, as `read_npz` checks them."""
-
 
 Entry = TypeVar("Entry")
 
@@ -107,8 +106,7 @@ def digest(path: Path) -> str:
     Raises: DataError if the path does not exist.
     """
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        lines = [f"{p.relative_to(path).as_posix()} {sha256(p)}\n" for p in files]
+        lines = [f"{name} {value}\n" for name, value in digests(path).items()]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     if not path.is_file():
         raise DataError(f"{path}: expected a file, got nothing at that path")
@@ -125,16 +123,12 @@ def write_manifest(
     ready = [asdict(outcome) for outcome in outcomes if outcome.problem is None]
     for entry in ready:
         del entry["problem"]
-    rows = [(o.subject, o.structure, o.problem) for o in outcomes if o.problem is not None]
     columns = ("subject", "structure", "reason")
-    skipped = [
-        dict(zip(columns, row, strict=True))
-        for row in (*rows, *((None, None, problem) for problem in problems))
-    ]
+    rows = [(o.subject, o.structure, o.problem) for o in outcomes if o.problem is not None]
+    table = [columns, *rows, *((None, None, problem) for problem in problems)]
+    skipped = [dict(zip(columns, row, strict=True)) for row in table[1:]]
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(skipped)
+    csv.writer(text, lineterminator="\n").writerows(table)
     atomic_write(cache_dir / SKIPPED, text.getvalue().encode())
     content = {"format": FORMAT, "settings": settings, "structures": ready, "skipped": skipped}
     write_json(cache_dir / NAME, content)

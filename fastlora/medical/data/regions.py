@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from fastlora.errors import ConfigError, DataError
@@ -34,17 +35,8 @@ SHIFT_VOX = 8  # the largest shift of a window along each axis in augmentation
 
 def upsample_coarse(coarse: Array) -> Array:
     """(8, 8, 8) fractions → (32, 32, 32), trilinear between cell centres, constant beyond the outer ones."""
-    matrix = _interpolation()
-    up: Array = np.einsum("ai,bj,ck,ijk->abc", matrix, matrix, matrix, coarse, optimize=True)
-    return up
-
-
-@lru_cache(maxsize=1)
-def _interpolation() -> Array:
-    """(32, 8) weights of linear interpolation along one axis."""
-    centre = np.clip((np.arange(FINE) + 0.5) / CELL - 0.5, 0, COARSE - 1)
-    weights: FloatArray = np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(COARSE)))
-    return weights.astype(np.float32)
+    values = torch.tensor(coarse)[None, None]
+    return interpolate(values, scale_factor=CELL, mode="trilinear")[0, 0].numpy()
 
 
 def coarse_structure(mask: Mask) -> Array:

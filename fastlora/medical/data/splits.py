@@ -114,7 +114,7 @@ def region_specs(
                 f"{case.subject}: {structure}: no window of {FINE} voxels fits the box {box_mm} mm"
             )
     last = high - FINE
-    starts = [_cover(box[0, axis], box[1, axis], low[axis], last[axis]) for axis in range(3)]
+    starts = [window_starts(box[0, axis], box[1, axis], low[axis], last[axis]) for axis in range(3)]
     bounds = tuple(low.tolist()), tuple(last.tolist())
     windows = (start for start in itertools.product(*starts) if is_region(grid, start))
     found = [RegionSpec(case, structure, start, *bounds) for start in windows]
@@ -126,9 +126,12 @@ def region_specs(
     return found
 
 
-def _cover(begin: int, end: int, low: int, last: int) -> list[int]:
-    """Evenly spaced starts, within low to last, of the fewest windows that cover begin to end."""
-    count = max(1, -(-(end - begin) // FINE))
+def window_starts(begin: int, end: int, low: int, last: int, stride: int = FINE) -> list[int]:
+    """Evenly spaced starts, within low to last, of the fewest windows that cover begin to end.
+
+    stride: the largest distance between two starts.
+    """
+    count = max(1, 1 + int(np.ceil((end - begin - FINE) / stride)))
     spread = np.linspace(begin, end - FINE, count) if count > 1 else [(begin + end - FINE) / 2]
     return [int(s) for s in np.unique(np.clip(np.round(spread), low, last).astype(np.int64))]
 

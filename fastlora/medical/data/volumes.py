@@ -83,11 +83,13 @@ class Volume:
 class Source:
     """A structure's mask: the voxels of `path` whose value is `label`, or one of several labels.
 
-    None: those that are not zero. In a DICOM SEG the label is a segment's number.
+    None: those that are not zero. In a DICOM SEG the label is a segment's number. spacing: three
+    mm, only for PNG (see `load_png`).
     """
 
     path: Path
     label: int | tuple[int, ...] | None = None
+    spacing: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def load_mask(source: Source, image: Volume, name: str = "the image") -> Mask:
             raise DataError(f"{source.path}: expected a segment's number, got {source.label}")
         mask = dicom.read_segment(source.path, source.label, image.affine, image.shape)
     else:
-        labels = load_labels(source.path)
+        spacing = source.spacing
+        labels = load_png(source.path, spacing) if spacing else load_labels(source.path)
         if labels.shape != image.shape:
             raise DataError(
                 f"{source.path}: expected the shape of {name}, {image.shape}, got {labels.shape}"

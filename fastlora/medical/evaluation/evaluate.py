@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, collate_regions
+from fastlora.medical.data.geometry import Array
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import SPLIT_NOTES
 from fastlora.medical.evaluation.metrics import (
     TOLERANCE_MM,
-    Regions,
     baseline,
     region_status,
     surface_metrics,
@@ -35,8 +34,9 @@ from fastlora.medical.training.distributed import resolve_device
 from fastlora.medical.training.finetuned import load_base, load_finetuned, predict
 from fastlora.medical.training.run_folder import RunFolder
 
-FloatArray = NDArray[np.float32]
 Record = dict[str, Any]
+Method = Callable[[RegionBatch], torch.Tensor]
+"""A way to predict: from a batch of B regions to signed distances (B, X, Y, Z)."""
 
 LABELS = {
     "baseline": "Coarse structure, upsampled",
@@ -54,14 +54,6 @@ SAME_IN_BOTH_RUNS = (
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to predict: `predict` maps a batch of B regions to signed distances (B, X, Y, Z)."""
-
-    key: str
-    predict: Callable[[RegionBatch], torch.Tensor]
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Predictions on held-out regions, and a record for each region and method.
 
@@ -72,7 +64,7 @@ class Evaluation:
     """
 
     samples: list[dict[str, Any]]
-    predictions: dict[str, list[FloatArray]]
+    predictions: dict[str, list[Array]]
     records: list[Record]
     tolerance_mm: float
 
@@ -130,51 +122,48 @@ class Run:
         return cls(folder, config, history, which, content["regions"], facts)
 
 
-# ------------------------------------------------------------------------------------- predictions
-
-
 def baseline_method(threshold: float) -> Method:
     """The upsampled coarse structure, cut at `threshold`; it looks at no image."""
 
     def predict(batch: RegionBatch) -> torch.Tensor:
         return torch.from_numpy(np.stack([baseline(c, threshold) for c in batch.coarse.numpy()]))
 
-    return Method("baseline", predict)
+    return predict
 
 
-def model_method(key: str, model: Trainee, device: torch.device | str = "cpu") -> Method:
+def model_method(model: Trainee, device: torch.device | str = "cpu") -> Method:
     """A decoder, put in eval mode and on `device`."""
     model.eval().to(device)
-    return Method(key, lambda batch: predict(model, batch.to(device)).float().cpu())
+    return lambda batch: predict(model, batch.to(device)).float().cpu()
 
 
 @torch.inference_mode()
 def evaluate(
-    dataset: Regions, methods: Sequence[Method], tolerance_mm: float, batch_size: int = 8
+    dataset: RegionDataset, methods: Mapping[str, Method], tolerance_mm: float, batch_size: int = 8
 ) -> Evaluation:
-    """Every method on every region.
+    """Every method on every region. methods: by name, as in `LABELS`.
 
     Raises: DataError if there is no region, or a prediction is not finite (the method and region are named).
     """
     samples = [dataset[index] for index in range(len(dataset))]
     if not samples:
         raise DataError("dataset: expected at least one held-out region, got none")
-    predictions: dict[str, list[FloatArray]] = {method.key: [] for method in methods}
+    predictions: dict[str, list[Array]] = {key: [] for key in methods}
     for start in range(0, len(samples), batch_size):
         batch = collate_regions(samples[start : start + batch_size])
-        for method in methods:
-            predictions[method.key] += list(method.predict(batch).numpy())
+        for key, method in methods.items():
+            predictions[key] += list(method(batch).numpy())
     records = []
     for index, sample in enumerate(samples):
-        for method in methods:
-            pred, true = predictions[method.key][index], sample["sdf_vox"]
+        for key in methods:
+            pred, true = predictions[key][index], sample["sdf_vox"]
             try:
                 values = surface_metrics(pred, true, sample["spacing"], tolerance_mm)
             except DataError as error:
                 where = f"{sample['meta']['subject']}/{sample['meta']['region']}"
-                raise DataError(f"{LABELS[method.key]}, {where}: {error}") from error
+                raise DataError(f"{LABELS.get(key, key)}, {where}: {error}") from error
             record = {**sample["meta"], "index": index, "spacing_mm": float(sample["spacing"])}
-            record |= {"method": method.key, "status": region_status(pred, true), **values}
+            record |= {"method": key, "status": region_status(pred, true), **values}
             records.append(record)
     return Evaluation(samples, predictions, records, tolerance_mm)
 
@@ -227,8 +216,8 @@ def compare_runs(
                 )
     threshold = tune_threshold(training)
     where = resolve_device(config)
-    methods = [baseline_method(threshold)]
-    methods += [model_method(key, model, where) for key, model in models.items()]
+    methods = {"baseline": baseline_method(threshold)}
+    methods |= {key: model_method(model, where) for key, model in models.items()}
     held_out = config.options.regions(RegionDataset(splits[side], cache_dir=config.cache_dir))
     evaluation = evaluate(held_out, methods, tolerance_mm, batch_size)
     facts = {

@@ -17,18 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 import trimesh
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.spatial import KDTree
-from skimage.measure import marching_cubes
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import Array, FloatArray, Mask
-from fastlora.medical.data.regions import upsample_coarse
+from fastlora.medical.data.geometry import Array, FloatArray, Mask, zero_level
+from fastlora.medical.data.regions import RegionDataset, upsample_coarse
 
 CHAMFER_POINTS = 4000
 CHAMFER_SEED = 0
@@ -99,14 +97,6 @@ METRIC_KEYS: tuple[str, ...] = tuple(metric.key for metric in METRICS)
 METRIC_OF: dict[str, Metric] = {metric.key: metric for metric in METRICS}
 
 
-class Regions(Protocol):
-    """The interface of `RegionDataset` used here: a length, and samples by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
-
 def surface_metrics(
     pred_sdf_vox: ArrayLike,
     true_sdf_vox: ArrayLike,
@@ -168,18 +158,6 @@ def overlap(pred_mask: Mask, true_mask: Mask) -> dict[str, float]:
     return {"dice": 2 * both / total, "iou": both / (total - both)}
 
 
-def zero_level(field: NDArray[np.floating], spacing: float = 1.0) -> trimesh.Trimesh:
-    """The surface inside the cube, open where a structure meets the cube's faces.
-
-    field: (X, Y, Z), negative inside, with both signs. spacing: of the voxels, in the unit of the
-    vertices; voxel (0, 0, 0) is the origin.
-    """
-    # As in the mask, 0 counts as outside; marching cubes would produce degenerate triangles there.
-    field = np.where(field < 0, np.minimum(field, -1e-6), np.maximum(field, 1e-6))
-    vertices, faces, _, _ = marching_cubes(field, 0.0, spacing=(spacing,) * 3)
-    return trimesh.Trimesh(vertices, faces, process=False)
-
-
 def mean_defined(values: Iterable[float | None]) -> dict[str, float | int | None]:
     """{'mean', 'n', 'undefined'}: the mean of the n defined values, None if there are none."""
     values = list(values)
@@ -197,7 +175,7 @@ def baseline(coarse: ArrayLike, threshold: float) -> Array:
     return np.float32(threshold) - upsample_coarse(np.asarray(coarse, dtype=np.float32))
 
 
-def tune_threshold(regions: Regions, thresholds: Sequence[float] = THRESHOLDS) -> float:
+def tune_threshold(regions: RegionDataset, thresholds: Sequence[float] = THRESHOLDS) -> float:
     """The `baseline` threshold with the best mean Dice over `regions`.
 
     regions: the TRAINING regions, never the held-out ones. Raises: DataError if all are empty.

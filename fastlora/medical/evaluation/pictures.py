@@ -23,12 +23,11 @@ from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
-from scipy.ndimage import map_coordinates
 
-from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes
+from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes, zero_level
 from fastlora.medical.data.volumes import Volume
 from fastlora.medical.evaluation.evaluate import LABELS, Run
-from fastlora.medical.evaluation.metrics import zero_level
+from fastlora.medical.evaluation.results import distance_to_truth
 from fastlora.medical.evaluation.tables import Content, words
 
 MARKS = {
@@ -150,7 +149,7 @@ def slice_picture(image: Array, fields: Mapping[str, Array], affine: FloatArray)
         axes, ("axial", *PLANES), (["baseline"], *3 * [outlines]), strict=True
     ):
         index = largest_slice(fields["truth"] < 0, PLANES[plane][0])
-        draw_grey(ax, image, affine, plane, index, "bilinear")
+        draw_grey(ax, image, affine, plane, index, smooth=True)
         for key in drawn:
             draw_outline(ax, fields[key], affine, plane, index, OUTLINES[key])
         ax.plot([begin, begin + 10.0], [begin, begin], linewidth=2, **WHITE)
@@ -168,11 +167,12 @@ def overlay_picture(image: Volume, grey: Array, mask: Mask, mesh: trimesh.Trimes
     figure = Figure(figsize=(13.0, 3.6), dpi=100, layout="constrained")
     in_index = apply_affine(np.linalg.inv(image.affine), mesh.vertices)
     in_mm = trimesh.Trimesh(in_index * image.spacing, mesh.faces, process=False)
+    signed = np.where(mask, np.int8(-1), np.int8(1))  # like distances: zero half way between voxels
     for n, (plane, (axis, across, up)) in enumerate(PLANES.items(), 1):
         ax = figure.add_subplot(1, 4, n)
         index = largest_slice(mask, axis)
         draw_grey(ax, grey, image.affine, plane, index)
-        draw_outline(ax, mask, image.affine, plane, index, MASK, level=0.5)
+        draw_outline(ax, signed, image.affine, plane, index, MASK)
         normal = np.eye(3)[axis]
         origin = normal * image.spacing * index + 1e-6  # avoids vertices in the plane
         cut = trimesh.intersections.mesh_plane(in_mm, normal, origin)[:, :, [across, up]]
@@ -207,35 +207,24 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def draw_outline(
-    ax: Axes,
-    field: NDArray[Any],
-    affine: FloatArray,
-    plane: str,
-    index: int,
-    line: Line,
-    level: float = 0.0,
+    ax: Axes, field: NDArray[Any], affine: FloatArray, plane: str, index: int, line: Line
 ) -> None:
-    """Draw where a field (X, Y, Z) crosses a level in a slice; arguments as of `draw_grey`."""
+    """Draw the zero level of a field (X, Y, Z) in a slice; arguments as of `draw_grey`."""
     axis, across, up = PLANES[plane]
     values = np.take(field, index, axis=axis).T
-    if values.min() < level < values.max() and min(values.shape) > 1:
+    if values.min() < 0 < values.max() and min(values.shape) > 1:
         x, y = (voxel_sizes(affine)[n] * np.arange(field.shape[n]) for n in (across, up))
-        drawn = ax.contour(x, y, values, [level], colors=line.color, linewidths=line.width)
+        drawn = ax.contour(x, y, values, [0], colors=line.color, linewidths=line.width)
         drawn.set_linestyle((0, line.dashes) if line.dashes else "solid")
 
 
 def draw_grey(
-    ax: Axes,
-    image: Array,
-    affine: FloatArray,
-    plane: str,
-    index: int,
-    interpolation: str | None = None,
+    ax: Axes, image: Array, affine: FloatArray, plane: str, index: int, smooth: bool = False
 ) -> None:
     """Draw a slice of an image (X, Y, Z) in [0, 1] and label the patient's sides.
 
     Coordinates are mm along the image's axes from the centre of its first voxel. affine: (4, 4)
-    index to RAS mm. plane: of `PLANES`. index: of the slice.
+    index to RAS mm. plane: of `PLANES`. index: of the slice. smooth: interpolate between pixels.
     """
     axis, across, up = PLANES[plane]
     spacing = voxel_sizes(affine)
@@ -243,7 +232,7 @@ def draw_grey(
     extent = (low[across], high[across], low[up], high[up])
     pixels = np.take(image, index, axis=axis).T  # rows run up, columns across
     style: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "origin": "lower"}
-    ax.imshow(pixels, extent=extent, interpolation=interpolation, **style)
+    ax.imshow(pixels, extent=extent, interpolation="bilinear" if smooth else None, **style)
     ax.set_axis_off()
     opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
     directions = nib.aff2axcodes(affine)
@@ -265,11 +254,10 @@ def png_tag(png: bytes, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def outline_legend(keys: Sequence[str]) -> str:
-    """A legend of the outlines as inline SVG."""
+def outline_legend() -> str:
+    """A legend of `OUTLINES` as inline SVG."""
     items = []
-    for key in keys:
-        line = OUTLINES[key]
+    for line in OUTLINES.values():
         dashes = ",".join(f"{d * line.width:g}" for d in line.dashes)
         dash = f' stroke-dasharray="{dashes}"' if dashes else ""
         items.append(
@@ -282,13 +270,13 @@ def outline_legend(keys: Sequence[str]) -> str:
 
 def browser_region(sample: Mapping[str, Any], fields: Mapping[str, Array]) -> dict[str, Any]:
     """A region of the 3-D view: meshes of the truth and of `fields` (title → level set), and its box in mm."""
-    truth, affine = sample["sdf_vox"], sample["affine"]
-    meshes: list[dict[str, Any]] = [{"title": "Truth", **(browser_mesh(truth, affine) or {})}]
+    truth = sample["sdf_vox"]
+    meshes = [{"title": "Truth", **(browser_mesh(truth, sample, errors=False) or {})}]
     for title, field in fields.items():
-        mesh = browser_mesh(field, affine, truth, float(sample["spacing"]))
+        mesh = browser_mesh(field, sample)
         meshes.append({"title": title, **mesh} if mesh else {"title": f"{title} (no surface)"})
     corners = list(itertools.product(*((-0.5, n - 0.5) for n in truth.shape)))
-    box = apply_affine(affine, corners)
+    box = apply_affine(sample["affine"], corners)
     return {"meshes": meshes, "box": np.stack([box.min(0), box.max(0)], axis=1).round(1).tolist()}
 
 
@@ -304,28 +292,27 @@ def error_axis() -> dict[str, Any]:
 
 
 def browser_mesh(
-    field: Array, affine: FloatArray, true_sdf_vox: Array | None = None, spacing: float = 1.0
+    field: Array, sample: Mapping[str, Any], errors: bool = True
 ) -> dict[str, Any] | None:
     """A surface as the report's script reads it, base64 of integers; None without a surface.
 
-    It is open where the structure was cut at the cube's faces. true_sdf_vox: (X, Y, Z) in voxels of
-    `spacing` mm; if given, each vertex has its signed distance to the true surface in mm, clipped
-    to the range of int8 (6 mm) and to the truncation of the truth.
+    It is open where the structure was cut at the cube's faces. sample: of `RegionDataset`. errors:
+    include the `distance_to_truth` of each vertex, clipped to the range of int8 (6 mm).
     """
     if not (field.min() < 0 < field.max()):
         return None
     mesh = zero_level(field)
-    vertices = apply_affine(affine, mesh.vertices)
-    origin = vertices.mean(axis=0)
-    steps = np.round((vertices - origin) / POSITION_UNIT_MM)
+    mesh.apply_transform(sample["affine"])
+    origin = mesh.vertices.mean(axis=0)
+    steps = np.round((mesh.vertices - origin) / POSITION_UNIT_MM)
     result: dict[str, Any] = {
         "vertices": _base64(steps.clip(-32768, 32767), "<i2"),
         "faces": _base64(mesh.faces, "<u4"),
         "origin": [round(float(x), 3) for x in origin],
         "unit_mm": POSITION_UNIT_MM,
     }
-    if true_sdf_vox is not None:
-        error = spacing * map_coordinates(true_sdf_vox, mesh.vertices.T, order=1, mode="nearest")
+    if errors:
+        error = distance_to_truth(mesh, sample)
         result["error"] = _base64(np.round(error / ERROR_UNIT_MM).clip(-127, 127), "<i1")
         result["error_unit_mm"] = ERROR_UNIT_MM
     return result

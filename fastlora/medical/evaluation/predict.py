@@ -8,8 +8,6 @@ right is positive; NIfTI's convention) or LPS (to the left; DICOM's, and ITK's).
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ import trimesh
 from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.files import atomic_write
+from fastlora.files import atomic_write, write_json
 from fastlora.medical.data import dicom
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.geometry import Array, mesh_from_sdf, voxelise
@@ -33,6 +31,7 @@ from fastlora.medical.data.layouts import (
     structure_name,
 )
 from fastlora.medical.data.regions import base_distance, coarse_structure, region_arrays
+from fastlora.medical.data.splits import window_starts
 from fastlora.medical.data.volumes import (
     Modality,
     Source,
@@ -41,15 +40,13 @@ from fastlora.medical.data.volumes import (
     load_mask,
     load_png,
     load_volume,
-    same_grid,
 )
 from fastlora.medical.evaluation.metrics import overlap
 from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training.finetuned import predict
 
 SPACES = ("ras", "lps")
-OVERLAP_VOX = FINE // 2
-"""How far neighbouring windows reach into each other, at least."""
+STRIDE = FINE // 2  # so that neighbouring windows overlap by at least half
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +57,6 @@ class Subject:
     mask: NDArray[np.bool_]
     modality: Modality
     structure: str
-
-
-# ------------------------------------------------------------------------------------------ input
 
 
 def read_subject(
@@ -95,25 +89,9 @@ def read_subject(
         image, modality = load_png(image_path, spacing or ()), "grey"
     else:
         image, modality = load_volume(image_path), modality or _modality(image_path)
-    if _is_png(mask_path):
-        if label is not None:
-            raise ConfigError(
-                f"label: expected none, since {mask_path} is PNG, whose pixels above 0 are the structure, got {label}"
-            )
-        drawn = load_png(mask_path, spacing or ())
-        if drawn.shape != image.shape or not same_grid(drawn.affine, image.affine, image.shape):
-            raise DataError(
-                f"{mask_path}: expected the shape and place of {image_path.name}, {image.shape}, "
-                f"got {drawn.shape}"
-            )
-        mask = drawn.array > 0
-        if not mask.any():
-            raise DataError(f"{mask_path}: expected at least one pixel above 0, got an empty mask")
-    else:
-        source, name = _source(mask_path, label)
-        mask = load_mask(source, image, image_path.name)
-        structure = structure or name
-    return Subject(image, mask, modality, structure or structure_name(stem(mask_path)))
+    source, name = _source(mask_path, label, spacing)
+    mask = load_mask(source, image, image_path.name)
+    return Subject(image, mask, modality, structure or name or structure_name(stem(mask_path)))
 
 
 def stem(path: Path) -> str:
@@ -136,8 +114,16 @@ def _modality(path: Path) -> Modality:
     raise ConfigError(f"modality: expected ct or mr, since {path} does not tell it, got none")
 
 
-def _source(path: Path, label: int | None) -> tuple[Source, str | None]:
+def _source(
+    path: Path, label: int | None, spacing: Sequence[float] | None
+) -> tuple[Source, str | None]:
     """The mask, and its name if the file has one."""
+    if _is_png(path):
+        if label is not None:
+            raise ConfigError(
+                f"label: expected none, since {path} is PNG, whose pixels above 0 are the structure, got {label}"
+            )
+        return Source(path, spacing=spacing), None
     if dicom.is_dicom(path):
         segments = dicom.read_segmentation(path).segments
         if label is None and len(segments) != 1:
@@ -151,9 +137,6 @@ def _source(path: Path, label: int | None) -> tuple[Source, str | None]:
         if len(values) > 1:
             raise ConfigError(f"label: expected one of the values of {path}, {values}, got none")
     return Source(path, label), None
-
-
-# ------------------------------------------------------------------------------------- prediction
 
 
 @torch.inference_mode()
@@ -176,7 +159,7 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
         weights[at] += weight
 
     def windows() -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-        for start in itertools.product(*(_starts(n) for n in shape)):
+        for start in itertools.product(*(window_starts(0, n, 0, n - FINE, STRIDE) for n in shape)):
             image, sdf = grid.crop((grid.offset + start).tolist())
             sample = region_arrays(image, sdf)
             if len(sample["coords"]):
@@ -197,13 +180,6 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
             f"prediction: expected finite distances, got {np.count_nonzero(~np.isfinite(field))} others"
         )
     return field
-
-
-def _starts(length: int) -> list[int]:
-    """Evenly spread starts of windows that cover `length` voxels and overlap by OVERLAP_VOX or more."""
-    steps = -(-(length - FINE) // (FINE - OVERLAP_VOX))
-    starts: list[int] = np.linspace(0, length - FINE, steps + 1).round().astype(int).tolist()
-    return starts
 
 
 def predict_mesh(
@@ -228,9 +204,6 @@ def predict_mesh(
         "dice_with_mask": round(overlap(again, subject.mask)["dice"], 4),
     }
     return mesh, facts
-
-
-# ----------------------------------------------------------------------------------------- output
 
 
 def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, Any]) -> None:
@@ -271,7 +244,6 @@ def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, A
         "unit": "mm",
         **facts,
     }
-    text = json.dumps(about, indent=1, allow_nan=False) + os.linesep
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, data)
-    atomic_write(path.with_suffix(".json"), text.encode())
+    write_json(path.with_suffix(".json"), about)

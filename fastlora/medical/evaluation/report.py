@@ -30,6 +30,12 @@ VALIDATION_NOTES = {
 }
 """Keyed by whether the held-out regions are the validation regions."""
 
+SECTIONS = (
+    *(tables.headline, tables.undefined_note, tables.cost, tables.intervals, tables.paired),
+    *(tables.worse, tables.definitions, tables.settings, tables.environment),
+)
+"""What fills the places of the template that have their names."""
+
 Shown = Sequence[tuple[int, str]]
 
 
@@ -50,30 +56,21 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
             f"split “{split['kind']}” · seed {content['seed']}"
         ),
         tab_rules=_tab_rules(),
-        lead=lead(content),
-        headline=tables.headline(content),
-        undefined_note=tables.undefined_note(content),
-        cost=tables.cost(content),
+        **{section.__name__: section(content) for section in (lead, *SECTIONS)},
         merged_difference=f"{content['merged_difference_vox']:.1e}",
-        intervals=tables.intervals(content),
-        paired=tables.paired(content),
-        worse=tables.worse(content),
         gallery="".join(_slices(evaluation, index, why) for index, why in worst(evaluation)),
         structures=tables.detail(content["structures"], content, "structures"),
         regions=tables.detail(content["records"], content, "regions"),
         spacing=" or ".join(f"{spacing:g}" for spacing in spacings),
-        legend=pictures.outline_legend(list(pictures.OUTLINES)),
+        legend=pictures.outline_legend(),
         slices="".join(_slices(evaluation, index, why) for index, why in shown),
         validation_note=VALIDATION_NOTES[split["held_out_side"] == "val"],
         split=html.escape(
             f"{split['train_regions']} regions to train on, {split['held_out_regions']} held out "
             f"(the side “{split['held_out_side']}” of the split “{split['kind']}”). {split['notes']}"
         ),
-        definitions=tables.definitions(content),
         tolerance=f"{content['tolerance_mm']:g}",
         threshold=f"{content['baseline_threshold']:g}",
-        settings=tables.settings(content),
-        environment=tables.environment(content),
         commands=html.escape("\n".join(commands)),
         eval_json=_script_json(content),
         view_json=_script_json(_view(content, evaluation, runs, shown)),

@@ -9,9 +9,7 @@ import csv
 import datetime
 import io
 import platform
-import shutil
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,23 +21,20 @@ import numpy as np
 import torch
 import trimesh
 from nibabel.affines import apply_affine
-from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
 from fastlora.errors import ConfigError
 from fastlora.files import atomic_write
-from fastlora.medical.data.geometry import mesh_from_sdf
+from fastlora.medical.data.generated import replaced_folder
+from fastlora.medical.data.geometry import Array, mesh_from_sdf
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Record, Run
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
-from fastlora.medical.evaluation.statistics import statistics
+from fastlora.medical.evaluation.statistics import COMPARED, statistics
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "trimesh", "monai", "nibabel", "plotly")
 MESH_FORMATS = ("ply", "stl", "obj", "glb")
 EVERYTHING = "all"
 """The group that every region belongs to."""
-
-COMPARED = ("dice", "hd95_mm", "nsd")
-"""The metrics that decide whether a method is worse than another."""
 
 
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -50,11 +45,9 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for method in dict.fromkeys(r["method"] for r in records):
         mine = [r for r in records if r["method"] == method]
-        groups = {
-            g: [r for r in mine if r["group"] == g] for g in sorted({r["group"] for r in mine})
-        }
         summary[method] = {}
-        for group, rows in {**groups, EVERYTHING: mine}.items():
+        for group in (*sorted({r["group"] for r in mine}), EVERYTHING):
+            rows = [r for r in mine if group in (r["group"], EVERYTHING)]
             summary[method][group] = {
                 **{key: mean_defined(r[key] for r in rows) for key in METRIC_KEYS},
                 "regions": len(rows),
@@ -146,9 +139,9 @@ def compact_record(content: Mapping[str, Any]) -> dict[str, Any]:
     means = {
         method: {
             group: {
-                key: round(value["mean"], 6)
-                for key, value in figures.items()
-                if isinstance(value, dict) and value.get("mean") is not None
+                key: round(figures[key]["mean"], 6)
+                for key in METRIC_KEYS
+                if figures[key]["mean"] is not None
             }
             | {"regions": figures["regions"], "status": figures["status"]}
             for group, figures in groups.items()
@@ -202,17 +195,13 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------- files
-
-
 def write_csv(path: Path, records: Sequence[Record]) -> None:
     """One row per region and method; an undefined metric is an empty cell."""
     columns = ["group", "subject", "modality", "structure", "region", "spacing_mm"]
     columns += ["method", "status", *METRIC_KEYS]
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(records)
+    rows = ([record.get(name) for name in columns] for record in records)
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     atomic_write(path, text.getvalue().encode())
 
 
@@ -227,10 +216,8 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
     """
     if mesh_format not in MESH_FORMATS:
         raise ConfigError(f"mesh_format: expected one of {MESH_FORMATS}, got {mesh_format!r}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     count = 0
-    try:
+    with replaced_folder(folder) as new:
         for index, sample in enumerate(evaluation.samples):
             fields = {k: p[index] for k, p in evaluation.predictions.items() if k != "merged"}
             for method, field in {"truth": sample["sdf_vox"], **fields}.items():
@@ -240,23 +227,17 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
                 mesh = mesh_from_sdf(field, sample["affine"])
                 if method != "truth" and mesh_format == "ply":
                     mesh.vertex_attributes["distance_mm"] = distance_to_truth(mesh, sample)
-                mesh.export(partial / f"{name.replace('@', '_at_')}.{mesh_format}")
+                mesh.export(new / f"{name.replace('@', '_at_')}.{mesh_format}")
                 count += 1
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return count
 
 
-def distance_to_truth(mesh: trimesh.Trimesh, sample: Mapping[str, Any]) -> NDArray[np.float32]:
+def distance_to_truth(mesh: trimesh.Trimesh, sample: Mapping[str, Any]) -> Array:
     """Signed distance in mm of each vertex (V,) to the true surface, negative inside it.
 
     It is limited to the truncation of the sample's field (4 fine voxels, 6 mm).
     """
     index = apply_affine(np.linalg.inv(sample["affine"]), mesh.vertices)
     voxels = map_coordinates(sample["sdf_vox"], index.T, order=1, mode="nearest")
-    distance: NDArray[np.float32] = (voxels * float(sample["spacing"])).astype(np.float32)
+    distance: Array = (voxels * float(sample["spacing"])).astype(np.float32)
     return distance

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import wilcoxon
+from scipy.stats import bootstrap, wilcoxon
 
 RESAMPLES = 10_000
 SEED = 0
 LEAST = 3  # the smallest number of structures for an interval or a test
-KEYS = ("dice", "hd95_mm", "nsd")
+COMPARED = ("dice", "hd95_mm", "nsd")  # these also decide whether a method is worse than another
 PAIRS = (("lora", "base"), ("full", "base"), ("lora", "full"))
 
 Record = Mapping[str, Any]
@@ -30,10 +29,8 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """
     if len(values) < LEAST:
         return None
-    data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(SEED)
-    means = data[rng.integers(0, len(data), (RESAMPLES, len(data)))].mean(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
+    settings = {"n_resamples": RESAMPLES, "random_state": np.random.default_rng(SEED)}
+    low, high = bootstrap((values,), np.mean, method="percentile", **settings).confidence_interval
     return float(low), float(high)
 
 
@@ -65,17 +62,15 @@ def statistics(structures: Sequence[Record]) -> dict[str, Any]:
     structures: from `results.structure_means`. Returns: `methods` (method → metric), `pairs` (a list
     of one, other and the metrics), `subjects` (subject → method → metric).
     """
-    values: dict[str, dict[tuple[str, str], Record]] = {}
-    for row in structures:
-        values.setdefault(row["method"], {})[row["subject"], row["structure"]] = row
-    order = sorted({place for rows in values.values() for place in rows})
+    ordered = sorted(structures, key=lambda row: (row["subject"], row["structure"]))
+    names = list(dict.fromkeys(row["method"] for row in structures))
 
     def column(method: str, key: str, subject: str | None = None) -> list[float | None]:
-        places = [place for place in order if subject in (None, place[0])]
-        return [values[method][place][key] for place in places]
+        mine = (row for row in ordered if row["method"] == method)
+        return [row[key] for row in mine if subject in (None, row["subject"])]
 
     def means(subject: str | None = None) -> dict[str, Any]:
-        return {m: {k: mean_with_interval(column(m, k, subject)) for k in KEYS} for m in values}
+        return {m: {k: mean_with_interval(column(m, k, subject)) for k in COMPARED} for m in names}
 
     return {
         "unit": "a structure of a subject",
@@ -83,9 +78,11 @@ def statistics(structures: Sequence[Record]) -> dict[str, Any]:
         "methods": means(),
         "pairs": [
             {"one": a, "other": b}
-            | {k: paired_difference(column(a, k), column(b, k)) for k in KEYS}
+            | {k: paired_difference(column(a, k), column(b, k)) for k in COMPARED}
             for a, b in PAIRS
-            if a in values and b in values
+            if a in names and b in names
         ],
-        "subjects": {subject: means(subject) for subject in sorted({place[0] for place in order})},
+        "subjects": {
+            subject: means(subject) for subject in sorted({r["subject"] for r in ordered})
+        },
     }

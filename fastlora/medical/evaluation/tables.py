@@ -8,7 +8,8 @@ from typing import Any
 
 from fastlora.medical.evaluation.evaluate import LABELS
 from fastlora.medical.evaluation.metrics import METRIC_OF
-from fastlora.medical.evaluation.results import COMPARED, EVERYTHING, is_worse
+from fastlora.medical.evaluation.results import EVERYTHING, is_worse
+from fastlora.medical.evaluation.statistics import COMPARED
 
 HEADLINE = ("dice", "nsd", "hd95_mm", "asd_mm", "chamfer_mm", "volume_error", "volume_error_abs")
 DETAIL = ("dice", "hd95_mm", "nsd", "asd_mm", "chamfer_mm", "iou", "volume_error")

@@ -34,6 +34,7 @@ from fastlora.medical.data.splits import (
     kind_of,
     make_splits,
     region_specs,
+    window_starts,
 )
 from fastlora.medical.data.volumes import Case, save_volume
 
@@ -166,6 +167,19 @@ def test_windows_cover_the_structure_and_stay_in_reach(bundled: list[Case]) -> N
     inside = grid.sdf_vox < 0
     assert (covered & inside).sum() > 0.97 * inside.sum()
     assert inside.sum() == case.load_mask("vertebra_22", case.load_image()).sum()  # 1.5 mm already
+
+
+@pytest.mark.parametrize("stride", [FINE, FINE // 2])
+def test_windows_are_evenly_spaced_and_as_few_as_their_stride_allows(stride: int) -> None:
+    assert window_starts(0, FINE, 0, 0, stride) == [0]
+    assert window_starts(10, 20, 0, 90, stride) == [0]  # centred, within the limits
+    assert window_starts(50, 60, 0, 90, stride) == [39]
+    for length in range(FINE + 1, 200):
+        starts = window_starts(0, length, 0, length - FINE, stride)
+        steps = np.diff(starts)
+        assert (starts[0], starts[-1]) == (0, length - FINE)
+        assert steps.max() <= stride and np.ptp(steps) <= 1
+        assert stride * (len(starts) - 2) < length - FINE  # one window less would leave a gap
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(ball: Case) -> None:

@@ -19,7 +19,6 @@ from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.evaluation.evaluate import (
     LABELS,
     Evaluation,
-    Method,
     Run,
     baseline_method,
     compare_runs,
@@ -305,7 +304,7 @@ def test_a_broken_history_is_named(home, tmp_path, change, message):
 
 def test_predictions_do_not_depend_on_the_batch():
     regions = TinyRegions(5, seed=2)
-    methods = [baseline_method(0.4), model_method("base", tiny_model())]
+    methods = {"baseline": baseline_method(0.4), "base": model_method(tiny_model())}
     one, all_ = (evaluate(regions, methods, 2.0, batch_size=n) for n in (1, 5))
     for key in ("baseline", "base"):
         for a, b in zip(one.predictions[key], all_.predictions[key], strict=True):
@@ -316,14 +315,14 @@ def test_predictions_do_not_depend_on_the_batch():
 def test_baseline_method_is_the_baseline():
     regions = TinyRegions(3, seed=0)
     threshold = tune_threshold(regions)
-    predicted = baseline_method(threshold).predict(collate_regions([regions[i] for i in range(3)]))
+    predicted = baseline_method(threshold)(collate_regions([regions[i] for i in range(3)]))
     for field, index in zip(predicted.numpy(), range(3), strict=True):
         np.testing.assert_array_equal(field, baseline(regions[index]["coarse"], threshold))
 
 
 def test_records_hold_the_metrics_of_their_prediction():
     regions = TinyRegions(2, seed=1)
-    evaluation = evaluate(regions, [model_method("base", tiny_model())], tolerance_mm=1.0)
+    evaluation = evaluate(regions, {"base": model_method(tiny_model())}, tolerance_mm=1.0)
     record = evaluation.records[1]
     expected = surface_metrics(
         evaluation.predictions["base"][1], regions[1]["sdf_vox"], spacing=1.5, tolerance_mm=1.0
@@ -334,10 +333,10 @@ def test_records_hold_the_metrics_of_their_prediction():
 
 def test_no_region_and_no_finite_prediction_are_refused():
     with pytest.raises(DataError, match="at least one held-out region"):
-        evaluate(TinyRegions(0, seed=0), [baseline_method(0.5)], 2.0)
-    broken = Method("lora", lambda batch: torch.full_like(batch.sdf_vox, torch.nan))
+        evaluate(TinyRegions(0, seed=0), {"baseline": baseline_method(0.5)}, 2.0)
+    broken = {"lora": lambda batch: torch.full_like(batch.sdf_vox, torch.nan)}
     with pytest.raises(DataError, match="LoRA, s1/0: pred_sdf_vox: expected finite"):
-        evaluate(TinyRegions(1, seed=0), [broken], 2.0)
+        evaluate(TinyRegions(1, seed=0), broken, 2.0)
 
 
 def test_largest_difference_is_over_all_regions():
@@ -411,7 +410,10 @@ def test_csv_writes_undefined_as_empty(tmp_path):
 
 def test_meshes_replace_those_of_an_earlier_evaluation(tmp_path):
     regions = TinyRegions(1, seed=0)
-    methods = [baseline_method(0.4), Method("base", lambda batch: torch.ones_like(batch.sdf_vox))]
+    methods = {
+        "baseline": baseline_method(0.4),
+        "base": lambda batch: torch.ones_like(batch.sdf_vox),
+    }
     evaluation = evaluate(regions, methods, 2.0)
     folder = tmp_path / "meshes"
     folder.mkdir()

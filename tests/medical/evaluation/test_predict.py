@@ -163,11 +163,11 @@ def test_subjects_are_read_and_what_is_missing_is_asked_for(tmp_path):
     assert 0 < part.mask.sum() < subject.mask.sum() and part.structure == "half"
     assert stem(image) == "image" and stem(tmp_path) == tmp_path.name
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "m.png")
-    with pytest.raises(DataError, match="m.png: expected at least one pixel above 0"):
+    with pytest.raises(DataError, match="m.png: expected at least one voxel, got an empty mask"):
         read_subject(tmp_path / "m.png", tmp_path / "m.png", spacing=(1, 1, 1))
     with pytest.raises(ConfigError, match="modality: expected none, since .*m.png is PNG, got ct"):
         read_subject(tmp_path / "m.png", mask, modality="ct", spacing=(1, 1, 1))
-    with pytest.raises(DataError, match="m.png: expected the shape and place of image.nii.gz"):
+    with pytest.raises(DataError, match="m.png: expected the shape of image.nii.gz"):
         read_subject(image, tmp_path / "m.png", modality="mr", spacing=(1, 1, 1))
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import trimesh
 
-from fastlora.medical.data.geometry import mesh_from_sdf
+from fastlora.medical.data.geometry import mesh_from_sdf, zero_level
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation
-from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRICS, zero_level
+from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRICS
 from fastlora.medical.evaluation.pictures import (
     ERROR_UNIT_MM,
     MARKS,
@@ -376,7 +376,7 @@ def decode(text: str, kind: str) -> np.ndarray:
 
 def test_browser_mesh_keeps_positions_faces_and_errors():
     pred = ball(10.0)
-    mesh = browser_mesh(pred, OBLIQUE, ball(8.0), spacing=1.5)
+    mesh = browser_mesh(pred, {"sdf_vox": ball(8.0), "affine": OBLIQUE, "spacing": 1.5})
     assert mesh is not None
     vertices = decode(mesh["vertices"], "<i2").reshape(-1, 3) * POSITION_UNIT_MM + mesh["origin"]
     faces = decode(mesh["faces"], "<u4").reshape(-1, 3)
@@ -397,8 +397,8 @@ def test_meshes_carry_their_distance_to_the_truth():
 
 
 def test_a_field_without_surface_has_no_mesh():
-    assert browser_mesh(np.ones((4, 4, 4), np.float32), np.eye(4)) is None
     sample = {"sdf_vox": ball(), "affine": np.eye(4), "spacing": 1.0}
+    assert browser_mesh(np.ones((4, 4, 4), np.float32), sample) is None
     region = browser_region(sample, {"LoRA": np.ones((32, 32, 32), np.float32)})
     assert region["meshes"][1] == {"title": "LoRA (no surface)"}
     assert region["box"] == [[-0.5, 31.5]] * 3
@@ -422,7 +422,7 @@ def test_slices_are_pictures_even_where_a_method_is_empty(affine):
 def test_outlines_differ_in_more_than_colour():
     lines = [OUTLINES[key] for key in ("truth", "base", "lora")]
     assert len({line.dashes for line in lines}) == len({line.color for line in lines}) == 3
-    legend = outline_legend(list(OUTLINES))
+    legend = outline_legend()
     assert all(line.label in legend and line.color in legend for line in OUTLINES.values())
     assert legend.count("stroke-dasharray") == 2
 
