@@ -7,6 +7,7 @@ another number. Under DDP each rank holds the model, under FSDP2 a shard of each
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -223,29 +224,20 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict with full tensors on the CPU; every rank must call."""
-    return _map_tensors(optimizer.state_dict(), lambda _, tensor: full_tensor(tensor))
+    """AdamW's state dict with full tensors on the CPU; every rank must call."""
+    state = optimizer.state_dict()
+    full = {
+        number: {name: full_tensor(tensor) for name, tensor in entry.items()}
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": full}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads a `full_optimizer_state` on any number of ranks; `state` is not modified."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def placed(index: int, tensor: Tensor) -> Tensor:
-        copy = tensor.clone()  # the optimizer modifies its state
-        if copy.shape != parameters[index].shape:  # AdamW's step counter is never sharded
-            return copy
-        return sharded_like(parameters[index], copy)
-
-    optimizer.load_state_dict(_map_tensors(state, placed))
-
-
-def _map_tensors(
-    state: Mapping[str, Any], convert: Callable[[int, Tensor], Tensor]
-) -> dict[str, Any]:
-    """A copy of an optimizer's state dict; convert: called with the index of a parameter and each tensor of its state."""
-    converted = {
-        index: {k: convert(index, v) if isinstance(v, Tensor) else v for k, v in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {"state": converted, "param_groups": [dict(group) for group in state["param_groups"]]}
+    own = copy.deepcopy(state["state"])  # the optimizer modifies its state
+    for number, entry in own.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            entry[moment] = sharded_like(parameters[number], entry[moment])
+    optimizer.load_state_dict({**state, "state": own})
