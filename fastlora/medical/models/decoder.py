@@ -32,7 +32,7 @@ from fastlora import setup_lora_for_medical_finetuning
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.files import atomic_write_all
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
-from fastlora.medical.models.losses import LossWeights, mesh_losses
+from fastlora.medical.models.losses import LOSS_WEIGHTS, mesh_losses
 from fastlora.medical.models.trainee import ModelOptions, Trainee
 
 BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
@@ -225,7 +225,9 @@ class SparseMeshDecoder(Trainee):
         """See `Trainee`."""
         return batch.tokens, batch.base_vox
 
-    def losses(self, output: Tensor, batch: RegionBatch, weights: LossWeights) -> dict[str, Tensor]:
+    def losses(
+        self, output: Tensor, batch: RegionBatch, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """See `mesh_losses`."""
         return mesh_losses(output, batch, weights)
 
@@ -349,7 +351,7 @@ class DecoderOptions(ModelOptions):
     default_rank: ClassVar[int] = 2
     default_ranks: ClassVar[tuple[str, ...]] = ("to_qkv=3", "out_layer=32")
     peak_lr: ClassVar[Mapping[str, float]] = {"lora": 1e-2, "full": 1e-3}
-    loss_weights: ClassVar[type] = LossWeights
+    loss_weights: ClassVar[Mapping[str, float]] = LOSS_WEIGHTS
 
     def load(self, base_weights: str | None) -> SparseMeshDecoder:
         """See `load_base_model`."""

@@ -12,6 +12,7 @@ are left out, and the field of this model has the coarse structure's sign in ina
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from fastlora.medical.sam3d.surface import (
     SUBDIVISION,
     Decoded,
     Surface,
-    SurfaceLossWeights,
     no_surface,
     sample_volume,
     surface_losses,
@@ -133,7 +133,7 @@ class Sam3dModel(Sam3dPart):
         return batch.image, batch.base_vox, batch.slat
 
     def losses(
-        self, output: Decoded, batch: RegionBatch, weights: SurfaceLossWeights
+        self, output: Decoded, batch: RegionBatch, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         """See `surface_losses`."""
         return surface_losses(output, batch, weights)

@@ -133,7 +133,9 @@ class Sam3dFlow(Sam3dPart):
         names = [f"{meta['subject']}-{meta['region']}" for meta in batch.meta]
         return latents, batch.condition, [zlib.crc32(name.encode()) for name in names]
 
-    def losses(self, output: Tensor, batch: RegionBatch, weights: Any) -> dict[str, Tensor]:
+    def losses(
+        self, output: Tensor, batch: RegionBatch, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """The mean over the regions; the weights of the latents are in the generator's settings, not in `weights`."""
         return {"flow": output.mean(), "total": output.mean()}
 

@@ -16,7 +16,7 @@ from fastlora.medical.sam3d.folder import read_decoder, read_generator
 from fastlora.medical.sam3d.generator import load_flow
 from fastlora.medical.sam3d.latents import CachedRegions
 from fastlora.medical.sam3d.part import Sam3dPart
-from fastlora.medical.sam3d.surface import SurfaceLossWeights
+from fastlora.medical.sam3d.surface import LOSS_WEIGHTS
 
 _sam3d = partial(option, "sam3d")
 
@@ -27,7 +27,7 @@ class Sam3dOptions(ModelOptions):
 
     default_rank: ClassVar[int] = 4
     peak_lr: ClassVar[Mapping[str, float]] = {"lora": 1e-3, "full": 1e-4}
-    loss_weights: ClassVar[type] = SurfaceLossWeights
+    loss_weights: ClassVar[Mapping[str, float]] = LOSS_WEIGHTS
     # The decoder predicts nothing without latents: with its adapters off it still needs the run's encoder.
     standalone_base: ClassVar[bool] = False
     same_to_compare: ClassVar[tuple[str, ...]] = ("latents_dir",)
@@ -58,13 +58,13 @@ class Sam3dOptions(ModelOptions):
         "probability",
     )
     loss_vertex: float = _sam3d(
-        0.2, "weight of the vertices' distance to the true surface", NOT_NEGATIVE
+        LOSS_WEIGHTS["vertex"], "weight of the vertices' distance to the true surface", NOT_NEGATIVE
     )
     loss_chamfer: float = _sam3d(
-        0.1, "weight of the distance between the surfaces' points", NOT_NEGATIVE
+        LOSS_WEIGHTS["chamfer"], "weight of the distance between the surfaces' points", NOT_NEGATIVE
     )
     loss_regularisation: float = _sam3d(
-        0.1, "weight of the decoder's own regularisation", NOT_NEGATIVE
+        LOSS_WEIGHTS["regularisation"], "weight of the decoder's own regularisation", NOT_NEGATIVE
     )
 
     def __post_init__(self) -> None:
