@@ -21,12 +21,13 @@ from fastlora.medical.sam3d.decoder import active_voxels
 from fastlora.medical.sam3d.folder import (
     TARGETS,
     FlowSettings,
+    PartSettings,
     latent_scale,
     load_part,
     read_generator,
 )
 from fastlora.medical.sam3d.generator import VALIDATION_DRAWS, Sam3dFlow, flow_matching_loss
-from fastlora.medical.sam3d.latents import read_structure
+from fastlora.medical.sam3d.latents import read_latents
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_cases, micro_batches
@@ -341,13 +342,13 @@ GOOD["condition"] = np.ones((3, 5), np.float16)
     ],
 )
 def test_latents_of_the_structure_are_checked(tmp_path, content, message):
-    about = {"shape": (64, 8), "pose": (4, 8)}
+    about = PartSettings(None, {"shape": (64, 8), "pose": (4, 8)}, 5)
     values = {name: value for name, value in {**GOOD, **content}.items() if value is not None}
     np.savez(tmp_path / "a.npz", **values)
     with pytest.raises(DataError, match=message):
-        read_structure(tmp_path / "a.npz", about, 5)
+        read_latents(tmp_path / "a.npz", about)
     np.savez(tmp_path / "a.npz", **GOOD)
-    assert {n: len(x) for n, x in read_structure(tmp_path / "a.npz", about, 5).items()} == {
+    assert {n: len(x) for n, x in read_latents(tmp_path / "a.npz", about).items()} == {
         "shape": 64,
         "pose": 4,
         "condition": 3,
@@ -361,9 +362,9 @@ def test_conditions_that_do_not_fit_are_refused(folder, volumes, latents, tmp_pa
     config = config_for(folder, volumes, {"slat": tmp_path}, "slat", tmp_path / "run")
     content = dict(np.load(files[0]))
     for condition, message in (
-        (content["condition"][:, :4], r"condition: expected \(L, 48\), got \(11, 4\)"),
+        (content["condition"][:, :4], r"condition: expected \(N, 48\) floats, got \(11, 4\)"),
         (content["condition"][:5], "condition: expected the same number of rows in each file"),
-        (None, r"condition: expected \(L, 48\), got none"),
+        (None, r"expected coords, feats, condition, got coords, feats"),
     ):
         changed = {**content, "condition": condition}
         np.savez(tmp_path / files[0].name, **{k: v for k, v in changed.items() if v is not None})
