@@ -37,7 +37,7 @@ from fastlora.medical.data import grids, manifest, prepared
 from fastlora.medical.data.grids import StructureGrid
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import load_labels, load_png, load_volume
-from fastlora.medical.sam3d.folder import PartSettings, latent_scale, read_generator
+from fastlora.medical.sam3d.folder import PartSettings, latent_scale, read_settings
 from fastlora.medical.sam3d.latents import read_latents
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import TrainConfig, read_yaml
@@ -279,8 +279,8 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
     (sam3d / "ss.yaml").write_text(yaml.safe_dump({"module": {"generator": {"backbone": flow}}}))
 
     def generator(path: Path) -> None:
-        read_generator(path.parent, "structure")
-        latent_scale(path.parent)
+        read_settings(path.parent, "structure")
+        latent_scale(path.parent, 8)
 
     return {
         "latents by name .npz, its arrays": Reader(

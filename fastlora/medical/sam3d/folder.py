@@ -173,18 +173,14 @@ class PartSettings:
     flow: FlowSettings = field(default_factory=FlowSettings)
 
 
-def read_decoder(sam3d_dir: str | Path) -> PartSettings:
-    """The settings of "decoder". Raises: as `read_generator`."""
-    path, config = _part_config(sam3d_dir, "decoder")
-    channels = _whole(config, "latent_channels", f"sam3d_dir: {path}")
-    return PartSettings(config["resolution"], {"feats": (None, channels)})
-
-
-def read_generator(sam3d_dir: str | Path, part: str) -> PartSettings:
-    """The settings of "slat" or "structure". Raises: as `load_part`, and ConfigError if a value cannot be used."""
+def read_settings(sam3d_dir: str | Path, part: str) -> PartSettings:
+    """The settings of "decoder", "slat" or "structure". Raises: as `load_part`, and ConfigError if a value cannot be used."""
     path, config = _part_config(sam3d_dir, part)
-    flow, model, _ = _flow_model(config, path, PARTS[part])
     where = f"sam3d_dir: {path}"
+    if part == "decoder":
+        channels = _whole(config, "latent_channels", where)
+        return PartSettings(config["resolution"], {"feats": (None, channels)})
+    flow, model, _ = _flow_model(config, path, PARTS[part])
     latents: dict[str, tuple[int | None, int]] = {}
     if part == "slat":
         latents["feats"] = None, _whole(model, "in_channels", where)
@@ -214,12 +210,12 @@ def read_generator(sam3d_dir: str | Path, part: str) -> PartSettings:
     return PartSettings(resolution, latents, _whole(model, "cond_channels", where), settings)
 
 
-def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
+def latent_scale(sam3d_dir: str | Path, channels: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel, with which the SLat generator normalises.
 
     `slat_mean` and `slat_std` of pipeline.yaml; without them the package's own.
 
-    Raises: ConfigError if they are no lists of numbers of one length, or missing and the package cannot be imported.
+    Raises: ConfigError if they are no lists of `channels` numbers, or missing and the package cannot be imported.
     """
     path = Path(sam3d_dir) / "pipeline.yaml"
     pipeline = _mapping(path)
@@ -228,9 +224,9 @@ def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
         package = _import("sam3d_objects.pipeline.inference_utils")
         mean, std = package.SLAT_MEAN.tolist(), package.SLAT_STD.tolist()
     lists = [v for v in (mean, std) if isinstance(v, list) and v and all(map(_is_number, v))]
-    if len(lists) < 2 or len(mean) != len(std) or min(std) <= 0:
+    if len(lists) < 2 or not len(mean) == len(std) == channels or min(std) <= 0:
         raise ConfigError(
-            f"sam3d_dir: {path}: slat_mean, slat_std: expected two lists of numbers of one length, the second positive, "
+            f"sam3d_dir: {path}: slat_mean, slat_std: expected two lists of {channels} numbers, the second positive, "
             f"got {mean!r} and {std!r}"
         )
     return mean, std

@@ -16,15 +16,8 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch
-from fastlora.medical.sam3d.folder import (
-    TARGETS,
-    FlowSettings,
-    PartSettings,
-    latent_scale,
-    load_part,
-    read_generator,
-)
-from fastlora.medical.sam3d.part import Sam3dPart, set_torso
+from fastlora.medical.sam3d.folder import TARGETS, FlowSettings, PartSettings
+from fastlora.medical.sam3d.part import Sam3dPart
 
 VALIDATION_DRAWS = 4
 """Draws of time and noise for each region in eval mode, the same in every epoch."""
@@ -97,9 +90,8 @@ def _check_samples(
 class Sam3dFlow(Sam3dPart):
     """A generator and its loss on a region's cached latents and condition.
 
-    flow: from `folder.load_part`. settings: of its YAML. scale: mean and standard deviation that normalise cached latents of
-    "slat"; None leaves them as they are. drop_condition: probability of training a region without its condition, which the
-    generator's guidance needs.
+    flow: from `folder.load_part`. settings: of its YAML. scale: `folder.latent_scale` for "slat"; None leaves cached latents as they
+    are. drop_condition: probability of training a region without its condition, which the generator's guidance needs.
     """
 
     targets = TARGETS
@@ -175,21 +167,3 @@ class Sam3dFlow(Sam3dPart):
             mean, std = (values.to(feats) for values in self.scale)
             feats = (feats - mean) / std
         return feats[None], coords
-
-
-def load_flow(
-    sam3d_dir: str, torso: str, recompute: bool, part: str, drop_condition: float
-) -> Sam3dFlow:
-    """The user's generator "slat" or "structure", frozen. Arguments as in `set_torso` and `Sam3dFlow`.
-
-    Raises: as `folder.load_part`, `folder.read_generator` and `folder.latent_scale`.
-    """
-    settings = read_generator(sam3d_dir, part)
-    flow = load_part(sam3d_dir, part)
-    set_torso(flow, torso, recompute)
-    scale = latent_scale(sam3d_dir) if part == "slat" else None
-    if scale is not None and len(scale[0]) != settings.latents["feats"][1]:
-        raise ConfigError(
-            f"sam3d_dir: slat_mean, slat_std: expected {settings.latents['feats'][1]} numbers, got {len(scale[0])}"
-        )
-    return Sam3dFlow(flow, settings, scale, drop_condition)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_structure
 from fastlora.medical.data.splits import make_splits
-from fastlora.medical.sam3d.decoder import active_voxels, load_sam3d, voxel_features
+from fastlora.medical.sam3d.decoder import active_voxels, voxel_features
 from fastlora.medical.sam3d.folder import load_part
+from fastlora.medical.sam3d.options import Sam3dOptions
 from fastlora.medical.sam3d.surface import (
     LOSS_WEIGHTS,
     Decoded,
@@ -402,7 +402,7 @@ def test_a_region_without_active_voxels_keeps_its_coarse_structure_and_is_not_tr
             "meta": other.meta + batch.meta,
         }
     )
-    model = load_sam3d(str(folder)).eval()
+    model = Sam3dOptions(sam3d_dir=folder).load(None).eval()
     with torch.no_grad():
         together, alone = predict(model, both), predict(model, batch)
         only = predict(model, other)
@@ -521,5 +521,5 @@ def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
 
 
 def test_reading_the_decoder_gives_an_encoder_only_when_asked(folder):
-    assert load_sam3d(str(folder), encoder=False).encoder is None
-    assert Path(folder).is_dir() and load_sam3d(str(folder)).encoder[-1].out_features == 8
+    assert Sam3dOptions(sam3d_dir=folder, latents_dir="x").load(None).encoder is None
+    assert Sam3dOptions(sam3d_dir=folder).load(None).encoder[-1].out_features == 8

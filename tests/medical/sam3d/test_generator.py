@@ -24,7 +24,7 @@ from fastlora.medical.sam3d.folder import (
     PartSettings,
     latent_scale,
     load_part,
-    read_generator,
+    read_settings,
 )
 from fastlora.medical.sam3d.generator import VALIDATION_DRAWS, Sam3dFlow, flow_matching_loss
 from fastlora.medical.sam3d.latents import read_latents
@@ -185,7 +185,7 @@ def one_loss(model, batch, index, condition=None):
 
 @pytest.mark.parametrize("part", GENERATORS)
 def test_conditions_are_dropped_as_often_as_asked(runs, folder, part):
-    run, scale = runs[part], latent_scale(folder) if part == "slat" else None
+    run, scale = runs[part], latent_scale(folder, 8) if part == "slat" else None
     batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
     model = Sam3dFlow(run.model.flow, run.model.settings, scale, drop_condition=0.3)
     model.train()
@@ -244,7 +244,7 @@ def edit_generator(folder, name, **changes):
 
 
 def test_the_generators_settings_are_read(own_folder):
-    about = read_generator(own_folder, "slat")
+    about = read_settings(own_folder, "slat")
     assert (about.resolution, about.condition_channels) == (16, 48)
     assert about.latents == {"feats": (None, 8)} and about.flow.loss_weights == {"feats": 1.0}
     sampler = {"_target_": "a.lognorm_sampler", "_partial_": True, "mean": 1, "std": 0.5}
@@ -256,7 +256,7 @@ def test_the_generators_settings_are_read(own_folder):
         training_time_sampler_fn=sampler,
         loss_weights={"shape": 2.0, "pose": 0.5},
     )
-    about = read_generator(own_folder, "structure")
+    about = read_settings(own_folder, "structure")
     assert about.latents == {"shape": (64, 8), "pose": (4, 8)} and about.resolution is None
     assert (about.flow.sigma_min, about.flow.time_scale) == (0.25, 10.0)
     assert (about.flow.time_mean, about.flow.time_std) == (1.0, 0.5)
@@ -296,21 +296,24 @@ def test_the_settings_reach_the_loss():
 def test_settings_that_cannot_be_used_are_refused(own_folder, changes, message):
     edit_generator(own_folder, "slat_generator", **changes)
     with pytest.raises(ConfigError, match=message):
-        read_generator(own_folder, "slat")
+        read_settings(own_folder, "slat")
 
 
 def test_the_scale_of_latents_is_read(own_folder):
-    assert latent_scale(own_folder) == ([0.5] * 8, [2.0] * 8)
+    assert latent_scale(own_folder, 8) == ([0.5] * 8, [2.0] * 8)
     path = own_folder / "pipeline.yaml"
     values = yaml.safe_load(path.read_text())
     for std in ([1.0], [0.0] * 8, "x"):
         path.write_text(yaml.safe_dump({**values, "slat_std": std}))
-        with pytest.raises(ConfigError, match="slat_mean, slat_std: expected two lists of numbers"):
-            latent_scale(own_folder)
+        with pytest.raises(ConfigError, match="slat_mean, slat_std: expected two lists of 8 numb"):
+            latent_scale(own_folder, 8)
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="expected two lists of 7 numbers"):
+        latent_scale(own_folder, 7)
     del values["slat_std"]
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match="needs the package sam3d_objects"):  # has no such module
-        latent_scale(own_folder)
+        latent_scale(own_folder, 8)
 
 
 GOOD = {"shape": np.ones((64, 8), np.float32), "pose": np.ones((4, 8), np.float32)}
