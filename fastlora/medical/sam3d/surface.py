@@ -60,11 +60,6 @@ class Surface:
     faces: Tensor
     regularisation: Tensor
 
-    @property
-    def empty(self) -> bool:
-        """Whether the mesh has no face."""
-        return len(self.faces) == 0
-
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
@@ -154,7 +149,7 @@ def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Te
 def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
     """Terms `vertex`, `chamfer` and `normal` of one region, and whether it was `empty`."""
     zero = true_vox.new_zeros(())
-    if surface.empty:
+    if len(surface.faces) == 0:
         return {"vertex": zero, "chamfer": zero, "normal": zero, "empty": zero + 1}
     points = _thinned(surface.vertices)
     distances = torch.cdist(points, _thinned(true_points(true_vox)))

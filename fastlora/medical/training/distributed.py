@@ -186,15 +186,15 @@ def parallelize(model: Trainee, kind: str, device: torch.device) -> nn.Module:
 
     Raises: ConfigError if "fsdp" has one process, or a model with 16-bit weights.
     """
-    if kind == "fsdp" and not dist.is_initialized():
-        raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
-    if kind == "fsdp" and model.has_half:
-        raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
     if not dist.is_initialized():
+        if kind == "fsdp":
+            raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
         return model
     if kind == "ddp":
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
+    if model.has_half:
+        raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in model.shard_units:
         fully_shard(unit, mesh=mesh)
