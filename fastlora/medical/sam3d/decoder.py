@@ -110,8 +110,6 @@ class Sam3dModel(Sam3dPart):
     decoder: from `folder.load_part`. encoder: whether to add one, initialised from torch's generator.
     """
 
-    targets = ("to_qkv", "to_out", "mlp")
-
     def __init__(self, decoder: nn.Module, encoder: bool) -> None:
         super().__init__()
         self.decoder = decoder

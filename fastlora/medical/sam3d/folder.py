@@ -34,9 +34,6 @@ ENVIRONMENT = {
 }
 """Environment variables that the package reads when imported, with the values set where the user has set none."""
 
-TARGETS = ("to_qkv", "to_q", "to_kv", "to_out", "mlp")
-"""Path components of the layers that take adapters, in any part."""
-
 MAX_RESOLUTION = 128  # of the decoder's voxels: its grid of (4·128)³ cubes takes 9 GB
 MAX_NUMBER = 2**16  # of any other whole number in a part's YAML
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch
-from fastlora.medical.sam3d.folder import TARGETS, FlowSettings, PartSettings
+from fastlora.medical.sam3d.folder import FlowSettings, PartSettings
 from fastlora.medical.sam3d.part import Sam3dPart
 
 VALIDATION_DRAWS = 4
@@ -93,8 +93,6 @@ class Sam3dFlow(Sam3dPart):
     flow: from `folder.load_part`. settings: of its YAML. scale: `folder.latent_scale` for "slat"; None leaves cached latents as they
     are. drop_condition: probability of training a region without its condition, which the generator's guidance needs.
     """
-
-    targets = TARGETS
 
     def __init__(
         self,

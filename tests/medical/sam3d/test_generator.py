@@ -19,7 +19,6 @@ from fastlora.medical.data.splits import make_splits
 from fastlora.medical.evaluation.evaluate import Run
 from fastlora.medical.sam3d.decoder import active_voxels
 from fastlora.medical.sam3d.folder import (
-    TARGETS,
     FlowSettings,
     PartSettings,
     latent_scale,
@@ -120,7 +119,8 @@ def test_the_adapter_goes_into_the_generator_itself(runs, folder, part):
     model = load_base(run.config)
     batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
     base = model.eval()(*model.inputs(batch))
-    fastlora.inject_lora(model.flow, list(TARGETS), rank=4, alpha=8.0)
+    targets = ["to_qkv", "to_q", "to_kv", "to_out", "mlp"]
+    fastlora.inject_lora(model.flow, targets, rank=4, alpha=8.0)
     fastlora.load_adapter(model.flow, run.folder.adapter)
     best = read_checkpoint(run.folder.find("best"))["model"]
     assert all(torch.equal(p, best[n]) for n, p in model.named_parameters() if n in best)

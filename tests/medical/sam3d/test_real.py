@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fastlora
+from fastlora.config import DEFAULT_TARGETS
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.geometry import mesh_from_sdf
-from fastlora.medical.sam3d.folder import TARGETS as COMPONENTS
 from fastlora.medical.sam3d.folder import FlowSettings, load_part, sparse_tensor
 from fastlora.medical.sam3d.generator import flow_matching_loss
 from fastlora.medical.sam3d.options import Sam3dOptions
@@ -78,7 +78,12 @@ def adapted(folder, part, seed=1):
     model = load_part(folder, part)
     torch.manual_seed(seed)
     config = fastlora.LoRAConfig(
-        [name for name in COMPONENTS if part != "decoder" or name not in ("to_q", "to_kv")], rank=2
+        [
+            name
+            for name in (*DEFAULT_TARGETS, "mlp")
+            if part != "decoder" or name not in ("to_q", "to_kv")
+        ],
+        rank=2,
     )
     fastlora.inject_lora(model, config)
     for name, parameter in model.named_parameters():
