@@ -137,13 +137,13 @@ def peers_needed() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
         raise TrainingError(
-            "another process has gone (see its own output for the cause); "
+            "another process ended (see its own output for the cause); "
             "continue after the last finished epoch with --resume"
         ) from error
 
 
 def resolve_device(config: TrainConfig) -> torch.device:
-    """The device of a configuration. Raises: ConfigError if it is not here, or does not support `config.amp`."""
+    """The device of a configuration. Raises: ConfigError if it is not available, or does not support `config.amp`."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,7 +152,7 @@ def resolve_device(config: TrainConfig) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices)"
+            f"device: {name!r} is not available ({torch.cuda.device_count()} CUDA devices)"
         )
     if config.amp != "off" and device.type != "cuda":
         raise ConfigError(
