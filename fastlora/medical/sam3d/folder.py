@@ -89,10 +89,10 @@ _WRAPPERS = ("reverse_fn", "backbone")  # solvers and guidance around the model,
 _EMBEDDER = "condition_embedder"  # inside a generator's model; its output is cached instead
 
 
-def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Module:
-    """A part with its weights, frozen and in eval mode: "decoder", or the flow model of "slat" or "structure".
+def load_part(sam3d_dir: str | Path, part: str) -> nn.Module:
+    """A part with its weights, on the CPU, frozen and in eval mode: "decoder", or the flow model of "slat" or "structure".
 
-    sam3d_dir: the folder of pipeline.yaml. device: of the model's own constants; the weights stay on the CPU.
+    sam3d_dir: the folder of pipeline.yaml.
 
     Raises: ConfigError if the part is unknown, `sam3d_objects` cannot be imported, or a YAML file names another class, holds
         anything but plain values, or cannot be built. CheckpointError if a file is missing, unreadable or outside the folder, or its
@@ -108,7 +108,7 @@ def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Modul
         arguments = {key: value for key, value in arguments.items() if key != _EMBEDDER}
     else:
         arguments = {k: v for k, v in config.items() if k != "pretrained_ckpt_path"}
-        arguments["device"] = device
+        arguments["device"] = "cpu"  # of the model's own constants
     model = _build(arguments, about, about.classes, str(config_path))
     assert isinstance(model, nn.Module)
     state = _read_weights(weights_path, about)
