@@ -37,8 +37,8 @@ from fastlora.medical.data import grids, manifest, prepared
 from fastlora.medical.data.grids import StructureGrid
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import load_labels, load_png, load_volume
-from fastlora.medical.sam3d.folder import latent_scale, read_generator
-from fastlora.medical.sam3d.latents import read_slat, read_structure
+from fastlora.medical.sam3d.folder import PartSettings, latent_scale, read_settings
+from fastlora.medical.sam3d.latents import read_latents
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import TrainConfig, read_yaml
 from fastlora.medical.training.run_folder import RunFolder
@@ -263,7 +263,10 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
     np.savez(folder / "structure.npz", **named)
 
     def structure(path: Path) -> None:
-        read_structure(path, {"shape": (4, 8), "pose": (None, 8)}, 8)
+        read_latents(path, PartSettings(None, {"shape": (4, 8), "pose": (None, 8)}, 8))
+
+    def voxels(path: Path) -> None:
+        read_latents(path, PartSettings(16, {"feats": (None, 8)}, 3))
 
     # A checkpoint folder's YAML; what stands in it is built in test_sam3d_loading.py.
     sam3d = folder / "sam3d"
@@ -276,20 +279,22 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
     (sam3d / "ss.yaml").write_text(yaml.safe_dump({"module": {"generator": {"backbone": flow}}}))
 
     def generator(path: Path) -> None:
-        read_generator(path.parent, "structure")
-        latent_scale(path.parent)
+        read_settings(path.parent, "structure")
+        latent_scale(path.parent, 8)
 
     return {
-        "read_structure .npz, its arrays": Reader(
+        "latents by name .npz, its arrays": Reader(
             (folder / "structure.npz").read_bytes(), structure, "y.npz", inside=".npy", header=128
         ),
         "SAM 3D's pipeline.yaml": Reader(
             (sam3d / "pipeline.yaml").read_bytes(), generator, "sam3d/pipeline.yaml"
         ),
         "a generator's YAML": Reader((sam3d / "ss.yaml").read_bytes(), generator, "sam3d/ss.yaml"),
-        "read_slat .npz, its arrays": Reader(slat, read_slat, "y.npz", inside=".npy", header=128),
-        "read_slat .safetensors": Reader(
-            (folder / "slat.safetensors").read_bytes(), read_slat, "y.safetensors", header=200
+        "latents of voxels .npz, its arrays": Reader(
+            slat, voxels, "y.npz", inside=".npy", header=128
+        ),
+        "latents of voxels .safetensors": Reader(
+            (folder / "slat.safetensors").read_bytes(), voxels, "y.safetensors", header=200
         ),
         "manifest.json": Reader(
             (cache / "manifest.json").read_bytes(), listed, "cache/manifest.json"

@@ -32,7 +32,7 @@ from fastlora import setup_lora_for_medical_finetuning
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.files import atomic_write_all
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
-from fastlora.medical.models.losses import LossWeights, mesh_losses
+from fastlora.medical.models.losses import LOSS_WEIGHTS, mesh_losses
 from fastlora.medical.models.trainee import ModelOptions, Trainee
 
 BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
@@ -96,18 +96,12 @@ class DecoderConfig:
         """Edge in voxels of the image patch that a token carries."""
         return self.cell_size + 2 * self.context
 
-    @property
-    def fine_size(self) -> int:
-        """Edge of the fine cube in voxels."""
-        return self.coarse_size * self.cell_size
-
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
     """Position of each token in a dense (B, L, ·) batch padded to the longest sample."""
 
-    sample: Tensor  # (T,)
-    slot: Tensor  # (T,)
+    place: tuple[Tensor, ...]  # the token's sample and its slot, (T,) each
     size: tuple[int, int]  # (B, L)
     mask: Tensor | None  # (B, 1, 1, L) bool, True at tokens; None without padding
 
@@ -116,13 +110,8 @@ class _Layout:
         lengths = torch.bincount(coords[:, 0], minlength=batch)
         longest = int(lengths.max())
         mask = torch.arange(longest, device=coords.device) < lengths[:, None]
-        sample, slot = mask.nonzero(as_tuple=True)  # tokens are in the order of their samples
-        return cls(sample, slot, (batch, longest), None if mask.all() else mask[:, None, None])
-
-    def pad(self, feats: Tensor) -> Tensor:
-        """(T, C) -> (B, L, C)."""
-        dense = feats.new_zeros(*self.size, feats.shape[1])
-        return dense.index_put((self.sample, self.slot), feats)
+        place = mask.nonzero(as_tuple=True)  # tokens are in the order of their samples
+        return cls(place, (batch, longest), None if mask.all() else mask[:, None, None])
 
 
 class SparseAttention(nn.Module):
@@ -136,14 +125,16 @@ class SparseAttention(nn.Module):
 
     def forward(self, tokens: SparseTokens, layout: _Layout) -> SparseTokens:
         batch, longest = layout.size
-        qkv = layout.pad(self.to_qkv(tokens.feats))  # (B, L, 3C)
+        feats = self.to_qkv(tokens.feats)  # (T, 3C)
+        qkv = feats.new_zeros(batch, longest, feats.shape[1])
+        qkv = qkv.index_put(layout.place, feats)  # (B, L, 3C)
         # Explicit sizes: they cannot be inferred for a batch without tokens, which must still use every weight.
         width = qkv.shape[2] // (3 * self.heads)
         q, k, v = qkv.view(batch, longest, 3, self.heads, width).permute(2, 0, 3, 1, 4)
         # A sample with no tokens has an all-False row here; its output is never gathered.
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
         mixed = mixed.transpose(1, 2).reshape(batch, longest, self.heads * width)
-        return tokens.replace(self.to_out(mixed[layout.sample, layout.slot]))
+        return tokens.replace(self.to_out(mixed[layout.place]))
 
 
 class SparseFeedForward(nn.Module):
@@ -225,7 +216,9 @@ class SparseMeshDecoder(Trainee):
         """See `Trainee`."""
         return batch.tokens, batch.base_vox
 
-    def losses(self, output: Tensor, batch: RegionBatch, weights: LossWeights) -> dict[str, Tensor]:
+    def losses(
+        self, output: Tensor, batch: RegionBatch, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """See `mesh_losses`."""
         return mesh_losses(output, batch, weights)
 
@@ -277,7 +270,7 @@ class SparseMeshDecoder(Trainee):
             raise DataError(
                 f"tokens.feats: expected (T, {config.in_channels}), got {tuple(tokens.feats.shape)}"
             )
-        edge = config.fine_size
+        edge = config.coarse_size * config.cell_size
         if base_vox.ndim != 4 or base_vox.shape[1:] != (edge, edge, edge):
             raise DataError(
                 f"base_vox: expected (B, {edge}, {edge}, {edge}), got {tuple(base_vox.shape)}"
@@ -349,7 +342,7 @@ class DecoderOptions(ModelOptions):
     default_rank: ClassVar[int] = 2
     default_ranks: ClassVar[tuple[str, ...]] = ("to_qkv=3", "out_layer=32")
     peak_lr: ClassVar[Mapping[str, float]] = {"lora": 1e-2, "full": 1e-3}
-    loss_weights: ClassVar[type] = LossWeights
+    loss_weights: ClassVar[Mapping[str, float]] = LOSS_WEIGHTS
 
     def load(self, base_weights: str | None) -> SparseMeshDecoder:
         """See `load_base_model`."""

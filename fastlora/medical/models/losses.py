@@ -13,16 +13,13 @@ and micro-batches add up to the large batch. The occupancy target is soft and th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.errors import ConfigError, DataError
+from fastlora.errors import DataError
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.data.grids import TRUNCATION_VOX
 
@@ -30,49 +27,21 @@ OCCUPANCY_WIDTH_VOX = 0.5
 """Width `w` (fine voxels) of the sigmoid that turns a distance into an occupancy."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weights of the terms of a loss, one field a term; a term of weight 0 is reported and not trained on.
-
-    Raises: ConfigError if a weight is negative or not finite, or all are zero.
-    """
-
-    def __post_init__(self) -> None:
-        values, kind = vars(self), type(self).__name__
-        for name, value in values.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{kind}.{name}: expected a finite number >= 0, got {value}")
-        if not any(values.values()):
-            raise ConfigError(f"{kind}: expected at least one positive weight, got all zero")
-
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms."""
-        weighted = (weight * terms[name] for name, weight in vars(self).items())
-        total: Tensor = reduce(torch.add, weighted)
-        return total
-
-
-@dataclass(frozen=True)
-class LossWeights(Weights):
-    """Weights of `mesh_losses`."""
-
-    sdf: float = 1.0
-    occupancy: float = 0.2
-    normal: float = 0.05
+LOSS_WEIGHTS: Mapping[str, float] = {"sdf": 1.0, "occupancy": 0.2, "normal": 0.05}
+"""The default weights of `mesh_losses`."""
 
 
 def mesh_losses(
-    pred_vox: Tensor, batch: RegionBatch, weights: LossWeights | None = None
+    pred_vox: Tensor, batch: RegionBatch, weights: Mapping[str, float] = LOSS_WEIGHTS
 ) -> dict[str, Tensor]:
     """Terms `sdf`, `occupancy`, `normal` and their weighted sum `total`, all 0-d.
 
     pred_vox: (B, X, Y, Z), predicted distances in fine voxels, negative inside.
     batch: its `sdf_vox` (B, X, Y, Z) is the truth, truncated at `TRUNCATION_VOX`.
-    weights: default `LossWeights()`.
+    weights: of each term; one of weight 0 is reported and not trained on.
 
     Raises: DataError if the shapes differ, or a region has no voxel near a surface.
     """
-    weights = weights or LossWeights()
     pred = pred_vox.float()
     true = batch.sdf_vox.float()
     if pred.shape != true.shape:
@@ -99,4 +68,5 @@ def mesh_losses(
         normal = normal + ((error.square() * both).sum(volume) / count).mean()
 
     terms = {"sdf": sdf, "occupancy": occupancy, "normal": normal}
-    return {**terms, "total": weights.total(terms)}
+    weighted = [weight * terms[name] for name, weight in weights.items()]
+    return {**terms, "total": torch.stack(weighted).sum()}

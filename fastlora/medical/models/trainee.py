@@ -56,10 +56,12 @@ class Trainee(nn.Module, ABC):
         """The arguments of `forward` for a batch. Raises: ConfigError if the batch lacks an input of the model."""
 
     @abstractmethod
-    def losses(self, output: Any, batch: RegionBatch, weights: Any) -> dict[str, Tensor]:
+    def losses(
+        self, output: Any, batch: RegionBatch, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """Loss terms by name, 0-d, means over the batch's regions, among them the weighted `total`.
 
-        output: of `forward`. weights: a `ModelOptions.loss_weights`.
+        output: of `forward`. weights: of the terms named in `ModelOptions.loss_weights`.
         """
 
     def distances(self, output: Any) -> Tensor:
@@ -71,14 +73,14 @@ class ModelOptions(ABC):
     """A value of `--model`: a dataclass of the options that only this model has, with its defaults and its loader.
 
     default_rank, default_ranks: LoRA's rank, and the ranks of layers by name, if no rank is given. peak_lr: of AdamW
-    by the kind of fine-tuning. loss_weights: the dataclass of its loss terms. standalone_base: whether the base alone
+    by the kind of fine-tuning. loss_weights: the default weight of each loss term. standalone_base: whether the base alone
     predicts anything, without the layers trained around it. same_to_compare: options that two runs must share to be compared.
     """
 
     default_rank: ClassVar[int]
     default_ranks: ClassVar[tuple[str, ...]] = ()
     peak_lr: ClassVar[Mapping[str, float]]
-    loss_weights: ClassVar[type]
+    loss_weights: ClassVar[Mapping[str, float]]
     standalone_base: ClassVar[bool] = True
     same_to_compare: ClassVar[tuple[str, ...]] = ()
 

@@ -12,6 +12,7 @@ are left out, and the field of this model has the coarse structure's sign in ina
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,13 +22,12 @@ from torch import Tensor, nn
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
-from fastlora.medical.sam3d.folder import load_part, sparse_tensor
-from fastlora.medical.sam3d.part import Sam3dPart, set_torso
+from fastlora.medical.sam3d.folder import sparse_tensor
+from fastlora.medical.sam3d.part import Sam3dPart
 from fastlora.medical.sam3d.surface import (
     SUBDIVISION,
     Decoded,
     Surface,
-    SurfaceLossWeights,
     no_surface,
     sample_volume,
     surface_losses,
@@ -107,16 +107,15 @@ class MeshExtractor:
 class Sam3dModel(Sam3dPart):
     """The frozen decoder and the encoder that makes its latents; without an encoder they come with the batch.
 
-    decoder: from `folder.load_part`. encoder: None for cached latents.
+    decoder: from `folder.load_part`. encoder: whether to add one, initialised from torch's generator.
     """
 
-    targets = ("to_qkv", "to_out", "mlp")
-
-    def __init__(self, decoder: nn.Module, encoder: LatentEncoder | None) -> None:
+    def __init__(self, decoder: nn.Module, encoder: bool) -> None:
         super().__init__()
         self.decoder = decoder
-        self.encoder = encoder
         self.resolution: int = int(decoder.resolution)  # type: ignore[arg-type]
+        channels: int = int(decoder.in_channels)  # type: ignore[arg-type]
+        self.encoder = LatentEncoder(channels) if encoder else None
         decoder.mesh_extractor = MeshExtractor(decoder.mesh_extractor)  # type: ignore[assignment]
         self._sparse_tensor = sparse_tensor()
 
@@ -133,7 +132,7 @@ class Sam3dModel(Sam3dPart):
         return batch.image, batch.base_vox, batch.slat
 
     def losses(
-        self, output: Decoded, batch: RegionBatch, weights: SurfaceLossWeights
+        self, output: Decoded, batch: RegionBatch, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         """See `surface_losses`."""
         return surface_losses(output, batch, weights)
@@ -200,15 +199,3 @@ class Sam3dModel(Sam3dPart):
 def _to_index(points: Tensor) -> Tensor:
     """The decoder's cube [-½, ½]³ -> index coordinates of the region's fine voxels."""
     return (points + 0.5) * FINE - 0.5
-
-
-def load_sam3d(
-    sam3d_dir: str, torso: str = "config", recompute: bool = False, encoder: bool = True
-) -> Sam3dModel:
-    """The user's decoder, frozen, with a fresh encoder initialised from torch's generator, or none.
-
-    torso, recompute: as in `set_torso`. Raises: as `folder.load_part`.
-    """
-    decoder: Any = load_part(sam3d_dir, "decoder")
-    set_torso(decoder, torso, recompute)
-    return Sam3dModel(decoder, LatentEncoder(int(decoder.in_channels)) if encoder else None)

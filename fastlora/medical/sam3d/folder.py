@@ -34,9 +34,6 @@ ENVIRONMENT = {
 }
 """Environment variables that the package reads when imported, with the values set where the user has set none."""
 
-TARGETS = ("to_qkv", "to_q", "to_kv", "to_out", "mlp")
-"""Path components of the layers that take adapters, in any part."""
-
 MAX_RESOLUTION = 128  # of the decoder's voxels: its grid of (4·128)³ cubes takes 9 GB
 MAX_NUMBER = 2**16  # of any other whole number in a part's YAML
 
@@ -92,10 +89,10 @@ _WRAPPERS = ("reverse_fn", "backbone")  # solvers and guidance around the model,
 _EMBEDDER = "condition_embedder"  # inside a generator's model; its output is cached instead
 
 
-def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Module:
-    """A part with its weights, frozen and in eval mode: "decoder", or the flow model of "slat" or "structure".
+def load_part(sam3d_dir: str | Path, part: str) -> nn.Module:
+    """A part with its weights, on the CPU, frozen and in eval mode: "decoder", or the flow model of "slat" or "structure".
 
-    sam3d_dir: the folder of pipeline.yaml. device: of the model's own constants; the weights stay on the CPU.
+    sam3d_dir: the folder of pipeline.yaml.
 
     Raises: ConfigError if the part is unknown, `sam3d_objects` cannot be imported, or a YAML file names another class, holds
         anything but plain values, or cannot be built. CheckpointError if a file is missing, unreadable or outside the folder, or its
@@ -111,7 +108,7 @@ def load_part(sam3d_dir: str | Path, part: str, device: str = "cpu") -> nn.Modul
         arguments = {key: value for key, value in arguments.items() if key != _EMBEDDER}
     else:
         arguments = {k: v for k, v in config.items() if k != "pretrained_ckpt_path"}
-        arguments["device"] = device
+        arguments["device"] = "cpu"  # of the model's own constants
     model = _build(arguments, about, about.classes, str(config_path))
     assert isinstance(model, nn.Module)
     state = _read_weights(weights_path, about)
@@ -173,18 +170,14 @@ class PartSettings:
     flow: FlowSettings = field(default_factory=FlowSettings)
 
 
-def read_decoder(sam3d_dir: str | Path) -> PartSettings:
-    """The settings of "decoder". Raises: as `read_generator`."""
-    path, config = _part_config(sam3d_dir, "decoder")
-    channels = _whole(config, "latent_channels", f"sam3d_dir: {path}")
-    return PartSettings(config["resolution"], {"feats": (None, channels)})
-
-
-def read_generator(sam3d_dir: str | Path, part: str) -> PartSettings:
-    """The settings of "slat" or "structure". Raises: as `load_part`, and ConfigError if a value cannot be used."""
+def read_settings(sam3d_dir: str | Path, part: str) -> PartSettings:
+    """The settings of "decoder", "slat" or "structure". Raises: as `load_part`, and ConfigError if a value cannot be used."""
     path, config = _part_config(sam3d_dir, part)
-    flow, model, _ = _flow_model(config, path, PARTS[part])
     where = f"sam3d_dir: {path}"
+    if part == "decoder":
+        channels = _whole(config, "latent_channels", where)
+        return PartSettings(config["resolution"], {"feats": (None, channels)})
+    flow, model, _ = _flow_model(config, path, PARTS[part])
     latents: dict[str, tuple[int | None, int]] = {}
     if part == "slat":
         latents["feats"] = None, _whole(model, "in_channels", where)
@@ -214,12 +207,12 @@ def read_generator(sam3d_dir: str | Path, part: str) -> PartSettings:
     return PartSettings(resolution, latents, _whole(model, "cond_channels", where), settings)
 
 
-def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
+def latent_scale(sam3d_dir: str | Path, channels: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel, with which the SLat generator normalises.
 
     `slat_mean` and `slat_std` of pipeline.yaml; without them the package's own.
 
-    Raises: ConfigError if they are no lists of numbers of one length, or missing and the package cannot be imported.
+    Raises: ConfigError if they are no lists of `channels` numbers, or missing and the package cannot be imported.
     """
     path = Path(sam3d_dir) / "pipeline.yaml"
     pipeline = _mapping(path)
@@ -228,9 +221,9 @@ def latent_scale(sam3d_dir: str | Path) -> tuple[list[float], list[float]]:
         package = _import("sam3d_objects.pipeline.inference_utils")
         mean, std = package.SLAT_MEAN.tolist(), package.SLAT_STD.tolist()
     lists = [v for v in (mean, std) if isinstance(v, list) and v and all(map(_is_number, v))]
-    if len(lists) < 2 or len(mean) != len(std) or min(std) <= 0:
+    if len(lists) < 2 or not len(mean) == len(std) == channels or min(std) <= 0:
         raise ConfigError(
-            f"sam3d_dir: {path}: slat_mean, slat_std: expected two lists of numbers of one length, the second positive, "
+            f"sam3d_dir: {path}: slat_mean, slat_std: expected two lists of {channels} numbers, the second positive, "
             f"got {mean!r} and {std!r}"
         )
     return mean, std

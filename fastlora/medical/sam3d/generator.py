@@ -16,15 +16,8 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch
-from fastlora.medical.sam3d.folder import (
-    TARGETS,
-    FlowSettings,
-    PartSettings,
-    latent_scale,
-    load_part,
-    read_generator,
-)
-from fastlora.medical.sam3d.part import Sam3dPart, set_torso
+from fastlora.medical.sam3d.folder import FlowSettings, PartSettings
+from fastlora.medical.sam3d.part import Sam3dPart
 
 VALIDATION_DRAWS = 4
 """Draws of time and noise for each region in eval mode, the same in every epoch."""
@@ -97,12 +90,9 @@ def _check_samples(
 class Sam3dFlow(Sam3dPart):
     """A generator and its loss on a region's cached latents and condition.
 
-    flow: from `folder.load_part`. settings: of its YAML. scale: mean and standard deviation that normalise cached latents of
-    "slat"; None leaves them as they are. drop_condition: probability of training a region without its condition, which the
-    generator's guidance needs.
+    flow: from `folder.load_part`. settings: of its YAML. scale: `folder.latent_scale` for "slat"; None leaves cached latents as they
+    are. drop_condition: probability of training a region without its condition, which the generator's guidance needs.
     """
-
-    targets = TARGETS
 
     def __init__(
         self,
@@ -133,7 +123,9 @@ class Sam3dFlow(Sam3dPart):
         names = [f"{meta['subject']}-{meta['region']}" for meta in batch.meta]
         return latents, batch.condition, [zlib.crc32(name.encode()) for name in names]
 
-    def losses(self, output: Tensor, batch: RegionBatch, weights: Any) -> dict[str, Tensor]:
+    def losses(
+        self, output: Tensor, batch: RegionBatch, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """The mean over the regions; the weights of the latents are in the generator's settings, not in `weights`."""
         return {"flow": output.mean(), "total": output.mean()}
 
@@ -173,21 +165,3 @@ class Sam3dFlow(Sam3dPart):
             mean, std = (values.to(feats) for values in self.scale)
             feats = (feats - mean) / std
         return feats[None], coords
-
-
-def load_flow(
-    sam3d_dir: str, torso: str, recompute: bool, part: str, drop_condition: float
-) -> Sam3dFlow:
-    """The user's generator "slat" or "structure", frozen. Arguments as in `set_torso` and `Sam3dFlow`.
-
-    Raises: as `folder.load_part`, `folder.read_generator` and `folder.latent_scale`.
-    """
-    settings = read_generator(sam3d_dir, part)
-    flow = load_part(sam3d_dir, part)
-    set_torso(flow, torso, recompute)
-    scale = latent_scale(sam3d_dir) if part == "slat" else None
-    if scale is not None and len(scale[0]) != settings.latents["feats"][1]:
-        raise ConfigError(
-            f"sam3d_dir: slat_mean, slat_std: expected {settings.latents['feats'][1]} numbers, got {len(scale[0])}"
-        )
-    return Sam3dFlow(flow, settings, scale, drop_condition)

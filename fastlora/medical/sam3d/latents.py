@@ -13,7 +13,7 @@ for the generator "structure" each of its latents by name, (N, C), as the genera
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ MIN_SHARE = 0.5
 """Least fraction of the voxels near the region's surface, and of the surface inside voxels."""
 
 
-def slat_path(folder: Path, meta: Mapping[str, str]) -> Path:
+def latents_path(folder: Path, meta: Mapping[str, str]) -> Path:
     """The file of a region. Raises: DataError if there is none, or two."""
     stem = f"{meta['subject']}-{meta['region']}"
     found = [path for kind in KINDS if (path := folder / f"{stem}.{kind}").is_file()]
@@ -49,36 +49,22 @@ def slat_path(folder: Path, meta: Mapping[str, str]) -> Path:
     return found[0]
 
 
-def read_slat(path: Path) -> dict[str, Tensor]:
-    """`coords` (N, 3) int64, `feats` (N, C) float32, and if present the `condition` (L, D) float32 of an untrusted file.
+def read_latents(path: Path, about: PartSettings) -> dict[str, Tensor]:
+    """The tables of an untrusted file by name: a part's latents and `condition`, float32; on a grid also `coords`, int64.
 
-    Raises: DataError if it cannot be read, or holds anything else.
+    about: the part. A file of the decoder may hold a condition as well.
+
+    Raises: DataError if the file cannot be read, or holds anything else.
     """
-    found = _read_tables(path, {"coords": (None, 3), "feats": (None, None)}, {"condition"})
-    count, shape = len(found["coords"]), tuple(found["feats"].shape)
-    if shape[0] != count:
-        raise DataError(f"latents_dir: {path}: feats: expected ({count}, C) floats, got {shape}")
-    return found
-
-
-def read_structure(
-    path: Path, latents: Mapping[str, Size], condition: int | None
-) -> dict[str, Tensor]:
-    """The latents of "structure" by name, (N, C) float32, and the `condition` (L, D) float32 of an untrusted file.
-
-    latents: size of each. condition: D. Raises: DataError if it cannot be read, or holds anything else.
-    """
-    return _read_tables(path, {**latents, "condition": (None, condition)})
-
-
-def _read_tables(
-    path: Path, sizes: Mapping[str, Size], optional: Set[str] = frozenset()
-) -> dict[str, Tensor]:
-    """The tables of a file by name: `coords` of integers, all others of finite floats. optional: further names."""
+    sizes: dict[str, Size] = {} if about.resolution is None else {"coords": (None, 3)}
+    sizes |= about.latents
+    if about.condition_channels is not None:
+        sizes["condition"] = None, about.condition_channels
     try:
         found = load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"latents_dir: cannot read {path}: {error}") from error
+    optional = {"condition"} - sizes.keys()
     if found.keys() - optional != sizes.keys():
         raise DataError(
             f"latents_dir: {path}: expected {', '.join(sizes)}, got {', '.join(sorted(found))}"
@@ -94,6 +80,10 @@ def _read_tables(
             )
         if floats and not bool(torch.isfinite(value).all()):
             raise DataError(f"latents_dir: {path}: {name}: expected finite numbers")
+    if "coords" in found and len(found["coords"]) != len(found["feats"]):
+        raise DataError(
+            f"latents_dir: {path}: feats: expected ({len(found['coords'])}, C) floats, got {tuple(found['feats'].shape)}"
+        )
     return {name: x.long() if name == "coords" else x.float() for name, x in found.items()}
 
 
@@ -108,18 +98,13 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def check_slat(
-    slat: Mapping[str, Tensor], sdf_vox: NDArray[np.float32], resolution: int, channels: int, where: str
-) -> None:  # fmt: skip
-    """Checks that latents belong to a decoder and a region.
+def check_voxels(coords: Tensor, sdf_vox: NDArray[np.float32], resolution: int, where: str) -> None:
+    """Checks that the voxels of latents belong to a grid and a region.
 
-    sdf_vox: (32, 32, 32), the region's truth. resolution, channels: the decoder's. where: prefix of the message.
+    coords: (T, 3) int64. sdf_vox: (32, 32, 32), the region's truth. resolution: of the grid. where: prefix of the message.
 
     Raises: DataError, naming the mismatch; also if the region's surface is elsewhere (another window, mirrored axes).
     """
-    coords, feats = slat["coords"], slat["feats"]
-    if feats.shape[1] != channels:
-        raise DataError(f"{where}: feats: expected (T, {channels}), got {tuple(feats.shape)}")
     if bool((coords < 0).any()) or bool((coords >= resolution).any()):
         raise DataError(
             f"{where}: coords: expected 0 to {resolution - 1}, got {int(coords.min())} to {int(coords.max())}"
@@ -176,18 +161,12 @@ class CachedRegions:
         return len(self.regions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample, about, wanted = self.regions[index], self.about, self.about.condition_channels
-        path = slat_path(self.folder, sample["meta"])
+        sample, about = self.regions[index], self.about
+        path = latents_path(self.folder, sample["meta"])
+        found = read_latents(path, about)
+        if about.condition_channels is not None:
+            sample["condition"] = found.pop("condition")
         if about.resolution is None:
-            latents = read_structure(path, about.latents, wanted)
-            return {**sample, "condition": latents.pop("condition"), "latents": latents}
-        slat, where = read_slat(path), f"latents_dir: {path}"
-        check_slat(slat, sample["sdf_vox"], about.resolution, about.latents["feats"][1], where)
-        sample = {**sample, "slat_coords": slat["coords"], "slat_feats": slat["feats"]}
-        if wanted is None:
-            return sample
-        condition = slat.get("condition")
-        if condition is None or condition.shape[1] != wanted:
-            got = "none" if condition is None else tuple(condition.shape)
-            raise DataError(f"{where}: condition: expected (L, {wanted}), got {got}")
-        return {**sample, "condition": condition}
+            return {**sample, "latents": found}
+        check_voxels(found["coords"], sample["sdf_vox"], about.resolution, f"latents_dir: {path}")
+        return {**sample, "slat_coords": found["coords"], "slat_feats": found["feats"]}

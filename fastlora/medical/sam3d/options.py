@@ -11,12 +11,12 @@ from fastlora.errors import CheckpointError, ConfigError
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.models.options import NOT_NEGATIVE, PROBABILITY, check_options, one_of, option
 from fastlora.medical.models.trainee import ModelOptions
-from fastlora.medical.sam3d.decoder import load_sam3d
-from fastlora.medical.sam3d.folder import read_decoder, read_generator
-from fastlora.medical.sam3d.generator import load_flow
+from fastlora.medical.sam3d.decoder import Sam3dModel
+from fastlora.medical.sam3d.folder import latent_scale, load_part, read_settings
+from fastlora.medical.sam3d.generator import Sam3dFlow
 from fastlora.medical.sam3d.latents import CachedRegions
-from fastlora.medical.sam3d.part import Sam3dPart
-from fastlora.medical.sam3d.surface import SurfaceLossWeights
+from fastlora.medical.sam3d.part import Sam3dPart, set_torso
+from fastlora.medical.sam3d.surface import LOSS_WEIGHTS
 
 _sam3d = partial(option, "sam3d")
 
@@ -27,7 +27,7 @@ class Sam3dOptions(ModelOptions):
 
     default_rank: ClassVar[int] = 4
     peak_lr: ClassVar[Mapping[str, float]] = {"lora": 1e-3, "full": 1e-4}
-    loss_weights: ClassVar[type] = SurfaceLossWeights
+    loss_weights: ClassVar[Mapping[str, float]] = LOSS_WEIGHTS
     # The decoder predicts nothing without latents: with its adapters off it still needs the run's encoder.
     standalone_base: ClassVar[bool] = False
     same_to_compare: ClassVar[tuple[str, ...]] = ("latents_dir",)
@@ -58,13 +58,13 @@ class Sam3dOptions(ModelOptions):
         "probability",
     )
     loss_vertex: float = _sam3d(
-        0.2, "weight of the vertices' distance to the true surface", NOT_NEGATIVE
+        LOSS_WEIGHTS["vertex"], "weight of the vertices' distance to the true surface", NOT_NEGATIVE
     )
     loss_chamfer: float = _sam3d(
-        0.1, "weight of the distance between the surfaces' points", NOT_NEGATIVE
+        LOSS_WEIGHTS["chamfer"], "weight of the distance between the surfaces' points", NOT_NEGATIVE
     )
     loss_regularisation: float = _sam3d(
-        0.1, "weight of the decoder's own regularisation", NOT_NEGATIVE
+        LOSS_WEIGHTS["regularisation"], "weight of the decoder's own regularisation", NOT_NEGATIVE
     )
 
     def __post_init__(self) -> None:
@@ -113,16 +113,19 @@ class Sam3dOptions(ModelOptions):
             )
 
     def load(self, base_weights: str | None) -> Sam3dPart:
-        """The part, untrained. Raises: as `load_sam3d` and `load_flow`."""
-        how = str(self.sam3d_dir), self.sam3d_torso, self.sam3d_checkpointing
-        if self.makes_mesh:
-            return load_sam3d(*how, encoder=self.latents_dir is None)
-        return load_flow(*how, self.sam3d_part, self.drop_condition)
+        """The part, untrained. Raises: as `load_part`, `read_settings` and `latent_scale` of `folder.py`."""
+        folder, part = str(self.sam3d_dir), self.sam3d_part
+        settings = None if self.makes_mesh else read_settings(folder, part)
+        model = load_part(folder, part)
+        set_torso(model, self.sam3d_torso, self.sam3d_checkpointing)
+        if settings is None:
+            return Sam3dModel(model, encoder=self.latents_dir is None)
+        scale = latent_scale(folder, settings.latents["feats"][1]) if part == "slat" else None
+        return Sam3dFlow(model, settings, scale, self.drop_condition)
 
     def regions(self, dataset: RegionDataset) -> RegionDataset | CachedRegions:
         """The dataset with the cached latents of `latents_dir`, if given. Raises: DataError if a region lacks them."""
         if self.latents_dir is None:
             return dataset
-        folder, part = str(self.sam3d_dir), self.sam3d_part
-        about = read_decoder(folder) if self.makes_mesh else read_generator(folder, part)
+        about = read_settings(str(self.sam3d_dir), self.sam3d_part)
         return CachedRegions(dataset, self.latents_dir, about)

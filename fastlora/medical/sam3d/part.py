@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from fastlora import freeze_base_params, inject_lora
+from fastlora import setup_lora_for_medical_finetuning
 from fastlora.errors import ConfigError
 from fastlora.medical.models.trainee import Trainee
 
@@ -18,16 +18,13 @@ class Sam3dPart(Trainee):
     Under FSDP2 a part is one unit: FSDP2 does not find the tensors inside the objects that its blocks pass to each other.
     """
 
-    targets: ClassVar[tuple[str, ...]]
-    """Path components of the layers that take adapters."""
-
     def adapt(
         self, rank: int, alpha: float, dropout: float, ffn: bool, rank_pattern: Mapping[str, int]
     ) -> None:
         """Adapts the base and freezes the rest of it. `rank_pattern` is empty: `Sam3dOptions.check` refuses others."""
-        targets = [name for name in self.targets if ffn or name != "mlp"]
-        inject_lora(self.base, targets, rank=rank, alpha=alpha, dropout=dropout)
-        freeze_base_params(self.base)
+        setup_lora_for_medical_finetuning(
+            self.base, rank, alpha, dropout, unfreeze_output_layers=False, include_ffn=ffn
+        )
 
     def train_all(self) -> None:
         """Makes every parameter trainable. Raises: ConfigError if the blocks have 16 bits."""

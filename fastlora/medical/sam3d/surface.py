@@ -14,6 +14,7 @@ Each is a mean over the batch's regions. An empty mesh gives 0 in `vertex`, `cha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from fastlora.errors import DataError
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
-from fastlora.medical.models.losses import Weights
 
 if TYPE_CHECKING:
     from fastlora.medical.data.batch import RegionBatch
@@ -59,11 +59,6 @@ class Surface:
     vertices: Tensor
     faces: Tensor
     regularisation: Tensor
-
-    @property
-    def empty(self) -> bool:
-        """Whether the mesh has no face."""
-        return len(self.faces) == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,25 +105,23 @@ for kind in (Surface, Decoded):
     torch.export.register_dataclass(kind)
 
 
-@dataclass(frozen=True)
-class SurfaceLossWeights(Weights):
-    """Weights of `surface_losses`."""
-
-    sdf: float = 1.0
-    vertex: float = 0.2
-    chamfer: float = 0.1
-    normal: float = 0.05
-    regularisation: float = 0.1
+LOSS_WEIGHTS: Mapping[str, float] = {
+    "sdf": 1.0,
+    "vertex": 0.2,
+    "chamfer": 0.1,
+    "normal": 0.05,
+    "regularisation": 0.1,
+}
+"""The default weights of `surface_losses`."""
 
 
 def surface_losses(
-    decoded: Decoded, batch: RegionBatch, weights: SurfaceLossWeights | None = None
+    decoded: Decoded, batch: RegionBatch, weights: Mapping[str, float] = LOSS_WEIGHTS
 ) -> dict[str, Tensor]:
     """The terms above, their weighted sum `total`, and `empty`, the fraction of regions without a mesh; all 0-d.
 
     Raises: DataError if a region's truth has no surface, or none near the decoder's corners.
     """
-    weights = weights or SurfaceLossWeights()
     terms: list[dict[str, Tensor]] = []
     for surface, true, meta in zip(
         decoded.surfaces, batch.sdf_vox.float(), batch.meta, strict=True
@@ -138,7 +131,8 @@ def surface_losses(
         term = {"sdf": _corner_loss(surface, true, meta), "regularisation": surface.regularisation}
         terms.append({**term, **_mesh_terms(surface, true)})
     means = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
-    return {**means, "total": weights.total(means)}
+    weighted = [weight * means[name] for name, weight in weights.items()]
+    return {**means, "total": torch.stack(weighted).sum()}
 
 
 def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Tensor:
@@ -155,7 +149,7 @@ def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Te
 def _mesh_terms(surface: Surface, true_vox: Tensor) -> dict[str, Tensor]:
     """Terms `vertex`, `chamfer` and `normal` of one region, and whether it was `empty`."""
     zero = true_vox.new_zeros(())
-    if surface.empty:
+    if len(surface.faces) == 0:
         return {"vertex": zero, "chamfer": zero, "normal": zero, "empty": zero + 1}
     points = _thinned(surface.vertices)
     distances = torch.cdist(points, _thinned(true_points(true_vox)))

@@ -13,6 +13,7 @@ from typing import Any
 from fastlora import files
 from fastlora.errors import ConfigError, nearest
 from fastlora.medical.models.decoder import DecoderOptions
+from fastlora.medical.models.losses import LOSS_WEIGHTS
 from fastlora.medical.models.options import (
     AT_LEAST_ONE,
     NOT_EMPTY,
@@ -134,10 +135,14 @@ class TrainConfig:
         "epochs",
         resumable=True,
     )
-    loss_sdf: float = _optim(1.0, "weight of the distance error near the surface", NOT_NEGATIVE)
-    loss_occupancy: float = _optim(0.2, "weight of the inside / outside error", NOT_NEGATIVE)
+    loss_sdf: float = _optim(
+        LOSS_WEIGHTS["sdf"], "weight of the distance error near the surface", NOT_NEGATIVE
+    )
+    loss_occupancy: float = _optim(
+        LOSS_WEIGHTS["occupancy"], "weight of the inside / outside error", NOT_NEGATIVE
+    )
     loss_normal: float = _optim(
-        0.05, "weight of the error of the distance's gradient", NOT_NEGATIVE
+        LOSS_WEIGHTS["normal"], "weight of the error of the distance's gradient", NOT_NEGATIVE
     )
     amp: str = _optim("off", "mixed precision, on CUDA only", one_of("off", "bf16", "fp16"))
     seed: int = _optim(0, "seed of weights, data order, dropout and augmentation", NOT_NEGATIVE)
@@ -184,7 +189,9 @@ class TrainConfig:
                     )
         self._resolve()
         self.options.check(vars(self))
-        self.loss_weights  # noqa: B018  checks them
+        if not any(self.loss_weights.values()):
+            names = ", ".join(f"loss_{name}" for name in self.loss_weights)
+            raise ConfigError(f"{names}: expected at least one positive weight, got all zero")
 
     def _check(self) -> None:
         """Refuses options that contradict each other."""
@@ -228,10 +235,10 @@ class TrainConfig:
         return self.lr if self.lr is not None else self.options.peak_lr[self.finetune]
 
     @property
-    def loss_weights(self) -> Any:
-        """The weights of the model's loss terms, an instance of its `ModelOptions.loss_weights`."""
-        kind, values = self.options.loss_weights, self.to_dict()
-        return kind(**{f.name: values[f"loss_{f.name}"] for f in dataclasses.fields(kind)})
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each loss term of the model."""
+        values = self.to_dict()
+        return {name: values[f"loss_{name}"] for name in self.options.loss_weights}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

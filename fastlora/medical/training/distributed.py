@@ -7,6 +7,7 @@ another number. Under DDP each rank holds the model, under FSDP2 a shard of each
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,13 +137,13 @@ def peers_needed() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
         raise TrainingError(
-            "another process has gone (see its own output for the cause); "
+            "another process ended (see its own output for the cause); "
             "continue after the last finished epoch with --resume"
         ) from error
 
 
 def resolve_device(config: TrainConfig) -> torch.device:
-    """The device of a configuration. Raises: ConfigError if it is not here, or does not support `config.amp`."""
+    """The device of a configuration. Raises: ConfigError if it is not available, or does not support `config.amp`."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,7 +152,7 @@ def resolve_device(config: TrainConfig) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: {name!r} is not here ({torch.cuda.device_count()} CUDA devices)"
+            f"device: {name!r} is not available ({torch.cuda.device_count()} CUDA devices)"
         )
     if config.amp != "off" and device.type != "cuda":
         raise ConfigError(
@@ -185,15 +186,15 @@ def parallelize(model: Trainee, kind: str, device: torch.device) -> nn.Module:
 
     Raises: ConfigError if "fsdp" has one process, or a model with 16-bit weights.
     """
-    if kind == "fsdp" and not dist.is_initialized():
-        raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
-    if kind == "fsdp" and model.has_half:
-        raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
     if not dist.is_initialized():
+        if kind == "fsdp":
+            raise ConfigError("parallel: expected torchrun around 'fsdp', got one process")
         return model
     if kind == "ddp":
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
+    if model.has_half:
+        raise ConfigError("parallel: expected 'ddp' with 16-bit weights, got 'fsdp'")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in model.shard_units:
         fully_shard(unit, mesh=mesh)
@@ -223,29 +224,20 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict with full tensors on the CPU; every rank must call."""
-    return _map_tensors(optimizer.state_dict(), lambda _, tensor: full_tensor(tensor))
+    """AdamW's state dict with full tensors on the CPU; every rank must call."""
+    state = optimizer.state_dict()
+    full = {
+        number: {name: full_tensor(tensor) for name, tensor in entry.items()}
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": full}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads a `full_optimizer_state` on any number of ranks; `state` is not modified."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def placed(index: int, tensor: Tensor) -> Tensor:
-        copy = tensor.clone()  # the optimizer modifies its state
-        if copy.shape != parameters[index].shape:  # AdamW's step counter is never sharded
-            return copy
-        return sharded_like(parameters[index], copy)
-
-    optimizer.load_state_dict(_map_tensors(state, placed))
-
-
-def _map_tensors(
-    state: Mapping[str, Any], convert: Callable[[int, Tensor], Tensor]
-) -> dict[str, Any]:
-    """A copy of an optimizer's state dict; convert: called with the index of a parameter and each tensor of its state."""
-    converted = {
-        index: {k: convert(index, v) if isinstance(v, Tensor) else v for k, v in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {"state": converted, "param_groups": [dict(group) for group in state["param_groups"]]}
+    own = copy.deepcopy(state["state"])  # the optimizer modifies its state
+    for number, entry in own.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            entry[moment] = sharded_like(parameters[number], entry[moment])
+    optimizer.load_state_dict({**state, "state": own})

@@ -47,7 +47,7 @@ def explained(last: Path, out_of_memory: Callable[[], str]) -> Iterator[None]:
         raise TrainingError(f"{reason}; {kept}") from error
 
 
-def memory_in_words(model: nn.Module, rows: int) -> str:
+def memory_text(model: nn.Module, rows: int) -> str:
     """The least memory of a step: by `fastlora.estimate`, or of parameters alone in a model without adapters."""
     if any(True for _ in named_lora_layers(model)):
         mib = estimate(model, max(1, rows)).total_bytes / 2**20

@@ -69,7 +69,7 @@ class RunFolder:
         try:
             history = read_json(self.history)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.history}: is no history: {error}") from error
+            raise CheckpointError(f"{self.history}: not a history: {error}") from error
         kinds = {"epochs": list, "seconds": list, "counts": dict}
         missing = kinds.keys() - (history.keys() if isinstance(history, dict) else set())
         if missing:

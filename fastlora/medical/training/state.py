@@ -127,7 +127,7 @@ class RunState:
         self.best = {key: value for key, value in best.items() if key != "best"}
 
     def restore(self, content: Mapping[str, Any]) -> None:
-        """Puts back weights, optimizer, schedule, generators and position of a snapshot of this run."""
+        """Restores weights, optimizer, schedule, generators and position of a snapshot of this run."""
         parameters = trainable_parameters(self.model)
         weights = {
             n: distributed.sharded_like(parameters[n], t) for n, t in content["model"].items()

@@ -91,8 +91,7 @@ class MedicalTrainer:
         self.model.to(self.device)
         self._call = distributed.parallelize(self.model, config.parallel, self.device)
         steps = math.ceil(math.ceil(len(train_data) / config.batch_size) / config.grad_accum)
-        sides = [data for data in (train_data, val_data) if hasattr(data, "identity")]
-        regions = [side.identity() for side in sides]
+        regions = [data.identity() for data in (train_data, val_data) if hasattr(data, "identity")]
         facts = {"base_sha256": base_sha256, "samples": len(train_data), "regions": regions}
         self.state = RunState(config, self.model, steps, facts)
         self.interrupted: Callable[[], bool] = lambda: False
@@ -174,9 +173,9 @@ class MedicalTrainer:
             report.restart_epoch(self.micro_batch)
 
     def _memory(self) -> str:
-        alone = ", and --halve_batch does that by itself" if self.ranks.world == 1 else ""
+        alone = ", and --halve_batch does that automatically" if self.ranks.world == 1 else ""
         return (
-            f"{faults.memory_in_words(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
+            f"{faults.memory_text(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
             f"grad_accum trains the same{alone}"
         )
 

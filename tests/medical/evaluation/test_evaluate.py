@@ -282,7 +282,7 @@ def test_run_reads_its_folder_or_a_checkpoint_in_it(home):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("{", "is no history"),
+        ("{", "not a history"),
         ("[]", "lacks counts, epochs, seconds"),
         ("{}", "lacks counts, epochs, seconds"),
         ({"epochs": []}, "epochs: expected a filled list"),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.grids import TRUNCATION_VOX
-from fastlora.medical.models.losses import LossWeights, mesh_losses
+from fastlora.medical.models.losses import mesh_losses
+from fastlora.medical.training.config import TrainConfig
 
 TERMS = ("sdf", "occupancy", "normal")
 
@@ -33,7 +34,7 @@ def batch(*truths: Tensor) -> Any:
 @pytest.mark.parametrize("term", TERMS)
 def test_each_term_alone_has_gradient_near_the_surface(term: str) -> None:
     pred = ball(4.0, shift=1.0)[None].requires_grad_()
-    weights = LossWeights(**{t: float(t == term) for t in TERMS})
+    weights = {t: float(t == term) for t in TERMS}
     losses = mesh_losses(pred, batch(ball(5.0)), weights)
     assert losses["total"].item() == pytest.approx(losses[term].item())
     losses["total"].backward()
@@ -59,7 +60,7 @@ def test_following_the_gradient_of_a_term_alone_lowers_it(term: str) -> None:
     start = ball(4.0, shift=1.0)
     pred = start[None].clone().requires_grad_()
     optimizer = torch.optim.Adam([pred], lr=0.05)
-    weights = LossWeights(**{t: float(t == term) for t in TERMS})
+    weights = {t: float(t == term) for t in TERMS}
     first = mesh_losses(pred, batch(truth))[term].item()
     least = mesh_losses(truth[None], batch(truth))[term].item()
     for _ in range(60):
@@ -83,7 +84,7 @@ def test_far_beyond_the_truncation_is_no_error_but_the_wrong_side_is() -> None:
 
 def test_the_weights_make_the_total_and_regions_weigh_alike() -> None:
     truths, preds = (ball(2.5), ball(7.0)), (ball(3.5), ball(6.0))
-    weights = LossWeights(sdf=2.0, occupancy=0.5, normal=0.25)
+    weights = {"sdf": 2.0, "occupancy": 0.5, "normal": 0.25}
     both = mesh_losses(torch.stack(preds), batch(*truths), weights)
     single = [mesh_losses(p[None], batch(t), weights) for p, t in zip(preds, truths, strict=True)]
     for name in (*TERMS, "total"):
@@ -94,12 +95,12 @@ def test_the_weights_make_the_total_and_regions_weigh_alike() -> None:
 
 
 def test_bad_weights_shapes_and_regions_without_surface_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"LossWeights\.normal: .* got -1"):
-        LossWeights(normal=-1)
-    with pytest.raises(ConfigError, match=r"LossWeights\.sdf: expected a finite number"):
-        LossWeights(sdf=float("nan"))
-    with pytest.raises(ConfigError, match="at least one positive weight"):
-        LossWeights(0, 0, 0)
+    with pytest.raises(ConfigError, match=r"loss_normal: expected >= 0, got -1"):
+        TrainConfig(loss_normal=-1)
+    with pytest.raises(ConfigError, match=r"loss_sdf: expected a finite number"):
+        TrainConfig(loss_sdf=float("nan"))
+    with pytest.raises(ConfigError, match="loss_sdf, .*: expected at least one positive weight"):
+        TrainConfig(loss_sdf=0, loss_occupancy=0, loss_normal=0)
     with pytest.raises(
         DataError, match=r"pred_vox: expected \(1, 16, 16, 16\), got \(1, 16, 16, 8\)"
     ):

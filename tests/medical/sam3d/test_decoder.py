@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +16,13 @@ from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_structure
 from fastlora.medical.data.splits import make_splits
-from fastlora.medical.sam3d.decoder import active_voxels, load_sam3d, voxel_features
+from fastlora.medical.sam3d.decoder import active_voxels, voxel_features
 from fastlora.medical.sam3d.folder import load_part
+from fastlora.medical.sam3d.options import Sam3dOptions
 from fastlora.medical.sam3d.surface import (
+    LOSS_WEIGHTS,
     Decoded,
     Surface,
-    SurfaceLossWeights,
     sample_volume,
     surface_losses,
     true_points,
@@ -207,7 +207,7 @@ def test_an_empty_mesh_is_counted_and_still_has_gradients():
     surface = sphere_surface(batch)
     none = {"vertices": torch.zeros(0, 3), "faces": torch.zeros(0, 3, dtype=torch.long)}
     surface = Surface(**{**vars(surface), **none})
-    weights = SurfaceLossWeights(sdf=0.0)
+    weights = {**LOSS_WEIGHTS, "sdf": 0.0}
     losses = surface_losses(Decoded([surface], batch.base_vox, 8), batch, weights)
     assert losses["empty"] == 1 and losses["vertex"] == losses["chamfer"] == losses["normal"] == 0
     losses["total"].backward()
@@ -217,16 +217,16 @@ def test_an_empty_mesh_is_counted_and_still_has_gradients():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"vertex": -1.0}, "SurfaceLossWeights.vertex: expected a finite"),
+        ({"loss_vertex": -1.0}, "loss_vertex: expected >= 0, got -1"),
         (
-            dict.fromkeys(("sdf", "vertex", "chamfer", "normal", "regularisation"), 0.0),
-            "at least one positive",
+            {f"loss_{name}": 0.0 for name in LOSS_WEIGHTS},
+            "loss_sdf, loss_vertex, .*: expected at least one positive weight",
         ),
     ],
 )
 def test_loss_weights_are_checked(values, message):
     with pytest.raises(ConfigError, match=message):
-        SurfaceLossWeights(**values)
+        TrainConfig(model="sam3d", sam3d_dir="x", **values)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -402,7 +402,7 @@ def test_a_region_without_active_voxels_keeps_its_coarse_structure_and_is_not_tr
             "meta": other.meta + batch.meta,
         }
     )
-    model = load_sam3d(str(folder)).eval()
+    model = Sam3dOptions(sam3d_dir=folder).load(None).eval()
     with torch.no_grad():
         together, alone = predict(model, both), predict(model, batch)
         only = predict(model, other)
@@ -521,5 +521,5 @@ def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
 
 
 def test_reading_the_decoder_gives_an_encoder_only_when_asked(folder):
-    assert load_sam3d(str(folder), encoder=False).encoder is None
-    assert Path(folder).is_dir() and load_sam3d(str(folder)).encoder[-1].out_features == 8
+    assert Sam3dOptions(sam3d_dir=folder, latents_dir="x").load(None).encoder is None
+    assert Sam3dOptions(sam3d_dir=folder).load(None).encoder[-1].out_features == 8

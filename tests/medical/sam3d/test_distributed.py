@@ -93,7 +93,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_continues(kind, alone, packa
     run = tmp_path / "run"
     survivor, dead = run_ranks(2, train, package, folder, run, {"parallel": kind}, 3)
     assert dead == -signal.SIGKILL and isinstance(survivor, TrainingError)
-    assert "another process has gone" in str(survivor)
+    assert "another process ended" in str(survivor)
     assert len(json.loads((run / "history.json").read_text())["epochs"]) == 3
     history = train(package, folder, run, {"resume": "auto"})
     assert_same_history(history, alone["lora"][1])

@@ -19,14 +19,14 @@ from fastlora.medical.data.splits import make_splits
 from fastlora.medical.evaluation.evaluate import Run
 from fastlora.medical.sam3d.decoder import active_voxels
 from fastlora.medical.sam3d.folder import (
-    TARGETS,
     FlowSettings,
+    PartSettings,
     latent_scale,
     load_part,
-    read_generator,
+    read_settings,
 )
 from fastlora.medical.sam3d.generator import VALIDATION_DRAWS, Sam3dFlow, flow_matching_loss
-from fastlora.medical.sam3d.latents import read_structure
+from fastlora.medical.sam3d.latents import read_latents
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_cases, micro_batches
@@ -119,7 +119,8 @@ def test_the_adapter_goes_into_the_generator_itself(runs, folder, part):
     model = load_base(run.config)
     batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
     base = model.eval()(*model.inputs(batch))
-    fastlora.inject_lora(model.flow, list(TARGETS), rank=4, alpha=8.0)
+    targets = ["to_qkv", "to_q", "to_kv", "to_out", "mlp"]
+    fastlora.inject_lora(model.flow, targets, rank=4, alpha=8.0)
     fastlora.load_adapter(model.flow, run.folder.adapter)
     best = read_checkpoint(run.folder.find("best"))["model"]
     assert all(torch.equal(p, best[n]) for n, p in model.named_parameters() if n in best)
@@ -184,7 +185,7 @@ def one_loss(model, batch, index, condition=None):
 
 @pytest.mark.parametrize("part", GENERATORS)
 def test_conditions_are_dropped_as_often_as_asked(runs, folder, part):
-    run, scale = runs[part], latent_scale(folder) if part == "slat" else None
+    run, scale = runs[part], latent_scale(folder, 8) if part == "slat" else None
     batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
     model = Sam3dFlow(run.model.flow, run.model.settings, scale, drop_condition=0.3)
     model.train()
@@ -243,7 +244,7 @@ def edit_generator(folder, name, **changes):
 
 
 def test_the_generators_settings_are_read(own_folder):
-    about = read_generator(own_folder, "slat")
+    about = read_settings(own_folder, "slat")
     assert (about.resolution, about.condition_channels) == (16, 48)
     assert about.latents == {"feats": (None, 8)} and about.flow.loss_weights == {"feats": 1.0}
     sampler = {"_target_": "a.lognorm_sampler", "_partial_": True, "mean": 1, "std": 0.5}
@@ -255,7 +256,7 @@ def test_the_generators_settings_are_read(own_folder):
         training_time_sampler_fn=sampler,
         loss_weights={"shape": 2.0, "pose": 0.5},
     )
-    about = read_generator(own_folder, "structure")
+    about = read_settings(own_folder, "structure")
     assert about.latents == {"shape": (64, 8), "pose": (4, 8)} and about.resolution is None
     assert (about.flow.sigma_min, about.flow.time_scale) == (0.25, 10.0)
     assert (about.flow.time_mean, about.flow.time_std) == (1.0, 0.5)
@@ -295,21 +296,24 @@ def test_the_settings_reach_the_loss():
 def test_settings_that_cannot_be_used_are_refused(own_folder, changes, message):
     edit_generator(own_folder, "slat_generator", **changes)
     with pytest.raises(ConfigError, match=message):
-        read_generator(own_folder, "slat")
+        read_settings(own_folder, "slat")
 
 
 def test_the_scale_of_latents_is_read(own_folder):
-    assert latent_scale(own_folder) == ([0.5] * 8, [2.0] * 8)
+    assert latent_scale(own_folder, 8) == ([0.5] * 8, [2.0] * 8)
     path = own_folder / "pipeline.yaml"
     values = yaml.safe_load(path.read_text())
     for std in ([1.0], [0.0] * 8, "x"):
         path.write_text(yaml.safe_dump({**values, "slat_std": std}))
-        with pytest.raises(ConfigError, match="slat_mean, slat_std: expected two lists of numbers"):
-            latent_scale(own_folder)
+        with pytest.raises(ConfigError, match="slat_mean, slat_std: expected two lists of 8 numb"):
+            latent_scale(own_folder, 8)
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="expected two lists of 7 numbers"):
+        latent_scale(own_folder, 7)
     del values["slat_std"]
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match="needs the package sam3d_objects"):  # has no such module
-        latent_scale(own_folder)
+        latent_scale(own_folder, 8)
 
 
 GOOD = {"shape": np.ones((64, 8), np.float32), "pose": np.ones((4, 8), np.float32)}
@@ -341,13 +345,13 @@ GOOD["condition"] = np.ones((3, 5), np.float16)
     ],
 )
 def test_latents_of_the_structure_are_checked(tmp_path, content, message):
-    about = {"shape": (64, 8), "pose": (4, 8)}
+    about = PartSettings(None, {"shape": (64, 8), "pose": (4, 8)}, 5)
     values = {name: value for name, value in {**GOOD, **content}.items() if value is not None}
     np.savez(tmp_path / "a.npz", **values)
     with pytest.raises(DataError, match=message):
-        read_structure(tmp_path / "a.npz", about, 5)
+        read_latents(tmp_path / "a.npz", about)
     np.savez(tmp_path / "a.npz", **GOOD)
-    assert {n: len(x) for n, x in read_structure(tmp_path / "a.npz", about, 5).items()} == {
+    assert {n: len(x) for n, x in read_latents(tmp_path / "a.npz", about).items()} == {
         "shape": 64,
         "pose": 4,
         "condition": 3,
@@ -361,9 +365,9 @@ def test_conditions_that_do_not_fit_are_refused(folder, volumes, latents, tmp_pa
     config = config_for(folder, volumes, {"slat": tmp_path}, "slat", tmp_path / "run")
     content = dict(np.load(files[0]))
     for condition, message in (
-        (content["condition"][:, :4], r"condition: expected \(L, 48\), got \(11, 4\)"),
+        (content["condition"][:, :4], r"condition: expected \(N, 48\) floats, got \(11, 4\)"),
         (content["condition"][:5], "condition: expected the same number of rows in each file"),
-        (None, r"condition: expected \(L, 48\), got none"),
+        (None, r"expected coords, feats, condition, got coords, feats"),
     ):
         changed = {**content, "condition": condition}
         np.savez(tmp_path / files[0].name, **{k: v for k, v in changed.items() if v is not None})

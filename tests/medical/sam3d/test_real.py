@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import fastlora
+from fastlora.config import DEFAULT_TARGETS
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.geometry import mesh_from_sdf
-from fastlora.medical.sam3d.decoder import load_sam3d
-from fastlora.medical.sam3d.folder import TARGETS as COMPONENTS
 from fastlora.medical.sam3d.folder import FlowSettings, load_part, sparse_tensor
 from fastlora.medical.sam3d.generator import flow_matching_loss
+from fastlora.medical.sam3d.options import Sam3dOptions
 from fastlora.medical.sam3d.surface import surface_losses
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.finetuned import load_finetuned, predict
@@ -78,7 +78,12 @@ def adapted(folder, part, seed=1):
     model = load_part(folder, part)
     torch.manual_seed(seed)
     config = fastlora.LoRAConfig(
-        [name for name in COMPONENTS if part != "decoder" or name not in ("to_q", "to_kv")], rank=2
+        [
+            name
+            for name in (*DEFAULT_TARGETS, "mlp")
+            if part != "decoder" or name not in ("to_q", "to_kv")
+        ],
+        rank=2,
     )
     fastlora.inject_lora(model, config)
     for name, parameter in model.named_parameters():
@@ -278,7 +283,7 @@ def losses_of(model, batch):
 
 def ready(folder, **options):
     torch.manual_seed(4)
-    model = load_sam3d(str(folder), **options)
+    model = Sam3dOptions(sam3d_dir=folder, **options).load(None)
     model.adapt(2, 4.0, 0.1, True, {})
     return model.train()
 
@@ -298,7 +303,7 @@ def test_every_loss_reaches_every_adapter_and_the_encoder(folder):
 
 
 def test_full_fine_tuning_reaches_every_weight(folder):
-    model = load_sam3d(str(folder)).requires_grad_(True).train()
+    model = Sam3dOptions(sam3d_dir=folder).load(None).requires_grad_(True).train()
     losses_of(model, regions())["total"].backward()
     unreached = [n for n, p in model.named_parameters() if p.grad is None]
     assert not unreached
@@ -328,7 +333,7 @@ def test_two_ranks_equal_one_process(folder, tmp_path, kind):
 def test_checkpointing_gives_the_same_gradients_bit_for_bit(folder):
     found = []
     for checkpointing in (False, True):
-        model = ready(folder, recompute=checkpointing)
+        model = ready(folder, sam3d_checkpointing=checkpointing)
         losses_of(model, regions())["total"].backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert found[0].keys() == found[1].keys() and len(found[0]) == 16 + 6
@@ -337,7 +342,7 @@ def test_checkpointing_gives_the_same_gradients_bit_for_bit(folder):
 
 def test_a_torso_of_16_bits_is_near_that_of_32(folder):
     batch = regions()
-    half, full = ready(folder, torso="fp16").eval(), ready(folder).eval()
+    half, full = ready(folder, sam3d_torso="fp16").eval(), ready(folder).eval()
     assert half.decoder.blocks[0].attn.to_qkv.original_linear.weight.dtype == torch.float16
     with torch.no_grad():
         fields = [predict(model, batch) for model in (half, full)]

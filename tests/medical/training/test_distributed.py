@@ -142,7 +142,7 @@ def test_a_killed_rank_ends_the_run_and_a_resume_continues(
     survivor, dead = run_ranks(2, train_and_die, str(run), kind)
     assert dead == -signal.SIGKILL and time.monotonic() - start < 30
     assert isinstance(survivor, TrainingError)
-    assert "another process has gone" in str(survivor) and "--resume" in str(survivor)
+    assert "another process ended" in str(survivor) and "--resume" in str(survivor)
     assert checkpointing.read_checkpoint(run / "checkpoints" / "last.pt")["epoch"] == 2
     results = run_ranks(2, train, str(run), {**PLAIN, "parallel": kind, "resume": "auto"})
     assert results[0] == results[1] and len(results[0]) == 5

@@ -267,7 +267,7 @@ def test_what_counts_as_out_of_memory():
     assert faults.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not faults.is_out_of_memory(RuntimeError("shape mismatch"))
     model = torch.nn.Linear(2**9, 2**9, bias=False)
-    assert "take 4.0 MiB, without activations" in faults.memory_in_words(model, 7)
+    assert "take 4.0 MiB, without activations" in faults.memory_text(model, 7)
 
 
 def test_other_errors_are_left_alone(tmp_path):

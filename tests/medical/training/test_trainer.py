@@ -338,7 +338,7 @@ def test_constructor_writes_nothing_and_refuses(tmp_path: Path) -> None:
     for device in ("gpu", "meta"):
         with pytest.raises(ConfigError, match="device: expected auto, cpu, cuda or cuda:N, got"):
             tiny_trainer(run, device=device)
-    with pytest.raises(ConfigError, match="device: 'cuda:99' is not here"):
+    with pytest.raises(ConfigError, match="device: 'cuda:99' is not available"):
         tiny_trainer(run, device="cuda:99")
     with pytest.raises(ConfigError, match="amp: expected 'off' on cpu .*, got 'bf16'"):
         tiny_trainer(run, device="cpu", amp="bf16")
