@@ -34,8 +34,8 @@ from fastlora.medical.data.manifest import (
     write_manifest,
 )
 from fastlora.medical.data.phantom import write_phantom_dataset
-from fastlora.medical.data.prepared import SliceConfig
 from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
+from fastlora.medical.data.slice_source import SliceConfig
 from fastlora.medical.data.slices import AXES, parse_axes, select_structures
 from fastlora.medical.data.volumes import Case
 from fastlora.medical.training.data import BUNDLED, SYNTHETIC

@@ -33,12 +33,12 @@ from fastlora import files
 from fastlora.cli.adapter_files import read_adapter
 from fastlora.cli.merge import merge_files
 from fastlora.errors import DataError, FastLoRAError
-from fastlora.medical.data import grids, manifest, prepared
+from fastlora.medical.data import grids, manifest, slice_source
 from fastlora.medical.data.grids import StructureGrid
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import load_labels, load_png, load_volume
-from fastlora.medical.sam3d.folder import PartSettings, latent_scale, read_settings
 from fastlora.medical.sam3d.latents import read_latents
+from fastlora.medical.sam3d.loading import PartSettings, latent_scale, read_settings
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import TrainConfig, read_yaml
 from fastlora.medical.training.run_folder import RunFolder
@@ -232,12 +232,12 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
         nib.save(nib.Nifti1Image(array, np.diag([2, 2, 2, 1])), root / "s1" / f"{name}.nii.gz")
     (case,) = find_cases(root)
     cache = folder / "cache"
-    settings = prepared.SliceConfig(crop_size=8, sdf_size=8)
-    prepared.load_prepared(case, "liver", settings, cache)
+    settings = slice_source.SliceConfig(crop_size=8, sdf_size=8)
+    slice_source.load_prepared(case, "liver", settings, cache)
     StructureGrid.load(case, "liver", cache)
     outcome = manifest.Outcome("s1", "liver", sources={"a": "b"}, files={"c": "d"})
     manifest.write_manifest(cache, {}, [outcome], [])
-    slices = prepared.cache_path(case, "liver", settings, cache).read_bytes()
+    slices = slice_source.cache_path(case, "liver", settings, cache).read_bytes()
     grid = grids.grid_path(case, "liver", cache).read_bytes()
 
     def listed(path: Path) -> None:
@@ -299,9 +299,9 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
         "manifest.json": Reader(
             (cache / "manifest.json").read_bytes(), listed, "cache/manifest.json"
         ),
-        "cached slices .npz": Reader(slices, arrays(prepared.STORED), "x.npz"),
+        "cached slices .npz": Reader(slices, arrays(slice_source.STORED), "x.npz"),
         "cached slices .npz, its arrays": Reader(
-            slices, arrays(prepared.STORED), "x.npz", inside=".npy", header=128
+            slices, arrays(slice_source.STORED), "x.npz", inside=".npy", header=128
         ),
         "cached grid .npz, its arrays": Reader(
             grid, arrays(grids.STORED), "x.npz", inside=".npy", header=128

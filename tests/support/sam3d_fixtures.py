@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastlora.medical.sam3d.folder import ENVIRONMENT
+from fastlora.medical.sam3d.loading import ENVIRONMENT
 from tests.support.sam3d_folder import TARGETS, fill, write_folder
 from tests.support.sam3d_package import forget_package, write_package
 

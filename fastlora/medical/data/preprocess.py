@@ -16,7 +16,7 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data.grids import SPACING_MM, StructureGrid, grid_path
 from fastlora.medical.data.manifest import Outcome, digest
-from fastlora.medical.data.prepared import SliceConfig, cache_path, load_prepared
+from fastlora.medical.data.slice_source import SliceConfig, cache_path, load_prepared
 from fastlora.medical.data.slices import slice_indices
 from fastlora.medical.data.splits import region_specs
 from fastlora.medical.data.volumes import Case, Volume

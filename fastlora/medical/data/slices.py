@@ -1,6 +1,6 @@
 """Slice samples: one slice of one structure of one subject, with the whole structure's 3-D shape.
 
-A slice is cut from the data that `prepared` computes. Augmentation applies one random similarity to
+A slice is cut from the data that `slice_source` computes. Augmentation applies one random similarity to
 image, mask, distances, canonical cube and mesh alike.
 """
 
@@ -28,7 +28,7 @@ from fastlora.medical.data.geometry import (
     plane_points,
     pointmap,
 )
-from fastlora.medical.data.prepared import (
+from fastlora.medical.data.slice_source import (
     Prepared,
     SliceConfig,
     cache_path,

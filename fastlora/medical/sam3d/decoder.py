@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
-from fastlora.medical.sam3d.folder import sparse_tensor
+from fastlora.medical.sam3d.loading import sparse_tensor
 from fastlora.medical.sam3d.part import Sam3dPart
 from fastlora.medical.sam3d.surface import (
     SUBDIVISION,

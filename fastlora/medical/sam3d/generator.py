@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch
-from fastlora.medical.sam3d.folder import FlowSettings, PartSettings
+from fastlora.medical.sam3d.loading import FlowSettings, PartSettings
 from fastlora.medical.sam3d.part import Sam3dPart
 
 VALIDATION_DRAWS = 4

@@ -28,7 +28,7 @@ from fastlora import files
 from fastlora.errors import DataError
 from fastlora.medical.data.grids import FINE, TRUNCATION_VOX
 from fastlora.medical.data.regions import RegionDataset
-from fastlora.medical.sam3d.folder import PartSettings
+from fastlora.medical.sam3d.loading import PartSettings
 
 Size = tuple[int | None, int | None]
 """Rows and columns of a table; None for any number."""

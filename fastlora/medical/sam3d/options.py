@@ -12,9 +12,9 @@ from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.models.options import NOT_NEGATIVE, PROBABILITY, check_options, one_of, option
 from fastlora.medical.models.trainee import ModelOptions
 from fastlora.medical.sam3d.decoder import Sam3dModel
-from fastlora.medical.sam3d.folder import latent_scale, load_part, read_settings
 from fastlora.medical.sam3d.generator import Sam3dFlow
 from fastlora.medical.sam3d.latents import CachedRegions
+from fastlora.medical.sam3d.loading import latent_scale, load_part, read_settings
 from fastlora.medical.sam3d.part import Sam3dPart, set_torso
 from fastlora.medical.sam3d.surface import LOSS_WEIGHTS
 

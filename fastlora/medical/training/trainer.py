@@ -38,7 +38,7 @@ from fastlora.medical.training.finetuned import (
     trainable_parameters,
     without_values,
 )
-from fastlora.medical.training.reporting import RunReport
+from fastlora.medical.training.progress import RunReport
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.state import RunState
 

@@ -18,8 +18,8 @@ from fastlora.medical.data import grids, manifest
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import read_manifest, verify
 from fastlora.medical.data.phantom import write_phantom_dataset
-from fastlora.medical.data.prepared import SliceConfig
 from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
+from fastlora.medical.data.slice_source import SliceConfig
 from fastlora.medical.data.slices import TS_SAM3D_Dataset, select_structures
 from fastlora.medical.data.volumes import load_volume, save_volume
 from fastlora.medical.training.config import TrainConfig
@@ -75,7 +75,7 @@ def test_slices_and_meshes_are_prepared_on_request(phantom, tmp_path, capsys, mo
     assert [len(entry["files"]) for entry in entries] == [3] * 4 and verify(cache) == []
     manifest.MEMORY.clear()
     monkeypatch.setattr(
-        "fastlora.medical.data.prepared.prepare", lambda *a: pytest.fail("not cached")
+        "fastlora.medical.data.slice_source.prepare", lambda *a: pytest.fail("not cached")
     )
     data = TS_SAM3D_Dataset(
         find_cases(phantom),

@@ -16,9 +16,9 @@ from scipy import ndimage
 from torch.utils.data import DataLoader
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data import manifest, prepared
+from fastlora.medical.data import manifest, slice_source
 from fastlora.medical.data.layouts import find_cases
-from fastlora.medical.data.prepared import (
+from fastlora.medical.data.slice_source import (
     SliceConfig,
     cache_path,
     load_prepared,
@@ -304,7 +304,7 @@ def test_cache_is_used_until_a_source_or_a_parameter_changes(root, tmp_path, mon
     assert entry == cache_path(case, "organ_1", SMALL, cache)
     manifest.MEMORY.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "prepare", lambda *a: pytest.fail("the cache was not used"))
+        patch.setattr(slice_source, "prepare", lambda *a: pytest.fail("the cache was not used"))
         again = load_prepared(case, "organ_1", SMALL, cache)
     for name, value in vars(first).items():
         np.testing.assert_array_equal(getattr(again, name), value)

@@ -17,7 +17,7 @@ from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_structure
 from fastlora.medical.data.splits import make_splits
 from fastlora.medical.sam3d.decoder import active_voxels, voxel_features
-from fastlora.medical.sam3d.folder import load_part
+from fastlora.medical.sam3d.loading import load_part
 from fastlora.medical.sam3d.options import Sam3dOptions
 from fastlora.medical.sam3d.surface import (
     LOSS_WEIGHTS,

@@ -18,15 +18,15 @@ from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import make_splits
 from fastlora.medical.evaluation.evaluate import Run
 from fastlora.medical.sam3d.decoder import active_voxels
-from fastlora.medical.sam3d.folder import (
+from fastlora.medical.sam3d.generator import VALIDATION_DRAWS, Sam3dFlow, flow_matching_loss
+from fastlora.medical.sam3d.latents import read_latents
+from fastlora.medical.sam3d.loading import (
     FlowSettings,
     PartSettings,
     latent_scale,
     load_part,
     read_settings,
 )
-from fastlora.medical.sam3d.generator import VALIDATION_DRAWS, Sam3dFlow, flow_matching_loss
-from fastlora.medical.sam3d.latents import read_latents
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_cases, micro_batches

@@ -6,8 +6,8 @@ import torch
 
 from fastlora.errors import DataError
 from fastlora.medical.sam3d.decoder import active_voxels
-from fastlora.medical.sam3d.folder import PartSettings
 from fastlora.medical.sam3d.latents import check_voxels, read_latents
+from fastlora.medical.sam3d.loading import PartSettings
 from tests.medical.sam3d.test_decoder import sphere_batch
 
 DECODER = PartSettings(16, {"feats": (None, 8)})

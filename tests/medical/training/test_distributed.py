@@ -23,7 +23,7 @@ from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.distributed import Ranks, local_device
 from fastlora.medical.training.finetuned import load_finetuned, trainable_parameters
-from fastlora.medical.training.reporting import RunReport
+from fastlora.medical.training.progress import RunReport
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.paths import ROOT

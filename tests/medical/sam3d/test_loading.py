@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import save_file
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
-from fastlora.medical.sam3d.folder import ENVIRONMENT, FlowSettings, load_part
 from fastlora.medical.sam3d.generator import flow_matching_loss
+from fastlora.medical.sam3d.loading import ENVIRONMENT, FlowSettings, load_part
 from tests.support.sam3d_folder import NAMES, TARGETS
 from tests.support.sam3d_package import forget_package
 
