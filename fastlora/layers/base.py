@@ -34,6 +34,7 @@ class LoRALayer(nn.Module, ABC):
     wrapped_name: ClassVar[str]  # the attribute that holds the wrapped layer
     has_kernels: ClassVar[bool] = False  # whether there are kernels and DoRA for it
     takes_dropout: ClassVar[bool] = True  # whether the input can be dropped out
+    operations: ClassVar[str]  # how torch computes a layer without kernels
     kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; written to adapter files
     disabled: bool = False  # set within `fastlora.disable_adapter`
     initial_A: Tensor | None
@@ -124,9 +125,9 @@ class LoRALayer(nn.Module, ABC):
         that multiplies by `.weight` itself (`nn.MultiheadAttention`) uses and trains the adapter, without dropout. While the
         adapter is disabled, the wrapped weight.
         """
-        if self.disabled:
-            return self.wrapped_weight()
         weight = self.wrapped_weight()
+        if self.disabled:
+            return weight
         with no_autocast(weight):
             return self._merged_weight(weight).to(weight.dtype)
 
@@ -144,9 +145,7 @@ class LoRALayer(nn.Module, ABC):
     @property
     def wrapped_device(self) -> torch.device:
         """The device of the wrapped weight."""
-        weight = self.wrapped.weight
-        assert isinstance(weight, Tensor)
-        return weight.device
+        return cast(Tensor, self.wrapped.weight).device
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, with initial_A and initial_B folded in, if there are any."""
@@ -186,9 +185,11 @@ class LoRALayer(nn.Module, ABC):
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         """A small random input for the wrapped layer, on the CPU."""
 
-    @abstractmethod
     def choose(self, x: Tensor) -> Choice:
-        """The backend and plan of a call with the tensor `x`, and the reason."""
+        """The backend and plan that a call with the tensor `x` takes, and the reason."""
+        if self.disabled:
+            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
+        return Choice("torch", "around", self.operations)
 
     def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A new layer of the wrapped class with the weight W + ΔW. This layer does not change.
