@@ -295,9 +295,9 @@ def test_medical_setup_refuses_before_it_changes_anything():
         ),
         (
             {"output_layer_names": ["blocks"]},
-            "blocks.0.attn.to_out would get an adapter and be unfrozen",
+            "output_layer_names: blocks is or contains blocks.0.attn.to_out, which gets an adapter",
         ),
-        ({"output_layer_names": ["to_out"]}, "would get an adapter and be unfrozen"),
+        ({"output_layer_names": ["to_out"]}, "to_out, which gets an adapter"),
     ):
         with pytest.raises(InjectionError, match=message):
             setup_lora_for_medical_finetuning(model, **arguments)
