@@ -51,7 +51,8 @@ class LayerState:
     @classmethod
     def of_layer(cls, layer: LoRALayer) -> LayerState:
         """The state of an adapted layer; tensors are detached and share storage."""
-        tensors = {name: tensor.detach() for name, tensor in layer.lora_state().items()}
+        held = {name: getattr(layer, name) for name in TENSORS}
+        tensors = {name: tensor.detach() for name, tensor in held.items() if tensor is not None}
         names = _CONV_SETTINGS if isinstance(layer, LoRAConv) else _SETTINGS
         return cls(tensors=tensors, **{name: getattr(layer, name) for name in names})
 

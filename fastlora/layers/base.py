@@ -162,11 +162,6 @@ class LoRALayer(nn.Module, ABC):
             if (parameter := self._parameters[name]) is not None
         }
 
-    def lora_state(self) -> dict[str, Tensor]:
-        """The adapter's tensors by name: its parameters, and the initial product that is subtracted, if any."""
-        start = {"initial_A": self.initial_A, "initial_B": self.initial_B}
-        return {**self.lora_parameters(), **{k: v for k, v in start.items() if v is not None}}
-
     def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
         """ΔW in the weight's shape, computed in `dtype`.
 
@@ -289,8 +284,10 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(path, layer) of every adapted layer, each once under its first name."""
-    for path, module in model.named_modules():
+def named_lora_layers(
+    model: nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, LoRALayer]]:
+    """(path, layer) of every adapted layer, each once under its first name, or else under all its names."""
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, LoRALayer):
             yield path, module
