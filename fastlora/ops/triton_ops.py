@@ -125,9 +125,7 @@ def run_backward(
 ) -> list[Tensor]:
     """Those of dx, dA and dB that `needs` marks, by the plan and the tiles of `choice`."""
     needs_x, needs_a, needs_b = needs
-    dx: Tensor | None = None
-    da: Tensor | None = None
-    db: Tensor | None = None
+    dx = da = db = None
     if choice.config is None:  # a shape or device without kernels
         wide = low.to(dy.dtype)
         ds = wide.scaling * (dy @ wide.b)
