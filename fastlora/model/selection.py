@@ -234,7 +234,7 @@ def nearest_names(wanted: str, paths: Iterable[str]) -> str:
 def _decide_layer(
     config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None
 ) -> Decision:
-    if not config.takes_index(path):
+    if config.indices and layer_index(path) not in config.indices:
         wanted = ", ".join(map(str, config.indices))
         reason = f"layers_to_transform selects {wanted} only"
         return Decision(path, module, "not targeted", reason)
