@@ -134,9 +134,7 @@ class LoRALayer(nn.Module, ABC):
     @property
     def bias(self) -> nn.Parameter | None:
         """The wrapped layer's bias, or None."""
-        bias = getattr(self.wrapped, "bias", None)
-        assert bias is None or isinstance(bias, nn.Parameter)
-        return bias
+        return cast("nn.Parameter | None", getattr(self.wrapped, "bias", None))
 
     def wrapped_weight(self) -> Tensor:
         """The weight of the wrapped layer, in floating point even if it is quantised."""

@@ -119,7 +119,7 @@ def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) 
 
     forced: whether Triton was requested by name; its interpreter, if enabled, may then run on a CPU too.
     """
-    if device == "cpu" and not (forced and _interpreting()):
+    if device == "cpu" and not (forced and os.environ.get("TRITON_INTERPRET") == "1"):
         return _CPU
     if device not in ("cpu", "cuda"):
         return _OTHER
@@ -236,10 +236,6 @@ def _aligned(matrix: torch.Tensor) -> bool:
         and pitch % 16 == 0
         and matrix.data_ptr() % 16 == 0
     )
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _or_raise(choice: Choice, wanted: str) -> Choice:
