@@ -88,7 +88,7 @@ class _Group(torch.autograd.Function):
         flat, layers = linear.as_rows(x), _layers(tensors, ctx.scalings, ctx.p, seed)
         rows = [linear.gradient_rows(dy) for dy in used.values()]
         needs_a, needs_b = ([needs[_TENSORS * i + at] for i in used] for at in (2, 3))
-        backward = _kernels().group_backward if ctx.triton else _backward
+        backward = linear.triton_ops().group_backward if ctx.triton else _backward
         chosen = [layers[i] for i in used]
         dx, das, dbs = backward(
             rows, flat, chosen, [s[i] for i in used], (needs_x, any(needs_a)), needs_b
@@ -116,20 +116,13 @@ def _layers(
     ]
 
 
-def _kernels() -> Any:
-    """The module that launches kernels; Triton is imported at the first call."""
-    from fastlora.ops import triton_ops
-
-    return triton_ops
-
-
 def _forward(
     x: Tensor, layers: Sequence[Layer], triton: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """y (..., N) and S (M, R) of each layer; the kernels' S holds every factor, torch's none."""
     flat = linear.as_rows(x)  # [M, K]
     if triton:
-        made, s = _kernels().group_forward(flat, layers)
+        made, s = linear.triton_ops().group_forward(flat, layers)
         # Not views of the kernels' results: autograd forbids writing into views when a function has several outputs.
         shapes = [(*x.shape[:-1], y.shape[-1]) for y in made]
         return [x.new_empty(0).set_(y).resize_(*n) for y, n in zip(made, shapes, strict=True)], s

@@ -153,7 +153,8 @@ class _LoRALinear(torch.autograd.Function):
             low, flat, rows = LowRank(a, b, scaling, p, seed), as_rows(x), gradient_rows(dy)
             if triton:
                 wanted = (needs_x, needs_a, needs_b)
-                made = iter(_triton().lora_backward(rows, flat, weight, s, *low, *wanted))
+                operator = triton_ops().OPERATORS.lora_backward
+                made = iter(operator(rows, flat, weight, s, *low, *wanted))
                 dx, da, db = (next(made) if one else None for one in wanted)
             else:
                 dx = da = db = None
@@ -211,7 +212,7 @@ def _forward(
     """y (..., N) and S (M, R); the kernels' S holds every factor, torch's none."""
     flat = as_rows(x)  # [M, K]
     if triton:
-        y, s = _triton().lora_forward(flat, weight, bias, *low)
+        y, s = triton_ops().OPERATORS.lora_forward(flat, weight, bias, *low)
         return _shaped_as(x, y), s
     s = down_project(flat, low)  # [M, R]
     if base is not None:
@@ -223,11 +224,11 @@ def _forward(
     return _shaped_as(x, y), s
 
 
-def _triton() -> Any:
-    """The namespace of the Triton operators; Triton is imported at the first call."""
-    import fastlora.ops.triton_ops  # noqa: F401
+def triton_ops() -> Any:
+    """The module that launches kernels; Triton is imported at the first call."""
+    from fastlora.ops import triton_ops
 
-    return torch.ops.fastlora
+    return triton_ops
 
 
 def down_project(x: Tensor, low: LowRank) -> Tensor:

@@ -26,6 +26,7 @@ from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
 from fastlora.ops.reference import Layer, LowRank, stacked
 
+OPERATORS = torch.ops.fastlora
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
 # The fields of `LowRank`, which the dispatcher must see one by one.
 _PATH = "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed"
