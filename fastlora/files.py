@@ -71,7 +71,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """The value of a YAML file of at most `MAX_YAML_BYTES`: plain values, lists and mappings.
 
-    Aliases are refused, because a few lines of them can expand beyond memory.
+    Aliases are refused, because a few lines of them can expand to more than the memory holds.
 
     Raises: OSError; ValueError, with the reason in one line; ConfigError without pyyaml.
     """
