@@ -168,10 +168,6 @@ class LoRAConfig:
             return f".{pattern}." in f".{path}."
         return any(pattern in component for component in path.split("."))
 
-    def takes_index(self, path: str) -> bool:
-        """Whether the first number in `path` is one of `layers_to_transform`, or that is None."""
-        return self.layers_to_transform is None or layer_index(path) in self.indices
-
     @property
     def indices(self) -> tuple[int, ...]:
         """`layers_to_transform` as a tuple; empty for None."""

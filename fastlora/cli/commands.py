@@ -254,7 +254,7 @@ def _table(head: list[str], rows: list[list[Any]]) -> None:
 
 
 def _cell(value: object) -> str:
-    """A value as text of one line without control characters: names in a file come from whoever wrote it."""
+    """A value as text of one line without control characters: names in a file are not trusted."""
     if value is None:
         return "?"
     if isinstance(value, float):

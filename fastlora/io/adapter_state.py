@@ -51,7 +51,8 @@ class LayerState:
     @classmethod
     def of_layer(cls, layer: LoRALayer) -> LayerState:
         """The state of an adapted layer; tensors are detached and share storage."""
-        tensors = {name: tensor.detach() for name, tensor in layer.lora_state().items()}
+        held = {name: getattr(layer, name) for name in TENSORS}
+        tensors = {name: tensor.detach() for name, tensor in held.items() if tensor is not None}
         names = _CONV_SETTINGS if isinstance(layer, LoRAConv) else _SETTINGS
         return cls(tensors=tensors, **{name: getattr(layer, name) for name in names})
 
@@ -205,9 +206,11 @@ class LayerState:
         """Raises: CheckpointError or ConfigError if the values in `given` are invalid or do not fit the tensors."""
         check_hyperparameters(self.rank, self.alpha, self.dropout)  # type: ignore[arg-type]
         for name in ("rank", "use_dora"):
-            mine, said = getattr(self, name), given.get(name, getattr(self, name))
-            if said != mine:
-                raise CheckpointError(f"{name} is {said!r} in the settings, {mine} in the tensors")
+            mine, stored = getattr(self, name), given.get(name, getattr(self, name))
+            if stored != mine:
+                raise CheckpointError(
+                    f"{name} is {stored!r} in the settings, {mine} in the tensors"
+                )
         if not isinstance(self.use_rslora, bool):
             raise CheckpointError(f"use_rslora: expected true or false, got {self.use_rslora!r}")
         if self.dilation is None and self.padding_mode is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.io.adapter import LoadResult, compare, settle
-from fastlora.layers.base import LoRALayer
+from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
 
 
@@ -68,18 +68,14 @@ def load_base_state_dict(
 
 def _key_map(model: nn.Module) -> dict[str, str]:
     """Key before injection → key now, for everything but the adapters, in the order of the state dict."""
-    adapted = {
-        path: module.wrapped_name
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoRALayer)
-    }
+    adapted = dict(named_lora_layers(model, remove_duplicate=False))
     found = {}
     for key in model.state_dict():
         parts = key.split(".")
         depth = next((i for i in range(len(parts)) if ".".join(parts[:i]) in adapted), None)
         if depth is None:
             found[key] = key
-        elif parts[depth] == adapted[".".join(parts[:depth])]:
+        elif parts[depth] == adapted[".".join(parts[:depth])].wrapped_name:
             found[".".join(parts[:depth] + parts[depth + 1 :])] = key
     return found
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fastlora.errors import ExportError
 from fastlora.files import move_into_place
-from fastlora.layers.base import LoRALayer
+from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.linear import LoRALinear
 from fastlora.model.adapter_registry import copy_active
 from fastlora.model.merge import merge_lora_weights
@@ -146,7 +146,7 @@ def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
         reason: str | None = getattr(module, "why_not_exportable", None)
         if reason is not None:
             raise ExportError(f"model: {reason}")
-    if any(isinstance(module, LoRALayer) and module.disabled for module in model.modules()):
+    if any(layer.disabled for _, layer in named_lora_layers(model)):
         raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     plain = copy_active(model, shared).eval()

@@ -34,6 +34,7 @@ class LoRALayer(nn.Module, ABC):
     wrapped_name: ClassVar[str]  # the attribute that holds the wrapped layer
     has_kernels: ClassVar[bool] = False  # whether there are kernels and DoRA for it
     takes_dropout: ClassVar[bool] = True  # whether the input can be dropped out
+    operations: ClassVar[str]  # how torch computes a layer without kernels
     kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; written to adapter files
     disabled: bool = False  # set within `fastlora.disable_adapter`
     initial_A: Tensor | None
@@ -124,18 +125,16 @@ class LoRALayer(nn.Module, ABC):
         that multiplies by `.weight` itself (`nn.MultiheadAttention`) uses and trains the adapter, without dropout. While the
         adapter is disabled, the wrapped weight.
         """
-        if self.disabled:
-            return self.wrapped_weight()
         weight = self.wrapped_weight()
+        if self.disabled:
+            return weight
         with no_autocast(weight):
             return self._merged_weight(weight).to(weight.dtype)
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The wrapped layer's bias, or None."""
-        bias = getattr(self.wrapped, "bias", None)
-        assert bias is None or isinstance(bias, nn.Parameter)
-        return bias
+        return cast("nn.Parameter | None", getattr(self.wrapped, "bias", None))
 
     def wrapped_weight(self) -> Tensor:
         """The weight of the wrapped layer, in floating point even if it is quantised."""
@@ -144,9 +143,7 @@ class LoRALayer(nn.Module, ABC):
     @property
     def wrapped_device(self) -> torch.device:
         """The device of the wrapped weight."""
-        weight = self.wrapped.weight
-        assert isinstance(weight, Tensor)
-        return weight.device
+        return cast(Tensor, self.wrapped.weight).device
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, with initial_A and initial_B folded in, if there are any."""
@@ -162,11 +159,6 @@ class LoRALayer(nn.Module, ABC):
             for name in ("lora_A", "lora_B", "lora_magnitude")
             if (parameter := self._parameters[name]) is not None
         }
-
-    def lora_state(self) -> dict[str, Tensor]:
-        """The adapter's tensors by name: its parameters, and the initial product that is subtracted, if any."""
-        start = {"initial_A": self.initial_A, "initial_B": self.initial_B}
-        return {**self.lora_parameters(), **{k: v for k, v in start.items() if v is not None}}
 
     def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
         """ΔW in the weight's shape, computed in `dtype`.
@@ -186,9 +178,11 @@ class LoRALayer(nn.Module, ABC):
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         """A small random input for the wrapped layer, on the CPU."""
 
-    @abstractmethod
     def choose(self, x: Tensor) -> Choice:
-        """The backend and plan of a call with the tensor `x`, and the reason."""
+        """The backend and plan that a call with the tensor `x` takes, and the reason."""
+        if self.disabled:
+            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
+        return Choice("torch", "around", self.operations)
 
     def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A new layer of the wrapped class with the weight W + ΔW. This layer does not change.
@@ -288,8 +282,10 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(path, layer) of every adapted layer, each once under its first name."""
-    for path, module in model.named_modules():
+def named_lora_layers(
+    model: nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, LoRALayer]]:
+    """(path, layer) of every adapted layer, each once under its first name, or else under all its names."""
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, LoRALayer):
             yield path, module

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
 from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
-from fastlora.ops.dispatch import Choice
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,6 +30,7 @@ class LoRAConv(LoRALayer):
     """
 
     wrapped_name = "original_layer"
+    operations = "a convolution: three convolutions of torch"
     kind = "conv"
     original_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
     in_channels = wrapped_attribute("in_channels")
@@ -79,11 +79,6 @@ class LoRAConv(LoRALayer):
         s = conv._conv_forward(x, a, None)
         update = _POINTWISE[len(conv.kernel_size)](s, b, groups=conv.groups)
         return cast(Tensor, y + self.scaling * update)
-
-    def choose(self, x: Tensor) -> Choice:
-        if self.disabled:
-            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
-        return Choice("torch", "around", "a convolution: three convolutions of torch")
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return cast(Tensor, self.original_layer._conv_forward(x, weight, bias))

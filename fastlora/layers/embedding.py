@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
-from fastlora.ops.dispatch import Choice
 
 
 class LoRAEmbedding(LoRALayer):
@@ -23,6 +22,7 @@ class LoRAEmbedding(LoRALayer):
     """
 
     wrapped_name = "original_layer"
+    operations = "an embedding: two look-ups and a product of torch"
     kind = "embedding"
     takes_dropout = False
     original_layer: nn.Embedding
@@ -64,11 +64,6 @@ class LoRAEmbedding(LoRALayer):
             ids, a.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
         )
         return y + (self.scaling * (s @ b.T)).to(y.dtype)  # [..., R] @ [R, N] -> [..., N]
-
-    def choose(self, x: Tensor) -> Choice:
-        if self.disabled:
-            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
-        return Choice("torch", "around", "an embedding: two look-ups and a product of torch")
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(x, weight)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, has_hooks, no_autocast
+from fastlora.layers.base import LoRALayer, Shape, has_hooks, no_autocast, wrapped_attribute
 from fastlora.layers.quantised import quantisation
 from fastlora.ops import reference
 from fastlora.ops.dispatch import Choice, choose
@@ -51,6 +51,8 @@ class LoRALinear(LoRALayer):
     kind = "linear"
     has_kernels = True
     original_linear: nn.Linear
+    in_features = wrapped_attribute("in_features")
+    out_features = wrapped_attribute("out_features")
     group: Any = None  # set by `fastlora.fuse`: the layers that share this one's input
 
     def __init__(
@@ -119,16 +121,6 @@ class LoRALinear(LoRALayer):
         return (rank, linear.in_features), (linear.out_features, rank)
 
     @property
-    def in_features(self) -> int:
-        """K, the size of the input's last dimension."""
-        return self.original_linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        """N, the size of the output's last dimension."""
-        return self.original_linear.out_features
-
-    @property
     def matrix(self) -> Tensor:
         """The wrapped weight as (out_features, in_features)."""
         return self._as_weight_layout(self.original_linear.weight)
@@ -159,9 +151,8 @@ class LoRALinear(LoRALayer):
         return input.replace(self._fused(input.feats))
 
     def choose(self, x: Tensor) -> Choice:
-        """The backend and plan that a call with the tensor `x` takes, and the reason."""
         if self.disabled:
-            return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
+            return super().choose(x)
         dropout = self.training and reference.dropout_threshold(self.dropout) > 0
         choice = self._choose(autocast(x) if autocasts(x) else x, dropout)
         package, reason = quantisation(self.original_linear), choice.reason
@@ -302,6 +293,8 @@ class LoRATransposedLinear(LoRALinear):
     """
 
     kind = "transposed"
+    in_features = property(lambda layer: layer.wrapped.weight.shape[0])
+    out_features = property(lambda layer: layer.wrapped.weight.shape[1])
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:
@@ -317,14 +310,6 @@ class LoRATransposedLinear(LoRALinear):
     def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
         k, n = cast(Tensor, original.weight).shape
         return (rank, k), (n, rank)
-
-    @property
-    def in_features(self) -> int:
-        return self.original_linear.weight.shape[0]
-
-    @property
-    def out_features(self) -> int:
-        return self.original_linear.weight.shape[1]
 
     def _as_weight_layout(self, matrix: Tensor) -> Tensor:
         return matrix.T

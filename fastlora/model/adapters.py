@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets, check_hyperparameters, is_number
 from fastlora.errors import ConfigError, InjectionError, nearest
-from fastlora.layers.base import LoRALayer
+from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.model.adapter_registry import (
     AdapterRegistry,
     clear_extra_trainable,
@@ -213,7 +213,10 @@ def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
     Wrappers such as those of `torch.compile` and DistributedDataParallel are skipped.
     """
     owner = model
-    while len(owner._modules) == 1 and (inner := _wrapped(owner)) is not None:
+    while len(owner._modules) == 1:
+        inner = owner._modules.get("module", owner._modules.get("_orig_mod"))
+        if inner is None:
+            break
         owner = inner
     registry = get_registry(owner)
     if registry is not None:
@@ -233,17 +236,9 @@ def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
     return owner, AdapterRegistry({DEFAULT_NAME: layers}, DEFAULT_NAME)
 
 
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    return module._modules.get("module", module._modules.get("_orig_mod"))
-
-
 def _installed(model: nn.Module) -> dict[str, LoRALayer]:
     """Every wrapper in the module tree by path, under all its paths."""
-    return {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoRALayer)
-    }
+    return dict(named_lora_layers(model, remove_duplicate=False))
 
 
 def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> None:

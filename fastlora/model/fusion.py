@@ -16,8 +16,9 @@ from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear, is_plain
 from fastlora.model.switch import eval_mode
 from fastlora.ops.dispatch import why_not_triton
-from fastlora.ops.group import GroupMember, lora_linear_group
-from fastlora.ops.linear import autocast, autocasts
+from fastlora.ops.group import lora_linear_group
+from fastlora.ops.linear import autocast, autocasts, low_rank
+from fastlora.ops.reference import Layer
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,11 @@ class _Group:
             return None
         spent: list[bool] = []
         seed = layer._draw_seed(x)
-        members = [
-            GroupMember(m.matrix, m.original_linear.bias, *m.factors(), m.scaling)
-            for m in self.layers
-        ]
-        outputs = lora_linear_group(
-            x, members, layer.dropout, seed, spent, triton=backend == "triton"
-        )
+        layers = []
+        for m in self.layers:
+            low = low_rank(*m.factors(), m.scaling, layer.dropout, seed)
+            layers.append(Layer(m.matrix, m.original_linear.bias, low))
+        outputs = lora_linear_group(x, layers, spent, triton=backend == "triton")
         made = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
         y = made.pop(id(layer))
         self._cached = _Cached(weakref.ref(x), state, made, spent)

@@ -19,6 +19,7 @@ from fastlora.model.selection import (
     attention_projections,
     extra_trainable,
     nearest_names,
+    parameters_within,
     select_layers,
     suggest,
     to_config,
@@ -136,7 +137,8 @@ def setup_lora_for_medical_finetuning(
     rank_pattern: pattern → rank of the layers that match, instead of `rank`; their scaling stays alpha / rank. An output layer
         named here gets an adapter of that rank instead of being unfrozen.
     include_ffn: also adapt the layers under a component that contains `mlp`.
-    output_layer_names: whole path components, default ("out_layer",), which does not match `upsample.0.out_layers`.
+    output_layer_names: paths of modules or dotted suffixes of them, default ("out_layer",), which does not match
+        `upsample.0.out_layers`.
     unfreeze_output_layers: train all parameters of these layers. They are then part of
         `get_lora_state_dict(model, include_trainable=True)`.
     Returns `count_parameters(model)`.
@@ -169,11 +171,11 @@ def setup_lora_for_medical_finetuning(
                 f"rank_pattern: {pattern!r} matches none of the {len(taken)} adapted layers{nearest_names(pattern, taken)}"
             )
     unfrozen = [name for name in names if name not in ranks] if unfreeze_output_layers else []
-    trained = _output_parameters(model, unfrozen, set(taken))
+    trained = parameters_within(model, unfrozen, sorted(taken), "output_layer_names")
     _wrap(model, selected)
     freeze_base_params(model)
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    for module, name in trained:
+        module.get_parameter(name).requires_grad_(True)
     return count_parameters(model)
 
 
@@ -203,24 +205,3 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for name, child in parent._modules.items():
             if child is not None and child in replacements and not isinstance(parent, LoRALayer):
                 setattr(parent, name, replacements[child])
-
-
-def _output_parameters(
-    model: nn.Module, names: Sequence[str], adapted: set[str]
-) -> list[nn.Parameter]:
-    """The parameters of every module that one of `names` names as a whole path component."""
-    found: list[nn.Parameter] = []
-    modules = dict(model.named_modules())
-    for name in names:
-        paths = [path for path in modules if name in path.split(".")]
-        if not paths:
-            raise InjectionError(
-                f"output_layer_names: {name!r} is not a module of the model{nearest_names(name, modules)}"
-            )
-        both = sorted(adapted.intersection(paths))
-        if both:
-            raise InjectionError(
-                f"output_layer_names: {both[0]} would get an adapter and be unfrozen"
-            )
-        found += [p for path in paths for p in modules[path].parameters()]
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -113,22 +113,8 @@ def extra_trainable(
 
     Raises: InjectionError if a name in `modules_to_save` is not a module's, or that module is or contains a selected layer.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     adapted = sorted(path for path, _ in selected.values())
-    trained = []
-    for name in config.modules_to_save:
-        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
-        if not paths:
-            raise InjectionError(
-                f"modules_to_save: {name!r} is not a module of the model{nearest_names(name, modules)}"
-            )
-        for path in paths:
-            inside = next((a for a in adapted if f"{a}.".startswith(f"{path}.")), None)
-            if inside is not None:
-                raise InjectionError(
-                    f"modules_to_save: {path} is or contains {inside}, which gets an adapter"
-                )
-            trained += [(m, name) for m in modules[path].modules() for name in m._parameters]
+    trained = parameters_within(model, config.modules_to_save, adapted, "modules_to_save")
     trained += [
         (module, "bias") for module, (_, own) in selected.items() if own.bias == "lora_only"
     ]
@@ -140,6 +126,33 @@ def extra_trainable(
         if module._parameters.get(name) is not None:
             found[module] = (*found.get(module, ()), name)
     return found
+
+
+def parameters_within(
+    model: nn.Module, names: Sequence[str], adapted: Sequence[str], argument: str
+) -> list[tuple[nn.Module, str]]:
+    """(module, name) of every parameter in the modules that `names` names: a path, or a dotted suffix of one.
+
+    adapted: the paths of the layers that get an adapter. argument: the origin of `names`, for messages.
+
+    Raises: InjectionError if a name is not a module's, or that module is or contains an adapted layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for wanted in names:
+        paths = [path for path in modules if path == wanted or path.endswith(f".{wanted}")]
+        if not paths:
+            raise InjectionError(
+                f"{argument}: {wanted!r} is not a module of the model{nearest_names(wanted, modules)}"
+            )
+        for path in paths:
+            inside = next((a for a in adapted if f"{a}.".startswith(f"{path}.")), None)
+            if inside is not None:
+                raise InjectionError(
+                    f"{argument}: {path} is or contains {inside}, which gets an adapter"
+                )
+            found += [(m, name) for m in modules[path].modules() for name in m._parameters]
+    return [(module, name) for module, name in found if module._parameters[name] is not None]
 
 
 def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection) -> str | None:
@@ -221,7 +234,7 @@ def nearest_names(wanted: str, paths: Iterable[str]) -> str:
 def _decide_layer(
     config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None
 ) -> Decision:
-    if not config.takes_index(path):
+    if config.indices and layer_index(path) not in config.indices:
         wanted = ", ".join(map(str, config.indices))
         reason = f"layers_to_transform selects {wanted} only"
         return Decision(path, module, "not targeted", reason)

@@ -24,9 +24,8 @@ def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
     if not q.dropout and all_ranks:
         seconds["fused"] = ours * (1 + rank_block(q.rank) / 256)
     if q.m <= arch.decode_rows and all_ranks:
-        partial = (
-            8 * 4 * q.m * q.n / (arch.tbps * 1e12)
-        )  # float32, about four splits, written and read
+        # float32, about four splits, written and read
+        partial = 8 * 4 * q.m * q.n / (arch.tbps * 1e12)
         seconds["decode"] = _bytes(arch, q, q.n * q.k) + partial + 2 * _LAUNCH
     return seconds
 

@@ -50,12 +50,14 @@ class Choice:
         return f"{self.backend}/{self.plan}{dx}: {self.reason}"
 
 
-_CPU = Choice("torch", "in_place", "torch runs this on the CPU; Triton kernels are for CUDA")
-_OTHER = Choice("torch", "in_place", "the device is neither a CPU nor CUDA")
-_ASKED = Choice("torch", "in_place", "backend='torch' was requested")
-_SUBCLASS = Choice(
-    "torch", "in_place", "a tensor subclass (DTensor, quantised) has operators of its own"
-)
+def _torch(reason: str) -> Choice:
+    return Choice("torch", "in_place", reason)
+
+
+_CPU = _torch("torch runs this on the CPU; Triton kernels are for CUDA")
+_OTHER = _torch("the device is neither a CPU nor CUDA")
+_REQUESTED = _torch("backend='torch' was requested")
+_SUBCLASS = _torch("a tensor subclass (DTensor, quantised) has operators of its own")
 _FUNCTORCH = Choice("torch", "composed", "a functorch transform (vmap, grad, jvp) is active")
 _LATER = Choice("triton", "operator", "the plan is chosen inside the operator, at run time")
 _AROUND = Choice("torch", "around", "the wrapped layer has hooks or a forward of its own")
@@ -87,7 +89,7 @@ def choose(
     if functorch_active():
         return _or_raise(_FUNCTORCH, wanted)
     if wanted == "torch":
-        return _CPU if x.device.type == "cpu" else _ASKED
+        return _CPU if x.device.type == "cpu" else _REQUESTED
     if not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight)):
         return _or_raise(_SUBCLASS, wanted)
     reason = why_not_triton(x.device.type, x.dtype, rank, forced=wanted == "triton")
@@ -100,15 +102,11 @@ def choose(
 
 def resolve(backend: str) -> str:
     """`backend`, or for "auto" the value of FASTLORA_BACKEND. Raises: ConfigError for anything but the three names."""
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend != "auto":
-        return backend
-    if _ENVIRONMENT not in BACKENDS:
-        raise ConfigError(
-            f"FASTLORA_BACKEND: expected one of {', '.join(BACKENDS)}, got {_ENVIRONMENT!r}"
-        )
-    return _ENVIRONMENT
+    wanted = _ENVIRONMENT if backend == "auto" else backend
+    if wanted not in BACKENDS:
+        name = "FASTLORA_BACKEND" if backend == "auto" else "backend"
+        raise ConfigError(f"{name}: expected one of {', '.join(BACKENDS)}, got {wanted!r}")
+    return wanted
 
 
 def functorch_active() -> bool:
@@ -121,7 +119,7 @@ def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) 
 
     forced: whether Triton was requested by name; its interpreter, if enabled, may then run on a CPU too.
     """
-    if device == "cpu" and not (forced and _interpreting()):
+    if device == "cpu" and not (forced and os.environ.get("TRITON_INTERPRET") == "1"):
         return _CPU
     if device not in ("cpu", "cuda"):
         return _OTHER
@@ -238,14 +236,6 @@ def _aligned(matrix: torch.Tensor) -> bool:
         and pitch % 16 == 0
         and matrix.data_ptr() % 16 == 0
     )
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _torch(reason: str) -> Choice:
-    return Choice("torch", "in_place", reason)
 
 
 def _or_raise(choice: Choice, wanted: str) -> Choice:

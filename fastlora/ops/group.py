@@ -8,38 +8,23 @@ dS_i stacked, and every dx is added in place. With Triton the kernels are those 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.ops import linear, reference
+from fastlora.ops import linear
 from fastlora.ops.reference import Layer, LowRank, stacked
 
-_TENSORS = 4  # of a member
-
-
-class GroupMember(NamedTuple):
-    """One layer of a group. weight: (N, K). bias: (N,) or None. lora_a: (R, K). lora_b: (N, R). scaling: the applied factor."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
+_TENSORS = 4  # of a layer
 
 
 def lora_linear_group(
-    x: Tensor,
-    members: Sequence[GroupMember],
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    spent: list[bool] | None = None,
-    triton: bool = False,
+    x: Tensor, layers: Sequence[Layer], spent: list[bool] | None = None, triton: bool = False
 ) -> list[Tensor]:
-    """[`lora_linear(x, …)` for each member], all under the same dropout mask.
+    """[`lora_linear(x, …)` for each layer], all under the same dropout mask.
 
-    x: (..., K), of the weights' dtype. N and R may differ. p, seed: as in `lora_linear`. Under autocast all take its dtype.
+    x: (..., K), of the weights' dtype. Under autocast all take its dtype. layers: N, R and scaling may differ.
     spent: gets an entry when the backward pass has run; the outputs then belong to a graph that is freed.
     triton: run kernels, not torch's operations; only where `dispatch` allows them, with at most MAX_RANK ranks in all and adapters of
         one dtype.
@@ -47,21 +32,20 @@ def lora_linear_group(
     casts = linear.autocasts(x)
     x = linear.autocast(x) if casts else x
     tensors: list[Tensor | None] = []
-    for weight, bias, a, b, _ in members:
+    for weight, bias, low in layers:
         if casts:
             weight, bias = linear.autocast(weight), None if bias is None else linear.autocast(bias)
         # Kernels cast the adapters as they load them.
-        tensors += [weight, bias, *((a, b) if triton else (a.to(x.dtype), b.to(x.dtype)))]
-    scalings = tuple(m.scaling for m in members)
-    if reference.dropout_threshold(p) == 0:
-        seed = None
+        tensors += [weight, bias, *(low if triton else low.to(x.dtype))[:2]]
+    scalings = tuple(layer.low.scaling for layer in layers)
+    p, seed = layers[0].low.p, layers[0].low.seed
     if not torch.is_grad_enabled():
         return _forward(x, _layers(tensors, scalings, p, seed), triton)[0]
     return list(_Group.apply(x, seed, p, scalings, spent, triton, *tensors))  # type: ignore[no-untyped-call]
 
 
 class _Group(torch.autograd.Function):
-    """Saves x, S of all members (M, ΣR) and the seed."""
+    """Saves x, S of all layers (M, ΣR) and the seed."""
 
     @staticmethod
     def forward(
@@ -93,18 +77,18 @@ class _Group(torch.autograd.Function):
         dx: Tensor | None
         if torch.is_grad_enabled():
 
-            def composed(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+            def outputs(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
                 layers = _layers(tensors, ctx.scalings, ctx.p, seed)
-                return _composed(x, [layers[i] for i in used], ctx.triton)
+                return [linear.composed(x, *layers[i], ctx.triton) for i in used]
 
             dx, *gradients = linear.exact_gradients(
-                composed, (x, *tensors), (needs_x, *needs), list(used.values())
+                outputs, (x, *tensors), (needs_x, *needs), list(used.values())
             )
             return dx, None, None, None, None, None, *gradients
         flat, layers = linear.as_rows(x), _layers(tensors, ctx.scalings, ctx.p, seed)
         rows = [linear.gradient_rows(dy) for dy in used.values()]
         needs_a, needs_b = ([needs[_TENSORS * i + at] for i in used] for at in (2, 3))
-        backward = _kernels().group_backward if ctx.triton else _backward
+        backward = linear.triton_ops().group_backward if ctx.triton else _backward
         chosen = [layers[i] for i in used]
         dx, das, dbs = backward(
             rows, flat, chosen, [s[i] for i in used], (needs_x, any(needs_a)), needs_b
@@ -132,28 +116,13 @@ def _layers(
     ]
 
 
-def _kernels() -> Any:
-    """The module that launches kernels; Triton is imported at the first call."""
-    from fastlora.ops import triton_ops
-
-    return triton_ops
-
-
-def _composed(x: Tensor, layers: Sequence[Layer], triton: bool) -> list[Tensor]:
-    """The outputs (..., N) as torch operations that autograd sees."""
-    flat = linear.as_rows(x)
-    keep = linear.keep_mask(flat, layers[0].low, triton)
-    rows = [reference.forward(flat, w, bias, low.to(x.dtype), keep)[0] for w, bias, low in layers]
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in rows]
-
-
 def _forward(
     x: Tensor, layers: Sequence[Layer], triton: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """y (..., N) and S (M, R) of each layer; the kernels' S holds every factor, torch's none."""
     flat = linear.as_rows(x)  # [M, K]
     if triton:
-        made, s = _kernels().group_forward(flat, layers)
+        made, s = linear.triton_ops().group_forward(flat, layers)
         # Not views of the kernels' results: autograd forbids writing into views when a function has several outputs.
         shapes = [(*x.shape[:-1], y.shape[-1]) for y in made]
         return [x.new_empty(0).set_(y).resize_(*n) for y, n in zip(made, shapes, strict=True)], s

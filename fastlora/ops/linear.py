@@ -57,7 +57,7 @@ def lora_linear(
     if not triton and (lora_a.dtype != x.dtype or lora_b.dtype != x.dtype):
         low = low.to(x.dtype)  # kernels cast as they load
     if choice.plan == "composed":
-        return _composed(x, weight, bias, low)
+        return composed(x, weight, bias, low)
     if not torch.is_grad_enabled():
         return _forward(x, weight, bias, None, low, triton)[0]
     y: Tensor = _LoRALinear.apply(x, weight, bias, None, triton, *low)  # type: ignore[no-untyped-call]
@@ -82,7 +82,7 @@ def lora_update(
             return lora_update(y, x, lora_a, lora_b, scaling, p, seed)
     x, low = x.to(y.dtype), low_rank(lora_a, lora_b, scaling, p, seed).to(y.dtype)
     if functorch_active():
-        return y + _composed(x, None, None, low)
+        return y + composed(x, None, None, low)
     if not torch.is_grad_enabled():
         return _forward(x, None, None, y, low)[0]
     z: Tensor = _LoRALinear.apply(x, None, None, y, False, *low)  # type: ignore[no-untyped-call]
@@ -144,17 +144,17 @@ class _LoRALinear(torch.autograd.Function):
         needs_x, needs_w, needs_bias, needs_base, _, needs_a, needs_b = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():
 
-            def composed(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
-                low = LowRank(a, b, scaling, p, seed).to(x.dtype)
-                return [_composed(x, weight, None, low, triton)]
+            def output(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
+                return [composed(x, weight, None, LowRank(a, b, scaling, p, seed), triton)]
 
             needs = (needs_x, needs_w, needs_a, needs_b)
-            dx, dweight, da, db = exact_gradients(composed, (x, weight, a, b), needs, [dy])
+            dx, dweight, da, db = exact_gradients(output, (x, weight, a, b), needs, [dy])
         else:
             low, flat, rows = LowRank(a, b, scaling, p, seed), as_rows(x), gradient_rows(dy)
             if triton:
                 wanted = (needs_x, needs_a, needs_b)
-                made = iter(_triton().lora_backward(rows, flat, weight, s, *low, *wanted))
+                operator = triton_ops().OPERATORS.lora_backward
+                made = iter(operator(rows, flat, weight, s, *low, *wanted))
                 dx, da, db = (next(made) if one else None for one in wanted)
             else:
                 dx = da = db = None
@@ -189,11 +189,11 @@ def exact_gradients(
     return [next(found) if needed else None for needed in needs]
 
 
-def _composed(
+def composed(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, low: LowRank, triton: bool = False
 ) -> Tensor:
     """`lora_linear` as torch operations that autograd and functorch see; the low-rank product alone if weight is None."""
-    flat = as_rows(x)
+    flat, low = as_rows(x), low.to(x.dtype)
     keep = keep_mask(flat, low, triton)
     if weight is not None:
         return _shaped_as(x, reference.forward(flat, weight, bias, low, keep)[0])
@@ -212,7 +212,7 @@ def _forward(
     """y (..., N) and S (M, R); the kernels' S holds every factor, torch's none."""
     flat = as_rows(x)  # [M, K]
     if triton:
-        y, s = _triton().lora_forward(flat, weight, bias, *low)
+        y, s = triton_ops().OPERATORS.lora_forward(flat, weight, bias, *low)
         return _shaped_as(x, y), s
     s = down_project(flat, low)  # [M, R]
     if base is not None:
@@ -224,11 +224,11 @@ def _forward(
     return _shaped_as(x, y), s
 
 
-def _triton() -> Any:
-    """The namespace of the Triton operators; Triton is imported at the first call."""
-    import fastlora.ops.triton_ops  # noqa: F401
+def triton_ops() -> Any:
+    """The module that launches kernels; Triton is imported at the first call."""
+    from fastlora.ops import triton_ops
 
-    return torch.ops.fastlora
+    return triton_ops
 
 
 def down_project(x: Tensor, low: LowRank) -> Tensor:

@@ -26,6 +26,7 @@ from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
 from fastlora.ops.reference import Layer, LowRank, stacked
 
+OPERATORS = torch.ops.fastlora
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
 # The fields of `LowRank`, which the dispatcher must see one by one.
 _PATH = "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed"
@@ -125,9 +126,7 @@ def run_backward(
 ) -> list[Tensor]:
     """Those of dx, dA and dB that `needs` marks, by the plan and the tiles of `choice`."""
     needs_x, needs_a, needs_b = needs
-    dx: Tensor | None = None
-    da: Tensor | None = None
-    db: Tensor | None = None
+    dx = da = db = None
     if choice.config is None:  # a shape or device without kernels
         wide = low.to(dy.dtype)
         ds = wide.scaling * (dy @ wide.b)

@@ -263,7 +263,3 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, BackendError) as error:
         parser.exit(2, f"fastlora.tune: {error}\n")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -12,16 +12,14 @@ import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from fastlora.errors import ConfigError
 from fastlora.files import read_json, write_json
 from fastlora.kernels import config
-from fastlora.kernels.config import GemmConfig, PassConfig, Problem, Tiles
-
-_GEMMS = ("fused", "split", "update", "dx")
+from fastlora.kernels.config import Problem, Tiles
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _parse(entry: dict[str, Any]) -> Tuned:
+    kinds = get_type_hints(Tiles)
     try:
-        config: dict[str, Any] = {
-            name: (GemmConfig if name in _GEMMS else PassConfig)(**fields)
-            for name, fields in entry["config"].items()
-        }
+        config = {name: kinds[name](**fields) for name, fields in entry["config"].items()}
         return Tuned(entry["plan"], entry["dx_plan"], Tiles(**config))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

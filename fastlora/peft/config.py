@@ -22,21 +22,19 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 # Fields that do not change what the saved adapter computes.
-_IGNORED = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "eva_config",
-        "inference_mode",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    ]
-)
+_IGNORED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
 # PEFT's regexes around a key of a pattern, a name in modules_to_save, and an entry of layers_pattern.
 _KEY = r"(.*\.)?({})$"
 _HEAD = r"(^|.*\.){}($|\..*)"

@@ -80,8 +80,7 @@ def why_slow(layer: Linear) -> str | None:
 
 
 def _why_not_linear(label: str, module: nn.Module, transposed: bool = False) -> str | None:
-    plain = computes_linear(module) and is_transposed_linear(module) == transposed
-    if not plain or "forward" in module.__dict__:
+    if not computes_linear(module) or is_transposed_linear(module) != transposed:
         return f"{label} is a {type(module).__name__} with a forward of its own"
     if has_hooks(module):
         return f"{label} has hooks"

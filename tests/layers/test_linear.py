@@ -210,6 +210,12 @@ def test_merging_a_parametrised_weight_is_refused_but_training_it_works():
         layer.merge_weights()
 
 
+def test_a_parametrised_bias_is_read():
+    linear = parametrizations.weight_norm(nn.Linear(6, 5), "bias", dim=None)
+    layer = LoRALinear(linear)
+    assert torch.equal(layer.bias, linear.bias) and "bias=True" in repr(layer)
+
+
 def test_sixteen_bit_weights_get_float32_adapters_unless_told():
     linear = nn.Linear(4, 4, dtype=torch.bfloat16)
     assert LoRALinear(linear).lora_A.dtype == torch.float32

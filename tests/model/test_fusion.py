@@ -26,7 +26,8 @@ from fastlora import (
     set_adapter,
     unfuse,
 )
-from fastlora.ops.group import GroupMember, lora_linear_group
+from fastlora.ops.group import lora_linear_group
+from tests.support.cases import Member, run_group
 from tests.support.models import randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
@@ -43,15 +44,13 @@ def members(dtype=torch.float32, bias=True):
         )
 
     return [
-        GroupMember(draw(n, K), draw(n) if bias else None, draw(r, K), draw(n, r), 0.5 + r)
+        Member(draw(n, K), draw(n) if bias else None, draw(r, K), draw(n, r), 0.5 + r)
         for n, r in zip(NS, RS, strict=True)
     ]
 
 
 def as_wide(group):
-    return [
-        GroupMember(*(None if t is None else leaf(t) for t in parts(m)), m.scaling) for m in group
-    ]
+    return [Member(*(None if t is None else leaf(t) for t in parts(m)), m.scaling) for m in group]
 
 
 def leaf(tensor):
@@ -78,7 +77,7 @@ def gradients(outputs, x, group, skip=None):
 def test_a_group_computes_what_its_members_do_alone(p, dtype, skip):
     group, seed = members(dtype, bias=skip is None), torch.tensor(5) if p else None
     x = torch.randn(2, 5, K).to(dtype).requires_grad_()
-    got, same = lora_linear_group(x, group, p, seed), alone(x, group, p, seed)
+    got, same = run_group(x, group, p, seed), alone(x, group, p, seed)
     wide_x, wide = leaf(x), as_wide(group)
     want = alone(wide_x, wide, p, seed)
     for g, s, w in zip(got, same, want, strict=True):
@@ -97,7 +96,7 @@ def test_a_group_computes_what_its_members_do_alone(p, dtype, skip):
             found += 1
     assert found >= (13 if skip is None else 7)
     with torch.no_grad():
-        for g, y in zip(lora_linear_group(x, group, p, seed), got, strict=True):
+        for g, y in zip(run_group(x, group, p, seed), got, strict=True):
             assert torch.equal(g, y)
 
 
@@ -107,8 +106,8 @@ def test_a_group_has_second_derivatives():
     seed = torch.tensor(3)
 
     def function(x, a, b):
-        first = GroupMember(group[0].weight, group[0].bias, a, b, 2.0)
-        return tuple(lora_linear_group(x, [first, group[1]], 0.3, seed))
+        first = Member(group[0].weight, group[0].bias, a, b, 2.0)
+        return tuple(run_group(x, [first, group[1]], 0.3, seed))
 
     arguments = (x, group[0].lora_a, group[0].lora_b)
     assert torch.autograd.gradcheck(function, arguments)
@@ -126,7 +125,7 @@ def test_a_group_keeps_x_once():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        lora_linear_group(x, group, 0.5, torch.tensor(1))
+        run_group(x, group, 0.5, torch.tensor(1))
     assert sorted(kept.values()) == [8, 6 * sum(RS) * 4, 6 * K * 4]
 
 

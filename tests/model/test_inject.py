@@ -159,6 +159,9 @@ def test_a_shared_module_is_wrapped_once_under_all_its_names():
     assert isinstance(first, LoRALinear)
     assert model.blocks[1].attn.to_qkv is first and model.alias is first
     assert len(get_lora_params(model)) == 6
+    assert len(paths(model)) == 3
+    every = dict(named_lora_layers(model, remove_duplicate=False))
+    assert len(every) == 5 and every["alias"] is every["blocks.1.attn.to_qkv"] is first
 
 
 def test_an_unsuitable_layer_is_named_and_nothing_is_changed():
@@ -295,9 +298,9 @@ def test_medical_setup_refuses_before_it_changes_anything():
         ),
         (
             {"output_layer_names": ["blocks"]},
-            "blocks.0.attn.to_out would get an adapter and be unfrozen",
+            "output_layer_names: blocks is or contains blocks.0.attn.to_out, which gets an adapter",
         ),
-        ({"output_layer_names": ["to_out"]}, "would get an adapter and be unfrozen"),
+        ({"output_layer_names": ["to_out"]}, "to_out, which gets an adapter"),
     ):
         with pytest.raises(InjectionError, match=message):
             setup_lora_for_medical_finetuning(model, **arguments)

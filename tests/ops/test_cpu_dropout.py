@@ -9,9 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import LoRALinear, lora_linear
 from fastlora.ops import cpu_dropout, linear, reference
-from fastlora.ops.group import GroupMember, lora_linear_group
 from fastlora.ops.reference import LowRank, dropout_threshold, keep_scale
-from tests.support.cases import Case, make
+from tests.support.cases import Case, Member, make, run_group
 from tests.support.tolerance import assert_close
 
 SEED, P = torch.tensor(-1234567890123), 0.3
@@ -156,8 +155,8 @@ def _update(x, weight, bias, *path):
 
 
 def _group(x, weight, bias, lora_a, lora_b, scaling, p, seed):
-    member = GroupMember(weight, bias, lora_a, lora_b, scaling)
-    return lora_linear_group(x, [member, member._replace(scaling=0.5)], p, seed)[0]
+    member = Member(weight, bias, lora_a, lora_b, scaling)
+    return run_group(x, [member, member._replace(scaling=0.5)], p, seed)[0]
 
 
 PATHS = {"linear": lora_linear, "update": _update, "group": _group}

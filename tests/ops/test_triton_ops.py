@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import LoRALinear, fuse, lora_linear, unfuse
 from fastlora.ops import reference
-from fastlora.ops.group import GroupMember, lora_linear_group
 from fastlora.ops.reference import LowRank
-from tests.support.cases import Case, Tensors, formula, make
+from tests.support.cases import Case, Member, Tensors, formula, make, run_group
 from tests.support.tolerance import assert_close
 
 GPU = torch.cuda.is_available()
@@ -323,7 +322,7 @@ def _group(dtype=torch.float32):
         _inputs(Case((2, 35), 32, n, r, bias=r != 8), dtype) for n, r in ((24, 4), (40, 8), (48, 3))
     ]
     members = [
-        GroupMember(t.weight, t.bias, t.lora_a, t.lora_b, scaling)
+        Member(t.weight, t.bias, t.lora_a, t.lora_b, scaling)
         for t, scaling in zip(made, (1.75, 1.75, 0.5), strict=True)
     ]
     return made[0].x, members, [t.dy for t in made]
@@ -357,11 +356,11 @@ def test_a_group_gives_what_its_layers_give_alone(p, unused):
         return [formula(x, *m, p, SEED, triton=True) for m in members]
 
     got = _group_step(
-        lambda x, members: lora_linear_group(x, members, p, SEED, triton=True), x, members, dys
+        lambda x, members: run_group(x, members, p, SEED, triton=True), x, members, dys
     )
     same = _group_step(alone, x, members, dys)
     wide = [
-        GroupMember(*(None if t is None else t.double() for t in _tensors(m)), m.scaling)
+        Member(*(None if t is None else t.double() for t in _tensors(m)), m.scaling)
         for m in members
     ]
     exact = _group_step(alone, x.double(), wide, [None if d is None else d.double() for d in dys])
@@ -382,7 +381,7 @@ def _tensors(member):
 def test_a_group_gives_no_gradient_that_nobody_asked_for(frozen):
     x, members, dys = _group()
     whole = _group_step(
-        lambda x, members: lora_linear_group(x, members, 0.25, SEED, triton=True), x, members, dys
+        lambda x, members: run_group(x, members, 0.25, SEED, triton=True), x, members, dys
     )[1]
 
     def run(x, members):
@@ -390,7 +389,7 @@ def test_a_group_gives_no_gradient_that_nobody_asked_for(frozen):
             x = x.detach()
         else:
             members = [m._replace(**{frozen: getattr(m, frozen).detach()}) for m in members]
-        return lora_linear_group(x, members, 0.25, SEED, triton=True)
+        return run_group(x, members, 0.25, SEED, triton=True)
 
     names = ["x"] + ["lora_a", "lora_b"] * 3
     for name, got, expected in zip(names, _group_step(run, x, members, dys)[1], whole, strict=True):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora.ops import reference
+from fastlora.ops.group import lora_linear_group
 from fastlora.ops.linear import keep_mask, low_rank
+from fastlora.ops.reference import Layer
 
 
 @dataclass(frozen=True)
@@ -108,3 +112,23 @@ def formula(
     low = low_rank(lora_a, lora_b, scaling, p, seed)
     y, _ = reference.forward(rows, weight, bias, low, keep_mask(rows, low, triton))
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class Member(NamedTuple):
+    """The tensors and the scaling of a layer in a group; dropout and seed are those of a call."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+def run_group(
+    x: Tensor, members: Sequence[Member], p: float, seed: Tensor | None, **settings: Any
+) -> list[Tensor]:
+    """`lora_linear_group` of the members, all under one p and one seed."""
+    layers = [
+        Layer(m.weight, m.bias, low_rank(m.lora_a, m.lora_b, m.scaling, p, seed)) for m in members
+    ]
+    return lora_linear_group(x, layers, **settings)
