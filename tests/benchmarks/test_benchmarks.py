@@ -433,9 +433,8 @@ def test_a_run_out_of_time_writes_its_results_and_names_the_other_cases(
 ):
     output = tmp_path / "new" / "record.json"
     cases = (bench.cases.Case(4, 8, 8, 2), bench.cases.Case(8, 8, 8, 2))
-    now = iter(
-        [0.0, 0.0, 0.0, 6.0, 6.0]
-    )  # the constructor reads the clock twice, then each begin and end once
+    # The constructor reads the clock twice, then each begin and end once.
+    now = iter([0.0, 0.0, 0.0, 6.0, 6.0])
 
     class Clocked(bench.record.Budget):
         def __init__(self, seconds):

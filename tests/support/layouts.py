@@ -179,9 +179,8 @@ def write_dicom_scan(folder: Path, scan: Scan, slices: slice = slice(None)) -> N
         meta.MediaStorageSOPClassUID = CTImageStorage if scan.modality == "ct" else MRImageStorage
         meta.MediaStorageSOPInstanceUID = uid(f"slice {k}")
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        path = (
-            folder / "images" / f"{(k * 7) % scan.array.shape[2]:03d}-{k}.dcm"
-        )  # file names in no order
+        # The order of the file names is not that of the slices.
+        path = folder / "images" / f"{(k * 7) % scan.array.shape[2]:03d}-{k}.dcm"
         item = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
         item.SOPClassUID = meta.MediaStorageSOPClassUID
         item.SOPInstanceUID = meta.MediaStorageSOPInstanceUID

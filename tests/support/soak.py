@@ -69,11 +69,10 @@ def fuzz(reader: hostile.Reader, folder: Path, inputs: int) -> tuple[int, list[s
 
     try:
         hostile.fuzz(replace(reader, read=counted), folder, inputs)
-    except (
-        BaseException
-    ) as error:  # any other error is a failure; hypothesis adds the smallest input as a note
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # any other error is a failure of the reader
+        # Hypothesis adds the smallest failing input as a note.
         notes = "; ".join(getattr(error, "__notes__", []))
         return tried[0], [" ".join(f"{error!r} {notes}".split())]
     return tried[0], []
