@@ -1,4 +1,4 @@
-"""One case: build and check its contestants, time them, and add their rows to the record."""
+"""Run one case: build and check the implementations, time them, and add their rows to the record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from cases import BASELINE, FORWARD, FORWARD_BACKWARD, Case
 from checks import Oracle, Wrong
-from peers import CONTESTANTS, Absent, Unimportable
+from implementations import IMPLEMENTATIONS, ImportFailed, NotApplicable
 from record import Record
 from timing import call_overhead, capture, interleave, quantiles, rounds_for, sampler
 from torch import nn
@@ -26,7 +26,7 @@ from workload import (
 
 import fastlora
 
-# Errors of a contestant that do not end the run: torch and CUDA raise RuntimeError, a kernel that cannot be built any of the others.
+# Errors of an implementation that do not end the run: RuntimeError from torch and CUDA, the others from building a kernel.
 FAILURES = (
     RuntimeError,
     TritonError,
@@ -39,7 +39,7 @@ FAILURES = (
 
 
 class CaseRun:
-    """One case: contestants are built and checked, then timed in every mode, and recorded."""
+    """The implementations of one case, built and checked by the constructor, then timed in every mode."""
 
     def __init__(self, work: Workload, names: tuple[str, ...], record: Record) -> None:
         self.work = work
@@ -50,12 +50,12 @@ class CaseRun:
         for name in names:
             try:
                 layers = [
-                    CONTESTANTS[name](work.case, frozen, work.lora_a, work.lora_b)
+                    IMPLEMENTATIONS[name](work.case, frozen, work.lora_a, work.lora_b)
                     for frozen in work.frozen
                 ]
                 oracle.check(name, layers[0])
                 self.saved[name] = saved_bytes(layers[0], work.x[0])
-            except (Absent, Unimportable, Wrong, *FAILURES) as error:
+            except (NotApplicable, ImportFailed, Wrong, *FAILURES) as error:
                 self._absent(name, error)
             else:
                 self.layers[name] = layers
@@ -71,7 +71,7 @@ class CaseRun:
                 self._time(graphs, mode, "graph", reps, peaks)
 
     def time_calls(self, reps: int) -> None:
-        """CPU time to issue a call, in microseconds."""
+        """Time how long the CPU takes to issue a call, in microseconds."""
         for mode in (FORWARD, FORWARD_BACKWARD):
             runs = {name: round_of(mode, each, self.work) for name, each in self.layers.items()}
             for name, values in call_overhead(runs, reps, self.work.device).items():
@@ -121,7 +121,7 @@ class CaseRun:
     def _keep_running(
         self, runs: dict[str, Round], action: Callable[[Round], Any], mode: str
     ) -> dict[str, Any]:
-        """`action` applied to each run; a run that fails is recorded as absent in this mode."""
+        """Apply `action` to each run and return the results; a run that fails is recorded as absent in this mode."""
         done = {}
         for name, run in runs.items():
             try:
@@ -133,8 +133,8 @@ class CaseRun:
     def _absent(
         self, name: str, error: Exception, mode: str | None = None, timing: str | None = None
     ) -> None:
-        kind = {Absent: "absent", Wrong: "wrong"}.get(type(error), type(error).__name__)
-        # A compiler's error can be pages long; its first lines have the reason.
+        kind = {NotApplicable: "absent", Wrong: "wrong"}.get(type(error), type(error).__name__)
+        # A compiler error can have hundreds of lines; the first ones give the reason.
         reason = "\n".join(str(error).splitlines()[:5])
         row = {"case": self.work.case.name, "mode": mode, "timing": timing, "backend": name}
         self.record["absent"].append({**row, "kind": kind, "reason": reason})

@@ -1,10 +1,10 @@
-"""The shapes and modes that are timed, and their targets, as data."""
+"""The shapes and modes that are timed, and their targets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BASELINE = "linear"  # the contestant that ratios refer to
+BASELINE = "linear"  # the implementation that ratios refer to
 FORWARD, FORWARD_BACKWARD, STEP = "forward", "forward+backward", "training step"
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 RANKS = (4, 8, 16, 64, 128)
@@ -42,9 +42,16 @@ class Case:
         return (FORWARD, FORWARD_BACKWARD, STEP) if self.step else (FORWARD, FORWARD_BACKWARD)
 
 
+def readable(name: str) -> str:
+    """The name of a case as the tables print it: `512x256->768 r4 p0` as `512×256 → 768, rank 4, dropout 0`."""
+    shape, rank, p, *others = name.split()
+    shape = shape.replace("x", "×").replace("->", " → ")
+    return ", ".join((shape, f"rank {rank[1:]}", f"dropout {p[1:]}", *others))
+
+
 @dataclass(frozen=True)
 class Target:
-    """One row of the table of targets; the worst of its cases counts.
+    """One row of the table of targets, which is met if all of its cases meet it.
 
     forward, forward_backward: upper bounds of the time of fastlora over that of the frozen linear layer.
     over_peft, over_compiled: lower bounds of the time of PEFT and of compiled PEFT over that of fastlora, in
@@ -90,7 +97,7 @@ TARGETS = (
 )
 
 # The targets come first, so that a run cut short by its budget has them. One quick case has an odd M, and a K and an N
-# that no tile divides: powers of two alone would flatter.
+# that no tile divides: powers of two alone would give results that are too good.
 CUDA_CASES = (
     _TRAIN_4096,
     _TRAIN_1024,

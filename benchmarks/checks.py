@@ -1,4 +1,4 @@
-"""Check a contestant's output and gradients against the float64 reference before it is timed.
+"""Check an implementation's output and gradients against the float64 reference before it is timed.
 
 The bound is that of the tests, `max|got − ref64| ≤ 2·max|plain − ref64| + 4·eps·max|ref64|`, where plain is the same formula
 in the case's dtype and eps belongs to that dtype.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peers import ALPHA_PER_RANK
+from implementations import ALPHA_PER_RANK
 from torch import Tensor, nn
 from torch.nn import functional as F
 from workload import Workload, trainable
@@ -25,20 +25,20 @@ Results = dict[str, Tensor]
 
 
 class Wrong(Exception):
-    """A result outside the bound; the message names it."""
+    """A result is outside the bound; the message names it."""
 
 
 class Oracle:
-    """The exact results and those of plain torch for the first copy of a workload, computed on first use."""
+    """Exact results and those of plain torch for the first copy of a workload, computed on first use."""
 
     def __init__(self, work: Workload) -> None:
         self.work = work
         self._known: dict[Any, tuple[Results, Results]] = {}
 
     def check(self, name: str, layer: nn.Module) -> None:
-        """Without dropout the layer as it is; with dropout also fastlora's function, under the same mask.
+        """Check the layer in evaluation mode and, in a case with dropout, fastlora's function under a known mask.
 
-        Raises: Wrong.
+        Raises: Wrong if a result is outside the bound.
         """
         work, was_training = self.work, layer.training
         adapted = bool(trainable(layer))
@@ -62,7 +62,7 @@ class Oracle:
     def _compare(
         self, name: str, got: Results, adapted: bool, seed: Tensor | None, triton: bool = False
     ) -> None:
-        """triton: whether kernels ran, whose mask on a CPU (in Triton's interpreter) is another one."""
+        """triton: whether the Triton kernels ran; their mask differs from the CPU's, in Triton's interpreter too."""
         key = (adapted, seed is not None, triton)
         if key not in self._known:
             self._known[key] = (

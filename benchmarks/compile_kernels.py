@@ -1,15 +1,15 @@
 """Compile every kernel ahead of time, without a GPU, and check the registers, memory and instructions of the result.
 
-    python benchmarks/compile_kernels.py --arch 90            compile, check the limits, compare with the record
-    python benchmarks/compile_kernels.py --arch 90 --write    and replace benchmarks/results/compile-sm90.json
+    python benchmarks/compile_kernels.py --arch 90            # compile, check the limits, compare with the record
+    python benchmarks/compile_kernels.py --arch 90 --write    # compile, check, replace benchmarks/results/compile-sm90.json
 
 The launchers run on tensors without storage, under a driver that names the architecture and stops each launch after its
-compilation. So exactly the kernels that would run on the device are compiled, specialisation included.
+compilation. So exactly the kernels that would run on the device are compiled, specialisations included.
 
 It fails on a register spill, on shared or tensor memory above the device's, on a matrix kernel without tensor-core
-instructions, and on regressions against the record: 3 % more instructions, instructions per element, registers, shared or tensor
-memory or bytes moved, or one more 64-bit multiplication inside a loop. Improvements of that size are reported, so that the
-record is renewed.
+instructions, and on regressions from the record: 3 % more instructions, instructions per element, registers, shared or tensor
+memory or bytes moved, or one more 64-bit multiplication inside a loop. Improvements of that size are reported; then the
+record should be replaced.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ GATED = (
     "instructions_per_element",
     "bytes_moved",
 )
-# griddepcontrol.launch_dependents and griddepcontrol.wait, by which consecutive kernels overlap.
+# griddepcontrol.launch_dependents and griddepcontrol.wait, which let consecutive kernels overlap.
 _DEPENDENCY = re.compile(r"\b(PREEXIT|ACQBULK)\b")
 # Reads and writes of global memory, except the bulk loads of x and W.
 _GLOBAL = re.compile(r"\b(LDG|LDGSTS|STG|UTMASTG|RED|ATOMG)\b")
-# Names of tensor-core instructions, which differ between generations.
+# Tensor-core instructions of the GPU generations.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer whose kernels are compiled: the sizes, dtype, dropout and the forward plan. `everywhere`: not for sm_90 alone.
+    """A layer whose kernels are compiled.
 
-    overlap: with programmatic dependent launches, which sm_90 and newer have.
+    everywhere: compile for every architecture, not only sm_90. overlap: use programmatic dependent launches, which sm_90 and newer have.
     """
 
     plan: str
@@ -114,7 +114,7 @@ def problems_of(arch: int) -> list[Problem]:
 
 
 def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
-    """A record for each kernel that one forward and backward pass of the problem launches on sm_<arch>."""
+    """An entry for each kernel that one forward and backward pass of the problem launches on sm_<arch>."""
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
     from triton.backends.compiler import GPUTarget
@@ -126,7 +126,7 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     from fastlora.ops.reference import LowRank
 
     class Named:
-        """A driver that only names the GPU to compile for."""
+        """A driver that only names the target GPU."""
 
         get_current_device = staticmethod(lambda: arch)
         get_current_stream = staticmethod(lambda device: 0)
@@ -135,7 +135,7 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     driver.set_active(Named())
     dispatch._plan.cache_clear()  # its keys do not hold the architecture
     choose, launch = dispatch.launch_choice, JITFunction.run
-    records: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
 
     def choice_of(*arguments: Any) -> dispatch.Choice:
         choice = choose(*arguments)
@@ -146,15 +146,15 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         compiled = launch(self, *arguments, grid=grid, warmup=True, **named)
-        record = read(compiled)
+        entry = read(compiled)
         tiles = {k: v for k, v in named.items() if k.startswith(("BLOCK", "SUB", "num_"))}
         threads = 32 * tiles["num_warps"]
-        per_element = record["instructions"] * threads / tile_elements(tiles)
-        record["instructions_per_element"] = round(per_element, 3)
-        record["bytes_moved"] = bytes_of(named)
-        record["tiles"] = tiles
+        per_element = entry["instructions"] * threads / tile_elements(tiles)
+        entry["instructions_per_element"] = round(per_element, 3)
+        entry["bytes_moved"] = bytes_of(named)
+        entry["tiles"] = tiles
         flags = sorted(key for key, value in named.items() if value is True)
-        records[" ".join([self.fn.__name__.strip("_").removesuffix("_kernel"), *flags])] = record
+        entries[" ".join([self.fn.__name__.strip("_").removesuffix("_kernel"), *flags])] = entry
         return compiled
 
     dtype, adapters = getattr(torch, problem.dtype), getattr(torch, problem.adapters)
@@ -175,18 +175,18 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     ):
         _, s = triton_ops._forward(x, weight, bias, *low, problem.plan)
         triton_ops._backward(dy, x, weight, s, *low, True, True, True, problem.plan)
-    return [{"kernel": name, **record} for name, record in records.items()]
+    return [{"kernel": name, **entry} for name, entry in entries.items()]
 
 
 def tile_elements(tiles: dict[str, int]) -> int:
-    """Elements of a program's tile of the kernel's large operand: the output, or x or dy in a pass over them."""
+    """Elements in one program's tile of the largest operand: the output, or x or dy in a pass over them."""
     if "BLOCK" in tiles:
         return tiles["BLOCK"]
     return tiles["BLOCK_M"] * (tiles["BLOCK_N"] if "BLOCK_N" in tiles else tiles["BLOCK_K"])
 
 
 def bytes_of(arguments: dict[str, Any]) -> int:
-    """The least bytes that a launch moves: each of its tensors once, parts of split sums included."""
+    """The minimum number of bytes that a launch moves: each of its tensors once, partial sums included."""
     held = (getattr(argument, "base", argument) for argument in arguments.values())
     tensors = {id(t): t for t in held if hasattr(t, "untyped_storage")}
     return sum(t.numel() * t.element_size() for t in tensors.values())
@@ -215,7 +215,10 @@ def read(compiled: Any) -> dict[str, Any]:
 
 @functools.cache
 def disassemble(cubin: bytes) -> str:
-    """The resource usage and the instructions of a kernel. Problems share kernels, and a disassembly takes as long as a compilation."""
+    """The resource usage and the instructions of a kernel.
+
+    Cached, because problems share kernels and disassembling takes as long as compiling.
+    """
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -230,7 +233,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def before_wait(instructions: list[str]) -> int:
-    """Number of accesses of global memory before the wait for the preceding kernel; 0 without a wait."""
+    """Number of global memory accesses before the wait for the preceding kernel; 0 without a wait."""
     waits = [i for i, text in enumerate(instructions) if re.search(r"\bACQBULK\b", text)]
     return sum(bool(_GLOBAL.search(text)) for text in instructions[: min(waits, default=0)])
 
@@ -255,31 +258,31 @@ def wide_multiplications(sass: str) -> int:
     )
 
 
-def failures(arch: int, problem: Problem, record: dict[str, Any]) -> list[str]:
-    """Violations of the device's limits by a compiled kernel."""
+def failures(arch: int, problem: Problem, entry: dict[str, Any]) -> list[str]:
+    """Violations of the device's limits by a compiled kernel; `entry` also has the key `kernel`."""
     from fastlora.kernels.config import ARCHITECTURES
 
     row = ARCHITECTURES[arch]
     exact = problem.dtype == "float32" and problem.precision == "ieee"
     found = []
-    if record["spills"]:
-        found.append(f"{record['spills']} spill instructions")
-    if record["shared"] > row.shared:
-        found.append(f"{record['shared']} bytes of shared memory, the device has {row.shared}")
-    if record["tensor_memory"] > row.tensor_memory:
-        found.append(f"{record['tensor_memory']} columns of tensor memory")
-    name, *flags = record["kernel"].split()
-    if name != "sum" and not exact and not record["tensor_core"]:
+    if entry["spills"]:
+        found.append(f"{entry['spills']} spill instructions")
+    if entry["shared"] > row.shared:
+        found.append(f"{entry['shared']} bytes of shared memory, the device has {row.shared}")
+    if entry["tensor_memory"] > row.tensor_memory:
+        found.append(f"{entry['tensor_memory']} columns of tensor memory")
+    name, *flags = entry["kernel"].split()
+    if name != "sum" and not exact and not entry["tensor_core"]:
         found.append("no tensor-core instruction")
-    if ("OVERLAP" in flags) != bool(record["dependencies"]):
-        found.append(f"{record['dependencies']} instructions for a dependent launch")
-    if record["accesses_before_wait"]:
-        found.append(f"{record['accesses_before_wait']} accesses before the wait")
+    if ("OVERLAP" in flags) != bool(entry["dependencies"]):
+        found.append(f"{entry['dependencies']} instructions for a dependent launch")
+    if entry["accesses_before_wait"]:
+        found.append(f"{entry['accesses_before_wait']} accesses before the wait")
     return found
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Regressions against the record."""
+    """Regressions of the new entry from the old one."""
     limits = {field: TOLERANCE * old[field] for field in GATED}
     limits["wide_multiplications_in_loops"] = old["wide_multiplications_in_loops"]
     return [
@@ -295,9 +298,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", type=int, choices=ARCHES, nargs="+", default=ARCHES)
     parser.add_argument("--write", action="store_true", help="replace the committed records")
-    parser.add_argument("--only", default="", help="only problems whose name contains this")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes (default: cores)"
+        "--only", default="", help="compile only problems whose name contains TEXT", metavar="TEXT"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes (default: number of cores)"
     )
     arguments = parser.parse_args(argv)
     chosen = {
@@ -310,17 +315,17 @@ def main(argv: list[str] | None = None) -> int:
             for arch, problems in chosen.items()
         }
     for arch, problems in chosen.items():
-        records = {
-            p.name: {r.pop("kernel"): r for r in compiled[arch][p].result()} for p in problems
+        kernels = {
+            p.name: {e.pop("kernel"): e for e in compiled[arch][p].result()} for p in problems
         }
-        bad += report(arch, problems, records, recorded=not arguments.write)
+        bad += report(arch, problems, kernels, recorded=not arguments.write)
         if arguments.write:
-            file(arch).write_text(json.dumps(envelope(arch, records), indent=1) + "\n")
+            file(arch).write_text(json.dumps(envelope(arch, kernels), indent=1) + "\n")
     return 1 if bad else 0
 
 
 def report(
-    arch: int, problems: list[Problem], records: dict[str, dict[str, Any]], recorded: bool
+    arch: int, problems: list[Problem], kernels: dict[str, dict[str, Any]], recorded: bool
 ) -> int:
     """Print a table and the failures; return their number. recorded: whether to compare with the record."""
     import triton
@@ -334,26 +339,27 @@ def report(
     print(f"sm_{arch}: registers, spills, shared memory, instructions, tensor-core instructions")
     for problem in problems:
         print(f"  {problem.name}")
-        for kernel, record in records[problem.name].items():
+        for kernel, entry in kernels[problem.name].items():
             row = (
-                record[f] for f in ("registers", "spills", "shared", "instructions", "tensor_core")
+                entry[f] for f in ("registers", "spills", "shared", "instructions", "tensor_core")
             )
             print(f"    {kernel:50s}" + "".join(f"{value:9d}" for value in row), flush=True)
-            wrong = failures(arch, problem, {"kernel": kernel, **record})
+            wrong = failures(arch, problem, {"kernel": kernel, **entry})
             before = old.get(problem.name, {}).get(kernel)
-            wrong += compare(before, record) if before else []
+            wrong += compare(before, entry) if before else []
             for line in wrong:
                 print(f"      FAILED: {line}")
-            for line in compare(record, before) if before and not wrong else []:
-                print(f"      better than the record, renew it with --write; {line}")
+            for line in compare(entry, before) if before and not wrong else []:
+                print(f"      better than the record, replace it with --write: {line}")
             bad += len(wrong)
     return bad
 
 
-def envelope(arch: int, records: dict[str, Any]) -> dict[str, Any]:
+def envelope(arch: int, kernels: dict[str, Any]) -> dict[str, Any]:
+    """The content of an architecture's record."""
     import triton
 
-    return {"architecture": f"sm_{arch}", "triton": triton.__version__, "kernels": records}
+    return {"architecture": f"sm_{arch}", "triton": triton.__version__, "kernels": kernels}
 
 
 def file(arch: int) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from cases import BASELINE, FORWARD, FORWARD_BACKWARD, TARGETS, Case, Target
+from cases import BASELINE, FORWARD, FORWARD_BACKWARD, TARGETS, Case, Target, readable
 
 Record = dict[str, Any]
-Times = dict[tuple[str, ...], float]  # (case, mode, timing, backend) -> milliseconds per call
+Times = dict[
+    tuple[str, ...], float
+]  # (case, mode, timing, implementation) -> milliseconds per call
 TIMINGS = ("graph", "eager")
 EAGER_PEFT = ("peft", "peft-bf16")
 AT_MOST, AT_LEAST = "≤", "≥"
@@ -15,16 +17,16 @@ NOT_MEASURED = "not measured"
 
 
 def targets_table(records: list[Record]) -> str:
-    """For each record, or once without any, the four targets and the times measured under CUDA graphs and eagerly.
+    """For each record, the targets and the ratios measured under CUDA graphs and eagerly; without a record, the targets alone.
 
-    The worst of a target's cases and the faster of PEFT's two adapter dtypes count. "missed" marks a target that either
-    timing does not reach.
+    A ratio is that of the worst of a target's cases, with the faster of PEFT's two adapter dtypes. "missed" marks a target
+    that either timing does not reach.
     """
     return "\n\n".join(_targets_of(record) for record in records) or _targets_of(None)
 
 
 def case_tables(records: list[Record]) -> str:
-    """For each record: all cases, the time to issue a call, Triton's GEMM against cuBLAS, and what was not timed and why."""
+    """For each record: all cases, the time to issue a call, Triton relative to cuBLAS, and what was not timed and why."""
     if not records:
         return f"No GPU record: {NOT_MEASURED}."
     return "\n\n".join(
@@ -53,7 +55,7 @@ def _targets_of(record: Record | None) -> str:
 
 def _target_cells(target: Target, times: Times) -> list[str]:
     versus = FORWARD if target.forward_backward is None else FORWARD_BACKWARD
-    asked = (
+    bounds = (
         (AT_MOST, target.forward, FORWARD, ("fastlora",), BASELINE),
         (AT_MOST, target.forward_backward, FORWARD_BACKWARD, ("fastlora",), BASELINE),
         (AT_LEAST, target.over_peft, versus, EAGER_PEFT, "fastlora"),
@@ -61,7 +63,7 @@ def _target_cells(target: Target, times: Times) -> list[str]:
     )
     return [
         "–" if bound is None else _cell(times, target.cases, sign, bound, mode, above, below)
-        for sign, bound, mode, above, below in asked
+        for sign, bound, mode, above, below in bounds
     ]
 
 
@@ -74,7 +76,7 @@ def _cell(
     above: tuple[str, ...],
     below: str,
 ) -> str:
-    """`≤ 1.08: 1.05 graph, 1.12 eager, missed`: the worst case's time of the fastest of `above` over that of `below`."""
+    """A cell such as `≤ 1.08: 1.05 graph, 1.12 eager, missed`: the fastest of `above` divided by `below`, in the worst case."""
     found = []
     missed = False
     for timing in TIMINGS:
@@ -105,7 +107,7 @@ def _times(record: Record) -> Times:
 
 
 def _cases(record: Record) -> str:
-    """A row for each case and mode: the frozen layer's time and the others' ratios to it, graph / eager."""
+    """A row for each case and mode: the frozen layer's time and the ratios of the others to it, graph / eager."""
     times = _times(record)
     others = [name for name in dict.fromkeys(name for *_, name in times) if name != BASELINE]
     lines = [
@@ -114,7 +116,7 @@ def _cases(record: Record) -> str:
     ]
     for case, mode in dict.fromkeys((case, mode) for case, mode, _, _ in times):
         cells = [_both(times, case, mode, name) for name in (BASELINE, *others)]
-        lines.append(f"| {case.replace('x', '×')} | {mode} | {' | '.join(cells)} |")
+        lines.append(f"| {readable(case)} | {mode} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -138,8 +140,7 @@ def _overhead(record: Record) -> str:
         cell = f"{row['backend']} {row['us_p50']:.0f}"
         cells.setdefault((row["case"], row["mode"]), []).append(cell)
     lines += [
-        f"| {case.replace('x', '×')} | {mode} | {', '.join(row)} |"
-        for (case, mode), row in cells.items()
+        f"| {readable(case)} | {mode} | {', '.join(row)} |" for (case, mode), row in cells.items()
     ]
     return "\n".join(lines)
 
@@ -148,20 +149,22 @@ def _eta(record: Record) -> str:
     graphs = [row for row in record["eta"] if row["timing"] == "graph"]
     if not graphs:
         return ""
-    each = "; ".join(f"{row['case']}: {row['eta']:.2f}" for row in graphs)
-    return f"Frozen linear / forced Triton, forward, including LoRA's work: {each}."
+    each = "; ".join(f"{readable(row['case'])}: {row['eta']:.2f}" for row in graphs)
+    return (
+        f"Time of the frozen linear layer / forced Triton, forward, LoRA update included: {each}."
+    )
 
 
 def _absent(rows: list[dict[str, Any]]) -> str:
-    """One line for each contestant and reason, with the number of cases."""
+    """A line for each implementation and reason, with the number of cases."""
     cases: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         where = f" ({row['mode']}, {row['timing']})" if row["mode"] else ""
         reason = row["reason"].partition("\n")[0]
         cases.setdefault((row["backend"] + where, row["kind"], reason), set()).add(row["case"])
     lines = [
-        f"- {backend}, {len(names)} case{'s' if len(names) > 1 else ''}: {kind}: {reason}"
-        for (backend, kind, reason), names in cases.items()
+        f"- {name}, {len(found)} case{'s' if len(found) > 1 else ''}: {kind}: {reason}"
+        for (name, kind, reason), found in cases.items()
     ]
     return "\n".join(["Not timed:", "", *lines]) if lines else ""
 

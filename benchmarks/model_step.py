@@ -3,8 +3,8 @@
     python benchmarks/model_step.py [--reps 10] [--only vit-b] [--output benchmarks/results/model-step-cpu.json]
 
 The models are transformers' own, with random float32 weights: ViT-B (12 blocks, 4 images of 197 tokens), a Llama of 1.2 billion parameters
-without its vocabulary (16 blocks of 2048 and 8192, 128 tokens), and a tiny Llama for the tests. A step is forward, the mean square of
-the output, backward, AdamW on the trainable parameters. Contestants run interleaved; those that freeze the base share its weights.
+without its vocabulary (16 blocks, hidden size 2048, MLP size 8192, 128 tokens), and a tiny Llama for the tests. A step is forward, the mean
+square of the output, backward, AdamW on the trainable parameters. Steps are interleaved; implementations that freeze the base share its weights.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from torch import Tensor, nn
 import fastlora
 
 RANK, ALPHA, DROPOUT = 8, 16, 0.1
-CONTESTANTS = ("fastlora", "fastlora-fused", "peft", "full")
+IMPLEMENTATIONS = ("fastlora", "fastlora-fused", "peft", "full")
 
 
 @dataclass(frozen=True)
 class Model:
-    """make: the base. inputs: its keyword arguments. targets: names of the adapted layers. full: whether full fine-tuning fits in memory."""
+    """A model to train.
+
+    make: builds the base model. inputs: builds its keyword arguments. targets: names of the adapted layers.
+    full: whether full fine-tuning fits in memory.
+    """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
@@ -82,14 +86,14 @@ MODELS = {
 
 
 def adapted(name: str, model: Model, base: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
-    """The contestant `name` around a model that shares the weights of `base`, or has its own if it trains them."""
+    """The model trained by implementation `name`; it shares the weights of `base` unless it trains them."""
     with torch.device("meta"):
         mine = model.make()
     state = base.state_dict(keep_vars=False)
     if name == "full":
         state = {key: value.clone() for key, value in state.items()}
     mine.load_state_dict(state, assign=True)
-    for key, buffer in base.named_buffers():  # those that are not in the state dict
+    for key, buffer in base.named_buffers():  # some are not in the state dict
         owner, _, last = key.rpartition(".")
         mine.get_submodule(owner)._buffers[last] = buffer
     mine.train()
@@ -130,45 +134,53 @@ def step_of(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
 def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     """Bytes of distinct storage that a forward pass saves for the backward pass, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss_of(model, inputs)
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def run_model(name: str, reps: int, record: Record) -> None:
-    """Add a row for each contestant on the model `name`; contestants that did not run are recorded as absent."""
+    """Add a row for each implementation on the model `name`; one that cannot run is recorded as absent.
+
+    Raises: RuntimeError if an untrained adapter changes the loss.
+    """
     torch.manual_seed(0)
     model = MODELS[name]
     base, inputs = model.make().requires_grad_(False), model.inputs()
-    models = {c: adapted(c, model, base, inputs) for c in CONTESTANTS if c != "full" or model.full}
+    models = {
+        c: adapted(c, model, base, inputs) for c in IMPLEMENTATIONS if c != "full" or model.full
+    }
     if not model.full:
-        reason = "weights, gradients and AdamW state of all parameters would not fit in memory with the base"
+        reason = (
+            "weights, gradients and AdamW state do not fit in memory together with the base model"
+        )
         record["absent"].append({"model": name, "backend": "full", "reason": reason})
-    with (
-        torch.no_grad()
-    ):  # untrained adapters change nothing; in evaluation mode, so that dropout does not either
+    # Untrained adapters must not change the loss; evaluation mode turns dropout off.
+    with torch.no_grad():
         expected = loss_of(base.eval(), inputs).item()
-        for contestant, mine in models.items():
+        for implementation, mine in models.items():
             got = loss_of(mine.eval(), inputs).item()
             mine.train()
             if abs(got - expected) > 1e-4 * abs(expected):
-                raise RuntimeError(f"{contestant} on {name}: loss {got}, the base has {expected}")
+                raise RuntimeError(
+                    f"{implementation} on {name}: loss {got}, the base model has {expected}"
+                )
     times = interleave({c: step_of(m, inputs) for c, m in models.items()}, reps, wall_clock)
-    for contestant, mine in models.items():
+    for implementation, mine in models.items():
         trained = [p for p in mine.parameters() if p.requires_grad]
-        samples = sorted(times[contestant])
+        samples = sorted(times[implementation])
         record["results"].append(
             {
                 "model": name,
-                "backend": contestant,
+                "backend": implementation,
                 "ms_p50": round(statistics.median(samples), 2),
                 "ms_min": round(samples[0], 2),
                 "ms_max": round(samples[-1], 2),
@@ -182,9 +194,16 @@ def run_model(name: str, reps: int, record: Record) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time whole training steps on the CPU.")
-    parser.add_argument("--reps", type=int, default=10, help="samples of each contestant")
-    parser.add_argument("--only", choices=list(MODELS), help="one model; default vit-b, llama-1b")
-    parser.add_argument("--output", type=Path, help="the JSON record")
+    parser.add_argument(
+        "--reps",
+        type=int,
+        default=10,
+        help="timed steps of each implementation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only", choices=list(MODELS), help="run this model only (default: vit-b and llama-1b)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the record")
     arguments = parser.parse_args(argv)
     record: dict[str, Any] = {
         "environment": environment(torch.device("cpu"), arguments.reps),
@@ -199,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in record["results"]:
             if row["model"] == name:
                 print(
-                    f"{name:10} {row['backend']:15} {row['ms_p50']:9.1f} ms a step, keeps "
+                    f"{name:10} {row['backend']:15} {row['ms_p50']:9.1f} ms per step, saves "
                     f"{row['saved_bytes'] / 2**20:8.1f} MiB, {row['state_bytes'] / 2**20:8.1f} MiB of training state"
                 )
     return 0

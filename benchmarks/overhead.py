@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--reps 30] [--output benchmarks/results/overhead-cpu.json]
 
-The layer is so small (1x64->64) that its arithmetic is negligible. Instructions are counted in user space by `perf stat` where
-the machine has the counter, else by Valgrind's callgrind, switched on around the calls only; the record names the counter, or the
-reasons for none. One thread, so that waiting threads add nothing.
+The layer is so small (1x64->64) that its arithmetic is negligible. Instructions are counted in user space by `perf stat` if
+the machine has the counter, otherwise by Valgrind's callgrind, switched on around the calls only; the record names the counter, or
+the reasons why none is available. One thread, so that waiting threads add no instructions.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cases import CPU_CASES, FORWARD, FORWARD_BACKWARD
 from record import Record, new_record, write
 from workload import Round, Workload, round_of
 
-CONTESTANTS = ("linear", "fastlora", "peft")
+IMPLEMENTATIONS = ("linear", "fastlora", "peft")
 CASES = tuple(case for case in CPU_CASES if case.overhead)
 WARM_UP = 20
 ROOT = Path(__file__).resolve().parent.parent
-# Callgrind's switches are macros, so they need a compiler; the library does nothing outside Valgrind.
+# Callgrind is switched on and off by C macros, so this must be compiled; outside Valgrind the functions do nothing.
 MARKS = r"""
 #include <valgrind/callgrind.h>
 void begin(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
@@ -39,14 +39,14 @@ void end(const char *label) { CALLGRIND_STOP_INSTRUMENTATION; CALLGRIND_DUMP_STA
 
 
 class NoCounter(Exception):
-    """A counter of instructions is unavailable; the message is the reason."""
+    """An instruction counter is unavailable; the message is the reason."""
 
 
 def runs() -> Iterator[tuple[tuple[str, str, str], Round]]:
-    """(case, mode, contestant) and one call of it."""
+    """(case, mode, implementation), and a function that makes one such call."""
     for case in CASES:
         record = new_record(torch.device("cpu"), 1, [], "none")
-        built = CaseRun(Workload(case, torch.device("cpu")), CONTESTANTS, record)
+        built = CaseRun(Workload(case, torch.device("cpu")), IMPLEMENTATIONS, record)
         for mode in (FORWARD, FORWARD_BACKWARD):
             for name, layers in built.layers.items():
                 yield (case.name, mode, name), round_of(mode, layers, built.work)
@@ -58,7 +58,7 @@ def repeat(run: Round, calls: int) -> None:
 
 
 def child(calls: int, marks: Path | None, index: int | None) -> None:
-    """The process that a counter observes: every run between marks, or one run and no marks."""
+    """The observed process: makes every run between callgrind's marks, or without `marks` the run `index` only."""
     library = None if marks is None else ctypes.CDLL(str(marks))
     for number, (key, run) in enumerate(runs()):
         if index not in (None, number):
@@ -72,7 +72,7 @@ def child(calls: int, marks: Path | None, index: int | None) -> None:
 
 
 def count_by_perf(calls: int) -> dict[tuple[str, ...], float]:
-    """Instructions per call: the difference of a process with the calls and one without, over their number."""
+    """Instructions per call: the difference between a process that makes the calls and one that does not, per call."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "stat")
 
@@ -86,7 +86,7 @@ def count_by_perf(calls: int) -> dict[tuple[str, ...], float]:
                 raise NoCounter(f"perf failed: {error.stderr.strip()[-200:]}") from error
             value = file.read_text().strip().splitlines()[-1].partition(",")[0]
             if not value.isdigit():
-                raise NoCounter(f"perf says of instructions:u: {value}")
+                raise NoCounter(f"perf reports instructions:u as {value}")
             return int(value)
 
         counted("true")  # fail early
@@ -98,7 +98,7 @@ def count_by_perf(calls: int) -> dict[tuple[str, ...], float]:
 
 
 def count_by_callgrind(calls: int) -> dict[tuple[str, ...], float]:
-    """Instructions per call, between marks, of one process under Valgrind."""
+    """Instructions per call between the marks of one process under Valgrind."""
     for program in ("valgrind", "cc"):
         if shutil.which(program) is None:
             raise NoCounter(f"{program} is not installed")
@@ -115,7 +115,7 @@ def count_by_callgrind(calls: int) -> dict[tuple[str, ...], float]:
 
 
 def read_callgrind(folder: Path, calls: int) -> dict[tuple[str, ...], float]:
-    """Total of each dump in the folder divided by the calls, by the label of its mark."""
+    """Instructions per call of each dump in the folder, by the label of its mark."""
     found = {}
     for file in folder.glob("out.*"):
         text = file.read_text()
@@ -142,7 +142,7 @@ COUNTERS: dict[str, Callable[[int], dict[tuple[str, ...], float]]] = {
 
 
 def count(record: Record, calls: int) -> None:
-    """Add the instructions of each call to its row, by the first available counter, and record why others are not."""
+    """Add the instructions of each call to its row, from the first available counter, and record why earlier ones failed."""
     record["counter"], record["no_counter"] = None, {}
     for name, counter in COUNTERS.items():
         try:
@@ -157,10 +157,10 @@ def count(record: Record, calls: int) -> None:
 
 
 def measure(reps: int) -> Record:
-    """The record of times."""
+    """Time every case and return the record."""
     record = new_record(torch.device("cpu"), reps, [], None)
     for case in CASES:
-        CaseRun(Workload(case, torch.device("cpu")), CONTESTANTS, record).time_calls(reps)
+        CaseRun(Workload(case, torch.device("cpu")), IMPLEMENTATIONS, record).time_calls(reps)
     return record
 
 
@@ -168,9 +168,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reps", type=int, default=30, help="repetitions by the clock")
-    parser.add_argument("--calls", type=int, default=50, help="calls of each run that are counted")
-    parser.add_argument("--output", type=Path, help="write the record here as JSON")
+    parser.add_argument(
+        "--reps", type=int, default=30, help="timed repetitions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=50,
+        help="calls of each run whose instructions are counted (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the record")
     parser.add_argument("--marks", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Draw the scaling curves and the roofline of a record, readable in black and white."""
+"""Draw the scaling curves and the roofline of a record in black and white."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 
 from fastlora.files import atomic_write
 
-# Distinguished by marker and line style; everything is black.
+# Implementations are distinguished by marker and line style, not by colour.
 STYLES = {"linear": ("o", ":"), "fastlora": ("s", "-"), "peft": ("^", "--")}
 LABELS = {"M": "rows M", "N": "outputs N", "R": "rank R", "layers": "layers"}
 
 
 def digest(record: dict[str, Any]) -> str:
-    """The hash of a record, stored in the plot drawn from it."""
+    """The hash of a record, stored in the plot that is drawn from it."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def is_current(record: dict[str, Any], picture: Path) -> bool:
+    """Whether the plot exists and was drawn from this record."""
     return picture.is_file() and digest(record).encode() in picture.read_bytes()
 
 
 def draw(record: dict[str, Any], picture: Path) -> None:
-    """Draw a PNG of five panels: time against each axis, and all points under the machine's roofline."""
+    """Draw a PNG with the time along each axis, and all points under the machine's roofline."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,7 +46,7 @@ def draw(record: dict[str, Any], picture: Path) -> None:
         0.02,
         0.4,
         f"{facts.get('gpu', facts['cpu'])}\ntorch {facts['torch']}, PEFT {facts['peft']}\n"
-        f"best product {peaks['gflops']:,.0f} GFLOP/s\nbest copy {peaks['gbps']:,.1f} GB/s",
+        f"fastest GEMM {peaks['gflops']:,.0f} GFLOP/s\nfastest copy {peaks['gbps']:,.1f} GB/s",
     )
     source = {"Source": digest(record)}
     atomic_write(picture, lambda file: figure.savefig(file, dpi=100, format="png", metadata=source))
@@ -73,4 +74,6 @@ def _roofline(panel: Any, record: dict[str, Any]) -> None:
         x = [row["flops"] / row["bytes"] for row in mine]
         y = [row["flops"] / row["ms_p50"] / 1e6 for row in mine]
         panel.plot(x, y, marker=marker, linestyle="", color="black", mfc="white")
-    panel.set(xlabel="FLOP a byte, at least moved", ylabel="GFLOP/s", xscale="log", yscale="log")
+    panel.set(
+        xlabel="FLOP per byte (minimum traffic)", ylabel="GFLOP/s", xscale="log", yscale="log"
+    )

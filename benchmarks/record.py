@@ -1,4 +1,4 @@
-"""The JSON record of a run: environment, results, and what did not run and why; rewritten after every case."""
+"""The JSON record of a run: environment, results, and what did not run and why."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 class Budget:
-    """Time budget: another case starts only if the slowest so far would still end in time. `seconds` None is no limit."""
+    """Time budget: a case may start if one as slow as the slowest so far would end in time. None means no limit."""
 
     def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -57,7 +57,7 @@ def new_record(
 ) -> Record:
     """A record in which no case has run.
 
-    results: a row for each case, mode, timing and backend. absent: contestants without a row, and the reason. call_overhead:
+    results: a row for each case, mode, timing and implementation (its name is under `backend`). absent: implementations without a row, and the reason. call_overhead:
     CPU time to issue a call. eta: the frozen layer's time over forced Triton's. seconds: duration of each case, compilation
     and checks included. not_run: the cases that have not ended.
     """
@@ -83,7 +83,7 @@ def gpu_file_name(gpu: str) -> str:
 
 
 def environment(device: torch.device, reps: int, git_sha: str | None = None) -> dict[str, Any]:
-    """Device, versions and command, for a reader who repeats the run. git_sha: for sources without a git folder."""
+    """Device, versions and command, for a reader who repeats the run. git_sha: the commit, for sources without a git folder."""
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "device": device.type,

@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import plots
+from cases import readable
 from gpu_tables import case_tables, targets_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+MODELS = (
+    "vit-b: ViT-B, 4 images; llama-1b: a Llama of 1.2 billion parameters without its vocabulary, 128 tokens; "
+    "both with random weights."
+)
 METHODS = {
-    "baseline": "upsampled coarse structure",
+    "baseline": "upsampled coarse segmentation",
     "base": "frozen base",
     "lora": "LoRA",
     "full": "full fine-tuning",
@@ -34,7 +39,7 @@ def cpu_table(record: dict[str, Any]) -> str:
         if result["mode"] == "forward+backward":
             rows.setdefault(result["case"], {})[result["backend"]] = result
     lines = [
-        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT | PEFT / fastlora | saved for backward: fastlora / PEFT |",
+        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT | PEFT / fastlora | saved for the backward pass: fastlora / PEFT |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     ratios = []
@@ -43,8 +48,8 @@ def cpu_table(record: dict[str, Any]) -> str:
         times = " | ".join(
             f"{row[name]['ms_p50']:.1f} ms" for name in ("linear", "fastlora", "peft")
         )
-        kept = row["fastlora"]["saved_bytes"] / row["peft"]["saved_bytes"]
-        lines.append(f"| {case.replace('x', '×')} | {times} | {ratios[-1]:.2f}× | {kept:.0%} |")
+        saved = row["fastlora"]["saved_bytes"] / row["peft"]["saved_bytes"]
+        lines.append(f"| {readable(case)} | {times} | {ratios[-1]:.2f}× | {saved:.0%} |")
     lines.append(
         f"\nMedian {statistics.median(ratios):.2f}× over PEFT {facts['peft']}; float32, {facts['threads']} threads, "
         f"{facts['cpu']}, torch {facts['torch']}, medians of {facts['reps']} interleaved runs "
@@ -68,7 +73,7 @@ def model_table(records: list[dict[str, Any]]) -> str:
     facts, settings = record["environment"], record["settings"]
     names = {"fastlora-fused": "fastlora, `fuse`", "peft": "PEFT", "full": "full fine-tuning"}
     lines = [
-        "| model | | step | PEFT / this | saved for backward | weights, gradients and AdamW state of trained parameters |",
+        "| model | | step | speed relative to PEFT | saved for the backward pass | weights, gradients and AdamW state of trained parameters |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for model in dict.fromkeys(row["model"] for row in record["results"]):
@@ -79,9 +84,12 @@ def model_table(records: list[dict[str, Any]]) -> str:
                 f"| {model} | {names.get(name, name)} | {row['ms_p50'] / 1e3:.2f} s | {ratio:.2f}× "
                 f"| {row['saved_bytes'] / 2**20:,.0f} MiB | {row['state_bytes'] / 2**20:,.0f} MiB |"
             )
-    absent = "; ".join(f"{a['backend']} of {a['model']}: {a['reason']}" for a in record["absent"])
+    absent = "; ".join(
+        f"{names.get(a['backend'], a['backend'])} of {a['model']} ({a['reason']})"
+        for a in record["absent"]
+    )
     lines.append(
-        f"\nRank {settings['rank']}, dropout {settings['dropout']}, {settings['dtype']}, {facts['threads']} threads, {facts['cpu']}, "
+        f"\n{MODELS} Rank {settings['rank']}, dropout {settings['dropout']}, {settings['dtype']}, {facts['threads']} threads, {facts['cpu']}, "
         f"torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved steps "
         f"(`{facts['command']}`, `benchmarks/results/model-step-cpu.json`)."
         + (f" Not run: {absent}." if absent else "")
@@ -90,7 +98,10 @@ def model_table(records: list[dict[str, Any]]) -> str:
 
 
 def scaling_table(records: dict[str, dict[str, Any]]) -> str:
-    """For each record the plot, and the milliseconds at both ends of each axis. records: by file name without its suffix."""
+    """For each record the plot, and the milliseconds at both ends of each axis.
+
+    records: by file name without its suffix.
+    """
     parts = []
     for name, record in records.items():
         facts, peaks = record["environment"], record["peaks"]
@@ -123,7 +134,7 @@ def scaling_table(records: dict[str, dict[str, Any]]) -> str:
             )
             lines.append(f"| {axis} | {ends[0]}, {ends[1]} | {' | '.join(cells)} | {ratios} |")
         lines.append(
-            f"\nRoofline: {peaks['gflops']:,.0f} GFLOP/s from the best product, {peaks['gbps']:.1f} GB/s from the best copy. "
+            f"\nRoofline: {peaks['gflops']:,.0f} GFLOP/s of the fastest GEMM, {peaks['gbps']:.1f} GB/s of the fastest copy. "
             f"{where}, {facts['threads']} threads, torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved runs "
             f"(`{facts['command']}`, `benchmarks/results/{name}.json`)."
         )
@@ -152,7 +163,7 @@ def overhead_table(records: list[dict[str, Any]]) -> str:
             ]
             count = f"{mine['instructions']:,}" if "instructions" in mine else "–"
             lines.append(
-                f"| {case.replace('x', '×')} | {mode} | {name} | {mine['us_p50']:.1f} | {count} | {' | '.join(shares)} |"
+                f"| {readable(case)} | {mode} | {name} | {mine['us_p50']:.1f} | {count} | {' | '.join(shares)} |"
             )
     reasons = "; ".join(f"{name}: {reason}" for name, reason in record["no_counter"].items())
     lines.append(
@@ -164,7 +175,7 @@ def overhead_table(records: list[dict[str, Any]]) -> str:
 
 
 def medical_table(records: list[dict[str, Any]]) -> str:
-    """Held-out means of each method and group, averaged over the seeds, with the lowest and highest Dice."""
+    """Held-out means of each method and group, averaged over the seeds, with the lowest and the highest seed's Dice."""
     groups = [group for group in records[0]["means"]["base"] if group != "all"]
     lines = [
         "| held out | method | trained parameters | Dice (lowest–highest seed) | HD95 mm | NSD@2 mm | volume error |",
@@ -206,7 +217,7 @@ def medical_table(records: list[dict[str, Any]]) -> str:
 
 
 def _interval(record: dict[str, Any]) -> str:
-    """One seed's Dice of LoRA and of full fine-tuning, and their paired difference."""
+    """Dice of LoRA and of full fine-tuning and their paired difference, for one seed."""
 
     def text(figures: dict[str, Any], sign: str = "") -> str:
         mean, low, high = (figures[key] for key in ("mean", "low", "high"))
@@ -222,7 +233,7 @@ def _interval(record: dict[str, Any]) -> str:
 
 
 def tables() -> dict[Path, dict[str, str]]:
-    """File -> marker -> table, for every record."""
+    """The tables of all records, by file and marker."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     overhead = [record for record in records if record.get("kind") == "overhead"]
     # The compile gate's records have no table.
@@ -247,14 +258,14 @@ def tables() -> dict[Path, dict[str, str]]:
 
 
 def scaling_records() -> dict[str, dict[str, Any]]:
-    """The record of each plot, by the file name of both without its suffix."""
+    """The records that have a plot, by their file name without its suffix, which is also the plot's."""
     return {
         path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("scaling-*.json"))
     }
 
 
 def fill(text: str, found: dict[str, str], file: str = "README.md") -> str:
-    """The text with each table written between `<!-- table: name -->` and `<!-- end -->`.
+    """Return the text with each table written between `<!-- table: name -->` and `<!-- end -->`.
 
     Raises: ValueError if a marker is missing.
     """

@@ -1,11 +1,11 @@
 """Time `LoRALinear` against PEFT and other implementations, and write one JSON record.
 
     python benchmarks/run.py --device cpu [--reps 30] [--output benchmarks/results/cpu.json]
-    python benchmarks/run.py --peer-path ../lorafusion      # with the published peers in that folder
+    python benchmarks/run.py --library-path ../lorafusion   # with the published libraries in that folder
     python benchmarks/run.py --device cuda [--quick]        # writes benchmarks/results/<gpu>.json and fills the tables
 
-A contestant whose output or gradients are wrong is not timed, and the record has the error. Contestants run interleaved, one
-after the other in every repetition, so that a slow phase of the machine affects all of them; ratios are of medians. See docs/benchmarks.md.
+An implementation whose output or gradients are wrong is not timed, and the record holds the error. Every repetition runs all
+implementations in turn, so that a slow phase of the machine affects all of them; ratios are of medians. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from case_run import run_case
 from cases import BASELINE, CPU_CASES, CUDA_CASES, FORWARD_BACKWARD, Case
 from gpu_tables import targets_table
-from peers import CONTESTANTS, PUBLISHED, add_peer_paths, is_installed
+from implementations import IMPLEMENTATIONS, PUBLISHED, add_library_paths, is_installed
 from record import Budget, Record, gpu_file_name, new_record, nvidia_smi, write
 
-CPU_CONTESTANTS = (BASELINE, "fastlora", "peft")
+CPU_IMPLEMENTATIONS = (BASELINE, "fastlora", "peft")
 QUICK_BUDGET_SECONDS = 450.0
 REPS, QUICK_REPS = 30, 20
 
@@ -33,8 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     cases = [case for case in _cases(on_gpu, arguments.quick) if arguments.only in case.name]
-    add_peer_paths(arguments.peer_path)
-    names = arguments.contestants or _default_contestants(on_gpu, bool(arguments.peer_path))
+    add_library_paths(arguments.library_path)
+    names = arguments.implementations or _default_implementations(
+        on_gpu, bool(arguments.library_path)
+    )
     seconds = arguments.budget_seconds
     if seconds is None and on_gpu and arguments.quick:
         seconds = QUICK_BUDGET_SECONDS
@@ -71,50 +73,56 @@ def _cases(on_gpu: bool, quick: bool) -> list[Case]:
     return [c for c in CUDA_CASES if c.quick or not quick] if on_gpu else list(CPU_CASES)
 
 
-def _default_contestants(on_gpu: bool, peer_path: bool) -> tuple[str, ...]:
-    """Those written here, and the published peers: with a path all of them, so that a missing one is reported."""
-    ours = [name for name in CONTESTANTS if name not in PUBLISHED] if on_gpu else CPU_CONTESTANTS
-    return (*ours, *(name for name in PUBLISHED if peer_path or is_installed(name)))
+def _default_implementations(on_gpu: bool, library_path: bool) -> tuple[str, ...]:
+    """Those written here, and the installed published libraries; with --library-path all of these, so that a missing one is reported."""
+    ours = (
+        [name for name in IMPLEMENTATIONS if name not in PUBLISHED]
+        if on_gpu
+        else CPU_IMPLEMENTATIONS
+    )
+    return (*ours, *(name for name in PUBLISHED if library_path or is_installed(name)))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="on a GPU: the cases of the targets and a few others, "
-        f"within {QUICK_BUDGET_SECONDS:g} seconds unless --budget-seconds says otherwise",
+        help="on a GPU: run only the cases of the targets and a few others, "
+        f"within {QUICK_BUDGET_SECONDS:g} seconds unless --budget-seconds is given",
     )
     parser.add_argument(
         "--reps",
         type=int,
-        help=f"counted repetitions of each case and mode (default {REPS}, in a quick run {QUICK_REPS})",
+        help=f"timed repetitions of each case and mode (default {REPS}, with --quick {QUICK_REPS})",
     )
     parser.add_argument(
-        "--budget-seconds", type=float, help="start no case that would not end within this time"
+        "--budget-seconds",
+        type=float,
+        help="start no case that is not expected to end within this time",
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="only cases whose name contains this"
+        "--only", default="", metavar="TEXT", help="run only cases whose name contains TEXT"
     )
     parser.add_argument(
-        "--contestants",
-        type=_contestants,
+        "--implementations",
+        type=_implementations,
         metavar="A,B",
-        help=f"in addition to {BASELINE}, from: {', '.join(CONTESTANTS)}",
+        help=f"implementations to time in addition to {BASELINE}, from: {', '.join(IMPLEMENTATIONS)}",
     )
     parser.add_argument(
-        "--peer-path",
+        "--library-path",
         type=_folder,
         action="append",
         default=[],
         metavar="FOLDER",
-        help=f"import {' and '.join(PUBLISHED)} from here; may be given more than once",
+        help=f"import {' and '.join(PUBLISHED)} from this folder; may be repeated",
     )
-    parser.add_argument("--git-sha", help="the commit, for sources without a git folder")
-    parser.add_argument("--output", type=Path, help="write the record here as JSON")
+    parser.add_argument("--git-sha", help="commit to record, for sources without a git folder")
+    parser.add_argument("--output", type=Path, help="JSON file for the record")
     arguments = parser.parse_args(argv)
     if arguments.reps is None:
         quick = arguments.quick and arguments.device == "cuda"
@@ -128,18 +136,18 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _contestants(text: str) -> tuple[str, ...]:
+def _implementations(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys((BASELINE, *text.split(","))))
-    unknown = set(names) - set(CONTESTANTS)
+    unknown = set(names) - set(IMPLEMENTATIONS)
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"expected some of {', '.join(CONTESTANTS)}, got {', '.join(sorted(unknown))}"
+            f"expected some of {', '.join(IMPLEMENTATIONS)}, got {', '.join(sorted(unknown))}"
         )
     return names
 
 
 def cpu_summary(record: Record) -> str:
-    """PEFT's median time over fastlora's in forward + backward, case by case."""
+    """PEFT's median time divided by fastlora's in forward + backward, for each case."""
     times = {
         (row["case"], row["backend"]): row["ms_p50"]
         for row in record["results"]
@@ -162,8 +170,8 @@ def print_case(name: str, record: Record) -> None:
     lines: dict[tuple[str, str], list[str]] = {}
     for row in record["results"]:
         if row["case"] == name:
-            kept = row["saved_bytes"]
-            saved = "" if kept is None else f", keeps {kept / 2**20:.2f} MiB"
+            size = row["saved_bytes"]
+            saved = "" if size is None else f", saves {size / 2**20:.2f} MiB"
             cell = f"{row['backend']} {row['ms_p50']:.4g} ms ({row['ratio_to_linear']:.2f}x{saved})"
             lines.setdefault((row["mode"], row["timing"]), []).append(cell)
     for row in record["call_overhead"]:

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --device cuda              # writes benchmarks/results/scaling-<gpu>.json
 
 One size varies, the others stay at the base point. The roofline is measured in the same run: the best rate of a square
-product in the points' dtype, and the best rate of a large copy. `python benchmarks/report.py` draws the curves from the record.
+matrix product in the points' dtype, and the best rate of a large copy. `python benchmarks/report.py` draws the curves from the record.
 """
 
 from __future__ import annotations
@@ -23,19 +23,24 @@ from timing import Sampler, interleave, quantiles, rounds_for, sampler
 from torch import nn
 from workload import Round, Workload, copies_needed, round_of, torch_dtype, trainable
 
-CONTESTANTS = (BASELINE, "fastlora", "peft")
+IMPLEMENTATIONS = (BASELINE, "fastlora", "peft")
 AXES = ("M", "N", "R", "layers")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The base point, the base of the stacks of layers (k == n), and the values along each axis."""
+    """The sizes that are timed.
+
+    base: the point from which M, N and R vary. stack: the layer that is repeated along the axis `layers` (k == n).
+    values: the values of each axis. gemms: sizes of the square matrix products that measure the peak. copied: bytes of the
+    tensor whose copy measures the bandwidth.
+    """
 
     base: Case
     stack: Case
     values: dict[str, tuple[int, ...]]
-    product: tuple[int, ...]  # sizes of the square products that measure the peak
-    copied: int  # bytes of the tensor whose copy gives the bandwidth
+    gemms: tuple[int, ...]
+    copied: int
 
 
 SWEEPS = {
@@ -79,27 +84,29 @@ def points(sweep: Sweep) -> list[tuple[str, int, Case, int]]:
 
 
 def flops(case: Case, adapted: bool) -> int:
-    """FLOPs of one layer's forward + backward: y and dx, and with adapters S, its product with B, dS, dB, dA and dS A."""
+    """FLOPs of one layer's forward + backward: the products y and dx, and with adapters S, S Bᵀ, dS, dB, dA and dS A."""
     m, k, n, r = case.m, case.k, case.n, case.rank
     return 4 * m * k * n + adapted * 6 * m * r * (k + n)
 
 
 def least_bytes(case: Case, adapted: bool) -> int:
-    """The least bytes that one layer's forward + backward moves: x, y, dy, dx once, W twice; with adapters x again, A and B twice, S
-    three times, and their gradients once."""
+    """The minimum number of bytes that one layer's forward + backward moves.
+
+    x, y, dy and dx once, W twice; with adapters also x again, A and B twice, their gradients once, and S three times.
+    """
     m, k, n, r = case.m, case.k, case.n, case.rank
     low_rank = m * k + 3 * r * (k + n) + 3 * m * r
     return torch_dtype(case).itemsize * (2 * (m * k + n * k + m * n) + adapted * low_rank)
 
 
 def peaks(sweep: Sweep, device: torch.device) -> dict[str, float]:
-    """gflops: the best square product. gbps: the best copy, bytes read and written."""
+    """The machine's peaks. gflops: of the fastest square matrix product. gbps: of the fastest copy, bytes read plus written."""
     sample, dtype = sampler(device), torch_dtype(sweep.base)
     source = torch.ones(sweep.copied // 4, device=device)
     target = torch.empty_like(source)
     copy = _best(lambda: target.copy_(source), sample)
     rates = []
-    for size in sweep.product:
+    for size in sweep.gemms:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         rates.append(2 * size**3 / _best(lambda a=a, b=b: torch.mm(a, b), sample))
     return {"gflops": round(max(rates) / 1e6, 1), "gbps": round(2 * sweep.copied / copy / 1e6, 2)}
@@ -120,13 +127,13 @@ def stack_round(layers: list[nn.Module], work: Workload) -> Round:
 def run_point(
     axis: str, value: int, case: Case, layers: int, device: torch.device, reps: int, record: Record
 ) -> None:
-    """Check the contestants and add a row for each."""
+    """Check the implementations and add a row for each."""
     on_gpu = device.type == "cuda"
     copies = layers
     if on_gpu and axis != "layers":
         copies = copies_needed(case, torch.cuda.get_device_properties(device).L2_cache_size)
     work = Workload(case, device, copies)
-    built = CaseRun(work, CONTESTANTS, record)
+    built = CaseRun(work, IMPLEMENTATIONS, record)
     if axis == "layers":
         runs = {name: stack_round(each, work) for name, each in built.layers.items()}
     else:
@@ -147,11 +154,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=list(SWEEPS), default="cpu", help="where to run")
-    parser.add_argument("--reps", type=int, default=15, help="repetitions that count (default 15)")
-    parser.add_argument("--axis", choices=AXES, help="only this one")
-    parser.add_argument("--git-sha", help="the commit, for sources without a git folder")
-    parser.add_argument("--output", type=Path, help="write the record here as JSON")
+    parser.add_argument("--device", choices=list(SWEEPS), default="cpu", help="device")
+    parser.add_argument(
+        "--reps", type=int, default=15, help="timed repetitions (default: %(default)s)"
+    )
+    parser.add_argument("--axis", choices=AXES, help="run this axis only")
+    parser.add_argument("--git-sha", help="commit to record, for sources without a git folder")
+    parser.add_argument("--output", type=Path, help="JSON file for the record")
     arguments = parser.parse_args(argv)
     device, sweep = torch.device(arguments.device), SWEEPS[arguments.device]
     facts = environment(device, arguments.reps, arguments.git_sha)

@@ -1,4 +1,4 @@
-"""Timing: interleaved samples of all contestants, run eagerly or as CUDA graphs, and their quantiles."""
+"""Interleaved timing of all implementations, eagerly or as CUDA graphs, and quantiles of the samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wall_clock(run: Round, rounds: int) -> float:
 
 
 def cuda_events(run: Round, rounds: int) -> float:
-    """Milliseconds of `rounds` runs between two events. It starts on an idle GPU, so that no run overlaps with the one before."""
+    """Milliseconds of `rounds` runs between two events, starting on an idle GPU so that no earlier run overlaps."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -46,9 +46,9 @@ def sampler(device: torch.device) -> Sampler:
 def interleave(
     runs: dict[str, Round], reps: int, sample: Sampler, rounds: int = 1
 ) -> dict[str, list[float]]:
-    """`reps` samples of each run in milliseconds per round. Each repetition runs all of them, every second one in reverse order.
+    """`reps` samples of each run, in milliseconds per round. A repetition samples every run, in reverse order every second time.
 
-    Three repetitions before are not counted. Garbage collection is disabled meanwhile.
+    Three warm-up repetitions are not counted, and garbage collection is disabled.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
@@ -79,7 +79,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def capture(run: Round) -> Round:
-    """The run as a CUDA graph: three runs on a side stream, then the capture. Returns its replay."""
+    """Capture the run as a CUDA graph, after three warm-up runs on a side stream, and return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -95,7 +95,7 @@ def capture(run: Round) -> Round:
 def call_overhead(
     runs: dict[str, Round], reps: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Microseconds of CPU time to issue one call of each run, never waiting for the GPU within a sample."""
+    """Microseconds of CPU time to issue one call of each run, without waiting for the GPU within a sample."""
 
     def sample(run: Round, rounds: int) -> float:
         if device.type == "cuda":

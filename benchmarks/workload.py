@@ -1,4 +1,4 @@
-"""The tensors of a case, and one round of calls of a contestant over all copies of them.
+"""The tensors of a case, and one round: a call of an implementation for every copy of them.
 
 Copies are separate layers with separate weights, inputs and output gradients, called one after the other as in a model,
 so that no weight stays in the cache until its next call.
@@ -25,17 +25,17 @@ def torch_dtype(case: Case) -> torch.dtype:
 
 
 def copies_needed(case: Case, cache_bytes: int) -> int:
-    """Number of copies that together read four times the cache in a forward pass, within bounds; four also suffice for a step's three layers."""
+    """Number of copies whose forward passes read four times the cache size, from MIN_COPIES (enough for a step's three layers) to MAX_COPIES."""
     read = (case.m * case.k + case.n * case.k) * torch_dtype(case).itemsize
     return min(max(MIN_COPIES, -(-4 * cache_bytes // read)), MAX_COPIES)
 
 
 @dataclass
 class Workload:
-    """The tensors of a case, drawn from a normal distribution, since zeros take less power and time.
+    """The tensors of a case, drawn from a normal distribution, because zeros need less power and time.
 
     frozen: layers, x: (M, K), requiring gradients, dy: (M, N), `copies` of each. lora_a: (R, K) and
-    lora_b: (N, R), float32, with values that the case's dtype holds exactly, so that a cast of them changes nothing.
+    lora_b: (N, R), float32, with values that the case's dtype represents exactly, so that casting them changes nothing.
     """
 
     case: Case
@@ -66,12 +66,12 @@ class Workload:
 
 
 def trainable(layer: nn.Module) -> list[nn.Parameter]:
-    """A and B of a contestant, in this order; nothing for the frozen layer."""
+    """A and B of an implementation, in this order; empty for the frozen layer."""
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
 def round_of(mode: str, layers: Sequence[nn.Module], work: Workload) -> Round:
-    """One round: a call for each copy; in a training step one call of a stack of three layers, and of AdamW."""
+    """One round: a call for each copy, or one training step of a stack of three layers."""
     if mode == FORWARD:
 
         def forward() -> None:
@@ -100,9 +100,8 @@ def _training_step(layers: Sequence[nn.Module], work: Workload) -> Round:
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.GELU())][:-1])
     parameters = trainable(model)
     x, dy = work.x[0], work.dy[0]
-    on_gpu = (
-        work.device.type == "cuda"
-    )  # capturable and fused there, so that a CUDA graph can contain the step
+    # On a GPU capturable and fused, so that a CUDA graph can contain the step.
+    on_gpu = work.device.type == "cuda"
     optimizer = (
         torch.optim.AdamW(parameters, lr=1e-5, capturable=on_gpu, fused=on_gpu)
         if parameters
@@ -137,10 +136,10 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def peak_bytes(run: Round, device: torch.device) -> int | None:
-    """Peak bytes that one run allocates on the GPU beyond those allocated before it; None on a CPU."""
+    """Peak bytes that one run allocates on the GPU; None on a CPU."""
     if device.type != "cuda":
         return None
-    run()  # one-off allocations, such as an optimizer's state, do not count
+    run()  # makes one-off allocations, such as the optimizer's state, which do not count
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,9 +1,9 @@
-"""Run the core's tests under the oldest and the newest versions that pyproject.toml admits, and write docs/compatibility.md.
+"""Test the library under the oldest and the newest versions that pyproject.toml allows, and write docs/compatibility.md.
 
     python scripts/compatibility.py --oldest_python python3.10 --newest_python python3.13
 
-It needs Python 3.11 itself. Each row has a virtual environment of its own below --folder (some 6 GB: PyPI's torch brings CUDA's libraries), made if it is not
-there. The medical application is left out; its packages are pinned for the two commands of the README.
+Needs Python 3.11 or newer. Each row of the table gets a virtual environment under --folder, about 6 GB because PyPI's torch requires
+the CUDA libraries; an existing one is updated. The medical application is not tested; its packages are pinned for make demo and make test.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOOLS = ("pytest", "hypothesis", "setuptools", "transformers")
 
 
 def requirements(oldest: bool) -> list[str]:
-    """What pip is asked for: the core, YAML and PEFT at the floors of pyproject.toml or without a bound, and what tests need besides."""
+    """The requirements to install: the library, YAML and PEFT, at their lower bounds if `oldest`, and the packages that the tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["yaml"]]
@@ -39,8 +39,8 @@ def requirements(oldest: bool) -> list[str]:
     return [f"{name}=={floor}" if oldest else name for name, floor in found] + list(TOOLS)
 
 
-def left_out() -> list[str]:
-    """The test files that need the medical application, or look at this checkout's documents."""
+def excluded() -> list[str]:
+    """The test files that need the medical application or check this repository's documents."""
     other = re.compile(
         r"fastlora\.medical|support\.(hostile|layouts|tiny_run|endurance)|import endurance|nibabel"
     )
@@ -51,7 +51,7 @@ def left_out() -> list[str]:
 
 
 def environment(folder: Path, python: str, oldest: bool) -> Path:
-    """The interpreter of an environment with those requirements."""
+    """Create the environment if it is missing, install the requirements, and return its interpreter."""
     interpreter = folder / "bin" / "python"
     if not interpreter.exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
@@ -61,7 +61,7 @@ def environment(folder: Path, python: str, oldest: bool) -> Path:
 
 
 def versions(interpreter: Path) -> dict[str, str]:
-    """Of Python and of the packages in the table."""
+    """The versions of Python and of the packages in the table."""
     program = (
         "import json, platform; from importlib.metadata import version; "
         f"print(json.dumps({{'python': platform.python_version(), **{{n: version(n) for n in {SHOWN!r}}}}}))"
@@ -74,11 +74,14 @@ def versions(interpreter: Path) -> dict[str, str]:
 
 
 def run_tests(interpreter: Path, report: Path) -> tuple[dict[str, int], list[str]]:
-    """Counts of what passed, failed and was skipped, and which tests failed; the output goes on to the terminal."""
+    """Run the tests; return how many passed, failed and were skipped, and the names of those that failed.
+
+    Raises: SystemExit if pytest wrote no result.
+    """
     command = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    command += [f"--ignore={file}" for file in left_out()]
+    command += [f"--ignore={file}" for file in excluded()]
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    report.unlink(missing_ok=True)  # of an earlier run
+    report.unlink(missing_ok=True)  # from an earlier run
     subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=surroundings, check=False)
     suite = ElementTree.parse(report).getroot().find("testsuite") if report.is_file() else None
     if suite is None:
@@ -95,7 +98,7 @@ def run_tests(interpreter: Path, report: Path) -> tuple[dict[str, int], list[str
 
 
 def page(rows: Sequence[dict[str, str | int]], failed: dict[str, list[str]]) -> str:
-    """docs/compatibility.md. failed: by row, the tests that did."""
+    """The text of docs/compatibility.md. failed: the names of the failed tests, by row."""
     failures = [
         f"- {row}: {', '.join(map('`{}`'.format, names)) or 'none'}"
         for row, names in failed.items()
@@ -107,37 +110,41 @@ def page(rows: Sequence[dict[str, str | int]], failed: dict[str, list[str]]) -> 
         [
             "# Compatibility",
             "",
-            "The core's tests under the oldest and the newest versions that `pyproject.toml` admits, on a CPU. Everything else in this project was run",
-            "with the versions of `constraints.txt` (`make test`).",
+            "Test results of the library without its medical application under the oldest and the newest versions of its dependencies, on a CPU. All other",
+            "results in this repository were obtained with the versions of `constraints.txt` (`make test`).",
             "",
             *lines,
             "",
-            f"`python scripts/compatibility.py`, {datetime.date.today()}, {platform.system()} {platform.machine()}. Newest is what pip installs when it is asked for no version.",
+            f"`python scripts/compatibility.py`, {datetime.date.today()}, {platform.system()} {platform.machine()}. Newest: the versions that pip installs without a version constraint; oldest: the lower bounds in `pyproject.toml`.",
             "",
             "Failed:",
             "",
             *failures,
             "",
-            'docs/design.md says why, under "Other versions".',
+            'The section "Other versions" of [design.md](design.md) gives the reasons.',
             "",
-            "- The kernels need Triton 3.4. Before that the library imports, runs torch on every device, and `explain` says so; the five test files of the",
-            "  kernels (`tests/conftest.py` names them) are then not collected, and are in no count.",
-            "- Tests that an old torch cannot pass are skipped with the reason (`tests/support/versions.py`); so are those of packages that are not installed here",
-            "  (ONNX, bitsandbytes, torchao, diffusers, accelerate's trainer).",
-            "- The medical application is not in this table.",
+            "- The kernels need Triton 3.4. With an older version the library can be imported, runs torch on every device, and `explain` gives the reason; the five",
+            "  test files of the kernels (listed in `tests/conftest.py`) are then not collected and not counted.",
+            "- Tests that an old torch cannot pass are skipped with the reason (`tests/support/versions.py`), and so are tests of packages that are not installed",
+            "  here (ONNX, bitsandbytes, torchao, diffusers, accelerate's trainer).",
             "",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 if a test failed."""
+    """Run both rows and write the page; returns 1 if a test failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--oldest_python", default="python3.10")
-    parser.add_argument("--newest_python", default="python3.13")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compatibility")
+    parser.add_argument("--oldest_python", default="python3.10", help="default: %(default)s")
+    parser.add_argument("--newest_python", default="python3.13", help="default: %(default)s")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "build" / "compatibility",
+        help="folder of the environments and results (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     rows: list[dict[str, str | int]] = []
     failed: dict[str, list[str]] = {}

@@ -1,8 +1,8 @@
-"""Write docs/licences.md: every package that an installation holds, its version, and the licence that it declares.
+"""Write docs/licences.md: the version and the declared licence of every dependency.
 
     python scripts/licences.py [--check]
 
-Reads the metadata of the packages in constraints.txt that are installed for the interpreter it runs under, so run it in the environment of `make test`.
+Reads the metadata of the installed packages of constraints.txt, so run it in the environment of `make test`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ PAGE = ROOT / "docs" / "licences.md"
 
 
 def pinned() -> list[str]:
-    """The names in constraints.txt."""
+    """The names of the packages in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return [line.split("==")[0] for line in lines if "==" in line and not line.startswith("#")]
 
 
 def licence(name: str) -> tuple[str, str]:
-    """(version, licence): the SPDX expression, else the classifiers, else the first line of the field."""
+    """Version and licence: the SPDX expression, else the classifiers, else the first line of the licence field.
+
+    Raises: PackageNotFoundError if the package is not installed.
+    """
     metadata = distribution(name).metadata
     classifiers = [
         value.rpartition(" :: ")[2]
@@ -32,27 +35,29 @@ def licence(name: str) -> tuple[str, str]:
         if value.startswith("License ::") and value != "License :: OSI Approved"
     ]
     text = (metadata.get("License") or "").strip().splitlines()
-    said = metadata.get("License-Expression") or ", ".join(classifiers) or (text[0] if text else "")
-    return metadata["Version"], re.sub(r"\s+", " ", said).replace("|", "/")
+    declared = (
+        metadata.get("License-Expression") or ", ".join(classifiers) or (text[0] if text else "")
+    )
+    return metadata["Version"], re.sub(r"\s+", " ", declared).replace("|", "/")
 
 
 def page() -> tuple[str, list[str]]:
-    """The page, and the packages that declare no licence or are not installed."""
+    """The text of the page, and a message for each package that declares no licence or is not installed."""
     rows, problems = [], []
     for name in pinned():
         try:
-            version, said = licence(name)
+            version, declared = licence(name)
         except PackageNotFoundError:
             problems.append(f"{name} is not installed")
             continue
-        if not said:
+        if not declared:
             problems.append(f"{name} {version} declares no licence")
-        rows.append(f"| {name} | {version} | {said or 'not declared'} |")
+        rows.append(f"| {name} | {version} | {declared or 'not declared'} |")
     head = [
         "# Licences of the dependencies",
         "",
         "What each package declares in its metadata, in the environment of `make test`. The library itself needs torch, numpy, safetensors and (on Linux)",
-        "triton; the rest belongs to the extras, to the tests and to what they need in turn. Written by `python scripts/licences.py`.",
+        "triton; the other packages are needed by the extras and the tests, directly or indirectly. Written by `python scripts/licences.py`.",
         "",
         "| package | version | licence |",
         "| --- | --- | --- |",
@@ -68,7 +73,7 @@ def page() -> tuple[str, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--check", action="store_true", help="fail if the page is not what would be written"
+        "--check", action="store_true", help="write nothing, exit 1 if the page is not up to date"
     )
     arguments = parser.parse_args()
     text, problems = page()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Writes .ci/locks/*.txt: the versions of constraints.txt with the hashes of every file that PyPI has of them. Needs uv
-# (pip install uv) and the network. Run it after a change of pyproject.toml or constraints.txt.
-# torch, triton and the CUDA libraries that torch asks for are left out: which build it is, CPU or CUDA, the index decides.
+# Writes .ci/locks/*.txt: the versions of constraints.txt with the hashes of all their files on PyPI. Needs uv
+# (pip install uv) and the network. Run it after every change of pyproject.toml or constraints.txt.
+# torch, triton and the CUDA libraries are excluded, because the package index determines the build, CPU or CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lock=(uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --constraints constraints.txt)
@@ -11,7 +11,7 @@ for which in demo test; do
     [ "$which" = test ] && extras+=(--extra dicom --extra dev)
     echo 'setuptools>=77' | "${lock[@]}" pyproject.toml "${extras[@]}" - --output-file ".ci/locks/$which.txt"
 done
-# Packages whose data alone is used: what their code would need is not installed.
+# Only the data of these packages is used, so their dependencies are not installed.
 printf 'TPTBox\nnilearn\n' | "${lock[@]}" --no-deps - --output-file .ci/locks/data.txt
 for file in .ci/locks/*.txt; do
     awk -v unhashed="$unhashed" '/^[^ ]/ { skip = $0 ~ unhashed } !skip' "$file" > "$file.new"

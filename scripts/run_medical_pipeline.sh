@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Preprocess, train LoRA, train all weights, compare both on held-out data: one command, one report.
+# Preprocess the data, fine-tune with LoRA, fine-tune all weights, and write one report that compares both on held-out data.
 #
 #   bash scripts/run_medical_pipeline.sh [--out DIR] [--seed N] [flags of train_medical.py]
 #
-#   --out DIR    where runs and report go (default: runs/pipeline)
-#   --seed N     seed of both trainings (default: 0)
+#   --out DIR    folder of the cache, the runs and the report (default: runs/pipeline)
+#   --seed N     random seed of both trainings (default: 0)
 #
-# Every other flag goes to both trainings; those that choose the data (--data_root, --original_nifti_dir, --demo,
-# --modality, --channel, --classes) to the preprocessing too, --skip_invalid to that alone, and --device to the evaluation too. Without any, the bundled
-# cases are used. A pipeline that was stopped goes on where it was when run again; --overwrite starts anew.
-# The environment variable PYTHON picks the interpreter (default: python3).
+# All other flags are passed to both trainings. The flags that select the data (--data_root, --original_nifti_dir, --demo,
+# --modality, --channel, --classes) are also passed to the preprocessing, --device also to the evaluation, and
+# --skip_invalid to the preprocessing only. The default data are the bundled cases.
+# If the pipeline is interrupted, the same command continues it; --overwrite starts from the beginning.
+# The environment variable PYTHON sets the interpreter (default: python3).
 set -euo pipefail
 
 usage() { sed -n '2,/^set -e/{/^set -e/d; s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }

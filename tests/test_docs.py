@@ -1,4 +1,4 @@
-"""The code of docs/export.md, docs/integrations.md and docs/variants.md runs, and files and tests that pages name exist."""
+"""The code of docs/export.md, docs/integrations.md and docs/variants.md runs; files, names and tests that a page mentions exist."""
 
 import importlib.util
 import pkgutil
@@ -14,7 +14,7 @@ DOCS = ROOT / "docs"
 
 
 def run(code, folder, monkeypatch, names=None):
-    """The variables that the Python blocks of `code` define, run in `folder`; skips if a package they import is missing."""
+    """Run the Python blocks of `code` in `folder` and return their variables; skips if a package they import is missing."""
     blocks = re.findall(r"^```python\n(.*?)^```$", code, flags=re.M | re.S)
     assert blocks
     for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks), flags=re.M):
@@ -28,7 +28,7 @@ def run(code, folder, monkeypatch, names=None):
 
 
 def sections(page):
-    """Text by heading; the text before the first heading is under ''."""
+    """The text of a page by heading; the text before the first heading is under ''."""
     text = (DOCS / page).read_text()
     first, *rest = re.split(r"^## ", text, flags=re.M)
     return {"": first} | dict(section.split("\n", 1) for section in rest)
@@ -36,24 +36,24 @@ def sections(page):
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 PATH = re.compile(r"\b(?:fastlora|kernels|tests|scripts|benchmarks|docs)/[\w./-]*\w")
-# Records whose names hold a placeholder, and the files of PEFT's own tests.
+# File names with a placeholder, and the files of PEFT's own tests.
 OTHERS = re.compile(r"benchmarks/results/[\w-]*(<gpu>|seedN)|cd peft-(.|\n)*?\n\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_file_that_a_page_names_exists(page):
+def test_every_file_mentioned_on_a_page_exists(page):
     text = OTHERS.sub("", page.read_text())
     assert not [path for path in PATH.findall(text) if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_module_and_name_of_fastlora_on_a_page_exists(page):
+def test_every_name_of_fastlora_on_a_page_exists(page):
     for name in set(re.findall(r"(?<![\w./-])fastlora(?:\.[A-Za-z_]\w*)+", page.read_text())):
         pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_test_that_a_page_names_exists(page):
+def test_every_test_mentioned_on_a_page_exists(page):
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     named = set(re.findall(r"\btest_\w+\b(?!\.py|/)", page.read_text()))
     assert not [name for name in named if f"def {name}(" not in sources]
@@ -75,7 +75,7 @@ def test_export(tmp_path, monkeypatch):
     torch.testing.assert_close(torch.from_numpy(names["from_onnx"]), expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # those of torchao, where it is installed
+@pytest.mark.filterwarnings("ignore")  # torchao's, if it is installed
 def test_variants(tmp_path, monkeypatch, capsys):
     run((DOCS / "variants.md").read_text(), tmp_path, monkeypatch)
     printed = capsys.readouterr().out
@@ -91,7 +91,7 @@ INTEGRATIONS = sections("integrations.md")
 
 
 def train(section, folder, monkeypatch):
-    """Run a section of docs/integrations.md, check that its `model` learnt, and return its variables."""
+    """Run a section of docs/integrations.md, check that it trained only the adapters of `model`, and return its variables."""
     names = run(INTEGRATIONS[""], folder, monkeypatch)
     untrained = names["make_model"]().state_dict()
     run(INTEGRATIONS[section], folder, monkeypatch, names)
@@ -107,20 +107,11 @@ def logits(model, tokens):
 
 
 def test_every_integration_is_tested():
-    assert (
-        list(INTEGRATIONS)
-        == [
-            "",
-            "Hugging Face Trainer",
-            "accelerate",
-            "DPO, as in TRL",
-            "Lightning",
-            "PEFT's own tests",  # a command for another repository's tests; tests/peft/test_suite.py tests the plugin
-        ]
-    )
+    tested = ["", "Hugging Face Trainer", "accelerate", "DPO, as in TRL", "Lightning"]
+    assert list(INTEGRATIONS) == tested
 
 
-@pytest.mark.filterwarnings("ignore")  # those of transformers and torch under the trainer
+@pytest.mark.filterwarnings("ignore")  # of transformers and torch under the trainer
 def test_the_hugging_face_trainer(tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 
@@ -128,7 +119,7 @@ def test_the_hugging_face_trainer(tmp_path, monkeypatch):
     model, tokens = names["model"], names["tokens"]
     plain = names["make_model"]()
     base = LlamaForCausalLM(plain.config)
-    fastlora.merge_lora_weights(plain)  # untrained adapters change nothing
+    fastlora.merge_lora_weights(plain)  # untrained adapters have no effect
     base.load_state_dict(plain.state_dict())
     fastlora.from_pretrained(base, "adapter")
     assert torch.equal(logits(base, tokens), logits(model, tokens))
@@ -137,6 +128,7 @@ def test_the_hugging_face_trainer(tmp_path, monkeypatch):
 
 
 def reload_adapter(names):
+    """Check that adapter.safetensors gives a new model the same output."""
     fresh = names["make_model"]()
     fastlora.load_adapter(fresh, "adapter.safetensors")
     assert torch.equal(logits(fresh, names["tokens"]), logits(names["model"], names["tokens"]))

@@ -1,4 +1,4 @@
-"""Strangers' files: nothing in them runs, no declared size is believed, nothing is written elsewhere. Fuzzing in its short form."""
+"""Untrusted files: no code in them runs, no declared size is trusted, nothing is written outside the target. A short fuzzing run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fastlora.medical.models.decoder import load_base_model, save_base_model
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import read_yaml
 from fastlora.ops import tuned
-from tests.support.hostile import attack, readers, replace_leaf, time_limit
+from tests.support.hostile import fuzz, readers, replace_leaf, time_limit
 from tests.support.models import Decoder
 from tests.support.tiny_run import tiny_trainer
 
@@ -39,22 +39,23 @@ INPUTS = 25
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
+def valid(tmp_path_factory):
+    """A folder of valid files, and their readers by name."""
     folder = tmp_path_factory.mktemp("readers")
     return folder, readers(folder)
 
 
 @pytest.mark.slow
-def test_every_reader_refuses_spoilt_files_with_its_own_errors(good):
-    folder, table = good
-    refused = {name: attack(reader, folder, INPUTS) for name, reader in table.items()}
+def test_every_reader_refuses_corrupted_files_with_fastlora_errors(valid):
+    folder, table = valid
+    refused = {name: fuzz(reader, folder, INPUTS) for name, reader in table.items()}
     assert all(count > INPUTS // 4 for count in refused.values()), refused
 
 
-def test_the_good_files_are_good(good):
-    folder, table = good
+def test_the_valid_files_can_be_read(valid):
+    folder, table = valid
     for reader in table.values():
-        (folder / reader.file).write_bytes(reader.good)
+        (folder / reader.file).write_bytes(reader.valid)
         reader.read(folder / reader.file)
 
 
@@ -82,6 +83,8 @@ def repack(source, target, compression=zipfile.ZIP_STORED, **changed):
 
 
 class Call:
+    """Pickles as a call of the function."""
+
     def __init__(self, function, *arguments):
         self.state = function, arguments
 
@@ -89,7 +92,7 @@ class Call:
         return self.state
 
 
-def test_what_a_pickle_may_name(tmp_path):
+def test_a_pickle_may_name_tensors_only(tmp_path):
     path = tmp_path / "x.pt"
     for value, name in (
         (Call(os.mkdir, "pwned"), "posix mkdir"),
@@ -102,14 +105,14 @@ def test_what_a_pickle_may_name(tmp_path):
     assert not Path("pwned").exists()
 
 
-def test_a_tensor_larger_than_its_storage(tmp_path):
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"a": torch.zeros(1).expand(2**20, 2**20)}, path)
     assert path.stat().st_size < 3000
     refused_torch(path, r"holds a tensor \(1048576, 1048576\) that is larger than its storage")
 
 
-def test_what_unfolds(tmp_path):
+def test_expanding_and_deeply_nested_values_are_refused(tmp_path):
     bomb = [0.0] * 10
     for _ in range(12):
         bomb = [bomb] * 10
@@ -122,22 +125,21 @@ def test_what_unfolds(tmp_path):
     refused_torch(tmp_path / "x.pt", "nested more than 32 deep")
 
 
-def test_archives_that_torch_save_does_not_write(tmp_path):
-    good, path = tmp_path / "good.pt", tmp_path / "x.pt"
-    torch.save({"a": torch.zeros(2**20)}, good)
-    assert torch.equal(files.read_torch(good)["a"], torch.zeros(2**20))
-    repack(good, path, zipfile.ZIP_DEFLATED)
+def test_archives_not_written_by_torch_save_are_refused(tmp_path):
+    valid, path = tmp_path / "valid.pt", tmp_path / "x.pt"
+    torch.save({"a": torch.zeros(2**20)}, valid)
+    assert torch.equal(files.read_torch(valid)["a"], torch.zeros(2**20))
+    repack(valid, path, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 20_000  # for 4 MiB
     refused_torch(path, "holds compressed entries")
-    repack(good, path)
+    repack(valid, path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/data.pkl", pickle.dumps(1))
     refused_torch(path, "expected one data.pkl, got 2")
     torch.save({"a": 1}, path, _use_new_zipfile_serialization=False)
     refused_torch(path, "not a zip archive as torch.save writes it")
-    path.write_bytes(
-        pickle.dumps(1) + good.read_bytes()
-    )  # zipfile finds an archive, torch a pickle
+    # zipfile finds an archive in this file, torch a pickle.
+    path.write_bytes(pickle.dumps(1) + valid.read_bytes())
     refused_torch(path, "not a zip archive")
 
 
@@ -146,11 +148,11 @@ def test_ordinary_state_dicts_are_read(tmp_path):
     assert isinstance(state, OrderedDict)
     kinds = [torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.uint16, torch.complex64]
     values = {str(kind): torch.zeros(3, dtype=kind) for kind in kinds}
-    whole = {"state": state, "view": torch.arange(6.0)[2:4], "n": (1, 2.5, "x", None), **values}
-    torch.save({**whole, "p": torch.nn.Parameter(torch.ones(2))}, tmp_path / "x.pt")
+    content = {"state": state, "view": torch.arange(6.0)[2:4], "n": (1, 2.5, "x", None), **values}
+    torch.save({**content, "p": torch.nn.Parameter(torch.ones(2))}, tmp_path / "x.pt")
     read = files.read_torch(tmp_path / "x.pt")
-    assert read["state"].keys() == state.keys() and read["n"] == whole["n"]
-    assert torch.equal(read["view"], whole["view"]) and torch.equal(read["p"], torch.ones(2))
+    assert read["state"].keys() == state.keys() and read["n"] == content["n"]
+    assert torch.equal(read["view"], content["view"]) and torch.equal(read["p"], torch.ones(2))
     assert all(read[str(kind)].dtype == kind for kind in kinds)
 
 
@@ -173,7 +175,7 @@ def test_every_leaf_of_a_checkpoint_is_checked(tmp_path):
     trainer.load_checkpoint(trainer.folder.find("last"))
 
 
-def test_a_history_that_later_steps_could_not_use(tmp_path):
+def test_an_incomplete_history_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path / "run", epochs=1)
     trainer.train()
     content = checkpointing.read_checkpoint(trainer.folder.find("last"))
@@ -197,7 +199,7 @@ def test_a_history_that_later_steps_could_not_use(tmp_path):
 # Text
 
 
-def test_yaml_bombs_and_tags(tmp_path):
+def test_yaml_bombs_and_tags_are_refused(tmp_path):
     path = tmp_path / "c.yaml"
     bomb = "a: &a [x, x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
@@ -218,7 +220,7 @@ def test_yaml_bombs_and_tags(tmp_path):
             fastlora.LoRAConfig.load(path)
 
 
-def test_json_that_is_large_or_deep(tmp_path):
+def test_large_or_deeply_nested_json_is_refused(tmp_path):
     path = tmp_path / "c.json"
     for text, message in (
         ("[" * 40 + "]" * 40, "nested more than 32 deep"),
@@ -234,14 +236,15 @@ def npz(path, **arrays):
     return path
 
 
-def test_arrays_are_read_only_as_they_should_be(tmp_path):
+def test_arrays_of_a_different_layout_are_refused(tmp_path):
     layout = {"a": ("float32", ("X", 2)), "b": ("int64", ("X",))}
-    good = {"a": np.ones((3, 2), np.float32), "b": np.arange(3)}
-    read = files.read_npz(npz(tmp_path / "good.npz", **good), layout)
-    assert all(np.array_equal(read[name], value) for name, value in good.items())
-    read["a"][0] = 5  # it can be written to
-    turned = {**good, "a": np.asfortranarray(good["a"])}
-    assert np.array_equal(files.read_npz(npz(tmp_path / "f.npz", **turned), layout)["a"], good["a"])
+    valid = {"a": np.ones((3, 2), np.float32), "b": np.arange(3)}
+    read = files.read_npz(npz(tmp_path / "valid.npz", **valid), layout)
+    assert all(np.array_equal(read[name], value) for name, value in valid.items())
+    read["a"][0] = 5  # the arrays are writable
+    fortran = {**valid, "a": np.asfortranarray(valid["a"])}
+    read = files.read_npz(npz(tmp_path / "fortran.npz", **fortran), layout)
+    assert np.array_equal(read["a"], valid["a"])
     for change, message in (
         ({"b": np.arange(4)}, r"b: expected int64 \('X',\), got int64 \(4,\)"),
         ({"a": np.ones((3, 3), np.float32)}, r"a: expected float32"),
@@ -251,13 +254,13 @@ def test_arrays_are_read_only_as_they_should_be(tmp_path):
         ({"a": np.array([{}, 1], dtype=object)}, "bytes"),
     ):
         with pytest.raises(ValueError, match=message):
-            files.read_npz(npz(tmp_path / "bad.npz", **{**good, **change}), layout)
-    np.savez_compressed(tmp_path / "c.npz", **good)
+            files.read_npz(npz(tmp_path / "invalid.npz", **{**valid, **change}), layout)
+    np.savez_compressed(tmp_path / "c.npz", **valid)
     with pytest.raises(ValueError, match="compressed entries"):
         files.read_npz(tmp_path / "c.npz", layout)
 
 
-def test_an_array_that_declares_more_than_it_has_is_not_allocated(tmp_path):
+def test_an_array_that_declares_more_than_the_file_holds_is_not_allocated(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(4, np.float32))
     data = (tmp_path / "a.npy").read_bytes().replace(b"(4,), }", b"(9999999999999999,), }", 1)
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
@@ -266,14 +269,14 @@ def test_an_array_that_declares_more_than_it_has_is_not_allocated(tmp_path):
         files.read_npz(tmp_path / "x.npz", {"a": ("float32", ("X",))})
 
 
-def test_what_is_no_file_is_not_read(tmp_path):
-    os.mkfifo(tmp_path / "c.json")  # reading it would wait forever
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "c.json")  # reading it would block forever
     with time_limit(5), pytest.raises(FileNotFoundError):
         files.read_json(tmp_path / "c.json")
 
 
 @pytest.mark.slow
-def test_a_regex_that_never_ends(tmp_path, monkeypatch):
+def test_a_regex_that_takes_too_long_is_refused(tmp_path, monkeypatch):
     fastlora.save_pretrained(_adapted(), tmp_path, include_trainable=False)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     endless = r"(\w+\.?)+!"
@@ -292,7 +295,7 @@ def test_a_regex_that_never_ends(tmp_path, monkeypatch):
 # Where files are written
 
 
-def test_names_that_lead_elsewhere(tmp_path):
+def test_shard_names_outside_the_folder_are_refused(tmp_path):
     fastlora.save_adapter(_adapted(), tmp_path / "a.safetensors")
     adapter = read_adapter(tmp_path / "a.safetensors")
     index = tmp_path / "m.safetensors.index.json"
@@ -308,7 +311,7 @@ def test_names_that_lead_elsewhere(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_links_in_a_folder_are_replaced_and_not_followed(tmp_path):
+def test_symbolic_links_in_a_folder_are_replaced_and_not_followed(tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "adapter"
     outside.write_text("mine")
     folder.mkdir()
@@ -346,12 +349,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_writer_replaces_a_link(name, tmp_path):
-    outside, place = tmp_path / "outside", tmp_path / name
+def test_every_writer_replaces_a_symbolic_link(name, tmp_path):
+    outside, target = tmp_path / "outside", tmp_path / name
     outside.write_text("{}")
-    place.symlink_to(outside)
-    WRITERS[name](place)
-    assert outside.read_text() == "{}" and place.is_file() and not place.is_symlink()
+    target.symlink_to(outside)
+    WRITERS[name](target)
+    assert outside.read_text() == "{}" and target.is_file() and not target.is_symlink()
 
 
 def test_permissions_of_a_replaced_file_are_kept(tmp_path):
@@ -359,14 +362,14 @@ def test_permissions_of_a_replaced_file_are_kept(tmp_path):
     fastlora.save_adapter(_adapted(), path)
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # what the umask gives a new file
+    assert path.stat().st_mode == plain.stat().st_mode  # the mode that the umask gives a new file
     for mode in (0o640, 0o444):
         path.chmod(mode)
         fastlora.save_adapter(_adapted(), path)
         assert path.stat().st_mode & 0o777 == mode
 
 
-def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
+def test_concurrent_writers_of_one_file_leave_one_complete_file(tmp_path):
     path = tmp_path / "a.bin"
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: atomic_write(path, bytes([i]) * 100_000), range(64)))
@@ -410,9 +413,9 @@ def nifti(path, shape, kind=2, offset=352.0, body=b"\0" * 8):
 
 
 @pytest.mark.parametrize("name", ["v.nii", "v.nii.gz"])
-def test_sizes_that_a_volume_declares(tmp_path, name, monkeypatch):
+def test_declared_sizes_of_a_volume_are_checked(tmp_path, name, monkeypatch):
     path = tmp_path / name
-    monkeypatch.setattr(np, "asanyarray", None)  # it must not come to reading
+    monkeypatch.setattr(np, "asanyarray", None)  # the voxels must not be read
     for shape, options, message in (
         ((32767, 32767, 32767), {}, "expected at most 536,870,912 voxels"),
         ((500, 500, 500), {"kind": 64}, "declares 1,000,000,352 bytes, and the file holds at most"),
@@ -424,7 +427,7 @@ def test_sizes_that_a_volume_declares(tmp_path, name, monkeypatch):
             volumes.load_volume(path)
 
 
-def test_an_affine_that_drops_an_axis(tmp_path):  # found by fuzzing
+def test_an_affine_that_drops_an_axis_is_refused(tmp_path):  # found by fuzzing
     image = nib.Nifti1Image(np.zeros((2, 3, 4), np.int16), np.eye(4))
     image.header["sform_code"], image.header["srow_x"] = 1, 0
     data = bytearray(image.to_bytes())
@@ -435,7 +438,7 @@ def test_an_affine_that_drops_an_axis(tmp_path):  # found by fuzzing
         volumes.load_volume(tmp_path / "v.nii")
 
 
-def test_labels_that_no_int32_holds(tmp_path):
+def test_labels_that_do_not_fit_int32_are_refused(tmp_path):
     for value in (1e20, float("nan"), 0.5, -(2.0**40)):
         nib.save(nib.Nifti1Image(np.full((2, 2, 2), value), np.eye(4)), tmp_path / "l.nii")
         with pytest.raises(DataError, match="expected a label map of whole numbers"):
@@ -445,8 +448,8 @@ def test_labels_that_no_int32_holds(tmp_path):
         volumes.load_volume(tmp_path / "l.nii")
 
 
-def test_a_table_that_is_none(good):
-    folder, table = good
+def test_a_csv_that_is_not_a_table_is_refused(valid):
+    folder, table = valid
     reader = table["find_cases meta.csv"]
     for data in (
         b"image_id;split\n\xff\xfe;x\n",
@@ -456,4 +459,4 @@ def test_a_table_that_is_none(good):
         (folder / reader.file).write_bytes(data)
         with pytest.raises(DataError, match="meta.csv"):
             reader.read(folder / reader.file)
-    (folder / reader.file).write_bytes(reader.good)
+    (folder / reader.file).write_bytes(reader.valid)

@@ -1,4 +1,4 @@
-"""The benchmark runs, refuses to time what is wrong, and keeps its records whole."""
+"""The benchmark runs, does not time wrong results, and writes its records atomically."""
 
 import functools
 import json
@@ -24,9 +24,9 @@ def quick_compile(monkeypatch):
     torch.compiler.reset()
 
 
-def run_one(bench, case, contestants, reps=1):
+def run_one(bench, case, implementations, reps=1):
     record = bench.record.new_record(CPU, reps, [case.name], None)
-    bench.case_run.run_case(case, CPU, contestants, reps, record)
+    bench.case_run.run_case(case, CPU, implementations, reps, record)
     return record
 
 
@@ -34,7 +34,7 @@ def run_one(bench, case, contestants, reps=1):
 
 
 @pytest.mark.slow
-def test_a_record_has_everything_needed_to_trust_it(tmp_path):
+def test_the_record_of_a_cpu_run_is_complete(tmp_path):
     output = tmp_path / "record.json"
     command = [sys.executable, "-W", "error", "benchmarks/run.py"]
     command += ["--device", "cpu", "--reps", "1", "--output", str(output)]
@@ -53,16 +53,16 @@ def test_a_record_has_everything_needed_to_trust_it(tmp_path):
     assert len(record["call_overhead"]) == 2 * 2 * 3
     for result in record["call_overhead"]:
         assert 0 < result["us_p20"] <= result["us_p50"] <= result["us_p80"]
-    kept = {
+    saved = {
         (r["case"], r["backend"]): r["saved_bytes"]
         for r in record["results"]
         if r["saved_bytes"] is not None
     }
-    for case in {case for case, _ in kept if "p0.1" in case}:
-        assert kept[case, "fastlora"] < 0.6 * kept[case, "peft"]
+    for case in {case for case, _ in saved if "p0.1" in case}:
+        assert saved[case, "fastlora"] < 0.6 * saved[case, "peft"]
 
 
-# Contestants
+# Implementations
 
 CASES = {
     "p0 no-bias": dict(m=33, k=40, n=72, rank=8, bias=False),
@@ -70,7 +70,7 @@ CASES = {
     "p0.1 bfloat16": dict(m=33, k=48, n=48, rank=4, p=0.1, dtype="bfloat16"),
     "p0 float16": dict(m=1, k=64, n=48, rank=16, dtype="float16"),
 }
-CONTESTANTS = [
+IMPLEMENTATIONS = [
     "linear",
     "fastlora",
     "fastlora-bf16",
@@ -87,29 +87,35 @@ CONTESTANTS = [
 ]
 
 
-def test_the_contestants_are_the_ones_tested_here(bench):
-    assert list(bench.peers.CONTESTANTS) == CONTESTANTS
+def test_every_implementation_is_tested_here(bench):
+    assert list(bench.implementations.IMPLEMENTATIONS) == IMPLEMENTATIONS
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own imports
 @pytest.mark.parametrize("values", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("name", CONTESTANTS)
-def test_a_contestant_is_right_or_says_why_it_is_absent(bench, quick_compile, name, values):
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_an_implementation_is_correct_or_gives_the_reason_why_it_does_not_apply(
+    bench, quick_compile, name, values
+):
     case = bench.cases.Case(**values)
     work = bench.workload.Workload(case, CPU)
     try:
-        layer = bench.peers.CONTESTANTS[name](case, work.frozen[0], work.lora_a, work.lora_b)
-    except bench.peers.Unimportable as error:
-        assert str(error).startswith(f"{bench.peers.PUBLISHED[name]} cannot be imported: ")
+        layer = bench.implementations.IMPLEMENTATIONS[name](
+            case, work.frozen[0], work.lora_a, work.lora_b
+        )
+    except bench.implementations.ImportFailed as error:
+        assert str(error).startswith(
+            f"{bench.implementations.PUBLISHED[name]} cannot be imported: "
+        )
         return
-    except bench.peers.Absent as absent:
+    except bench.implementations.NotApplicable as error:
         allowed = {
             "fastlora-triton": "backend='triton' cannot run: ",
-            "fastlora-bf16": "the weight is float32: this is the contestant fastlora",
-            "peft-bf16": "the weight is float32: this is the contestant peft",
+            "fastlora-bf16": "the weight is float32: identical to fastlora",
+            "peft-bf16": "the weight is float32: identical to peft",
             "unsloth": "its fast path has no ",
         }
-        assert str(absent).startswith(allowed[name])
+        assert str(error).startswith(allowed[name])
         return
     bench.checks.Oracle(work).check(name, layer)
     assert layer.training
@@ -117,13 +123,15 @@ def test_a_contestant_is_right_or_says_why_it_is_absent(bench, quick_compile, na
     assert shapes == ([] if name == "linear" else [(case.rank, case.k), (case.n, case.rank)])
 
 
-def test_each_contestant_adapts_the_same_frozen_layer_with_the_dtype_it_promises(bench):
+def test_each_implementation_adapts_the_same_frozen_layer_in_its_documented_dtype(bench):
     case = bench.cases.Case(4, 24, 40, 2, dtype="bfloat16", bias=False)
     work = bench.workload.Workload(case, CPU)
     expected = dict.fromkeys(("fastlora-bf16", "peft-bf16"), torch.bfloat16)
     expected |= dict.fromkeys(("fastlora", "peft", "addmm", "lorafusion", "unsloth"), torch.float32)
     for name, dtype in expected.items():
-        layer = bench.peers.CONTESTANTS[name](case, work.frozen[0], work.lora_a, work.lora_b)
+        layer = bench.implementations.IMPLEMENTATIONS[name](
+            case, work.frozen[0], work.lora_a, work.lora_b
+        )
         lora_a, lora_b = bench.workload.trainable(layer)
         assert lora_a.dtype == lora_b.dtype == dtype
         assert torch.equal(lora_a.float(), work.lora_a) and torch.equal(lora_b.float(), work.lora_b)
@@ -131,11 +139,11 @@ def test_each_contestant_adapts_the_same_frozen_layer_with_the_dtype_it_promises
 
 
 @pytest.mark.parametrize("name", ["addmm", "lorafusion"])
-def test_a_hand_written_peer_drops_out_as_its_backward_pass_thinks(bench, name):
+def test_a_hand_written_implementation_has_the_gradients_of_its_dropout(bench, name):
     case = bench.cases.Case(6, 5, 7, 2, 0.4)
     frozen = nn.Linear(5, 7, dtype=torch.float64).requires_grad_(False)
     lora_a, lora_b = torch.randn(2, 5).double(), torch.randn(7, 2).double()
-    layer = bench.peers.CONTESTANTS[name](case, frozen, lora_a, lora_b)
+    layer = bench.implementations.IMPLEMENTATIONS[name](case, frozen, lora_a, lora_b)
     x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
 
     def seeded(x, lora_a, lora_b):
@@ -145,21 +153,23 @@ def test_a_hand_written_peer_drops_out_as_its_backward_pass_thinks(bench, name):
     torch.manual_seed(3)
     dropped, mask = torch.native_dropout(x.detach(), 0.4, True)
     assert 0 < mask.sum() < mask.numel()
-    expected = frozen(x) + bench.peers.ALPHA_PER_RANK * (dropped @ lora_a.T) @ lora_b.T
+    expected = frozen(x) + bench.implementations.ALPHA_PER_RANK * (dropped @ lora_a.T) @ lora_b.T
     torch.testing.assert_close(seeded(x, lora_a, lora_b), expected)
     leaves = (x, lora_a.requires_grad_(), lora_b.requires_grad_())
     assert torch.autograd.gradcheck(seeded, leaves)
 
 
-def test_what_a_hand_written_peer_keeps(bench):
+def test_bytes_saved_by_hand_written_implementations(bench):
     case = bench.cases.Case(64, 32, 48, 4, 0.1)
     work = bench.workload.Workload(case, CPU)
-    kept = {}
+    saved = {}
     for name in ("addmm", "lorafusion"):
-        layer = bench.peers.CONTESTANTS[name](case, work.frozen[0], work.lora_a, work.lora_b)
-        kept[name] = bench.workload.saved_bytes(layer, work.x[0])
+        layer = bench.implementations.IMPLEMENTATIONS[name](
+            case, work.frozen[0], work.lora_a, work.lora_b
+        )
+        saved[name] = bench.workload.saved_bytes(layer, work.x[0])
     x, mask, s = 4 * 64 * 32, 64 * 32, 4 * 64 * 4
-    assert kept == {"addmm": x + mask + s, "lorafusion": x + mask + s}
+    assert saved == {"addmm": x + mask + s, "lorafusion": x + mask + s}
 
 
 UNSLOTH = """
@@ -185,10 +195,12 @@ def fused_linear_lora(x, w, a, b, alpha, seed=None, dropout_p=0.0, linear_bias=N
 
 
 @pytest.fixture
-def peer_folder(bench, monkeypatch, tmp_path):
-    """A folder of published peers, as far as the harness calls them."""
+def library_folder(bench, monkeypatch, tmp_path):
+    """A folder with stand-ins for the functions of published libraries that the harness calls."""
     for name, source in {"unsloth-library": UNSLOTH, "lorafusion-library": LORAFUSION}.items():
-        file = tmp_path.joinpath(*bench.peers.PUBLISHED[name].split(".")).with_suffix(".py")
+        file = tmp_path.joinpath(*bench.implementations.PUBLISHED[name].split(".")).with_suffix(
+            ".py"
+        )
         file.parent.mkdir(parents=True)
         file.write_text(source)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -197,68 +209,70 @@ def peer_folder(bench, monkeypatch, tmp_path):
         del sys.modules[name]
 
 
-def run_with_peers(bench, monkeypatch, folder, case):
+def run_with_libraries(bench, monkeypatch, folder, case):
     monkeypatch.setattr(bench.run, "CPU_CASES", (case,))
     output = folder / "record.json"
-    bench.run.main(["--peer-path", str(folder), "--reps", "1", "--output", str(output)])
+    bench.run.main(["--library-path", str(folder), "--reps", "1", "--output", str(output)])
     record = json.loads(output.read_text())
     return {row["backend"] for row in record["results"]}, record["absent"]
 
 
-def test_published_peers_are_timed_from_a_peer_path(bench, monkeypatch, peer_folder):
-    timed, absent = run_with_peers(
-        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
+def test_published_libraries_are_timed_from_a_library_path(bench, monkeypatch, library_folder):
+    timed, absent = run_with_libraries(
+        bench, monkeypatch, library_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
     )
     assert timed == {"linear", "fastlora", "peft", "unsloth-library", "lorafusion-library"}
     assert absent == []
 
 
-def test_a_published_peer_that_cannot_be_imported_is_named(bench, monkeypatch, peer_folder, capsys):
-    (peer_folder / "unsloth" / "kernels" / "fast_lora.py").write_text(
+def test_a_published_library_that_cannot_be_imported_is_named(
+    bench, monkeypatch, library_folder, capsys
+):
+    (library_folder / "unsloth" / "kernels" / "fast_lora.py").write_text(
         "raise NotImplementedError('needs a GPU')"
     )
-    timed, (absent,) = run_with_peers(
-        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, 0.1)
+    timed, (absent,) = run_with_libraries(
+        bench, monkeypatch, library_folder, bench.cases.Case(16, 8, 12, 2, 0.1)
     )
     assert timed == {"linear", "fastlora", "peft", "lorafusion-library"}
-    assert (absent["backend"], absent["kind"]) == ("unsloth-library", "Unimportable")
+    assert (absent["backend"], absent["kind"]) == ("unsloth-library", "ImportFailed")
     reason = "unsloth.kernels.fast_lora cannot be imported: NotImplementedError: needs a GPU"
     assert absent["reason"] == reason and reason in capsys.readouterr().err
 
 
-def test_a_published_peer_that_is_wrong_gets_no_time(bench, monkeypatch, peer_folder):
-    file = peer_folder / "lorafusion" / "ops" / "lora_v1.py"
+def test_a_wrong_published_library_is_not_timed(bench, monkeypatch, library_folder):
+    file = library_folder / "lorafusion" / "ops" / "lora_v1.py"
     file.write_text(LORAFUSION.replace("alpha *", "0.99 * alpha *"))
-    timed, absent = run_with_peers(
-        bench, monkeypatch, peer_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
+    timed, absent = run_with_libraries(
+        bench, monkeypatch, library_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
     )
     assert "lorafusion-library" not in timed
     assert [(a["backend"], a["kind"]) for a in absent] == [("lorafusion-library", "wrong")]
 
 
-def test_a_peer_path_must_be_a_folder(bench, capsys):
+def test_a_library_path_must_be_a_folder(bench, capsys):
     with pytest.raises(SystemExit):
-        bench.run.main(["--peer-path", "no/such/folder"])
-    assert "--peer-path: expected a folder, got no/such/folder" in capsys.readouterr().err
+        bench.run.main(["--library-path", "no/such/folder"])
+    assert "--library-path: expected a folder, got no/such/folder" in capsys.readouterr().err
 
 
-def test_published_peers_join_when_installed_or_sought(bench, monkeypatch):
-    default = bench.run._default_contestants
+def test_published_libraries_are_included_if_installed_or_given_a_path(bench, monkeypatch):
+    default = bench.run._default_implementations
     monkeypatch.setattr(bench.run, "is_installed", lambda name: name == "unsloth-library")
-    assert default(False, False) == (*bench.run.CPU_CONTESTANTS, "unsloth-library")
-    assert set(default(True, True)) == set(bench.peers.CONTESTANTS)
+    assert default(False, False) == (*bench.run.CPU_IMPLEMENTATIONS, "unsloth-library")
+    assert set(default(True, True)) == set(bench.implementations.IMPLEMENTATIONS)
 
 
 # Wrong results are not timed
 
 
-def test_a_wrong_layer_gets_no_time(bench, monkeypatch, capsys):
+def test_a_wrong_layer_is_not_timed(bench, monkeypatch, capsys):
     def build(case, frozen, lora_a, lora_b):
-        layer = bench.peers.CONTESTANTS["addmm"](case, frozen, lora_a, lora_b)
+        layer = bench.implementations.IMPLEMENTATIONS["addmm"](case, frozen, lora_a, lora_b)
         layer.register_forward_hook(lambda module, inputs, y: y * 1.001)
         return layer
 
-    monkeypatch.setitem(bench.peers.CONTESTANTS, "peft", build)
+    monkeypatch.setitem(bench.implementations.IMPLEMENTATIONS, "peft", build)
     record = run_one(bench, bench.cases.Case(16, 8, 12, 2), ("linear", "peft"))
     assert {row["backend"] for row in record["results"]} == {"linear"}
     (absent,) = record["absent"]
@@ -267,7 +281,7 @@ def test_a_wrong_layer_gets_no_time(bench, monkeypatch, capsys):
     assert "peft is not timed" in capsys.readouterr().err
 
 
-def test_a_layer_that_drops_out_the_wrong_elements_gets_no_time(bench, monkeypatch):
+def test_a_layer_with_a_wrong_dropout_mask_is_not_timed(bench, monkeypatch):
     right = fastlora.lora_linear
 
     def wrong(*arguments, backend):
@@ -280,29 +294,31 @@ def test_a_layer_that_drops_out_the_wrong_elements_gets_no_time(bench, monkeypat
     assert absent["reason"].startswith("fastlora with dropout: y is off by ")
 
 
-def test_an_update_left_out_is_not_taken_for_rounding(bench):
+def test_a_missing_update_is_not_mistaken_for_rounding(bench):
     for case in bench.cases.CUDA_CASES:
         small = bench.cases.Case(64, min(case.k, 768), 96, case.rank, dtype="bfloat16")
         work = bench.workload.Workload(small, CPU)
-        layer = bench.peers.CONTESTANTS["addmm"](small, work.frozen[0], work.lora_a, work.lora_b)
+        layer = bench.implementations.IMPLEMENTATIONS["addmm"](
+            small, work.frozen[0], work.lora_a, work.lora_b
+        )
         with torch.no_grad():
             layer.lora_B.zero_()
         with pytest.raises(bench.checks.Wrong, match="addmm: y is off"):
             bench.checks.Oracle(work).check("addmm", layer)
 
 
-def test_a_contestant_that_fails_does_not_take_the_others_with_it(bench, monkeypatch):
+def test_an_implementation_that_fails_does_not_stop_the_others(bench, monkeypatch):
     def explode(*arguments):
         raise RuntimeError("no such instruction\nat line 2")
 
-    monkeypatch.setitem(bench.peers.CONTESTANTS, "peft", explode)
+    monkeypatch.setitem(bench.implementations.IMPLEMENTATIONS, "peft", explode)
     record = run_one(bench, bench.cases.Case(16, 8, 12, 2), ("linear", "peft", "fastlora"))
     assert {row["backend"] for row in record["results"]} == {"linear", "fastlora"}
     (absent,) = record["absent"]
     assert absent["kind"] == "RuntimeError" and absent["reason"].startswith("no such instruction")
 
 
-def test_who_cannot_be_captured_is_absent_from_graphs_only(bench, monkeypatch):
+def test_a_run_that_cannot_be_captured_is_absent_from_graphs_only(bench, monkeypatch):
     record = bench.record.new_record(CPU, 1, [], None)
     work = bench.workload.Workload(bench.cases.Case(16, 8, 12, 2), CPU)
     run = bench.case_run.CaseRun(work, ("linear", "fastlora"), record)
@@ -323,7 +339,7 @@ def test_a_step_trains_the_adapters_of_three_layers_and_nothing_else(bench):
     case = bench.cases.Case(16, 12, 12, 2, step=True)
     work = bench.workload.Workload(case, CPU, copies=4)
     layers = [
-        bench.peers.CONTESTANTS["fastlora"](case, frozen, work.lora_a, work.lora_b)
+        bench.implementations.IMPLEMENTATIONS["fastlora"](case, frozen, work.lora_a, work.lora_b)
         for frozen in work.frozen
     ]
     before = [[p.clone() for p in layer.parameters()] for layer in layers]
@@ -374,7 +390,7 @@ def test_the_case_tables_are_valid(bench):
     assert all(case.dtype == "float32" for case in cases.CPU_CASES)
 
 
-def test_copies_outgrow_the_cache(bench):
+def test_copies_are_larger_than_the_cache(bench):
     for case in bench.cases.CUDA_CASES:
         if not case.overhead:
             copies = bench.workload.copies_needed(case, 50 * 2**20)
@@ -383,7 +399,7 @@ def test_copies_outgrow_the_cache(bench):
             assert 4 <= copies <= 40
 
 
-def test_samples_are_interleaved_and_the_first_ones_do_not_count(bench):
+def test_samples_are_interleaved_and_warm_up_is_not_counted(bench):
     order = []
     runs = {name: functools.partial(order.append, name) for name in "ab"}
 
@@ -400,7 +416,7 @@ def test_samples_are_interleaved_and_the_first_ones_do_not_count(bench):
     assert bench.timing.rounds_for(None, lambda run, rounds: 1e-4) == bench.timing.MAX_ROUNDS
 
 
-def test_the_budget_begins_no_case_that_would_not_end_in_time(bench):
+def test_the_budget_starts_no_case_that_would_exceed_it(bench):
     now = [100.0]
     budget = bench.record.Budget(10.0, lambda: now[0])
     for seconds in (2.0, 3.0, 1.0, 1.0):
@@ -412,14 +428,13 @@ def test_the_budget_begins_no_case_that_would_not_end_in_time(bench):
     assert endless.begin_case()
 
 
-def test_a_run_out_of_time_writes_what_it_has_and_names_the_rest(
+def test_a_run_out_of_time_writes_its_results_and_names_the_other_cases(
     bench, monkeypatch, tmp_path, capsys
 ):
     output = tmp_path / "new" / "record.json"
     cases = (bench.cases.Case(4, 8, 8, 2), bench.cases.Case(8, 8, 8, 2))
-    now = iter(
-        [0.0, 0.0, 0.0, 6.0, 6.0]
-    )  # construction reads the clock twice, then each begin and end
+    # The constructor reads the clock twice, then each begin and end once.
+    now = iter([0.0, 0.0, 0.0, 6.0, 6.0])
 
     class Clocked(bench.record.Budget):
         def __init__(self, seconds):
@@ -428,18 +443,18 @@ def test_a_run_out_of_time_writes_what_it_has_and_names_the_rest(
     monkeypatch.setattr(bench.run, "Budget", Clocked)
     monkeypatch.setattr(bench.run, "CPU_CASES", cases)
     command = ["--budget-seconds", "10", "--reps", "1", "--output", str(output)]
-    assert bench.run.main([*command, "--contestants", "fastlora,peft"]) == 0
+    assert bench.run.main([*command, "--implementations", "fastlora,peft"]) == 0
     record = json.loads(output.read_text())
     assert record["not_run"] == [cases[1].name] and record["seconds"] == {cases[0].name: 6.0}
     assert {row["case"] for row in record["results"]} == {cases[0].name}
     assert {row["backend"] for row in record["results"]} == {"linear", "fastlora", "peft"}
     assert f"no time left for {cases[1].name}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        bench.run.main(["--contestants", "fastlora,nobody"])
+        bench.run.main(["--implementations", "fastlora,nobody"])
     assert "got nobody" in capsys.readouterr().err
 
 
-def test_a_record_is_replaced_whole_or_not_at_all(bench, tmp_path):
+def test_a_record_is_replaced_completely_or_not_at_all(bench, tmp_path):
     path = tmp_path / "record.json"
     bench.record.write({"results": [1]}, path)
     with pytest.raises(TypeError):
@@ -460,24 +475,24 @@ def test_git_and_the_driver_may_be_missing(bench, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
-def test_a_step_of_a_model_is_the_same_for_all_and_keeps_less(bench, tmp_path, capsys):
+def test_every_implementation_trains_the_model_and_fastlora_saves_less(bench, tmp_path, capsys):
     output = tmp_path / "step.json"
     assert bench.model_step.main(["--only=llama-tiny", "--reps=1", f"--output={output}"]) == 0
     record = json.loads(output.read_text())
     rows = {row["backend"]: row for row in record["results"]}
-    assert tuple(rows) == bench.model_step.CONTESTANTS and record["absent"] == []
+    assert tuple(rows) == bench.model_step.IMPLEMENTATIONS and record["absent"] == []
     assert all(row["ms_p50"] > 0 for row in rows.values())
     assert rows["fastlora-fused"]["saved_bytes"] <= rows["fastlora"]["saved_bytes"]
     assert rows["fastlora"]["saved_bytes"] < rows["peft"]["saved_bytes"]
     assert rows["fastlora"]["trainable"] == rows["peft"]["trainable"] < rows["full"]["trainable"]
     table = bench.report.model_table([record])
     assert "| llama-tiny | fastlora, `fuse` |" in table and "Rank 8, dropout 0.1" in table
-    assert "ms a step" in capsys.readouterr().out
+    assert "ms per step" in capsys.readouterr().out
     assert bench.report.model_table([]) == "No record: not measured."
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_a_contestant_that_computes_something_else_gets_no_time(bench, monkeypatch):
+def test_an_implementation_that_computes_something_else_is_not_timed(bench, monkeypatch):
     adapted = bench.model_step.adapted
 
     def broken(name, *arguments):
@@ -490,6 +505,6 @@ def test_a_contestant_that_computes_something_else_gets_no_time(bench, monkeypat
 
     monkeypatch.setattr(bench.model_step, "adapted", broken)
     record = {"results": [], "absent": []}
-    with pytest.raises(RuntimeError, match="fastlora on llama-tiny: loss .* the base has"):
+    with pytest.raises(RuntimeError, match="fastlora on llama-tiny: loss .* the base model has"):
         bench.model_step.run_model("llama-tiny", 1, record)
     assert record["results"] == []

@@ -1,4 +1,4 @@
-"""The tables and plots hold what the records say; scaling and the cost of a call are measured as they are told."""
+"""The tables and plots match the records; scaling and the cost of a call are measured as documented."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def invented_record(bench):
-    """A GPU record of round figures: the frozen layer takes 1 ms, and nothing here was measured."""
+    """A GPU record of invented figures, in which the frozen layer takes 1 ms."""
     ms = {"linear": 1.0, "fastlora": 1.05, "peft": 4.2, "peft-bf16": 2.1, "peft-compiled": 1.26}
     rows = [
         {"case": case.name, "mode": mode, "timing": timing, "backend": backend, "ms_p50": value}
@@ -53,7 +53,7 @@ def invented_record(bench):
     }
 
 
-def test_the_targets_stand_beside_what_was_measured(bench):
+def test_the_targets_are_listed_with_the_measurements(bench):
     empty = bench.gpu_tables.targets_table([])
     assert empty.count("not measured") == 15 and "graph" not in empty
     record = invented_record(bench)
@@ -64,7 +64,7 @@ def test_the_targets_stand_beside_what_was_measured(bench):
         "≥ 1.55: 2.00 graph, 2.00 eager",
         "≥ 1.40: 1.20 graph, 1.20 eager, missed |",
     ]
-    # Decoding is judged by its worst M, and by the forward pass alone.
+    # Decoding: the worst M counts, and the forward pass only.
     assert "≤ 1.08: 1.05 graph, 1.50 eager, missed | – | ≥ 2.50: 2.00 graph, 1.40 eager" in table[5]
     assert "commit 000000000000 with changes" in table[7] and "Not run: another." in table[7]
     assert "Not timed" not in "\n".join(table)
@@ -77,7 +77,7 @@ def test_the_targets_stand_beside_what_was_measured(bench):
 
 
 def test_a_quick_run_fills_every_target_within_eight_minutes(bench, monkeypatch, tmp_path):
-    """On a clock in which a case takes 39 s, compilation included, and of the rest only what the arithmetic below allows."""
+    """With a clock on which every case takes 39 s, compilation included."""
     quick = bench.run._cases(True, True)
     now = [0.0]
     budget = bench.record.Budget(bench.run.QUICK_BUDGET_SECONDS, lambda: now[0])
@@ -96,19 +96,19 @@ def test_a_quick_run_fills_every_target_within_eight_minutes(bench, monkeypatch,
 
 
 def test_samples_of_a_quick_run_leave_time_to_compile(bench):
-    """Timing alone, by arithmetic: repetitions × contestants × timings × one sample of each mode, all at twice the cost model."""
+    """The calculated time of all samples is below 40 % of the budget, at twice the time of the cost model."""
     from fastlora.kernels.config import ARCHITECTURES, Problem
     from fastlora.ops import cost
 
     arch, cases, timing = ARCHITECTURES[90], bench.cases, bench.timing
-    contestants = len(bench.run._default_contestants(True, True))
+    implementations = len(bench.run._default_implementations(True, True))
     reps = bench.run._arguments(["--device", "cuda", "--quick"]).reps
     assert reps == bench.run.QUICK_REPS < bench.run._arguments(["--device", "cuda"]).reps
     seconds = 0.0
     for case in bench.run._cases(True, True):
-        samples = (reps + timing.WARM_UP) * contestants
+        samples = (reps + timing.WARM_UP) * implementations
         if case.overhead:
-            seconds += samples * 2 * timing.OVERHEAD_CALLS * 0.5e-3  # half a millisecond a call
+            seconds += samples * 2 * timing.OVERHEAD_CALLS * 0.5e-3  # half a millisecond per call
             continue
         q = Problem(case.m, case.n, case.k, case.rank, 2, case.p > 0)
         forward = 2 * min(cost.forward_seconds(arch, q).values())
@@ -126,13 +126,16 @@ def test_samples_of_a_quick_run_leave_time_to_compile(bench):
 def test_every_case_of_a_gpu_record_has_a_row(bench):
     tables = bench.gpu_tables.case_tables([invented_record(bench)])
     assert tables.startswith("### Invented GPU")
-    assert "| 4096×768->768 r4 p0 bfloat16 | training step | 1 / 1 | 1.05 / 1.05 |" in tables
-    assert "| 1×64->64 r4 p0 bfloat16 | forward | linear 5 |" in tables
+    assert (
+        "| 4096×768 → 768, rank 4, dropout 0, bfloat16 | training step | 1 / 1 | 1.05 / 1.05 |"
+        in tables
+    )
+    assert "| 1×64 → 64, rank 4, dropout 0, bfloat16 | forward | linear 5 |" in tables
     assert "- unsloth, 1 case: absent: its fast path has no dropout" in tables
-    assert "no-bias: 0.90." in tables
+    assert "dropout 0.1, bfloat16, no-bias: 0.90." in tables
 
 
-def test_the_tables_hold_what_the_records_say(bench):
+def test_the_tables_match_the_records(bench):
     assert bench.report.main(["--check"]) == 0
 
 
@@ -182,7 +185,7 @@ def test_a_gpu_run_times_eagerly_and_as_graphs(bench, tmp_path):
         "--output",
         str(output),
     ]
-    assert bench.run.main([*command, "--contestants", "fastlora,peft,addmm"]) == 0
+    assert bench.run.main([*command, "--implementations", "fastlora,peft,addmm"]) == 0
     record = json.loads(output.read_text())
     timed = {(r["backend"], r["timing"]) for r in record["results"]}
     assert {
@@ -218,7 +221,7 @@ def test_the_scaling_command_measures_its_points_and_the_machines_peaks(
         (axis, value, name)
         for axis, values in axes
         for value in values
-        for name in bench.scaling.CONTESTANTS
+        for name in bench.scaling.IMPLEMENTATIONS
     }
     assert all(0 < r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] for r in record["points"])
     table = bench.report.scaling_table({"scaling-cpu": record})
@@ -232,7 +235,7 @@ def test_the_scaling_command_measures_its_points_and_the_machines_peaks(
     assert not bench.plots.is_current(record, picture)
 
 
-def test_work_and_traffic_of_a_point(bench):
+def test_flops_and_bytes_of_a_point(bench):
     case = bench.cases.Case(2, 3, 5, 7)
     products = 2 * 2 * 3 * 5  # y, and as much for dx
     low = 2 * 2 * 7 * (3 + 5)  # S and its product with B; dS, dS A; dA, dB
@@ -253,9 +256,9 @@ def test_a_stack_of_layers_runs_every_layer(bench):
     assert called == [0, 1, 2]
 
 
-def test_plots_are_told_apart_without_colour(bench):
+def test_plots_can_be_read_without_colour(bench):
     pytest.importorskip("matplotlib", reason="plots need matplotlib (extra medical)")
-    assert set(bench.plots.STYLES) == set(bench.scaling.CONTESTANTS)
+    assert set(bench.plots.STYLES) == set(bench.scaling.IMPLEMENTATIONS)
     markers, lines = zip(*bench.plots.STYLES.values(), strict=True)
     assert len(set(markers)) == len(set(lines)) == len(bench.plots.STYLES)
     from PIL import Image
@@ -275,7 +278,7 @@ def test_a_plot_of_another_record_is_stale(bench, monkeypatch, tmp_path, capsys)
 
 
 PERF = """#!/bin/sh
-# Its file says a million instructions, and a thousand more for every call.
+# Writes a million instructions, and a thousand more for every call.
 while [ "$1" != -o ]; do shift; done
 file=$2 calls=0
 while [ $# -gt 0 ]; do [ "$1" = --calls ] && calls=$2; shift; done
@@ -284,7 +287,7 @@ echo "$((1000000 + 1000 * calls)),,instructions:u,1,100.00,," > "$file"
 
 
 @pytest.mark.slow
-def test_instructions_are_counted_by_perf_where_it_can(bench, monkeypatch, tmp_path):
+def test_instructions_are_counted_by_perf_if_available(bench, monkeypatch, tmp_path):
     perf = tmp_path / "perf"
     perf.write_text(PERF)
     perf.chmod(0o755)
@@ -296,7 +299,7 @@ def test_instructions_are_counted_by_perf_where_it_can(bench, monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-def test_a_machine_without_counters_says_so(bench, monkeypatch):
+def test_a_record_without_counters_gives_the_reasons(bench, monkeypatch):
     monkeypatch.setenv("PATH", "")
     record = bench.overhead.measure(1)
     bench.overhead.count(record, 1)
@@ -310,7 +313,7 @@ def test_a_machine_without_counters_says_so(bench, monkeypatch):
     assert bench.report.overhead_table([]) == "No record: not measured."
 
 
-def test_callgrinds_dumps_are_read_by_their_labels(bench, tmp_path):
+def test_callgrind_dumps_are_read_by_their_labels(bench, tmp_path):
     dump = "desc: Trigger: Client Request: case|forward|linear\nevents: Ir\ntotals: 5000\n"
     (tmp_path / "out.1").write_text(dump)
     (tmp_path / "out.2").write_text("desc: Trigger: Program termination\ntotals: 7\n")

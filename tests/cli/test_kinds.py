@@ -15,7 +15,7 @@ from fastlora import CheckpointError, LoRAConfig
 from fastlora.cli.adapter_files import difference_norm, read_adapter, update_norm
 from fastlora.cli.commands import main
 from fastlora.config import KINDS
-from tests.support.hostile import Reader, attack
+from tests.support.hostile import Reader, fuzz
 from tests.support.paths import ROOT
 from tests.support.tolerance import assert_close, assert_differs
 
@@ -393,7 +393,7 @@ def test_damaged_adapters_of_every_kind_are_refused(source, tmp_path, monkeypatc
             update_norm(layer)
             layer.folded().merge(torch.zeros(layer.weight_shape))
 
-    assert attack(Reader(good, use, name, header=1100), tmp_path, 200) > 50
+    assert fuzz(Reader(good, use, name, header=1100), tmp_path, 200) > 50
 
 
 class Mixed(nn.Module):

@@ -134,7 +134,7 @@ def test_the_report_says_what_fails_and_what_got_better(tmp_path, monkeypatch, c
     assert bad({"instructions": 1040}) == 1
     assert "FAILED: instructions: 1040, the record has 1000" in capsys.readouterr().out
     assert bad({"instructions": 900}) == 0
-    assert "better than the record, renew it with --write" in capsys.readouterr().out
+    assert "better than the record, replace it with --write" in capsys.readouterr().out
 
 
 def test_accesses_before_the_wait_are_counted():

@@ -1,4 +1,4 @@
-"""Parity with float64 over random calls, extreme values, and the long runs in their short form (`make soak` has the long one)."""
+"""Random calls and extreme values against float64, and short forms of the long runs of `make soak`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_random_kernel_calls_match_float64():
         check_kernels(number)
 
 
-def test_extreme_values_come_out_as_in_plain_torch():
+def test_extreme_values_give_the_same_results_as_plain_torch():
     for number in range(60):
         check_extreme(number)
 
@@ -40,7 +40,7 @@ def test_gradcheck_over_random_sizes():
 
 @pytest.mark.parametrize("check", [check_call, check_extreme, check_kernels])
 def test_the_checks_can_fail(monkeypatch, check):
-    """A fused path that is wrong by a thousandth is seen by each of them."""
+    """Each of them detects a fused path whose scaling is wrong by a thousandth."""
     if check is check_kernels:
         pytest.importorskip("triton.tools.tensor_descriptor", reason="the kernels need Triton 3.4")
     forward = reference.forward
@@ -73,7 +73,7 @@ def test_steps_injections_and_files_leave_nothing_behind(tmp_path):
 
 @pytest.mark.slow
 @linux
-def test_a_leak_is_seen_while_more_tensors_of_others_die(monkeypatch):
+def test_a_leak_is_detected_while_more_other_tensors_are_freed(monkeypatch):
     kept, others = [], [torch.zeros(1) for _ in range(50 * 20)]
     inject = fastlora.inject_lora
 
@@ -84,8 +84,8 @@ def test_a_leak_is_seen_while_more_tensors_of_others_die(monkeypatch):
         return count
 
     monkeypatch.setattr(fastlora, "inject_lora", leaky)
-    lost = " ".join(endurance.injections(30))
-    assert "adapters are still alive" in lost and "tensors became" in lost
+    failures = " ".join(endurance.injections(30))
+    assert "adapters are still alive" in failures and "tensors became" in failures
 
 
 def test_masks_are_the_same_under_any_number_of_threads():

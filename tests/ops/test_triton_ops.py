@@ -1,6 +1,6 @@
-"""What holds the kernels to torch: autograd, autocast, compilation, checkpointing, and on a device CUDA graphs and sizes.
+"""The kernels as torch operators: autograd, autocast, compilation, checkpointing, and on a GPU CUDA graphs and large sizes.
 
-Everything not marked `gpu` runs the kernels in Triton's interpreter where there is no device.
+Without a GPU the tests that are not marked `gpu` run the kernels in Triton's interpreter.
 """
 
 import copy

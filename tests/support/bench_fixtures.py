@@ -1,4 +1,4 @@
-"""The modules of benchmarks/ for tests."""
+"""Fixture for tests of benchmarks/."""
 
 import importlib
 from types import SimpleNamespace
@@ -12,9 +12,9 @@ NAMES = (
     "cases",
     "checks",
     "gpu_tables",
+    "implementations",
     "model_step",
     "overhead",
-    "peers",
     "plots",
     "record",
     "report",

@@ -1,6 +1,6 @@
-"""Long runs in small: kills, merges, steps and injections, many times over; what was lost comes back as text, one line each.
+"""Repeated kills, merges, training steps and injections; each function returns its failures as text.
 
-Each function takes how often and returns what went wrong, so `tests/support/soak.py` can count it; tests ask for an empty list.
+Tests run few repetitions and expect an empty list; `tests/support/soak.py` runs many and counts the failures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tests.support.parity import check_call
 from tests.support.tiny_run import assert_same_run, tiny_trainer
 
 MIB = 2**20
-THREADS_APART = 1e-3  # of a validation loss, relative, after 8 steps
-TOLERATED = 4 * MIB  # of resident memory, which an allocator does not hold still
+THREADS_APART = 1e-3  # largest relative difference of a validation loss after 8 steps
+TOLERATED = 4 * MIB  # of resident memory, which an allocator does not keep constant
 
 
 def resident_bytes() -> int:
@@ -39,7 +39,7 @@ Refs = list[weakref.ref[torch.Tensor]]
 
 
 def tensors_alive(outside: Sequence[weakref.ref[torch.Tensor]] = ()) -> Refs:
-    """All tensors but those of `outside`."""
+    """All live tensors except those of `outside`."""
     gc.collect()
     others = {id(reference()) for reference in outside}
     tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
@@ -47,7 +47,7 @@ def tensors_alive(outside: Sequence[weakref.ref[torch.Tensor]] = ()) -> Refs:
 
 
 def train_here(folder: str) -> None:
-    """A run from where the folder stands to its end; the target of a process that will be killed."""
+    """Start or resume the run of the folder and train to its end; the target of a process that is killed."""
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -55,8 +55,10 @@ def train_here(folder: str) -> None:
 
 
 def kill_runs(folder: Path, kills: int, seed: int = 0) -> tuple[int, list[str]]:
-    """SIGKILL at random moments of runs that go on each time, until so many hit. Every run ends as the unbroken one did, bit for
-    bit, and after every kill each checkpoint can be read. Returns (the runs that ended, what was lost).
+    """Kill runs with SIGKILL at random moments and resume them, until `kills` processes were killed.
+
+    Every run must equal the uninterrupted one bit for bit, and every checkpoint must be readable after every kill.
+    Returns the number of finished runs, and the failures.
     """
     whole = folder / "whole"
     threads = torch.get_num_threads()
@@ -69,7 +71,7 @@ def kill_runs(folder: Path, kills: int, seed: int = 0) -> tuple[int, list[str]]:
         torch.set_num_threads(threads)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.endurance", "tests.support.faulty_run"])
-    rng, hits, ended, lost = random.Random(seed), 0, 0, []
+    rng, hits, ended, failures = random.Random(seed), 0, 0, []
     while hits < kills or ended == 0:
         run = folder / f"run_{ended}"
         process = context.Process(target=train_here, args=(str(run),))
@@ -86,20 +88,20 @@ def kill_runs(folder: Path, kills: int, seed: int = 0) -> tuple[int, list[str]]:
                 try:
                     checkpointing.read_checkpoint(file)
                 except fastlora.FastLoRAError as error:
-                    lost.append(f"kill {hits}: {error}")
+                    failures.append(f"kill {hits}: {error}")
             continue
         if process.exitcode != 0:
-            lost.append(f"run {ended}: ended with {process.exitcode}")
+            failures.append(f"run {ended}: ended with {process.exitcode}")
         try:
             assert_same_run(run, whole)
         except AssertionError as error:
-            lost.append(f"run {ended}: differs from the unbroken run: {error}")
+            failures.append(f"run {ended}: differs from the uninterrupted run: {error}")
         ended += 1
-    return ended, lost
+    return ended, failures
 
 
 def merge_rounds(rounds: int, dtype: torch.dtype) -> list[str]:
-    """Merge into a copy, go back to the adapters, merge again: the first merge, bit for bit, each time, and untouched adapters."""
+    """Merge into a copy and use the adapters again, repeatedly: every merge equals the first bit for bit, and the adapters do not change."""
     torch.manual_seed(0)
     model = Decoder().to(dtype).eval()
     fastlora.inject_lora(model, ["to_qkv", "to_out"], rank=4, alpha=8.0)
@@ -109,20 +111,20 @@ def merge_rounds(rounds: int, dtype: torch.dtype) -> list[str]:
     x = torch.randn(4, 8).to(dtype)
     output = model(x)
     first = fastlora.merged_model(model).state_dict()
-    lost = []
+    failures = []
     for number in range(rounds):
         merged = fastlora.merged_model(model)
         if not all(torch.equal(value, first[name]) for name, value in merged.state_dict().items()):
-            lost.append(f"{dtype}, round {number}: the merged weights moved")
+            failures.append(f"{dtype}, round {number}: the merged weights changed")
         if not torch.equal(model(x), output):
-            lost.append(f"{dtype}, round {number}: the unmerged model's output moved")
+            failures.append(f"{dtype}, round {number}: the unmerged model's output changed")
     if not all(torch.equal(value, before[name]) for name, value in model.state_dict().items()):
-        lost.append(f"{dtype}: the model's own weights moved")
-    return lost
+        failures.append(f"{dtype}: the model's own weights changed")
+    return failures
 
 
 def training_steps(steps: int) -> list[str]:
-    """Steps of AdamW with dropout: no tensor and no memory is left behind by a step."""
+    """Steps of AdamW with dropout: neither the number of tensors nor resident memory grows."""
     outside = tensors_alive()
     model = Decoder()
     fastlora.inject_lora(model, ["to_qkv", "to_out"], rank=4, alpha=8.0, dropout=0.1)
@@ -144,10 +146,10 @@ def training_steps(steps: int) -> list[str]:
 
 
 def injections(rounds: int) -> list[str]:
-    """Inject, run a backward pass, merge away: adapters are freed, and neither memory nor open files grow."""
+    """Inject, run a backward pass, merge: adapters are freed, and neither memory nor the number of open files grows."""
     outside = tensors_alive()
     model = Decoder()
-    lost = []
+    failures = []
 
     def one() -> list[weakref.ref[torch.Tensor]]:
         fastlora.inject_lora(model, ["to_qkv", "to_out"], rank=4, alpha=8.0)
@@ -166,51 +168,53 @@ def injections(rounds: int) -> list[str]:
             gc.collect()
             alive = sum(reference() is not None for reference in references)
             if alive:
-                lost.append(f"round {number}: {alive} adapters are still alive")
+                failures.append(f"round {number}: {alive} adapters are still alive")
     if open_files() != files:
-        lost.append(f"{rounds} injections: {files} open files became {open_files()}")
-    return lost + _growth(f"{rounds} injections", outside, tensors, memory)
+        failures.append(f"{rounds} injections: {files} open files became {open_files()}")
+    return failures + _growth(f"{rounds} injections", outside, tensors, memory)
 
 
 def file_rounds(folder: Path, rounds: int) -> list[str]:
-    """Save and load an adapter, and read a damaged one, again and again: no file stays open."""
+    """Save and load an adapter and read damaged ones, repeatedly: no file stays open."""
     model = Decoder()
     fastlora.inject_lora(model, ["to_qkv"], rank=4, alpha=8.0)
     damaged = folder / "damaged.safetensors"
     damaged.write_bytes(b"\xff" * 100)
     torch.save({"a": 1}, folder / "damaged.pt")
-    files, lost = open_files(), []
+    files, failures = open_files(), []
     for _ in range(rounds):
         fastlora.save_adapter(model, folder / "a.safetensors")
         fastlora.load_adapter(model, folder / "a.safetensors")
-        for bad in (damaged, folder / "damaged.pt"):
+        for file in (damaged, folder / "damaged.pt"):
             try:
-                fastlora.load_adapter(model, bad)
-                lost.append(f"{bad.name} was read")
+                fastlora.load_adapter(model, file)
+                failures.append(f"{file.name} was read")
             except fastlora.CheckpointError:
                 pass
     if open_files() != files:
-        lost.append(f"{rounds} rounds of files: {files} open files became {open_files()}")
-    return lost
+        failures.append(f"{rounds} rounds of files: {files} open files became {open_files()}")
+    return failures
 
 
 def _growth(what: str, outside: Refs, tensors: int, memory: int) -> list[str]:
-    """outside: what was alive before the run; it may die during it, which must not hide what the run leaks."""
-    lost = []
+    """outside: tensors alive before the run, which are not counted, so that freeing them cannot hide a leak."""
+    failures = []
     now = len(tensors_alive(outside))
     if now > tensors:
-        lost.append(f"{what}: {tensors} tensors became {now}")
+        failures.append(f"{what}: {tensors} tensors became {now}")
     grown = resident_bytes() - memory
     if grown > TOLERATED:
-        lost.append(f"{what}: memory grew by {grown / MIB:.1f} MiB")
-    return lost
+        failures.append(f"{what}: memory grew by {grown / MIB:.1f} MiB")
+    return failures
 
 
 def repeated_runs(folder: Path, threads: tuple[int, ...]) -> list[str]:
-    """The same training run under each number of threads, twice: the same bits under the same number, and the same validation up to
-    float32 rounding under another (torch's sums over rows are then cut elsewhere).
+    """The same training run twice under each number of threads.
+
+    Runs with the same number must be equal bit for bit; with another number, for which torch splits sums differently,
+    the validation losses must agree to `THREADS_APART`.
     """
-    before, lost, figures = torch.get_num_threads(), [], []
+    before, failures, figures = torch.get_num_threads(), [], []
     try:
         for count in threads:
             runs = [folder / f"{count}_{again}" for again in ("a", "b")]
@@ -218,20 +222,22 @@ def repeated_runs(folder: Path, threads: tuple[int, ...]) -> list[str]:
             try:
                 assert_same_run(*runs)
             except AssertionError:
-                lost.append(f"{count} threads: two runs differ")
+                failures.append(f"{count} threads: two runs differ")
             figures.append([record["val"]["total"] for record in histories[0]])
     finally:
         torch.set_num_threads(before)
     for values in figures[1:]:
         apart = max(abs(a - b) / abs(b) for a, b in zip(values, figures[0], strict=True))
         if apart > THREADS_APART:
-            lost.append(f"other numbers of threads are {apart:.1e} apart")
-    return lost
+            failures.append(
+                f"validation losses under different numbers of threads differ by {apart:.1e}"
+            )
+    return failures
 
 
 def repeated_calls(calls: int) -> list[str]:
-    """One layer's forward and backward pass under 1 and 2 threads: the dropout mask bit for bit, the rest as parity asks."""
-    before, lost = torch.get_num_threads(), []
+    """A layer's forward and backward pass under 1 and 2 threads: the same dropout mask, and results within the rule of `check_call`."""
+    before, failures = torch.get_num_threads(), []
     try:
         for number in range(calls):
             results = []
@@ -240,14 +246,14 @@ def repeated_calls(calls: int) -> list[str]:
                 results.append((dropped(number), dropped(number)))
                 check_call(number)
             if not all(torch.equal(results[0][0], other) for pair in results for other in pair):
-                lost.append(f"call {number}: another mask")
+                failures.append(f"call {number}: a different mask")
     finally:
         torch.set_num_threads(before)
-    return lost
+    return failures
 
 
 def dropped(number: int) -> torch.Tensor:
-    """The dropout that a layer applies: with A the identity, W zero and B the identity, the output is D(x)."""
+    """The dropout that a layer applies: with A = B = identity and W = 0 the output is D(x)."""
     x, eye = torch.ones(300, 96), torch.eye(96)
     seed = torch.tensor(number)
     return fastlora.lora_linear(x, torch.zeros(96, 96), None, eye, eye, 1.0, 0.3, seed)

@@ -1,6 +1,6 @@
-"""A tiny training run in a process of its own, in which a fault is injected: `python -m tests.support.faulty_run FOLDER FAULT [VALUE]`.
+"""A tiny training run with an injected fault, as a program: `python -m tests.support.faulty_run FOLDER FAULT [VALUE]`.
 
-Prints nothing but what a run prints; exits as `scripts/train_medical.py` does: 0, 2 with one line on stderr, 130 after Ctrl-C.
+Its output is that of a normal run, and its exit codes are those of `scripts/train_medical.py`: 0, 2 with one line on stderr, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.tiny_run import TinyRegions, tiny_trainer
 
 
 class DyingRegions(TinyRegions):
-    """The process that loads the fourth region of the second epoch is killed."""
+    """Kills the process that loads the fourth region of the second epoch."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.epoch == 2 and index == 3:
@@ -32,13 +32,15 @@ class DyingRegions(TinyRegions):
 
 
 class NaNRegions(TinyRegions):
+    """Gives NaN features in the second epoch."""
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
         return {**sample, "feats": sample["feats"] * float("nan") if self.epoch == 2 else sample["feats"]}  # fmt: skip
 
 
 def no_memory_above(model: SparseMeshDecoder, regions: int) -> None:
-    """The forward pass of more regions than so many asks for a tebibyte."""
+    """Make training forward passes of more than `regions` regions allocate an exbibyte, which fails."""
     forward = model.forward
 
     def limited(tokens: Any, base_vox: torch.Tensor) -> torch.Tensor:
@@ -50,17 +52,18 @@ def no_memory_above(model: SparseMeshDecoder, regions: int) -> None:
 
 
 def jump(step: int) -> None:
-    """A wall clock that goes back a day, or forward a year, at every look."""
-    real, looks = time.time, [0]
+    """Make the wall clock jump back a day or forward a year at every reading."""
+    real, readings = time.time, [0]
 
-    def odd() -> float:
-        looks[0] += 1
-        return real() + (-86_400 if looks[0] % 2 else 31_536_000) * step
+    def jumping() -> float:
+        readings[0] += 1
+        return real() + (-86_400 if readings[0] % 2 else 31_536_000) * step
 
-    time.time = odd
+    time.time = jumping
 
 
 def main(folder: str, fault: str, value: str = "") -> int:
+    """Train in `folder` under the fault and return the exit code."""
     show_log()
     options: dict[str, Any] = {"resume": "auto"}
     if fault == "dead worker":
@@ -84,7 +87,7 @@ def main(folder: str, fault: str, value: str = "") -> int:
             step, sign = trainer._step, Path(value)
 
             def wait(batch: Any) -> float:
-                """In the second epoch: make the file `value`, and wait for Ctrl-C or for the file `value`.go."""
+                """In the second epoch: create the file `value`, and wait for Ctrl-C or for the file `value`.go."""
                 if trainer.epoch == 1:
                     sign.touch()
                     while not (sign.with_suffix(".go").exists() or trainer.interrupted()):
@@ -102,7 +105,7 @@ def main(folder: str, fault: str, value: str = "") -> int:
 
 
 def inject(folder: str, run: str, fault: str, value: str) -> None:
-    """`main` with its output in the files `out` and `err` of a folder; the target of a process."""
+    """Call `main` with its output in the files `out` and `err` of a folder; the target of a process."""
     for number, name in ((1, "out"), (2, "err")):
         with open(Path(folder, name), "wb") as file:
             os.dup2(file.fileno(), number)

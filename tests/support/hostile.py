@@ -1,6 +1,6 @@
-"""Damaged and hostile inputs for every reader of files: a good file of each kind, ways to spoil it, and the only errors allowed.
+"""Corrupted and hostile files for every reader: a valid file of each kind, ways to corrupt it, and the errors that are allowed.
 
-`attack` is the fuzzer: tests run it short, `tests/support/soak.py` long.
+`fuzz` is the fuzzer: tests run it with few inputs, `tests/support/soak.py` with many.
 """
 
 from __future__ import annotations
@@ -47,27 +47,32 @@ from tests.support.models import Decoder
 from tests.support.sam3d_folder import STRUCTURE, TARGETS
 from tests.support.tiny_run import tiny_trainer
 
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it tells each repair of a header
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it logs every repair of a header
 
-SECONDS = 20  # for one input, on a busy machine; most take a millisecond
+SECONDS = 20  # limit for one input, on a busy machine; most take a millisecond
 
 
 @dataclass(frozen=True)
 class Reader:
-    """good: the bytes of a good file. read: reads the spoilt one, whose path it gets. inside: mutate the parts of a zip that end so, the zip
-    around them being sound."""
+    """A reader under test.
 
-    good: bytes
+    valid: the bytes of a valid file. read: reads the corrupted file at a path. file: name of that file below the folder.
+    inside: corrupt only the entries of a zip whose names end so. header: most edits are made in the first `header` bytes.
+    """
+
+    valid: bytes
     read: Callable[[Path], object]
     file: str
     inside: str | None = None
-    header: int | None = None  # most mutations fall into so many first bytes
+    header: int | None = None
 
 
 @contextmanager
 def time_limit(seconds: int = SECONDS) -> Iterator[None]:
+    """Context manager that raises AssertionError if its block takes longer."""
+
     def stop(*_: object) -> None:
-        raise AssertionError(f"the reader did not end in {seconds} s")
+        raise AssertionError(f"the reader did not end within {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -90,7 +95,7 @@ def _yaml_run(path: Path) -> None:
 
 
 def readers(folder: Path) -> dict[str, Reader]:
-    """A reader by name, with the good files made in `folder`."""
+    """Every reader by name; the valid files are written to `folder`."""
     model = adapted()
     fastlora.save_adapter(model, folder / "a.safetensors")
     torch.save(fastlora.get_lora_state_dict(model), folder / "a.pt")
@@ -169,15 +174,14 @@ def readers(folder: Path) -> dict[str, Reader]:
 
 
 def _run_readers(folder: Path) -> dict[str, Reader]:
-    """What a run left behind besides its checkpoints."""
-
-    good = (folder / "run" / "history.json").read_bytes()
+    """Files of a run other than its checkpoints."""
+    valid = (folder / "run" / "history.json").read_bytes()
     read = RunFolder(folder / "run").read_history
-    return {"history.json": Reader(good, lambda _: read(), "run/history.json")}
+    return {"history.json": Reader(valid, lambda _: read(), "run/history.json")}
 
 
 def _dataset_readers(folder: Path) -> dict[str, Reader]:
-    """Lists of cases, and pictures."""
+    """Lists of cases, and images."""
     volume = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5) % 3, np.eye(4))
     for root in ("decathlon", "nnunet"):
         for kind, name in (("imagesTr", "a_0000"), ("labelsTr", "a"), ("imagesTr", "a")):
@@ -223,7 +227,7 @@ def _dataset_readers(folder: Path) -> dict[str, Reader]:
 
 
 def _cache_readers(folder: Path) -> dict[str, Reader]:
-    """The cache of preprocessing: a damaged entry is recomputed, not refused, so it is read directly here."""
+    """The cache of preprocessing; its callers recompute a damaged entry, so it is read directly here."""
     root = folder / "prepared"
     (root / "s1" / "segmentations").mkdir(parents=True)
     mask = np.zeros((12, 12, 12), np.uint8)
@@ -248,7 +252,7 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
         def read(path: Path) -> None:
             try:
                 files.read_npz(path, layout)
-            except (OSError, ValueError) as error:  # what its callers take
+            except (OSError, ValueError) as error:  # which its callers handle
                 raise DataError(str(error)) from error
 
         return read
@@ -268,7 +272,7 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
     def voxels(path: Path) -> None:
         read_latents(path, PartSettings(16, {"feats": (None, 8)}, 3))
 
-    # A checkpoint folder's YAML; what stands in it is built in test_sam3d_loading.py.
+    # The YAML files of a model folder; its classes are built in tests/medical/sam3d/test_folder.py.
     sam3d = folder / "sam3d"
     about = {"ss_generator_config_path": "ss.yaml", "slat_mean": [0.5] * 8, "slat_std": [2.0] * 8}
     model = {"_target_": TARGETS["structure"], **STRUCTURE}
@@ -310,7 +314,7 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
 
 
 def _dicom_readers(folder: Path) -> dict[str, Reader]:
-    """One slice of a series, and a SEG beside it."""
+    """One slice of a series, and a SEG in the same folder."""
     grid = np.arange(6 * 5 * 3, dtype=np.int16).reshape(6, 5, 3)
     mask = np.zeros(grid.shape, bool)
     mask[1:4, 1:4] = True
@@ -321,13 +325,13 @@ def _dicom_readers(folder: Path) -> dict[str, Reader]:
         for case in find_cases(folder / "dicom"):
             case.load_mask("liver", case.load_image())
 
-    def place(path: Path) -> str:
+    def below(path: Path) -> str:
         return str(path.relative_to(folder))
 
     segmentation = folder / "dicom" / "s1" / "segmentation.dcm"
     return {
-        "DICOM series": Reader(slice_0.read_bytes(), series, place(slice_0), header=1200),
-        "DICOM SEG": Reader(segmentation.read_bytes(), series, place(segmentation)),
+        "DICOM series": Reader(slice_0.read_bytes(), series, below(slice_0), header=1200),
+        "DICOM SEG": Reader(segmentation.read_bytes(), series, below(segmentation)),
     }
 
 
@@ -357,8 +361,8 @@ EDITS = st.lists(
 )
 
 
-def spoil(data: bytes, edits: list[tuple[str, float, int]], header: int | None = None) -> bytes:
-    """`data` after the edits, each at its share of the length."""
+def corrupt(data: bytes, edits: list[tuple[str, float, int]], header: int | None = None) -> bytes:
+    """Apply the edits (kind, position as a fraction of the length, value) to `data`."""
     for kind, where, value in edits:
         size = len(data) if header is None or value % 4 == 0 else min(header, len(data))
         at = int(where * max(0, size - 1))
@@ -382,21 +386,22 @@ def spoil(data: bytes, edits: list[tuple[str, float, int]], header: int | None =
     return data
 
 
-def spoil_inside(archive: bytes, ending: str, edits: list[tuple[str, float, int]]) -> bytes:
-    """A zip whose entries that end so are spoilt while the zip around them is sound."""
+def corrupt_inside(archive: bytes, ending: str, edits: list[tuple[str, float, int]]) -> bytes:
+    """Corrupt the entries of a zip whose names end so; the zip itself stays valid."""
     source, result = zipfile.ZipFile(io.BytesIO(archive)), io.BytesIO()
     with zipfile.ZipFile(result, "w", zipfile.ZIP_STORED) as target:
         for entry in source.infolist():
             data = source.read(entry)
             target.writestr(
-                entry.filename, spoil(data, edits) if entry.filename.endswith(ending) else data
+                entry.filename, corrupt(data, edits) if entry.filename.endswith(ending) else data
             )
     return result.getvalue()
 
 
-def attack(reader: Reader, folder: Path, inputs: int, number: int = 0) -> int:
-    """Read so many spoilt files; returns how many were refused. An error that is none of fastlora's, or a hang, is raised
-    with the smallest input that shows it.
+def fuzz(reader: Reader, folder: Path, inputs: int, number: int = 0) -> int:
+    """Read `inputs` corrupted files and return how many were refused.
+
+    Any other error than fastlora's, or a hang, is raised for the smallest input that causes it.
     """
     path = folder / reader.file
     before = path.read_bytes() if path.exists() else None
@@ -414,9 +419,9 @@ def attack(reader: Reader, folder: Path, inputs: int, number: int = 0) -> int:
     def run(edits: list[tuple[str, float, int]]) -> None:
         nonlocal refused
         data = (
-            spoil_inside(reader.good, reader.inside, edits)
+            corrupt_inside(reader.valid, reader.inside, edits)
             if reader.inside
-            else spoil(reader.good, edits, reader.header)
+            else corrupt(reader.valid, edits, reader.header)
         )
         path.write_bytes(data)
         with warnings.catch_warnings(), time_limit():
@@ -436,7 +441,7 @@ def attack(reader: Reader, folder: Path, inputs: int, number: int = 0) -> int:
 
 
 def replace_leaf(value: Any, number: int, other: Any) -> Any:
-    """A copy of nested dicts, lists and tuples whose leaf `number` (counted modulo their number) is `other`."""
+    """A copy of nested dicts, lists and tuples whose leaf `number` (modulo the number of leaves) is `other`."""
     leaves: list[tuple[Any, ...]] = []
 
     def collect(item: Any, path: tuple[Any, ...]) -> None:

@@ -1,7 +1,7 @@
-"""The two bundled spines, reposed, written in each layout that `find_cases` knows.
+"""The two bundled spines, re-oriented, written in each layout that `find_cases` supports.
 
-Neither lies along the patient's axes: one has its axes permuted, flipped and turned, the other is
-turned too and has slices twice as thick as its pixels.
+Neither is aligned with the patient's axes: one is permuted, flipped and rotated, the other is also rotated
+and has every second slice removed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STRUCTURES = {
 
 @dataclass(frozen=True)
 class Scan:
-    """array (X, Y, Z) int16 and masks of its shape, in the order that the file will have."""
+    """An image, array: (X, Y, Z) int16, and masks of the same shape, with the axes in the order of the file."""
 
     subject: str
     modality: str
@@ -37,7 +37,7 @@ class Scan:
     masks: dict[str, NDArray[np.bool_]]
 
     def labels(self, names: list[str]) -> NDArray[np.uint8]:
-        """A label map; a structure's value is its place among the names, from 1."""
+        """A label map; the value of a structure is its position in `names`, from 1."""
         result = np.zeros(self.array.shape, np.uint8)
         for name, mask in self.masks.items():
             result[mask] = names.index(name) + 1
@@ -59,14 +59,14 @@ class Scan:
             masks={n: np.ascontiguousarray(np.flip(m, flips)) for n, m in masks.items()},
         )
 
-    def turned(self, degrees: tuple[float, float, float]) -> Scan:
-        """The same voxels, in a patient who lies askew."""
-        turn = np.eye(4)
-        turn[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
-        return replace(self, affine=turn @ self.affine)
+    def rotated(self, degrees: tuple[float, float, float]) -> Scan:
+        """The same voxels with a rotated affine."""
+        rotation = np.eye(4)
+        rotation[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
+        return replace(self, affine=rotation @ self.affine)
 
     def thinned(self) -> Scan:
-        """Every second slice of the last axis."""
+        """The scan without every second slice of the last axis."""
         affine = self.affine @ np.diag([1, 1, 2, 1])
         masks = {n: m[..., ::2] for n, m in self.masks.items()}
         return replace(self, array=self.array[..., ::2], affine=affine, masks=masks)
@@ -74,7 +74,7 @@ class Scan:
 
 @lru_cache(maxsize=1)
 def scans(bundled: Path) -> tuple[Scan, Scan]:
-    """The CT and the MR, reposed. bundled: where the bundled cases are, or are to be built."""
+    """The re-oriented CT and MR. bundled: folder of the bundled cases, which are built if they are missing."""
     found = {}
     for case in build_bundled(bundled):
         if case.subject in STRUCTURES:
@@ -85,8 +85,8 @@ def scans(bundled: Path) -> tuple[Scan, Scan]:
             }
             array = np.rint(image.get_fdata()).astype(np.int16)
             found[case.subject] = Scan(case.subject, case.modality, array, image.affine, masks)
-    ct = found["spine_ct"].reordered((2, 0, 1), (0, 1)).turned((8, -12, 20))
-    return ct, found["spine_mr"].reordered((1, 2, 0), (2,)).thinned().turned((-5, 10, 15))
+    ct = found["spine_ct"].reordered((2, 0, 1), (0, 1)).rotated((8, -12, 20))
+    return ct, found["spine_mr"].reordered((1, 2, 0), (2,)).thinned().rotated((-5, 10, 15))
 
 
 def write_totalsegmentator(root: Path, found: tuple[Scan, ...]) -> None:
@@ -106,7 +106,7 @@ def label_names(found: tuple[Scan, ...]) -> list[str]:
 
 
 def write_decathlon(root: Path, found: tuple[Scan, ...]) -> None:
-    """Of two channels the second is the image; both are in one 4-D file."""
+    """4-D files with two channels, of which the second is the image."""
     names = label_names(found)
     training = []
     for scan in found:
@@ -154,7 +154,7 @@ def write_dicom(root: Path, found: tuple[Scan, ...]) -> None:
 
 
 def write_dicom_scan(folder: Path, scan: Scan, slices: slice = slice(None)) -> None:
-    """A series of single slices in images/, and a SEG of the given slices in segmentation.dcm."""
+    """Write a series of single slices to images/, and a SEG of the given slices to segmentation.dcm."""
     import highdicom
     from highdicom.sr.coding import CodedConcept
     from pydicom.dataset import FileDataset, FileMetaDataset
@@ -179,7 +179,8 @@ def write_dicom_scan(folder: Path, scan: Scan, slices: slice = slice(None)) -> N
         meta.MediaStorageSOPClassUID = CTImageStorage if scan.modality == "ct" else MRImageStorage
         meta.MediaStorageSOPInstanceUID = uid(f"slice {k}")
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        path = folder / "images" / f"{(k * 7) % scan.array.shape[2]:03d}-{k}.dcm"  # in no order
+        # The order of the file names is not that of the slices.
+        path = folder / "images" / f"{(k * 7) % scan.array.shape[2]:03d}-{k}.dcm"
         item = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
         item.SOPClassUID = meta.MediaStorageSOPClassUID
         item.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
@@ -238,5 +239,5 @@ WRITERS: dict[str, Callable[[Path, tuple[Scan, ...]], None]] = {
     "image/label pairs": write_pairs,
     "DICOM": write_dicom,
 }
+# Flags that the commands need for a layout, because the files do not contain the information.
 FLAGS = {"Decathlon": ["--channel", "1"], "image/label pairs": ["--modality", "mr"]}
-"""What the commands must be told of a layout that does not tell it."""

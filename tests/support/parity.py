@@ -1,6 +1,6 @@
-"""Random calls of the layer against float64: shapes, strides, dtypes, ranks, dropout, autocast and grad modes, one case to a seed.
+"""Random calls against float64: shapes, strides, dtypes, ranks, dropout, autocast and grad modes, one case for each seed.
 
-`check_call` and `check_kernels` raise if a case is wrong; tests run few seeds, `tests/support/soak.py` many.
+The checks raise AssertionError if a case is wrong; tests run few seeds, `tests/support/soak.py` many.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = ("x", "weight", "bias", "lora_a", "lora_b")
 
 @dataclass
 class Call:
-    """The arguments of one call and what surrounds it."""
+    """The arguments of one call, the autocast dtype, the grad mode, and the arguments whose gradients are computed."""
 
     tensors: dict[str, Tensor | None]
     dy: Tensor
@@ -47,7 +47,7 @@ class Call:
 
 
 def strided(rng: random.Random, value: Tensor) -> Tensor:
-    """The same values with other strides: a transposed view, every second column, a row offset, or as they are."""
+    """The same values with random strides: a transposed view, every second column, a row offset, or contiguous."""
     kind = rng.choice(["plain", "transposed", "columns", "offset"])
     if kind == "transposed" and value.ndim > 1:
         return value.movedim(-1, 0).contiguous().movedim(0, -1)
@@ -62,7 +62,7 @@ def strided(rng: random.Random, value: Tensor) -> Tensor:
 
 
 def draw_call(number: int) -> Call:
-    """The case of a seed. Values are such as bfloat16 holds, so every dtype gets the same ones."""
+    """The case of a seed. Values are representable in bfloat16, so that every dtype gets the same ones."""
     rng, generator = random.Random(number), torch.Generator().manual_seed(number)
 
     def draw(*shape: int) -> Tensor:
@@ -95,14 +95,16 @@ def draw_call(number: int) -> Call:
 
 
 def _plain(tensors: dict[str, Tensor | None], call: Call) -> Tensor:
-    """The reference in the dtype of the tensors given."""
+    """The plain formula in the dtype of the given tensors."""
     arguments = [tensors[name] for name in NAMES]
     return formula(*arguments, call.scaling, call.p, call.seed)  # type: ignore[arg-type]
 
 
 def _close(got: Tensor, same: Tensor, exact: Tensor, magnitude: Tensor, name: str) -> None:
-    """The rule of tests/support/tolerance.py, or where plain torch was exact by luck (in float64 always) 4 roundings of the same sums over
-    absolute values. In 16 bits luck is believed of a few values only.
+    """Compare by the rule of tests/support/tolerance.py, or allow 4 roundings of the same sums over absolute values.
+
+    The latter is for cases in which plain torch happens to be exact, as in float64 always; in 16 bits it is allowed for a
+    few values only.
     """
     try:
         assert_close(got, same, exact, name)
@@ -117,7 +119,10 @@ def _close(got: Tensor, same: Tensor, exact: Tensor, magnitude: Tensor, name: st
 
 
 def check_call(number: int) -> None:
-    """One call of `lora_linear`, its result and the gradients asked for. Raises AssertionError with the whole case."""
+    """Check one call of `lora_linear`: its result and the requested gradients.
+
+    Raises: AssertionError with the complete case.
+    """
     call = draw_call(number)
     x = call.tensors["x"]
     assert x is not None
@@ -130,7 +135,7 @@ def check_call(number: int) -> None:
             if value is None:
                 result[name] = None
                 continue
-            # In the low dtype first: that is what the layer computes with.
+            # Rounded to the low dtype first, in which the layer computes.
             given = value.detach() if kind is None else value.detach().to(dtype).to(kind)
             result[name] = given.requires_grad_(name in call.wanted and call.mode == "grad")
         return result
@@ -177,7 +182,7 @@ def check_call(number: int) -> None:
 
 
 def check_kernels(number: int) -> None:
-    """One forward and backward pass through the Triton kernels (interpreted without a GPU), by a random plan."""
+    """Check one forward and backward pass of the Triton kernels (interpreted without a GPU) with a random plan."""
     from fastlora.ops import triton_ops  # needs Triton 3.4
 
     rng, generator = random.Random(number), torch.Generator().manual_seed(number)
@@ -216,18 +221,20 @@ EXTREMES = (float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 1e30, -1e3
 
 
 def check_extreme(number: int) -> None:
-    """A call with some inf, nan, subnormal, huge or zero values, or all zeros, forward and backward, against the plain formula in the
-    same dtype: nan where it has nan, the same infinities, and finite values as close as float64 allows.
+    """Check a call in which one argument has some or only extreme values: inf, nan, subnormal, huge or zero.
+
+    Results and gradients must have nan and the same infinities where the plain formula in the same dtype has them, and
+    finite values within rounding of it.
     """
     rng, generator = random.Random(number), torch.Generator().manual_seed(number)
     m, k, n, rank = rng.randint(1, 9), rng.randint(1, 20), rng.randint(1, 20), rng.randint(1, 5)
     dtype = rng.choice([torch.float64, torch.float32, torch.bfloat16])
     shapes = {"x": (m, k), "weight": (n, k), "bias": (n,), "lora_a": (rank, k), "lora_b": (n, rank)}
     tensors: dict[str, Tensor | None] = {}
-    spoilt, value, all_of_it = rng.choice(NAMES), rng.choice(EXTREMES), rng.random() < 0.3
+    changed, value, all_of_it = rng.choice(NAMES), rng.choice(EXTREMES), rng.random() < 0.3
     for name, shape in shapes.items():
         tensor = torch.randn(*shape, generator=generator).bfloat16().to(dtype)
-        if name == spoilt:
+        if name == changed:
             where = torch.rand(shape, generator=generator) < (1.0 if all_of_it else 0.1)
             tensor = torch.where(where, value, tensor)
         tensors[name] = tensor
@@ -242,7 +249,7 @@ def check_extreme(number: int) -> None:
         given = [tensors[name].detach().clone().requires_grad_() for name in NAMES]  # type: ignore[union-attr]
         y = function(given)
         results.append([y, *torch.autograd.grad(y, given, dy)])
-    where = f"case {number}: {value} in {spoilt}, {dtype}, p {p}"
+    where = f"case {number}: {value} in {changed}, {dtype}, p {p}"
     for name, got, plain in zip(("y", *NAMES), *results, strict=True):
         assert torch.equal(got.isnan(), plain.isnan()), f"{where}: nan in {name}"
         infinite = plain.isinf()
@@ -259,7 +266,7 @@ def check_extreme(number: int) -> None:
 
 
 def check_gradients(number: int) -> None:
-    """`gradcheck` of a call of random size in float64, by every argument."""
+    """Run `gradcheck` on a call of random size in float64, for every argument."""
     rng, generator = random.Random(number), torch.Generator().manual_seed(number)
     m, k, n, rank = (rng.randint(1, 5) for _ in range(4))
     shapes = [(m, k), (n, k), (n,), (rank, k), (n, rank)]

@@ -1,7 +1,7 @@
 """A pytest plugin that runs PEFT's own tests with `fastlora.accelerate` switched on: `pytest -p peft_suite`.
 
 Every model into which PEFT injects an adapter, the first or a later one, goes through `accelerate`. The summary says how many forwards
-took the fused path, and a run without one fails. docs/integrations.md has the command.
+took the fused path, and a run without one fails. docs/reliability.md has the command.
 """
 
 from functools import wraps

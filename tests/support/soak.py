@@ -1,8 +1,8 @@
-"""The long forms of the reliability tests, one table of what was tried, how often, and what was lost: `make soak`.
+"""The long reliability tests, with a table of what was tested, how often, and what failed: `make soak`.
 
     python -m tests.support.soak [--scale 1.0] [--only REGEX] [--write docs/reliability.md]
 
-Exits with 1 if anything was lost.
+The exit code is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ class Line:
     tried: int
     unit: str
     seconds: float
-    lost: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lost = "nothing" if not self.lost else f"{len(self.lost)}: {self.lost[0]}"
-        cells = (self.part, self.what, f"{self.tried:,} {self.unit}", f"{self.seconds:.0f} s", lost)
-        return f"| {' | '.join(cells)} |"
+        failed = f"{len(self.failures)}: {self.failures[0]}" if self.failures else "none"
+        amount, time_taken = f"{self.tried:,} {self.unit}", f"{self.seconds:.0f} s"
+        return f"| {self.part} | {self.what} | {amount} | {time_taken} | {failed} |"
 
 
 def cases(check: Callable[[int], None], count: int) -> tuple[int, list[str]]:
-    """The check over so many seeds: how many ran, and what failed."""
-    lost = []
+    """Run the check with `count` seeds; return how many ran, and the failures."""
+    failures = []
     for number in range(count):
         try:
             check(number)
         except AssertionError as error:
-            lost.append(str(error).splitlines()[0])
-    return count, lost
+            failures.append(str(error).splitlines()[0])
+    return count, failures
 
 
 def fuzz(reader: hostile.Reader, folder: Path, inputs: int) -> tuple[int, list[str]]:
-    """Spoilt files for one reader: how many were read, and what it should not have done."""
+    """Fuzz one reader; return how many files it read, and the failures."""
     tried = [0]
     read = reader.read
 
@@ -68,23 +68,20 @@ def fuzz(reader: hostile.Reader, folder: Path, inputs: int) -> tuple[int, list[s
         return read(path)
 
     try:
-        hostile.attack(
-            replace(reader, read=counted),
-            folder,
-            inputs,
-        )
-    except BaseException as error:  # whatever a reader raised, the smallest input is in its notes
-        if isinstance(error, KeyboardInterrupt):
-            raise
+        hostile.fuzz(replace(reader, read=counted), folder, inputs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # any other error is a failure of the reader
+        # Hypothesis adds the smallest failing input as a note.
         notes = "; ".join(getattr(error, "__notes__", []))
         return tried[0], [" ".join(f"{error!r} {notes}".split())]
     return tried[0], []
 
 
-def plan(
+def parts(
     folder: Path, scale: float
 ) -> list[tuple[str, str, str, Callable[[], tuple[int, list[str]]]]]:
-    """(part, what, unit, run) of every line."""
+    """(part, what, unit, run) of every line; `run` returns how many were tried, and the failures."""
 
     def n(count: int) -> int:
         return max(1, round(count * scale))
@@ -140,7 +137,7 @@ def plan(
         lines.append(
             (
                 "numerics",
-                f"merge, back to the adapters, merge again, {str(dtype)[6:]}",
+                f"merge, use the adapters again, merge again, {str(dtype)[6:]}",
                 "rounds",
                 lambda dtype=dtype: (n(1_000), endurance.merge_rounds(n(1_000), dtype)),
             )
@@ -148,13 +145,13 @@ def plan(
     lines += [
         (
             "leaks",
-            "training steps with dropout: tensors alive, resident memory",
+            "training steps with dropout: live tensors, resident memory",
             "steps",
             lambda: (n(2_000), endurance.training_steps(n(2_000))),
         ),
         (
             "leaks",
-            "inject, backward pass, merge away: adapters freed, memory, open files",
+            "inject, backward pass, merge: adapters freed, memory, open files",
             "rounds",
             lambda: (n(500), endurance.injections(n(500))),
         ),
@@ -176,15 +173,14 @@ def report(lines: list[Line], command: str, seconds: float) -> str:
     """The table with its command, date and versions."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     files = sum(line.tried for line in lines if line.part == "hostile files")
-    lost = sum(len(line.lost) for line in lines)
+    failures = sum(len(line.failures) for line in lines)
     return "\n".join(
         [
-            "| part | what | tried | time | lost |",
+            "| part | what | tried | time | failures |",
             "| --- | --- | --- | --- | --- |",
             *map(str, lines),
             "",
-            f"Hostile files in all: {files:,}. Lost in all: {lost or 'nothing'}. "
-            f"Most memory of the process: {peak_mib():,.0f} MiB.",
+            f"Hostile files: {files:,}. Failures: {failures or 'none'}. Peak memory: {peak_mib():,.0f} MiB.",
             "",
             f"`{command}`, {datetime.date.today()}, {seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores; "
             f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}.",
@@ -193,46 +189,50 @@ def report(lines: list[Line], command: str, seconds: float) -> str:
 
 
 def peak_mib() -> float:
+    """The largest resident memory of this process so far."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def write(page: Path, table: str) -> None:
-    """Puts the table between the page's two marks."""
-    before, mark, rest = page.read_text().partition("<!-- soak -->\n")
+    """Write the table between the two markers of the page.
+
+    Raises: SystemExit if a marker is missing.
+    """
+    before, start, rest = page.read_text().partition("<!-- soak -->\n")
     _, end, after = rest.partition("<!-- end of soak -->")
-    if not (mark and end):
-        raise SystemExit(f"{page}: expected the marks <!-- soak --> and <!-- end of soak -->")
-    page.write_text(f"{before}{mark}{table}\n{end}{after}")
+    if not (start and end):
+        raise SystemExit(f"{page}: expected the markers <!-- soak --> and <!-- end of soak -->")
+    page.write_text(f"{before}{start}{table}\n{end}{after}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiplies every count (default: 1)"
+        "--scale", type=float, default=1.0, help="multiply every count by this (default: 1)"
     )
-    parser.add_argument("--only", default="", metavar="REGEX", help="only the lines that it finds")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    parser.add_argument("--only", default="", metavar="REGEX", help="run only the lines that match")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table into this page")
     arguments = parser.parse_args()
     began, lines = time.perf_counter(), []
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, open(os.devnull, "w") as nowhere:
         with redirect_stdout(nowhere):
-            work = plan(Path(folder), arguments.scale)
+            work = parts(Path(folder), arguments.scale)
         for part, what, unit, run in work:
             if not re.search(arguments.only, f"{part}: {what}"):
                 continue
             start = time.perf_counter()
             with redirect_stdout(nowhere):
-                tried, lost = run()
-            lines.append(Line(part, what, tried, unit, time.perf_counter() - start, lost))
+                tried, failures = run()
+            lines.append(Line(part, what, tried, unit, time.perf_counter() - start, failures))
             print(lines[-1], flush=True)
     command = " ".join(["python -m tests.support.soak", *sys.argv[1:]])
     table = report(lines, command, time.perf_counter() - began)
     print(f"\n{table}")
     if arguments.write:
         write(arguments.write, table)
-    return int(any(line.lost for line in lines))
+    return int(any(line.failures for line in lines))
 
 
 if __name__ == "__main__":

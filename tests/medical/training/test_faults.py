@@ -173,7 +173,7 @@ def test_a_read_only_folder(tmp_path):
     assert not any(run.iterdir())
 
 
-def test_a_truncated_checkpoint_is_said_and_the_epoch_before_it_used(whole, tmp_path):
+def test_a_truncated_checkpoint_warns_and_the_previous_epoch_is_used(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     last = run / "checkpoints" / "last.pt"
@@ -229,7 +229,7 @@ def test_a_run_set_up_before_another_one_ended_undoes_nothing(tmp_path):
     assert len(fresh.train()) == 4  # its own writing is no other's
 
 
-def test_nan_keeps_the_epoch_before(whole, tmp_path):
+def test_nan_keeps_the_previous_epoch(whole, tmp_path):
     run = tmp_path / "run"
     line = refused(run, "nan")
     assert "loss is not finite" in line and "epoch 2, step 1: s1/organ_" in line
@@ -237,7 +237,7 @@ def test_nan_keeps_the_epoch_before(whole, tmp_path):
     goes_on(run, whole)
 
 
-def test_out_of_memory_is_said_with_the_estimate(whole, tmp_path):
+def test_out_of_memory_error_contains_the_estimate(whole, tmp_path):
     run = tmp_path / "run"
     line = refused(run, "no memory", 1)
     assert (

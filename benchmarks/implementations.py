@@ -1,7 +1,7 @@
-"""The contestants: the frozen layer, fastlora's backends and other implementations, each a module built by one function.
+"""The compared implementations: the frozen layer, fastlora's backends and other libraries, each a module built by one function.
 
-A builder takes the case, the frozen `nn.Linear` and the adapter weights, which it copies, and raises `Absent` with the
-reason where the contestant does not exist. Every module has its trainable parameters in the order A, B.
+A builder takes the case, the frozen `nn.Linear` and the adapter weights, which it copies, and raises `NotApplicable` with the
+reason if the implementation does not support the case. Every module has its trainable parameters in the order A, B.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.nn import functional as F
 
 import fastlora
 
-ALPHA_PER_RANK = 2.0  # alpha = 2 · rank, so every contestant scales its update by 2
+ALPHA_PER_RANK = 2.0  # alpha = 2 · rank, so every implementation scales its update by 2
 
 
-class Absent(Exception):
-    """A contestant that does not exist for a case; the message is the reason."""
+class NotApplicable(Exception):
+    """The implementation does not support the case; the message is the reason."""
 
 
-class Unimportable(Exception):
-    """A published peer that cannot be imported; the message names its module and the reason."""
+class ImportFailed(Exception):
+    """A published library cannot be imported; the message names its module and the reason."""
 
 
 Builder = Callable[[Case, nn.Linear, Tensor, Tensor], nn.Module]
@@ -38,7 +38,7 @@ Builder = Callable[[Case, nn.Linear, Tensor, Tensor], nn.Module]
 class _Addmm(torch.autograd.Function):
     """cuBLAS base, then the rank-R product added into y by `addmm_`; saves x, S and the dropout mask, one byte per element.
 
-    The best of plain torch: no temporary of y's size, one pass of dropout, its result not saved.
+    The fastest formulation in plain torch: no temporary of y's size, one dropout pass whose result is not saved.
     """
 
     @staticmethod
@@ -66,11 +66,11 @@ class _Addmm(torch.autograd.Function):
 
 
 class _LoRAFusion(torch.autograd.Function):
-    """LoRAFusion's split of the work: dropout(x) is written out and saved, with its mask and S.
+    """LoRAFusion's split into passes: dropout(x) is written to memory and saved, with its mask and S.
 
     Its passes are three kernels forward (dropout, S, base GEMM with rank-R epilogue) and three backward (dS with dB, dA,
-    dx with a masked rank-R epilogue). Here each is a torch operation, so the memory is representative and the time is
-    not: their Triton GEMM may be slower or faster than cuBLAS and `addmm_`.
+    dx with a masked rank-R epilogue). Here each pass is a torch operation: memory is
+    representative, time is not, because their Triton GEMM may be slower or faster than cuBLAS and `addmm_`.
     Source: LoRAFusion (2510.00206).
     """
 
@@ -98,7 +98,7 @@ class _LoRAFusion(torch.autograd.Function):
 
 
 class _Unsloth(torch.autograd.Function):
-    """Unsloth's order of products: only x is saved, so x Aᵀ is recomputed, and dy B computed twice. No dropout, no bias.
+    """Unsloth's order of matrix products: only x is saved, so x Aᵀ is recomputed and dy B computed twice. No dropout, no bias.
 
     Source: the published description of Unsloth's LoRA layers.
     """
@@ -131,7 +131,7 @@ class _Unsloth(torch.autograd.Function):
 
 
 class HandWritten(nn.Module):
-    """A module around one of the functions above. Adapters are cast to x's dtype in the computation, as fastlora's are."""
+    """A module that calls one of the functions above, with the adapters cast to x's dtype, as fastlora does."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ def _linear(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn
 
 def _fastlora(backend: str, *, float32_adapters: bool = True) -> Builder:
     def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-        _refuse_the_same_twice(float32_adapters, frozen, "fastlora")
+        _require_distinct(float32_adapters, frozen, "fastlora")
         layer = fastlora.LoRALinear(
             frozen,
             case.rank,
@@ -228,7 +228,7 @@ def _fastlora(backend: str, *, float32_adapters: bool = True) -> Builder:
         try:
             fastlora.explain(layer, frozen.weight.new_empty(case.m, case.k))
         except fastlora.BackendError as error:
-            raise Absent(str(error)) from error
+            raise NotApplicable(str(error)) from error
         return layer
 
     return build
@@ -236,7 +236,7 @@ def _fastlora(backend: str, *, float32_adapters: bool = True) -> Builder:
 
 def _peft(*, float32_adapters: bool, compiled: bool = False) -> Builder:
     def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-        _refuse_the_same_twice(float32_adapters or compiled, frozen, "peft")
+        _require_distinct(float32_adapters or compiled, frozen, "peft")
         model = nn.ModuleDict({"adapted": frozen})
         config = LoraConfig(
             r=case.rank,
@@ -254,9 +254,9 @@ def _peft(*, float32_adapters: bool, compiled: bool = False) -> Builder:
     return build
 
 
-def _refuse_the_same_twice(float32_adapters: bool, frozen: nn.Linear, other: str) -> None:
+def _require_distinct(float32_adapters: bool, frozen: nn.Linear, other: str) -> None:
     if not float32_adapters and frozen.weight.dtype == torch.float32:
-        raise Absent(f"the weight is float32: this is the contestant {other}")
+        raise NotApplicable(f"the weight is float32: identical to {other}")
 
 
 def _hand_written(function: type[torch.autograd.Function]) -> Builder:
@@ -268,43 +268,43 @@ def _hand_written(function: type[torch.autograd.Function]) -> Builder:
 
 def _unsloth(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
     if case.p > 0:
-        raise Absent("its fast path has no dropout")
+        raise NotApplicable("its fast path has no dropout")
     if case.bias:
-        raise Absent("its fast path has no bias")
+        raise NotApplicable("its fast path has no bias")
     return HandWritten(_Unsloth.apply, frozen, lora_a, lora_b, case.p)
 
 
-def import_peer(name: str) -> Any:
-    """The module of a published peer that holds its layer function.
+def import_library(name: str) -> Any:
+    """Import the module that holds a published library's layer function.
 
-    Raises: Unimportable. A package may raise any error on import: without a GPU, or with another torch.
+    Raises: ImportFailed if the import raises: any error, for example without a GPU or with an unsupported torch.
     """
     module = PUBLISHED[name]
     try:
         return importlib.import_module(module)
     except Exception as error:
         kind = type(error).__name__
-        raise Unimportable(f"{module} cannot be imported: {kind}: {error}") from error
+        raise ImportFailed(f"{module} cannot be imported: {kind}: {error}") from error
 
 
 def is_installed(name: str) -> bool:
     return importlib.util.find_spec(PUBLISHED[name].partition(".")[0]) is not None
 
 
-def add_peer_paths(folders: list[Path]) -> None:
-    """Put these folders first on the import path, for published peers."""
+def add_library_paths(folders: list[Path]) -> None:
+    """Put these folders first on the import path, so that published libraries are found there."""
     for folder in folders:
         sys.path.insert(0, str(folder.resolve()))
     importlib.invalidate_caches()
 
 
 def _unsloth_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-    """unsloth's function of one projection, for three-dimensional x."""
-    function = import_peer("unsloth-library").LoRA_W
+    """unsloth's function for one projection; it requires a three-dimensional x."""
+    function = import_library("unsloth-library").LoRA_W
     if case.p > 0:
-        raise Absent("its fast path has no dropout")
+        raise NotApplicable("its fast path has no dropout")
     if case.bias:
-        raise Absent("its fast path has no bias")
+        raise NotApplicable("its fast path has no bias")
 
     def call(
         x: Tensor, weight: Tensor, bias: None, a: Tensor, b: Tensor, scaling: float, p: float
@@ -316,8 +316,8 @@ def _unsloth_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tens
 
 
 def _lorafusion_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-    """lorafusion's function, for three-dimensional x."""
-    function = import_peer("lorafusion-library").fused_linear_lora
+    """lorafusion's function; it requires a three-dimensional x."""
+    function = import_library("lorafusion-library").fused_linear_lora
 
     def call(
         x: Tensor,
@@ -334,13 +334,13 @@ def _lorafusion_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: T
     return HandWritten(call, frozen, lora_a, lora_b, case.p)
 
 
-# Published peers that run if installed or given by --peer-path, and the module of their function.
+# Published libraries, timed if installed or found by --library-path, and the module of their function.
 PUBLISHED = {
     "unsloth-library": "unsloth.kernels.fast_lora",
     "lorafusion-library": "lorafusion.ops.lora_v1",
 }
 
-CONTESTANTS: dict[str, Builder] = {
+IMPLEMENTATIONS: dict[str, Builder] = {
     BASELINE: _linear,
     "fastlora": _fastlora("auto"),
     "fastlora-bf16": _fastlora("auto", float32_adapters=False),

@@ -1,4 +1,4 @@
-"""What users of LoRA libraries complain about, one test for each complaint, numbered as in a survey of their issue trackers."""
+"""Known problems of LoRA libraries, with a test for each; the numbers only order them."""
 
 import copy
 import pickle
@@ -54,7 +54,7 @@ def adapted(**options):
     return model
 
 
-def test_row_01_loading_never_applies_nothing_silently():
+def test_01_loading_without_a_matching_key_is_an_error():
     model = adapted()
     renamed = {f"module.{k}": v for k, v in get_lora_state_dict(model).items()}
     for strict in (True, False):
@@ -63,29 +63,29 @@ def test_row_01_loading_never_applies_nothing_silently():
 
 
 @pytest.mark.parametrize("field", [{"alpha": 16.0}, {"rank": 2}, {"use_rslora": True}], ids=str)
-def test_row_02_rank_alpha_and_rslora_travel_with_the_weights(field, tmp_path):
+def test_02_rank_alpha_and_rslora_are_saved_with_the_weights(field, tmp_path):
     save_adapter(adapted(), tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=f"{next(iter(field))} is .* in the file"):
         load_adapter(adapted(**field), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "exclude", "target_modules"])
-def test_row_03_a_pattern_that_matches_nothing_is_an_error(field):
+def test_03_a_pattern_that_matches_nothing_is_an_error(field):
     value = {"to_qvk": 2} if field.endswith("pattern") else ["to_qkv", "to_qvk"]
     with pytest.raises(InjectionError, match=f"{field}: 'to_qvk' matches none .* .nearest: to_qkv"):
         inject_lora(Decoder(), LoRAConfig(**{"target_modules": ["to_qkv"], field: value}))
 
 
-def test_row_03_the_plain_list_form_says_so_too():
+def test_03_a_list_of_targets_that_match_nothing_warns():
     with pytest.warns(UserWarning, match="'to_qvk' matches none .* .nearest: to_qkv"):
         inject_lora(Decoder(), ["to_qkv", "to_qvk"])
 
 
-def test_row_04_a_preview_shows_every_match_with_counts_and_explain_says_why_not():
+def test_04_preview_shows_all_matches_with_counts_and_explain_gives_reasons():
     model = Decoder()
     table = preview(model, LoRAConfig(["out", "to_qkv"], exclude=["upsample"]))
     taken = {row.path: row.pattern for row in table.where("selected")}
-    assert taken.pop("out_layer") == "out"  # the head that nobody meant, seen before it is wrapped
+    assert taken.pop("out_layer") == "out"  # an unintended match, visible before it is wrapped
     assert table.counts == {"out": 3, "to_qkv": 2, "upsample": 1}
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     inject_lora(model, ["to_qkv"])
@@ -93,7 +93,7 @@ def test_row_04_a_preview_shows_every_match_with_counts_and_explain_says_why_not
     assert why["out_layer"] == "no target matches its path"
 
 
-def test_row_05_a_module_under_two_names_is_wrapped_once_and_tied_weights_are_not_merged():
+def test_05_a_module_under_two_names_is_wrapped_once_and_tied_weights_are_not_merged():
     model = Decoder()
     model.alias = model.blocks[0].attn.to_qkv
     inject_lora(model)
@@ -105,7 +105,7 @@ def test_row_05_a_module_under_two_names_is_wrapped_once_and_tied_weights_are_no
         merge_lora_weights(tied)
 
 
-def test_row_06_attention_that_reads_weights_directly_sees_the_adapter():
+def test_06_attention_that_reads_weights_directly_sees_the_adapter():
     encoder = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
     attention = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
@@ -121,7 +121,7 @@ def test_row_06_attention_that_reads_weights_directly_sees_the_adapter():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
-def test_row_06_the_encoders_eval_fast_path_computes_what_the_merged_encoder_does(masked):
+def test_06_the_eval_fast_path_of_the_encoder_equals_the_merged_encoder(masked):
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
     inject_lora(model, "all-linear")
@@ -129,7 +129,7 @@ def test_row_06_the_encoders_eval_fast_path_computes_what_the_merged_encoder_doe
     randomise_adapters(model)
     x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
     padding[:, 3:] = masked
-    slow = model(x, src_key_padding_mask=padding)  # adapters that train switch the fast path off
+    slow = model(x, src_key_padding_mask=padding)  # trainable adapters disable the fast path
     assert slow.requires_grad
     with torch.inference_mode():
         fast = model(x, src_key_padding_mask=padding)
@@ -139,16 +139,16 @@ def test_row_06_the_encoders_eval_fast_path_computes_what_the_merged_encoder_doe
     torch.testing.assert_close(fast[:, real], slow.detach()[:, real])
 
 
-def test_row_06_a_self_test_finds_adapters_that_change_nothing():
+def test_06_check_finds_adapters_without_effect():
     model = adapted()
     assert check(model, X).ok
     out = model.blocks[1].attn.to_out
-    out.forward = out.original_linear.forward  # what code that bypasses an adapter amounts to
+    out.forward = out.original_linear.forward  # as in code that bypasses the adapter
     with pytest.raises(CheckError, match=r"blocks\.1\.attn\.to_out: does not change the output"):
         check(model, X).raise_if_failed()
 
 
-def test_row_07_a_16_bit_merge_rounds_once_and_float32_is_offered():
+def test_07_a_16_bit_merge_rounds_once_and_float32_is_offered():
     layer = LoRALinear(nn.Linear(64, 64, dtype=torch.bfloat16), rank=4)
     nn.init.normal_(layer.lora_B, std=1e-3)
     original = layer.original_linear.weight.double()
@@ -159,7 +159,7 @@ def test_row_07_a_16_bit_merge_rounds_once_and_float32_is_offered():
     assert (wide.double() - exact).abs().max() <= torch.finfo(torch.float32).eps * exact.abs().max()
 
 
-def test_row_07_a_lossy_merge_says_what_it_loses():
+def test_07_a_lossy_merge_warns_with_the_size_of_the_loss():
     layer = LoRALinear(nn.Linear(64, 64, dtype=torch.bfloat16), rank=4)
     nn.init.normal_(layer.lora_B, std=1e-3)
     with pytest.warns(UserWarning, match=r"of the update lost, .* unchanged.*dtype=torch.float32"):
@@ -167,7 +167,7 @@ def test_row_07_a_lossy_merge_says_what_it_loses():
     merged_model(nn.Sequential(layer), dtype=torch.float32)  # a warning would be an error here
 
 
-def test_row_08_a_merge_checks_its_own_forward_and_says_the_error():
+def test_08_merging_checks_the_forward_pass_and_reports_its_error():
     model = adapted()
     assert all(row.max_error is not None and row.ok for row in merge_report(model).layers)
     hooked = model.blocks[0].attn.to_out.original_linear
@@ -177,41 +177,39 @@ def test_row_08_a_merge_checks_its_own_forward_and_says_the_error():
 
 
 def saved_for_backward(layer, x):
-    kept = []
+    saved = []
 
     def pack(tensor):
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    return kept
+    return saved
 
 
-def test_row_09_float32_adapters_do_not_upcast_the_input():
+def test_09_float32_adapters_do_not_upcast_the_input():
     layer = LoRALinear(nn.Linear(32, 32, dtype=torch.bfloat16), rank=4)
     assert layer.lora_A.dtype == torch.float32
     x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
-    kept = saved_for_backward(layer, x)
-    assert all(tensor.dtype == torch.bfloat16 for tensor in kept)
+    saved = saved_for_backward(layer, x)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in saved)
     assert layer(x).dtype == torch.bfloat16
 
 
-def test_row_10_dropout_saves_the_input_once_s_and_a_seed():
+def test_10_dropout_saves_the_input_once_s_and_a_seed():
     layer = LoRALinear(nn.Linear(32, 32), rank=4, dropout=0.5)
     layer.original_linear.requires_grad_(False)
     x = torch.randn(64, 32, requires_grad=True)
     weights = {id(p) for p in layer.parameters()}
-    kept = [tensor for tensor in saved_for_backward(layer, x) if id(tensor) not in weights]
-    sizes = sorted(tensor.numel() for tensor in kept if tensor.data_ptr() != x.data_ptr())
-    assert sizes == [1, 64 * 4] and len(kept) == 3
+    saved = [tensor for tensor in saved_for_backward(layer, x) if id(tensor) not in weights]
+    sizes = sorted(tensor.numel() for tensor in saved if tensor.data_ptr() != x.data_ptr())
+    assert sizes == [1, 64 * 4] and len(saved) == 3
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_row_11_dropout_and_bias_stay_on_the_fused_plan_and_every_layer_gives_its_reason(
-    bias, dropout
-):
+def test_11_dropout_and_bias_use_the_fused_plan_and_every_choice_has_a_reason(bias, dropout):
     choice = explain(LoRALinear(nn.Linear(8, 8, bias=bias), dropout=dropout), X)
     assert choice == explain(LoRALinear(nn.Linear(8, 8)), X) and choice.plan != "around"
     assert choice.reason
@@ -219,7 +217,7 @@ def test_row_11_dropout_and_bias_stay_on_the_fused_plan_and_every_layer_gives_it
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
-def test_row_12_one_graph_and_right_recomputation():
+def test_12_one_graph_and_correct_recomputation():
     torch.compiler.reset()
     model = adapted(dropout=0.5)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -244,7 +242,7 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_row_12_ddp_finds_no_unused_parameter(one_process):
+def test_12_ddp_finds_no_unused_parameter(one_process):
     model, twin = adapted(), adapted()
     parallel = nn.parallel.DistributedDataParallel(model)
     for _ in range(2):  # an unused parameter would fail in the second step
@@ -254,8 +252,8 @@ def test_row_12_ddp_finds_no_unused_parameter(one_process):
         torch.testing.assert_close(got.grad, want.grad)
 
 
-@needs_torch((2, 7), "FSDP2 takes parameters of one dtype only")
-def test_row_12_fsdp_takes_float32_adapters_on_a_16_bit_base(one_process):
+@needs_torch((2, 7), "FSDP2 supports parameters of one dtype only")
+def test_12_fsdp_supports_float32_adapters_on_a_16_bit_base(one_process):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -278,7 +276,7 @@ def test_row_12_fsdp_takes_float32_adapters_on_a_16_bit_base(one_process):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-def test_row_13_checkpointing_behind_a_frozen_embedding_is_detected():
+def test_13_checkpointing_behind_a_frozen_embedding_is_detected():
     class Model(nn.Module):
         def __init__(self, reentrant):
             super().__init__()
@@ -298,7 +296,7 @@ def test_row_13_checkpointing_behind_a_frozen_embedding_is_detected():
         report.raise_if_failed()
 
 
-def test_row_14_unfrozen_heads_are_saved_by_name(tmp_path):
+def test_14_unfrozen_heads_are_saved_by_name(tmp_path):
     model, twin = Decoder(), Decoder()
     for m in (model, twin):
         setup_lora_for_medical_finetuning(m)
@@ -310,7 +308,7 @@ def test_row_14_unfrozen_heads_are_saved_by_name(tmp_path):
     assert torch.equal(twin.out_layer.weight, model.out_layer.weight)
 
 
-def test_row_15_a_second_injection_raises():
+def test_15_a_second_injection_raises():
     model = adapted()
     expected = model(X)
     with pytest.raises(InjectionError, match="already has 4 adapted layers"):
@@ -318,7 +316,7 @@ def test_row_15_a_second_injection_raises():
     assert torch.equal(model(X), expected)
 
 
-def test_row_15_unless_another_adapter_name_is_given():
+def test_15_a_second_adapter_can_be_added_under_another_name():
     model = adapted()
     expected, layer = model(X), model.blocks[0].attn.to_out
     add_adapter(model, "other", ["mlp", "to_out"], activate=True)
@@ -331,7 +329,7 @@ def test_row_15_unless_another_adapter_name_is_given():
         add_adapter(model, "other", ["mlp"])
 
 
-def test_row_16_the_base_models_checkpoints_load_and_save_under_their_own_keys():
+def test_16_the_base_models_checkpoints_load_and_save_under_their_own_keys():
     torch.manual_seed(3)
     original = Decoder().state_dict()
     model = adapted()
@@ -347,7 +345,7 @@ def test_row_16_the_base_models_checkpoints_load_and_save_under_their_own_keys()
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
 )
-def test_row_17_copies_work(duplicate):
+def test_17_copies_and_pickles_are_independent_models(duplicate):
     model = adapted(dropout=0.5).eval()
     twin = duplicate(model)
     assert torch.equal(twin(X), model(X))
@@ -355,7 +353,7 @@ def test_row_17_copies_work(duplicate):
     assert not torch.equal(twin(X), model(X))
 
 
-def test_row_18_parametrised_weights_are_not_merged_and_convolutions_take_all_their_arguments(
+def test_18_parametrised_weights_are_not_merged_and_convolutions_keep_all_arguments(
     tmp_path,
 ):
     model = Decoder()
@@ -379,7 +377,7 @@ def test_row_18_parametrised_weights_are_not_merged_and_convolutions_take_all_th
 
 
 class Sparse:
-    """A token object: values and coordinates."""
+    """A sparse tensor: values and coordinates."""
 
     def __init__(self, feats, coords):
         self.feats, self.coords = feats, coords
@@ -388,7 +386,7 @@ class Sparse:
         return Sparse(feats, self.coords)
 
 
-def test_row_19_sparse_inputs_take_dropout_on_their_values():
+def test_19_dropout_applies_to_the_values_of_sparse_inputs():
     layer = LoRALinear(nn.Linear(8, 4), dropout=0.5)
     nn.init.normal_(layer.lora_B)
     torch.manual_seed(1)
