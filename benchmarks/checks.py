@@ -17,7 +17,8 @@ from workload import Workload, trainable
 
 import fastlora
 from fastlora.ops import reference
-from fastlora.ops.linear import keep_mask, low_rank
+from fastlora.ops.dropout import keep_mask
+from fastlora.ops.linear import low_rank
 
 NAMES = ("y", "dx", "dlora_a", "dlora_b")
 SEED = 0x5EED
@@ -90,7 +91,7 @@ class Oracle:
                 return F.linear(x, weight, bias)
             lora_a, lora_b = (adapter.to(dtype) for adapter in adapters)
             low = low_rank(lora_a, lora_b, ALPHA_PER_RANK, work.case.p, seed)
-            return reference.forward(x, weight, bias, low, keep_mask(x, low, triton))[0]
+            return reference.forward(x, weight, bias, low, keep_mask(x, low.p, low.seed, triton))[0]
 
         adapters = _leaves(work, torch.promote_types(dtype, torch.float32)) if adapted else []
         return _results(formula, work.x[0].to(dtype), adapters, work.dy[0].to(dtype))

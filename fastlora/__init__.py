@@ -14,7 +14,7 @@ from fastlora.errors import (
     MergeError,
     TrainingError,
 )
-from fastlora.io.adapter import (
+from fastlora.io.adapter_file import (
     LoadResult,
     get_lora_state_dict,
     load_adapter,
@@ -52,9 +52,9 @@ from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import lora_linear
 from fastlora.peft.accelerate import AccelerationReport, accelerate, restore
 from fastlora.peft.pretrained import from_pretrained, save_pretrained
+from fastlora.report.check import CheckReport, check
+from fastlora.report.layer_table import LayerTable, explain, preview
 from fastlora.report.memory import MemoryEstimate, estimate
-from fastlora.report.selftest import CheckReport, check
-from fastlora.report.survey import LayerTable, explain, preview
 
 __version__ = "0.1.0"
 

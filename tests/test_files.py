@@ -20,7 +20,7 @@ import trimesh
 
 import fastlora
 from fastlora import files
-from fastlora.cli.adapter_files import read_adapter
+from fastlora.cli.convert import read_adapter
 from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.files import atomic_write, atomic_write_all
@@ -30,7 +30,7 @@ from fastlora.medical.evaluation.predict import write_mesh
 from fastlora.medical.models.decoder import load_base_model, save_base_model
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import read_yaml
-from fastlora.ops import tuned
+from fastlora.ops import tuning_file
 from tests.support.hostile import fuzz, readers, replace_leaf, time_limit
 from tests.support.models import Decoder
 from tests.support.tiny_run import tiny_trainer
@@ -333,7 +333,9 @@ def _store_tiles(path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTLORA_TUNING", str(path))
         row = architecture((9, 0))
-        tuned.store("Some GPU", problem, tuned.Tuned("split", "split", tiles(row, problem)))
+        tuning_file.store(
+            "Some GPU", problem, tuning_file.Tuned("split", "split", tiles(row, problem))
+        )
 
 
 WRITERS = {

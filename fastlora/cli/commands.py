@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastlora.cli.adapter_files import SCHEMES, convert, difference_norm, read_adapter, update_norm
+from fastlora.cli.convert import SCHEMES, convert, difference_norm, read_adapter, update_norm
 from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, FastLoRAError
 from fastlora.io.adapter_state import AdapterState, LayerState

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastlora.cli.adapter_files import refuse_existing
+from fastlora.cli.convert import refuse_existing
 from fastlora.errors import CheckpointError, nearest
 from fastlora.files import move_into_place, read_json
 from fastlora.io.adapter_state import AdapterState

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.io.adapter import LoadResult, compare, settle
+from fastlora.io.adapter_file import LoadResult, compare, settle
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
 

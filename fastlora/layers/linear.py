@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fastlora.layers.base import LoRALayer, Shape, has_hooks, no_autocast, wrapped_attribute
 from fastlora.layers.quantised import quantisation
-from fastlora.ops import reference
 from fastlora.ops.dispatch import Choice, choose
+from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update
 
 _NORM_ROWS = 1024
@@ -153,7 +153,7 @@ class LoRALinear(LoRALayer):
     def choose(self, x: Tensor) -> Choice:
         if self.disabled:
             return super().choose(x)
-        dropout = self.training and reference.dropout_threshold(self.dropout) > 0
+        dropout = self.training and dropout_threshold(self.dropout) > 0
         choice = self._choose(autocast(x) if autocasts(x) else x, dropout)
         package, reason = quantisation(self.original_linear), choice.reason
         if package is not None:

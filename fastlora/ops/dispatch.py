@@ -24,7 +24,7 @@ import torch
 from fastlora.config import BACKENDS
 from fastlora.errors import BackendError, ConfigError
 from fastlora.kernels.config import MAX_RANK, Architecture, Problem, Tiles, architecture, tiles
-from fastlora.ops import cost, tuned
+from fastlora.ops import cost, tuning_file
 
 TRITON_PLANS = ("fused", "split", "in_place", "decode")
 _OLDEST_TRITON = (3, 4)  # the first with host-made tensor descriptors
@@ -184,7 +184,7 @@ def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
             )
         dx_plan = "split" if forced in ("split", "fused") else "in_place"
         return Choice("triton", forced, "the plan was requested", dx_plan, config)
-    measured = tuned.lookup(device, problem) if device.type == "cuda" else None
+    measured = tuning_file.lookup(device, problem) if device.type == "cuda" else None
     if measured is not None:
         return Choice(
             "triton", measured.plan, "measured by fastlora.tune", measured.dx_plan, measured.config
@@ -245,7 +245,7 @@ def _or_raise(choice: Choice, wanted: str) -> Choice:
 
 
 def _has_triton() -> bool:
-    installed = tuned.triton_version()
+    installed = tuning_file.triton_version()
     return installed is not None and tuple(map(int, installed.split(".")[:2])) >= _OLDEST_TRITON
 
 

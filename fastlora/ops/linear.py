@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
-from fastlora.ops import cpu_dropout, reference
-from fastlora.ops.cpu_dropout import keep_blocks, zero_dropped
+from fastlora.ops import reference
 from fastlora.ops.dispatch import choose, functorch_active
+from fastlora.ops.dropout import dropout_threshold, keep_blocks, keep_mask, keep_scale, zero_dropped
 from fastlora.ops.reference import LowRank
 
 Gradients = tuple[Tensor | None, ...]
@@ -40,7 +40,7 @@ def lora_linear(
     lora_a: (R, K) and lora_b: (N, R), any float dtype: they are cast to x's dtype, x never is.
     scaling: the applied factor, alpha / rank. p: dropout probability, 0 ≤ p < 1, used only if `seed` is given.
     seed: 0-d int64 tensor on x's device or the CPU. One device drops the same elements for the same seed, whether the call is compiled,
-    transformed by functorch or neither; `keep_mask` says which.
+    transformed by functorch or neither; `fastlora.ops.dropout.keep_mask` decides which.
     Returns y (..., N) in x's dtype, newly allocated. Under autocast all of them take the autocast dtype.
 
     Raises: ConfigError if shapes, dtypes or devices do not fit; BackendError if `backend` cannot run.
@@ -93,21 +93,8 @@ def low_rank(
     lora_a: Tensor, lora_b: Tensor, scaling: float, p: float, seed: Tensor | None
 ) -> LowRank:
     """The value of these arguments, without a seed if p' is 0."""
-    drops = seed is not None and reference.dropout_threshold(p) > 0
+    drops = seed is not None and dropout_threshold(p) > 0
     return LowRank(lora_a, lora_b, scaling, p, seed if drops else None)
-
-
-def keep_mask(x: Tensor, low: LowRank, triton: bool = False) -> Tensor | None:
-    """The elements of x (M, K) that a call keeps, (M, K) bool; None without dropout. The one place that says which mask a call uses.
-
-    On a CPU it is that of `cpu_dropout`; on every other device, and in the Triton kernels wherever they run, `reference.keep_mask`.
-    """
-    if low.seed is None:
-        return None
-    if x.device.type == "cpu" and not triton:
-        mask: Tensor = cpu_dropout.keep_mask(low.seed, low.p, x.shape[0], x.shape[1])
-        return mask
-    return reference.keep_mask(low.seed, low.p, x.shape[0], x.shape[1], device=x.device)
 
 
 def _in_blocks(x: Tensor) -> bool:
@@ -194,7 +181,7 @@ def composed(
 ) -> Tensor:
     """`lora_linear` as torch operations that autograd and functorch see; the low-rank product alone if weight is None."""
     flat, low = as_rows(x), low.to(x.dtype)
-    keep = keep_mask(flat, low, triton)
+    keep = keep_mask(flat, low.p, low.seed, triton)
     if weight is not None:
         return _shaped_as(x, reference.forward(flat, weight, bias, low, keep)[0])
     s = reference.apply_dropout(flat, low, keep) @ low.a.T  # [M, K] @ [K, R] -> [M, R]
@@ -236,11 +223,11 @@ def down_project(x: Tensor, low: LowRank) -> Tensor:
     if low.seed is None:
         return x @ low.a.T
     if not _in_blocks(x):
-        return reference.apply_dropout(x, low, keep_mask(x, low)) @ low.a.T
+        return reference.apply_dropout(x, low, keep_mask(x, low.p, low.seed)) @ low.a.T
     s = x.new_empty(x.shape[0], low.rank())
     for rows, keep, work in keep_blocks(x, low.p, low.seed):
         torch.mm(zero_dropped(x[rows], keep, work), low.a.T, out=s[rows])
-    return s.mul_(reference.keep_scale(low.p))
+    return s.mul_(keep_scale(low.p))
 
 
 def up_project(
@@ -255,7 +242,7 @@ def up_project(
             dx.addmm_(ds_t.T, low.a, alpha=low.scaling)  # [M, R] @ [R, K] -> [M, K]
         return scaled_product(ds_t, x, low.scaling, low.a) if needs_a else None
     if not _in_blocks(x):
-        ds_t, keep = ds_t * low.scaling, keep_mask(x, low)
+        ds_t, keep = ds_t * low.scaling, keep_mask(x, low.p, low.seed)
         if dx is not None:
             dx += reference.apply_dropout(ds_t.T @ low.a, low, keep)
         return ds_t @ reference.apply_dropout(x, low, keep) if needs_a else None

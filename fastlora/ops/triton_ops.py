@@ -24,6 +24,7 @@ from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_update_
 from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
+from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.reference import Layer, LowRank, stacked
 
 OPERATORS = torch.ops.fastlora
@@ -272,7 +273,7 @@ def _current(x: Tensor) -> AbstractContextManager[object]:
 def _mask(x: Tensor, low: LowRank) -> Mask:
     if low.seed is None:
         return NO_MASK
-    return Mask(low.seed.to(x.device), reference.dropout_threshold(low.p))
+    return Mask(low.seed.to(x.device), dropout_threshold(low.p))
 
 
 def _forward_shapes(

@@ -5,7 +5,7 @@
 A shape is M,K,N,R,p: x (M, K), weight (N, K), rank R, dropout p. Each kernel is timed alone under each of its candidate
 tiles, in a cold L2; then each whole plan is timed with the best tiles of its kernels, on sm_90 and newer also with
 overlapping launches. A kernel with a wrong result is not timed: results are compared with float64 by the rule of the tests. The
-outcome is stored in the file of `fastlora.ops.tuned`, and applies to this GPU, these versions and these kernels only.
+outcome is stored in the file of `fastlora.ops.tuning_file`, and applies to this GPU, these versions and these kernels only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from fastlora.errors import BackendError, ConfigError
 from fastlora.kernels.config import GemmConfig, PassConfig, Problem, Tiles
-from fastlora.ops import cost, dispatch, reference, tuned
+from fastlora.ops import cost, dispatch, reference, tuning_file
 from fastlora.ops.dispatch import Choice
+from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.reference import LowRank
 
 Timer = Callable[[Callable[[], object]], float]
@@ -107,7 +108,7 @@ class Bench:
         self.x, self.dy = draw(m, k), draw(m, n)
         self.weight, self.bias = draw(n, k, scale=k**-0.5), draw(n)
         a, b = draw(r, k, scale=k**-0.5).float(), draw(n, r).float()
-        dropout = reference.dropout_threshold(shape.p) > 0
+        dropout = dropout_threshold(shape.p) > 0
         seed = torch.tensor(1234567, device=device) if dropout else None
         self.low = LowRank(a, b, 2.0, shape.p, seed)
         precision = dispatch.product_precision(self.x)
@@ -139,7 +140,7 @@ class Bench:
         return True
 
 
-def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tuned.Tuned:
+def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tuning_file.Tuned:
     """The fastest correct plans and tiles for a shape.
 
     start: the tiles to begin from. timer: seconds of a call. most: how many candidates of one kernel are tried.
@@ -180,7 +181,7 @@ def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tune
     plan, dx_plan = min(forward, key=forward.__getitem__), min(dx, key=dx.__getitem__)
     if not math.isfinite(forward[plan] + dx[dx_plan]):
         raise BackendError(f"{bench.shape}: no plan gave a correct result, so nothing was stored")
-    return tuned.Tuned(plan, dx_plan, best)
+    return tuning_file.Tuned(plan, dx_plan, best)
 
 
 def _with_overlap(bench: Bench, best: Tiles, plans: Sequence[str], timer: Timer) -> Tiles:
@@ -258,8 +259,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{shape} {arguments.dtype}", flush=True)
             result = tune_shape(bench, choice.config, _cuda_seconds, arguments.most)
             if not arguments.dry_run:
-                tuned.store(torch.cuda.get_device_name(device), bench.problem, result)
-                print(f"stored in {tuned.path()}", flush=True)
+                tuning_file.store(torch.cuda.get_device_name(device), bench.problem, result)
+                print(f"stored in {tuning_file.path()}", flush=True)
     except (ConfigError, BackendError) as error:
         parser.exit(2, f"fastlora.tune: {error}\n")
     return 0

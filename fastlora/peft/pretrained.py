@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError
-from fastlora.io.adapter import LoadResult, compare, settle
+from fastlora.io.adapter_file import LoadResult, compare, settle
 from fastlora.io.adapter_state import adapter_state
-from fastlora.io.format import PEFT_PREFIX
+from fastlora.io.safetensors_format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.model.adapter_registry import inactive_adapters
@@ -26,7 +26,7 @@ from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.inject import freeze_base_params, inject_lora
 from fastlora.model.selection import nearest_names
 from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
-from fastlora.peft.format import (
+from fastlora.peft.folder_format import (
     PEFT_NAMES,
     heads_of,
     peft_config,

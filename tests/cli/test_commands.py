@@ -16,7 +16,7 @@ from torch import nn
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.cli import commands as cli
-from fastlora.cli.adapter_files import convert, difference_norm, read_adapter, update_norm
+from fastlora.cli.convert import convert, difference_norm, read_adapter, update_norm
 from fastlora.cli.merge import merge_files
 from fastlora.io.adapter_state import LayerState
 from tests.support.models import Decoder, randomise_adapters

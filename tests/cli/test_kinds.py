@@ -12,8 +12,8 @@ from torch import nn
 
 import fastlora
 from fastlora import CheckpointError, LoRAConfig
-from fastlora.cli.adapter_files import difference_norm, read_adapter, update_norm
 from fastlora.cli.commands import main
+from fastlora.cli.convert import difference_norm, read_adapter, update_norm
 from fastlora.config import KINDS
 from tests.support.hostile import Reader, fuzz
 from tests.support.paths import ROOT

@@ -15,7 +15,7 @@ from fastlora import LoRAConfig
 from fastlora.cli.commands import main
 from fastlora.config import KINDS
 from fastlora.io.adapter_state import AdapterState, LayerState, adapter_state
-from fastlora.io.format import fastlora_bytes, read_adapter_file
+from fastlora.io.safetensors_format import fastlora_bytes, read_adapter_file
 from tests.support.models import Decoder, randomise_adapters
 from tests.support.paths import ROOT
 from tests.support.tolerance import assert_close

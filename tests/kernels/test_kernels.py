@@ -20,6 +20,7 @@ from fastlora.kernels.gemm import rank_gemm, rank_update_
 from fastlora.kernels.reduce import sum_partials
 from fastlora.ops import dispatch, reference, triton_ops
 from fastlora.ops.dispatch import TRITON_PLANS
+from fastlora.ops.dropout import dropout_threshold, kernel_mask
 from fastlora.ops.reference import LowRank
 from tests.support.cases import CASES, Case, Tensors, formula, make
 from tests.support.tolerance import assert_close
@@ -207,8 +208,8 @@ def test_every_place_that_drops_out_uses_the_references_bits(p):
     """With operands of ones and unit matrices the products are the mask itself."""
     m, k = 70, 64
     row = ARCHITECTURES[90]
-    seed, threshold = SEED.to(DEVICE), reference.dropout_threshold(p)
-    keep = reference.keep_mask(SEED, p, m, k).float().to(DEVICE)
+    seed, threshold = SEED.to(DEVICE), dropout_threshold(p)
+    keep = kernel_mask(SEED, p, m, k).float().to(DEVICE)
     mask = Mask(seed, threshold)
     ours = tiles(row, Problem(m, k, k, k, 4, True))
     assert torch.equal(
@@ -264,10 +265,10 @@ def _unpack(bits, columns):
 def test_the_mask_is_the_references_bit_for_bit(seed, p):
     rows, groups, first_row, first_group = 16, 4, 37, 3
     out = torch.empty(rows, groups, dtype=torch.int32, device=DEVICE)
-    threshold = reference.dropout_threshold(p)
+    threshold = dropout_threshold(p)
     key = torch.tensor(seed, device=DEVICE)
     _write_bits[(1,)](out, key, threshold, first_row, first_group, rows, groups)
-    whole = reference.keep_mask(seed, p, rows, 8 * (first_group + groups), first_row)
+    whole = kernel_mask(seed, p, rows, 8 * (first_group + groups), first_row)
     assert torch.equal(_unpack(out.cpu(), 8 * groups), whole[:, 8 * first_group :])
 
 
@@ -277,9 +278,9 @@ def test_a_dropped_element_is_zero_even_if_it_was_infinite():
     assert config.block_m == 32, (
         "a full tile: a row past the end repeats row 0 under another mask, and is not stored"
     )
-    keep = reference.keep_mask(SEED, p, 32, 16).to(DEVICE)
+    keep = kernel_mask(SEED, p, 32, 16).to(DEVICE)
     x = torch.where(keep, 1.0, float("inf"))
-    threshold = reference.dropout_threshold(p)
+    threshold = dropout_threshold(p)
     mask = Mask(seed, threshold)
     s = down_project(x, torch.eye(16, device=DEVICE), config, mask=mask)
     assert torch.equal(s, keep.float())

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlora import BackendError, ConfigError, LoRALinear, explain
 from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, architecture, rank_block, tiles
-from fastlora.ops import cost, dispatch, triton_ops, tuned
+from fastlora.ops import cost, dispatch, triton_ops, tuning_file
 from fastlora.ops.reference import LowRank
 from tests.support.cases import CASES, Case, make
 from tests.support.paths import ROOT
@@ -167,12 +167,12 @@ def test_triton_is_found_under_both_names(monkeypatch):
     def version(name):
         if name == "pytorch-triton":
             return "3.6.0+git1"
-        raise tuned.PackageNotFoundError(name)
+        raise tuning_file.PackageNotFoundError(name)
 
-    monkeypatch.setattr(tuned, "version", version)
-    assert tuned.triton_version() == "3.6.0+git1" and dispatch._has_triton()
-    monkeypatch.setattr(tuned, "version", lambda name: version("triton"))
-    assert tuned.triton_version() is None and not dispatch._has_triton()
+    monkeypatch.setattr(tuning_file, "version", version)
+    assert tuning_file.triton_version() == "3.6.0+git1" and dispatch._has_triton()
+    monkeypatch.setattr(tuning_file, "version", lambda name: version("triton"))
+    assert tuning_file.triton_version() is None and not dispatch._has_triton()
 
 
 def test_functorch_and_unknown_names_are_refused_under_a_forced_backend():
@@ -278,21 +278,21 @@ def cache(tmp_path, monkeypatch):
     file = tmp_path / "deep" / "tuning.json"
     monkeypatch.setenv("FASTLORA_TUNING", str(file))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-    tuned._read.cache_clear()
+    tuning_file._read.cache_clear()
     yield file
-    tuned._read.cache_clear()
+    tuning_file._read.cache_clear()
 
 
 def test_what_was_tuned_is_found_again_for_its_bucket_only(cache):
     config = tiles(H100, LLM)
-    entry = tuned.Tuned(
+    entry = tuning_file.Tuned(
         "in_place", "split", replace(config, split=replace(config.split, num_stages=3))
     )
     device = torch.device("cuda:0")
-    assert tuned.lookup(device, LLM) is None
-    tuned.store("Some GPU", LLM, entry)
-    assert tuned.lookup(device, LLM) == entry
-    assert tuned.lookup(device, replace(LLM, m=8191)) == entry
+    assert tuning_file.lookup(device, LLM) is None
+    tuning_file.store("Some GPU", LLM, entry)
+    assert tuning_file.lookup(device, LLM) == entry
+    assert tuning_file.lookup(device, replace(LLM, m=8191)) == entry
     others = [replace(LLM, **{f: getattr(LLM, f) + 1}) for f in ("m", "n", "k", "rank")]
     for other in [
         *others,
@@ -300,29 +300,29 @@ def test_what_was_tuned_is_found_again_for_its_bucket_only(cache):
         replace(LLM, itemsize=4),
         replace(LLM, aligned=False),
     ]:
-        assert tuned.lookup(device, other) is None
-    tuned.store("Another GPU", LLM, entry)
+        assert tuning_file.lookup(device, other) is None
+    tuning_file.store("Another GPU", LLM, entry)
     assert len(json.loads(cache.read_text())) == 2
 
 
 def test_the_cache_belongs_to_its_versions_and_kernels(cache, monkeypatch):
-    tuned.store("Some GPU", LLM, tuned.Tuned("split", "split", tiles(H100, LLM)))
-    monkeypatch.setattr(tuned, "_versions", lambda: "other kernels")
-    assert tuned.lookup(torch.device("cuda:0"), LLM) is None
+    tuning_file.store("Some GPU", LLM, tuning_file.Tuned("split", "split", tiles(H100, LLM)))
+    monkeypatch.setattr(tuning_file, "_versions", lambda: "other kernels")
+    assert tuning_file.lookup(torch.device("cuda:0"), LLM) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"KEY": {"plan": 1}}', '{"KEY": 3}'])
 def test_a_damaged_cache_is_named(cache, text):
     cache.parent.mkdir()
-    cache.write_text(text.replace("KEY", tuned.key("Some GPU", LLM)))
+    cache.write_text(text.replace("KEY", tuning_file.key("Some GPU", LLM)))
     with pytest.raises(ConfigError, match=r"tuning\.json: "):
-        tuned.lookup(torch.device("cuda:0"), LLM)
+        tuning_file.lookup(torch.device("cuda:0"), LLM)
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTLORA_TUNING", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuned.path() == tmp_path / "fastlora" / "tuning.json"
+    assert tuning_file.path() == tmp_path / "fastlora" / "tuning.json"
 
 
 @pytest.mark.skipif(GPU, reason="pretends that a CPU is the device")
@@ -330,7 +330,7 @@ def test_a_measured_plan_beats_the_predicted_one(cache, monkeypatch):
     x, weight = torch.zeros(100, 16), torch.zeros(16, 16)
     problem = Problem(100, 16, 16, 4, 4, False)
     config = replace(tiles(H100, problem), dy=replace(tiles(H100, problem).dy, splits=1))
-    tuned.store("Some GPU", problem, tuned.Tuned("split", "in_place", config))
+    tuning_file.store("Some GPU", problem, tuning_file.Tuned("split", "in_place", config))
     monkeypatch.setattr(dispatch, "device_architecture", lambda device: H100)
 
     dispatch._plan.cache_clear()

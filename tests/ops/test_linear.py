@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import lora_linear
 from fastlora.errors import BackendError, ConfigError
-from fastlora.ops import cpu_dropout, linear
+from fastlora.ops import dropout, linear
 from tests.support.cases import CASES, Case, Tensors, formula, make
 from tests.support.tolerance import assert_close
 
@@ -43,7 +43,7 @@ def test_forward_and_backward_match_the_reference(case, dtype):
 def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
     case = Case((70,), 24, 16, 4, p=0.3)
     whole = _run(lora_linear, make(case).to(torch.float64), case)
-    monkeypatch.setattr(cpu_dropout, "_BLOCK_LANES", 9 * 32)
+    monkeypatch.setattr(dropout, "_BLOCK_LANES", 9 * 32)
     blocks = _run(lora_linear, make(case).to(torch.float64), case)
     for a, b in zip(whole, blocks, strict=True):
         torch.testing.assert_close(a, b)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import LoRALinear, fuse, lora_linear, unfuse
-from fastlora.ops import reference
+from fastlora.ops import dropout
 from fastlora.ops.reference import LowRank
 from tests.support.cases import Case, Member, Tensors, formula, make, run_group
 from tests.support.tolerance import assert_close
@@ -300,14 +300,14 @@ def test_offsets_beyond_32_bits(plan):
     dy[-128:] = torch.randn(128, n, device="cuda")
     dx, da, _ = triton_ops._backward(dy, x, weight, s, *low, True, True, True, plan)
     tail = slice(m - 128, m)
-    keep = reference.keep_mask(SEED, 0.1, 128, k, first_row=m - 128).cuda()
-    kept = torch.where(keep, x[tail], 0.0) * reference.keep_scale(0.1)
+    keep = dropout.kernel_mask(SEED, 0.1, 128, k, first_row=m - 128).cuda()
+    kept = torch.where(keep, x[tail], 0.0) * dropout.keep_scale(0.1)
 
     def formula(dtype):
         s = kept.to(dtype) @ a.to(dtype).T
         y = x[tail].to(dtype) @ weight.to(dtype).T + s @ b.to(dtype).T
         ds = dy[tail].to(dtype) @ b.to(dtype)
-        dx = torch.where(keep, ds @ a.to(dtype), 0.0) * reference.keep_scale(0.1)
+        dx = torch.where(keep, ds @ a.to(dtype), 0.0) * dropout.keep_scale(0.1)
         return y, dx + dy[tail].to(dtype) @ weight.to(dtype), ds.T @ kept.to(dtype)
 
     for got, same, exact in zip(

@@ -10,7 +10,7 @@ import torch
 
 from fastlora import BackendError, ConfigError
 from fastlora.kernels.config import ARCHITECTURES, Problem, tiles
-from fastlora.ops import dispatch, tune, tuned
+from fastlora.ops import dispatch, tune, tuning_file
 from fastlora.ops.tune import Bench, Shape, candidates
 
 H100 = ARCHITECTURES[90]
@@ -125,7 +125,7 @@ def test_without_a_device_it_says_so(capsys):
 @pytest.mark.gpu
 def test_a_tuned_shape_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_TUNING", str(tmp_path / "tuning.json"))
-    tuned._read.cache_clear()
+    tuning_file._read.cache_clear()
     dispatch._plan.cache_clear()
     assert tune.main(["--shapes", "256,128,192,8,0.1", "--most", "3"]) == 0
     x = torch.zeros(256, 128, dtype=torch.bfloat16, device="cuda")
@@ -133,5 +133,5 @@ def test_a_tuned_shape_is_used(tmp_path, monkeypatch):
     choice = dispatch.choose(x, weight, 8, dropout=True)
     assert choice.reason == "measured by fastlora.tune"
     assert choice.config != replace(choice.config, down=None)
-    tuned._read.cache_clear()
+    tuning_file._read.cache_clear()
     dispatch._plan.cache_clear()

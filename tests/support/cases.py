@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import reference
+from fastlora.ops.dropout import keep_mask
 from fastlora.ops.group import lora_linear_group
-from fastlora.ops.linear import keep_mask, low_rank
+from fastlora.ops.linear import low_rank
 from fastlora.ops.reference import Layer
 
 
@@ -110,7 +111,7 @@ def formula(
     """What `lora_linear` computes, by the reference under autograd and under the mask of that call. triton: of a call that runs kernels."""
     rows = x.reshape(-1, x.shape[-1])
     low = low_rank(lora_a, lora_b, scaling, p, seed)
-    y, _ = reference.forward(rows, weight, bias, low, keep_mask(rows, low, triton))
+    y, _ = reference.forward(rows, weight, bias, low, keep_mask(rows, low.p, low.seed, triton))
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

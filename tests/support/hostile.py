@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 import fastlora
 from fastlora import files
-from fastlora.cli.adapter_files import read_adapter
+from fastlora.cli.convert import read_adapter
 from fastlora.cli.merge import merge_files
 from fastlora.errors import DataError, FastLoRAError
 from fastlora.medical.data import grids, manifest, slice_source

@@ -1,4 +1,4 @@
-"""The mask of calls on a CPU: its definition, its statistics, and that every path of a call applies this one."""
+"""The dropout masks: their definitions, their statistics, and that every path of a call applies the same one."""
 
 import threading
 import warnings
@@ -8,8 +8,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import LoRALinear, lora_linear
-from fastlora.ops import cpu_dropout, linear, reference
-from fastlora.ops.reference import LowRank, dropout_threshold, keep_scale
+from fastlora.ops import dropout, linear
+from fastlora.ops.dropout import (
+    cpu_mask,
+    dropout_threshold,
+    keep_mask,
+    keep_scale,
+    kernel_mask,
+    philox_4x32,
+)
 from tests.support.cases import Case, Member, make, run_group
 from tests.support.tolerance import assert_close
 
@@ -37,12 +44,12 @@ def test_the_mask_is_the_documented_function_of_seed_row_and_column(seed, cols):
         for j in range(cols):
             word = _philox_4x64(seed & MASK64, i * -(-cols // 16) + j // 16 + 1)[j % 16 // 4]
             expected[i, j] = (word >> 16 * (j % 4)) & 0xFFFF >= dropout_threshold(P)
-    assert torch.equal(cpu_dropout.keep_mask(torch.tensor(seed), P, rows, cols), expected)
+    assert torch.equal(cpu_mask(torch.tensor(seed), P, rows, cols), expected)
 
 
 def test_the_mask_is_the_recorded_one():
     """Bit for bit what earlier releases drew: a run can be repeated after an upgrade of fastlora, torch or NumPy."""
-    keep = cpu_dropout.keep_mask(SEED, 0.5, 3, 20)
+    keep = cpu_mask(SEED, 0.5, 3, 20)
     assert ["".join("01"[bit] for bit in row) for row in keep.tolist()] == GOLDEN
 
 
@@ -51,7 +58,7 @@ GOLDEN = ["11011111011010111011", "10100000010010100101", "11011001010111110101"
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_the_mask_keeps_the_right_share_independently_of_neighbours(p):
-    keep = cpu_dropout.keep_mask(torch.tensor(3), p, 1000, 1000).double()
+    keep = cpu_mask(torch.tensor(3), p, 1000, 1000).double()
     # Five standard deviations of a mean of Bernoulli trials: over all, by lane of a word, by row and by column.
     deviation = (p * (1 - p)) ** 0.5
     assert abs(keep.mean().item() - (1 - p)) < 5 * deviation / 1e3
@@ -62,7 +69,7 @@ def test_the_mask_keeps_the_right_share_independently_of_neighbours(p):
     centred = keep - keep.mean()
     for shifted in (centred.roll(1, 0), *(centred.roll(lag, 1) for lag in (1, 4, 16))):
         assert abs((centred * shifted).mean().item()) < 5 * p * (1 - p) / 1e3
-    other = cpu_dropout.keep_mask(torch.tensor(4), p, 1000, 1000).double()
+    other = cpu_mask(torch.tensor(4), p, 1000, 1000).double()
     assert abs((centred * (other - other.mean())).mean().item()) < 5 * p * (1 - p) / 1e3
 
 
@@ -71,31 +78,29 @@ def test_the_mask_keeps_the_right_share_independently_of_neighbours(p):
 )
 @pytest.mark.parametrize("lanes", [48, 10_000, 2**30])
 def test_the_mask_does_not_depend_on_the_blocks(shape, lanes, monkeypatch):
-    whole = cpu_dropout.keep_mask(SEED, P, *shape)
-    monkeypatch.setattr(cpu_dropout, "_BLOCK_LANES", lanes)
+    whole = cpu_mask(SEED, P, *shape)
+    monkeypatch.setattr(dropout, "_BLOCK_LANES", lanes)
     if lanes == 2**30:
-        monkeypatch.setattr(cpu_dropout, "_idle", [cpu_dropout._Scratch(2**21)])
-    assert torch.equal(cpu_dropout.keep_mask(SEED, P, *shape), whole)
+        monkeypatch.setattr(dropout, "_idle", [dropout._Scratch(2**21)])
+    assert torch.equal(cpu_mask(SEED, P, *shape), whole)
 
 
 def test_masks_in_use_at_the_same_time_do_not_share_buffers():
     x = torch.empty(90, 24)
-    first, second = (cpu_dropout.keep_blocks(x, P, torch.tensor(seed)) for seed in (1, 2))
+    first, second = (dropout.keep_blocks(x, P, torch.tensor(seed)) for seed in (1, 2))
     for (_, one, work), (_, other, _) in zip(first, second, strict=True):
         work.fill_(float("nan"))
-        assert torch.equal(one, cpu_dropout.keep_mask(torch.tensor(1), P, 90, 24))
-        assert torch.equal(other, cpu_dropout.keep_mask(torch.tensor(2), P, 90, 24))
+        assert torch.equal(one, cpu_mask(torch.tensor(1), P, 90, 24))
+        assert torch.equal(other, cpu_mask(torch.tensor(2), P, 90, 24))
 
 
 def test_threads_at_work_together_get_the_masks_they_get_alone():
-    expected = [cpu_dropout.keep_mask(torch.tensor(s), P, 300, 96) for s in range(8)]
+    expected = [cpu_mask(torch.tensor(s), P, 300, 96) for s in range(8)]
     wrong = []
 
     def work(seed):
         for _ in range(20):
-            if not torch.equal(
-                cpu_dropout.keep_mask(torch.tensor(seed), P, 300, 96), expected[seed]
-            ):
+            if not torch.equal(cpu_mask(torch.tensor(seed), P, 300, 96), expected[seed]):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
@@ -108,7 +113,7 @@ def test_threads_at_work_together_get_the_masks_they_get_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_scratch_of_a_block_has_its_shape_and_dtype(dtype):
-    ((_, keep, work),) = cpu_dropout.keep_blocks(torch.empty(5, 21, dtype=dtype), P, SEED)
+    ((_, keep, work),) = dropout.keep_blocks(torch.empty(5, 21, dtype=dtype), P, SEED)
     assert keep.shape == (5, 21) and work.shape == (5, 21) and work.dtype == dtype
 
 
@@ -119,20 +124,20 @@ def test_dropped_elements_are_zero_whatever_they_were_and_kept_ones_are_unchange
     x = torch.stack([x, x], 2).view(2, -1)[:, ::2]  # not contiguous, as rows of an input may be
     keep = torch.tensor([[True, False] * 4, [False, True] * 4])
     out = torch.full(x.shape, 5.0, dtype=dtype)
-    assert cpu_dropout.zero_dropped(x, keep, out) is out
+    assert dropout.zero_dropped(x, keep, out) is out
     assert torch.equal(out.isnan(), x.isnan() & keep)
     expected = torch.where(keep, x, 0.0)
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
     assert not out[~keep].signbit().any()
     out = x.clone()
-    assert torch.equal(cpu_dropout.zero_dropped(out, keep, out).nan_to_num(), expected.nan_to_num())
+    assert torch.equal(dropout.zero_dropped(out, keep, out).nan_to_num(), expected.nan_to_num())
 
 
 def test_the_mask_is_on_the_cpu_whatever_the_default_device(monkeypatch):
-    expected = cpu_dropout.keep_mask(SEED, P, 3, 20)
-    monkeypatch.setattr(cpu_dropout, "_idle", [])
+    expected = cpu_mask(SEED, P, 3, 20)
+    monkeypatch.setattr(dropout, "_idle", [])
     with torch.device("meta"):
-        assert torch.equal(cpu_dropout.keep_mask(SEED, P, 3, 20), expected)
+        assert torch.equal(cpu_mask(SEED, P, 3, 20), expected)
 
 
 def test_the_operator_fits_into_graphs():
@@ -144,7 +149,7 @@ def test_the_operator_fits_into_graphs():
 def _formula(x, weight, bias, lora_a, lora_b, scaling, p, seed):
     """What a layer computes, written out under the mask of this module."""
     rows = x.reshape(-1, x.shape[-1])
-    keep = cpu_dropout.keep_mask(seed, p, *rows.shape)
+    keep = cpu_mask(seed, p, *rows.shape)
     dropped = torch.where(keep, rows, 0.0) * keep_scale(p)
     y = rows @ weight.T + bias + scaling * (dropped @ lora_a.T @ lora_b.T)
     return y.reshape(*x.shape[:-1], len(weight))
@@ -322,10 +327,72 @@ def test_a_layer_trains_per_sample_under_vmap(randomness):
             assert_close(per_sample[name][i], want, want)
 
 
+# Known answers of Random123 (kat_vectors, philox4x32 10): counter, key -> words.
+@pytest.mark.parametrize(
+    ("counter", "seed", "words"),
+    [
+        ((0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ],
+)
+def test_philox_gives_the_published_words(counter, seed, words):
+    c0, c1 = (torch.tensor([[c]]) for c in counter)
+    got = philox_4x32(seed, c0, c1)
+    assert tuple(int(w) & 0xFFFFFFFF for w in got) == words
+
+
+def _philox_in_python_integers(seed: int, c0: int, c1: int) -> list[int]:
+    counter, key = [c0, c1, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            (b >> 32) ^ counter[1] ^ key[0],
+            b & 0xFFFFFFFF,
+            (a >> 32) ^ counter[3] ^ key[1],
+            a & 0xFFFFFFFF,
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 12345, -(2**63), 0xDEADBEEFCAFE])
+def test_kernel_mask_is_the_documented_function_of_seed_row_and_column(seed):
+    rows, cols, p = 3, 21, 0.3
+    expected = torch.empty(rows, cols, dtype=torch.bool)
+    for i in range(rows):
+        for j in range(cols):
+            word = _philox_in_python_integers(seed, j // 8, i + 5)[(j % 8) // 2]
+            lane = (word >> 16) if j % 2 else (word & 0xFFFF)
+            signed = lane - 65536 if lane >= 32768 else lane
+            expected[i, j] = signed >= round(p * 65536) - 32768
+    assert torch.equal(kernel_mask(seed, p, rows, cols, first_row=5), expected)
+    assert torch.equal(kernel_mask(torch.tensor(seed), p, rows, cols, first_row=5), expected)
+
+
+def test_kernel_mask_does_not_depend_on_how_the_rows_are_cut():
+    whole = kernel_mask(7, 0.4, 100, 50)
+    parts = [kernel_mask(7, 0.4, 25, 50, first_row=r) for r in (0, 25, 50, 75)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_kernel_mask_keeps_the_right_share_independently_of_neighbours(p):
+    keep = kernel_mask(3, p, 1000, 1000).double()
+    # Five standard deviations of a mean of 10⁶ Bernoulli trials.
+    assert abs(keep.mean().item() - (1 - p)) < 5 * (p * (1 - p) / 1e6) ** 0.5
+    centred = keep - keep.mean()
+    for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(8, 1)):
+        assert abs((centred * shifted).mean().item()) < 5 * p * (1 - p) / 1e3
+
+
+def test_p_is_quantised_to_16_bits():
+    assert [dropout_threshold(p) for p in (0.0, 1e-9, 0.1, 0.9999999)] == [0, 0, 6554, 65535]
+    assert keep_scale(0.5) == 2.0
+
+
 def test_a_triton_call_on_a_cpu_keeps_what_the_kernels_keep():
-    x, low = torch.ones(9, 21), LowRank(torch.empty(1, 21), torch.empty(1, 1), 1.0, P, SEED)
-    kernels = linear.keep_mask(x, low, triton=True)
-    assert torch.equal(kernels, reference.keep_mask(SEED, P, 9, 21))
-    own = linear.keep_mask(x, low)
-    assert torch.equal(own, cpu_dropout.keep_mask(SEED, P, 9, 21)) and not torch.equal(own, kernels)
-    assert linear.keep_mask(x, low._replace(seed=None)) is None
+    x = torch.ones(9, 21)
+    kernels = keep_mask(x, P, SEED, triton=True)
+    assert torch.equal(kernels, kernel_mask(SEED, P, 9, 21))
+    own = keep_mask(x, P, SEED)
+    assert torch.equal(own, cpu_mask(SEED, P, 9, 21)) and not torch.equal(own, kernels)
+    assert keep_mask(x, P, None) is None

@@ -16,9 +16,9 @@ from torch import Tensor
 from fastlora.errors import CheckpointError
 from fastlora.files import write_files
 from fastlora.io.adapter_state import AdapterState, LayerState
-from fastlora.io.format import fastlora_bytes, read_adapter_file, safetensors_bytes
+from fastlora.io.safetensors_format import fastlora_bytes, read_adapter_file, safetensors_bytes
 from fastlora.peft.config import CONFIG_FILE, WEIGHTS_FILE
-from fastlora.peft.format import heads_of, peft_config, read_folder, write_folder
+from fastlora.peft.folder_format import heads_of, peft_config, read_folder, write_folder
 
 SCHEMES = ("fastlora", "peft", "loralib")
 

@@ -21,7 +21,7 @@ from fastlora.config import scaling_divisor
 from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.files import write_files
 from fastlora.io.adapter_state import AdapterState, LayerState
-from fastlora.io.format import (
+from fastlora.io.safetensors_format import (
     PEFT_PREFIX,
     group_tensors,
     layer_states,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastlora.errors import CheckpointError, FastLoRAWarning, nearest
 from fastlora.files import read_torch, write_files
 from fastlora.io.adapter_state import AdapterState, adapter_state
-from fastlora.io.format import fastlora_bytes, read_safetensors
+from fastlora.io.safetensors_format import fastlora_bytes, read_safetensors
 from fastlora.layers.base import named_lora_layers
 
 
