@@ -1,4 +1,4 @@
-"""fastlora: LoRA fine-tuning for PyTorch. The README has a first example."""
+"""fastlora: LoRA fine-tuning for PyTorch. README.md has an example."""
 
 from fastlora.config import LoRAConfig
 from fastlora.errors import (

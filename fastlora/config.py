@@ -50,10 +50,10 @@ class LoRAConfig:
     target_modules: patterns, or "all-linear" (every layer of `kinds`, by default linear ones, except the model's output
         embeddings), or a callback `(path, module) -> bool | LoRAConfig`; a returned config sets that layer's rank, alpha and dropout.
     match: how a string pattern is compared with a layer's dotted path, such as `blocks.0.attn.to_qkv`:
-        "contains"  it is contained in any component; a pattern with dots matches consecutive whole components
-        "exact"     it is the whole path, or a dotted suffix of it (PEFT's rule for a list)
-        "glob"      fnmatch on the whole path (`*` also crosses dots)
-        "regex"     re.fullmatch on the whole path (PEFT's rule for a string)
+        "contains"  it is contained in any component; a pattern with dots matches consecutive components in full
+        "exact"     it is the path, or a dotted suffix of it (PEFT's rule for a list)
+        "glob"      fnmatch on the full path (`*` also crosses dots)
+        "regex"     re.fullmatch on the full path (PEFT's rule for a string)
         A compiled `re.Pattern` is always matched in full against the path.
     exclude: patterns of layers to skip, compared in the same way.
     rank_pattern, alpha_pattern, dropout_pattern: pattern → value for the layers that match; the first match wins.
@@ -73,7 +73,7 @@ class LoRAConfig:
     bias: which biases also train: "none", "all" of the model, or "lora_only", those of adapted layers.
     modules_to_save: names of modules that also train, such as a new head: a path, or a dotted suffix of one. Like biases they
         are marked by `inject_lora`, left trainable by `freeze_base_params` and saved by `save_adapter`; `save_pretrained` saves
-        modules and refuses biases, which PEFT's format cannot hold.
+        modules and refuses biases, which PEFT's format cannot store.
 
     PEFT's names r, lora_alpha, lora_dropout and exclude_modules are accepted for rank, alpha, dropout and exclude.
     Every pattern, index and name must match at least one layer; `inject_lora` raises otherwise.
@@ -120,18 +120,18 @@ class LoRAConfig:
         for name in PATTERNS:
             self._check_pattern_values(name)
         self._check_indices()
-        start = self.init_lora_weights
-        if start not in _INITIALISATIONS and not (
-            isinstance(start, str) and _PISSA_STEPS.fullmatch(start)
+        method = self.init_lora_weights
+        if method not in _INITIALISATIONS and not (
+            isinstance(method, str) and _PISSA_STEPS.fullmatch(method)
         ):
             raise ConfigError(
                 f"init_lora_weights: expected one of {', '.join(_INITIALISATIONS)} or pissa_niter_<steps>, "
-                f"got {start!r}"
+                f"got {method!r}"
             )
-        if start == "orthogonal" and self.rank % 2:
+        if method == "orthogonal" and self.rank % 2:
             raise ConfigError(f"init_lora_weights: orthogonal needs an even rank, got {self.rank}")
         if self.subtracts_init and self.alpha == 0:
-            raise ConfigError(f"init_lora_weights: {start!r} needs an alpha other than 0")
+            raise ConfigError(f"init_lora_weights: {method!r} needs an alpha other than 0")
         kinds = self.kinds
         if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
             raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {kinds!r}")
@@ -176,7 +176,7 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field as a JSON value: a dtype by its name, a compiled pattern as {"regex": …}.
 
-        Raises: ConfigError for a callback, or a compiled pattern with flags, which JSON cannot hold.
+        Raises: ConfigError for a callback, or a compiled pattern with flags, which JSON cannot represent.
         """
         if callable(self.target_modules):
             raise ConfigError("target_modules: a callback cannot be written to a file")
@@ -186,7 +186,7 @@ class LoRAConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
         """The config whose `to_dict` is `values`; missing fields have their defaults, and PEFT's names are accepted.
 
-        Raises: ConfigError naming a field that does not exist (with the nearest names) or has a bad value.
+        Raises: ConfigError naming a field that does not exist (with the nearest names) or has an invalid value.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"values: expected a mapping of fields, got {type(values).__name__}")
@@ -218,7 +218,7 @@ class LoRAConfig:
     def load(cls, path: str | os.PathLike[str]) -> LoRAConfig:
         """Read what `save` wrote, or a file written by hand.
 
-        Raises: ConfigError if the suffix is neither JSON's nor YAML's, or the file is damaged or has a bad field.
+        Raises: ConfigError if the suffix is neither JSON's nor YAML's, or the file is damaged or has an invalid field.
         """
         kind = _format(path)
         try:
@@ -317,7 +317,7 @@ def _json_value(name: str, value: Any) -> Any:
     if isinstance(value, re.Pattern):
         if value.flags != re.compile(value.pattern).flags:
             raise ConfigError(
-                f"{name}: the flags of {value!r} cannot be written; use (?i) and such"
+                f"{name}: the flags of {value!r} cannot be written; use inline flags such as (?i)"
             )
         return {"regex": value.pattern}
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

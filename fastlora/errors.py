@@ -19,7 +19,7 @@ class InjectionError(FastLoRAError, ValueError):
 
 
 class CheckpointError(FastLoRAError, RuntimeError):
-    """A state dict or a file does not fit the model, or cannot be read."""
+    """A file or a state dict cannot be read or written, or does not fit the model."""
 
 
 class MergeError(FastLoRAError, RuntimeError):
@@ -31,7 +31,7 @@ class CheckError(FastLoRAError, RuntimeError):
 
 
 class BackendError(FastLoRAError, RuntimeError):
-    """A backend that was requested by name cannot run here."""
+    """A backend that was requested by name cannot run."""
 
 
 class DataError(FastLoRAError, ValueError):

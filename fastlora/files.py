@@ -29,7 +29,7 @@ from fastlora.errors import CheckpointError, ConfigError
 Content = bytes | memoryview | Callable[[BinaryIO], object]
 
 MAX_JSON_BYTES = 2**24
-MAX_YAML_BYTES = 2**20  # the YAML parser is a hundred times slower
+MAX_YAML_BYTES = 2**20  # smaller than for JSON: parsing YAML is about a hundred times slower
 MAX_DEPTH = 32
 
 # Errors of torch.load and zipfile for a damaged file, besides OSError and ValueError.
@@ -71,7 +71,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """The value of a YAML file of at most `MAX_YAML_BYTES`: plain values, lists and mappings.
 
-    Aliases are refused, because a few lines of them can expand to more than the memory holds.
+    Aliases are refused, because a few lines of them can expand beyond the memory.
 
     Raises: OSError; ValueError, with the reason in one line; ConfigError without pyyaml.
     """
@@ -116,7 +116,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     """The arrays of a file of `np.savez`, by name.
 
-    Entries must be stored (not compressed) and as long as their header says, so no more than the file's size is allocated;
+    Entries must be stored (not compressed) and as long as their header declares, so no more than the file's size is allocated;
     objects are refused.
 
     Raises: OSError; ValueError with the reason in one line.
@@ -135,7 +135,7 @@ def read_npz(
 ) -> dict[str, NDArray[Any]]:
     """`read_arrays`, checked against `layout`.
 
-    layout: name → (dtype, shape); a side is a number, or a letter that is the same number wherever it is used.
+    layout: name → (dtype, shape); a side is a number, or a letter that stands for the same number everywhere.
 
     Raises: as `read_arrays`; ValueError naming the array that differs.
     """
@@ -170,9 +170,9 @@ def _npy(data: bytes) -> NDArray[Any]:
 
 
 def check_regexes(patterns: list[str], texts: Iterable[str], seconds: float = 10.0) -> None:
-    """Match every pattern against every text in a process with a time limit, since some patterns never end on 40 letters.
+    """Match every pattern against every text in a process with a time limit: some patterns need exponential time.
 
-    Raises: ValueError if that takes more than `seconds`.
+    Raises: ValueError if it takes longer than `seconds`.
     """
     if not patterns:
         return
@@ -208,7 +208,7 @@ def import_yaml() -> Any:
 
 def _size(path: str | os.PathLike[str]) -> int:
     file = Path(path)
-    if not file.is_file():  # a pipe or a device may never end
+    if not file.is_file():  # reading a pipe or a device may never end
         raise FileNotFoundError(f"no such file: {file}")
     return file.stat().st_size
 
@@ -221,7 +221,7 @@ def _read_text(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def _stored_entries(archive: zipfile.ZipFile, size: int, writer: str) -> list[zipfile.ZipInfo]:
-    """The entries of an archive of `size` bytes, checked to be stored and no larger than it. writer: the expected writer, for the message."""
+    """The entries of an archive of `size` bytes, checked to be stored and no larger than it. writer: for the message."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError(f"holds compressed entries, which {writer} does not write")
@@ -283,7 +283,7 @@ def _check_tree(value: object, budget: int, tensors: bool = False) -> None:
 
 def _check_tensor(tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise ValueError(f"holds a tensor that is not a dense one on the CPU ({tensor.layout})")
+        raise ValueError(f"holds a tensor that is not dense on the CPU ({tensor.layout})")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"holds a tensor {tuple(tensor.shape)} that is larger than its storage")
 
@@ -303,10 +303,10 @@ def atomic_write(path: Path, content: Content) -> None:
 
 
 def atomic_write_all(contents: Mapping[Path, Content]) -> None:
-    """Write each file under a temporary name beside its target; when all are on the disk, rename them to their targets.
+    """Write each file under a temporary name in its target's folder; when all are on the disk, rename them to their targets.
 
-    The temporary name is unique and starts with a dot, so writers never share one and readers of `*.pt` do not see it. A link at a
-    target is replaced, not followed. A replaced file's permissions are kept.
+    The temporary name is unique and starts with a dot, so writers never share one and readers of `*.pt` do not see it. A symbolic
+    link at a target is replaced, not followed. A replaced file's permissions are kept.
 
     contents: path → bytes, or a function that writes them to the open file. The folders must exist.
 
@@ -316,7 +316,7 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
     try:
         for path, content in contents.items():
             name = temporary_name(path)
-            with name.open("xb") as file:  # fails if the name exists, even as a link
+            with name.open("xb") as file:  # fails if the name exists, even as a symbolic link
                 temporary[name] = path
                 if callable(content):
                     content(file)
@@ -329,7 +329,7 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A unique name beside `path` that `LEFTOVERS` matches."""
+    """A unique name in the folder of `path` that `LEFTOVERS` matches."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.fastlora.tmp")
 
 
@@ -361,14 +361,14 @@ def write_files(contents: Mapping[Path, Content]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON; NaN and infinity, which JSON does not have, raise ValueError."""
+    """Write `value` as JSON. Raises: ValueError for NaN and infinity, which JSON does not have."""
     atomic_write(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
     """Check that two sets of tensors have the same names and shapes.
 
-    Raises: CheckpointError naming every tensor that is missing, unexpected or of another shape.
+    Raises: CheckpointError naming every tensor that is missing, unexpected or wrongly shaped.
     """
     problems = [f"{name}: missing" for name in wanted.keys() - found.keys()]
     problems += [f"{name}: unexpected" for name in found.keys() - wanted.keys()]

@@ -1,4 +1,4 @@
-"""`python -m fastlora.tune`: measure the kernels on the GPU at hand. See `fastlora.ops.tune`."""
+"""`python -m fastlora.tune`: measure the kernels on this machine's GPU. See `fastlora.ops.tune`."""
 
 from fastlora.ops.tune import main
 

@@ -1,10 +1,10 @@
-"""The two small kernels of the backward pass; its large product is `gemm.rank_gemm`.
+"""The two small kernels of the backward pass; its main GEMM is `gemm.rank_gemm`.
 
     dy_pass   dS = scale · dy B   and   dB = dyᵀ S        one pass over dy
     x_pass    dA = dSᵀ (keep ∘ x)                         one pass over x, which recomputes the dropout mask
                                                          and writes it as bits for the product of dx
 
-S and dS already hold every factor (see `forward`). Sums over many rows are split into float32 partial sums, which
+S and dS already include every factor (see `forward`). Sums over many rows are split into float32 partial sums, which
 `sum_partials` adds in a fixed order.
 """
 
@@ -76,7 +76,7 @@ def dy_pass(
     dy: (M, N), any strides. lora_b: (N, R), any strides, any float dtype, cast to dy's. s: (M, R), contiguous, dy's dtype.
     config.splits divides M.
 
-    Raises: ValueError for more ranks than the tiles hold.
+    Raises: ValueError for more ranks than the tiles support.
     """
     (m, n), r = dy.shape, s.shape[1]
     if r > config.block_r:
@@ -163,7 +163,7 @@ def x_pass(
     mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask in bits (M, ⌈K / 8⌉) uint8, None without dropout.
+    """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask as bits (M, ⌈K / 8⌉) uint8, None without dropout.
 
     x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits divides M.
     mask, precision: as in `rank_gemm`.

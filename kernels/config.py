@@ -1,7 +1,7 @@
-"""Tiles, in plain Python: a table per architecture, and the rules that fit a row of it to a problem.
+"""Tile sizes: a table for each GPU architecture, and the rules that adapt a row to a problem.
 
-No kernel is tuned at call time. `gemm_config` and the functions like it are pure functions of the problem, so a compiled kernel, a
-CUDA graph and a test see the same tiles; `python -m fastlora.tune` measures others and stores the faster ones.
+No kernel is tuned at call time. `gemm_config` and the similar functions are pure functions of the problem, so a compiled kernel, a
+CUDA graph and a test use the same tiles; `python -m fastlora.tune` measures others and stores the fastest.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 MAX_RANK = 256
-# A fused kernel holds a tile of S in addition to the base tile; wider ranks would spill or lose a pipeline stage.
+# A fused kernel keeps a tile of S in registers besides the base tile; higher ranks would spill or cost a pipeline stage.
 FUSED_RANK = 64
-# One pass over dy leaves float32 partial sums of dS and dB; beyond this rank they cost more than the second pass that they save.
+# One pass over dy writes float32 partial sums of dS and dB; above this rank they cost more than the second pass that they save.
 DY_RANK = 32
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts about a GPU generation for the tables and the cost model.
+    """Properties of a GPU generation for the tile tables and the cost model.
 
-    shared: bytes of shared memory a block may use. tensor_memory: columns (sm_100), else 0. sms: SMs of the usual part.
-    decode_rows: the most rows that the plan `decode` takes, all in one tile; with 64, sm_100 keeps scalars on the stack.
-    tflops, tbps: dense 16-bit TFLOP/s and TB/s that real kernels reach. eta: our product's speed relative to cuBLAS's, assumed
+    shared: bytes of shared memory that a block may use. tensor_memory: columns (sm_100), else 0. sms: SMs of the usual model.
+    decode_rows: the most rows that the plan `decode` supports, all in one tile; with 64, sm_100 keeps scalars on the stack.
+    tflops, tbps: dense 16-bit TFLOP/s and TB/s that real kernels reach. eta: speed of our GEMM kernel relative to cuBLAS, assumed
     from published Triton kernels until measured.
     """
 
@@ -44,7 +44,7 @@ ARCHITECTURES = {
 
 
 def architecture(capability: tuple[int, int]) -> Architecture | None:
-    """The row for a compute capability such as (9, 0), or None if the compile gate does not build for it.
+    """The row for a compute capability such as (9, 0), or None if the compile gate does not compile for it.
 
     8.6 has the limits of 8.9, and 10.3 those of 10.0; their code is compiled at run time.
     """
@@ -56,8 +56,8 @@ def architecture(capability: tuple[int, int]) -> Architecture | None:
 class GemmConfig:
     """Tiles of `gemm.rank_gemm` and `gemm.rank_update_`.
 
-    overlap: by programmatic dependent launch (sm_90 and newer, with descriptors) the product of x and W begins while the pass before
-    is still running, and waits for it before it reads S, dS or the mask. x and W themselves must be complete by then.
+    overlap: by programmatic dependent launch (sm_90 and newer, with descriptors) the product of x and W begins while the previous
+    pass is running, and waits for it before reading S, dS or the mask. x and W must be complete before the launch.
     """
 
     block_m: int
@@ -77,7 +77,7 @@ class GemmConfig:
 class PassConfig:
     """Tiles of a pass that reads one large operand once; `splits` divides the summed dimension.
 
-    overlap: lets an overlapping kernel begin before the pass has ended; for `decode`, its own second kernel.
+    overlap: lets the next kernel begin before the pass has ended; for `decode` that is its second kernel.
     """
 
     block_m: int
@@ -143,12 +143,12 @@ def tiles(arch: Architecture, q: Problem) -> Tiles:
 
 
 def rank_block(rank: int, most: int = MAX_RANK) -> int:
-    """The padded rank: a power of two, at least 16 (the least inner dimension of a tensor-core product)."""
+    """The padded rank: a power of two, at least 16 (the smallest inner dimension of a tensor-core product)."""
     return min(most, max(16, 1 << (rank - 1).bit_length()))
 
 
 def fused_rank(itemsize: int, precision: str) -> int:
-    """The largest rank that the plans `fused` and `decode` take: their tile of S holds all ranks at once."""
+    """The highest rank that the plans `fused` and `decode` support: their tile of S holds all ranks at once."""
     if itemsize == 2:
         return FUSED_RANK
     return 16 if precision == "ieee" else 32
@@ -162,7 +162,7 @@ def gemm_config(
     if q.itemsize == 4:
         return _float_gemm(arch, block_r, q.precision)
     if not q.aligned:
-        # Every element is a separate load, with its own registers.
+        # Every element is loaded separately, with its own registers.
         return GemmConfig(128 if arch.capability >= 90 else 64, 64, 32, block_r, 8, 3)
     if arch.capability < 90:
         stages = 4 if arch.shared > 150_000 else 3
@@ -174,7 +174,7 @@ def gemm_config(
         # Less than one wave of large tiles would leave SMs idle.
         config = GemmConfig(128, 128, 64, block_r, 8, 4, descriptor=True, subtiles=4)
     else:
-        # The masked product needs a second accumulator, which leaves no room for more ranks at once.
+        # The masked product needs a second accumulator, so fewer ranks fit at once.
         block_r = min(block_r, 32 if q.rank <= 64 else 16) if dropout else block_r
         config = GemmConfig(128, 256, 64, block_r, 8, 4, descriptor=True, subtiles=4)
     if fused:
@@ -191,7 +191,7 @@ def _float_gemm(arch: Architecture, block_r: int, precision: str) -> GemmConfig:
 
 
 def update_config(q: Problem) -> GemmConfig:
-    """Tiles of `gemm.rank_update_`, which moves bytes and little else."""
+    """Tiles of `gemm.rank_update_`, which is limited by memory bandwidth."""
     if q.itemsize == 4:
         return GemmConfig(64, 32, 0, 16, 8, 2)
     return GemmConfig(64, 128 if q.aligned else 64, 0, rank_block(q.rank, 64), 8, 2)
@@ -210,7 +210,7 @@ def down_config(arch: Architecture, q: Problem) -> PassConfig:
 def decode_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the decode kernel: one tile of rows, W split along K into as many parts as two programs per SM can hold."""
     block_m = 16 if q.m <= 16 else 32 if q.m <= 32 else 64
-    # Narrow enough that float32 adapters over 16-bit weights leave room for two programs per SM.
+    # Narrow enough that two programs per SM fit with float32 adapters of 16-bit weights.
     block_n, block_k = (64, 64) if q.itemsize == 2 else (32, 64 if block_m < 64 else 32)
     if not q.aligned:
         block_k //= 4
@@ -222,7 +222,7 @@ def decode_config(arch: Architecture, q: Problem) -> PassConfig:
 
 
 def dy_config(arch: Architecture, q: Problem) -> PassConfig:
-    """Tiles of the pass over dy: wide ones, since every tile of columns leaves a partial sum of dS; the rows are split."""
+    """Tiles of the pass over dy: wide, since every tile of columns writes a partial sum of dS; the rows are split."""
     block_r = rank_block(q.rank, DY_RANK)
     block_n = 256 * 2 // q.itemsize
     block_m = 64 if q.aligned and q.itemsize == 2 else 32
@@ -242,7 +242,7 @@ def x_config(arch: Architecture, q: Problem) -> PassConfig:
 
 
 def chunks(size: int, splits: int, block: int) -> tuple[int, int]:
-    """(length of a chunk, how many): `size` cut into at most `splits` chunks of whole blocks."""
+    """(length of a chunk, number of chunks): `size` divided into at most `splits` chunks of full blocks."""
     chunk = _tiles(_tiles(size, splits), block) * block
     return chunk, _tiles(size, chunk)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 class Mask(NamedTuple):
-    """Where a kernel takes the dropout mask from; neither seed nor packed means no dropout.
+    """Where a kernel gets the dropout mask from; without seed and packed there is no dropout.
 
     seed: 0-d int64 on the operands' device. threshold: dropout probability in units of 2⁻¹⁶.
     packed: (M, ⌈N / 8⌉) uint8, rows contiguous, as `backward.x_pass` writes it; seed and threshold are then not read.
@@ -35,7 +35,7 @@ NO_MASK = Mask()
 def keep_bits(seed, threshold, o_row, o_group):
     """The mask of a tile, eight columns packed into a number.
 
-    seed: int64. threshold: int32, dropout probability in units of 2^-16.
+    seed: int64. threshold: int32, the dropout probability in units of 2^-16.
     o_row: [BLOCK_M] row numbers. o_group: [BLOCK_G] column numbers divided by 8.
     Returns int32 [BLOCK_M, BLOCK_G], bit j for column 8 * o_group + j.
     """
@@ -63,7 +63,7 @@ def drop_bits(block, bits):
 
 @triton.jit
 def drop(block, seed, threshold, first_row, first_col):
-    """`block` [BLOCK_M, BLOCK_N] with every dropped element 0; its top left element is (first_row, first_col)."""
+    """`block` [BLOCK_M, BLOCK_N] with every dropped element 0; its top left element is (first_row, first_col) of the matrix."""
     o_row = first_row + tl.arange(0, block.shape[0])
     o_group = first_col // 8 + tl.arange(0, block.shape[1] // 8)
     return drop_bits(block, keep_bits(seed, threshold, o_row, o_group))

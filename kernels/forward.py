@@ -1,10 +1,10 @@
 """The small kernels of the forward pass.
 
-    down_project   S = scale · (keep ∘ x) Aᵀ              one pass over x, the only place of the dropout
+    down_project   S = scale · (keep ∘ x) Aᵀ              one pass over x, the only one that applies dropout
     decode         y = x Wᵀ + bias + S Bᵀ, and S          for few rows: W is read once, split along K, in two launches
 
-`scale` holds every factor of the low-rank path (alpha / rank, and 1 / (1 − p') of the dropout), so that S is rounded
-once and no later product needs a factor.
+`scale` includes every factor of the low-rank path (alpha / rank, and 1 / (1 − p') of the dropout), so that S is rounded
+once and later products need no factor.
 """
 
 import torch
@@ -208,7 +208,7 @@ def decode(
     x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R), R ≤ config.block_r: any strides; the
     adapters in any float dtype. config.splits divides K. mask, precision: as in `rank_gemm`.
 
-    Raises: ValueError for more rows or ranks than the tiles hold.
+    Raises: ValueError for more rows or ranks than the tiles support.
     """
     (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
     if m > config.block_m or r > config.block_r:

@@ -1,14 +1,14 @@
-"""The large product of both directions, with the rank-R term added before the result leaves the registers:
+"""The main GEMM of both directions, which adds the rank-R term before the result leaves the registers:
 
     out = x Wᵀ + bias + keep ∘ (low upᵀ)
 
 Forward: low = S, up = B. Gradient of x: x is dy, W is read transposed, low = dS, up = Aᵀ, and `keep` is the dropout mask,
 read as the bits that the pass over x wrote, or recomputed from the seed if that pass was not needed.
-With FUSED the kernel computes S itself, S = scale · x Aᵀ, along with the base tile: x is read once, and the products of S are
-repeated for every tile of columns.
+With FUSED the kernel also computes S = scale · x Aᵀ with the base tile: x is read once, and S is recomputed for every tile of
+columns.
 
-Both kernels accumulate in float32 and round once. `_pointer_kernel` takes any strides and sizes. `_descriptor_kernel`
-is for Hopper and newer: persistent, its tiles fetched by the tensor memory accelerator.
+Both kernels accumulate in float32 and round once. `_pointer_kernel` supports any strides and sizes. `_descriptor_kernel`
+is for Hopper and newer: persistent, with tiles loaded by the tensor memory accelerator.
 """
 
 import torch
@@ -132,7 +132,7 @@ def _finish(
     R: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """Add the rank-R term and the bias to `acc` and store it, in SUBTILES column strips one after the other."""
+    """Add the rank-R term and the bias to `acc` and store it, in SUBTILES consecutive column strips."""
     if SUBTILES > 1:
         left, right = halves(acc)
         _finish(
@@ -161,9 +161,9 @@ def _descriptor_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [BLOCK_M, BLOCK_N] of out, each program taking every P-th of them. TRANSPOSED: W is (K, N), not (N, K).
+    """Tiles [BLOCK_M, BLOCK_N] of out; each of P programs computes every P-th tile. TRANSPOSED: W is (K, N), not (N, K).
 
-    OVERLAP: the pass that writes low and the mask may still be running; its results are not read, and nothing is stored, before the wait.
+    OVERLAP: the pass that writes low and the mask may be running; before the wait its results are not read and nothing is stored.
     """
     DTYPE: tl.constexpr = x_desc.dtype
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -235,7 +235,7 @@ def rank_gemm(
 
     x: (M, K), any strides. weight: (N, K), any strides, x's dtype; a transposed view for the gradient of x.
     bias: (N,) or None. low: (M, R), contiguous, x's dtype. up: (N, R), any strides, any float dtype.
-    config: tiles. With `config.descriptor`, x, out and weight (or its transpose) must suit the tensor memory accelerator:
+    config: tiles. With `config.descriptor`, x, out and weight (or its transpose) must fit the tensor memory accelerator:
         rows contiguous, 16-byte aligned, their pitch a multiple of 16 bytes.
     lora_a: (R, K), x's dtype. If given, low is not read but written: low = scale · x Aᵀ.
     mask: which elements of the rank-R term to keep. precision: of float32 products, "ieee" or "tf32".
@@ -314,7 +314,7 @@ def rank_gemm(
 
 
 def _pointer(mask: Mask, unused: torch.Tensor) -> torch.Tensor:
-    """The kernels' mask_ptr: the bits, the seed, or any tensor where there is no dropout."""
+    """The kernels' mask_ptr: the bits, the seed, or any tensor if there is no dropout."""
     found = mask.seed if mask.packed is None else mask.packed
     return unused if found is None else found
 
@@ -328,10 +328,10 @@ def rank_update_(
     mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
-    """out += keep ∘ (low upᵀ), in place, for a base product that another library computed.
+    """out += keep ∘ (low upᵀ), in place, for a base product from another library.
 
     out: (M, N), contiguous; changed. low: (M, R), contiguous, out's dtype. up: (N, R), any strides, any float dtype.
-    config: block_m, block_n, block_r and the launch numbers. mask, precision: as in `rank_gemm`.
+    config: block_m, block_n, block_r, num_warps and num_stages. mask, precision: as in `rank_gemm`.
     """
     (m, n), r = out.shape, low.shape[1]
     _update_kernel[(triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))](

@@ -1,4 +1,4 @@
-"""The sum of partial results in a fixed order, so that two runs give the same bits, which atomics do not."""
+"""The sum of partial results in a fixed order, so that two runs agree bit for bit, unlike with atomics."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ _SPLITS, _BLOCK = 32, 128
 def _sum_kernel(
     part_ptr, out_ptr, size, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of the sum per program: SPLITS parts at a time are loaded, and added as a fixed tree."""
+    """BLOCK elements of the sum per program: SPLITS partial sums at a time are loaded and added in a fixed tree."""
     if OVERLAP:
         gdc_launch_dependents()
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -28,7 +28,7 @@ def _sum_kernel(
 def sum_partials(part: torch.Tensor, dtype: torch.dtype, *, overlap: bool = False) -> torch.Tensor:
     """part.sum(0) in `dtype`, newly allocated; part: (splits, ...), float32, contiguous. One split is only converted.
 
-    overlap: let an overlapping kernel begin before this one has ended.
+    overlap: let the next kernel begin before this one has ended.
     """
     if part.shape[0] == 1:
         return part[0].to(dtype)

@@ -1,4 +1,4 @@
-"""Helpers that kernels share: the order of the tiles, the halving of an accumulator, the options of a launch."""
+"""Helpers of several kernels: the order of tiles, splitting an accumulator into halves, launch options."""
 
 import triton
 import triton.language as tl
@@ -29,5 +29,5 @@ def overlaps(config: GemmConfig | PassConfig) -> bool:
 
 
 def pdl_options(overlapping: bool) -> dict[str, bool]:
-    """The launch option of a kernel that may begin before the previous one has ended."""
+    """The launch options of a kernel that may begin before the previous one has ended."""
     return {"launch_pdl": True} if overlapping else {}

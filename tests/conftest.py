@@ -1,8 +1,8 @@
-"""Set-up that every test shares."""
+"""Set-up for all tests."""
 
 import os
 
-# One thread a process: sums are then made in one order, which the tests of bit-for-bit equality need, and the workers of
+# One thread per process: sums then have a fixed order, which the tests of bit-for-bit equality need, and the workers of
 # pytest-xdist and the ranks of distributed tests share the cores. OpenMP reads it when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# The kernels need Triton 3.4; before that the library runs torch, and `explain` says so.
+# The kernels need Triton 3.4; before that the library runs torch, and `explain` shows this.
 try:
     import triton.tools.tensor_descriptor  # noqa: F401
 except ImportError:
@@ -30,7 +30,7 @@ def _seeded() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, and counted as such, where there is no device."""
+    """Tests marked `gpu` are skipped without a device."""
     if torch.cuda.is_available():
         return
     for item in items:

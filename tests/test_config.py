@@ -1,4 +1,4 @@
-"""LoRAConfig: PEFT's names, indices, starts, and files."""
+"""LoRAConfig: PEFT's names, indices, initialisations and files."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def test_pefts_names_are_accepted():
         LoRAConfig(["a"], lora_rank=4)
 
 
-def test_a_config_keeps_its_own_copies():
+def test_a_config_copies_its_arguments():
     targets, ranks = ["to_out"], {"to_out": 2}
     config = LoRAConfig(targets, rank_pattern=ranks)
     targets.append("x")
@@ -34,7 +34,7 @@ def test_a_config_keeps_its_own_copies():
 
 
 @pytest.mark.parametrize("indices", [1, [1], (1,)])
-def test_layers_to_transform_takes_the_first_number_of_the_path(indices):
+def test_layers_to_transform_uses_the_first_number_of_the_path(indices):
     model = Decoder()
     config = LoRAConfig(["to_qkv", "mlp"], layers_to_transform=indices)
     assert inject_lora(model, config) == 3
@@ -45,9 +45,9 @@ def test_layers_to_transform_takes_the_first_number_of_the_path(indices):
     ]
 
 
-def test_an_index_that_is_not_there_is_refused():
+def test_an_index_that_does_not_exist_is_refused():
     model = Decoder()
-    config = LoRAConfig(["mlp"], layers_to_transform=[0, 2])  # 2 is no block, only a child of mlp
+    config = LoRAConfig(["mlp"], layers_to_transform=[0, 2])  # 2 is not a block but a child of mlp
     with pytest.raises(
         InjectionError,
         match=r"layers_to_transform: no adapted layer has the index 2; there are \[0\]",
@@ -57,7 +57,7 @@ def test_an_index_that_is_not_there_is_refused():
 
 
 @pytest.mark.parametrize("how", ["kaiming", "gaussian", "orthogonal"])
-def test_starts_leave_the_output_as_it_is_and_have_their_shape(how):
+def test_initialisations_leave_the_output_unchanged_and_have_their_shape(how):
     model = Decoder(width=64)
     x = torch.randn(3, 8)
     before = model(x)
@@ -107,7 +107,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
-def test_dicts_and_files_give_the_same_config_back(config, tmp_path):
+def test_dicts_and_files_restore_the_same_config(config, tmp_path):
     assert LoRAConfig.from_dict(config.to_dict()) == config
     for name in ("c.json", "c.yaml", "c.YML"):
         config.save(tmp_path / name)
@@ -138,7 +138,7 @@ def test_a_file_written_by_hand_may_use_pefts_names(tmp_path):
         ("c.json", '{"exclude": [{"regex": "("}]}', r"exclude: '\(' is not a regex"),
     ],
 )
-def test_bad_files_are_named(name, text, message, tmp_path, monkeypatch):
+def test_invalid_files_are_named(name, text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
@@ -161,7 +161,7 @@ def test_what_cannot_be_written_is_refused(config, message, tmp_path):
     assert not (tmp_path / "c.json").exists()
 
 
-def test_without_pyyaml_the_error_says_so(monkeypatch, tmp_path):
+def test_without_pyyaml_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "yaml", None)
     LoRAConfig().save(tmp_path / "c.json")
     with pytest.raises(ConfigError, match=r"YAML needs the package pyyaml .pip install pyyaml."):

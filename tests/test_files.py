@@ -303,7 +303,9 @@ def test_shard_names_outside_the_folder_are_refused(tmp_path):
     bad = ("../x.safetensors", "/x.safetensors", "..", "a/b.safetensors", "", "x\0.safetensors")
     for name in (*bad, long):
         index.write_text(json.dumps({"weight_map": {"w": name}}))
-        with pytest.raises(CheckpointError, match="expected names of .safetensors files beside"):
+        with pytest.raises(
+            CheckpointError, match="expected names of .safetensors files in the same"
+        ):
             merge_files(index, adapter, tmp_path / "merged", force=True)
     index.write_text(json.dumps({"weight_map": {"w": "none.safetensors"}}))
     with pytest.raises(CheckpointError, match="none.safetensors"):
@@ -364,7 +366,7 @@ def test_permissions_of_a_replaced_file_are_kept(tmp_path):
     fastlora.save_adapter(_adapted(), path)
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # the mode that the umask gives a new file
+    assert path.stat().st_mode == plain.stat().st_mode  # the mode of a new file under the umask
     for mode in (0o640, 0o444):
         path.chmod(mode)
         fastlora.save_adapter(_adapted(), path)

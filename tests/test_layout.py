@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: import directions, the kernels link, what the wheel holds, the public names."""
+"""Project rules that can be checked automatically: imports, the symbolic link fastlora/kernels, the wheel, the public names."""
 
 import ast
 import inspect
@@ -15,7 +15,7 @@ import tomllib
 import fastlora
 from tests.support.paths import ROOT
 
-# package or module of fastlora -> what of fastlora it may import, itself left out; "medical" may use the public names besides
+# package or module of fastlora -> what it may import of fastlora besides itself; "medical" may also use the public names
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
@@ -43,7 +43,7 @@ MEDICAL_MAY_IMPORT = {
 MAX_MODULE_LINES = 420
 MAX_FUNCTION_LINES = 70
 
-# module of fastlora that writes files itself -> why; every other one writes through `fastlora.files`
+# module of fastlora that writes files itself -> why; all others write through `fastlora.files`
 WRITES_ITSELF = {
     "files.py": "the writer",
     "cli/merge.py": "merges into a temporary copy of the weights, which is moved into place",
@@ -141,15 +141,15 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def rooms(folder: Path) -> dict[str, list[Path]]:
-    """The files of each package, and of each module, that lies in `folder`."""
+def packages(folder: Path) -> dict[str, list[Path]]:
+    """The files of each package and module in `folder`."""
     found = {file.stem: [file] for file in folder.glob("*.py") if file.stem != "__init__"}
     packages = [path.parent for path in folder.glob("*/__init__.py")]
     return found | {path.name: sorted(path.rglob("*.py")) for path in packages}
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git which files are tracked")
-def test_nothing_new_lies_at_the_top_level():
+def test_nothing_new_is_at_the_top_level():
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
     names = {line.partition("/")[0] for line in done.stdout.splitlines()}
     assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
@@ -158,8 +158,8 @@ def test_nothing_new_lies_at_the_top_level():
 @pytest.mark.parametrize(
     ("folder", "allowed"), [("fastlora", MAY_IMPORT), ("fastlora/medical", MEDICAL_MAY_IMPORT)]
 )
-def test_packages_import_downward_only(folder, allowed):
-    found = rooms(ROOT / folder)
+def test_packages_import_only_earlier_packages(folder, allowed):
+    found = packages(ROOT / folder)
     assert set(found) == set(allowed)
     prefix = folder.replace("/", ".") + "."
     for name, files in found.items():
@@ -172,7 +172,7 @@ def test_packages_import_downward_only(folder, allowed):
 
 
 def modules() -> dict[str, ast.Module]:
-    """The syntax tree of each module of the library but the kernels, by its path below fastlora/."""
+    """The syntax tree of each module of the library except the kernels, by its path below fastlora/."""
     folder = ROOT / "fastlora"
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.py"))]
     return {
@@ -199,7 +199,7 @@ def test_modules_and_functions_are_short():
 
 
 def writes(tree: ast.Module) -> set[str]:
-    """The calls that write, rename or copy a file by its path. A write into a buffer or an open file is none."""
+    """The calls that write, rename or copy a file by its path. Writing to a buffer or an open file does not count."""
     found = set()
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         function = ast.unparse(call.func)
@@ -249,14 +249,14 @@ def test_what_counts_as_a_write(line, is_one):
     assert bool(writes(ast.parse(line))) == is_one
 
 
-def test_the_wheel_is_told_of_every_package():
+def test_the_wheel_lists_every_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     folders = [file.parent for file in (ROOT / "fastlora").rglob("__init__.py")]
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(project["tool"]["setuptools"]["packages"]) == packages | {"fastlora.kernels"}
 
 
-def test_no_module_reaches_itself_through_its_imports():
+def test_there_are_no_import_cycles():
     """Imports for types only and inside functions count as well."""
     files = {
         ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f
@@ -267,7 +267,7 @@ def test_no_module_reaches_itself_through_its_imports():
         - {"fastlora"}
         for name, f in files.items()
     }
-    while graph:  # take away, again and again, what imports nothing that is left
+    while graph:  # repeatedly remove modules that import nothing in the graph
         ends = {name for name, used in graph.items() if not used & graph.keys()}
         assert ends, f"a circle among {sorted(graph)}"
         graph = {name: used for name, used in graph.items() if name not in ends}
@@ -282,7 +282,7 @@ def test_every_package_has_its_tests_in_a_folder_of_its_name():
     assert packages - {Path("medical")} <= folders
 
 
-def test_kernels_import_nothing_of_fastlora_and_are_no_package():
+def test_kernels_import_nothing_of_fastlora_and_are_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert os.readlink(ROOT / "fastlora" / "kernels") == os.path.join("..", "kernels")
     for file in (ROOT / "kernels").glob("*.py"):
@@ -301,7 +301,7 @@ import fastlora
 
 
 def test_transformers_imports_from_the_projects_root():
-    # transformers looks for a package called `kernels`; a folder with an __init__.py here would be taken for it.
+    # transformers looks for a package called `kernels`; with an __init__.py this folder would be imported instead.
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "import transformers"],
         check=True,
@@ -311,7 +311,7 @@ def test_transformers_imports_from_the_projects_root():
 
 
 def build_wheel(folder, moment):
-    """A wheel built from a copy whose files are all of another age; SOURCE_DATE_EPOCH says the time in it."""
+    """A wheel built from a copy with different file times; SOURCE_DATE_EPOCH sets the time in it."""
     copy = folder / "copy"
     ignore = ("--exclude=.git", "--exclude=.venv", "--exclude=build", "--exclude=*.egg-info")
     copy.mkdir(parents=True)
@@ -342,13 +342,13 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_wheel_is_the_same_byte_for_byte(wheel, tmp_path):
+def test_a_wheel_is_reproducible_byte_for_byte(wheel, tmp_path):
     assert build_wheel(tmp_path / "second", 1_750_000_000).read_bytes() == wheel.read_bytes()
 
 
 @pytest.mark.slow
 def test_the_wheel_works_in_a_bare_venv(wheel, tmp_path):
-    """Installed alone; torch, numpy, safetensors and triton are lent by this interpreter, and nothing of the source tree is."""
+    """Installed without the source tree; torch, numpy, safetensors and triton come from this interpreter."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=120)
     python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -379,7 +379,7 @@ print(fastlora.__file__)
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_kernels_the_types_and_the_weights(wheel):
+def test_the_wheel_has_the_kernels_the_types_and_the_weights(wheel):
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
     (entries,) = (name for name in names if name.endswith("entry_points.txt"))
@@ -392,19 +392,19 @@ def test_the_wheel_holds_the_kernels_the_types_and_the_weights(wheel):
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
 
 
-def test_medical_hands_out_its_two_classes():
+def test_medical_exports_its_two_classes():
     from fastlora.medical import MedicalTrainer, TS_SAM3D_Dataset
 
     assert MedicalTrainer.__module__ == "fastlora.medical.training.trainer"
     assert TS_SAM3D_Dataset.__module__ == "fastlora.medical.data.slices"
 
 
-def test_the_public_names_are_these():
+def test_the_public_names_are_listed():
     assert sorted(fastlora.__all__) == sorted(PUBLIC)
     assert not any(inspect.ismodule(getattr(fastlora, name)) for name in PUBLIC)
 
 
-def test_the_locks_hold_the_pinned_versions_and_a_hash_for_each():
+def test_the_locks_have_the_pinned_versions_and_a_hash_for_each():
     text = (ROOT / "constraints.txt").read_text()
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", text, flags=re.M))
     pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}

@@ -1,4 +1,4 @@
-"""The command `fastlora`: inspect, merge, convert and compare adapters, as files and without a model."""
+"""The command `fastlora`: inspect, merge, convert and compare adapter files, without a model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastlora.cli.convert import SCHEMES, convert, difference_norm, read_adapter, update_norm
+from fastlora.cli.convert import FORMATS, convert, difference_norm, read_adapter, update_norm
 from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, FastLoRAError
 from fastlora.io.adapter_state import AdapterState, LayerState
 
 _EPILOG = """\
-An ADAPTER is a .safetensors file of fastlora's or loralib's, or a folder in PEFT's format. Pickles are never read.
+An ADAPTER is a .safetensors file written by fastlora or loralib, or a folder in PEFT's format. Pickles are never read.
 Every kind of layer is supported: linear, Conv1D of transformers ("transposed"), convolution, embedding; also DoRA, rsLoRA, PiSSA
-and OLoRA. Nothing is overwritten without --force, and a file appears only when it is complete.
+and OLoRA. Nothing is overwritten without --force, and files are written atomically.
 
 examples:
   fastlora inspect adapter.safetensors
@@ -30,38 +30,38 @@ examples:
   fastlora convert adapter.safetensors peft_folder --to peft
   fastlora diff before.safetensors after.safetensors
 
-exit code: 0; for diff 1 if the adapters differ; 2 if something is wrong with the input, with one line on stderr.
-`fastlora COMMAND --help` says more about each.
+exit code: 0; for diff 1 if the adapters differ; 2 for an invalid input, with one line on stderr.
+`fastlora COMMAND --help` describes each command.
 """
 
 _INSPECT = """\
 For each adapted layer: kind, the shapes of A and B, dtype, rank r, alpha, the applied scaling, and the size of the update as
-Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained. The initial product that PiSSA
-and OLoRA subtract is subtracted in them; with DoRA |dW| depends on the base. Files of loralib's, and PEFT's where layers differ, do not
-say whether a weight is stored transposed: the kind is a guess then, which merge checks against the shapes of the base.
+Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained. They exclude the initial product that
+PiSSA and OLoRA subtract; with DoRA |dW| depends on the base. Files of loralib, and PEFT folders whose layers differ, do not store
+whether a weight is transposed: the kind is then a guess, and merge checks it against the base.
 
 example:
   fastlora inspect peft_folder --json
 """
 
 _MERGE = """\
-W + dW goes to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in the adapter
-replace those of the base. Everything else is copied byte by byte. The share of the update that rounding lost is printed: in
-bfloat16 it may be large. To keep all of it, merge in Python: layer.merge_weights(dtype=torch.float32).
+Writes W + dW to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in the adapter
+replace those of the base. Everything else is copied byte by byte. The share of the update that rounding lost is printed; in
+bfloat16 it may be large. To lose nothing, merge in Python: layer.merge_weights(dtype=torch.float32).
 
 examples:
   fastlora merge model.safetensors.index.json peft_folder merged_folder    (a sharded base: OUT is a folder)
   fastlora merge model.safetensors loralib.safetensors merged.safetensors --alpha 16
 
-A file does not say which weights a model ties together: if an adapted weight is tied, merge in Python (merged_model).
+A file does not store which weights a model ties: if an adapted weight is tied, merge in Python (merged_model).
 """
 
 _CONVERT = """\
 fastlora   one file; kind, rank, alpha and the other settings of each layer are in its metadata
 peft       a folder with adapter_config.json for PEFT and fastlora.from_pretrained. PEFT adapts convolutions with groups,
-           dilation or a padding mode in another way: they are refused
-loralib    one file for load_state_dict(..., strict=False); no convolutions and no DoRA. It cannot hold alpha, so give, with
-           --alpha, the lora_alpha that the loralib model will be built with
+           dilation or a padding mode differently: they are refused
+loralib    one file for load_state_dict(..., strict=False); no convolutions and no DoRA. It does not store alpha: pass the
+           lora_alpha with which the loralib model will be built as --alpha
 peft and loralib do not subtract an initial product (PiSSA, OLoRA): it becomes part of A and B, whose rank doubles.
 
 examples:
@@ -70,8 +70,8 @@ examples:
 """
 
 _DIFF = """\
-For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, with dW as `inspect` shows it. So two files may hold other factors, ranks or
-key schemes and still be the same adapter. DoRA's magnitudes, and heads saved with the adapters, are compared as they are.
+For each layer: |dW| of A, |dW| of B, and |dW_A - dW_B|, with dW as in `inspect`. So two files with different factors, ranks or
+keys can be the same adapter. DoRA's magnitudes, and heads saved with the adapters, are compared as they are.
 
 example:
   fastlora diff step100.safetensors step200.safetensors --tolerance 0.01
@@ -93,7 +93,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. argv: the arguments, default those of the process. Returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a layer's name may be in any script
+        sys.stdout.reconfigure(errors="backslashreplace")  # a layer's name may have any characters
     arguments = _parser().parse_args(argv)
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
@@ -114,23 +114,23 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Any, help: str, text: str, *paths: str) -> argparse.ArgumentParser:
         description = f"{help}.\n\n{text}"
-        made = commands.add_parser(name, help=help, description=description, formatter_class=raw)
-        made.set_defaults(run=run)
+        parser = commands.add_parser(name, help=help, description=description, formatter_class=raw)
+        parser.set_defaults(run=run)
         for path in paths:
-            made.add_argument(path.lower(), type=Path, metavar=path)
-        return made
+            parser.add_argument(path.lower(), type=Path, metavar=path)
+        return parser
 
-    inspect = command("inspect", _inspect, "Show what an adapter holds", _INSPECT, "ADAPTER")
-    inspect.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+    inspect = command("inspect", _inspect, "Show the contents of an adapter", _INSPECT, "ADAPTER")
+    inspect.add_argument("--json", action="store_true", help="print JSON, for programs")
     about = "Merge an adapter into a file of base weights"
     merge = command("merge", _merge, about, _MERGE, "BASE", "ADAPTER", "OUT")
-    about = "Write an adapter in another scheme"
+    about = "Write an adapter in another format"
     converted = command("convert", _convert, about, _CONVERT, "SRC", "DST")
-    converted.add_argument("--to", required=True, choices=SCHEMES)
+    converted.add_argument("--to", required=True, choices=FORMATS)
     diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF, "A", "B")
     tolerance_help = "relative difference up to which a layer counts as equal (default %(default)g)"
     diff.add_argument("--tolerance", type=float, default=1e-6, help=tolerance_help)
-    alpha_help = "alpha of a loralib file, which does not hold its own"
+    alpha_help = "alpha of a loralib file, which does not store it"
     for parser_with_alpha in (merge, converted, diff):
         parser_with_alpha.add_argument("--alpha", type=float, help=alpha_help)
     for writer in (merge, converted):
@@ -146,16 +146,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for name, value in adapter.others.items()
     ]
     if arguments.json:
-        print(json.dumps({"scheme": adapter.scheme, "layers": rows, "others": others}, indent=1))
+        print(json.dumps({"format": adapter.format, "layers": rows, "others": others}, indent=1))
         return 0
     tensors = adapter.tensors().values()
     print(
-        f"{_cell(arguments.adapter)}: {adapter.scheme}, {len(rows)} layers, {len(others)} other tensors, "
+        f"{_cell(arguments.adapter)}: {adapter.format}, {len(rows)} layers, {len(others)} other tensors, "
         f"{sum(t.numel() for t in tensors):,} parameters, {sum(t.nbytes for t in tensors):,} bytes"
     )
     _table(list(_COLUMNS), [[row[name] for name in _COLUMNS] for row in rows])
     for other in others:
-        print("also", "  ".join(map(_cell, other.values())))
+        print("other", "  ".join(map(_cell, other.values())))
     return 0
 
 
@@ -192,7 +192,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    # For loralib's scheme --alpha confirms the alpha that the file loses; otherwise it gives the one that the source lacks.
+    # For the format loralib --alpha confirms the alpha that the file does not store; otherwise it supplies the source's.
     confirms = arguments.to == "loralib"
     adapter = read_adapter(arguments.src, arguments.alpha, prefer_own=confirms)
     convert(adapter, arguments.dst, arguments.to, force=arguments.force, alpha=arguments.alpha)
@@ -244,7 +244,7 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> None:
-    """Print the rows. The first cell of a row is the path of a layer or the name of a tensor."""
+    """Print the rows. A row begins with the path of a layer or the name of a tensor."""
     named = ([row[0] or "(the whole model)", *row[1:]] for row in rows)
     cells = [head, *([_cell(value) for value in row] for row in named)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -254,7 +254,7 @@ def _table(head: list[str], rows: list[list[Any]]) -> None:
 
 
 def _cell(value: object) -> str:
-    """A value as text of one line without control characters: names in a file are not trusted."""
+    """A value as one line of text without control characters: names in a file are not trusted."""
     if value is None:
         return "?"
     if isinstance(value, float):

@@ -1,6 +1,6 @@
-"""Adapters as files, without a model: read any scheme, write another, compare updates.
+"""Adapter files without a model: read any format, write another, compare updates.
 
-Schemes: "fastlora" (one safetensors file with alpha and the other settings in its metadata), "peft" (a folder), and "loralib" (one
+Formats: "fastlora" (one safetensors file with alpha and the other settings in its metadata), "peft" (a folder), and "loralib" (one
 safetensors file with the same keys and no settings). Pickles are not read.
 """
 
@@ -20,7 +20,7 @@ from fastlora.io.safetensors_format import fastlora_bytes, read_adapter_file, sa
 from fastlora.peft.config import CONFIG_FILE, WEIGHTS_FILE
 from fastlora.peft.folder_format import heads_of, peft_config, read_folder, write_folder
 
-SCHEMES = ("fastlora", "peft", "loralib")
+FORMATS = ("fastlora", "peft", "loralib")
 
 
 def read_adapter(
@@ -28,9 +28,9 @@ def read_adapter(
 ) -> AdapterState:
     """Read a safetensors file, or a folder in PEFT's format.
 
-    alpha: for a file that does not hold it. prefer_own: ignore `alpha` for one that does.
+    alpha: for a file that does not store it. prefer_own: ignore `alpha` for a file that does.
 
-    Raises: CheckpointError if the source is no adapter, is damaged, or holds its own alpha while one is given, or for a bad alpha.
+    Raises: CheckpointError if the source is not an adapter or is damaged, if it stores alpha and one is passed, or if alpha is invalid.
     """
     if source.name == WEIGHTS_FILE and (source.parent / CONFIG_FILE).is_file():
         source = source.parent
@@ -45,28 +45,28 @@ def read_adapter(
         )
     else:
         state = read_adapter_file(source, alpha)
-    if alpha is not None and state.scheme != "loralib" and not prefer_own:
-        raise CheckpointError(f"--alpha: {source} holds its own alpha")
+    if alpha is not None and state.format != "loralib" and not prefer_own:
+        raise CheckpointError(f"--alpha: {source} already stores alpha")
     return state
 
 
 def convert(
-    state: AdapterState, target: Path, scheme: str, *, force: bool, alpha: float | None
+    state: AdapterState, target: Path, format: str, *, force: bool, alpha: float | None
 ) -> None:
-    """Write `state` to `target` (a folder for "peft", else a file) in another scheme.
+    """Write `state` to `target` (a folder for "peft", else a file) in another format.
 
-    The initial product that PiSSA and OLoRA subtract is kept in fastlora's scheme; in the others it becomes part of the factors,
+    The initial product that PiSSA and OLoRA subtract is kept in fastlora's format; in the others it becomes part of the factors,
     whose rank doubles.
 
-    force: replace an existing target. alpha: only for "loralib", whose files do not hold it: the `lora_alpha` with which the
-    loralib model is built. It must be the alpha of every layer.
+    force: replace an existing target. alpha: only for "loralib", whose files do not store it: the `lora_alpha` with which
+    the loralib model is built. It must be the alpha of every layer.
 
-    Raises: CheckpointError naming what the scheme cannot hold, if alpha is unknown, or if the target exists or cannot be
+    Raises: CheckpointError naming what the format cannot store, if alpha is unknown, or if the target exists or cannot be
     written. Nothing is written then.
     """
     for layer in state.layers.values():
-        _ = layer.scaling  # raises where alpha is unknown
-    if scheme == "peft":
+        _ = layer.scaling  # raises if alpha is unknown
+    if format == "peft":
         folded = state.folded()
         config = peft_config(folded, heads_of(state.others, state.layers))
         refuse_existing([target / WEIGHTS_FILE, target / CONFIG_FILE], force)
@@ -74,7 +74,7 @@ def convert(
         return
     if target.is_dir():
         raise CheckpointError(f"{target}: is a folder; expected the name of a file to write")
-    data = _loralib_bytes(state.folded(), alpha) if scheme == "loralib" else fastlora_bytes(state)
+    data = _loralib_bytes(state.folded(), alpha) if format == "loralib" else fastlora_bytes(state)
     refuse_existing([target], force)
     write_files({target: data})
 
@@ -85,7 +85,7 @@ def update_norm(layer: LayerState) -> float:
 
 
 def difference_norm(one: LayerState, other: LayerState) -> float:
-    """The norm of the difference of two updates, each with its scaling; DoRA's magnitudes are not part of it.
+    """The norm of the difference of two updates, each with its scaling; DoRA's magnitudes are ignored.
 
     Raises: CheckpointError if the layers' sizes differ or an alpha is unknown.
     """
@@ -111,21 +111,21 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
 
 
 def _loralib_bytes(state: AdapterState, alpha: float | None) -> bytes:
-    """loralib's file, which holds tensors alone: the settings must be those with which the loralib model is built."""
+    """loralib's file, which has only tensors: the settings must be those with which the loralib model is built."""
     for path, layer in state.layers.items():
         if layer.kind == "conv" or layer.use_dora:
-            what = "no DoRA" if layer.use_dora else "other factors for convolutions"
+            what = "no DoRA" if layer.use_dora else "different factors for convolutions"
             raise CheckpointError(f"{path}: loralib has {what}")
     values = sorted({layer.scaling * layer.rank for layer in state.layers.values()})
     if len(values) > 1:
         raise CheckpointError(
-            f"alpha: the layers have {len(values)} different ones ({values[0]:g} to {values[-1]:g}), "
-            "and loralib's files hold none"
+            f"alpha: the layers have {len(values)} different values ({values[0]:g} to {values[-1]:g}), "
+            "and loralib's files store none"
         )
     if alpha is None or not math.isclose(alpha, values[0], rel_tol=1e-6):
         given = "" if alpha is None else f", not {alpha:g}"
         raise CheckpointError(
-            f"alpha: loralib's files do not hold it and it would be lost; build the loralib model with "
+            f"alpha: loralib's files do not store it; build the loralib model with "
             f"lora_alpha={values[0]:g}{given}, and confirm it with --alpha {values[0]:g}"
         )
     return safetensors_bytes(state.tensors(), {"format": "pt"})

@@ -26,7 +26,7 @@ _OTHER_ORIENTATION = {"linear": "transposed", "transposed": "linear"}
 
 
 class MergedLayer(NamedTuple):
-    """What merging one layer did: its path, the weight's dtype, and the share ‖rounding‖ / ‖ΔW‖ that was lost."""
+    """The result of merging one layer: its path, the weight's dtype, and the share ‖rounding‖ / ‖ΔW‖ that rounding lost."""
 
     path: str
     dtype: torch.dtype
@@ -34,7 +34,7 @@ class MergedLayer(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """One tensor of a safetensors file: its dtype as the file writes it, its shape, and where its bytes begin and end."""
+    """One tensor of a safetensors file: its dtype as in the file, its shape, and where its bytes begin and end."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,13 +48,13 @@ def merge_files(
     """Write a copy of the `base` weights with the adapter merged, one layer in memory at a time.
 
     W + ΔW is summed in float32 or wider and rounded once to the dtype of W. Heads saved with the adapter replace those of the
-    base. Everything else, metadata included, is copied byte by byte. Whether a matrix is stored transposed is told by its shape
-    in the base, and by the adapter only where it is square.
+    base. Everything else, metadata included, is copied byte by byte. Whether a matrix is stored transposed is determined by its
+    shape in the base, and by the adapter only if it is square.
 
-    base: a safetensors file, or the `*.index.json` of a sharded one; then `target` is a folder that gets shards and index.
+    base: a safetensors file, or the `*.index.json` of a sharded one; then `target` is a folder for shards and index.
 
     Raises: CheckpointError if a layer or head is not in the base or does not fit, with the nearest key; if a weight is not
-    a float of 16 to 64 bits; if a weight is square and the shapes of others contradict the adapter; or if the target exists
+    a float of 16 to 64 bits; if a weight is square and the shapes of other layers contradict the adapter; or if the target exists
     without `force`. Nothing is written then.
     """
     sharded = base.name.endswith(_INDEX_SUFFIX)
@@ -79,7 +79,7 @@ def merge_files(
                     merged += _merge_into(copied, state)
             if sharded:
                 target.mkdir(exist_ok=True)
-            # The index, if there is one, comes last.
+            # The index, if there is one, is moved last.
             move_into_place({Path(temporary) / name: place for name, place in places.items()})
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
@@ -109,24 +109,24 @@ def _shards(index: Path) -> list[str]:
     try:
         files = sorted(set(read_json(index)["weight_map"].values()))
         plain = all(name == Path(name).name and name.endswith(".safetensors") for name in files)
-        # what file systems take
+        # allowed by file systems
         usable = all("\0" not in name and len(os.fsencode(name)) <= 255 for name in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a readable index: {error!r}") from None
     if not (files and plain and usable):
         raise CheckpointError(
-            f"{index}: weight_map: expected names of .safetensors files beside it"
+            f"{index}: weight_map: expected names of .safetensors files in the same folder"
         )
     return files
 
 
 def _fit(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
-    """`state` with each matrix "linear" or "transposed" as its shape in the base shows.
+    """`state` with the kind of each matrix, "linear" or "transposed", taken from its shape in the base.
 
-    Raises: CheckpointError naming the tensors that the base lacks, or has in another shape or a dtype that is no float; a scaling
-    that is unknown or too large; or a square weight, if the shape of another shows that the adapter's file does not tell.
+    Raises: CheckpointError naming the tensors that are missing from the base, wrongly shaped or not of a float dtype; a scaling
+    that is unknown or too large; or a square weight, if the shape of another layer contradicts the adapter's file.
     """
-    turned, square = {}, []
+    reoriented, square = {}, []
     for path, layer in state.layers.items():
         if abs(layer.scaling) > torch.finfo(torch.float32).max:
             raise CheckpointError(f"{path}: the scaling {layer.scaling:g} is too large for float32")
@@ -135,13 +135,13 @@ def _fit(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
             if shape == shape[::-1]:
                 square.append(path)
             elif entry is not None and entry.shape == shape[::-1]:
-                turned[path] = replace(layer, kind=_OTHER_ORIENTATION[layer.kind])
-    if square and turned:
+                reoriented[path] = replace(layer, kind=_OTHER_ORIENTATION[layer.kind])
+    if square and reoriented:
         raise CheckpointError(
-            f"{square[0]}: whether this square weight is stored transposed is unknown, since {min(turned)} is not stored "
-            "as the adapter's file says; merge in Python (merged_model)"
+            f"{square[0]}: whether this square weight is stored transposed is unknown, since {min(reoriented)} is not stored "
+            "as the adapter's file states; merge in Python (merged_model)"
         )
-    layers = state.layers | turned
+    layers = state.layers | reoriented
     shapes = {_weight(path): layer.weight_shape for path, layer in layers.items()}
     shapes |= {name: tuple(value.shape) for name, value in state.others.items()}
     problems = []

@@ -1,4 +1,4 @@
-"""The adapter of a model as a state dict and as a file, both ways; loading is strict and names the nearest keys."""
+"""Save and load the adapter of a model as a state dict or a file; loading is strict, and errors name the nearest keys."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
     """The adapter's tensors by name, detached, sharing storage.
 
     `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R); under DoRA also `<path>.lora_magnitude` (N,); after PiSSA or OLoRA also
-    `<path>.initial_A` and `<path>.initial_B`, the initial product that is subtracted, without which the rest is not usable.
+    `<path>.initial_A` and `<path>.initial_B`, the subtracted initial product, without which the other two are not usable.
     include_trainable: also every other parameter that trains (unfrozen heads), under its own name.
-    A merged or adapter-free model gives an empty dict.
+    The dict is empty if the model has no adapters.
     """
     return adapter_state(model, include_trainable).tensors()
 
@@ -43,12 +43,11 @@ def load_lora_state_dict(
     """Copy adapter tensors, and heads saved with them, into a model that already has its adapters.
 
     Keys are those of `get_lora_state_dict`. Values are cast to the dtype and moved to the device of the parameter.
-    strict: every adapter parameter must be there with the right shape, and nothing unknown; if the state holds any head,
-        it must hold every parameter that trains. On failure nothing is changed.
-        False loads what fits and warns about the rest.
+    strict: every adapter parameter must be present with the right shape, and no unknown key; if the state has any head, it must
+        have every parameter that trains. On failure nothing is changed. False loads what fits and warns about the other keys.
 
-    Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also when
-    strict is False but nothing at all would be loaded.
+    Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also if
+    strict is False but nothing would be loaded.
     """
     own = adapter_state(model)
     if not own.layers:
@@ -59,28 +58,28 @@ def load_lora_state_dict(
     wanted = list(adapters)
     if any(key in others for key in state):
         wanted += [name for name, p in others.items() if p.requires_grad]
-    result, problems = compare(state, wanted, known)
+    result, problems = match_keys(state, wanted, known)
     for path, layer in own.layers.items():
         keys = AdapterState({path: layer}, {}).tensors().keys()
-        # With DoRA or an initial product that is subtracted, a part is not usable without the rest.
+        # With DoRA or a subtracted initial product, a part of the tensors is not usable without the others.
         if not strict and len(keys) > 2 and 0 < len(keys & set(result.loaded)) < len(keys):
             where = path or "the layer"
             raise CheckpointError(
-                f"state: only a part of the adapter of {where} fits, which is not usable without the rest"
+                f"state: only a part of the adapter of {where} fits, which is not usable without the other tensors"
             )
-    settle("state", problems, result.loaded, strict)
+    raise_or_warn("state", problems, result.loaded, strict)
     with torch.no_grad():
         for key in result.loaded:
             known[key].copy_(state[key])
     return result
 
 
-def compare(
+def match_keys(
     state: Mapping[str, Any], wanted: list[str], known: Mapping[str, Tensor | torch.Size]
 ) -> tuple[LoadResult, list[str]]:
-    """What of `state` fits `known`, and a line with the nearest candidate for each key that does not.
+    """The keys of `state` that fit `known`, and for each problem a line with the nearest candidates.
 
-    wanted: the keys that must be there. known: every key that may be there, with its tensor, or the shape of a real one.
+    wanted: the required keys. known: every allowed key with its tensor, or the shape of a real tensor.
     """
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in known]
@@ -102,8 +101,8 @@ def compare(
     return LoadResult(loadable, missing, unexpected), problems
 
 
-def settle(what: str, problems: list[str], loadable: list[str], strict: bool) -> None:
-    """Raises: CheckpointError if there are problems and `strict`, or if nothing is loadable. Otherwise warns of the problems."""
+def raise_or_warn(what: str, problems: list[str], loadable: list[str], strict: bool) -> None:
+    """Raises: CheckpointError if there are problems and `strict`, or if nothing is loadable. Otherwise warns about them."""
     lines = "".join(f"\n  {problem}" for problem in problems)
     if problems and (strict or not loadable):
         raise CheckpointError(
@@ -134,9 +133,9 @@ def save_adapter(
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadResult:
     """Load an adapter file into a model that already has its adapters.
 
-    path: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file holding a state dict (read with weights_only=True, sizes checked).
+    path: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file with a state dict (read with weights_only=True, sizes checked).
     strict: as in `load_lora_state_dict`. Rank, alpha and use_rslora stored in the file must equal the model's;
-        not strict warns.
+        strict=False warns about a difference instead.
 
     Raises: CheckpointError if the file is missing, unreadable or does not fit. The model is unchanged then.
     """
@@ -156,7 +155,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
                 problems.append(
                     f"{layer_path}: {name} is {saved[name]} in the file, {mine} in the model"
                 )
-    settle(file.name, problems, list(state), strict)
+    raise_or_warn(file.name, problems, list(state), strict)
     return load_lora_state_dict(model, state, strict)
 
 

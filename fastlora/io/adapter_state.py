@@ -1,7 +1,7 @@
-"""`AdapterState`: an adapter as a value, between the files that hold it and the layers that compute with it.
+"""`AdapterState`: the in-memory form of an adapter, independent of file format and model.
 
 A format maps files to an `AdapterState` and back; `adapter_state` reads one from a model. Rank, alpha, rsLoRA and the initial product
-that PiSSA and OLoRA subtract have one meaning, that of `LayerState`.
+that PiSSA and OLoRA subtract are defined by `LayerState`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """The adapter of one layer, ΔW = scaling · (B A − B₀ A₀); under DoRA the rows of W + ΔW are scaled to given norms.
+    """The adapter of one layer, ΔW = scaling · (B A − B₀ A₀); under DoRA the rows of W + ΔW are scaled to the norms `lora_magnitude`.
 
-    kind: "linear", "transposed" (the weight is stored as (K, N)), "conv" or "embedding"; a guess if the file does not hold it.
+    kind: "linear", "transposed" (the weight is stored as (K, N)), "conv" or "embedding"; a guess if the file does not store it.
     tensors: by the names of `TENSORS`. lora_A: (R, K); conv: (R, in_channels / groups, *kernel_size); embedding: (R, num_embeddings).
         lora_B: (N, R); conv: (out_channels, R / groups, 1, …); embedding: (embedding_dim, R). lora_magnitude: (N,), the norms
         under DoRA. initial_A, initial_B: A₀ and B₀ of PiSSA and OLoRA, shaped as lora_A and lora_B.
-    alpha: None if the file does not hold it. use_rslora, dropout: as in `LoRALinear`.
-    dilation, padding_mode: of a convolution; None if the file does not hold them.
+    alpha: None if the file does not store it. use_rslora, dropout: as in `LoRALinear`.
+    dilation, padding_mode: of a convolution; None if the file does not store them.
     """
 
     kind: str
@@ -60,9 +60,9 @@ class LayerState:
     def from_file(
         cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None
     ) -> LayerState:
-        """The state that a file describes; nothing in it is trusted.
+        """The state that a file describes; every value is checked.
 
-        tensors: lora_A and lora_B among them. settings: as `settings()` returns them; None if the file holds tensors alone.
+        tensors: including lora_A and lora_B. settings: as `settings()` returns them; None if the file has only tensors.
 
         Raises: CheckpointError or ConfigError if shapes, dtypes or settings do not fit together.
         """
@@ -86,7 +86,7 @@ class LayerState:
 
     @property
     def use_dora(self) -> bool:
-        """Whether there is a magnitude, DoRA's."""
+        """Whether there is a magnitude (DoRA)."""
         return "lora_magnitude" in self.tensors
 
     @property
@@ -108,7 +108,7 @@ class LayerState:
     def scaling(self) -> float:
         """The applied factor. Raises: CheckpointError if alpha is unknown."""
         if self.alpha is None:
-            raise CheckpointError("alpha: the file does not hold it; give it with --alpha")
+            raise CheckpointError("alpha: the file does not store it; pass it with --alpha")
         return self.alpha / scaling_divisor(self.rank, self.use_rslora)
 
     @property
@@ -118,7 +118,7 @@ class LayerState:
         return (n, *inside) if self.kind in ("linear", "conv") else (*inside, n)
 
     def settings(self) -> dict[str, Any]:
-        """What a file must hold beside the tensors, as JSON values."""
+        """The settings that a file must store in addition to the tensors, as JSON values."""
         names = _SETTINGS if self.dilation is None else _CONV_SETTINGS
         return {name: getattr(self, name) for name in ("rank", "use_dora", *names)}
 
@@ -135,9 +135,9 @@ class LayerState:
         return replace(self, tensors=tensors | {"lora_A": a, "lora_B": b}, alpha=alpha)
 
     def merge(self, weight: Tensor) -> tuple[Tensor, float]:
-        """(the merged weight, the share ‖rounding‖ / ‖ΔW‖ that was lost), computed as `LoRALayer.merge_weights` does.
+        """(the merged weight, the share ‖rounding‖ / ‖ΔW‖ that rounding lost), computed by `LoRALayer.merge_weights`.
 
-        weight: of shape `weight_shape`. The sum is made in float32 or wider and rounded once to its dtype.
+        weight: of shape `weight_shape`. The sum is computed in float32 or wider and rounded once to its dtype.
         """
         stored = weight.T if self.kind == "transposed" else weight
         layer = self._layer_around(stored)
@@ -152,7 +152,7 @@ class LayerState:
         return merged.T if self.kind == "transposed" else merged, off / change if change else 0.0
 
     def _layer_around(self, weight: Tensor) -> LoRALayer:
-        """A layer that holds `weight` and this adapter. Built on the meta device, so that nothing is allocated or drawn."""
+        """A layer with `weight` and this adapter. Built on the meta device, so that nothing is allocated and no random number drawn."""
         n, k = self.lora_b.shape[0], self.lora_a.shape[1]
         base: nn.Module
         if self.kind == "conv":
@@ -228,12 +228,12 @@ class LayerState:
 class AdapterState:
     """An adapter: its layers by path, and the tensors saved with them (trained heads) by name.
 
-    scheme: the format it was read from, "fastlora", "peft" or "loralib".
+    format: the format it was read from, "fastlora", "peft" or "loralib".
     """
 
     layers: dict[str, LayerState]
     others: dict[str, Tensor]
-    scheme: str = "fastlora"
+    format: str = "fastlora"
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under the keys of `get_lora_state_dict`."""
@@ -251,7 +251,7 @@ class AdapterState:
 def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterState:
     """The active adapter of `model`; tensors are detached and share storage.
 
-    include_trainable: with every other parameter that trains.
+    include_trainable: also every other parameter that trains.
     """
     layers = {path: LayerState.of_layer(layer) for path, layer in named_lora_layers(model)}
     state = AdapterState(layers, {})

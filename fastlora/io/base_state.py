@@ -1,4 +1,4 @@
-"""The base model's state dict under the keys that it has without adapters: reading and loading it."""
+"""Read and load the base model's state dict under the keys that it has without adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.io.adapter_file import LoadResult, compare, settle
+from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
 
@@ -16,7 +16,7 @@ from fastlora.layers.linear import LoRALinear
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
     """`model.state_dict()` with the keys of the model before injection: no adapters, and no `original_linear.` or `original_layer.`.
 
-    Tensors are detached and share storage. Loads strictly into the model as it was built. Without adapters it is
+    Tensors are detached and share storage. It can be loaded with strict=True into the original model. Without adapters it is
     `model.state_dict()`.
     """
     state = model.state_dict()
@@ -26,18 +26,18 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
 def load_base_state_dict(
     model: nn.Module, state: Mapping[str, Any], strict: bool = True
 ) -> LoadResult:
-    """Load weights of the base model, saved without adapters, into a model that has adapters, which are kept.
+    """Load weights of the base model, saved without adapters, into a model with adapters, which are kept.
 
-    DoRA's magnitudes that are still the norms of the old weights become those of the new.
+    DoRA's magnitudes that still equal the norms of the old weights are set to those of the new.
 
-    state: keys as in `base_state_dict`. Values are cast and moved as by `load_state_dict`. Of several keys of one tensor (tied
-        weights, a module under two names) one is enough; the values of several must be equal.
-    strict: every key must be there with the right shape, and nothing unknown; on failure nothing is changed. False loads
-        what fits and warns about the rest.
+    state: keys as in `base_state_dict`. Values are cast and moved as by `load_state_dict`. For a tensor with several keys (tied
+        weights, a module under two names) one is enough; if there are several, their values must be equal.
+    strict: every key must be present with the right shape, and no unknown key; on failure nothing is changed. False loads
+        what fits and warns about the other keys.
     Returns the keys loaded, missing and unexpected, as in `state`.
 
-    Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also when
-    strict is False but nothing at all would be loaded.
+    Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also if
+    strict is False but nothing would be loaded.
     """
     keys = _key_map(model)
     current = base_state_dict(model)
@@ -45,7 +45,7 @@ def load_base_state_dict(
     extras = [key for key in current if key not in known]  # from get_extra_state
     names = _names_of_one_tensor(model, keys)
     wanted = [k for k in known if k in state or not any(n in state for n in names.get(k, ()))]
-    result, problems = compare(
+    result, problems = match_keys(
         {key: value for key, value in state.items() if key not in extras}, wanted, known
     )
     conflicts = [
@@ -58,7 +58,7 @@ def load_base_state_dict(
     problems += conflicts + [f"missing {key}" for key in absent]
     result.missing.extend(absent)
     result.loaded.extend(key for key in extras if key in state)
-    settle("state", problems, result.loaded, strict)
+    raise_or_warn("state", problems, result.loaded, strict)
     fresh = [m for m in model.modules() if isinstance(m, LoRALinear) and m.scales_nothing()]
     model.load_state_dict({keys[key]: state[key] for key in result.loaded}, strict=False)
     for layer in fresh:

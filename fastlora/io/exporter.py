@@ -1,8 +1,8 @@
 """Export for deployment: `export` writes a model for other runtimes, its adapters merged or as separate parameters.
 
-What is exported is a copy that shares the model's parameters. In it every adapted layer computes
-`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ` as plain torch expressions, without an autograd function, kernel or in-place product, which
-other runtimes do not support.
+A copy that shares the model's parameters is exported. In it every adapted layer computes
+`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ` as plain torch expressions, without autograd functions, kernels or in-place products, which other
+runtimes do not support.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ def export(
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
 ) -> Any:
-    """Export what `model` computes in evaluation mode, and write it to a file.
+    """Export `model` in evaluation mode and write it to a file.
 
-    The model is not changed, its training mode included. The returned program shares unmerged parameters with the model, as
+    The model, including its training mode, does not change. The returned program shares unmerged parameters with the model, as
     with torch's own exporters; a file shares nothing.
 
-    args, kwargs: an example call; its shapes and dtypes matter, its values only where control flow depends on them.
+    args, kwargs: an example call; only its shapes and dtypes matter, and values on which control flow depends.
     path: the file to write, replaced only when the new one is complete; None writes nothing. Usual suffixes: `.pt2`, `.onnx`, `.pt`.
     format: "torch.export", "onnx" (needs the packages onnx and onnxscript), or "torchscript" (by tracing: control flow
         that depends on values is fixed to the branches that the example takes).
-    merged: True folds the adapters into the weights; False keeps `lora_A` and `lora_B` as parameters of their own.
+    merged: True folds the adapters into the weights; False keeps `lora_A` and `lora_B` as separate parameters.
     dynamic_batch: the first dimension of every tensor in the example may vary; the example's must then be 2 or more.
         A trace has no fixed shapes in any case.
-    dynamic_shapes: as `torch.export.export` takes it, instead of dynamic_batch.
+    dynamic_shapes: as in `torch.export.export`, instead of dynamic_batch.
     Returns a `torch.export.ExportedProgram`, a `torch.onnx.ONNXProgram` or a `torch.jit.ScriptModule`.
 
     Raises: ExportError for an unknown format, a missing package, an unsuitable example, accelerated PEFT layers, disabled adapters or a file
-    that cannot be written; MergeError if an adapter cannot be merged. What torch cannot export raises torch's own error.
+    that cannot be written; MergeError if an adapter cannot be merged. If torch cannot export the model, its error is raised.
     """
     named = dict(kwargs or {})
     _check_arguments(format, args, named, dynamic_shapes)
@@ -66,7 +66,7 @@ def export(
         dynamic_shapes = _dynamic_batch(model, args, named)
     plain = _plain_copy(model, merged)
     fast = torch.backends.mha.get_fastpath_enabled()
-    # The fused encoder layer of `nn.TransformerEncoder` is an operator that other runtimes do not know.
+    # The fused encoder layer of `nn.TransformerEncoder` is an operator that other runtimes do not support.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
@@ -94,7 +94,7 @@ def export(
 def _check_arguments(
     format: str, args: object, kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> None:
-    """Raises: ExportError for an unknown format, a missing package, or arguments that the format does not take."""
+    """Raises: ExportError for an unknown format, a missing package, or arguments that the format does not accept."""
     if format not in FORMATS:
         raise ExportError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if not isinstance(args, tuple):
@@ -111,7 +111,7 @@ def _check_arguments(
         if dynamic_shapes is not None:
             raise ExportError("dynamic_shapes: a trace has no fixed shapes; leave it out")
         if args and kwargs:
-            raise ExportError("kwargs: a trace takes args or kwargs, not both")
+            raise ExportError("kwargs: a trace accepts args or kwargs, not both")
 
 
 def _dynamic_batch(
@@ -165,7 +165,7 @@ def _first_dimension(value: Any, name: str) -> Any:
             return None
         if value.shape[0] < 2:
             raise ExportError(
-                f"{name}: expected a first dimension of 2 or more, since torch takes 0 and 1 for constants, "
+                f"{name}: expected a first dimension of 2 or more, because torch.export treats 0 and 1 as constants, "
                 f"got {tuple(value.shape)}; or pass dynamic_batch=False"
             )
         return {0: torch.export.Dim.DYNAMIC}
@@ -177,11 +177,11 @@ def _first_dimension(value: Any, name: str) -> Any:
 
 
 def _write(target: Path, save: Save) -> None:
-    """Call `save` in a temporary folder beside the target, then move the files it wrote into place, the target last."""
+    """Call `save` in a temporary folder, then move the files that it wrote into the target's folder, the target last."""
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
             save(Path(folder) / target.name)
-            # Large ONNX models bring a second file with the weights.
+            # Large ONNX models have a second file with the weights.
             written = sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name)
             move_into_place({file: target.parent / file.name for file in written})
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Safetensors files ↔ `AdapterState`: fastlora's, whose metadata holds each layer's settings, and loralib's, without metadata.
+"""Safetensors files ↔ `AdapterState`: fastlora's, whose metadata stores each layer's settings, and loralib's, without metadata.
 
 Keys are `<path>.lora_A`, `<path>.lora_B`, `<path>.lora_magnitude`, `<path>.initial_A`, `<path>.initial_B`, and the names of other tensors.
-The metadata `fastlora` is JSON: {"version": 1, "layers": {path: `LayerState.settings()`}}; settings that an older file does not
-have are unknown.
+The metadata `fastlora` is JSON: {"version": 1, "layers": {path: `LayerState.settings()`}}; settings missing from older files are
+None.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ def fastlora_bytes(state: AdapterState) -> bytes:
 
 
 def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
-    """The adapter in fastlora's or loralib's file. alpha: for loralib's, which does not hold it.
+    """The adapter in fastlora's or loralib's file. alpha: for loralib's, which does not store it.
 
-    Raises: CheckpointError if the file is damaged, holds no adapter, or its tensors and settings do not fit together.
+    Raises: CheckpointError if the file is damaged, has no adapter, or its tensors and settings do not fit together.
     """
     tensors, settings = read_safetensors(file)
     if any(key.startswith(PEFT_PREFIX) and ".lora_" in key for key in tensors):
         raise CheckpointError(
-            f"{file}: holds PEFT's weights, whose alpha is in adapter_config.json; give the folder that holds both"
+            f"{file}: holds PEFT's weights, whose alpha is in adapter_config.json; pass the folder that holds both"
         )
     layers, others = group_tensors(file, tensors, {name: name for name in TENSORS})
     undescribed = settings.keys() - layers.keys()
     if undescribed:
         raise CheckpointError(
-            f"{file}: the metadata describes {min(undescribed)!r}, of which there are no tensors"
+            f"{file}: the metadata describes {min(undescribed)!r}, which has no tensors"
         )
     if settings:
         described = {path: settings.get(path, {}) for path in layers}
@@ -83,7 +83,7 @@ def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
     states = layer_states(file, layers, dict.fromkeys(layers, known))
     square = [p for p, s in states.items() if s.kind == "linear" and len({*s.weight_shape}) == 1]
     if square:
-        text = f"{file}: {square[0]}: the file does not say whether this square weight is stored transposed; taken not to be"
+        text = f"{file}: {square[0]}: the file does not store whether this square weight is transposed; assuming that it is not"
         warnings.warn(text, FastLoRAWarning, stacklevel=2)
     return AdapterState(states, others, "loralib")
 
@@ -91,11 +91,11 @@ def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
 def group_tensors(
     file: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """({path: {name: tensor}} of every adapted layer, in the order of their numbers; the other tensors).
+    """({path: {name: tensor}} of every adapted layer, in the natural order of the paths; the other tensors).
 
-    names: how a key of the file ends → the name in `TENSORS`.
+    names: ending of a key in the file → name in `TENSORS`.
 
-    Raises: CheckpointError if there is no adapter, if lora_A or lora_B is missing, or for a variant that is unknown.
+    Raises: CheckpointError if there is no adapter, if lora_A or lora_B is missing, or for an unknown variant.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     others = {}
@@ -112,7 +112,7 @@ def group_tensors(
         if layers.setdefault(path, {}).setdefault(names[ending], tensor) is not tensor:
             raise CheckpointError(f"{file}: {path} has more than one {names[ending]}")
     if not layers:
-        raise CheckpointError(f"{file}: holds no lora_A and lora_B, so it is no adapter")
+        raise CheckpointError(f"{file}: holds no lora_A and lora_B, so it is not an adapter")
     for path, found in layers.items():
         for name in ("lora_A", "lora_B"):
             if name not in found:

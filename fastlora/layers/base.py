@@ -31,9 +31,9 @@ class LoRALayer(nn.Module, ABC):
     original_layer: the layer to adapt. Other arguments as in `LoRALinear`.
     """
 
-    wrapped_name: ClassVar[str]  # the attribute that holds the wrapped layer
-    has_kernels: ClassVar[bool] = False  # whether there are kernels and DoRA for it
-    takes_dropout: ClassVar[bool] = True  # whether the input can be dropped out
+    wrapped_name: ClassVar[str]  # the attribute with the wrapped layer
+    has_kernels: ClassVar[bool] = False  # whether kernels and DoRA support it
+    has_dropout: ClassVar[bool] = True  # whether dropout applies to the input
     operations: ClassVar[str]  # how torch computes a layer without kernels
     kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; written to adapter files
     disabled: bool = False  # set within `fastlora.disable_adapter`
@@ -77,7 +77,7 @@ class LoRALayer(nn.Module, ABC):
         self.add_module(self.wrapped_name, original_layer)
         self.rank = rank
         self.alpha = float(alpha)
-        self.dropout = float(dropout) if self.takes_dropout else 0.0
+        self.dropout = float(dropout) if self.has_dropout else 0.0
         self.backend = backend
         self.use_rslora = use_rslora
         shape_a, shape_b = self.factor_shapes(original_layer, rank)
@@ -146,7 +146,7 @@ class LoRALayer(nn.Module, ABC):
         return cast(Tensor, self.wrapped.weight).device
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B such that ΔW is made of scaling · B A: lora_A and lora_B, with initial_A and initial_B folded in, if there are any."""
+        """A and B with ΔW = scaling · B A: lora_A and lora_B, with initial_A and initial_B folded in if there are any."""
         initial_a, initial_b = self._buffers["initial_A"], self._buffers["initial_B"]
         if initial_a is None or initial_b is None:
             return self.lora_A, self.lora_B
@@ -179,10 +179,10 @@ class LoRALayer(nn.Module, ABC):
         """A small random input for the wrapped layer, on the CPU."""
 
     def choose(self, x: Tensor) -> Choice:
-        """The backend and plan that a call with the tensor `x` takes, and the reason."""
+        """The backend and plan that a call with the tensor `x` uses, and the reason."""
         if self.disabled:
             return Choice("torch", "base", "the adapter is disabled; the wrapped layer alone runs")
-        return Choice("torch", "around", self.operations)
+        return Choice("torch", "wrapped", self.operations)
 
     def merge_weights(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A new layer of the wrapped class with the weight W + ΔW. This layer does not change.
@@ -191,8 +191,8 @@ class LoRALayer(nn.Module, ABC):
 
         dtype: of the merged weight; None keeps the wrapped weight's.
 
-        Raises: MergeError if the wrapped weight is parametrised (the parametrisation would be lost) or quantised, or the adapter is
-        disabled.
+        Raises: MergeError if the wrapped weight is parametrised (merging would discard the parametrisation) or quantised, or the adapter
+        is disabled.
         """
         reason = self.why_unmergeable()
         if reason is not None:
@@ -228,7 +228,7 @@ class LoRALayer(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # disable_adapter would never enable a copy made inside it.
+        # A copy made inside disable_adapter would stay disabled.
         self.__dict__.pop("disabled", None)
 
     @abstractmethod
@@ -259,14 +259,14 @@ def wrapped_attribute(name: str) -> Any:
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast on the tensor's device."""
+    """Context manager: turns autocast off on the tensor's device."""
     if autocasts(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
 
 
 def default_adapter_dtype(original: nn.Module) -> torch.dtype:
-    """The weight's dtype, but float32 for a 16-bit weight, where small updates would vanish, and for a quantised one."""
+    """The weight's dtype, but float32 for a 16-bit weight, in which small updates would vanish, and for a quantised one."""
     if quantisation(original) is not None:
         return torch.float32
     return torch.promote_types(cast(Tensor, original.weight).dtype, torch.float32)
@@ -285,7 +285,7 @@ def has_hooks(module: nn.Module) -> bool:
 def named_lora_layers(
     model: nn.Module, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, LoRALayer]]:
-    """(path, layer) of every adapted layer, each once under its first name, or else under all its names."""
+    """(path, layer) of every adapted layer, each once under its first name, or under all its names if `remove_duplicate` is False."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, LoRALayer):
             yield path, module

@@ -19,14 +19,14 @@ class LoRAConv(LoRALayer):
     """y = conv(x, W) + bias + scaling · conv₁(conv(dropout(x), A), B) around an `nn.Conv1d`, `Conv2d` or `Conv3d`.
 
     `lora_A` (rank, in_channels / groups, *kernel_size) has the stride, padding, padding mode, dilation and groups of the wrapped
-    layer, `lora_B` (out_channels, rank / groups, 1, …) is pointwise; each group has its share of the rank. So ΔW is an update of W
-    and can be merged, unlike PEFT's with groups, dilation or a padding mode. The wrapped layer is `original_layer`. Plain torch
+    layer, `lora_B` (out_channels, rank / groups, 1, …) is pointwise; each group has an equal part of the rank. So ΔW is an
+    update of W and can be merged, unlike PEFT's with groups, dilation or a padding mode. The wrapped layer is `original_layer`. Plain torch
     operations, on every device.
 
     Arguments as in `LoRALinear`; the rank must be a multiple of groups.
 
     Raises: ConfigError for an invalid value, BackendError for backend="triton", InjectionError if the layer cannot be adapted: a
-    transposed or lazy convolution, or a subclass with a forward of its own.
+    transposed or lazy convolution, or a subclass with a custom forward.
     """
 
     wrapped_name = "original_layer"
@@ -53,7 +53,7 @@ class LoRAConv(LoRALayer):
         if type(layer).forward is not own.forward or (
             type(layer)._conv_forward is not own._conv_forward
         ):
-            return f"{kind} has a forward of its own, which the update would not match"
+            return f"{kind} has a custom forward, which the update would not match"
         if not layer.weight.dtype.is_floating_point:
             return f"{kind} holds a {layer.weight.dtype} weight, which is not supported"
         return None

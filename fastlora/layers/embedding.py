@@ -12,19 +12,19 @@ from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 class LoRAEmbedding(LoRALayer):
     """y = W[ids] + scaling · (Aᵀ[ids]) Bᵀ around an `nn.Embedding`.
 
-    `lora_A` (rank, num_embeddings) starts at zero and `lora_B` (embedding_dim, rank) normal, as in PEFT and loralib. The row
-    `padding_idx` gets no gradient. The wrapped layer is `original_layer`. Plain torch operations, on every device.
+    `lora_A` (rank, num_embeddings) is initialised to zero and `lora_B` (embedding_dim, rank) to normal values, as in PEFT and
+    loralib. The row `padding_idx` gets no gradient. The wrapped layer is `original_layer`. Plain torch operations, on every device.
 
     Arguments as in `LoRALinear`. Indices have no dropout: `dropout` is set to 0.
 
     Raises: ConfigError for an invalid value, BackendError for backend="triton", InjectionError if the layer cannot be
-    adapted: with max_norm, which changes the weight in every call, or a subclass with a forward of its own.
+    adapted: with max_norm, which changes the weight in every call, or a subclass with a custom forward.
     """
 
     wrapped_name = "original_layer"
     operations = "an embedding: two look-ups and a product of torch"
     kind = "embedding"
-    takes_dropout = False
+    has_dropout = False
     original_layer: nn.Embedding
     num_embeddings = wrapped_attribute("num_embeddings")
     embedding_dim = wrapped_attribute("embedding_dim")
@@ -36,7 +36,7 @@ class LoRAEmbedding(LoRALayer):
         if not isinstance(layer, nn.Embedding):
             return f"expected an nn.Embedding, got {kind}"
         if type(layer).forward is not nn.Embedding.forward:
-            return f"{kind} has a forward of its own, which the update would not match"
+            return f"{kind} has a custom forward, which the update would not match"
         if layer.max_norm is not None:
             return f"{kind} has max_norm={layer.max_norm}, which changes the weight in every call"
         if not layer.weight.dtype.is_floating_point:

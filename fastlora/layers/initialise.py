@@ -14,7 +14,7 @@ def initialise(layer: LoRALayer, method: str) -> None:
     """Set lora_A (R, K) and lora_B (N, R) so that ΔW = 0.
 
     method: as `init_lora_weights` of `LoRAConfig`.
-        "gaussian": lora_A is normal. An embedding, whose lora_A starts at zero, does not change.
+        "gaussian": lora_A is normal. An embedding, whose lora_A is zero, does not change.
         "orthogonal": Q (R, R) is orthogonal, A = 0.1 · Q_evenᵀ G_a and B = 0.1 · G_b Q_odd with Gaussian G. Even and odd rows of
         Q are orthogonal, so the product is zero up to rounding, though neither factor is.
         "pissa": from U, σ, V of the R largest singular values of W, A = √(σ/s) Vᵀ and B = U √(σ/s), with s the scaling;

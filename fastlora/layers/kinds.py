@@ -10,7 +10,7 @@ from fastlora.layers.conv import CONVOLUTIONS, LoRAConv
 from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.linear import LoRALinear, LoRATransposedLinear, is_transposed_linear
 
-# Transposed convolutions are included so that a pattern that matches one is refused by name.
+# Transposed convolutions are included so that the error for a pattern that matches one names it.
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 

@@ -1,4 +1,4 @@
-"""`LoRALinear`: a linear layer with a trainable low-rank update beside its frozen weight."""
+"""`LoRALinear`: a linear layer with a trainable low-rank update of its frozen weight."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class LoRALinear(LoRALayer):
     (such as SAM 3D's SparseTensor); the output is of the same type.
 
     The wrapped layer is called, and the low-rank product added to its output, if it has hooks, a weight quantised by bitsandbytes or
-    torchao, or a forward of its own and a plain tensor as input. On a token object a forward of its own is assumed to be F.linear on
-    `.feats`. `fastlora.explain(layer, x)` tells which of these runs.
+    torchao, or a custom forward and a plain tensor as input. On a token object a custom forward is assumed to be F.linear on
+    `.feats`. `fastlora.explain(layer, x)` shows which of these runs.
 
     original_linear: the layer to adapt; its weight (out_features, in_features) is floating-point or quantised.
     rank: 1 or more.
@@ -86,7 +86,7 @@ class LoRALinear(LoRALayer):
             self.reset_magnitude()
 
     def scales_nothing(self) -> bool:
-        """Whether DoRA's magnitudes equal the present norms of the rows, so that g is 1."""
+        """Whether DoRA's magnitudes equal the current norms of the rows, so that g is 1."""
         magnitude = self.lora_magnitude
         if magnitude is None or magnitude.is_meta:
             return False
@@ -94,7 +94,7 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """Set DoRA's magnitudes to the present norms of the rows."""
+        """Set DoRA's magnitudes to the current norms of the rows."""
         assert self.lora_magnitude is not None
         self.lora_magnitude.copy_(self._row_norms())
 
@@ -126,7 +126,7 @@ class LoRALinear(LoRALayer):
         return self._as_weight_layout(self.original_linear.weight)
 
     def dequantised_matrix(self) -> Tensor:
-        """The wrapped weight as (out_features, in_features), in floating point also where it is quantised."""
+        """The wrapped weight as (out_features, in_features), in floating point even if it is quantised."""
         return self._as_weight_layout(self.wrapped_weight())
 
     def forward(self, input: Any) -> Any:
@@ -157,11 +157,11 @@ class LoRALinear(LoRALayer):
         choice = self._choose(autocast(x) if autocasts(x) else x, dropout)
         package, reason = quantisation(self.original_linear), choice.reason
         if package is not None:
-            reason = f"the weight is quantised by {package}, whose product runs"
+            reason = f"the weight is quantised by {package}, which computes the product"
         elif self.lora_magnitude is not None:
-            reason += "; DoRA scales the output in another pass"
+            reason += "; DoRA scales the output in a separate pass"
         elif self.group is not None and (choice.backend, choice.plan) == ("torch", "in_place"):
-            reason += f"; fused with {len(self.group.layers) - 1} that share its input"
+            reason += f"; fused in a group of {len(self.group.layers)} layers with the same input"
         return replace(choice, reason=reason)
 
     def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
@@ -195,7 +195,7 @@ class LoRALinear(LoRALayer):
             shared: Tensor | None = self.group.output(self, x)
             if shared is not None:
                 return shared
-        linear = self.original_linear  # an attribute of a module costs half a microsecond
+        linear = self.original_linear  # reading a module's attribute costs half a microsecond
         bias = linear.bias
         dora = self._parameters["lora_magnitude"] is not None
         y = lora_linear(
@@ -250,14 +250,14 @@ class LoRALinear(LoRALayer):
         return torch.cat(squares).clamp_(min=torch.finfo(wide).tiny).sqrt_()
 
     def _as_weight_layout(self, matrix: Tensor) -> Tensor:
-        """A matrix in the stored orientation as (N, K), or the other way round."""
+        """Convert a matrix from the stored orientation to (N, K), or back."""
         return matrix
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         return self._as_weight_layout(b @ a)  # [N, R] @ [R, K] -> [N, K]
 
     def _draw_seed(self, x: Tensor) -> Tensor | None:
-        # From torch's generator, outside the operator: `torch.manual_seed`, recomputation and compiled graphs apply to it.
+        # Drawn by torch's generator outside the operator, so `torch.manual_seed`, recomputation and compiled graphs apply to it.
         if not self.training or self.dropout == 0.0:
             return None
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
@@ -328,7 +328,7 @@ def is_plain(linear: nn.Module) -> bool:
 def computes_linear(linear: nn.Module) -> bool:
     """Whether the forward of the layer is that of `nn.Linear` or of transformers' `Conv1D`."""
     kind = type(linear)
-    if "forward" in linear.__dict__:  # as hooks of the package accelerate do
+    if "forward" in linear.__dict__:  # set by hooks of the package accelerate
         return False
     if kind.forward is nn.Linear.forward:
         return True

@@ -1,1 +1,1 @@
-"""Operations on a whole model: select, inject, switch, merge, fuse."""
+"""Operations on a model: select layers, inject, switch, merge and fuse adapters."""

@@ -12,7 +12,7 @@ from torch import nn
 from fastlora.layers.base import LoRALayer
 
 _KEY = "_fastlora_adapters"
-# On a module: names of its own parameters that train because of `bias` or `modules_to_save`.
+# Attribute of a module: names of its direct parameters that train because of `bias` or `modules_to_save`.
 EXTRA_TRAINABLE = "_fastlora_extra_trainable"
 
 

@@ -39,15 +39,15 @@ def add_adapter(
     *,
     activate: bool = False,
 ) -> int:
-    """Add an adapter with a name of its own to `model`. Returns the number of its layers.
+    """Add an adapter under a new name to `model`. Returns the number of its layers.
 
-    At most one adapter is active: its wrappers are in the module tree, where the rest of fastlora sees them (training, saving,
-    merging, export, reports). The wrappers of the others are stored outside it, around the same base layers. They are copied and
-    pickled with the model, and follow its device and training mode when they become active; their dtype and `requires_grad` do
-    not change. The adapter of `inject_lora` and `from_pretrained` is called "default".
+    At most one adapter is active: its wrappers are in the module tree, so training, saving, merging, export and reports use
+    it. The wrappers of the others are stored outside the tree, around the same base layers. They are copied and pickled with the
+    model, and follow its device and training mode when they become active; their dtype and `requires_grad` do not change. The
+    adapter of `inject_lora` and `from_pretrained` is called "default".
 
     target_modules, rank, alpha, dropout: as in `inject_lora`. The adapters of one model may differ in all of them.
-    activate: make it the active one. Otherwise the active adapter, or the plain model, stays.
+    activate: make it the active one. Otherwise the active adapter does not change.
 
     Raises: ConfigError if the name is taken, or for `modules_to_save` or `bias` if there are other adapters. InjectionError as
     `inject_lora`, if no layer matches, inside `disable_adapter`, or if a module of the active adapter was replaced. The model is
@@ -74,7 +74,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """Make the adapter `name` the active one; with None no adapter is active, and the model has its own keys.
 
     The time is proportional to the layers of the two adapters. Parameters stay the same objects, so an optimizer can continue with
-    its adapter after switching away and back. Hooks of base layers stay; hooks of a wrapper move with it. An alias of an adapted
+    its adapter after switching away and back. Base layers and wrappers keep their hooks. An alias of an adapted
     layer that was added to the model after injection is not switched.
 
     Raises: ConfigError if there is no such adapter. InjectionError inside `disable_adapter`, or naming each path whose module was
@@ -98,7 +98,7 @@ def list_adapters(model: nn.Module) -> list[str]:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Delete an adapter; its memory is freed once nothing else (an optimizer) holds its parameters.
 
-    Deleting the active one restores the plain layers and leaves no adapter active. Modules that were replaced since stay.
+    Deleting the active one restores the plain layers and leaves no adapter active. Modules that have been replaced since are kept.
 
     Raises: ConfigError if there is no such adapter. InjectionError if it is the active one inside `disable_adapter`.
     """
@@ -116,7 +116,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """A context in which the adapter `name` is active, or none with None; the previous one is restored afterwards.
+    """Context manager: the adapter `name` is active, or none with None; the previous one is restored afterwards.
 
     Raises: as `set_adapter`, on entry and on exit.
     """
@@ -135,18 +135,18 @@ def combine_adapters(
     method: Method = "cat",
     rank: int | None = None,
 ) -> int:
-    """Add the adapter ΔW = Σ w · ΔW_name over `weights`, for every layer that one of them has, without activating it.
+    """Add the adapter ΔW = Σ w · ΔW_name over `weights`, for every layer that has one of them, without activating it.
 
-    weights: name → w, any finite number; a negative one subtracts the task.
+    weights: name → w, any finite number; a negative one subtracts the adapter.
     method: "cat" concatenates the factors: exact, and the ranks of a layer add up. "svd" is the best approximation of a
         lower rank; no (out_features, in_features) matrix is formed.
-    rank: for "svd" only, the highest rank of a layer; None takes the highest among its adapters.
+    rank: for "svd" only, the highest rank of a layer; None uses the highest among its adapters.
     Returns the number of its layers. The new adapter has scaling 1, no dropout, new parameters in float32 or wider, and the
-    backends of its sources. Later training of those does not change it.
+    backends of its sources. Training those later does not change it.
 
     Source: "Editing models with task arithmetic", arXiv 2212.04089; PEFT's add_weighted_adapter.
 
-    Raises: ConfigError for an unknown or taken name, and for a bad weight, method or rank. InjectionError if the adapters wrap
+    Raises: ConfigError for an unknown or taken name, and for an invalid weight, method or rank. InjectionError if the adapters wrap
     different base layers, have DoRA, or adapt a convolution with groups.
     """
     owner, registry = _registry(model)
@@ -161,7 +161,7 @@ def combine_adapters(
         raise ConfigError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
     if rank is not None:
         if method == "cat":
-            raise ConfigError('rank: the ranks add up under "cat"; give it with method="svd"')
+            raise ConfigError('rank: the ranks add up under "cat"; use method="svd"')
         check_hyperparameters(rank, 1.0, 0.0)
     bases: dict[str, nn.Module] = {}
     parts: dict[nn.Module, dict[LoRALayer, float]] = {}
@@ -170,21 +170,21 @@ def combine_adapters(
             base = layer.wrapped
             if bases.setdefault(path, base) is not base:
                 raise InjectionError(
-                    f"weights: at {path} the adapter {name!r} wraps another layer than the others"
+                    f"weights: at {path} the adapter {name!r} wraps a different layer"
                 )
             reason = _why_not_combinable(layer)
             if reason is not None:
                 raise InjectionError(f"weights: {path} of {name!r} {reason}")
             parts.setdefault(base, {})[layer] = float(weight)
-    made = {base: _combined(layers, method, rank) for base, layers in parts.items()}
-    registry.adapters[new_name] = {path: made[base] for path, base in bases.items()}
+    combined = {base: _combined(layers, method, rank) for base, layers in parts.items()}
+    registry.adapters[new_name] = {path: combined[base] for path, base in bases.items()}
     set_registry(owner, registry)
-    return len(made)
+    return len(combined)
 
 
 @contextmanager
 def inject_as(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """A context that yields the plain model; the layers injected into it become the inactive adapter `name`.
+    """Context manager that yields the plain model; the layers injected into it become the inactive adapter `name`.
 
     The adapter that was active before is active again afterwards. On an exception nothing changes.
 
@@ -229,7 +229,7 @@ def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
     layers = _installed(owner)
     if "" in layers:
         raise InjectionError(
-            "model: is itself an adapted layer; pass the model that contains it, or give it a parent"
+            "model: is itself an adapted layer; pass the model that contains it, or put it inside an nn.Module"
         )
     if not layers:
         return owner, AdapterRegistry({}, None)

@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: adapted layers that share their input (q, k and v; gate and up) make one pass over it."""
+"""`fuse` and `unfuse`: adapted layers that share their input (q, k and v; gate and up) are computed in one pass over it."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     Afterwards the first layer of a group that is called computes all of them by `lora_linear_group`: one pass over x for every
     S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. Results are those of
     separate calls up to rounding, except that one mask serves the group; layers keep their parameters, state dicts and hooks.
-    A layer runs by itself if its input is not its group's, while the members differ in training mode or dropout or are disabled,
-    on Triton under the plan `decode` or with more than 256 ranks in all, and under torch.compile, functorch and inference mode.
-    On a CPU fusion pays with dropout, whose mask is computed once for the group; without it gains little, and below some hundred
-    rows the checks cost more than they save (docs/notebook.md has figures).
+    A layer runs separately if its input is not its group's, while the members differ in training mode or dropout or are disabled,
+    with Triton under the plan `decode` or with more than 256 ranks in total, and under torch.compile, functorch and inference mode.
+    On a CPU fusion is faster with dropout, whose mask is computed once for the group; without dropout it gains little, and below a
+    few hundred rows the checks cost more than they save (docs/notebook.md has figures).
 
-    The sample run is without gradients and in eval mode; training modes are restored. Calling `fuse` again replaces the groups.
+    The sample run is in eval mode and without gradients; training modes are restored. Calling `fuse` again replaces the groups.
 
     Raises: InjectionError if the model has no adapted linear layer; whatever the model raises, with the groups unchanged.
     """
@@ -87,7 +87,7 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
 
 
 def unfuse(model: nn.Module) -> int:
-    """Let every layer run by itself again. Returns how many layers were in a group."""
+    """Undo `fuse`. Returns how many layers were in a group."""
     fused = [la for _, la in named_lora_layers(model) if isinstance(la, LoRALinear) and la.group]
     for layer in fused:
         layer.group = None
@@ -101,7 +101,7 @@ class _Cached:
     x: Any  # a weak reference
     state: tuple[Any, ...]
     outputs: dict[int, Tensor]
-    spent: list[bool]  # not empty after the backward pass of the outputs' graph
+    freed: list[bool]  # not empty after the backward pass of the outputs' graph
 
 
 class _Group:
@@ -119,12 +119,12 @@ class _Group:
         return {"layers": self.layers, "_cached": None}
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """The output of `layer` for x (..., K); None if it must run by itself."""
+        """The output of `layer` for x (..., K); None if it must run separately."""
         versionless = torch.is_inference_mode_enabled() or x.is_inference()
         if versionless or torch._C._are_functorch_transforms_active():
             return None
         state, cached = self._state(x), self._cached
-        if cached is not None and not cached.spent and cached.x() is x and cached.state == state:
+        if cached is not None and not cached.freed and cached.x() is x and cached.state == state:
             y = cached.outputs.pop(id(layer), None)
             if not cached.outputs:
                 self._cached = None
@@ -133,16 +133,16 @@ class _Group:
         backend = self._backend(layer, x)
         if backend is None:
             return None
-        spent: list[bool] = []
+        freed: list[bool] = []
         seed = layer._draw_seed(x)
         layers = []
         for m in self.layers:
             low = low_rank(*m.factors(), m.scaling, layer.dropout, seed)
             layers.append(Layer(m.matrix, m.original_linear.bias, low))
-        outputs = lora_linear_group(x, layers, spent, triton=backend == "triton")
-        made = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
-        y = made.pop(id(layer))
-        self._cached = _Cached(weakref.ref(x), state, made, spent)
+        outputs = lora_linear_group(x, layers, freed, triton=backend == "triton")
+        unused = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
+        y = unused.pop(id(layer))
+        self._cached = _Cached(weakref.ref(x), state, unused, freed)
         return y
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:
@@ -159,7 +159,7 @@ class _Group:
         return x._version, torch.is_grad_enabled(), dtype, versions, modes
 
     def _backend(self, layer: LoRALinear, x: Tensor) -> str | None:
-        """The backend of the group for x, "torch" or "triton"; None if `layer` must run by itself."""
+        """The backend of the group for x, "torch" or "triton"; None if `layer` must run separately."""
         cast = autocast(x) if autocasts(x) else x
         together = any(m is layer for m in self.layers) and all(
             m.group is self
@@ -185,7 +185,7 @@ def _why_not_fusable(layer: LoRALinear) -> str | None:
     if layer.lora_magnitude is not None:
         return "it has DoRA"
     if not is_plain(layer.original_linear):
-        return "the wrapped layer has hooks, a forward of its own or a quantised weight"
+        return "the wrapped layer has hooks, a custom forward or a quantised weight"
     if "weight" not in layer.original_linear._parameters:
         return "the wrapped weight is recomputed at each access (parametrised)"
     return None

@@ -49,7 +49,7 @@ def inject_lora(
     warns and wraps the rest; under a LoRAConfig both raise. Dropout on the projection of an `nn.MultiheadAttention` warns, since
     that module multiplies by the merged weight itself. `fastlora.preview` shows the result beforehand.
 
-    Raises: ConfigError for a bad value. InjectionError if the model already has adapters (`fastlora.add_adapter` adds others by
+    Raises: ConfigError for an invalid value. InjectionError if the model already has adapters (`fastlora.add_adapter` adds others by
     name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing, with the nearest names.
     """
     config = to_config(target_modules, rank, alpha, dropout)
@@ -75,7 +75,7 @@ def inject_lora(
 
 
 def freeze_base_params(model: nn.Module) -> tuple[int, int]:
-    """Let only the adapters train, and the parameters that `bias` and `modules_to_save` of the injected `LoRAConfig` name.
+    """Freeze all parameters except the adapters and those that `bias` and `modules_to_save` of the injected `LoRAConfig` name.
 
     Returns (frozen, trainable), counted in parameters (elements).
     """
@@ -86,13 +86,13 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
             FastLoRAWarning,
             stacklevel=2,
         )
-    kept = adapters | {
+    trainable = adapters | {
         id(module._parameters[name])
         for module in model.modules()
         for name in getattr(module, EXTRA_TRAINABLE, ())
     }
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in kept)
+        parameter.requires_grad_(id(parameter) in trainable)
     counts = count_parameters(model)
     return counts["total"] - counts["trainable"], counts["trainable"]
 
@@ -132,7 +132,7 @@ def setup_lora_for_medical_finetuning(
     include_ffn: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Inject adapters into the attention projections, freeze the rest, and let the output layer train.
+    """Inject adapters into the attention projections, freeze the other parameters and unfreeze the output layer.
 
     rank_pattern: pattern → rank of the layers that match, instead of `rank`; their scaling stays alpha / rank. An output layer
         named here gets an adapter of that rank instead of being unfrozen.
@@ -149,7 +149,7 @@ def setup_lora_for_medical_finetuning(
     check_hyperparameters(rank, alpha, dropout)
     ranks = dict(rank_pattern or {})
     names = DEFAULT_OUTPUT_LAYERS if output_layer_names is None else tuple(output_layer_names)
-    # As whole components: `out_layer` is not `upsample.0.out_layers`.
+    # Matches full components: `out_layer` is not `upsample.0.out_layers`.
     heads = [re.compile(rf"(.*\.)?{re.escape(name)}(\..*)?") for name in names if name in ranks]
     config = LoRAConfig(
         (*DEFAULT_TARGETS, *(["mlp"] if include_ffn else []), *heads),

@@ -17,15 +17,15 @@ def loraplus_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: lora_B with lr · lr_ratio, all other trainable parameters with lr.
 
-    Both factors of an embedding, whose lora_A starts at zero instead of lora_B, have lr.
+    Both factors of an embedding, whose lora_A is initialised to zero instead of lora_B, have lr.
 
     lr: above 0; lower than for plain LoRA.
-    lr_ratio: 1 or more, around 16 in the paper.
+    lr_ratio: 1 or more; about 16 in the paper.
     weight_decay: of both groups.
 
     Source: LoRA+, arXiv 2402.12354.
 
-    Raises: ConfigError for a bad value, InjectionError if no lora_B trains.
+    Raises: ConfigError for an invalid value, InjectionError if no lora_B trains.
     """
     for name, value, least in (("lr", lr, 0.0), ("lr_ratio", lr_ratio, 1.0)):
         number = isinstance(value, (int, float)) and math.isfinite(value)

@@ -22,7 +22,7 @@ from fastlora.model.adapter_registry import (
 from fastlora.model.inject import replace_modules
 from fastlora.model.switch import eval_mode
 
-LOST_SHARE = 0.1  # of an update's norm; a merge that loses more warns
+LOST_SHARE = 0.1  # of an update's norm; a merge that loses more causes a warning
 _ROWS = 8
 
 
@@ -90,16 +90,16 @@ def merge_lora_weights(
     """Replace every adapted layer by a plain layer of the wrapped class with W + ΔW.
 
     The sum is computed in float32 or wider and rounded once. All layers are checked before the first is replaced, and each
-    merged layer is compared with its original on random rows. `merge_report` gives the figures without merging.
+    merged layer is compared with its original on random rows. `merge_report` computes the errors without merging.
 
     inplace: True changes `model` and returns it. False returns a merged copy.
-    dtype: of the result; None keeps each weight's. Otherwise the whole model is cast to it after merging, so that its
+    dtype: of the result; None keeps each weight's. Otherwise all parameters are cast to it after merging, so that the
         layers still fit each other; float32 keeps what a 16-bit weight would lose to rounding.
 
     Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`).
     Raises: MergeError, naming the layers, if a weight is parametrised, quantised or shared with another module (merging would
-    change that one too, or cut the tie), if a merged layer computes something else than its original, or, if inplace is
-    True, if `model` is itself an adapted layer or has inactive adapters, whose base layers would be lost. ConfigError if dtype
+    change that one too, or untie them), if a merged layer's output differs from its original's, or, if inplace is
+    True, if `model` is itself an adapted layer or has inactive adapters, which would lose their base layers. ConfigError if dtype
     is not a float dtype.
     """
     if isinstance(model, LoRALayer) and inplace:
@@ -115,13 +115,13 @@ def merge_lora_weights(
 
 
 def merged_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """A deep copy of `model` with its active adapter merged, sharing nothing with it. As `merge_lora_weights` otherwise."""
+    """A deep copy of `model` with its active adapter merged; otherwise as `merge_lora_weights`."""
     _raise_or_warn(merge_report(model, dtype), "merged_model")
     return _merge(copy_active(model), dtype)
 
 
 def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
-    """The rounding error of a merge, without changing the model: each layer is merged by itself and discarded.
+    """The rounding error of a merge, without changing the model: each layer is merged separately and discarded.
 
     dtype: as in `merge_lora_weights`. Random rows come from a separate generator; forward hooks of the layers run.
 
@@ -154,7 +154,7 @@ def check_mergeable(model: nn.Module) -> None:
 
 
 def _tokens(feats: Tensor) -> SimpleNamespace:
-    """A minimal token object, for layers that accept nothing else."""
+    """A minimal token object, for layers that accept only token objects."""
     return SimpleNamespace(feats=feats, replace=_tokens)
 
 
@@ -175,7 +175,7 @@ def _raise_or_warn(report: MergeReport, caller: str) -> None:
     wrong = [str(layer) for layer in report.layers if not layer.ok]
     if wrong:
         raise MergeError(
-            "cannot merge; the merged layer computes something else: " + "; ".join(wrong)
+            "cannot merge; the output of the merged layer differs: " + "; ".join(wrong)
         )
     if report.lossy:
         worst = max(report.lossy, key=lambda layer: layer.lost)
@@ -209,7 +209,7 @@ def _layer_report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> Lay
 def _compare(
     layer: LoRALayer, fresh: nn.Module, wide: torch.dtype
 ) -> tuple[float | None, float | None, str | None]:
-    """(the error of the merged output, the error that rounding explains, why the layer was not called), where the first exceeds the second most.
+    """(the error of the merged output, the error that rounding explains, why the layer was not called), at the worst element.
 
     wide: the dtype of the comparison. Outputs may differ by 16 units in the last place, for the rounding of the merged weight
     (half a unit) and of the two computations, and by 4 √K units of the sum's precision, relative to the sum of magnitudes.
@@ -224,7 +224,7 @@ def _compare(
             fresh.to(merged.dtype)  # a bias in a narrower dtype would not fit the weight
             try:
                 got, want = fresh(merged_rows), layer(rows)
-            except (AttributeError, TypeError):  # a layer that takes token objects only
+            except (AttributeError, TypeError):  # a layer that accepts token objects only
                 got, want = fresh(_tokens(merged_rows)).feats, layer(_tokens(rows)).feats
     except torch.OutOfMemoryError:
         raise

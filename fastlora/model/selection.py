@@ -111,7 +111,7 @@ def extra_trainable(
 ) -> dict[nn.Module, tuple[str, ...]]:
     """By module, the names of its parameters that train because of `modules_to_save` and `bias`.
 
-    Raises: InjectionError if a name in `modules_to_save` is not a module's, or that module is or contains a selected layer.
+    Raises: InjectionError if a name in `modules_to_save` matches no module, or that module is or contains a selected layer.
     """
     adapted = sorted(path for path, _ in selected.values())
     trained = parameters_within(model, config.modules_to_save, adapted, "modules_to_save")
@@ -135,7 +135,7 @@ def parameters_within(
 
     adapted: the paths of the layers that get an adapter. argument: the origin of `names`, for messages.
 
-    Raises: InjectionError if a name is not a module's, or that module is or contains an adapted layer.
+    Raises: InjectionError if a name matches no module, or that module is or contains an adapted layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = []
@@ -196,7 +196,7 @@ def _other_kind_hint(model: nn.Module, config: LoRAConfig, pattern: str | re.Pat
 
 
 def attention_projections(model: nn.Module) -> set[nn.Module]:
-    """The direct children of every `nn.MultiheadAttention`, which reads their weights and never calls them."""
+    """The direct children of every `nn.MultiheadAttention`, which reads their weights and does not call them."""
     return {
         child
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""`disable_adapter`, in which adapters have no effect, and `eval_mode`: contexts that restore a model afterwards."""
+"""Context managers: `disable_adapter` turns the adapters off, `eval_mode` switches to eval mode; both restore the model afterwards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastlora.layers.base import named_lora_layers
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """A context in which every adapted layer calls only the layer it wraps.
+    """Context manager: every adapted layer calls only the layer that it wraps.
 
     The model then computes the base model's output, bit for bit, and draws no dropout seeds: a reference model (DPO, distillation)
-    without a second copy. Trained heads are not affected. Contexts may be nested, and the previous state is restored, after an
-    exception too. Saving and loading work; merging and exporting are refused inside. A copy made inside has its adapters enabled.
+    without a second copy. Trained heads are not affected. Calls may be nested, and the previous state is restored, also after an
+    exception. Inside, saving and loading work, merging and exporting are refused, and a copy of the model has its adapters enabled.
 
     A forward pass inside must not be recomputed outside: with activation checkpointing use `torch.no_grad()` too.
 
@@ -32,7 +32,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """A context in which every module of `models` is in eval mode, without calling `eval()`, which may be overridden."""
+    """Context manager: every module of `models` is in eval mode, without a call of `eval()`, which may be overridden."""
     with _attribute_set((m for model in models for m in model.modules()), "training", False):
         yield
 

@@ -1,8 +1,8 @@
-"""Predicted cost of each plan on a GPU, from bytes and FLOPs: decides until a plan has been measured.
+"""Predicted time of each plan on a GPU, from bytes and FLOPs, used until a plan has been measured.
 
-A product of (m, k) and (k, n) takes the longer of its arithmetic and its traffic; a pass takes its traffic; a launch
-takes a fixed time. `eta` is our product's speed relative to cuBLAS's. docs/design.md derives the formulas and shows where a
-measurement corrected one.
+The time of a product of (m, k) and (k, n) is that of its arithmetic or of its traffic, whichever is longer; that of a pass is that
+of its traffic; a launch costs a fixed time. `eta` is the speed of our GEMM kernel relative to cuBLAS. docs/design.md derives the
+formulas; no GPU has measured them yet.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
 
 
 def dx_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
-    """Predicted seconds of dx = dy W + keep ∘ (dS A): our product, or cuBLAS's and an update in place."""
+    """Predicted seconds of dx = dy W + keep ∘ (dS A): our GEMM kernel, or cuBLAS and an update in place."""
     base, ours = _gemm(arch, q, q.m, q.k, q.n)
     update = _bytes(arch, q, 2 * q.m * q.k + q.m * q.rank) + _LAUNCH
     return {"in_place": base + update, "split": ours}
 
 
 def _gemm(arch: Architecture, q: Problem, m: int, n: int, k: int) -> tuple[float, float]:
-    """Seconds of a product in cuBLAS and in our kernel."""
+    """Seconds of a product in cuBLAS and in our GEMM kernel."""
     cublas, ours = (1.0, arch.eta) if q.itemsize == 2 else _FLOAT_SPEED[q.precision]
     arithmetic = 2 * m * n * k / (arch.tflops * 1e12)
     traffic = _bytes(arch, q, m * k + n * k + m * n)

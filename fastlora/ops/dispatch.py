@@ -1,16 +1,16 @@
-"""The one place that chooses a backend and a plan, and records why. A plan is how one call is computed.
+"""The only module that chooses a backend and a plan, and records why. A plan is how one call is computed.
 
 Plans of backend "torch":
     in_place   base GEMM, then the rank-R product added into its output; saves x, S and the dropout seed.
     composed   the reference mathematics under autograd, for functorch transforms (vmap, grad, jvp).
-    around     calls the wrapped module, then adds the rank-R product: for a base that is more than F.linear.
+    wrapped    calls the wrapped module, then adds the rank-R product: for a base that is more than F.linear.
 
 Plans of backend "triton":
     fused      one kernel: the base tile and S together.
-    split      S by one pass over x (dropout happens there), then a product whose epilogue adds S Bᵀ and the bias.
+    split      S by one pass over x, which applies dropout, then a product whose epilogue adds S Bᵀ and the bias.
     in_place   S by the same pass, cuBLAS for the base, then one kernel that adds S Bᵀ into it.
-    decode     few rows: W streams once, split along K, in two launches.
-dx has a plan of its own, "split" or "in_place"; the rest of the backward pass is the same under every plan.
+    decode     for few rows: W is read once, split along K, in two launches.
+dx has a separate plan, "split" or "in_place"; the rest of the backward pass is the same under every plan.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from fastlora.kernels.config import MAX_RANK, Architecture, Problem, Tiles, arch
 from fastlora.ops import cost, tuning_file
 
 TRITON_PLANS = ("fused", "split", "in_place", "decode")
-_OLDEST_TRITON = (3, 4)  # the first with host-made tensor descriptors
+_OLDEST_TRITON = (3, 4)  # the first with host-side tensor descriptors
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a call runs, and why. `str(choice)` is one readable line.
+    """How a call runs, and why. `str(choice)` is one line.
 
-    backend: "torch" or "triton". plan: see above. reason: why. dx_plan and config: only for Triton, the plan of dx and
-    the tiles of every kernel that the call may launch.
+    backend: "torch" or "triton". plan: see above. reason: why it was chosen. dx_plan and config: only for Triton, the
+    plan of dx and the tiles of every kernel that the call may launch.
     """
 
     backend: str
@@ -57,10 +57,10 @@ def _torch(reason: str) -> Choice:
 _CPU = _torch("torch runs this on the CPU; Triton kernels are for CUDA")
 _OTHER = _torch("the device is neither a CPU nor CUDA")
 _REQUESTED = _torch("backend='torch' was requested")
-_SUBCLASS = _torch("a tensor subclass (DTensor, quantised) has operators of its own")
+_SUBCLASS = _torch("a tensor subclass (DTensor, quantised) implements its own operators")
 _FUNCTORCH = Choice("torch", "composed", "a functorch transform (vmap, grad, jvp) is active")
-_LATER = Choice("triton", "operator", "the plan is chosen inside the operator, at run time")
-_AROUND = Choice("torch", "around", "the wrapped layer has hooks or a forward of its own")
+_LATER = Choice("triton", "operator", "the operator chooses the plan at run time")
+_WRAPPED = Choice("torch", "wrapped", "the wrapped layer has hooks or a custom forward")
 
 
 def choose(
@@ -78,14 +78,14 @@ def choose(
     x: (..., K), the input of the layer, in the dtype of the computation. weight: (N, K). Values are not read.
     rank: R of the adapters. dropout: whether a mask will be applied.
     plain_base: whether the wrapped layer computes `F.linear` and nothing else.
-    backend: "auto", "torch" or "triton". "auto" takes the environment variable FASTLORA_BACKEND, if that is set.
-    with_plan: False leaves the plan to the operator, which chooses it at run time anyway, unless Triton is forced.
+    backend: "auto", "torch" or "triton". "auto" uses the environment variable FASTLORA_BACKEND, if it is set.
+    with_plan: False lets the operator choose the plan at run time, unless Triton is forced.
 
     Raises: ConfigError for an unknown backend, BackendError if "triton" is forced and cannot run.
     """
     wanted = resolve(backend)
     if not plain_base:
-        return _or_raise(_AROUND, wanted)
+        return _or_raise(_WRAPPED, wanted)
     if functorch_active():
         return _or_raise(_FUNCTORCH, wanted)
     if wanted == "torch":
@@ -115,7 +115,7 @@ def functorch_active() -> bool:
 
 
 def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) -> Choice | None:
-    """The torch choice where Triton cannot run, judged by what is the same for every call; None if Triton may run.
+    """The torch `Choice` if Triton cannot run, decided from what does not change between calls; None if it may run.
 
     forced: whether Triton was requested by name; its interpreter, if enabled, may then run on a CPU too.
     """
@@ -128,7 +128,7 @@ def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) 
     if device == "cpu" and dtype == torch.bfloat16:
         return _torch("Triton's interpreter multiplies bfloat16 wrongly")
     if rank > MAX_RANK:
-        return _torch(f"rank {rank} is above {MAX_RANK}, the most that a kernel holds")
+        return _torch(f"rank {rank} is above {MAX_RANK}, the highest that the kernels support")
     if device == "cuda" and torch.version.hip is not None:
         return _torch("the kernels were never compiled for ROCm")
     if not _HAS_TRITON:
@@ -156,7 +156,7 @@ def launch_choice(
         return _torch("an empty tensor has nothing to launch")
     if device_architecture(x.device) is None:
         return _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
-    # The large product reads x or dy, and its output has rows of n or k elements.
+    # The main GEMM reads x or dy, and its output has rows of n or k elements.
     large, width = (x, n) if dy is None else (dy, k)
     aligned = width % 16 == 0 and _aligned(large) and _aligned(weight)
     problem = Problem(
@@ -166,7 +166,7 @@ def launch_choice(
 
 
 def _bucket(m: int) -> int:
-    """m rounded up by less than an eighth, so that a stream of different lengths needs few choices; exact up to 16."""
+    """m rounded up by less than an eighth, so that varying sequence lengths share few choices; exact up to 16."""
     step = 1 << max(0, m.bit_length() - 4)
     return -(-m // step) * step
 
@@ -196,14 +196,14 @@ def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
 
 
 def product_precision(x: torch.Tensor) -> str:
-    """The precision of products of x's dtype; it makes a difference to float32 only."""
+    """The precision of products of x's dtype; only for float32 is there more than one."""
     return float32_precision() if x.dtype == torch.float32 else "ieee"
 
 
 def float32_precision() -> str:
     """How float32 products are computed, following torch's switch: "tf32" if it allows that, else "ieee"."""
     matmul = torch.backends.cuda.matmul
-    # Since torch 2.9 there are two switches, and the old one may not be read once the new one was set.
+    # Since torch 2.9 there are two switches, and the old one cannot be read once the new one was set.
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"

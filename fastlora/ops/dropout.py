@@ -1,13 +1,13 @@
 """The dropout mask: which elements of x (M, K) a call keeps, as a pure function of a seed, the row and the column.
 
-So the mask depends neither on tiles, blocks of rows nor threads, the backward pass recomputes it, and nothing of it is stored.
-There are two definitions, and `keep_mask` decides which one a call uses:
+So it does not depend on tiles, blocks of rows or threads, and the backward pass recomputes it instead of storing it. There are two
+definitions; `keep_mask` chooses between them:
 
-`kernel_mask`, of the Triton kernels and of every device but a CPU: Philox-4x32-10, whose 32-bit words are what a GPU multiplies
-fast. `kernels/dropout.py` computes the same bits.
+`kernel_mask`, for the Triton kernels and every device except a CPU: Philox-4x32-10, because a GPU multiplies 32-bit words fast.
+`kernels/dropout.py` computes the same bits.
 
-`cpu_mask`, of a call on a CPU: NumPy's Philox-4x64-10, which is written in C. A row owns G = ⌈K / 16⌉ steps of the counter, and
-a step gives four 64-bit words, that is sixteen 16-bit lanes, least significant first. Element (i, j) is kept if lane j % 16 of
+`cpu_mask`, for calls on a CPU: NumPy's Philox-4x64-10, which is written in C. A row has G = ⌈K / 16⌉ steps of the counter; a step
+yields four 64-bit words, that is sixteen 16-bit lanes, least significant first. Element (i, j) is kept if lane j % 16 of
 counter i · G + ⌊j / 16⌋ + 1 under the key `seed` mod 2⁶⁴, read as an unsigned number, is at least `dropout_threshold(p)`. NumPy
 keeps the stream of its bit generators across versions.
 
@@ -28,21 +28,21 @@ MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-LANES = 8  # one call gives four 32-bit words, that is eight 16-bit lanes
+LANES = 8  # one call yields four 32-bit words, that is eight 16-bit lanes
 
 _CPU_LANES = 16
-# Lanes in a block of rows: its mask takes 128 KiB and its scratch 512 KiB in float32, so both stay in a core's cache.
+# Lanes in a block of rows: its mask has 128 KiB and its scratch 512 KiB in float32, so both stay in a core's cache.
 _BLOCK_LANES = 128 * 1024
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dropout_threshold(p: float) -> int:
-    """`p` in units of 2⁻¹⁶, rounded to nearest: a 16-bit lane below it is dropped. 0 ≤ p < 1 gives 0 … 65535."""
+    """`p` in units of 2⁻¹⁶, rounded to nearest: a 16-bit lane below it is dropped. 0 ≤ p < 1 becomes 0 … 65535."""
     return min(round(p * 65536), 65535)
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 − p') with p' the quantised probability that is really applied."""
+    """1 / (1 − p') with p' the quantised probability that is applied."""
     return 65536 / (65536 - dropout_threshold(p))
 
 
@@ -94,7 +94,7 @@ def kernel_mask(
     the first word, is read as a SIGNED 16-bit number, and the element is kept if lane ≥ threshold − 2¹⁵.
 
     seed: int64, a 0-d tensor or an int. p: 0 ≤ p < 1, quantised to multiples of 2⁻¹⁶.
-    rows, cols: the shape of the part wanted; it starts at row `first_row` of x.
+    rows, cols: the shape of the requested part of the mask, which starts at row `first_row` of x.
     Returns (rows, cols) bool on `device`.
     """
     groups = -(-cols // LANES)
@@ -108,8 +108,8 @@ def kernel_mask(
 
 
 class _Scratch:
-    """A generator and the buffers of a block. They outlive the call: new memory is mapped page by page, which costs more than the
-    computation in it, and a new generator costs 20 times as much as a new state.
+    """A generator and the buffers of a block. They are reused: newly allocated memory is mapped page by page, which costs more than
+    the computation, and a new generator costs 20 times as much as a new state.
     """
 
     def __init__(self, lanes: int) -> None:
@@ -120,7 +120,7 @@ class _Scratch:
         self.work = torch.empty(lanes * 8, dtype=torch.uint8, device="cpu")  # of any dtype
 
 
-# Taken while a mask is in use and given back, so that threads and nested calls never share one.
+# Removed while a mask is in use and returned afterwards, so that threads and nested calls never share one.
 _idle: list[_Scratch] = []
 
 
@@ -133,7 +133,7 @@ def _take(lanes: int) -> _Scratch:
 
 
 def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(which rows, their mask, scratch) for consecutive blocks of the rows of x (M, K), whose values are not read.
+    """(rows, their mask, scratch) for consecutive blocks of the rows of x (M, K), whose values are not read.
 
     The mask (block, K) bool and the scratch (block, K) of x's dtype are views of buffers that the next block, and
     the next caller, overwrite.
@@ -170,7 +170,7 @@ def _state(seed: int) -> dict[str, Any]:
 def zero_dropped(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
     """x where keep is true and 0 elsewhere, written to `out`, which may be x, and returned. All three have one shape, x and out one dtype.
 
-    The product of the bits as integers: exact for infinities and NaN too, and a third of the time of `torch.where` or less.
+    The bits are multiplied as integers: exact for infinities and NaN too, and at least three times as fast as `torch.where`.
     """
     integer = _INTEGERS[x.element_size()]
     torch.mul(x.view(integer), keep.view(torch.int8), out=out.view(integer))
@@ -179,9 +179,9 @@ def zero_dropped(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastlora::cpu_keep", mutates_args=(), device_types="cpu")
 def cpu_mask(seed: Tensor, p: float, rows: int, cols: int) -> Tensor:
-    """The whole mask (rows, cols) bool, as one operator: torch.compile and functorch see a node, not NumPy.
+    """The mask (rows, cols) bool as one operator: torch.compile and functorch see a node, not NumPy.
 
-    seed: 0-d int64 on the CPU; under vmap it may have a value of its own for each sample.
+    seed: 0-d int64 on the CPU; under vmap it may differ between samples.
     """
     mask = torch.empty(rows, cols, dtype=torch.bool, device="cpu")
     for block, keep, _ in keep_blocks(mask, p, seed):

@@ -1,8 +1,8 @@
-"""Autograd function of linear layers that share their input: one pass over x, and one dropout mask, for all their adapters.
+"""Autograd function of linear layers that share their input: one pass over x and one dropout mask for all their adapters.
 
 For layers i with y_i = x W_iᵀ + bias_i + scaling_i · (D(x) A_iᵀ) B_iᵀ, separate calls read x once for each S_i and once for each dA_i, compute
-the mask twice for each, and leave the sum of their dx to autograd. Here S is one product with the A_i stacked, dA one with the
-dS_i stacked, and every dx is added in place. With Triton the kernels are those of single layers (`fastlora.ops.triton_ops`).
+the mask twice for each, and let autograd sum the dx. Here S is one product with the stacked A_i, dA one with the stacked dS_i, and
+every dx is added in place. With Triton the kernels are those of single layers (`fastlora.ops.triton_ops`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _TENSORS = 4  # of a layer
 
 
 def lora_linear_group(
-    x: Tensor, layers: Sequence[Layer], spent: list[bool] | None = None, triton: bool = False
+    x: Tensor, layers: Sequence[Layer], freed: list[bool] | None = None, triton: bool = False
 ) -> list[Tensor]:
-    """[`lora_linear(x, …)` for each layer], all under the same dropout mask.
+    """[`lora_linear(x, …)` for each layer], all with the same dropout mask.
 
-    x: (..., K), of the weights' dtype. Under autocast all take its dtype. layers: N, R and scaling may differ.
-    spent: gets an entry when the backward pass has run; the outputs then belong to a graph that is freed.
-    triton: run kernels, not torch's operations; only where `dispatch` allows them, with at most MAX_RANK ranks in all and adapters of
-        one dtype.
+    x: (..., K), of the weights' dtype. Under autocast all are cast to its dtype. layers: N, R and scaling may differ.
+    freed: gets an entry when the backward pass runs, after which the graph of the outputs is freed.
+    triton: run kernels instead of torch operations; only if `dispatch` allows them, with at most MAX_RANK ranks in total and adapters
+        of one dtype.
     """
     casts = linear.autocasts(x)
     x = linear.autocast(x) if casts else x
@@ -41,7 +41,7 @@ def lora_linear_group(
     p, seed = layers[0].low.p, layers[0].low.seed
     if not torch.is_grad_enabled():
         return _forward(x, _layers(tensors, scalings, p, seed), triton)[0]
-    return list(_Group.apply(x, seed, p, scalings, spent, triton, *tensors))  # type: ignore[no-untyped-call]
+    return list(_Group.apply(x, seed, p, scalings, freed, triton, *tensors))  # type: ignore[no-untyped-call]
 
 
 class _Group(torch.autograd.Function):
@@ -54,20 +54,20 @@ class _Group(torch.autograd.Function):
         seed: Tensor | None,
         p: float,
         scalings: tuple[float, ...],
-        spent: list[bool] | None,
+        freed: list[bool] | None,
         triton: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs, s = _forward(x, _layers(tensors, scalings, p, seed), triton)
         ctx.save_for_backward(x, seed, *s, *tensors)
-        ctx.p, ctx.scalings, ctx.spent, ctx.triton = p, scalings, spent, triton
+        ctx.p, ctx.scalings, ctx.freed, ctx.triton = p, scalings, freed, triton
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> linear.Gradients:
-        if ctx.spent is not None:
-            ctx.spent.append(True)
+        if ctx.freed is not None:
+            ctx.freed.append(True)
         x, seed, *rest = ctx.saved_tensors
         s, tensors = rest[: len(dys)], rest[len(dys) :]
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
@@ -119,13 +119,14 @@ def _layers(
 def _forward(
     x: Tensor, layers: Sequence[Layer], triton: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """y (..., N) and S (M, R) of each layer; the kernels' S holds every factor, torch's none."""
+    """y (..., N) and S (M, R) of each layer; the kernels' S includes every factor, torch's none."""
     flat = linear.as_rows(x)  # [M, K]
     if triton:
-        made, s = linear.triton_ops().group_forward(flat, layers)
+        results, s = linear.triton_ops().group_forward(flat, layers)
         # Not views of the kernels' results: autograd forbids writing into views when a function has several outputs.
-        shapes = [(*x.shape[:-1], y.shape[-1]) for y in made]
-        return [x.new_empty(0).set_(y).resize_(*n) for y, n in zip(made, shapes, strict=True)], s
+        shapes = [(*x.shape[:-1], y.shape[-1]) for y in results]
+        pairs = zip(results, shapes, strict=True)
+        return [x.new_empty(0).set_(y).resize_(*shape) for y, shape in pairs], s
     lows = [layer.low for layer in layers]
     s = torch.split(linear.down_project(flat, stacked(lows)), [low.rank() for low in lows], 1)
     outputs = []

@@ -1,7 +1,7 @@
 """Autograd functions of one layer: `lora_linear`, the function behind `LoRALinear`, and `lora_update`.
 
-What autograd would save for `x Wᵀ + scaling · (D(x) Aᵀ) Bᵀ` is x, D(x) and the dropout mask, besides the small S. The
-functions here save x (which the caller holds anyway), S (M, R) and a seed of 8 bytes, and recompute the mask.
+For `x Wᵀ + scaling · (D(x) Aᵀ) Bᵀ` autograd would save x, D(x), the dropout mask and the small S. The functions here save x
+(which the caller usually keeps alive), S (M, R) and a seed of 8 bytes, and recompute the mask.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def lora_linear(
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ, differentiable in every tensor argument.
 
     x: (..., K), any float dtype, any strides, empty allowed. weight: (N, K) and bias: (N,) or None, of x's dtype.
-    lora_a: (R, K) and lora_b: (N, R), any float dtype: they are cast to x's dtype, x never is.
+    lora_a: (R, K) and lora_b: (N, R), any float dtype; they are cast to x's dtype.
     scaling: the applied factor, alpha / rank. p: dropout probability, 0 ≤ p < 1, used only if `seed` is given.
     seed: 0-d int64 tensor on x's device or the CPU. One device drops the same elements for the same seed, whether the call is compiled,
     transformed by functorch or neither; `fastlora.ops.dropout.keep_mask` decides which.
-    Returns y (..., N) in x's dtype, newly allocated. Under autocast all of them take the autocast dtype.
+    Returns y (..., N) in x's dtype, newly allocated. Under autocast all of them are cast to its dtype.
 
     Raises: ConfigError if shapes, dtypes or devices do not fit; BackendError if `backend` cannot run.
     """
@@ -98,7 +98,7 @@ def low_rank(
 
 
 def _in_blocks(x: Tensor) -> bool:
-    """Whether dropout works through x in cache-sized blocks: on a CPU, but not in a graph, where the mask is one operator."""
+    """Whether dropout processes x in cache-sized blocks: on a CPU, but not in a graph, where the mask is one operator."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -141,8 +141,8 @@ class _LoRALinear(torch.autograd.Function):
             if triton:
                 wanted = (needs_x, needs_a, needs_b)
                 operator = triton_ops().OPERATORS.lora_backward
-                made = iter(operator(rows, flat, weight, s, *low, *wanted))
-                dx, da, db = (next(made) if one else None for one in wanted)
+                found = iter(operator(rows, flat, weight, s, *low, *wanted))
+                dx, da, db = (next(found) if one else None for one in wanted)
             else:
                 dx = da = db = None
                 if needs_x:  # [M, N] @ [N, K] -> [M, K]
@@ -163,9 +163,9 @@ def exact_gradients(
     needs: Sequence[bool],
     dys: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """The gradients of `function(*inputs)` for dys, with respect to the inputs that `needs` marks, differentiable themselves.
+    """The gradients of `function(*inputs)` for dys, with respect to the inputs that `needs` marks; they are differentiable.
 
-    For a double backward, in which autograd has to see every product; it has not seen how S was computed.
+    For a double backward pass, in which autograd must record every product; it has not recorded how S was computed.
     """
     with torch.enable_grad():
         # Views, so that the gradient of one input does not flow through another that was computed from it.
@@ -179,7 +179,7 @@ def exact_gradients(
 def composed(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, low: LowRank, triton: bool = False
 ) -> Tensor:
-    """`lora_linear` as torch operations that autograd and functorch see; the low-rank product alone if weight is None."""
+    """`lora_linear` as torch operations, for autograd and functorch; only the low-rank product if weight is None."""
     flat, low = as_rows(x), low.to(x.dtype)
     keep = keep_mask(flat, low.p, low.seed, triton)
     if weight is not None:
@@ -196,7 +196,7 @@ def _forward(
     low: LowRank,
     triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., N) and S (M, R); the kernels' S holds every factor, torch's none."""
+    """y (..., N) and S (M, R); the kernels' S includes every factor, torch's none."""
     flat = as_rows(x)  # [M, K]
     if triton:
         y, s = triton_ops().OPERATORS.lora_forward(flat, weight, bias, *low)
@@ -235,7 +235,7 @@ def up_project(
 ) -> Tensor | None:
     """Add keep ∘ (dS A) / (1 − p') into dx (unless None) and return dA = dSᵀ D(x) (or None), one mask for both.
 
-    ds_t: dSᵀ / scaling (R, M), the layout in which both products are fast; they apply the factor.
+    ds_t: dSᵀ / scaling (R, M), the layout in which both products are fast; they multiply by the scaling.
     """
     if low.seed is None:
         if dx is not None:
@@ -247,7 +247,7 @@ def up_project(
             dx += reference.apply_dropout(ds_t.T @ low.a, low, keep)
         return ds_t @ reference.apply_dropout(x, low, keep) if needs_a else None
     ds_t = ds_t * low.scale()
-    ds = ds_t.T.contiguous()  # [M, R]: rows of it make the small products in about half the time
+    ds = ds_t.T.contiguous()  # [M, R]: in this layout the small products need about half the time
     da = torch.zeros_like(low.a) if needs_a else None
     for rows, keep, work in keep_blocks(x, low.p, low.seed):
         if dx is not None:
@@ -274,9 +274,9 @@ def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def gradient_rows(dy: Tensor) -> Tensor:
-    """dy (..., N) as (M, N). An expanded gradient, which every product would copy again, is copied once."""
+    """dy (..., N) as (M, N). An expanded gradient is copied once; otherwise every product would copy it."""
     dy = as_rows(dy)
-    # Older compilers trace no question about strides.
+    # Older versions of torch.compile cannot trace stride().
     return dy.contiguous() if not torch.compiler.is_compiling() and 0 in dy.stride() else dy
 
 
@@ -286,7 +286,7 @@ def autocasts(x: Tensor) -> bool:
 
 
 def autocast(tensor: Tensor) -> Tensor:
-    """What autocast does to an argument of a matrix product: float64 and integers are left alone."""
+    """`tensor` as autocast casts an argument of a matrix product: float64 and integers are unchanged."""
     eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if eligible else tensor
 

@@ -4,9 +4,9 @@
     dS = scaling · dy B                      dB = scaling · dyᵀ S
     dA = dSᵀ D(x)                            dx = dy W + keep ∘ (dS A) / (1 − p')
 
-`keep` is the dropout mask of `fastlora.ops.dropout`, which the backward pass recomputes. It is `kernel_mask` unless another one is given.
+`keep` is the dropout mask of `fastlora.ops.dropout`, which the backward pass recomputes. By default it is `kernel_mask`.
 
-Every function works for any float dtype and device and is differentiable by autograd. Nothing here is tuned.
+Every function works for any float dtype and device and is differentiable by autograd. Nothing here is optimised.
 
 Source: Hu et al., LoRA, arXiv 2106.09685.
 """
@@ -57,12 +57,12 @@ class Layer(NamedTuple):
 
 
 def stacked(lows: Sequence[LowRank]) -> LowRank:
-    """One path with every A_i (ΣR, K), for the products of x, which read neither B nor the scalings; those are in S_i and dS_i."""
+    """One path with every A_i (ΣR, K), for the products of x, which use neither B nor the scalings (those are in S_i and dS_i)."""
     return lows[0]._replace(a=torch.cat([low.a for low in lows]), scaling=1.0)
 
 
 def apply_dropout(x: Tensor, low: LowRank, keep: Tensor | None = None) -> Tensor:
-    """D(x) for x (M, K). A dropped element is exactly 0, whatever it was. Without a seed, or with p' = 0, D(x) is x itself.
+    """D(x) for x (M, K). A dropped element is exactly 0, even if it was infinite or NaN. Without a seed, or with p' = 0, D(x) is x itself.
 
     keep: (M, K) bool, the mask to apply; None applies `kernel_mask`.
     """

@@ -1,10 +1,10 @@
 """The two torch operators behind the Triton path: each launches all kernels of one direction.
 
-    fastlora::lora_forward    (y, S)            S holds every factor of the low-rank path, see `kernels.forward`
+    fastlora::lora_forward    (y, S)            S includes every factor of the low-rank path, see `kernels.forward`
     fastlora::lora_backward   [dx, dA, dB]      only those that are needed
 
-torch.compile sees an operator, not kernels, so it neither breaks the graph nor compiles again for another shape: plan and
-tiles are chosen inside, when the sizes are known. Importing this module imports Triton.
+torch.compile sees an operator, not kernels, so it neither breaks the graph nor recompiles for another shape: the operator chooses
+plan and tiles when the sizes are known. Importing this module imports Triton.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastlora.ops.reference import Layer, LowRank, stacked
 
 OPERATORS = torch.ops.fastlora
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
-# The fields of `LowRank`, which the dispatcher must see one by one.
+# The fields of `LowRank`, which an operator's schema must list one by one.
 _PATH = "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed"
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     f"lora_forward(Tensor x, Tensor weight, Tensor? bias, {_PATH}, str? plan=None) -> (Tensor, Tensor)"
@@ -80,7 +80,7 @@ def run_forward(
         return y, s
     if choice.plan == "fused":
         s = x.new_empty(x.shape[0], low.rank())
-        # A is read once for every tile of columns, next to W: cast before, it streams as W does.
+        # A is read once for every tile of columns, so it is cast first: x's dtype may be narrower.
         lora_a = low.a.to(x.dtype)
         y = rank_gemm(
             x, weight, bias, s, low.b, config.fused, lora_a=lora_a, scale=low.scale(), precision=precision
@@ -129,21 +129,21 @@ def run_backward(
     needs_x, needs_a, needs_b = needs
     dx = da = db = None
     if choice.config is None:  # a shape or device without kernels
-        wide = low.to(dy.dtype)
-        ds = wide.scaling * (dy @ wide.b)
+        cast = low.to(dy.dtype)
+        ds_cast = cast.scaling * (dy @ cast.b)
         if needs_x:
-            dx = dy @ weight + reference.apply_dropout(ds @ wide.a, wide)
+            dx = dy @ weight + reference.apply_dropout(ds_cast @ cast.a, cast)
         if needs_a:
-            da = (ds.T @ reference.apply_dropout(x, wide)).to(low.a.dtype)
+            da = (ds_cast.T @ reference.apply_dropout(x, cast)).to(low.a.dtype)
         if needs_b:
             db = (dy.T @ s).to(low.b.dtype)
     else:
-        made, db = _dy_products(choice.config, dy, s, low, needs_x or needs_a, needs_b)
+        ds, db = _dy_products(choice.config, dy, s, low, needs_x or needs_a, needs_b)
         mask = _mask(x, low)
-        if made is not None and needs_a:
-            da, mask = _a_product(choice.config, x, made, low.a.dtype, mask)
-        if made is not None and needs_x:
-            dx = _x_product(choice, dy, weight, made, low.a, mask)
+        if ds is not None and needs_a:
+            da, mask = _a_product(choice.config, x, ds, low.a.dtype, mask)
+        if ds is not None and needs_x:
+            dx = _x_product(choice, dy, weight, ds, low.a, mask)
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 
@@ -178,7 +178,7 @@ def _dy_products(
 def _a_product(
     config: Tiles, x: Tensor, ds: Tensor, dtype: torch.dtype, mask: Mask
 ) -> tuple[Tensor, Mask]:
-    """dA = dSᵀ (keep ∘ x) (R, K) in `dtype`, and the mask as bits, so that dx need not compute it again."""
+    """dA = dSᵀ (keep ∘ x) (R, K) in `dtype`, and the mask as bits, so that dx need not recompute it."""
     da, packed = x_pass(x, ds, dtype, config.x, mask=mask, precision=product_precision(x))
     return da, Mask(packed=packed)
 
@@ -201,10 +201,10 @@ def _x_product(
 def group_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """[y (M, N)] and [S (M, R)] of layers that share x (M, K) and the mask, each by its own plan.
 
-    Those whose plan computes S in a separate pass share that pass where their scaling is the same.
+    Layers with the same scaling whose plan computes S in a separate pass share that pass.
     """
     choices = [_choice(x, weight, low) for weight, _, low in layers]
-    made: dict[int, Tensor] = {}
+    computed: dict[int, Tensor] = {}
     with _current(x):
         sharing: dict[float, list[int]] = {}
         for i, choice in enumerate(choices):
@@ -216,9 +216,9 @@ def group_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], lis
             config = _choice(x, layers[group[0]].weight, low).config
             assert config is not None
             parts = torch.split(_down_project(x, low, config), [one.rank() for one in lows], 1)
-            made |= {i: part.contiguous() for i, part in zip(group, parts, strict=True)}
+            computed |= {i: part.contiguous() for i, part in zip(group, parts, strict=True)}
         pairs = [
-            run_forward(choice, x, *layer, made.get(i))
+            run_forward(choice, x, *layer, computed.get(i))
             for i, (choice, layer) in enumerate(zip(choices, layers, strict=True))
         ]
     return [y for y, _ in pairs], [s for _, s in pairs]
@@ -266,7 +266,7 @@ def _choice(x: Tensor, weight: Tensor, low: LowRank, dy: Tensor | None = None) -
 
 
 def _current(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the tensors' device is: make it x's."""
+    """Make x's device current: Triton launches on the current device, not on the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -286,8 +286,8 @@ def _backward_shapes(
     dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, lora_a: Tensor, lora_b: Tensor, *others: Any
 ) -> list[Tensor]:
     needs = others[3:6]  # after the scaling, p and the seed
-    made = zip(needs, (x, lora_a, lora_b), strict=True)
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for needed, t in made if needed]
+    pairs = zip(needs, (x, lora_a, lora_b), strict=True)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for needed, t in pairs if needed]
 
 
 for _name, _run, _shapes in (

@@ -1,11 +1,11 @@
-"""Measure every plan and many tiles on the GPU at hand, and keep the fastest for `dispatch` to use.
+"""Measure every plan and many tiles on this machine's GPU, and store the fastest for `dispatch`.
 
     python -m fastlora.tune --shapes 8192,4096,4096,16,0.1 32768,1024,1024,16,0 [--dtype bfloat16] [--dry-run]
 
-A shape is M,K,N,R,p: x (M, K), weight (N, K), rank R, dropout p. Each kernel is timed alone under each of its candidate
-tiles, in a cold L2; then each whole plan is timed with the best tiles of its kernels, on sm_90 and newer also with
+A shape is M,K,N,R,p: x (M, K), weight (N, K), rank R, dropout p. Each kernel is timed alone with each of its candidate
+tiles and a cold L2; then each plan is timed with the best tiles of its kernels, on sm_90 and newer also with
 overlapping launches. A kernel with a wrong result is not timed: results are compared with float64 by the rule of the tests. The
-outcome is stored in the file of `fastlora.ops.tuning_file`, and applies to this GPU, these versions and these kernels only.
+measurements are stored in the file of `fastlora.ops.tuning_file`; they are valid for this GPU, these versions and these kernels only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -72,8 +73,7 @@ def candidates(config: Config) -> Iterator[Config]:
     singles: list[dict[str, Any]] = [
         {name: value}
         for name, values in changes.items()
-        if name in own
-        and getattr(config, name) > 0  # 0 marks a block that the kernel does not have
+        if name in own and getattr(config, name) > 0  # 0: the kernel has no such block
         for value in values
     ]
     for first in singles:
@@ -127,7 +127,7 @@ class Bench:
     def backward(self, choice: Choice, s: Tensor, needs: Needs) -> list[Tensor]:
         return self.ops.run_backward(choice, self.dy, self.x, self.weight, s, self.low, needs)
 
-    def is_right(self, choice: Choice) -> bool:
+    def is_correct(self, choice: Choice) -> bool:
         """Whether every result of the choice is as close to float64 as the tests require."""
         y, s = self.forward(choice)
         got = [y, *self.backward(choice, s, (True, True, True))]
@@ -140,13 +140,13 @@ class Bench:
         return True
 
 
-def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tuning_file.Tuned:
+def tune_shape(bench: Bench, start: Tiles, timer: Timer, limit: int = 60) -> tuning_file.Tuned:
     """The fastest correct plans and tiles for a shape.
 
-    start: the tiles to begin from. timer: seconds of a call. most: how many candidates of one kernel are tried.
+    start: the tiles to begin from. timer: seconds of a call. limit: how many tiles are tried for a kernel.
     """
     arch = dispatch.device_architecture(bench.x.device)
-    assert arch is not None  # the kernels run here
+    assert arch is not None  # the caller has checked
     plans = list(cost.forward_seconds(arch, bench.problem))
     best: Tiles = start
     # kernel -> a forward plan and a dx plan that run it, and the gradients to compute; no gradients: time the forward pass
@@ -160,7 +160,7 @@ def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tuni
     }
     kernels |= {p: (p, "in_place", None) for p in ("split", "fused", "decode") if p in plans}
     for name, (plan, dx_plan, needs) in kernels.items():
-        options = [c for c, _ in zip(candidates(getattr(best, name)), range(most), strict=False)]
+        options = list(islice(candidates(getattr(best, name)), limit))
         times = [
             _seconds(bench, plan, dx_plan, replace(best, **{name: option}), needs, timer)
             for option in options
@@ -180,12 +180,12 @@ def tune_shape(bench: Bench, start: Tiles, timer: Timer, most: int = 60) -> tuni
             _print_row(kind, time, plan)
     plan, dx_plan = min(forward, key=forward.__getitem__), min(dx, key=dx.__getitem__)
     if not math.isfinite(forward[plan] + dx[dx_plan]):
-        raise BackendError(f"{bench.shape}: no plan gave a correct result, so nothing was stored")
+        raise BackendError(f"{bench.shape}: no plan has a correct result, so nothing was stored")
     return tuning_file.Tuned(plan, dx_plan, best)
 
 
 def _with_overlap(bench: Bench, best: Tiles, plans: Sequence[str], timer: Timer) -> Tiles:
-    """The tiles, with overlapping launches where a whole pass is correct and faster with them."""
+    """The tiles, with overlapping launches for each plan that is correct and faster with them."""
     trials: dict[str, tuple[tuple[str, ...], str, str, Needs | None]] = {
         "split": (("down", "split"), "split", "in_place", None),
         "decode": (("decode",), "decode", "in_place", None),
@@ -215,13 +215,13 @@ def _seconds(
 
     choice = Choice("triton", plan, "tuning", dx_plan, tiles)
     try:
-        if not bench.is_right(choice):
+        if not bench.is_correct(choice):
             return math.inf
         if needs is None:
             return timer(lambda: bench.forward(choice))
         _, s = bench.forward(choice)
         return timer(lambda: bench.backward(choice, s, needs))
-    except (OutOfResources, CompilationError, PTXASError):  # what these tiles may raise
+    except (OutOfResources, CompilationError, PTXASError):  # the tiles do not fit the GPU
         return math.inf
 
 
@@ -239,13 +239,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--shapes", nargs="+", required=True, metavar="M,K,N,R[,p]")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--most", type=int, default=60, help="tiles tried per kernel (default 60)")
-    parser.add_argument("--dry-run", action="store_true", help="print the outcome, store nothing")
+    candidates_help = "tiles tried per kernel (default %(default)s)"
+    parser.add_argument("--max-candidates", type=int, default=60, help=candidates_help)
+    parser.add_argument("--dry-run", action="store_true", help="print the result and store nothing")
     arguments = parser.parse_args(argv)
     try:
         shapes = [Shape.parse(text) for text in arguments.shapes]
-        if arguments.most < 1:
-            raise ConfigError(f"most: expected 1 or more, got {arguments.most}")
+        if arguments.max_candidates < 1:
+            raise ConfigError(f"--max-candidates: expected ≥ 1, got {arguments.max_candidates}")
         if not torch.cuda.is_available():
             raise BackendError("fastlora.tune measures on a CUDA device, and there is none")
         device = torch.device("cuda")
@@ -257,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             if choice.config is None:
                 raise BackendError(f"nothing to tune: {choice.reason}")
             print(f"{shape} {arguments.dtype}", flush=True)
-            result = tune_shape(bench, choice.config, _cuda_seconds, arguments.most)
+            result = tune_shape(bench, choice.config, _cuda_seconds, arguments.max_candidates)
             if not arguments.dry_run:
                 tuning_file.store(torch.cuda.get_device_name(device), bench.problem, result)
                 print(f"stored in {tuning_file.path()}", flush=True)

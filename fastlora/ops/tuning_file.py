@@ -42,14 +42,14 @@ def path() -> Path:
 def lookup(device: torch.device, problem: Problem) -> Tuned | None:
     """The entry for a problem, or None. Problems whose m rounds up to the same power of two share one.
 
-    Raises: ConfigError if the file exists and is not what the tuner writes.
+    Raises: ConfigError if the file exists and was not written by the tuner.
     """
     entry = _read(path()).get(key(torch.cuda.get_device_name(device), problem))
     return None if entry is None else _parse(entry)
 
 
 def store(device_name: str, problem: Problem, tuned: Tuned) -> None:
-    """Add or replace the entry for a problem; the file is replaced in one step."""
+    """Add or replace the entry for a problem; the file is replaced atomically."""
     file = path()
     entries = dict(_read(file)) | {key(device_name, problem): asdict(tuned)}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def key(device_name: str, q: Problem) -> str:
 
 
 def triton_version() -> str | None:
-    """Triton's version, under either of the names by which it is distributed; None if it is not installed."""
+    """Triton's version, under either of its distribution names; None if it is not installed."""
     for name in ("triton", "pytorch-triton"):
         try:
             return version(name)
@@ -77,7 +77,7 @@ def triton_version() -> str | None:
 
 @functools.lru_cache
 def _versions() -> str:
-    """torch, Triton and a digest of the kernels' source: measurements are not valid for others."""
+    """torch, Triton and a digest of the kernels' source: measurements are valid for these only."""
     folder = Path(config.__file__).parent
     source = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
     digest = hashlib.sha256(source).hexdigest()[:12]

@@ -1,1 +1,1 @@
-"""PEFT: its models on the fused path, and its folder format."""
+"""The fused forward pass for PEFT models, and PEFT's folder format."""

@@ -11,7 +11,7 @@ from fastlora.errors import InjectionError
 
 @dataclass(frozen=True)
 class LayerPath:
-    """Whether one PEFT layer takes the fused forward, and why."""
+    """Whether one PEFT layer uses the fused forward pass, and why."""
 
     path: str
     fast: bool
@@ -23,7 +23,7 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What `accelerate` did. `str(report)` is a summary line and a line for each layer.
+    """The result of `accelerate`. `str(report)` is a summary and a line for each layer.
 
     layers: every LoRA layer of the model, in module order. changed: how many of them this call changed.
     """
@@ -33,21 +33,21 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         fast = sum(layer.fast for layer in self.layers)
-        head = f"{fast} of {len(self.layers)} LoRA layers take the fused path"
+        head = f"{fast} of {len(self.layers)} LoRA layers use the fused path"
         return "\n  ".join([f"{head} ({self.changed} changed)", *map(str, self.layers)])
 
 
 def accelerate(peft_model: nn.Module) -> AccelerationReport:
-    """Give every `peft.tuners.lora.Linear` of the model fastlora's forward, in place.
+    """Use fastlora's forward in every `peft.tuners.lora.Linear` of the model, in place.
 
     Only the class of a layer changes, to a subclass: parameters, state-dict keys, optimizers, `isinstance`, saving, merging
-    and switching of adapters stay PEFT's. A layer uses PEFT's forward while it is merged or disabled, has several active
+    and switching of adapters do not. A layer uses PEFT's forward while it is merged or disabled, has several active
     adapters, DoRA or another variant, a LoRA bias, `adapter_names`, hooks, or a base that is not a plain `nn.Linear`; the
-    report gives the reason in the current state of each layer. A second call changes only layers that PEFT has added since.
+    report has the reason in the current state of each layer. A second call changes only layers that PEFT has added since.
 
-    peft_model: a `PeftModel`, or any module that holds PEFT's LoRA layers.
+    peft_model: a `PeftModel`, or any module that contains PEFT's LoRA layers.
 
-    Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed or too old.
+    Raises: InjectionError if it has no LoRA layer of PEFT, or peft is not installed or too old.
     """
     layers = _lora_layers(peft_model)
     from peft.tuners.lora import Linear
@@ -70,7 +70,7 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
 def restore(peft_model: nn.Module) -> int:
     """Undo `accelerate`: every changed layer becomes PEFT's `lora.Linear` again. Returns how many were changed back.
 
-    Raises: InjectionError if there is no LoRA layer of PEFT in it, or peft is not installed or too old.
+    Raises: InjectionError if it has no LoRA layer of PEFT, or peft is not installed or too old.
     """
     layers = _lora_layers(peft_model)
     from peft.tuners.lora import Linear
@@ -94,7 +94,7 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     if not found:
         raise InjectionError(
-            "peft_model: expected a model with peft's LoRA layers (peft.get_peft_model makes one), "
+            "peft_model: expected a model with peft's LoRA layers (peft.get_peft_model creates one), "
             f"got a {type(model).__name__} without any"
         )
     if not hasattr(found[0][1], "lora_variant"):

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: reading and writing it, and PEFT's rules for which layers of a model it means."""
+"""`adapter_config.json`: reading and writing it, and PEFT's rules for which layers of a model it selects."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ _KEY = r"(.*\.)?({})$"
 _HEAD = r"(^|.*\.){}($|\..*)"
 _INDEX = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
 _ANY_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."
-_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that keep W
+# Those that do not change W.
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields of `adapter_config.json` that fastlora acts on, under PEFT's names and with PEFT's defaults."""
+    """The fields of `adapter_config.json` that fastlora uses, under PEFT's names and with PEFT's defaults."""
 
     target_modules: str | list[str] = ""
     r: int = 8
@@ -71,7 +72,7 @@ class PeftConfig:
             if every:
                 taken = kind_of(module) == "linear" and module is not head
             else:
-                taken = _matches(wanted, path) and self._takes_index(path)
+                taken = _matches(wanted, path) and self._has_index(path)
             if taken and not self._excludes(path):
                 found[path] = module
         return found
@@ -87,7 +88,7 @@ class PeftConfig:
         }
 
     def heads(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules that PEFT would train whole: those whose path ends with a name, with or without a dot before it."""
+        """The modules that PEFT would train in full: those whose path ends with a name, with or without a dot before it."""
         names = tuple(self.modules_to_save or ())
         return {path: module for path, module in base_modules(model) if path.endswith(names)}
 
@@ -96,7 +97,7 @@ class PeftConfig:
         by_head = any(re.match(_HEAD.format(head), path) for head in heads)
         return by_head or _matches(self.exclude_modules or [], path)
 
-    def _takes_index(self, path: str) -> bool:
+    def _has_index(self, path: str) -> bool:
         """Whether the first index in the path (or the first after a pattern) is one of layers_to_transform."""
         indices = self.layers_to_transform
         if indices is None or indices == []:
@@ -113,7 +114,7 @@ class PeftConfig:
         return [patterns] if isinstance(patterns, str) else patterns
 
     def _regexes(self) -> Iterator[tuple[str, str]]:
-        """(as in the file, as matched against paths) of every regex."""
+        """(regex in the file, regex matched against paths) for every regex."""
         for value in (self.target_modules, self.exclude_modules):
             if isinstance(value, str):
                 yield value, value
@@ -122,7 +123,7 @@ class PeftConfig:
         yield from ((pattern, _INDEX.format(pattern)) for pattern in self._layer_patterns())
 
     def check_values(self) -> None:
-        """Raises: ValueError for a value that PEFT or `LoRAConfig` does not take, or a regex that is none."""
+        """Raises: ValueError for a value that PEFT or `LoRAConfig` does not accept, or an invalid regex."""
         if not self.target_modules:
             raise ValueError("target_modules: expected a list or a regex, got none")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -135,10 +136,10 @@ class PeftConfig:
             try:
                 re.compile(regex)
             except re.error as error:
-                raise ValueError(f"{regex!r} is no regex: {error}") from None
+                raise ValueError(f"{regex!r} is not a valid regex: {error}") from None
 
     def check_matching(self, paths: Iterable[str]) -> None:
-        """Raises: CheckpointError if matching a regex of the file against one of these paths does not end."""
+        """Raises: CheckpointError if matching a regex of the file against these paths takes too long."""
         slow = [used for regex, used in self._regexes() if any(c in regex for c in "*+?{|")]
         try:
             check_regexes(slow, paths)
@@ -149,7 +150,7 @@ class PeftConfig:
 def as_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
     """The content of `adapter_config.json`, with every field that PEFT expects. base_name: the base model's name, if known."""
 
-    def whole(value: float) -> float:
+    def as_integer(value: float) -> float:
         return int(value) if float(value).is_integer() else value
 
     return vars(config) | {
@@ -159,13 +160,13 @@ def as_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
         "inference_mode": True,
         "bias": "none",
         "init_lora_weights": True,
-        "lora_alpha": whole(config.lora_alpha),
-        "alpha_pattern": {key: whole(value) for key, value in config.alpha_pattern.items()},
+        "lora_alpha": as_integer(config.lora_alpha),
+        "alpha_pattern": {key: as_integer(value) for key, value in config.alpha_pattern.items()},
     }
 
 
 def overlap(path: str, adapted: Iterable[str]) -> str | None:
-    """The first adapted layer that is, holds, or is held by the module at `path`."""
+    """The first adapted layer that is, contains, or is part of the module at `path`."""
     inside = f"{path}."
     return next((o for o in adapted if inside.startswith(f"{o}.") or o.startswith(inside)), None)
 
@@ -182,7 +183,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _matches(names: str | list[str], path: str) -> bool:
-    """PEFT's rule: a string is a regex of whole paths; a list holds paths or dotted suffixes of them."""
+    """PEFT's rule: a string is a regex of full paths; a list has paths or dotted suffixes of them."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(f".{path}".endswith(f".{name}") for name in names)

@@ -2,7 +2,7 @@
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.<path>.lora_A.weight` and
 `….lora_B.weight`, under DoRA also `….lora_magnitude_vector`, for an embedding `….lora_embedding_A` and `….lora_embedding_B`,
-and `base_model.model.<path>.<name>` for modules that are saved whole (`modules_to_save`).
+and `base_model.model.<path>.<name>` for modules that are saved in full (`modules_to_save`).
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ _TO_FASTLORA = {peft: own for names in (_EMBEDDING, _LINEAR) for own, peft in na
 def read_folder(folder: Path) -> AdapterState:
     """The adapter in a folder, without a model.
 
-    A folder has one fan_in_fan_out for all layers, which tells whether a weight is stored transposed only if they do not differ. It
-    does not hold the dilation and padding mode of a convolution, which are taken to be the default, with a warning.
+    A folder has one fan_in_fan_out for all layers, so whether a weight is stored transposed is known only if they do not differ. It
+    does not store the dilation and padding mode of a convolution: the defaults are assumed, with a warning.
 
-    Raises: CheckpointError if a file is missing or damaged, holds what fastlora does not support, or config and weights do
-    not fit together.
+    Raises: CheckpointError if a file is missing, damaged or not supported by fastlora, or config and weights do not fit
+    together.
     """
     config, tensors = read_tensors(folder)
     file = folder / WEIGHTS_FILE
@@ -85,8 +85,8 @@ def read_folder(folder: Path) -> AdapterState:
     unsure = [path for path, layer in convolutions.items() if layer.lora_a[0, 0].numel() > 1]
     if unsure:
         warnings.warn(
-            f"{folder}: {unsure[0]}: a PEFT folder does not hold the dilation and padding mode of a convolution; if they are "
-            "not the default, what PEFT trained is no update of the weight, and fastlora computes something else",
+            f"{folder}: {unsure[0]}: a PEFT folder does not store the dilation and padding mode of a convolution; if they are "
+            "not the default, what PEFT trained is not an update of the weight, and fastlora's output differs",
             FastLoRAWarning,
             stacklevel=2,
         )
@@ -102,9 +102,9 @@ def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
 
 
 def heads_of(names: Iterable[str], adapted: Iterable[str]) -> list[str]:
-    """Paths of the modules that own these parameters, without those inside another of them; PEFT's format holds them whole.
+    """Paths of the modules that own these parameters, without those inside another of them; PEFT's format saves them in full.
 
-    Raises: CheckpointError if one is the model itself, or is, holds or is part of an adapted layer.
+    Raises: CheckpointError if one is the model itself, or is, contains or is part of an adapted layer.
     """
     owners: dict[str, None] = {}
     for name in names:
@@ -112,19 +112,19 @@ def heads_of(names: Iterable[str], adapted: Iterable[str]) -> list[str]:
         layer = overlap(owner, adapted) if owner else None
         if not owner or layer:
             raise CheckpointError(
-                f"{name} belongs to {owner or 'the model itself'}, which PEFT's format cannot hold"
-                + (f": it holds or is part of the adapted {layer}{_ADVICE}" if layer else "")
+                f"{name} belongs to {owner or 'the model itself'}, which PEFT's format cannot store"
+                + (f": it contains or is part of the adapted {layer}{_ADVICE}" if layer else "")
             )
         owners[owner] = None
     return [path for path in owners if not any(path.startswith(f"{p}.") for p in owners)]
 
 
 def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
-    """The config of a folder that holds `state`, the target a regex of the paths themselves, which means no other layers.
+    """The config of a folder with `state`; its target is a regex of exactly these paths.
 
-    state: folded. heads: paths of the modules that are saved whole.
+    state: folded. heads: paths of the modules that are saved in full.
 
-    Raises: CheckpointError naming what PEFT's format cannot hold. Warns if layers differ in dropout; the highest is taken.
+    Raises: CheckpointError naming what PEFT's format cannot store. Warns if layers differ in dropout; the highest is written.
     """
     layers = state.layers
     if "" in layers:
@@ -139,13 +139,13 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
     use_dora = {layer.use_dora for layer in layers.values()}
     if len(use_dora) > 1:
         raise CheckpointError(
-            "some layers have DoRA and some do not, which PEFT's format cannot hold"
+            "some layers have DoRA and some do not, which PEFT's format cannot store"
         )
-    # An embedding has no dropout, whatever the others have.
+    # An embedding has no dropout even if the other layers do.
     dropouts = sorted({s.dropout for s in layers.values() if s.kind != "embedding"}) or [0.0]
     if len(dropouts) > 1:
         warnings.warn(
-            f"layers have the dropouts {dropouts}, PEFT's format holds one; {dropouts[-1]} is written",
+            f"layers have the dropouts {dropouts}, PEFT's format stores one; {dropouts[-1]} is written",
             FastLoRAWarning,
             stacklevel=3,
         )
@@ -190,7 +190,7 @@ def write_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"folder: cannot make {folder}: {error}") from error
+        raise CheckpointError(f"folder: cannot create {folder}: {error}") from error
     write_files(
         {
             folder / WEIGHTS_FILE: safetensors_bytes(tensors, {"format": "pt"}),
@@ -202,15 +202,15 @@ def write_folder(
 def why_peft_differs(
     groups: int, dilation: Sequence[int] | None, padding_mode: str | None
 ) -> str | None:
-    """Why PEFT computes something else with the adapter of such a convolution, or None if it does not. None: not known."""
+    """Why the output of PEFT with the adapter of such a convolution differs, or None if it does not. Arguments: None if unknown."""
     if dilation is None or padding_mode is None:
         return (
-            "the file does not hold the convolution's dilation and padding mode, with some of which PEFT computes "
-            "something else; load it with load_adapter and save it again"
+            "the file does not store the convolution's dilation and padding mode, on which it depends whether PEFT's "
+            "output is the same; load it with load_adapter and save it again"
         )
     differing = [f"groups={groups}"] if groups != 1 else []
     differing += [f"dilation={tuple(dilation)}"] if any(d != 1 for d in dilation) else []
     differing += [f"padding_mode={padding_mode}"] if padding_mode != "zeros" else []
     if not differing:
         return None
-    return f"PEFT's adapter of a convolution with {', '.join(differing)} is no update of its weight"
+    return f"PEFT's adapter of a convolution with {', '.join(differing)} is not an update of its weight"

@@ -16,9 +16,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FastLinear(Linear):  # type: ignore[misc]
-    """PEFT's `lora.Linear` with the fused forward where it computes the same, and PEFT's forward elsewhere.
+    """PEFT's `lora.Linear` with the fused forward if it computes the same, else PEFT's forward.
 
-    It has no state of its own: keys, saving, merging and switching of adapters are PEFT's. Dropout masks come from torch's
+    It adds no state: keys, saving, merging and switching of adapters are PEFT's. Dropout masks come from torch's
     generator, as PEFT's do, but differ from those that PEFT draws from the same seed.
     """
 
@@ -38,7 +38,7 @@ class FastLinear(Linear):  # type: ignore[misc]
         weight = self.base_layer.weight
         return lora_linear(
             x,
-            weight.T if self.fan_in_fan_out else weight,  # transformers' Conv1D holds (K, N)
+            weight.T if self.fan_in_fan_out else weight,  # transformers' Conv1D stores (K, N)
             self.base_layer.bias,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
@@ -59,9 +59,7 @@ def active_adapters(layer: Linear) -> list[str]:
 def why_slow(layer: Linear) -> str | None:
     """Why the layer in its current state needs PEFT's forward, or None if the fused forward computes the same."""
     if "forward" in layer.__dict__:
-        return (
-            "its forward was replaced on the instance (a hook of the package accelerate does that)"
-        )
+        return "its forward was replaced on the instance (as hooks of the package accelerate do)"
     if layer.disable_adapters:
         return "the adapters are disabled"
     if layer.merged:
@@ -71,7 +69,7 @@ def why_slow(layer: Linear) -> str | None:
         return f"{len(names)} adapters are active; the fused forward needs exactly one"
     (name,) = names
     if name in layer.lora_variant:
-        return f"{type(layer.lora_variant[name]).__name__} is no plain LoRA"
+        return f"{type(layer.lora_variant[name]).__name__} is not plain LoRA"
     if layer.lora_B[name].bias is not None:
         return "lora_bias=True"
     reason = _why_not_linear("the base layer", layer.base_layer, layer.fan_in_fan_out)
@@ -81,7 +79,7 @@ def why_slow(layer: Linear) -> str | None:
 
 def _why_not_linear(label: str, module: nn.Module, transposed: bool = False) -> str | None:
     if not computes_linear(module) or is_transposed_linear(module) != transposed:
-        return f"{label} is a {type(module).__name__} with a forward of its own"
+        return f"{label} is a {type(module).__name__} with a custom forward"
     if has_hooks(module):
         return f"{label} has hooks"
     weight = module.weight
@@ -102,7 +100,7 @@ def _why_dropout(layer: Linear, name: str) -> str | None:
 
 
 def _fits(x: object, weight: Tensor) -> bool:
-    """Whether the fused forward supports this input; where dtypes disagree, PEFT's forward raises PEFT's error."""
+    """Whether the fused forward supports this input; if dtypes differ, PEFT's forward raises its own error."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

@@ -1,4 +1,4 @@
-"""`save_pretrained` and `from_pretrained`: a model's adapters as a folder in PEFT's format, both ways, without peft.
+"""`save_pretrained` and `from_pretrained`: save and load a model's adapters in PEFT's folder format, without peft.
 
 The rules by which a folder's config finds layers are PEFT's, not those of `inject_lora`.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError
-from fastlora.io.adapter_file import LoadResult, compare, settle
+from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.safetensors_format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
@@ -41,15 +41,15 @@ def save_pretrained(
 ) -> None:
     """Write the adapters, and by default the trained heads, as a folder that PEFT and `from_pretrained` load.
 
-    Layers may differ in rank, alpha and use_rslora. PEFT holds one dropout: where layers differ, the highest is written, with a
-    warning. After PiSSA or OLoRA the initial product that is subtracted becomes part of the factors, whose rank doubles, so
-    that the folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
+    Layers may differ in rank, alpha and use_rslora. PEFT stores one dropout: if layers differ, the highest is written, with a
+    warning. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
+    folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
     moved into place.
 
     model: with adapters. folder: created if missing.
-    include_trainable: also save every module that has a trained parameter of its own (`modules_to_save`), whole.
+    include_trainable: also save in full every module with a trained parameter outside the adapters (`modules_to_save`).
 
-    Raises: CheckpointError if there is nothing to save, if the format cannot hold a layer or a trained parameter (one that
+    Raises: CheckpointError if there is nothing to save, if the format cannot store a layer or a trained parameter (one that
     belongs to an adapted layer or to the model itself), or if a file cannot be written.
     """
     layers = dict(named_lora_layers(model))
@@ -75,20 +75,20 @@ def save_pretrained(
 def from_pretrained(
     model: nn.Module, folder: str | os.PathLike[str], adapter: str | None = None
 ) -> LoadResult:
-    """Give a plain `model` the adapters and heads of a folder in PEFT's format, in place.
+    """Load the adapters and heads of a folder in PEFT's format into a plain `model`, in place.
 
-    Afterwards the adapters and the saved heads train and everything else is frozen. Parameters of the base in the file (PEFT
-    adds resized embeddings) are loaded too.
+    Afterwards the adapters and the saved heads train and everything else is frozen. Parameters of the base in the file (such as
+    resized embeddings) are loaded too.
 
     model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it; only safetensors are read.
-    adapter: a name, under which the folder is loaded beside the model's other adapters, without activating it (`set_adapter`
-        does). As the only adapter, it also brings the heads in the file, which become the model's whichever adapter is active
-        later. Beside others, only the new adapter's parameters change, and heads or base parameters in the file are refused.
+    adapter: load the folder as one of several adapters under this name, without activating it (`set_adapter` does). If the
+        model has no other adapter, the heads in the file are loaded too and stay, whichever adapter is active later. Otherwise
+        only the new adapter's parameters change, and heads or base parameters in the file are refused.
     Returns the keys that were loaded, as in the file.
 
     Raises: CheckpointError if a file is missing or damaged, if the config names something that fastlora does not support (biases,
-    init_lora_weights='pissa', …), or if names or shapes do not fit, with the nearest candidates. With `adapter`, also as `add_adapter`
-    about the name and the active adapter. The model is unchanged then.
+    init_lora_weights='pissa', …), or if names or shapes do not fit, with the nearest candidates. With `adapter`, also as
+    `add_adapter`. The model is unchanged then.
     """
     if adapter is None:
         return _load(model, Path(folder), alone=True)
@@ -101,37 +101,37 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     """alone: whether the model has no other adapters, so that heads and base parameters in the folder become the model's."""
     if dict(named_lora_layers(model)):
         raise CheckpointError(
-            "model: already has adapters; load into the plain base model, or give adapter="
+            'model: already has adapters; load into the plain base model, or pass adapter="name"'
         )
     inactive = inactive_adapters(model)
     if inactive:
         raise CheckpointError(
-            f"model: has the inactive adapters {', '.join(map(repr, inactive))}; give adapter="
+            f'model: has the inactive adapters {", ".join(map(repr, inactive))}; pass adapter="name"'
         )
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
-        raise CheckpointError(f"model: {meta} is on the meta device and cannot take a value")
+        raise CheckpointError(f"model: {meta} is on the meta device and cannot store a value")
     config, tensors = read_tensors(folder)
     config.check_matching([path for path, _ in base_modules(model)])
     targets = config.targets(model)
-    plan = {path: LoRAConfig(**config.layer(path)) for path in targets}
-    _check_targets(model, config, targets, plan)
+    layer_configs = {path: LoRAConfig(**config.layer(path)) for path in targets}
+    _check_targets(model, config, targets, layer_configs)
     heads = config.heads(model)
     for path in heads:
-        adapted = overlap(path, plan)
+        adapted = overlap(path, layer_configs)
         if adapted:
             raise CheckpointError(
-                f"modules_to_save: {path} holds or is part of the target {adapted}"
+                f"modules_to_save: {path} contains or is part of the target {adapted}"
             )
-    keys = _check_keys(model, tensors, plan, heads)
+    keys = _check_keys(model, tensors, layer_configs, heads)
     _check_ties(model, tensors, heads)
     others = [key for key in tensors if key not in keys]
     if others and not alone:
         raise CheckpointError(
             f"adapter: the file also holds {others[0]}, which all adapters of the model would share; "
-            "load it into a model of its own"
+            "load it into a separate model"
         )
-    inject_lora(model, LoRAConfig(lambda path, _: plan.get(path, False), kinds=KINDS))
+    inject_lora(model, LoRAConfig(lambda path, _: layer_configs.get(path, False), kinds=KINDS))
     if alone:
         freeze_base_params(model)
     for head in heads.values():
@@ -144,9 +144,12 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
 
 
 def _check_targets(
-    model: nn.Module, config: PeftConfig, targets: Mapping[str, Any], plan: Mapping[str, LoRAConfig]
+    model: nn.Module,
+    config: PeftConfig,
+    targets: Mapping[str, Any],
+    layer_configs: Mapping[str, LoRAConfig],
 ) -> None:
-    """Raises: CheckpointError if there are no targets, or one cannot be adapted or computes something else in PEFT."""
+    """Raises: CheckpointError if there are no targets, or one cannot be adapted or has a different output in PEFT."""
     if not targets:
         wanted = config.target_modules
         paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
@@ -156,7 +159,7 @@ def _check_targets(
         )
     refused = []
     for path, module in targets.items():
-        reason = why_unsuitable(module, plan[path])
+        reason = why_unsuitable(module, layer_configs[path])
         if reason is None and kind_of(module) == "conv":
             reason = why_peft_differs(module.groups, module.dilation, module.padding_mode)
         refused += [f"{path}: {reason}"] if reason is not None else []
@@ -168,7 +171,7 @@ def _check_targets(
 def _check_keys(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    plan: Mapping[str, LoRAConfig],
+    layer_configs: Mapping[str, LoRAConfig],
     heads: Mapping[str, nn.Module],
 ) -> dict[str, str]:
     """Key in the file -> key in the adapted model, for the tensors of the adapters.
@@ -177,7 +180,7 @@ def _check_keys(
     """
     known: dict[str, Tensor | torch.Size] = {}
     keys = {}
-    for path, chosen in plan.items():
+    for path, chosen in layer_configs.items():
         module = model.get_submodule(path)
         kind = layer_class(module)
         shape_a, shape_b = kind.factor_shapes(module, chosen.rank)
@@ -190,12 +193,12 @@ def _check_keys(
     required = list(known)
     for path, head in heads.items():
         required += [f"{PEFT_PREFIX}{path}.{name}" for name in head.state_dict()]
-    adapted = tuple(f"{path}." for path in plan)
+    adapted = tuple(f"{path}." for path in layer_configs)
     for name, value in model.state_dict().items():
         if not name.startswith(adapted):
             known[PEFT_PREFIX + name] = value
-    result, problems = compare(tensors, required, known)
-    settle(WEIGHTS_FILE, problems, result.loaded, strict=True)
+    result, problems = match_keys(tensors, required, known)
+    raise_or_warn(WEIGHTS_FILE, problems, result.loaded, strict=True)
     return keys
 
 
@@ -210,14 +213,14 @@ def _with_short_targets(
             return chosen
     missed = layers.keys() - config.targets(model).keys()
     raise CheckpointError(
-        f"{min(missed)} lies in a part of the model that is saved whole, which PEFT's format cannot hold"
+        f"{min(missed)} is inside a module that is saved in full, which PEFT's format cannot store"
     )
 
 
 def _check_ties(
     model: nn.Module, tensors: Mapping[str, Tensor], heads: Mapping[str, nn.Module]
 ) -> None:
-    """Raises: CheckpointError if a head is tied to a parameter here and was not when PEFT saved it."""
+    """Raises: CheckpointError if a head is tied to a parameter in the model but was not when PEFT saved it."""
     own = model.state_dict(keep_vars=True)
     for name in (f"{path}.{key}" for path, head in heads.items() for key in head.state_dict()):
         tied = [key for key, tensor in own.items() if tensor is own[name] and key != name]
@@ -225,8 +228,8 @@ def _check_ties(
             value = tensors.get(PEFT_PREFIX + other)
             if value is None or not torch.equal(value, tensors[PEFT_PREFIX + name]):
                 raise CheckpointError(
-                    f"modules_to_save: {name} is tied to {other}, which the file gives another "
-                    "value; untie them in the model first"
+                    f"modules_to_save: {name} is tied to {other}, which has a different value "
+                    "in the file; untie them in the model first"
                 )
 
 
@@ -243,7 +246,7 @@ def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[
         module = model.get_submodule(path)
         if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             raise CheckpointError(
-                f"{path} trains and is a {type(module).__name__}, which PEFT cannot save whole"
+                f"{path} trains and is a {type(module).__name__}, which PEFT cannot save in full"
             )
     return heads
 
@@ -257,5 +260,5 @@ def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             here = f"{path}.{name}".lstrip(".")
             if id(child) in wanted and places.setdefault(id(child), here) != here:
                 raise CheckpointError(
-                    f"model: {here} and {places[id(child)]} are one module, which PEFT adapts under one of its names only"
+                    f"model: {here} and {places[id(child)]} are one module, which PEFT would adapt under one name only"
                 )

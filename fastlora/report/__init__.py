@@ -1,1 +1,1 @@
-"""Reports about a model: its layers, its memory, whether its adapters work."""
+"""Reports about a model: its layers, its memory, and whether its adapters work."""

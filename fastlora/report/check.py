@@ -49,7 +49,7 @@ class CheckReport:
         return not self.findings
 
     def raise_if_failed(self) -> None:
-        """Raises: CheckError with the whole report, if there are findings."""
+        """Raises: CheckError with the report if there are findings."""
         if self.findings:
             raise CheckError(str(self))
 
@@ -75,12 +75,12 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     Three runs: forward and backward in eval mode, eval without gradients, where fast paths run, and forward and backward in
     training mode (in the model's own modes if it is in training). Meanwhile trainable parameters are replaced by leaves on the same storage,
     and random values that make the update a tenth of the weight are added to lora_B. Layers for which these runs are not
-    conclusive are run one by one. Findings are adapters
+    conclusive are tested one by one. Findings are adapters
         whose weight is read elsewhere, so that their forward is not called or its result not used;
         that a fast path ignores in eval mode;
         behind reentrant checkpointing whose inputs need no gradient (a frozen embedding), torch.no_grad() or detach();
         that are frozen, have alpha 0, or have lora_A and lora_B both zero.
-    A layer that the sample does not reach, such as an expert that is not chosen, is a finding too.
+    A layer that the sample does not use, such as an expert that is not selected, is a finding too.
 
     Parameters, their gradients and hooks, buffers, training modes and the random states of torch, Python and numpy are restored,
     also if the model raises. Attributes that a forward sets are not restored, and module hooks run.
@@ -117,7 +117,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         }
         with _replaced_parameters(model, layers.values()):
             ineffective = _ineffective(run, layers)
-            for module, mode in modes:  # if the model is in training, modules fixed in eval stay
+            for module, mode in modes:  # if the model is in training, modules in eval mode stay so
                 module.training = mode or not modes[0][1]
             no_gradient = _without_gradient(run(True), layers)
             suspects = {

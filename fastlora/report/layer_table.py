@@ -41,10 +41,10 @@ class LayerRow:
     path: its first name, or the one under which it was selected.
     kind: its class, or that of the wrapped layer.
     status: "adapted"; "selected" (by the config, to be adapted); "no adapter" (it could have one); "not targeted" or "excluded" by
-        the config; "unsuitable" (it cannot have one); "container" (a target names it, but it is not a layer).
+        the config; "unsuitable" (it cannot have one); "container" (a target matches it, but it is not a layer).
     reason: the reason for the status.
     pattern: the config's pattern that selects or excludes it.
-    rank, alpha, dropout: of the present or future adapter; None without one.
+    rank, alpha, dropout: of the adapter that it has or would get; None without one.
     choice: backend and plan for the requested number of rows.
     trainable: number of trainable elements.
     saved_bytes: saved for the backward pass of that many rows, including the input.
@@ -138,11 +138,11 @@ def explain(
 
     model: with `x`, one adapted layer, whose backend and plan for `x` (..., in_features) is returned. Without `x`, any module.
     rows: M of a call, the same for every layer, in its weight's dtype; adds each layer's plan and saved bytes to the table.
-        A tensor (M, in_features) is allocated, and not filled, for one layer at a time.
-    config: the config of the injection; with it the table tells which layers were not targeted or excluded.
+        An uninitialised tensor (M, in_features) is allocated for one layer at a time.
+    config: the config of the injection; with it the table shows which layers were not targeted or excluded.
 
     Raises: BackendError if the layer given with `x` forces a backend that cannot run; a table has this as the row's reason.
-    ConfigError for a bad value, and for `x` with a module that is not an adapted layer.
+    ConfigError for an invalid value, and for `x` with a module that is not an adapted layer.
     """
     if x is not None:
         if not isinstance(model, LoRALayer):
@@ -169,7 +169,7 @@ def preview(
 
     rows: as in `explain`. Errors and warnings of `inject_lora` about the model are in the table's `problems`.
 
-    Raises: ConfigError for a bad value.
+    Raises: ConfigError for an invalid value.
     """
     _check_rows(rows)
     config = to_config(target_modules, rank, alpha, dropout)
@@ -216,7 +216,7 @@ def _table(
                 kind_of(child) in config.kinds or isinstance(child, LoRALayer)
                 for child in module.modules()
             )
-            reason = f"a container of {below} layers, which have rows of their own"
+            reason = f"a container of {below} layers, which have separate rows"
             table.append(LayerRow(path, type(module).__name__, "container", reason, name))
     counts: dict[str, int] = {}
     if config is not None:
@@ -298,7 +298,7 @@ def _plain(
 
 
 def _weight_read(dropout: float) -> str:
-    """The reason of a projection of `nn.MultiheadAttention`, which is never called."""
+    """The reason for a projection of `nn.MultiheadAttention`, which is never called."""
     return (
         "nn.MultiheadAttention multiplies by the merged weight itself, recomputed at each call"
         + ("; dropout has no effect" if dropout else "")

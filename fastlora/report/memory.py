@@ -54,25 +54,25 @@ class LayerShape:
     joined: bool = False
 
     def saved_bytes(self, rows: int) -> int:
-        """Bytes that fastlora saves for the backward pass of `rows` rows, with x and without parameters.
+        """Bytes that fastlora saves for the backward pass of `rows` rows, including x and excluding parameters.
 
         Casts of the adapters to x's dtype are included; kernels cast as they load and save none.
         """
         return rows * self.in_features * self.dtype.itemsize + self.saved_beyond_input_bytes(rows)
 
     def saved_beyond_input_bytes(self, rows: int) -> int:
-        """`saved_bytes` without x, which its owner may hold anyway: S, the seed, casts of the adapters, DoRA's tensors."""
+        """`saved_bytes` without x, which the caller may keep alive anyway: S, the seed, casts of the adapters, DoRA's tensors."""
         size = self.dtype.itemsize
         if self.weight_read:
             return self.in_features * self.out_features * size  # the merged weight
-        kept = rows * self.rank * size
-        # The product saves the factors that it reads: casts, or the joined ones.
+        saved = rows * self.rank * size
+        # The product saves the factors that it reads: casts, or concatenations.
         if self.adapter_dtype != self.dtype or self.joined:
-            kept += self.rank * (self.in_features + self.out_features) * size
+            saved += self.rank * (self.in_features + self.out_features) * size
         if self.dora:  # the output before it is scaled, g, and the norms
             wide = max(self.adapter_dtype.itemsize, 4)
-            kept += (rows + 1) * self.out_features * size + self.out_features * wide
-        return kept + (8 if self.dropout else 0)
+            saved += (rows + 1) * self.out_features * size + self.out_features * wide
+        return saved + (8 if self.dropout else 0)
 
     def peft_saved_bytes(self, rows: int) -> int:
         """Bytes that PEFT saves for the same rows: x in the adapters' dtype, or D(x) and the mask, and S.
@@ -107,8 +107,8 @@ class MemoryEstimate:
     layers: number of adapted layers.
     uncounted: how many of them are convolutions or embeddings, of which only the parameters are counted.
     saved_bytes: saved for the backward pass by the adapted linear layers, each with its own input: an upper bound, since layers
-        that share their input (q, k and v) save it once, which shapes do not tell.
-    saved_beyond_input_bytes: the same without inputs: a lower bound, reached if other layers hold every x anyway.
+        that share their input (q, k and v) save it once, which shapes do not show.
+    saved_beyond_input_bytes: the same without inputs: a lower bound, reached if other layers save every x anyway.
     peft_saved_bytes: the upper bound for PEFT's layers, with float32 adapters on a 16-bit base, as is PEFT's default.
     """
 
@@ -127,8 +127,8 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """The sum, with the upper bound of saved bytes and without activations of other layers."""
-        kept = self.trainable_bytes + self.frozen_bytes + self.gradient_bytes
-        return kept + self.optimizer_bytes + self.saved_bytes
+        parameters = self.trainable_bytes + self.frozen_bytes
+        return parameters + self.gradient_bytes + self.optimizer_bytes + self.saved_bytes
 
     def __str__(self) -> str:
         lines = [
@@ -157,13 +157,13 @@ def estimate(
 ) -> MemoryEstimate:
     """Estimate the memory of fine-tuning `model` before it starts. Nothing is allocated, changed or computed.
 
-    model: on any device, meta included. If it has adapters, `requires_grad` tells which parameters train.
+    model: on any device, meta included. If it has adapters, `requires_grad` determines which parameters train.
     rows: M, the product of all dimensions of an adapted layer's input except the last (batch × tokens).
-    config: for a model without adapters, the adapters to inject (as in `inject_lora`); these train, and what `bias` and
-        `modules_to_save` name.
+    config: for a model without adapters, the adapters to inject (as in `inject_lora`); these train, and the parameters that
+        `bias` and `modules_to_save` name.
     optimizer: one of adamw, adam, adagrad, momentum (SGD with momentum) and sgd.
 
-    Raises: ConfigError for a bad value; InjectionError if there are neither adapters nor a config, or both, if `inject_lora` would
+    Raises: ConfigError for an invalid value; InjectionError if there are neither adapters nor a config, or both, if `inject_lora` would
     refuse the config or select nothing, or if a parameter is lazy and has no shape yet.
     """
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
@@ -252,7 +252,7 @@ def shape_after_injection(
 
 
 def adapter_sizes(module: nn.Module, config: LoRAConfig) -> list[int]:
-    """Elements of each parameter of the adapter that its own `config` gives `module`."""
+    """Number of elements of each parameter of the adapter that `module` gets with its own `config`."""
     shape_a, shape_b = layer_class(module).factor_shapes(module, config.rank)
     return [math.prod(shape_a), math.prod(shape_b)] + [shape_b[0]] * config.use_dora
 

@@ -1,4 +1,4 @@
-"""The command `fastlora`: what it prints and writes, and that bad input gives one line and no file."""
+"""The command `fastlora`: what it prints and writes; invalid input prints one line and writes no file."""
 
 import json
 import os
@@ -103,9 +103,9 @@ def test_inspect_shows_what_the_layers_are(folder, capsys, source):
 def test_inspect_as_json_and_under_rslora(folder, capsys):
     fastlora.save_adapter(adapted(use_rslora=True), "rs.safetensors")
     _, out, _ = run(capsys, "inspect", "rs.safetensors", "--json")
-    said = json.loads(out)
-    assert said["scheme"] == "fastlora" and said["others"] == []
-    first = said["layers"][0]
+    shown = json.loads(out)
+    assert shown["format"] == "fastlora" and shown["others"] == []
+    first = shown["layers"][0]
     assert (first["layer"], first["r"], first["alpha"]) == ("blocks.0.attn.to_out", 2, 6.0)
     assert first["use_rslora"] and first["scaling"] == pytest.approx(6 / 2**0.5)
     assert first["|dW|"] == pytest.approx(first["scaling"] * first["|BA|"])
@@ -127,7 +127,7 @@ def test_layers_are_listed_in_the_order_of_their_numbers(folder, capsys):
     ]
 
 
-def test_inspect_a_file_that_does_not_say_its_alpha(folder, capsys):
+def test_inspect_a_file_without_alpha(folder, capsys):
     code, out, _ = run(capsys, "inspect", "loralib.safetensors")
     assert code == 0 and ": loralib, 4 layers" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("blocks.0"))
@@ -142,7 +142,7 @@ def test_inspect_a_file_that_does_not_say_its_alpha(folder, capsys):
 
 
 @pytest.mark.parametrize("source", ["adapter.safetensors", "peft"])
-def test_merged_files_hold_what_merged_models_hold(folder, capsys, source):
+def test_merged_files_equal_merged_models(folder, capsys, source):
     code, out, err = run(capsys, "merge", "base.safetensors", source, "out.safetensors")
     assert (code, err) == (0, "")
     assert "merged 4 layers, replaced 2 other tensors; rounding to float32 lost at most" in out
@@ -155,7 +155,7 @@ def test_merged_files_hold_what_merged_models_hold(folder, capsys, source):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_merging_rounds_once_and_says_what_that_cost(folder, capsys, dtype):
+def test_merging_rounds_once_and_prints_the_loss(folder, capsys, dtype):
     save_file(decoder(dtype).state_dict(), "base.safetensors")
     model = adapted(dtype=dtype).requires_grad_(False)
     fastlora.save_adapter(model, "a.safetensors")
@@ -171,12 +171,12 @@ def test_merging_rounds_once_and_says_what_that_cost(folder, capsys, dtype):
         )
         change = exact - layer.original_linear.weight.to(wide)
         shares.append(float((got[f"{path}.weight"].to(wide) - exact).norm() / change.norm()))
-    said = float(re.search(r"lost at most (\S+)%", out)[1]) / 100
-    assert said == pytest.approx(max(shares), rel=0.06, abs=1e-6)
-    assert (said > 1e-4) == (dtype != torch.float64)
+    printed = float(re.search(r"lost at most (\S+)%", out)[1]) / 100
+    assert printed == pytest.approx(max(shares), rel=0.06, abs=1e-6)
+    assert (printed > 1e-4) == (dtype != torch.float64)
 
 
-def test_a_sharded_base_goes_to_a_folder_shard_by_shard(folder, capsys):
+def test_a_sharded_base_is_merged_shard_by_shard(folder, capsys):
     state = decoder().state_dict()
     keys = list(state)
     halves = {"one.safetensors": keys[::2], "two.safetensors": keys[1::2]}
@@ -201,7 +201,7 @@ def test_a_sharded_base_goes_to_a_folder_shard_by_shard(folder, capsys):
 @pytest.mark.parametrize(
     "names", [["../x.safetensors"], ["/etc/x.safetensors"], ["x.bin"], [], [3], [["a"]]]
 )
-def test_an_index_names_only_files_beside_it(folder, capsys, names):
+def test_an_index_may_name_only_files_in_its_folder(folder, capsys, names):
     index = {"weight_map": {f"k{i}": name for i, name in enumerate(names)}}
     Path("m.index.json").write_text(json.dumps(index))
     before = listing()
@@ -231,10 +231,10 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(folder, capsys):
     assert "out_layer.weight: expected one of F16, BF16, F32, F64, got I32" in err
 
 
-def test_alpha_can_be_said_where_the_file_does_not_hold_it(folder, capsys):
+def test_alpha_can_be_given_where_the_file_does_not_store_it(folder, capsys):
     arguments = ("merge", "base.safetensors", "loralib.safetensors", "out.safetensors")
     code, _, err = run(capsys, *arguments)
-    assert code == 2 and "give it with --alpha" in err and not Path("out.safetensors").exists()
+    assert code == 2 and "pass it with --alpha" in err and not Path("out.safetensors").exists()
     assert run(capsys, *arguments, "--alpha", 12)[0] == 0
     expected = fastlora.merged_model(uniform()).state_dict()
     got = load_file("out.safetensors")
@@ -242,7 +242,7 @@ def test_alpha_can_be_said_where_the_file_does_not_hold_it(folder, capsys):
     code, _, err = run(
         capsys, "merge", "base.safetensors", "peft", "x.safetensors", "--alpha", "12"
     )
-    assert code == 2 and "--alpha: peft holds its own alpha" in err
+    assert code == 2 and "--alpha: peft already stores alpha" in err
 
 
 def test_a_full_disk_leaves_nothing_half_written(folder, capsys, monkeypatch):
@@ -299,16 +299,16 @@ def test_peft_loads_a_converted_folder(folder, capsys):
     torch.testing.assert_close(theirs(x), adapted(head=True)(x))
 
 
-def test_loralib_both_ways_with_alpha_said(folder, capsys):
+def test_loralib_both_ways_with_alpha_given(folder, capsys):
     arguments = ("convert", "loralib.safetensors", "a.safetensors", "--to", "fastlora")
     code, _, err = run(capsys, *arguments)
-    assert code == 2 and "give it with --alpha" in err
+    assert code == 2 and "pass it with --alpha" in err
     assert run(capsys, *arguments, "--alpha", 12)[0] == 0
     model = uniform()
     fastlora.load_adapter(model, "a.safetensors")
     back = ("convert", "a.safetensors", "l.safetensors", "--to", "loralib")
     code, _, err = run(capsys, *back)
-    assert code == 2 and "would be lost" in err and "confirm it with --alpha 12" in err
+    assert code == 2 and "do not store it" in err and "confirm it with --alpha 12" in err
     code, _, err = run(capsys, *back, "--alpha", "16")
     assert code == 2 and "lora_alpha=12, not 16" in err
     assert not Path("l.safetensors").exists()
@@ -325,14 +325,14 @@ def test_loralib_both_ways_with_alpha_said(folder, capsys):
         "--alpha",
         "12",
     )
-    assert code == 2 and "2 different ones (6 to 12)" in err
+    assert code == 2 and "2 different values (6 to 12)" in err
     code, _, err = run(
         capsys, "convert", "a.safetensors", "x.safetensors", "--to", "fastlora", "--alpha", "12"
     )
-    assert code == 2 and "holds its own alpha" in err
+    assert code == 2 and "already stores alpha" in err
 
 
-def test_different_dropouts_are_noted(folder, capsys):
+def test_different_dropouts_print_a_note(folder, capsys):
     model = adapted(dropout=0.25)
     model.blocks[0].attn.to_out.dropout = 0.5
     fastlora.save_adapter(model, "a.safetensors")
@@ -341,35 +341,40 @@ def test_different_dropouts_are_noted(folder, capsys):
     assert json.loads(Path("p/adapter_config.json").read_text())["lora_dropout"] == 0.5
 
 
-@pytest.mark.parametrize("scheme", ["fastlora", "peft"])
-def test_nothing_is_replaced_without_force(folder, capsys, scheme):
-    target = {"fastlora": "adapter.safetensors", "peft": "peft"}[scheme]
-    source = {"fastlora": "peft", "peft": "adapter.safetensors"}[scheme]
+@pytest.mark.parametrize("format", ["fastlora", "peft"])
+def test_nothing_is_replaced_without_force(folder, capsys, format):
+    target = {"fastlora": "adapter.safetensors", "peft": "peft"}[format]
+    source = {"fastlora": "peft", "peft": "adapter.safetensors"}[format]
     before = listing()
-    code, _, err = run(capsys, "convert", source, target, "--to", scheme)
+    code, _, err = run(capsys, "convert", source, target, "--to", format)
     assert code == 2 and "exists; --force replaces it" in err and listing() == before
-    assert run(capsys, "convert", source, target, "--to", scheme, "--force")[0] == 0
+    assert run(capsys, "convert", source, target, "--to", format, "--force")[0] == 0
 
 
 def test_a_target_of_the_wrong_kind(folder, capsys):
-    for source, target, to, said in (
-        ("adapter.safetensors", "base.safetensors", "peft", "folder: cannot make base.safetensors"),
+    for source, target, to, message in (
+        (
+            "adapter.safetensors",
+            "base.safetensors",
+            "peft",
+            "folder: cannot create base.safetensors",
+        ),
         ("peft", "peft", "fastlora", "is a folder; expected the name of a file"),
         ("adapter.safetensors", "none/x.safetensors", "fastlora", "cannot write"),
-        ("adapter.safetensors", "base.safetensors/x", "peft", "folder: cannot make"),
+        ("adapter.safetensors", "base.safetensors/x", "peft", "folder: cannot create"),
     ):
         code, _, err = run(capsys, "convert", source, target, "--to", to, "--force")
-        assert code == 2 and said in err and err.count("\n") == 1
-    for base, target, said in (
+        assert code == 2 and message in err and err.count("\n") == 1
+    for base, target, message in (
         ("base.safetensors", "peft", "is a folder; expected a file to write to"),
         ("m.index.json", "base.safetensors", "is a file; a sharded base needs a folder"),
     ):
         Path("m.index.json").write_text(json.dumps({"weight_map": {"k": "base.safetensors"}}))
         code, _, err = run(capsys, "merge", base, "adapter.safetensors", target, "--force")
-        assert code == 2 and said in err
+        assert code == 2 and message in err
 
 
-def test_what_pefts_format_cannot_say_is_refused(folder, capsys):
+def test_what_pefts_format_cannot_store_is_refused(folder, capsys):
     layer = fastlora.LoRALinear(nn.Linear(4, 4), 2)
     fastlora.save_adapter(layer, "whole.safetensors")
     code, _, err = run(capsys, "convert", "whole.safetensors", "p", "--to", "peft")
@@ -379,14 +384,14 @@ def test_what_pefts_format_cannot_say_is_refused(folder, capsys):
     model.scale = nn.Parameter(torch.ones(1))
     fastlora.save_adapter(model, "own.safetensors")
     assert (
-        "scale belongs to the model itself, which PEFT's format cannot hold"
+        "scale belongs to the model itself, which PEFT's format cannot store"
         in run(capsys, "convert", "own.safetensors", "p", "--to", "peft")[2]
     )
     model = adapted()
     model.blocks[0].attn.to_out.original_linear.bias.requires_grad_(True)
     fastlora.save_adapter(model, "inner.safetensors")
     code, _, err = run(capsys, "convert", "inner.safetensors", "p", "--to", "peft")
-    assert code == 2 and "it holds or is part of the adapted blocks.0.attn.to_out" in err
+    assert code == 2 and "it contains or is part of the adapted blocks.0.attn.to_out" in err
     assert not Path("p").exists()
 
 
@@ -456,11 +461,11 @@ def test_norms_agree_with_the_dense_products():
         assert difference_norm(a, a) <= 1e-14 * dense[0].norm().item()
 
 
-# bad input
+# invalid input
 
 
 def hostile():
-    """name -> a function that writes an input which must be refused."""
+    """name -> a function that writes an input that must be refused."""
     a, b = torch.ones(2, 4), torch.ones(4, 2)
     good = {"m.lora_A": a, "m.lora_B": b}
 
@@ -509,7 +514,7 @@ def hostile():
 
 
 @pytest.mark.parametrize("name", hostile())
-def test_bad_adapters_give_one_line_and_nothing_else(folder, capsys, name):
+def test_invalid_adapters_print_one_line_and_write_nothing(folder, capsys, name):
     hostile()[name]("bad.safetensors")
     before = listing()
     for arguments in (
@@ -543,7 +548,7 @@ def test_pickles_are_not_read(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda: Path("peft/adapter_model.safetensors").unlink(), "only safetensors are read"),
         (lambda: Path("peft/adapter_config.json").write_text("{"), "not a readable JSON file"),
@@ -556,10 +561,10 @@ def test_pickles_are_not_read(folder, capsys):
         ),
     ],
 )
-def test_bad_folders(folder, capsys, change, said):
+def test_invalid_folders(folder, capsys, change, message):
     change()
     code, _, err = run(capsys, "inspect", "peft")
-    assert code == 2 and said in err and err.count("\n") == 1
+    assert code == 2 and message in err and err.count("\n") == 1
 
 
 def edit_config(**fields):
@@ -574,10 +579,10 @@ def test_control_characters_in_names_do_not_reach_the_terminal(folder, capsys):
     assert code == 0 and "m?[2J" in out and "\x1b" not in out and "\x07" not in out
 
 
-# the command itself
+# the command as a program
 
 
-def test_wrong_arguments_give_one_line(capsys):
+def test_wrong_arguments_print_one_line(capsys):
     for arguments in ([], ["merge"], ["inspect", "a", "b"], ["convert", "a", "b", "--to", "x"]):
         code, out, err = run(capsys, *arguments)
         assert code == 2 and out == "" and err.count("\n") == 1 and "--help" in err
@@ -618,7 +623,7 @@ def test_a_terminal_without_unicode(folder):
     assert done.returncode == 0 and rb"gr\xf6\xdfe" in done.stdout
 
 
-def test_the_functions_behind_it(folder):
+def test_the_functions_that_it_calls(folder):
     adapter = read_adapter(Path("adapter.safetensors"))
     convert(adapter, Path("p"), "peft", force=False, alpha=None)
     assert read_adapter(Path("p")).layers.keys() == adapter.layers.keys()

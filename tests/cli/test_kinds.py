@@ -81,10 +81,10 @@ def adapted(name, seed=5, rank=4):
     return model.eval()
 
 
-def save(model, scheme, target):
-    if scheme == "fastlora":
+def save(model, format, target):
+    if format == "fastlora":
         fastlora.save_adapter(model, target)
-    elif scheme == "peft":
+    elif format == "peft":
         fastlora.save_pretrained(model, target)
     else:
         state = fastlora.get_lora_state_dict(model, include_trainable=True)
@@ -103,7 +103,7 @@ def contents(file):
 
 
 def merged_by_command(model, adapter, alpha=()):
-    """The merged state dict; `adapter` lies in the current folder, as does the base afterwards."""
+    """The merged state dict; `adapter` is in the current folder, as is the base afterwards."""
     save_file(fastlora.base_state_dict(model), "base.safetensors")
     out = "merged.safetensors"
     assert command("merge", "base.safetensors", adapter, out, "--force", *alpha) == 0
@@ -132,7 +132,7 @@ CHAINS = [
 
 
 def holds(chain, name):
-    """Whether every scheme of the chain holds the layer; what the others refuse is tested below."""
+    """Whether every format of the chain can store the layer; the refusals of the others are tested below."""
     return not ("peft" in chain and name in PEFT_COMPUTES_OTHERWISE) and not (
         "loralib" in chain and name not in LORALIB_HAS
     )
@@ -152,13 +152,13 @@ def test_the_command_merges_what_python_merges(name, chain, tmp_path, monkeypatc
     model = adapted(name)
     save(model, chain[0], "0.safetensors" if chain[0] != "peft" else "0")
     source, alpha = ("0" if chain[0] == "peft" else "0.safetensors"), ()
-    for i, scheme in enumerate(chain[1:], 1):
-        target = str(i) if scheme == "peft" else f"{i}.safetensors"
-        if scheme == "loralib":
+    for i, format in enumerate(chain[1:], 1):
+        target = str(i) if format == "peft" else f"{i}.safetensors"
+        if format == "loralib":
             layer = read_adapter(Path(source)).folded().layers["body.0"]
             alpha = ("--alpha", layer.scaling * layer.rank)
-        assert command("convert", source, target, "--to", scheme, *alpha) == 0
-        alpha = alpha if scheme == "loralib" else ()
+        assert command("convert", source, target, "--to", format, *alpha) == 0
+        alpha = alpha if format == "loralib" else ()
         source = target
     assert_merged_as_in_python(merged_by_command(model, source, alpha), model)
 
@@ -182,7 +182,7 @@ def test_a_converted_file_loads_and_computes_the_same(name, tmp_path, monkeypatc
         assert_close(other(x), model(x), wide(x.double() if x.is_floating_point() else x))
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's, about its fan_in_fan_out and about groups
+@pytest.mark.filterwarnings("ignore")  # PEFT's, about fan_in_fan_out and groups
 @pytest.mark.parametrize("name", [n for n in CASES if n not in PEFT_COMPUTES_OTHERWISE])
 def test_peft_computes_the_same_with_a_converted_folder(name, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
@@ -195,12 +195,12 @@ def test_peft_computes_the_same_with_a_converted_folder(name, tmp_path, monkeypa
     wide = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x)
     assert_close(theirs(x), model(x), wide)
     assert_differs(theirs(x), plain(name)(x))
-    theirs.save_pretrained("theirs")  # and what PEFT writes of it merges as ours does
+    theirs.save_pretrained("theirs")  # a folder written by PEFT merges as ours does
     assert_merged_as_in_python(merged_by_command(model, "theirs"), model)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_inspect_and_diff_know_every_kind(name, tmp_path, monkeypatch, capsys):
+def test_inspect_and_diff_support_every_kind(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = adapted(name)
     save(model, "fastlora", "a.safetensors")
@@ -258,28 +258,34 @@ def test_bases_of_other_dtypes(name, dtype, tmp_path, monkeypatch):
     assert_close(got, want, copy.deepcopy(model).double().body[0].merge_weights().weight)
 
 
-# What a scheme or a file cannot hold
+# What a format or a file cannot store
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme", "said"),
+    ("name", "format", "message"),
     [
         ("conv with groups", "peft", "body.0: PEFT's adapter of a convolution with groups=2 is no"),
-        ("conv with dilation", "peft", "with dilation=(2,), padding_mode=circular is no update"),
-        ("conv1d", "loralib", "body.0: loralib has other factors for convolutions"),
+        (
+            "conv with dilation",
+            "peft",
+            "with dilation=(2,), padding_mode=circular is not an update",
+        ),
+        ("conv1d", "loralib", "body.0: loralib has different factors for convolutions"),
         ("dora", "loralib", "body.0: loralib has no DoRA"),
     ],
 )
-def test_what_a_scheme_cannot_hold_is_refused(name, scheme, said, tmp_path, monkeypatch, capsys):
+def test_what_a_format_cannot_store_is_refused(
+    name, format, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     save(adapted(name), "fastlora", "a.safetensors")
-    arguments = ("convert", "a.safetensors", "out", "--to", scheme, "--alpha", 6.0)
-    assert command(*arguments[: None if scheme == "loralib" else -2]) == 2
+    arguments = ("convert", "a.safetensors", "out", "--to", format, "--alpha", 6.0)
+    assert command(*arguments[: None if format == "loralib" else -2]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1 and not Path("out").exists()
+    assert message in err and err.count("\n") == 1 and not Path("out").exists()
 
 
-def test_dora_on_some_layers_only_has_no_folder(tmp_path, monkeypatch, capsys):
+def test_dora_on_some_layers_only_is_refused_for_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     fastlora.inject_lora(model, lambda path, _: LoRAConfig(use_dora=path == "0"))
@@ -314,11 +320,11 @@ def test_an_old_file_of_a_convolution_merges_but_does_not_convert(tmp_path, monk
     assert_merged_as_in_python(merged_by_command(model, "old.safetensors"), model)
     fastlora.load_adapter(adapted("conv with groups", seed=6), "old.safetensors")
     assert command("convert", "old.safetensors", "p", "--to", "peft") == 2
-    assert "does not hold the convolution's dilation and padding mode" in capsys.readouterr().err
+    assert "does not store the convolution's dilation and padding mode" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("conv1d", {"dilation": [1, 1]}, "dilation, padding_mode: expected 1 integers"),
         ("conv1d", {"dilation": "1"}, "dilation, padding_mode: expected 1 integers"),
@@ -332,17 +338,17 @@ def test_an_old_file_of_a_convolution_merges_but_does_not_convert(tmp_path, monk
         ("pissa", {"kind": "embedding"}, "initial_A, initial_B: not supported for kind"),
     ],
 )
-def test_settings_that_do_not_fit_the_tensors(name, change, said, tmp_path, monkeypatch, capsys):
+def test_settings_that_do_not_fit_the_tensors(name, change, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(adapted(name), "fastlora", "good.safetensors")
     rewritten("good.safetensors", "bad.safetensors", lambda settings: settings.update(change))
     assert command("inspect", "bad.safetensors") == 2
     err = capsys.readouterr().err
-    assert "bad.safetensors: body.0: " in err and said in err and err.count("\n") == 1
+    assert "bad.safetensors: body.0: " in err and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("dora", {"body.0.lora_magnitude": torch.ones(4)}, "lora_magnitude: expected shape (5,)"),
         ("dora", {"body.0.lora_magnitude": torch.ones(5).int()}, "expected a float tensor, got"),
@@ -354,14 +360,14 @@ def test_settings_that_do_not_fit_the_tensors(name, change, said, tmp_path, monk
         ("linear", {"body.0.lora_A": None}, "body.0 has lora_B without lora_A"),
     ],
 )
-def test_tensors_that_do_not_fit_together(name, change, said, tmp_path, monkeypatch, capsys):
+def test_tensors_that_do_not_fit_together(name, change, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(adapted(name), "loralib", "good.safetensors")
     tensors = {k: v for k, v in (load_file("good.safetensors") | change).items() if v is not None}
     save_file(tensors, "bad.safetensors")
     assert command("inspect", "bad.safetensors") == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1
 
 
 def test_a_scaling_that_float32_cannot_hold(tmp_path, monkeypatch, capsys):
@@ -378,7 +384,7 @@ def test_a_scaling_that_float32_cannot_hold(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("source", ["adapter_v1/adapter.safetensors", "peft"])
 def test_damaged_adapters_of_every_kind_are_refused(source, tmp_path, monkeypatch):
-    """Whatever is wrong, the only errors are fastlora's."""
+    """All errors are fastlora's."""
     monkeypatch.chdir(tmp_path)
     model = adapted("embedding")
     save(model, "peft", "peft")
@@ -397,14 +403,14 @@ def test_damaged_adapters_of_every_kind_are_refused(source, tmp_path, monkeypatc
 
 
 class Mixed(nn.Module):
-    """A matrix that the shapes show to be stored transposed, and one that is square."""
+    """A matrix whose shape shows that it is stored transposed, and a square one."""
 
     def __init__(self):
         super().__init__()
         self.body = nn.ModuleList([conv1d_of_transformers(5, 6), nn.Linear(6, 6)])
 
 
-def test_a_square_weight_whose_storage_nobody_tells(tmp_path, monkeypatch, capsys):
+def test_a_square_weight_of_unknown_orientation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = Mixed()
     fastlora.inject_lora(model, LoRAConfig(["body"], rank=2))
@@ -418,22 +424,25 @@ def test_a_square_weight_whose_storage_nobody_tells(tmp_path, monkeypatch, capsy
     err = capsys.readouterr().err
     assert "body.1: whether this square weight is stored transposed is unknown" in err
     assert "since body.0 is not stored as" in err and not Path("out").exists()
-    fastlora.save_adapter(model, "a.safetensors")  # which says it
+    fastlora.save_adapter(model, "a.safetensors")  # which stores the orientation
     assert command("merge", "base.safetensors", "a.safetensors", "out") == 0
     save_file({k: v for k, v in state.items() if "body.1" in k}, "square.safetensors")
     assert command("merge", "base.safetensors", "square.safetensors", "two", "--alpha", 2) == 0
-    assert "note: square.safetensors: body.1: the file does not say" in capsys.readouterr().err
+    assert (
+        "note: square.safetensors: body.1: the file does not store whether"
+        in capsys.readouterr().err
+    )
     convert = ("convert", "square.safetensors", "b.safetensors", "--to", "fastlora", "--alpha", 2)
     assert command(*convert) == 0
-    assert "body.1: the file does not say" in capsys.readouterr().err
+    assert "body.1: the file does not store whether" in capsys.readouterr().err
 
 
-def test_a_convolution_of_a_peft_folder_is_noted(tmp_path, monkeypatch, capsys):
+def test_a_convolution_of_a_peft_folder_prints_a_note(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = adapted("conv2d")
     save(model, "peft", "p")
     merged_by_command(model, "p")
-    assert "note: p: body.0: a PEFT folder does not hold the dilation" in capsys.readouterr().err
+    assert "note: p: body.0: a PEFT folder does not store the dilation" in capsys.readouterr().err
     model = adapted("conv of size 1")
     save(model, "peft", "q")
     merged_by_command(model, "q")
@@ -449,6 +458,6 @@ def test_a_peft_folder_with_groups_is_refused(tmp_path, monkeypatch):
     )
     model.save_pretrained("p")
     with pytest.raises(
-        CheckpointError, match=r"p: body.0: .*convolution with groups=2 is no update"
+        CheckpointError, match=r"p: body.0: .*convolution with groups=2 is not an update"
     ):
         read_adapter(Path("p"))

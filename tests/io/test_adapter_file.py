@@ -1,4 +1,4 @@
-"""State dicts and files: round trips, strictness with hints, and nothing half-done."""
+"""State dicts and files: round trips, strict loading with suggestions, no partial changes."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def unchanged(model, before):
     return all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_state_dict_holds_the_adapters_and_on_request_the_heads():
+def test_the_state_dict_has_the_adapters_and_on_request_the_heads():
     model = Decoder()
     setup_lora_for_medical_finetuning(model)
     keys = {
@@ -80,7 +80,7 @@ def test_strict_names_every_problem_with_the_nearest_candidate_and_changes_nothi
     assert unchanged(model, before)
 
 
-def test_not_strict_loads_what_fits_warns_and_never_applies_nothing():
+def test_not_strict_loads_what_fits_and_warns_but_never_loads_nothing():
     model, source = adapted(), adapted(seed=2)
     state = get_lora_state_dict(source)
     del state["blocks.0.attn.to_qkv.lora_B"]
@@ -110,7 +110,7 @@ def test_other_refusals():
     model = Decoder()
     setup_lora_for_medical_finetuning(model)
     state = get_lora_state_dict(model, include_trainable=True)
-    load_lora_state_dict(model, get_lora_state_dict(model))  # adapters alone are a whole adapter
+    load_lora_state_dict(model, get_lora_state_dict(model))  # without heads it is complete
     del state["out_layer.bias"]
     with pytest.raises(CheckpointError, match="missing out_layer.bias"):
         load_lora_state_dict(model, state)
@@ -131,7 +131,7 @@ def test_file_round_trip_with_heads(tmp_path):
     assert len(load_adapter(twin, tmp_path / "adapter.pt").loaded) == 8
 
 
-def test_rank_and_alpha_travel_with_the_file(tmp_path):
+def test_rank_and_alpha_are_stored_in_the_file(tmp_path):
     file = tmp_path / "a.safetensors"
     save_adapter(adapted(alpha=16.0), file)
     model = adapted(alpha=8.0)
@@ -147,7 +147,7 @@ def test_rank_and_alpha_travel_with_the_file(tmp_path):
         load_adapter(adapted(rank=2, alpha=16.0), file)
 
 
-def test_rslora_travels_with_the_file_and_is_checked(tmp_path):
+def test_rslora_is_stored_in_the_file_and_checked(tmp_path):
     file = tmp_path / "a.safetensors"
     source = adapted(use_rslora=True)
     save_adapter(source, file)
@@ -165,7 +165,7 @@ def test_rslora_travels_with_the_file_and_is_checked(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch, about the damaged file
-def test_bad_files_give_one_clear_error(tmp_path):
+def test_invalid_files_raise_one_clear_error(tmp_path):
     model = adapted()
     before = snapshot(model)
     save_adapter(model, tmp_path / "good.safetensors")

@@ -1,4 +1,4 @@
-"""`AdapterState`: what a layer's state is, old files, and what a fold and a merge of it compute."""
+"""`AdapterState`: the state of a layer, old files, folding and merging."""
 
 import copy
 import json
@@ -87,10 +87,12 @@ def test_a_file_of_the_first_version_merges_by_the_command(tmp_path):
     assert_merged(load_file(out), merged, model)
 
 
-def test_what_the_command_of_the_first_version_converted():
+def test_files_converted_by_the_first_version_are_read():
     state = read_adapter_file(GOLDEN / "converted.safetensors")
     assert [(p, s.rank, s.alpha) for p, s in state.layers.items()] == [("0", 2, 3.0), ("1", 1, 3.0)]
-    assert {layer.kind for layer in state.layers.values()} == {"linear"}  # the file did not say it
+    assert {layer.kind for layer in state.layers.values()} == {
+        "linear"
+    }  # the file does not store it
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     config = LoRAConfig(["0", "1"], rank=2, alpha=3.0, rank_pattern={"1": 1})
     fastlora.inject_lora(model, config)
@@ -98,7 +100,7 @@ def test_what_the_command_of_the_first_version_converted():
     assert torch.equal(model[0].lora_A, state.layers["0"].lora_a)
 
 
-def test_what_is_written_has_the_keys_and_settings_of_the_first_version(tmp_path):
+def test_written_files_have_the_keys_and_settings_of_the_first_version(tmp_path):
     """So that an older fastlora loads it."""
     _, _, model = golden()
     fastlora.load_adapter(model, GOLDEN / "adapter.safetensors")
@@ -132,13 +134,13 @@ def test_the_state_of_a_model_and_back():
     assert adapter_state(Decoder()).layers == {}
 
 
-def test_a_state_that_was_written_is_read_back(tmp_path):
+def test_a_written_state_is_read_back(tmp_path):
     _, _, model = golden()
     state = adapter_state(model, include_trainable=True)
     file = Path(tmp_path / "a.safetensors")
     file.write_bytes(fastlora_bytes(state))
     read = read_adapter_file(file)
-    assert read.scheme == "fastlora" and read.layers.keys() == state.layers.keys()
+    assert read.format == "fastlora" and read.layers.keys() == state.layers.keys()
     for path, layer in state.layers.items():
         assert read.layers[path].settings() == json.loads(json.dumps(layer.settings()))
     got, want = read.tensors(), state.tensors()
@@ -164,7 +166,7 @@ def test_a_fold_keeps_the_update_and_the_scaling(use_rslora):
     assert both.tensors().keys() == {"x.lora_A", "x.lora_B"}
 
 
-def test_a_merge_says_what_rounding_lost():
+def test_a_merge_reports_what_rounding_lost():
     layer = fastlora.LoRALinear(nn.Linear(6, 5).to(torch.bfloat16), 2)
     nn.init.normal_(layer.lora_B, std=1e-4)
     state = LayerState.of_layer(layer)
@@ -183,8 +185,8 @@ def test_a_merge_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_alpha_that_nobody_said():
+def test_unknown_alpha():
     state = LayerState("linear", {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(2, 1)}, None)
-    with pytest.raises(fastlora.CheckpointError, match="alpha: the file does not hold it"):
+    with pytest.raises(fastlora.CheckpointError, match="alpha: the file does not store it"):
         _ = state.scaling
     assert state.folded() is state

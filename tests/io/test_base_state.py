@@ -1,4 +1,4 @@
-"""The base model's keys, both ways: strict, with tied weights, shared modules, buffers and extra state."""
+"""Reading and loading the base model's state dict: strict, with tied weights, shared modules, buffers and extra state."""
 
 import copy
 
@@ -82,7 +82,7 @@ def test_a_single_layer_and_a_cast():
     assert torch.equal(layer.original_linear.weight, state["weight"].float())
 
 
-def test_a_start_of_dora_follows_the_weights_and_what_was_trained_stays():
+def test_untrained_dora_magnitudes_follow_the_weights_and_trained_ones_stay():
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     inject_lora(model, LoRAConfig(["0", "1"], use_dora=True))
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_a_start_of_dora_follows_the_weights_and_what_was_trained_stays():
     assert torch.equal(model[1].lora_magnitude, trained)
 
 
-def test_what_is_returned_shares_storage():
+def test_returned_tensors_share_storage():
     model = injected()
     weight = base_state_dict(model)["out_layer.weight"]
     assert weight.data_ptr() == model.out_layer.original_linear.weight.data_ptr()

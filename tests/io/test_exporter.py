@@ -1,4 +1,4 @@
-"""Exported models run without fastlora and compute what the model computes; the model itself is left as it was."""
+"""Exported models run without fastlora and compute what the model computes; the model does not change."""
 
 import copy
 import importlib.util
@@ -46,7 +46,7 @@ def adapted(dropout=0.5, model=None):
 
 
 def runner(path, format):
-    """A function that calls the file at `path` as another program would."""
+    """A function that runs the file at `path` without fastlora."""
     if format == "torch.export":
         return torch.export.load(path).module()
     if format == "torchscript":
@@ -107,14 +107,14 @@ def test_every_kind_of_layer_and_update_is_exported(tmp_path, format, merged):
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_an_exported_program_is_plain_and_names_what_it_holds(merged):
+def test_an_exported_program_is_plain_and_has_the_models_names(merged):
     program = export(adapted(), (torch.randn(3, 7, 8),), merged=merged)
     called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert not any("addmm_" in name or "fastlora" in name or "wrap" in name for name in called)
     assert any(key.endswith("to_qkv.lora_A") for key in program.state_dict) is not merged
 
 
-def test_a_trace_takes_named_inputs():
+def test_a_trace_accepts_named_inputs():
     model = adapted()
     x = torch.randn(3, 7, 8)
     script = export(model, (), format="torchscript", kwargs={"x": x + 1}, merged=False)
@@ -122,7 +122,7 @@ def test_a_trace_takes_named_inputs():
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_trace_holds_no_autograd_function_and_warns_of_nothing(grad):
+def test_a_trace_has_no_autograd_function_and_no_warnings(grad):
     with torch.set_grad_enabled(grad), warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         script = export(adapted(), (torch.randn(3, 7, 8),), format="torchscript", merged=False)
@@ -131,7 +131,7 @@ def test_a_trace_holds_no_autograd_function_and_warns_of_nothing(grad):
     assert "PythonOp" not in str(script.inlined_graph)
 
 
-def test_a_forced_backend_does_not_reach_the_exported_program():
+def test_a_forced_backend_does_not_affect_the_exported_program():
     model = adapted()
     for module in model.modules():
         if isinstance(module, LoRALinear):
@@ -289,7 +289,7 @@ assert torch.export.load("model.pt2").module()(x).shape == torch.jit.load("m.pt"
             r"x\[0\]: expected a first",
         ),
         ({"kwargs": {"x": torch.ones(2, 7, 8)}}, "do not fit the model's forward: multiple values"),
-        ({"format": "torchscript", "kwargs": {"x": 1}}, "kwargs: a trace takes args or kwargs"),
+        ({"format": "torchscript", "kwargs": {"x": 1}}, "kwargs: a trace accepts args or kwargs"),
         ({"format": "torchscript", "dynamic_shapes": ({},)}, "dynamic_shapes: a trace has no"),
     ],
 )
@@ -330,7 +330,7 @@ def test_accelerated_layers_are_refused():
     assert export(model.merge_and_unload(), (torch.ones(2, 4),)) is not None
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="path: cannot write"):
         export(adapted(), (torch.randn(2, 7, 8),), tmp_path / "none" / "m.pt2")
     file = tmp_path / "m.pt2"

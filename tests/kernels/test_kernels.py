@@ -30,13 +30,13 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 SEED = torch.tensor(-1234567890123)
 SHAPES = [case for case in CASES if case.m > 0]
-# Several tiles in every direction, several splits of every sum, and sizes that tensor descriptors take.
+# Several tiles in every direction, several splits of every sum, and sizes that tensor descriptors support.
 LARGE = [
     Case((520,), 1040, 528, 20, p=0.2),
     Case((200,), 96, 160, 4, bias=False),
     Case((130,), 1024, 136, 200, p=0.1),
 ]
-# A float32 call launches the same on both architectures, which a test checks, so it runs on one. On a GPU: its own.
+# A float32 call has the same launches on both architectures (a test checks this), so it runs on one. A GPU uses its own.
 LAUNCHES = (
     [(None, dtype) for dtype in DTYPES]
     if GPU
@@ -66,7 +66,7 @@ def arch(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """Fresh memory holds NaN, so that a kernel that reads what it did not write is caught."""
+    """New memory is filled with NaN, so that reading memory that was not written is detected."""
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
     def poison(tensor):
@@ -126,7 +126,7 @@ def _check(plan: str, case: Case, dtype: torch.dtype) -> None:
     same = _run(_by_reference(case), t.to(dtype), case)
     exact = _run(_by_reference(case), t.to(torch.float64), case)
     for name, g, s, e in zip(("y", "dx", "dA", "dB"), got, same, exact, strict=True):
-        # Adapter gradients come in the adapters' float32: more exact than the product's dtype needs them.
+        # Adapter gradients have the adapters' float32, which is more exact than the product's dtype.
         assert_close(g.to(dtype), s, e, name)
 
 
@@ -162,7 +162,7 @@ def test_many_tiles_and_splits_match_the_reference(case, plan, arch):
         _check(plan, case, torch.float16)
 
 
-def test_the_large_cases_use_what_they_are_there_for():
+def test_the_large_cases_cover_what_they_should():
     problem = Problem(520, 528, 1040, 20, 2, True)
     ours = tiles(ARCHITECTURES[90], problem)
     assert ours.split.descriptor and ours.split.subtiles > 1 and ours.dx.descriptor
@@ -176,7 +176,7 @@ def test_the_large_cases_use_what_they_are_there_for():
 
 @pytest.mark.parametrize("plan", ["split", "fused"])
 @pytest.mark.parametrize("descriptor", [True, False])
-def test_a_persistent_program_makes_several_tiles(plan, descriptor):
+def test_a_persistent_program_computes_several_tiles(plan, descriptor):
     """One program for all tiles: the loop over tiles, the order of tiles, and the last tiles being partial."""
     m, k, n, r = 600, 64, 328, 8
     t = _on_device(make(Case((m,), k, n, r)))
@@ -204,8 +204,8 @@ def _ones(*shape):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_every_place_that_drops_out_uses_the_references_bits(p):
-    """With operands of ones and unit matrices the products are the mask itself."""
+def test_every_kernel_with_dropout_uses_the_references_bits(p):
+    """With operands of ones and unit matrices the products equal the mask."""
     m, k = 70, 64
     row = ARCHITECTURES[90]
     seed, threshold = SEED.to(DEVICE), dropout_threshold(p)
@@ -268,8 +268,8 @@ def test_the_mask_is_the_references_bit_for_bit(seed, p):
     threshold = dropout_threshold(p)
     key = torch.tensor(seed, device=DEVICE)
     _write_bits[(1,)](out, key, threshold, first_row, first_group, rows, groups)
-    whole = kernel_mask(seed, p, rows, 8 * (first_group + groups), first_row)
-    assert torch.equal(_unpack(out.cpu(), 8 * groups), whole[:, 8 * first_group :])
+    full = kernel_mask(seed, p, rows, 8 * (first_group + groups), first_row)
+    assert torch.equal(_unpack(out.cpu(), 8 * groups), full[:, 8 * first_group :])
 
 
 def test_a_dropped_element_is_zero_even_if_it_was_infinite():
@@ -298,7 +298,7 @@ def test_partial_sums_are_sums(splits, dtype):
 @on_one
 @pytest.mark.parametrize("plan", TRITON_PLANS)
 def test_every_operand_may_be_strided(plan, arch):
-    """Weight and adapters by columns, a bias with gaps, an x whose rows lie apart: views as models make them."""
+    """Weight and adapters stored by columns, a bias with a stride, an x with a row pitch: views as in real models."""
     case = Case((40,), 48, 32, 8)
     t = _on_device(make(case))
     straight = _run(_by_plan(plan, case), t, case)
@@ -316,15 +316,13 @@ def test_every_operand_may_be_strided(plan, arch):
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("rank", [16, 17, 32, 33, 64])
-def test_float32_is_right_at_every_rank_under_the_plan_that_is_chosen(
-    rank, precision, arch, monkeypatch
-):
+def test_float32_is_correct_at_every_rank_under_the_chosen_plan(rank, precision, arch, monkeypatch):
     monkeypatch.setattr(dispatch, "float32_precision", lambda: precision)
     case = Case((40,), 16, 16, rank)
     _check(None, case, torch.float32)
 
 
-def test_kernels_refuse_ranks_that_their_tiles_do_not_hold():
+def test_kernels_refuse_ranks_that_their_tiles_do_not_support():
     config = tiles(ARCHITECTURES[90], Problem(16, 16, 16, 32, 4, False)).fused
     x, low = torch.zeros(16, 16, device=DEVICE), torch.zeros(16, 32, device=DEVICE)
     with pytest.raises(ValueError, match="lora_a: expected at most 16 ranks, got 32"):
@@ -340,7 +338,7 @@ def test_kernels_refuse_ranks_that_their_tiles_do_not_hold():
 
 
 @pytest.mark.slow
-def test_two_runs_give_the_same_bits(arch):
+def test_two_runs_agree_bit_for_bit(arch):
     case = Case((260,), 1040, 528, 4, p=0.2)
     t = _on_device(make(case)).to(torch.float16)
     first, second = (_run(_by_plan("split", case), t, case) for _ in range(2))
@@ -382,7 +380,7 @@ def test_only_what_is_needed_is_computed(needs, arch, monkeypatch):
 
 
 @on_one
-def test_an_expanded_dy_is_read_where_it_lies(arch):
+def test_an_expanded_dy_is_read_without_a_copy(arch):
     case = Case((40,), 48, 32, 8)
     t = _on_device(make(case))
     dy = t.dy[:1].expand(40, 32)
@@ -399,7 +397,7 @@ def test_an_expanded_dy_is_read_where_it_lies(arch):
         assert_close(one, other, e)
 
 
-def test_dy_pass_leaves_out_what_is_not_needed():
+def test_dy_pass_omits_what_is_not_needed():
     config = tiles(ARCHITECTURES[90], Problem(20, 24, 16, 4, 4, False)).dy
     dy, b, s = torch.randn(20, 24), torch.randn(24, 4), torch.randn(20, 4)
     dy, b, s = dy.to(DEVICE), b.to(DEVICE), s.to(DEVICE)

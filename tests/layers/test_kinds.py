@@ -76,7 +76,7 @@ def test_a_convolution_computes_what_its_merged_weight_does(name):
     assert_close(wide(x.double()), wide.merge_weights()(x.double()), wide(x.double()))
     assert_differs(layer(x), conv(x))
     assert torch.equal(layer.weight, merged.weight)
-    for own in conv.__constants__:  # code around a layer asks for its stride and the like
+    for own in conv.__constants__:  # other code may read its stride and other arguments
         if own not in ("transposed", "output_padding"):
             assert getattr(layer, own) == getattr(conv, own), own
     report = merge_report(nn.Sequential(layer))
@@ -129,7 +129,7 @@ def conv1d():
     return layer
 
 
-def test_conv1d_of_transformers_takes_the_fused_path_and_keeps_its_orientation():
+def test_conv1d_of_transformers_uses_the_fused_path_and_keeps_its_orientation():
     base = conv1d()
     layer = LoRATransposedLinear(base, rank=2, alpha=4.0, dropout=0.3)
     assert (layer.in_features, layer.out_features) == (4, 6)
@@ -145,7 +145,7 @@ def test_conv1d_of_transformers_takes_the_fused_path_and_keeps_its_orientation()
     assert_close(x @ layer.weight + layer.bias, merged(x), wide)
     assert merge_report(nn.Sequential(layer)).ok
     hook = base.register_forward_hook(lambda *_: None)
-    assert explain(layer, x).plan == "around"
+    assert explain(layer, x).plan == "wrapped"
     assert_close(layer(x), merged(x), wide)
     hook.remove()
     layer.train()
@@ -188,7 +188,7 @@ def mixed():
     return model
 
 
-def test_kinds_say_what_patterns_may_take():
+def test_kinds_limit_what_patterns_may_match():
     model = Mixed()
     assert inject_lora(copy.deepcopy(model), "all-linear") == 1
     with pytest.raises(InjectionError, match="It matches the Conv1d conv, if kinds has 'conv'"):
@@ -204,12 +204,12 @@ def test_kinds_say_what_patterns_may_take():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
-def test_every_function_takes_all_kinds(tmp_path):
+def test_every_function_supports_all_kinds(tmp_path):
     model = mixed()
     y, base = (
         model(IDS),
         Mixed().requires_grad_(False),
-    )  # frozen as the model is: the same algorithms
+    )  # frozen like the model, so that the same algorithms run
     base.load_state_dict(base_state_dict(model))
     with disable_adapter(model):
         assert torch.equal(model(IDS), base(IDS))
@@ -273,13 +273,13 @@ class Scaled(nn.Embedding):
     [
         (nn.ConvTranspose1d(2, 2, 3), "expected an nn.Conv1d, Conv2d or Conv3d, got ConvTranspose"),
         (nn.LazyConv2d(2, 3), "LazyConv2d has no weight yet"),
-        (Own(2, 2, 3), "Own has a forward of its own"),
+        (Own(2, 2, 3), "Own has a custom forward"),
         (nn.Conv1d(6, 6, 3, groups=3), "rank 4 is not a multiple of its groups=3"),
-        (Scaled(4, 2), "Scaled has a forward of its own"),
+        (Scaled(4, 2), "Scaled has a custom forward"),
         (nn.Embedding(4, 2, max_norm=1.0), "max_norm=1.0, which changes the weight"),
     ],
 )
-def test_what_cannot_be_adapted_rightly_is_refused_by_name(layer, message):
+def test_what_cannot_be_adapted_correctly_is_refused_by_name(layer, message):
     model = nn.Sequential(nn.Identity(), layer)
     config = LoRAConfig(["1"], kinds=KINDS)
     with pytest.raises(InjectionError, match=f"cannot adapt 1: .*{message}"):
@@ -301,7 +301,7 @@ def test_what_only_linear_layers_have_is_refused_for_others(change, message):
         inject_lora(Mixed(), LoRAConfig(["conv"], kinds=KINDS, **change))
 
 
-def test_bad_arguments_are_named():
+def test_invalid_arguments_are_named():
     with pytest.raises(BackendError, match="there is no kernel for Conv1d"):
         LoRAConv(nn.Conv1d(2, 2, 1), backend="triton")
     with pytest.raises(ConfigError, match="use_dora: is for linear layers, got Embedding"):
@@ -331,7 +331,7 @@ def test_named_adapters_go_with_every_kind(method):
     assert not list(named_lora_layers(model))
 
 
-def test_a_gaussian_start_works_on_meta():
+def test_gaussian_initialisation_works_on_meta():
     with torch.device("meta"):
         model = Mixed()
     assert inject_lora(model, LoRAConfig(["proj"], init_lora_weights="gaussian")) == 1

@@ -18,7 +18,7 @@ from tests.support.tolerance import assert_close
 
 
 class Tokens:
-    """What a SparseTensor of SAM 3D shows to a linear layer."""
+    """The interface of SAM 3D's SparseTensor that a linear layer uses."""
 
     def __init__(self, feats):
         self.feats = feats
@@ -81,12 +81,12 @@ def test_rslora_divides_by_the_root_of_the_rank():
         LoRALinear(nn.Linear(3, 5), use_rslora=1)
 
 
-def test_repr_says_what_is_there():
+def test_repr_lists_the_settings():
     text = repr(LoRALinear(nn.Linear(3, 5, bias=False), rank=2, alpha=16, dropout=0.25))
     assert "3, 5, r=2, alpha=16, dropout=0.25, bias=False, backend=auto" in text
 
 
-def test_reset_makes_the_layer_new():
+def test_reset_restores_a_new_layer():
     layer = trained(nn.Linear(4, 4))
     before = layer.lora_A.clone()
     layer.reset_lora_parameters()
@@ -109,7 +109,7 @@ def test_dropout_acts_in_training_only_follows_the_generator_and_can_be_reproduc
     assert torch.equal(layer(x), layer(x))
 
 
-def test_token_objects_come_back_as_token_objects():
+def test_token_objects_are_returned_as_token_objects():
     layer = trained(SparseLinear(6, 5), rank=2)
     x = torch.randn(7, 6)
     out = layer(Tokens(x))
@@ -119,18 +119,18 @@ def test_token_objects_come_back_as_token_objects():
     torch.testing.assert_close(layer.merge_weights()(Tokens(x)).feats, out.feats)
 
 
-def test_a_plain_layer_takes_token_objects_too():
+def test_a_plain_layer_accepts_token_objects_too():
     layer = trained(nn.Linear(6, 5))
     x = torch.randn(7, 6)
     assert torch.equal(layer(Tokens(x)).feats, layer(x))
 
 
-def test_a_forward_of_its_own_is_called_and_the_update_added():
+def test_a_custom_forward_is_called_and_the_update_added():
     layer = trained(DoublingLinear(6, 5), rank=2)
     x = torch.randn(7, 6)
     low_rank = layer.scaling * (x @ layer.lora_A.T @ layer.lora_B.T)
     torch.testing.assert_close(layer(x), layer.original_linear(x) + low_rank)
-    assert explain(layer, x).plan == "around"
+    assert explain(layer, x).plan == "wrapped"
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -161,14 +161,14 @@ def test_explain_names_backend_plan_and_reason(monkeypatch):
     forced = LoRALinear(nn.Linear(2, 2), backend="triton")
     with pytest.raises(BackendError, match="cannot run"):
         forced(torch.zeros(1, 2))
-    around = LoRALinear(DoublingLinear(2, 2), backend="triton")
-    with pytest.raises(BackendError, match="forward of its own"):
-        around(torch.zeros(1, 2))
+    layer = LoRALinear(DoublingLinear(2, 2), backend="triton")
+    with pytest.raises(BackendError, match="custom forward"):
+        layer(torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_merge_weights_gives_a_fresh_layer_of_the_same_kind(dtype, bias):
+def test_merge_weights_returns_a_new_layer_of_the_same_class(dtype, bias):
     linear = nn.Linear(32, 24, bias=bias, dtype=dtype)
     linear.weight.requires_grad_(False)
     layer = trained(linear, rank=4).eval()
@@ -216,7 +216,7 @@ def test_a_parametrised_bias_is_read():
     assert torch.equal(layer.bias, linear.bias) and "bias=True" in repr(layer)
 
 
-def test_sixteen_bit_weights_get_float32_adapters_unless_told():
+def test_sixteen_bit_weights_get_float32_adapters_by_default():
     linear = nn.Linear(4, 4, dtype=torch.bfloat16)
     assert LoRALinear(linear).lora_A.dtype == torch.float32
     assert LoRALinear(linear, adapter_dtype=torch.bfloat16).lora_B.dtype == torch.bfloat16
@@ -236,7 +236,7 @@ def test_deepcopy_pickle_and_state_dict_round_trip():
     assert torch.equal(other(x), layer(x))
 
 
-def test_works_inside_multihead_attention_and_the_encoder_fast_path():
+def test_it_works_in_multihead_attention_and_the_encoder_fast_path():
     encoder = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
     base = encoder(x)
@@ -272,7 +272,7 @@ def test_meta_device_and_no_grad():
         ({"adapter_dtype": torch.int8}, "adapter_dtype: expected a float dtype, got torch.int8"),
     ],
 )
-def test_bad_values_are_named(arguments, message):
+def test_invalid_values_are_named(arguments, message):
     with pytest.raises(ConfigError, match=message):
         LoRALinear(nn.Linear(4, 4), **arguments)
 

@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes or torchao hold in few bits: their own product runs, the adapter's is added to it."""
+"""Bases quantised by bitsandbytes or torchao: the package computes the product, and the adapter's is added."""
 
 import copy
 import warnings
@@ -70,7 +70,7 @@ def base(request):
 X = torch.linspace(-1, 1, 192).view(3, 64)
 
 
-def test_the_wrapped_product_runs_and_the_update_is_added(base):
+def test_the_wrapped_layer_is_called_and_the_update_is_added(base):
     before = base(X).detach()
     layer = LoRALinear(base, rank=4, alpha=6.0)
     assert layer.lora_A.dtype == torch.float32
@@ -79,9 +79,9 @@ def test_the_wrapped_product_runs_and_the_update_is_added(base):
     with torch.no_grad():
         layer.lora_B.normal_()
     choice = explain(layer, X)
-    assert (choice.backend, choice.plan) == ("torch", "around")
+    assert (choice.backend, choice.plan) == ("torch", "wrapped")
     package = "torchao" if type(base) is nn.Linear else "bitsandbytes"
-    assert choice.reason == f"the weight is quantised by {package}, whose product runs"
+    assert choice.reason == f"the weight is quantised by {package}, which computes the product"
     x, x64 = X.clone().requires_grad_(), X.double().requires_grad_()
     a, b = layer.lora_A.detach().requires_grad_(), layer.lora_B.detach().requires_grad_()
     a64, b64 = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
@@ -156,7 +156,7 @@ def test_variants_read_the_dequantised_weight(base, settings):
     model = nn.Sequential(base)
     inject_lora(model, LoRAConfig(["0"], rank=4, **settings))
     layer = model[0]
-    # 8 bits are multiplied in float16, whose rounding is not that of the weight.
+    # 8-bit weights are multiplied in float16, which rounds differently.
     unit = 2**-10 if "8bit" in type(base).__name__ else 2**-20
     assert (layer.wrapped_weight().T - identity).abs().max() <= unit * identity.abs().max() * 4
     assert (layer(X) - y).abs().max() <= 4 * 2**-20 * y.abs().max()

@@ -1,4 +1,4 @@
-"""DoRA, PiSSA, OLoRA, LoRA+, and the parameters that train beside the adapters."""
+"""DoRA, PiSSA, OLoRA, LoRA+, and parameters that train besides the adapters."""
 
 import copy
 
@@ -51,7 +51,7 @@ def dora(p=0.0, bias=True, dtype=torch.float32):
 
 
 def dora_reference(layer, x):
-    """The paper's expression in float64, the norm constant in the backward pass; x already dropped out."""
+    """The paper's expression in float64, the norm constant in the backward pass; dropout is already applied to x."""
     w, b = layer.original_linear.weight.double(), layer.original_linear.bias
     a64, b64 = layer.lora_A.double(), layer.lora_B.double()
     merged = w + layer.scaling * b64 @ a64
@@ -60,10 +60,10 @@ def dora_reference(layer, x):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("around", [False, True])
-def test_dora_is_the_papers_expression_and_so_are_its_gradients(bias, around):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_dora_is_the_papers_expression_and_so_are_its_gradients(bias, wrapped):
     layer = dora(bias=bias)
-    if around:
+    if wrapped:
         layer.original_linear.register_forward_hook(lambda *_: None)
     x, x64 = X.clone().requires_grad_(), X.double().requires_grad_()
     y, y64 = layer(x), dora_reference(layer, x64)
@@ -82,7 +82,7 @@ def test_dora_is_the_papers_expression_and_so_are_its_gradients(bias, around):
         assert_close(g32, s32, w64.double(), name)
 
 
-def test_dora_starts_at_the_base_and_merges_into_it():
+def test_dora_initially_equals_the_base_and_merges_into_it():
     layer = LoRALinear(nn.Linear(8, 6), 2, use_dora=True)
     base = layer.original_linear
     wide = copy.deepcopy(base).double()(X.double())
@@ -163,7 +163,7 @@ def test_dora_goes_through_every_function(tmp_path):
         assert torch.equal(model(X), base(X))
 
 
-def test_dora_counts_what_it_keeps():
+def test_dora_counts_what_it_saves():
     layer = dora(p=0.5)
     layer.original_linear.requires_grad_(False)
     kept = {}
@@ -204,7 +204,7 @@ def base_output(model):
         return model(X)
 
 
-def test_a_folder_cannot_hold_dora_on_some_layers_only(tmp_path):
+def test_a_folder_cannot_store_dora_on_some_layers_only(tmp_path):
     model = nn.Sequential(LoRALinear(nn.Linear(2, 2)), LoRALinear(nn.Linear(2, 2), use_dora=True))
     freeze_base_params(model)
     with pytest.raises(CheckpointError, match="some layers have DoRA and some do not"):
@@ -213,7 +213,7 @@ def test_a_folder_cannot_hold_dora_on_some_layers_only(tmp_path):
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_a_start_from_the_weight_changes_nothing_at_first(start, use_rslora):
+def test_initialisation_from_the_weight_leaves_the_output_unchanged(start, use_rslora):
     model = adapted(init_lora_weights=start, use_rslora=use_rslora)
     base = Decoder()
     base.load_state_dict(base_state_dict(model))
@@ -225,7 +225,7 @@ def test_a_start_from_the_weight_changes_nothing_at_first(start, use_rslora):
             assert delta.abs().max() < 1e-6 * layer.original_linear.weight.abs().max()
 
 
-def test_pissa_takes_the_principal_part_of_the_weight():
+def test_pissa_uses_the_principal_part_of_the_weight():
     layer = adapted(init_lora_weights="pissa").blocks[0].attn.to_qkv
     weight = layer.original_linear.weight.double()
     taken = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
@@ -236,7 +236,7 @@ def test_pissa_takes_the_principal_part_of_the_weight():
     assert (weight - found).norm() < 1.01 * (weight - taken).norm()
 
 
-def test_olora_takes_orthogonal_columns():
+def test_olora_uses_orthogonal_columns():
     layer = adapted(init_lora_weights="olora").blocks[0].attn.to_qkv
     b = layer.lora_B.double()
     assert (b.T @ b - torch.eye(4)).abs().max() < 1e-6
@@ -245,8 +245,8 @@ def test_olora_takes_orthogonal_columns():
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_step_moves_the_model_as_it_would_a_residual_weight(start):
-    """What PEFT does, W − s B₀ A₀ frozen and B A beside it, computed by hand on one layer."""
+def test_a_step_equals_that_of_a_residual_weight(start):
+    """PEFT's computation on one layer: W − s B₀ A₀ is frozen and B A added."""
     layer = adapted(init_lora_weights=start).blocks[0].attn.to_qkv
     x, bias = torch.randn(5, 16), layer.bias.detach()
     a, b = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
@@ -277,7 +277,7 @@ def test_a_step_moves_the_model_as_it_would_a_residual_weight(start):
     assert_differs(mine[2], layer.original_linear(x.double()))
 
 
-def test_a_start_travels_with_the_adapter(tmp_path):
+def test_the_initial_product_is_saved_with_the_adapter(tmp_path):
     model = adapted(init_lora_weights="pissa")
     with torch.no_grad():
         for parameter in get_lora_params(model):
@@ -293,7 +293,7 @@ def test_a_start_travels_with_the_adapter(tmp_path):
         load_adapter(adapted(), tmp_path / "pissa.safetensors")
     twin = copy.deepcopy(base)
     inject_lora(twin, LoRAConfig(["to_qkv", "mlp"], 4, 6.0, init_lora_weights="olora"))
-    load_lora_state_dict(twin, get_lora_state_dict(model))  # takes the other start's place
+    load_lora_state_dict(twin, get_lora_state_dict(model))  # replaces the initialisation
     assert torch.equal(twin(X), y)
     assert_close(merged_model(model)(X), y, copy.deepcopy(model).double()(X.double()))
     save_pretrained(model, tmp_path / "folder")
@@ -304,7 +304,7 @@ def test_a_start_travels_with_the_adapter(tmp_path):
     assert torch.equal(plain(X), y)
 
 
-def test_a_start_needs_a_rank_that_the_weight_has():
+def test_initialisation_from_the_weight_needs_a_rank_that_it_has():
     with pytest.raises(InjectionError, match="'pissa' needs a rank of at most 5, got 6"):
         inject_lora(Decoder(), LoRAConfig(["out_layer"], rank=6, init_lora_weights="pissa"))
     with pytest.raises(ConfigError, match="needs an alpha other than 0"):
@@ -337,7 +337,7 @@ def test_loraplus_groups_hold_every_trained_parameter_once():
         assert torch.equal(parameter, old - 8e-3 * parameter.grad)
 
 
-def test_loraplus_names_what_is_wrong():
+def test_loraplus_names_invalid_arguments():
     with pytest.raises(InjectionError, match="has no lora_B that trains"):
         loraplus_groups(Decoder(), 1e-3)
     for settings, message in (
@@ -362,7 +362,7 @@ def test_what_the_config_lets_train_stays_trainable_and_is_saved(settings, expec
     model = Decoder()
     inject_lora(model, LoRAConfig(["blocks.0.attn.to_qkv"], match="exact", **settings))
     twin = copy.deepcopy(model)
-    freeze_base_params(twin)  # the marks are in the copy too
+    freeze_base_params(twin)  # the copy has the marks too
     training = {n for n, p in twin.named_parameters() if p.requires_grad}
     assert expected <= training
     others = {n for n in training if "lora_" not in n}
@@ -385,7 +385,7 @@ def test_what_the_config_lets_train_stays_trainable_and_is_saved(settings, expec
     assert count_parameters(model)["trainable"] == count_parameters(twin)["trainable"]
 
 
-def test_modules_to_save_must_be_there_and_have_no_adapter():
+def test_modules_to_save_must_exist_and_have_no_adapter():
     with pytest.raises(
         InjectionError, match="modules_to_save: 'out_lair' is not a module.*out_layer"
     ):
@@ -402,7 +402,7 @@ def test_modules_to_save_must_be_there_and_have_no_adapter():
             LoRAConfig(**bad)
 
 
-def test_marks_of_extra_trainable_parameters_go_with_the_last_adapter():
+def test_marks_of_extra_trainable_parameters_are_removed_with_the_last_adapter():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     inject_lora(model, LoRAConfig(["0"], modules_to_save=["1"]))
     model = merged_model(model)
@@ -414,7 +414,7 @@ def test_marks_of_extra_trainable_parameters_go_with_the_last_adapter():
         add_adapter(model, "third", LoRAConfig(["0"], modules_to_save=["1"]))
 
 
-def test_all_biases_are_all_that_are_called_so():
+def test_all_biases_are_all_parameters_with_bias_in_their_name():
     model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8))
     inject_lora(model, LoRAConfig(["0"], bias="all"))
     freeze_base_params(model)
@@ -422,17 +422,17 @@ def test_all_biases_are_all_that_are_called_so():
     assert not model[1].in_proj_weight.requires_grad
 
 
-def test_biases_have_no_place_in_a_folder(tmp_path):
+def test_biases_cannot_be_saved_in_a_folder(tmp_path):
     model = Decoder()
     inject_lora(model, LoRAConfig(["to_qkv"], bias="lora_only"))
     freeze_base_params(model)
-    refusal = r"to_qkv\.original_linear\.bias belongs to .* cannot hold.*bias='none'.*save_adapter"
+    refusal = r"to_qkv\.original_linear\.bias belongs to .* cannot store.*bias='none'.*save_adapter"
     with pytest.raises(CheckpointError, match=refusal):
         save_pretrained(model, tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
-def test_a_part_of_an_adapter_is_not_loaded_and_a_reset_is_whole(settings):
+def test_a_part_of_an_adapter_is_not_loaded_and_a_reset_is_complete(settings):
     model, plain = adapted(**settings), adapted()
     before = model(X)
     with pytest.raises(CheckpointError, match="only a part of the adapter of blocks.0.attn.to_qkv"):
@@ -449,7 +449,7 @@ def test_a_part_of_an_adapter_is_not_loaded_and_a_reset_is_whole(settings):
     assert_close(layer(x), base(x), copy.deepcopy(base).double()(x.double()))
 
 
-def test_a_start_that_is_taken_off_is_counted():
+def test_a_subtracted_initial_product_is_counted():
     model = nn.Sequential(nn.Linear(16, 16))
     config = LoRAConfig(["0"], rank=4, init_lora_weights="olora")
     planned = estimate(model, 3, config)

@@ -1,4 +1,4 @@
-"""Named adapters: each one computes what a model of its own with that adapter computes, whatever was switched in between."""
+"""Named adapters: each computes what it would as the only adapter, after any switching."""
 
 import copy
 import pickle
@@ -33,11 +33,11 @@ from tests.support.models import Decoder, randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
 X = torch.linspace(-1, 1, 48).view(2, 3, 8)
-TARGETS = {"a": ["to_qkv", "to_out"], "b": ["to_out", "mlp"]}  # to_qkv is a's alone, mlp is b's
+TARGETS = {"a": ["to_qkv", "to_out"], "b": ["to_out", "mlp"]}  # only a has to_qkv, only b has mlp
 
 
 def many(targets=TARGETS, dtype=torch.float32, **options):
-    """A decoder with the adapters of `targets`, trained apart, none active."""
+    """A decoder with the adapters of `targets`, with different values, none active."""
     torch.manual_seed(3)
     model = Decoder().to(dtype)
     for seed, (name, patterns) in enumerate(targets.items()):
@@ -49,7 +49,7 @@ def many(targets=TARGETS, dtype=torch.float32, **options):
 
 
 def alone(model, name):
-    """A copy of a model without an active adapter that has `name` alone, its wrappers put in by hand."""
+    """A copy of a model without an active adapter in which only `name` is installed, by assigning its wrappers."""
     assert active_adapter(model) is None
     twin = copy.deepcopy(model)
     layers = twin.__dict__.pop("_fastlora_adapters").adapters[name]
@@ -68,7 +68,7 @@ def delta(model, name):
         }
 
 
-def test_each_adapter_computes_what_it_computes_alone():
+def test_each_adapter_computes_what_it_does_as_the_only_one():
     model = many()
     plain = model(X)
     expected = {name: alone(model, name)(X) for name in TARGETS}
@@ -83,7 +83,7 @@ def test_each_adapter_computes_what_it_computes_alone():
     assert list_adapters(model) == ["a", "b"]
 
 
-def test_with_none_active_the_plain_model_stands_there():
+def test_without_an_active_adapter_the_model_is_plain():
     original = Decoder()
     model = copy.deepcopy(original)
     modules = dict(model.named_modules())
@@ -109,7 +109,7 @@ def test_the_injected_adapter_is_called_default_and_stays_active():
         add_adapter(model, "default", ["mlp"])
 
 
-def test_a_context_switches_and_switches_back_after_an_exception_too():
+def test_a_context_restores_the_adapter_after_an_exception_too():
     model = many()
     set_adapter(model, "a")
     with pytest.raises(ZeroDivisionError), use_adapter(model, "b"):
@@ -142,7 +142,7 @@ def test_copies_keep_the_inactive_adapters_and_share_the_base_as_the_model_does(
         assert mine.isdisjoint(id(p) for p in twin.parameters())
 
 
-def test_an_optimizer_goes_on_after_switching_away_and_back():
+def test_an_optimizer_continues_after_switching_away_and_back():
     def step(model, optimizer):
         model(X).square().mean().backward()
         optimizer.step()
@@ -168,7 +168,7 @@ def test_an_optimizer_goes_on_after_switching_away_and_back():
     assert_differs(model(X), twin(X))  # b was trained in one of them
 
 
-def test_the_training_mode_follows_the_model_and_what_trains_stays_with_the_adapter():
+def test_the_training_mode_follows_the_model_and_requires_grad_stays_with_the_adapter():
     model = many(dropout=0.5)
     set_adapter(model, "a")
     model.eval()
@@ -211,7 +211,7 @@ def test_a_module_under_two_names_is_switched_under_both():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
-def test_a_compiled_model_follows_and_stands_for_the_model():
+def test_a_compiled_model_follows_and_is_accepted_as_the_model():
     torch.compiler.reset()
     model = many().eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -223,7 +223,7 @@ def test_a_compiled_model_follows_and_stands_for_the_model():
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
-def test_wrappers_stand_for_the_model(wrap):
+def test_wrappers_are_accepted_as_the_model(wrap):
     model = Decoder()
     add_adapter(wrap(model), "a", LoRAConfig(["blocks.0.attn.to_out"], match="exact"))
     assert list_adapters(wrap(nn.DataParallel(model))) == list_adapters(model) == ["a"]
@@ -233,7 +233,7 @@ def test_wrappers_stand_for_the_model(wrap):
         add_adapter(wrap(nn.Linear(4, 4)), "a", "all-linear")
 
 
-def test_attention_projections_and_the_roots_own_children():
+def test_attention_projections_and_the_roots_children():
     model = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
     plain = model(x, x, x)[0]
@@ -247,13 +247,13 @@ def test_attention_projections_and_the_roots_own_children():
 def test_a_wrapper_follows_its_base_layer_to_another_device():
     layer = LoRALinear(nn.Linear(4, 3), 2)
     layer(torch.randn(2, 4)).sum().backward()
-    layer.original_linear.to("meta")  # a device that is everywhere
+    layer.original_linear.to("meta")  # available on every machine
     _match_base(layer)
     assert all(p.is_meta and p.grad.is_meta for p in (layer.lora_A, layer.lora_B))
 
 
 @pytest.mark.gpu
-def test_an_inactive_adapter_comes_to_the_models_device():
+def test_an_inactive_adapter_moves_to_the_models_device():
     model = many()
     set_adapter(model, "b")
     parameters = fastlora.get_lora_params(model)
@@ -265,7 +265,7 @@ def test_an_inactive_adapter_comes_to_the_models_device():
     assert model(X.cuda()).is_cuda
 
 
-def test_meta_is_no_device_to_follow_to_or_from():
+def test_moving_to_or_from_meta_is_refused():
     model = many()
     weight = alone(model, "b").blocks[0].attn.to_out.lora_B
     set_adapter(model, "a")
@@ -273,7 +273,7 @@ def test_meta_is_no_device_to_follow_to_or_from():
     with pytest.raises(InjectionError, match=r"to_out: the layer or the adapter 'b' is on"):
         set_adapter(model, "b")
     assert active_adapter(model) == "a"
-    model.to_empty(device="cpu")  # and back, with whatever values
+    model.to_empty(device="cpu")  # and back, uninitialised
     set_adapter(model, "b")
     assert torch.equal(model.blocks[0].attn.to_out.lora_B, weight)
 
@@ -312,7 +312,7 @@ def replace_parent(model):
 
 
 @pytest.mark.parametrize(
-    "replace, said",
+    "replace, message",
     [
         (replace_base, r"attn\.to_out: the layer under 'b' was replaced by another Linear"),
         (replace_wrapper, r"attn\.to_out: the wrapper of 'a' was replaced by another Linear"),
@@ -320,15 +320,15 @@ def replace_parent(model):
         (replace_parent, r"attn\.to_out: the wrapper of 'a' was replaced by nothing"),
     ],
 )
-def test_a_module_that_was_replaced_in_between_is_named_and_not_undone(replace, said):
+def test_a_module_that_was_replaced_in_between_is_named_and_not_undone(replace, message):
     model = many()
     set_adapter(model, "a")
     replace(model)
     tree = dict(model.named_modules())
-    with pytest.raises(InjectionError, match=said):
+    with pytest.raises(InjectionError, match=message):
         set_adapter(model, "b")
     assert dict(model.named_modules()) == tree and active_adapter(model) == "a"
-    delete_adapter(model, "a")  # the way on: what was replaced stays
+    delete_adapter(model, "a")  # the replaced module stays
     assert active_adapter(model) is None
     theirs = {path: m for path, m in tree.items() if not path.endswith("original_linear")}
     mine = dict(model.named_modules())
@@ -354,7 +354,7 @@ def test_a_deleted_adapter_is_freed(active):
     assert torch.equal(model(X), others)
 
 
-def test_the_last_adapter_leaves_nothing_behind():
+def test_deleting_the_last_adapter_restores_the_model():
     model = Decoder()
     attributes, keys = set(model.__dict__), list(model.state_dict())
     add_adapter(model, "a", ["to_out"], activate=True)
@@ -370,7 +370,7 @@ def test_the_cost_of_switching_does_not_grow_with_the_model(monkeypatch):
     set_adapter(model, "a")
 
     def walk(*args, **kwargs):
-        raise AssertionError("the whole model was walked")
+        raise AssertionError("all modules of the model were visited")
 
     for name in ("named_modules", "modules", "children", "named_children"):
         monkeypatch.setattr(nn.Module, name, walk)
@@ -398,7 +398,7 @@ def test_saving_and_loading_are_of_the_active_adapter(tmp_path):
         fastlora.load_adapter(fresh, tmp_path / f"{other}.safetensors")
 
 
-def test_folders_are_loaded_under_names_of_their_own(tmp_path):
+def test_folders_are_loaded_under_their_names(tmp_path):
     model = many()
     for name in TARGETS:
         with use_adapter(model, name):
@@ -408,10 +408,10 @@ def test_folders_are_loaded_under_names_of_their_own(tmp_path):
     for name in TARGETS:
         delete_adapter(loaded, name)
     fastlora.from_pretrained(loaded, tmp_path / "a")
-    with pytest.raises(CheckpointError, match="already has adapters.* give adapter="):
+    with pytest.raises(CheckpointError, match="already has adapters.* pass adapter="):
         fastlora.from_pretrained(loaded, tmp_path / "b")
     set_adapter(loaded, None)
-    with pytest.raises(CheckpointError, match="inactive adapters 'default'; give adapter="):
+    with pytest.raises(CheckpointError, match="inactive adapters 'default'; pass adapter="):
         fastlora.from_pretrained(loaded, tmp_path / "b")
     loaded.out_layer.requires_grad_(True)
     assert len(fastlora.from_pretrained(loaded, tmp_path / "b", adapter="b").loaded) == 12
@@ -422,7 +422,7 @@ def test_folders_are_loaded_under_names_of_their_own(tmp_path):
             assert torch.equal(loaded(X), model(X))
 
 
-def test_a_folder_with_heads_is_for_a_model_of_its_own(tmp_path):
+def test_a_folder_with_heads_needs_a_separate_model(tmp_path):
     model = many()
     set_adapter(model, "a")
     fastlora.freeze_base_params(model)
@@ -440,7 +440,7 @@ def test_a_folder_with_heads_is_for_a_model_of_its_own(tmp_path):
     assert (active_adapter(first), list_adapters(first)) == (None, ["c"])
 
 
-def test_merging_in_place_waits_for_the_others_and_a_copy_has_the_active_one_alone():
+def test_merging_in_place_is_refused_with_other_adapters_and_a_copy_has_only_the_active_one():
     model = many()
     set_adapter(model, "a")
     expected = model(X)
@@ -461,7 +461,7 @@ def test_merging_in_place_waits_for_the_others_and_a_copy_has_the_active_one_alo
 def test_copies_that_are_merged_or_exported_do_not_copy_the_others():
     model = many()
     set_adapter(model, "b")
-    model.blocks[0].attn.to_out.lock = threading.Lock()  # what cannot be copied
+    model.blocks[0].attn.to_out.lock = threading.Lock()  # cannot be copied
     set_adapter(model, "a")
     with pytest.raises(TypeError, match="lock"):
         copy.deepcopy(model)
@@ -484,7 +484,7 @@ def test_merging_a_part_is_found_when_switching():
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
-def test_an_export_has_the_active_adapter_alone():
+def test_an_export_has_only_the_active_adapter():
     model = many().eval()
     set_adapter(model, "b")
     for merged in (True, False):
@@ -494,25 +494,25 @@ def test_an_export_has_the_active_adapter_alone():
 
 
 @pytest.mark.parametrize("inject", [inject_lora, fastlora.setup_lora_for_medical_finetuning])
-def test_injection_beside_inactive_adapters_is_refused(inject):
+def test_injection_with_inactive_adapters_is_refused(inject):
     model = many()
     with pytest.raises(InjectionError, match="inactive adapters 'a', 'b'.* fastlora.add_adapter"):
         inject(model)
-    fastlora.preview(model, ["mlp"])  # reports may be asked for
+    fastlora.preview(model, ["mlp"])  # reports work
 
 
-def test_what_cannot_be_added_changes_nothing(tmp_path):
+def test_a_refused_adapter_changes_nothing(tmp_path):
     model = many()
     set_adapter(model, "a")
     tree = dict(model.named_modules())
-    for error, said, name, arguments in (
+    for error, message, name, arguments in (
         (ConfigError, "name: expected a non-empty string, got ''", "", (["mlp"],)),
         (ConfigError, "name: the model already has an adapter 'b'", "b", (["mlp"],)),
         (ConfigError, "rank: expected an integer", "c", (["mlp"], 0)),
         (InjectionError, "no layer matches .* .nearest: to_out", "c", (["to_uot"],)),
         (InjectionError, "'to_uot' matches none", "c", (LoRAConfig(["mlp", "to_uot"]),)),
     ):
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             add_adapter(model, name, *arguments)
         assert list_adapters(model) == ["a", "b"] and active_adapter(model) == "a"
         assert dict(model.named_modules()) == tree
@@ -527,7 +527,7 @@ def test_what_cannot_be_added_changes_nothing(tmp_path):
     assert dict(model.named_modules()) == tree and list_adapters(model) == ["a", "b"]
 
 
-def test_unknown_names_are_told_the_nearest():
+def test_unknown_names_get_the_nearest_suggestion():
     model = many({"english": ["to_out"], "french": ["to_out"]})
     for call in (set_adapter, delete_adapter):
         with pytest.raises(ConfigError, match=r"no adapter 'frnch' .nearest: french.$"):
@@ -538,20 +538,20 @@ def test_unknown_names_are_told_the_nearest():
         set_adapter(Decoder(), "x")
 
 
-def test_the_module_that_keeps_the_adapters_must_be_the_one_that_is_asked():
+def test_functions_need_the_module_that_has_the_registry():
     wrapper = LoRALinear(nn.Linear(4, 4))
     with pytest.raises(InjectionError, match="is itself an adapted layer"):
         add_adapter(wrapper, "a", "all-linear")
-    whole = nn.ModuleDict({"left": many(), "right": Decoder()})
+    outer = nn.ModuleDict({"left": many(), "right": Decoder()})
     with pytest.raises(InjectionError, match="submodule left has the adapters 'a', 'b'; pass that"):
-        add_adapter(whole, "c", ["mlp"])
+        add_adapter(outer, "c", ["mlp"])
     with pytest.raises(MergeError, match="inactive adapters 'a', 'b'"):
-        fastlora.merge_lora_weights(whole)
+        fastlora.merge_lora_weights(outer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 0.7, "b": -1.5}, {"b": 2}])
-def test_side_by_side_the_sum_is_exact(weights, dtype):
+def test_a_combination_by_concatenation_is_exact(weights, dtype):
     model = many(dtype=dtype, use_rslora=True, backend="torch")
     wide = torch.promote_types(dtype, torch.float32)
     deltas = {name: delta(model, name) for name in weights}
@@ -609,7 +609,7 @@ def test_the_svd_is_the_best_of_its_rank(rank):
         assert_close(got, best[torch.float32], best[torch.float64], path)
 
 
-def test_the_svd_of_nothing_is_nothing_and_can_be_trained():
+def test_the_svd_of_zero_is_zero_and_can_be_trained():
     model = Decoder()
     inject_lora(model, ["to_out"])  # lora_B is zero
     combine_adapters(model, {"default": 1.0}, "c", method="svd", rank=2)
@@ -621,7 +621,7 @@ def test_the_svd_of_nothing_is_nothing_and_can_be_trained():
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (({}, "c"), "weights: expected a mapping"),
         ((["a", "b"], "c"), "weights: expected a mapping"),
@@ -633,9 +633,9 @@ def test_the_svd_of_nothing_is_nothing_and_can_be_trained():
         (({"a": 1.0}, "c", "svd", 0), "rank: expected an integer"),
     ],
 )
-def test_a_bad_combination_is_refused_and_changes_nothing(arguments, said):
+def test_an_invalid_combination_is_refused_and_changes_nothing(arguments, message):
     model = many()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         combine_adapters(model, *arguments)
     assert list_adapters(model) == ["a", "b"]
 
@@ -649,7 +649,7 @@ def test_what_does_not_combine_is_refused():
     model = many()
     set_adapter(model, "a")
     replace_base(model)
-    with pytest.raises(InjectionError, match=r"to_out the adapter 'b' wraps another layer"):
+    with pytest.raises(InjectionError, match=r"to_out the adapter 'b' wraps a different layer"):
         combine_adapters(model, {"a": 1.0, "b": 1.0}, "c")
     assert list_adapters(model) == ["a", "b"]
 

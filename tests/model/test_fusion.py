@@ -1,4 +1,4 @@
-"""Groups of adapted layers that share their input: what is computed together is what each computes alone."""
+"""Groups of adapted layers that share their input compute what separate calls compute."""
 
 import copy
 import gc
@@ -74,7 +74,7 @@ def gradients(outputs, x, group, skip=None):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("skip", [None, 1])
-def test_a_group_computes_what_its_members_do_alone(p, dtype, skip):
+def test_a_group_equals_separate_calls(p, dtype, skip):
     group, seed = members(dtype, bias=skip is None), torch.tensor(5) if p else None
     x = torch.randn(2, 5, K).to(dtype).requires_grad_()
     got, same = run_group(x, group, p, seed), alone(x, group, p, seed)
@@ -114,7 +114,7 @@ def test_a_group_has_second_derivatives():
     assert torch.autograd.gradgradcheck(function, arguments)
 
 
-def test_a_group_keeps_x_once():
+def test_a_group_saves_x_once():
     group, x = members(), torch.randn(6, K, requires_grad=True)
     own = {t.untyped_storage().data_ptr() for m in group for t in parts(m)}
     kept = {}
@@ -169,7 +169,7 @@ def net(**settings):
     return model
 
 
-def test_fuse_finds_the_groups_by_what_the_layers_are_given():
+def test_fuse_finds_the_groups_by_the_inputs_of_the_layers():
     model = net()
     report = fuse(model, X, memory=MEMORY)
     assert report.groups == (
@@ -186,7 +186,9 @@ def test_fuse_finds_the_groups_by_what_the_layers_are_given():
     text = str(report)
     assert text.startswith("10 of 13 adapted layers in 4 groups")
     assert "together  gate, up" in text and "alone     unused: its forward" in text
-    assert explain(model.gate, X).reason.endswith("fused with 1 that share its input")
+    assert explain(model.gate, X).reason.endswith(
+        "fused in a group of 2 layers with the same input"
+    )
     assert model.training and all(m.training for m in model.modules())
     assert unfuse(model) == 10 and unfuse(model) == 0
     assert "fused" not in explain(model.gate, X).reason
@@ -199,7 +201,7 @@ def step(model, x=X, memory=MEMORY):
 
 
 def assert_same_step(fused, plain):
-    """On many rows: the largest errors of two orders of summation are alike only over many elements."""
+    """On many rows: the largest errors of two orders of summation are similar only over many elements."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(8, 64, K, generator=generator) for _ in range(2)]
     wide = copy.deepcopy(plain).double()
@@ -264,14 +266,14 @@ def test_dropout_is_one_mask_for_a_group():
         assert_close(got, alone, alone.double())
 
 
-def test_what_was_computed_is_not_used_for_something_else():
+def test_cached_outputs_are_used_only_for_the_same_call():
     model = net()
     fuse(model, X, MEMORY)
     calls = count_group_calls(model)
     with torch.no_grad():
         x = X.clone()
         model.gate(x)
-        up = model.up(x)  # handed out
+        up = model.up(x)  # returned from the cache
         assert len(calls) == 1
         again = model.up(x)  # recomputed
         assert len(calls) == 2 and torch.equal(up, again)
@@ -282,17 +284,17 @@ def test_what_was_computed_is_not_used_for_something_else():
         assert_differs(model.up(x), merged_model(net()).up(x))  # a parameter changed
         model.gate(x)
     with_gradient = model.up(x)
-    assert with_gradient.requires_grad  # not the one computed without
+    assert with_gradient.requires_grad  # not the output computed without gradients
     model.gate(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.up(x).dtype == torch.bfloat16
     before = len(calls)
     model.gate.eval()
-    model.up(x)  # one in training, one not: each by itself
+    model.up(x)  # different training modes: separate calls
     assert len(calls) == before
 
 
-def test_no_output_is_kept_once_it_was_handed_out_or_the_next_input_came():
+def test_outputs_are_freed_once_returned_or_after_the_next_input():
     model = net()
     fuse(model, X, MEMORY)
     group, x = model.gate.group, X.clone()
@@ -307,8 +309,8 @@ def test_no_output_is_kept_once_it_was_handed_out_or_the_next_input_came():
     assert kept() is None
 
 
-def test_a_copy_of_a_layer_runs_alone():
-    """As `nn.DataParallel` makes them: the same group, other parameters."""
+def test_a_copy_of_a_layer_runs_separately():
+    """Replicas as in `nn.DataParallel`: the same group, different parameters."""
     model = net()
     replica = copy.copy(model.gate)
     replica._parameters = dict(model.gate._parameters) | {
@@ -343,7 +345,7 @@ def test_checkpointing_and_repeated_steps_on_one_input():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
-def test_under_a_compiler_and_functorch_layers_run_alone():
+def test_under_a_compiler_and_functorch_layers_run_separately():
     model = net()
     plain = copy.deepcopy(model)
     fuse(model, X, MEMORY)
@@ -401,16 +403,16 @@ def test_what_cannot_be_fused_is_named():
     assert "parametrised" in fuse(model, X, MEMORY).alone["gate"]
 
 
-def test_a_backward_pass_of_one_member_does_not_spoil_the_others():
+def test_a_backward_pass_of_one_member_does_not_corrupt_the_others():
     model = net()
     fuse(model, X, MEMORY)
     x = X.clone().requires_grad_()
     model.gate(x).sum().backward()
-    model.up(x).sum().backward()  # another graph: that of the first is gone
+    model.up(x).sum().backward()  # a new graph: that of the first call is freed
     assert model.up.lora_B.grad is not None
 
 
-def test_a_bias_that_changes_and_layers_called_by_name_are_seen():
+def test_a_changed_bias_and_layers_called_by_name_are_detected():
     model = net()
     fuse(model, X, MEMORY)
     with torch.no_grad():

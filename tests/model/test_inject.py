@@ -1,4 +1,4 @@
-"""Which layers are found, what is refused, freezing, counting, the medical set-up."""
+"""Injection: which layers are selected or refused; freezing, counting, the medical set-up."""
 
 import re
 import warnings
@@ -86,7 +86,7 @@ def test_patterns_select_exactly(targets, expected):
     assert paths(model) == expected
 
 
-def test_all_linear_takes_everything_but_the_output_embeddings():
+def test_all_linear_selects_everything_except_the_output_embeddings():
     model = Decoder(blocks=1)
     assert inject_lora(model, "all-linear") == 7
     model = Decoder(blocks=1)
@@ -202,7 +202,7 @@ def test_an_unsuitable_layer_is_named_and_nothing_is_changed():
         ),
     ],
 )
-def test_bad_configurations_are_named(make, message):
+def test_invalid_configurations_are_named(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -246,7 +246,7 @@ def test_print_trainable_parameters_has_pefts_format(capsys):
     )
 
 
-def test_medical_setup_adapts_freezes_and_opens_the_head():
+def test_medical_setup_adapts_freezes_and_unfreezes_the_head():
     model = Decoder()
     counts = setup_lora_for_medical_finetuning(model, rank=2, alpha=4.0, dropout=0.1)
     assert counts == count_parameters(model)
@@ -270,12 +270,12 @@ def test_medical_setup_options():
     assert model.upsample[0]["out_layers"].weight.requires_grad
 
 
-def test_medical_setup_gives_layers_ranks_of_their_own():
+def test_medical_setup_sets_ranks_by_layer():
     model = Decoder()
     counts = setup_lora_for_medical_finetuning(
         model, rank=2, alpha=4.0, rank_pattern={"to_qkv": 3, "out_layer": 8}
     )
-    assert counts["trainable"] == counts["lora"]  # the output layer is not trained whole
+    assert counts["trainable"] == counts["lora"]  # the output layer does not train in full
     layers = dict(named_lora_layers(model))
     assert "out_layer" in layers and not any("out_layers" in path for path in layers)
     for path, layer in layers.items():
@@ -328,7 +328,7 @@ def test_one_unmatched_pattern_of_a_plain_list_warns_and_the_rest_is_wrapped():
         assert inject_lora(model, ["to_out", "to_qvk"]) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert inject_lora(Decoder()) == 4  # the defaults name families that a model need not have
+        assert inject_lora(Decoder()) == 4  # the defaults name layers of several architectures
         setup_lora_for_medical_finetuning(Decoder(), include_ffn=True)
 
 
@@ -346,7 +346,7 @@ def test_dropout_that_multihead_attention_would_ignore_warns():
     inject_lora(nn.MultiheadAttention(16, 4), ["out_proj"])
 
 
-def test_the_names_that_an_error_lists_are_not_empty():
+def test_the_names_in_an_error_are_not_empty():
     config = LoRAConfig(["to_qkv"], modules_to_save=["zzz"])
     with pytest.raises(InjectionError, match=r"is not a module of the model; there are \w+, \w+"):
         inject_lora(Decoder(), config)

@@ -1,4 +1,4 @@
-"""Merging whole models: equality, atomicity, and the refusals."""
+"""Merging models: equal outputs, all or nothing, and refusals."""
 
 import copy
 
@@ -102,7 +102,7 @@ def test_merged_is_unmerged_for_any_layer(k, n, rank, alpha, seed):
     nn.init.normal_(layer.lora_B)
     x = torch.randn(5, k)
     exact = copy.deepcopy(layer).double()(x.double())
-    # The merged weight is rounded once: its own error, seen through x, is what float32 costs here.
+    # The merged weight is rounded once: the effect of its rounding error on the output is the error of float32 here.
     weight = layer.merge_weights().weight
     rounded = nn.functional.linear(x, weight, layer.bias)
     assert_close(layer.merge_weights()(x), rounded, exact)
@@ -143,7 +143,7 @@ def test_the_report_counts_what_rounding_loses():
     )
 
 
-def test_no_update_loses_nothing_and_meta_is_not_called():
+def test_a_zero_update_loses_nothing_and_meta_is_not_called():
     (row,) = merge_report(LoRALinear(nn.Linear(5, 3, dtype=torch.float16))).layers
     assert (row.lost, row.unchanged, row.ok) == (0.0, 0.0, True)
     with torch.device("meta"):
@@ -189,13 +189,15 @@ class ThreeDimensional(nn.Linear):
 
 @pytest.mark.parametrize("merge", [merge_lora_weights, merged_model])
 @pytest.mark.parametrize("wrong", ["normalised", "hook"])
-def test_a_merge_that_computes_something_else_is_refused_before_any_change(wrong, merge):
+def test_a_merge_with_a_different_output_is_refused_before_any_change(wrong, merge):
     base = Normalised(8, 8) if wrong == "normalised" else nn.Linear(8, 8)
     if wrong == "hook":
         base.register_forward_hook(lambda _, args, output: output.relu())
     model = nn.Sequential(LoRALinear(nn.Linear(8, 8)), LoRALinear(base))
     randomise_adapters(model)
-    with pytest.raises(MergeError, match="computes something else: 1: torch.float32, .* error"):
+    with pytest.raises(
+        MergeError, match="the output of the merged layer differs: 1: torch.float32, .* error"
+    ):
         merge(model)
     assert sum(isinstance(m, LoRALinear) for m in model.modules()) == 2
     assert [row.ok for row in merge_report(model).layers] == [True, False]
@@ -206,7 +208,7 @@ def test_layers_that_random_rows_do_not_fit_are_merged_and_named():
         LoRALinear(TokensOnly(8, 8)),
         LoRALinear(TypedTokens(8, 8)),
         LoRALinear(ThreeDimensional(8, 8)),
-        LoRALinear(nn.Linear(8, 8), rank=4096, backend="triton"),  # no kernel holds that rank
+        LoRALinear(nn.Linear(8, 8), rank=4096, backend="triton"),  # no kernel supports this rank
     )
     randomise_adapters(model)
     model.train()
@@ -221,7 +223,7 @@ def test_layers_that_random_rows_do_not_fit_are_merged_and_named():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [1, 7, 300])
-def test_a_right_merge_is_never_refused(width, dtype):
+def test_a_correct_merge_is_never_refused(width, dtype):
     for seed, alpha in enumerate((0.0, 1.0, 64.0)):
         torch.manual_seed(seed)
         layer = LoRALinear(nn.Linear(width, 5, dtype=dtype), rank=3, alpha=alpha)
@@ -230,7 +232,7 @@ def test_a_right_merge_is_never_refused(width, dtype):
         assert row.ok and row.skipped is None
 
 
-def test_dtypes_that_are_none_are_refused():
+def test_invalid_dtypes_are_refused():
     for call in (merge_report, lambda m, d: merged_model(m, dtype=d)):
         with pytest.raises(ConfigError, match="dtype: expected a float dtype or None, got"):
             call(adapted(), torch.int8)

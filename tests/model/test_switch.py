@@ -25,7 +25,7 @@ def pair(dropout=0.5):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inside_it_is_the_base_bit_for_bit(training, dtype):
+def test_inside_it_equals_the_base_bit_for_bit(training, dtype):
     base, model = pair()
     base, model = base.to(dtype).train(training), model.to(dtype).train(training)
     x = torch.randn(3, 7, 8, dtype=dtype)
@@ -41,7 +41,7 @@ def test_inside_it_is_the_base_bit_for_bit(training, dtype):
     assert torch.equal(model(x), before)
 
 
-def test_it_nests_and_survives_exceptions():
+def test_it_nests_and_restores_after_exceptions():
     base, model = pair(dropout=0.0)
     x = torch.randn(3, 7, 8)
     adapted, plain = model(x), base(x)
@@ -70,7 +70,7 @@ def test_code_that_reads_the_weight_gets_the_base_weight():
             assert not torch.allclose(layer(x), base(x))
 
 
-def test_hooks_of_the_wrapped_layer_run_and_a_forced_backend_does_not_matter():
+def test_hooks_of_the_wrapped_layer_run_under_a_forced_backend_too():
     layer = LoRALinear(nn.Linear(4, 6), 2, backend="triton")
     nn.init.normal_(layer.lora_B)
     layer.original_linear.register_forward_hook(lambda module, args, output: output * 2)
@@ -121,7 +121,7 @@ def test_a_compiled_model_follows():
     torch.testing.assert_close(compiled(x), adapted)
 
 
-def test_saving_and_loading_inside_are_as_ever(tmp_path):
+def test_saving_and_loading_inside_are_unchanged(tmp_path):
     _, model = pair()
     fastlora.save_adapter(model, tmp_path / "a.safetensors")
     keys = model.state_dict().keys()
@@ -158,6 +158,6 @@ def test_a_copy_made_inside_has_its_adapters():
 
 
 def test_a_model_without_adapters_is_refused():
-    said = pytest.raises(InjectionError, match="there is nothing to disable")
-    with said, disable_adapter(Decoder()):
+    refusal = pytest.raises(InjectionError, match="there is nothing to disable")
+    with refusal, disable_adapter(Decoder()):
         pass

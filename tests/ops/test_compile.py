@@ -1,4 +1,4 @@
-"""The compile gate: every kernel builds for GPUs that are not here, within their limits, and the gate can fail."""
+"""The compile gate: every kernel compiles without a GPU, within the limits of each architecture, and the gate can fail."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_the_record_holds_every_problem(arch):
 
 
 def test_hopper_uses_its_matrix_and_copy_engines():
-    """wgmma and bulk copies in the large product of sm_90; asynchronous copies before it."""
+    """wgmma and bulk copies in the main GEMM of sm_90; asynchronous copies on older architectures."""
     kernels = json.loads(gate.file(90).read_text())["kernels"]
     rows = kernels[gate.PROBLEMS[0].name]
     large = [row for name, row in rows.items() if name.startswith("descriptor")]
@@ -85,7 +85,7 @@ HALF = gate.Problem("split", 64, 64, 64, 4)
         ),
     ],
 )
-def test_what_a_device_cannot_run_fails(change, message):
+def test_a_kernel_that_a_device_cannot_run_fails(change, message):
     assert gate.failures(90, HALF, GOOD) == []
     assert gate.failures(90, HALF, GOOD | change) == [message]
 
@@ -97,7 +97,7 @@ def test_exact_float32_and_plain_sums_need_no_tensor_core():
 
 
 @pytest.mark.parametrize("field", gate.GATED)
-def test_what_got_worse_than_the_record_by_more_than_three_percent_fails(field):
+def test_a_regression_of_more_than_three_percent_fails(field):
     before = GOOD | {"tensor_memory": 256}
     assert gate.compare(before, before | {field: before[field] * 1.02}) == []
     worse = before[field] * 1.04
@@ -119,7 +119,7 @@ def test_a_launch_moves_each_of_its_tensors_once():
     assert gate.tile_elements({"BLOCK": 128, "num_warps": 4}) == 128
 
 
-def test_the_report_says_what_fails_and_what_got_better(tmp_path, monkeypatch, capsys):
+def test_the_report_lists_failures_and_improvements(tmp_path, monkeypatch, capsys):
     import triton
 
     row = {field: value for field, value in GOOD.items() if field != "kernel"}
@@ -147,7 +147,7 @@ def test_accesses_before_the_wait_are_counted():
 
 @pytest.mark.parametrize("arch", [90, 100])
 def test_overlapping_kernels_are_in_the_record(arch):
-    """Both ends of each pair: what lets the next one begin, and what waits."""
+    """Both kernels of each pair: the one that lets the next begin, and the one that waits."""
     kernels = json.loads(gate.file(arch).read_text())["kernels"]
     found = {
         name.split()[0]

@@ -1,4 +1,4 @@
-"""The choice of backend, plan and tiles: `explain` must say what then really runs, and why."""
+"""The choice of backend, plan and tiles: `explain` must show what runs, and why."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# What each plan launches, in order, and under which name its tiles stand in the configuration.
+# What each plan launches, in order, and the name of its tiles in the configuration.
 FORWARD = {
     "fused": [("rank_gemm", "fused")],
     "split": [("down_project", "down"), ("rank_gemm", "split")],
@@ -54,7 +54,7 @@ def _layer(case: Case, backend: str) -> tuple[LoRALinear, torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_explain_says_what_runs_on_triton(case, training, monkeypatch):
+def test_explain_shows_what_runs_on_triton(case, training, monkeypatch):
     layer, x, dy = _layer(case, "triton")
     layer.train(training)
     if case.m == 0:
@@ -70,7 +70,7 @@ def test_explain_says_what_runs_on_triton(case, training, monkeypatch):
     y.backward(dy)
     dx, tiles_of_dx = BACKWARD[choice.dx_plan]
     names = [name for name, _ in launched]
-    # Beyond DY_RANK cuBLAS makes dS and dB.
+    # Above DY_RANK cuBLAS computes dS and dB.
     assert names == [*(["dy_pass"] if case.rank <= DY_RANK else []), "x_pass", dx]
     expected = {dx: getattr(choice.config, tiles_of_dx), "x_pass": choice.config.x}
     assert (
@@ -82,7 +82,7 @@ def test_explain_says_what_runs_on_triton(case, training, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_explain_says_what_runs_on_torch(case, backend, monkeypatch):
+def test_explain_shows_what_runs_on_torch(case, backend, monkeypatch):
     if GPU and backend == "auto":
         pytest.skip("auto is Triton here")
     layer, x, dy = _layer(case, backend)
@@ -108,16 +108,16 @@ def _forced(x, rank=4, **named):
         ({"x": torch.zeros(3, 16), "rank": 257}, "rank 257 is above 256"),
         ({"x": torch.zeros(0, 16)}, "an empty tensor has nothing to launch"),
         ({"x": torch.zeros(3, 16, device="meta")}, "the device is neither a CPU nor CUDA"),
-        ({"x": torch.zeros(3, 16), "plain_base": False}, "hooks or a forward of its own"),
+        ({"x": torch.zeros(3, 16), "plain_base": False}, "hooks or a custom forward"),
     ],
 )
-def test_a_forced_triton_that_cannot_run_says_why(arguments, message):
+def test_a_forced_triton_that_cannot_run_raises_with_the_reason(arguments, message):
     with pytest.raises(BackendError, match=f"backend='triton' cannot run: .*{message}"):
         _forced(**arguments)
 
 
 @pytest.mark.skipif(GPU, reason="pretends that the CPU is the device")
-def test_what_has_no_kernel_says_why_and_runs_on_torch(monkeypatch):
+def test_what_has_no_kernel_runs_on_torch_with_the_reason(monkeypatch):
     x, weight = torch.zeros(3, 16), torch.zeros(8, 16)
     monkeypatch.setattr(dispatch, "device_architecture", lambda device: None)
     monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
@@ -130,7 +130,7 @@ def test_what_has_no_kernel_says_why_and_runs_on_torch(monkeypatch):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_operators_compute_the_same_where_there_is_no_kernel(p, monkeypatch):
-    """Under torch.compile the operator is fixed before the device's generation is looked at."""
+    """Under torch.compile the operator is chosen before the device's generation is known."""
     case = Case((9,), 16, 24, 4, p=p)
     t = make(case)
     seed = torch.tensor(5) if p else None
@@ -241,7 +241,7 @@ LLM = Problem(8192, 4096, 4096, 16, 2, True)
 
 
 def test_the_cost_model_follows_the_published_threshold():
-    """Our product beats cuBLAS and an update exactly where eta exceeds (1 + s) / (1 + s + u), s and u being the passes."""
+    """Our GEMM kernel is faster than cuBLAS and an update if and only if eta exceeds (1 + s) / (1 + s + u), with the passes s and u."""
     s = 2 * 8192 * 4096 / (H100.tbps * 1e12)
     u = 2 * 2 * 8192 * 4096 / (H100.tbps * 1e12)
     base = 2 * 8192 * 4096 * 4096 / (H100.tflops * 1e12)
@@ -262,12 +262,12 @@ def test_the_cost_model_offers_only_plans_that_run():
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])
-def test_few_rows_take_the_decode_plan(m):
+def test_few_rows_use_the_decode_plan(m):
     seconds = cost.forward_seconds(H100, replace(LLM, m=m, dropout=False))
     assert min(seconds, key=seconds.get) == "decode"
 
 
-def test_exact_float32_leaves_the_large_product_to_cublas():
+def test_exact_float32_uses_cublas_for_the_main_gemm():
     q = replace(LLM, itemsize=4)
     for seconds in (cost.forward_seconds(H100, q), cost.dx_seconds(H100, q)):
         assert min(seconds, key=seconds.get) == "in_place"
@@ -283,7 +283,7 @@ def cache(tmp_path, monkeypatch):
     tuning_file._read.cache_clear()
 
 
-def test_what_was_tuned_is_found_again_for_its_bucket_only(cache):
+def test_tuned_entries_are_found_for_their_bucket_only(cache):
     config = tiles(H100, LLM)
     entry = tuning_file.Tuned(
         "in_place", "split", replace(config, split=replace(config.split, num_stages=3))
@@ -319,7 +319,7 @@ def test_a_damaged_cache_is_named(cache, text):
         tuning_file.lookup(torch.device("cuda:0"), LLM)
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+def test_the_environment_sets_the_path_of_the_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTLORA_TUNING", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuning_file.path() == tmp_path / "fastlora" / "tuning.json"
@@ -339,7 +339,7 @@ def test_a_measured_plan_beats_the_predicted_one(cache, monkeypatch):
         device = torch.device("cuda:0")
 
     choice = dispatch.launch_choice(x.as_subclass(Cuda), weight, 4, False)
-    # The same call on rows that are not aligned must not get the tiles of aligned ones.
+    # The same call on unaligned rows must not get the tiles for aligned rows.
     odd = torch.zeros(100, 17)[:, 1:].as_subclass(Cuda)
     assert dispatch.launch_choice(odd, weight, 4, False).reason != choice.reason
     dispatch._plan.cache_clear()
@@ -347,7 +347,7 @@ def test_a_measured_plan_beats_the_predicted_one(cache, monkeypatch):
     assert choice.reason == "measured by fastlora.tune"
 
 
-def test_the_designs_table_of_predicted_times_is_what_the_cost_model_says():
+def test_the_designs_table_of_predicted_times_agrees_with_the_cost_model():
     text = (ROOT / "docs" / "design.md").read_text()
     rows = re.findall(
         r"^\| (\d+), (\d+) → (\d+), (\d+), ([\d.]+) \| (.*) \| `(\w+)` \| not measured \|$",

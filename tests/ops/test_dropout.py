@@ -1,4 +1,4 @@
-"""The dropout masks: their definitions, their statistics, and that every path of a call applies the same one."""
+"""The dropout masks: definitions and statistics; every path of a call applies the same mask."""
 
 import threading
 import warnings
@@ -48,7 +48,7 @@ def test_the_mask_is_the_documented_function_of_seed_row_and_column(seed, cols):
 
 
 def test_the_mask_is_the_recorded_one():
-    """Bit for bit what earlier releases drew: a run can be repeated after an upgrade of fastlora, torch or NumPy."""
+    """Equal bit for bit to earlier releases, so that a run can be repeated after an upgrade of fastlora, torch or NumPy."""
     keep = cpu_mask(SEED, 0.5, 3, 20)
     assert ["".join("01"[bit] for bit in row) for row in keep.tolist()] == GOLDEN
 
@@ -78,11 +78,11 @@ def test_the_mask_keeps_the_right_share_independently_of_neighbours(p):
 )
 @pytest.mark.parametrize("lanes", [48, 10_000, 2**30])
 def test_the_mask_does_not_depend_on_the_blocks(shape, lanes, monkeypatch):
-    whole = cpu_mask(SEED, P, *shape)
+    full = cpu_mask(SEED, P, *shape)
     monkeypatch.setattr(dropout, "_BLOCK_LANES", lanes)
     if lanes == 2**30:
         monkeypatch.setattr(dropout, "_idle", [dropout._Scratch(2**21)])
-    assert torch.equal(cpu_mask(SEED, P, *shape), whole)
+    assert torch.equal(cpu_mask(SEED, P, *shape), full)
 
 
 def test_masks_in_use_at_the_same_time_do_not_share_buffers():
@@ -94,7 +94,7 @@ def test_masks_in_use_at_the_same_time_do_not_share_buffers():
         assert torch.equal(other, cpu_mask(torch.tensor(2), P, 90, 24))
 
 
-def test_threads_at_work_together_get_the_masks_they_get_alone():
+def test_concurrent_threads_get_the_same_masks_as_alone():
     expected = [cpu_mask(torch.tensor(s), P, 300, 96) for s in range(8)]
     wrong = []
 
@@ -118,7 +118,7 @@ def test_the_scratch_of_a_block_has_its_shape_and_dtype(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dropped_elements_are_zero_whatever_they_were_and_kept_ones_are_unchanged(dtype):
+def test_dropped_elements_are_zero_and_kept_ones_unchanged(dtype):
     x = torch.tensor([[1.5, -2.0, 3.0, -0.0], [float("inf"), -float("inf"), float("nan"), 7.0]])
     x = torch.cat([x, x], 1).to(dtype)[:, ::2].repeat(1, 2)
     x = torch.stack([x, x], 2).view(2, -1)[:, ::2]  # not contiguous, as rows of an input may be
@@ -147,7 +147,7 @@ def test_the_operator_fits_into_graphs():
 
 
 def _formula(x, weight, bias, lora_a, lora_b, scaling, p, seed):
-    """What a layer computes, written out under the mask of this module."""
+    """The expected output of a layer, as torch expressions with the mask of this module."""
     rows = x.reshape(-1, x.shape[-1])
     keep = cpu_mask(seed, p, *rows.shape)
     dropped = torch.where(keep, rows, 0.0) * keep_scale(p)
@@ -207,7 +207,7 @@ def _compare(got, of):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_path_applies_this_mask_and_its_derivatives_too(path):
+def test_every_path_and_its_derivatives_apply_this_mask(path):
     _compare(_first(PATHS[path]), _first)
     _compare(_second(PATHS[path]), _second)
 
@@ -219,7 +219,7 @@ def test_without_gradients_the_mask_is_the_same(path, mode):
     y = PATHS[path](*leaves, scaling, P, SEED)
     with mode():
         assert torch.equal(PATHS[path](*leaves, scaling, P, SEED), y)
-    # Buffers that a call in inference mode left behind serve calls that train.
+    # Buffers from a call in inference mode are reused by calls that train.
     assert torch.equal(PATHS[path](*leaves, scaling, P, SEED), y)
 
 
@@ -265,7 +265,7 @@ def _functorch(function, dtype=torch.float32):
 def test_functorch_applies_the_mask(path):
     leaves, dy, scaling = _leaves(torch.float64)
     x, weight, bias, a, b = leaves
-    # Each sample of x is a call of its own with the same seed.
+    # Each sample of x is a separate call with the same seed.
     ys = [_formula(one, weight, bias, a, b, scaling, P, SEED) for one in x]
     pulled = [
         torch.autograd.grad(y, (x, b), d, retain_graph=True) for y, d in zip(ys, dy, strict=True)
@@ -278,7 +278,7 @@ def test_functorch_applies_the_mask(path):
 
 
 @pytest.mark.parametrize("path", ["linear", "update"])
-def test_samples_may_have_masks_of_their_own_under_vmap(path):
+def test_samples_may_have_different_masks_under_vmap(path):
     """randomness="different" draws a seed for each sample: its mask is that of a call with this seed, forward and backward."""
     (_, weight, bias, a, b), dy, scaling = _leaves(torch.float64)
     x = make(CASE).x.double()
@@ -334,7 +334,7 @@ def test_a_layer_trains_per_sample_under_vmap(randomness):
         ((0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ],
 )
-def test_philox_gives_the_published_words(counter, seed, words):
+def test_philox_equals_the_published_words(counter, seed, words):
     c0, c1 = (torch.tensor([[c]]) for c in counter)
     got = philox_4x32(seed, c0, c1)
     assert tuple(int(w) & 0xFFFFFFFF for w in got) == words
@@ -368,10 +368,10 @@ def test_kernel_mask_is_the_documented_function_of_seed_row_and_column(seed):
     assert torch.equal(kernel_mask(torch.tensor(seed), p, rows, cols, first_row=5), expected)
 
 
-def test_kernel_mask_does_not_depend_on_how_the_rows_are_cut():
-    whole = kernel_mask(7, 0.4, 100, 50)
+def test_kernel_mask_does_not_depend_on_how_the_rows_are_split():
+    full = kernel_mask(7, 0.4, 100, 50)
     parts = [kernel_mask(7, 0.4, 25, 50, first_row=r) for r in (0, 25, 50, 75)]
-    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(full, torch.cat(parts))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])

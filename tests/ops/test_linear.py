@@ -1,4 +1,4 @@
-"""`lora_linear` against the reference in float64, over the table; what it saves; and the contexts it must work in."""
+"""`lora_linear` against the reference in float64, over the table of cases; what it saves; and autocast, compilation and other contexts."""
 
 import warnings
 
@@ -42,14 +42,14 @@ def test_forward_and_backward_match_the_reference(case, dtype):
 
 def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
     case = Case((70,), 24, 16, 4, p=0.3)
-    whole = _run(lora_linear, make(case).to(torch.float64), case)
+    at_once = _run(lora_linear, make(case).to(torch.float64), case)
     monkeypatch.setattr(dropout, "_BLOCK_LANES", 9 * 32)
     blocks = _run(lora_linear, make(case).to(torch.float64), case)
-    for a, b in zip(whole, blocks, strict=True):
+    for a, b in zip(at_once, blocks, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_factors_that_are_not_finite_stay_out_of_gradients_that_do_not_hold_them():
+def test_infinite_factors_do_not_reach_unrelated_gradients():
     t = make(Case((9,), 6, 7, 3))
     t.lora_b.fill_(float("nan"))
     lora_b = t.lora_b.requires_grad_()
@@ -70,7 +70,7 @@ def test_gradcheck_and_double_backward(p):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def test_only_the_asked_for_gradients_are_computed():
+def test_only_requested_gradients_are_computed():
     t = make(CASES[1])
     t.lora_b.requires_grad_()
     y = lora_linear(t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.1, SEED)
@@ -98,7 +98,7 @@ def test_saves_x_itself_s_and_a_seed(p):
 
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.float64, torch.bfloat16])
-def test_adapters_of_another_dtype_are_cast_and_get_gradients_of_their_own(adapter):
+def test_adapters_of_another_dtype_are_cast_and_get_gradients_in_their_dtype(adapter):
     t = make(CASES[3]).to(torch.bfloat16)
     lora_a, lora_b = t.lora_a.to(adapter).requires_grad_(), t.lora_b.to(adapter).requires_grad_()
     y = lora_linear(t.x, t.weight, t.bias, lora_a, lora_b, t.scaling)
@@ -159,7 +159,7 @@ def test_activation_checkpointing_recomputes_the_same_mask(reentrant):
     assert torch.equal(t.x.grad, expected[0]) and torch.equal(t.lora_a.grad, expected[1])
 
 
-def test_functorch_transforms_take_the_composed_plan():
+def test_functorch_transforms_use_the_composed_plan():
     t = make(Case((5,), 8, 6, 2))
 
     def loss(lora_b, x):
@@ -205,7 +205,7 @@ def _double(t: Tensors):
         ({"bias": torch.zeros(3)}, r"bias: expected \(N=16,\), got \(3,\)"),
     ],
 )
-def test_bad_arguments_are_named(change, message):
+def test_invalid_arguments_are_named(change, message):
     t = make(CASES[0])
     arguments = {
         name: getattr(t, name) for name in ("x", "weight", "bias", "lora_a", "lora_b")

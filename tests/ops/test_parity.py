@@ -59,13 +59,13 @@ def test_the_checks_can_fail(monkeypatch, check):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_back_does_not_drift(dtype):
+def test_repeated_merges_do_not_drift(dtype):
     assert endurance.merge_rounds(20, dtype) == []
 
 
 @pytest.mark.slow
 @linux
-def test_steps_injections_and_files_leave_nothing_behind(tmp_path):
+def test_steps_injections_and_files_leak_nothing(tmp_path):
     assert endurance.training_steps(100) == []
     assert endurance.injections(30) == []
     assert endurance.file_rounds(tmp_path, 20) == []

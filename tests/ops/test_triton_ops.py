@@ -135,7 +135,7 @@ def test_a_trainable_base_gets_its_gradients():
 @pytest.mark.parametrize(
     "wanted", [("x",), ("lora_a",), ("lora_b",), ("x", "lora_b"), ("lora_a", "lora_b")]
 )
-def test_each_gradient_alone_is_the_same_as_among_all(wanted):
+def test_each_gradient_is_the_same_alone_and_with_the_others(wanted):
     t = _inputs(Case((33,), 32, 24, 4))
     everything = dict(zip(("x", "lora_a", "lora_b"), _run(lora_linear, t, 0.2)[1:], strict=True))
     leaves = {name: getattr(t, name).detach().requires_grad_() for name in wanted}
@@ -206,18 +206,18 @@ def test_a_model_trains_as_by_the_reference(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("plan", "rows"), [("split", 200), ("split", 2100), ("decode", 7)])
 def test_overlapping_launches_change_no_bit(plan, rows, monkeypatch):
-    """On a device thirty times, with a wrong S, dS and mask left where the right ones will be; the interpreter launches them apart."""
+    """On a device thirty times, with NaN in the memory that S, dS and the mask reuse; the interpreter runs launches one by one."""
     from fastlora.ops import dispatch, triton_ops
 
     if not GPU and rows > 1000:
         pytest.skip("one size is enough for the interpreter")
     dtype = torch.bfloat16 if GPU else torch.float32
     t = _inputs(Case((rows,), 256, 384, 8, p=0.1), dtype)
-    choose, told = dispatch.launch_choice, False
+    choose, recorded = dispatch.launch_choice, False
 
     def launch_choice(*arguments):
         choice = choose(*arguments)
-        if not told:
+        if not recorded:
             return choice
         return dataclasses.replace(choice, config=choice.config.overlapped())
 
@@ -230,10 +230,10 @@ def test_overlapping_launches_change_no_bit(plan, rows, monkeypatch):
         return [y, s, *triton_ops._backward(t.dy, t.x, t.weight, s, *low, *needs, dx_plan)]
 
     apart = step()
-    told = True
+    recorded = True
     for _ in range(30 if GPU else 1):
-        spoilt = [torch.full_like(one, float("nan")) for one in apart]
-        del spoilt  # their memory is given out again
+        corrupted = [torch.full_like(one, float("nan")) for one in apart]
+        del corrupted  # their memory is reused
         _same(step(), apart)
 
 
@@ -260,7 +260,7 @@ def test_a_cuda_graph_replays_forward_and_backward(dtype, p):
     with torch.cuda.graph(graph):
         captured = step()
     outputs = []
-    for _ in range(2):  # the same x each time: only a mask can make a difference
+    for _ in range(2):  # x is the same each time, so only a mask can differ
         graph.replay()
         outputs.append(captured[0].clone())
         if p == 0:
@@ -286,7 +286,7 @@ def test_inductor_gives_the_eager_result(p):
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", ["split", "in_place"])
 def test_offsets_beyond_32_bits(plan):
-    """x holds more than 2³¹ elements: its last rows must come out as they would alone."""
+    """x has more than 2³¹ elements: its last rows must be as in a separate call."""
     from fastlora.ops import triton_ops
 
     m, k, n, r = 2**31 // 4096 + 1024, 4096, 64, 8
@@ -317,7 +317,7 @@ def test_offsets_beyond_32_bits(plan):
 
 
 def _group(dtype=torch.float32):
-    """x (2, 35, 32) and three layers on it, of other widths and ranks, the second without a bias; and gradients of the outputs."""
+    """x (2, 35, 32), three layers on it of different widths and ranks, the second without a bias, and gradients of the outputs."""
     made = [
         _inputs(Case((2, 35), 32, n, r, bias=r != 8), dtype) for n, r in ((24, 4), (40, 8), (48, 3))
     ]
@@ -347,7 +347,7 @@ def _leaf(tensor):
 
 @pytest.mark.parametrize("unused", [None, 0, 2])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_a_group_gives_what_its_layers_give_alone(p, unused):
+def test_a_group_equals_its_separate_layers(p, unused):
     x, members, dys = _group()
     if unused is not None:
         dys[unused] = None
@@ -370,7 +370,7 @@ def test_a_group_gives_what_its_layers_give_alone(p, unused):
             if a is not None:
                 assert_close(a, b, c)
     y = got[0][0]
-    y.mul_(2)  # an output is nobody's view
+    y.mul_(2)  # an output is not a view
 
 
 def _tensors(member):
@@ -378,7 +378,7 @@ def _tensors(member):
 
 
 @pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b"])
-def test_a_group_gives_no_gradient_that_nobody_asked_for(frozen):
+def test_a_group_computes_only_requested_gradients(frozen):
     x, members, dys = _group()
     whole = _group_step(
         lambda x, members: run_group(x, members, 0.25, SEED, triton=True), x, members, dys
@@ -444,7 +444,7 @@ def test_a_fused_model_launches_one_pass_over_x(rows, ranks, passes, monkeypatch
     assert (counts["down_project"], counts["x_pass"]) == passes
 
 
-def test_a_groups_mask_is_made_once_and_serves_all():
+def test_a_groups_mask_is_computed_once():
     model = _projections((4, 4, 4), dropout=0.5)
     x = torch.randn(70, 32, device=DEVICE)
     fuse(model, x)

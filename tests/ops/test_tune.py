@@ -1,6 +1,6 @@
-"""The tuner: which tiles it tries, that a wrong kernel never wins, and that what it stores is what `dispatch` uses.
+"""The tuner: which tiles it tries, that a wrong kernel is never chosen, and that `dispatch` uses what it stores.
 
-The interpreter runs the kernels, and a made-up clock takes the place of the device's.
+The interpreter runs the kernels, and a simulated clock replaces the device's.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ def test_shapes_are_parsed():
 @pytest.mark.parametrize(
     "text", ["8,16,24", "8,16,24,4,0.1,7", "a,1,1,1", "0,1,1,1", "1,1,1,1,1.0"]
 )
-def test_a_bad_shape_is_named(text):
+def test_an_invalid_shape_is_named(text):
     with pytest.raises(ConfigError, match="shapes: expected .*, got " + repr(text)):
         Shape.parse(text)
 
@@ -50,7 +50,7 @@ def small(monkeypatch):
 
 
 def _clock(times):
-    """A timer that runs the call once and then takes the next time, or the last one for ever."""
+    """A timer that runs the call once and returns the next of `times`, then the last one repeatedly."""
     left = list(times)
 
     def timer(call):
@@ -67,34 +67,34 @@ def test_the_fastest_tiles_and_plans_win(small):
     # overlapping of split, decode and dx, of which decode is slower so; then the plans in the order of the cost model
     # (in_place, split, decode), then the plans of dx.
     times = [2.0, 1.0] * 7 + [2.0, 1.0, 1.0, 2.0, 2.0, 1.0] + [3.0, 2.0, 1.0] + [2.0, 1.0]
-    result = tune.tune_shape(bench, start, _clock(times), most=2)
+    result = tune.tune_shape(bench, start, _clock(times), limit=2)
     assert (result.plan, result.dx_plan) == ("decode", "in_place")
     overlapping = ("down", "split", "x", "dx")
     for name in ("down", "dy", "x", "dx", "update", "split", "decode"):
         second = list(candidates(getattr(start, name)))[1]
-        told = replace(second, overlap=True) if name in overlapping else second
-        assert getattr(result.config, name) == told
+        expected = replace(second, overlap=True) if name in overlapping else second
+        assert getattr(result.config, name) == expected
     assert result.config.fused == start.fused, "it cannot run with dropout"
 
 
 @pytest.mark.slow
 def test_a_wrong_kernel_gets_no_time(small, monkeypatch):
     bench, start = small
-    right = bench.ops.decode
+    correct = bench.ops.decode
     monkeypatch.setattr(
-        bench.ops, "decode", lambda *a, **k: tuple(1.01 * t for t in right(*a, **k))
+        bench.ops, "decode", lambda *a, **k: tuple(1.01 * t for t in correct(*a, **k))
     )
-    result = tune.tune_shape(bench, start, _clock([1.0]), most=1)
+    result = tune.tune_shape(bench, start, _clock([1.0]), limit=1)
     assert result.plan != "decode"
     monkeypatch.setattr(
         bench.ops, "down_project", lambda x, a, *r, **k: x.new_zeros(len(x), len(a))
     )
     with pytest.raises(BackendError, match="no plan gave a correct result"):
-        tune.tune_shape(bench, start, _clock([1.0]), most=1)
+        tune.tune_shape(bench, start, _clock([1.0]), limit=1)
 
 
 @pytest.mark.slow
-def test_tiles_that_do_not_fit_are_passed_over(small, monkeypatch):
+def test_tiles_that_do_not_fit_are_skipped(small, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
     bench, start = small
@@ -107,12 +107,12 @@ def test_tiles_that_do_not_fit_are_passed_over(small, monkeypatch):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(bench.ops, "dy_pass", dy_pass)
-    result = tune.tune_shape(bench, start, _clock([2.0, 1.0] * 10 + [1.0]), most=2)
+    result = tune.tune_shape(bench, start, _clock([2.0, 1.0] * 10 + [1.0]), limit=2)
     assert result.config.dy == start.dy
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a device")
-def test_without_a_device_it_says_so(capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a device")
+def test_without_a_device_it_exits_with_the_reason(capsys):
     with pytest.raises(SystemExit) as stop:
         tune.main(["--shapes", "8,16,24,4"])
     assert stop.value.code == 2
@@ -127,7 +127,7 @@ def test_a_tuned_shape_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_TUNING", str(tmp_path / "tuning.json"))
     tuning_file._read.cache_clear()
     dispatch._plan.cache_clear()
-    assert tune.main(["--shapes", "256,128,192,8,0.1", "--most", "3"]) == 0
+    assert tune.main(["--shapes", "256,128,192,8,0.1", "--max-candidates", "3"]) == 0
     x = torch.zeros(256, 128, dtype=torch.bfloat16, device="cuda")
     weight = torch.zeros(192, 128, dtype=torch.bfloat16, device="cuda")
     choice = dispatch.choose(x, weight, 8, dropout=True)

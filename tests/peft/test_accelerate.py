@@ -1,4 +1,4 @@
-"""`accelerate` inside PEFT models: the same numbers as PEFT, its every feature, and a reason wherever PEFT's forward stays."""
+"""`accelerate` in PEFT models: the same results as PEFT, all its features, and a reason wherever PEFT's forward runs."""
 
 import copy
 import pickle
@@ -87,11 +87,11 @@ def test_five_steps_of_training_equal_pefts(fused):
         assert_close(parameter, theirs[name], exact[name], name)
 
 
-def test_the_report_reads_and_a_second_call_changes_nothing():
+def test_the_report_is_readable_and_a_second_call_changes_nothing():
     model = peft_model()
     first = accelerate(model)
     assert str(first).splitlines()[:2] == [
-        "8 of 8 LoRA layers take the fused path (8 changed)",
+        "8 of 8 LoRA layers use the fused path (8 changed)",
         "  fast  base_model.model.blocks.0.attn.to_qkv: one adapter on a plain nn.Linear",
     ]
     kinds = [type(module) for module in model.modules()]
@@ -100,14 +100,14 @@ def test_the_report_reads_and_a_second_call_changes_nothing():
     assert [type(module) for module in model.modules()] == kinds
 
 
-def test_a_layer_reads_as_pefts():
+def test_a_layer_has_pefts_repr():
     model = peft_model()
     before = repr(model)
     accelerate(model)
     assert repr(model) == before
 
 
-def test_restore_gives_back_the_exact_classes(fused):
+def test_restore_restores_the_exact_classes(fused):
     model = peft_model()
     before = {path: type(module) for path, module in model.named_modules()}
     keys = list(model.state_dict())
@@ -128,7 +128,7 @@ def test_a_model_without_pefts_layers_is_refused(call):
         call(Decoder())
 
 
-def test_without_peft_the_error_says_so(monkeypatch):
+def test_without_peft_the_error_names_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft.tuners.lora", None)
     with pytest.raises(FastLoRAError, match="peft_model: needs the package peft"):
         accelerate(Decoder())
@@ -177,7 +177,7 @@ def test_adapters_are_switched_disabled_added_and_deleted_as_in_peft(fused):
     assert forwards(fused, mine, x)[1] == 8
     torch.manual_seed(5)
     mine.add_adapter("late", peft.LoraConfig(r=2, target_modules=["out_layer"]))
-    assert accelerate(mine).changed == 1  # a layer that PEFT made after the first call
+    assert accelerate(mine).changed == 1  # a layer that PEFT added after the first call
 
 
 def test_adapter_names_go_to_peft(fused):
@@ -290,7 +290,7 @@ def test_dropout_follows_the_dropout_module_and_the_generator(fused):
     assert torch.equal(model(x), first) and not torch.equal(first, second)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.eval()  # PEFT looks at the dropout's own flag
+            module.eval()  # PEFT uses the dropout module's training flag
     y = model(x)
     torch.testing.assert_close(y, peft_model().eval()(x))
     assert torch.equal(model.eval()(x), y) and len(fused) == 5 * 8
@@ -298,7 +298,7 @@ def test_dropout_follows_the_dropout_module_and_the_generator(fused):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes_of_outputs_and_gradients_are_pefts(dtype, fused):
-    """A 16-bit base with float32 adapters, which is what PEFT makes by default."""
+    """A 16-bit base with float32 adapters, PEFT's default."""
     results = []
     for change in (accelerate, lambda model: None):
         model = peft_model(base=Decoder().to(dtype))
@@ -355,16 +355,16 @@ def hooked():
 @pytest.mark.parametrize(
     ("base", "options", "reason"),
     [
-        (nn.Linear(4, 4), {"use_dora": True}, "DoraLinearVariant is no plain LoRA"),
+        (nn.Linear(4, 4), {"use_dora": True}, "DoraLinearVariant is not plain LoRA"),
         (nn.Linear(4, 4), {"lora_bias": True}, "lora_bias=True"),
-        (Doubled(4, 4), {}, "the base layer is a Doubled with a forward of its own"),
+        (Doubled(4, 4), {}, "the base layer is a Doubled with a custom forward"),
         (quantised_like(), {}, "the base layer holds a torch.float32 Packed"),
         (hooked(), {}, "the base layer has hooks"),
         (nn.Embedding(4, 4), {}, "is a lora.Embedding; only lora.Linear itself is supported"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_stays_with_peft_and_why(base, options, reason, fused):
+def test_what_uses_pefts_forward_and_why(base, options, reason, fused):
     root = nn.Sequential()
     root.add_module("layer", base)
     model = peft_model(base=root, target_modules=["layer"], **options)
@@ -403,7 +403,7 @@ def change_adapter(kind):
         ("instance", "its forward was replaced on the instance"),
     ],
 )
-def test_changes_to_the_parts_of_a_layer_are_noticed(kind, reason, fused):
+def test_changes_to_the_parts_of_a_layer_are_detected(kind, reason, fused):
     mine = peft_model(base=nn.Sequential(nn.Linear(4, 4)), target_modules=["0"])
     theirs = copy.deepcopy(mine)
     for model in (mine, theirs):
@@ -413,7 +413,7 @@ def test_changes_to_the_parts_of_a_layer_are_noticed(kind, reason, fused):
     assert torch.equal(mine(x), theirs(x)) and fused == []
 
 
-def test_inputs_that_do_not_fit_meet_pefts_own_forward(fused):
+def test_inputs_that_do_not_fit_use_pefts_forward(fused):
     mine = peft_model(base=nn.Sequential(nn.Linear(4, 4)), target_modules=["0"])
     theirs = copy.deepcopy(mine)
     accelerate(mine)

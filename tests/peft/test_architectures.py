@@ -1,4 +1,4 @@
-"""Adapters go between PEFT and fastlora on small, randomly initialised models of real architectures."""
+"""Adapters are exchanged between PEFT and fastlora on small, randomly initialised models of real architectures."""
 
 import json
 
@@ -24,9 +24,7 @@ transformers = pytest.importorskip("transformers")
 # PEFT reads a property that transformers has renamed.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:fan_in_fan_out is set to False"
-    ),  # PEFT, which sets it right
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # PEFT corrects it
 ]
 
 IDS = torch.tensor([[1, 5, 9, 3], [2, 7, 4, 8]])
@@ -93,7 +91,7 @@ def sam():
         vision_config=vision | {"global_attn_indexes": [1], "num_pos_feats": 8},
         prompt_encoder_config=prompt,
         mask_decoder_config=decoder,
-        initializer_range=0.3,  # at 0.02 the masks are as good as zero
+        initializer_range=0.3,  # at 0.02 the predicted masks are almost zero
     )
     pixels = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
     points = torch.tensor([[[[4.0, 5.0]]]])
@@ -207,7 +205,7 @@ def targets_of(model, targets):
 
 
 def answer(model, inputs):
-    """The tensor that the model is for, with its graph."""
+    """The main output of the model, with its graph."""
     output = model(**inputs)
     if isinstance(output, torch.Tensor):
         return output
@@ -307,7 +305,7 @@ def test_to_peft(make, targets, heads, tmp_path):
     assert_differs(logits(mine, inputs), logits(build(make)[0], inputs))
 
 
-def test_all_linear_written_by_hand_leaves_the_output_head_out(tmp_path):
+def test_all_linear_written_by_hand_excludes_the_output_head(tmp_path):
     theirs = peft.get_peft_model(build(llama)[0], peft.LoraConfig(r=2, target_modules="all-linear"))
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"

@@ -1,4 +1,4 @@
-"""PEFT's folder format: equal outputs in both directions, PEFT's matching rules, and refusals by name."""
+"""PEFT's folder format: equal outputs in both directions, PEFT's matching rules, and errors that name the cause."""
 
 import copy
 import json
@@ -90,7 +90,7 @@ def test_pefts_output_equals_ours_after_saving(tmp_path):
     ],
     ids=["patterns", "rslora", "one block", "a name that is a suffix"],
 )
-def test_layers_that_differ_are_said_exactly(targets, options, tmp_path):
+def test_different_layers_are_written_exactly(targets, options, tmp_path):
     model = adapted(targets, **options)
     save_pretrained(model, tmp_path)
     theirs = in_peft(tmp_path)
@@ -128,13 +128,13 @@ def test_mixed_rslora_is_written_as_alphas(tmp_path):
 def test_several_dropouts_become_the_highest_with_a_warning(tmp_path):
     model = adapted(dropout=0.1, dropout_pattern={"to_out": 0.5})
     with pytest.warns(
-        UserWarning, match=r"dropouts \[0.1, 0.5\], PEFT's format holds one; 0.5 is written"
+        UserWarning, match=r"dropouts \[0.1, 0.5\], PEFT's format stores one; 0.5 is written"
     ):
         save_pretrained(model, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["lora_dropout"] == 0.5
 
 
-def test_one_path_that_ends_another_is_told_apart(tmp_path):
+def test_a_path_that_is_the_end_of_another_is_distinguished(tmp_path):
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -154,13 +154,13 @@ def test_one_path_that_ends_another_is_told_apart(tmp_path):
     assert isinstance(theirs.base_model.model.b["a"][0], nn.Linear)
 
 
-def test_trained_heads_go_along_both_ways(tmp_path):
+def test_trained_heads_are_saved_and_loaded(tmp_path):
     model = adapted()
     for head in (model.out_layer, model.upsample[0]["out_layers"]):
         head.weight.requires_grad_(True)
         with torch.no_grad():
             head.weight.mul_(0.5)
-            head.bias.add_(1.0)  # not trained, but saved: PEFT saves modules whole
+            head.bias.add_(1.0)  # not trained, but saved: PEFT saves modules in full
     save_pretrained(model, tmp_path / "a")
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
     assert config["modules_to_save"] == ["upsample.0.out_layers", "out_layer"]
@@ -256,14 +256,16 @@ def test_heads_that_peft_untied_are_not_loaded_into_tied_ones(heads, tmp_path):
     torch.testing.assert_close(tied(X), theirs(X))
 
 
-def test_what_the_format_cannot_say_is_refused_when_saving(tmp_path):
+def test_what_the_format_cannot_store_is_refused_when_saving(tmp_path):
     cases = []
     with_base = adapted()
     with_base.blocks[0].attn.to_qkv.original_linear.weight.requires_grad_(True)
-    cases.append((with_base, "holds or is part of the adapted blocks.0.attn.to_qkv; freeze the"))
+    cases.append((with_base, "contains or is part of the adapted blocks.0.attn.to_qkv; freeze the"))
     with_parent = adapted()
     with_parent.blocks[0].attn.gate = nn.Parameter(torch.ones(1))
-    cases.append((with_parent, "blocks.0.attn.gate belongs to blocks.0.attn, which .*: it holds"))
+    cases.append(
+        (with_parent, "blocks.0.attn.gate belongs to blocks.0.attn, which .*: it contains")
+    )
     with_root = adapted()
     with_root.gate = nn.Parameter(torch.ones(1))
     cases.append((with_root, "model: gate belongs to the model itself, which .*; use save_adapter"))
@@ -299,7 +301,7 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="folder: cannot make"):
+    with pytest.raises(CheckpointError, match="folder: cannot create"):
         save_pretrained(adapted(), tmp_path / "file")
 
 
@@ -353,7 +355,7 @@ class Nested(nn.Module):
         return self.model(x)
 
 
-def test_layers_to_transform_takes_the_first_index_below_a_named_parent(tmp_path):
+def test_layers_to_transform_uses_the_first_index_below_a_named_parent(tmp_path):
     options = {"target_modules": ["to_qkv", "mlp.0"], "layers_to_transform": [1]}
     theirs = peft_adapted(Nested, **options)
     theirs.save_pretrained(tmp_path)
@@ -414,14 +416,14 @@ def refused(folder, message):
         ({"lora_dropout": 1.5}, "dropout: expected a probability"),
         ({"rank_pattern": {"x": 0}}, "rank: expected an integer"),
         ({"rank_pattern": {"x": "4"}}, r"rank_pattern: expected dict\[str, int\], got"),
-        ({"rank_pattern": {"(": 4}}, r"'\(' is no regex"),
+        ({"rank_pattern": {"(": 4}}, r"'\(' is not a valid regex"),
         ({"alpha_pattern": [1]}, r"alpha_pattern: expected dict\[str, float\], got"),
         ({"alpha_pattern": {"x": float("inf")}}, "alpha: expected a finite number"),
         ({"use_rslora": "yes"}, "use_rslora: expected bool, got 'yes'"),
         ({"target_modules": None}, "target_modules: expected a list or a regex, got none"),
         ({"target_modules": []}, "target_modules: expected a list or a regex"),
         ({"target_modules": [1]}, r"target_modules: expected str . list\[str\], got \[1\]"),
-        ({"target_modules": "("}, r"'\(' is no regex"),
+        ({"target_modules": "("}, r"'\(' is not a valid regex"),
         ({"target_modules": ["to_qvk"]}, "matches no layer of the model .nearest: to_qkv"),
         (
             {"target_modules": ["attn"]},
@@ -432,7 +434,10 @@ def refused(folder, message):
             {"modules_to_save": "out_layer"},
             r"modules_to_save: expected list\[str\] . None, got 'out",
         ),
-        ({"modules_to_save": ["qkv"]}, "modules_to_save: blocks.0.attn.to_qkv holds or is part of"),
+        (
+            {"modules_to_save": ["qkv"]},
+            "modules_to_save: blocks.0.attn.to_qkv contains or is part of",
+        ),
         ({"layers_to_transform": ["0"]}, r"layers_to_transform: expected int . list\[int\]"),
         (
             {"layers_to_transform": [0], "target_modules": ".*to_qkv"},
@@ -442,7 +447,7 @@ def refused(folder, message):
     ],
     ids=str,
 )
-def test_what_the_config_may_not_say(change, message, tmp_path):
+def test_unsupported_config_values_are_refused(change, message, tmp_path):
     config, state = good(tmp_path)
     refused(write(tmp_path / "bad", config | change, state), message)
 
@@ -458,17 +463,17 @@ def test_what_the_config_may_not_say(change, message, tmp_path):
     ],
     ids=["empty", "cut", "deep", "list", "no type"],
 )
-def test_damaged_configs_give_one_clear_line(text, message, tmp_path):
+def test_damaged_configs_raise_one_clear_line(text, message, tmp_path):
     _, state = good(tmp_path)
-    said = refused(write(tmp_path / "bad", text, state), message)
-    assert "\n" not in said and CONFIG in said
+    error = refused(write(tmp_path / "bad", text, state), message)
+    assert "\n" not in error and CONFIG in error
 
 
 def test_damaged_or_missing_weights(tmp_path):
     config, state = good(tmp_path)
     refused(tmp_path / "nowhere", f"no such file: .*{CONFIG}")
     folder = write(tmp_path / "bad", config)
-    (folder / "adapter_model.bin").write_bytes(b"\x80\x05.")  # a pickle is not even opened
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x05.")  # a pickle is never opened
     refused(folder, f"no such file: .*{WEIGHTS}; only safetensors are read")
     data = (tmp_path / "good" / WEIGHTS).read_bytes()
     for cut in (b"", data[: len(data) // 2], b"\xff" * 64):

@@ -1,4 +1,4 @@
-"""A folder that PEFT 0.21 wrote, with the outputs it had: read without peft, whatever either side changes later.
+"""A folder written by PEFT 0.21 with its outputs: it must stay readable without peft.
 
 `expected.safetensors` holds the base's weights (`base.…`), an input `x`, PEFT's float64 output `y`, and the base's output `before`.
 """

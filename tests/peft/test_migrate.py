@@ -1,4 +1,4 @@
-"""The code of docs/migrate.md runs, section by section, and says the truth."""
+"""The code of docs/migrate.md runs section by section with the stated results."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ def blocks(text):
 
 
 def run(section, tmp_path, monkeypatch):
-    """The names that the section's blocks leave behind; skips if a package they import is not there."""
+    """The variables of the section's blocks; skips if a package that they import is not installed."""
     code = blocks(PREAMBLE) + blocks(BY_NAME[section])
     for package in re.findall(r"^import (\w+)", "\n".join(code), flags=re.M):
         if importlib.util.find_spec(package) is None:
@@ -51,9 +51,9 @@ def test_the_page_has_these_sections():
 
 def test_from_peft(tmp_path, monkeypatch, capsys):
     names = run("PEFT", tmp_path, monkeypatch)
-    said = capsys.readouterr().out
-    assert "4 of 4 LoRA layers take the fused path (4 changed)" in said
-    lines = [line for line in said.splitlines() if line.startswith("trainable params")]
+    printed = capsys.readouterr().out
+    assert "4 of 4 LoRA layers use the fused path (4 changed)" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("trainable params")]
     assert len(lines) == 2 and lines[0] == lines[1]  # PEFT's line and ours
     assert fastlora.list_adapters(names["mine"]) == list(names["theirs"].peft_config)
     assert fastlora.list_adapters(names["plain"]) == ["default", "mixed"]
@@ -80,7 +80,7 @@ def test_from_loralib(tmp_path, monkeypatch):
 
 
 def test_from_torchtune(tmp_path, monkeypatch):
-    """torchtune does not import beside the pinned torchao: its files are written here, in its layout."""
+    """torchtune cannot be imported with the pinned torchao, so its files are written here in its layout."""
     down, up = torch.randn(4, 16), torch.randn(32, 4)
     torch.save({"0.lora_a.weight": down, "0.lora_b.weight": up}, tmp_path / "adapter_0.pt")
     base = torch.nn.Sequential(torch.nn.Linear(16, 32, bias=False), torch.nn.Linear(32, 2))
@@ -112,4 +112,4 @@ def test_the_readmes_block_about_peft(tmp_path, monkeypatch, capsys):
     (code,) = blocks(readme[readme.index("## With PEFT") : readme.index("## Speed and memory")])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"torch": torch, "fastlora": fastlora})
-    assert "1 of 1 LoRA layers take the fused path" in capsys.readouterr().out
+    assert "1 of 1 LoRA layers use the fused path" in capsys.readouterr().out

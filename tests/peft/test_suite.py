@@ -1,4 +1,4 @@
-"""The plugin `tests/support/peft_suite.py` accelerates what PEFT builds, counts, and fails a run that proves nothing."""
+"""The plugin `tests/support/peft_suite.py` accelerates what PEFT builds, counts fused forwards, and fails a run without any."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def run(folder, *options):
 def test_the_fused_forwards_are_counted_in_first_and_later_adapters(tmp_path):
     result = run(tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    # DoRA's layer is accelerated too, and stays with PEFT's forward.
+    # DoRA's layer is accelerated too, but uses PEFT's forward.
     line = "2 forwards took the fused path, in 1 tests; 3 layers were accelerated"
     assert line in result.stdout.splitlines()
 

@@ -1,4 +1,4 @@
-"""`check`: dead adapters are found with the reason, live ones pass, and the model is as it was."""
+"""`check`: adapters without effect are found with the reason, working ones pass, and the model does not change."""
 
 import copy
 import random
@@ -25,7 +25,7 @@ X = torch.linspace(-1, 1, 24).view(3, 8)
 
 
 class Two(nn.Module):
-    """Two layers, the second used in the way that `use` says."""
+    """Two layers, the second used by the function `use`."""
 
     def __init__(self, use=None):
         super().__init__()
@@ -95,7 +95,7 @@ def test_a_dead_adapter_is_found_with_the_reason(case, training, trained):
 
 
 @pytest.mark.parametrize("start", ["orthogonal", "tiny"])
-def test_an_update_too_small_to_be_seen_hides_nothing(start):
+def test_a_tiny_update_hides_nothing(start):
     options = {"init_lora_weights": "orthogonal"} if start == "orthogonal" else {}
     model = adapted(Two(fast_path), **options)
     if start == "tiny":
@@ -129,7 +129,7 @@ def test_an_adapter_that_cannot_learn_is_found(change):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"init_lora_weights": "orthogonal"}])
-def test_a_healthy_model_passes(options, dtype):
+def test_a_working_model_passes(options, dtype):
     model = adapted(Decoder().to(dtype), "to_qkv", "mlp", **options)
     report = check(model, X.to(dtype))
     assert report.ok and len(report.layers) == 6
@@ -278,7 +278,7 @@ def test_a_compiled_model_is_checked_as_it_runs():
     assert not check(torch.compile(dead, backend="eager"), X).ok
 
 
-def test_a_part_held_in_eval_stays_there_while_the_model_trains():
+def test_a_part_in_eval_mode_stays_so_while_the_model_trains():
     model = adapted(Stateful(), "body")
     model.train().norm.eval()
     assert check(model, X[:1], torch.ones(1, 8)).ok
@@ -293,7 +293,7 @@ def test_noise_in_eval_mode_does_not_hide_or_invent_anything():
     assert check(model, X).ok
     model = adapted(Two(lambda m, x: x + torch.randn(3, 8)))
     assert [finding.path for finding in check(model, X).findings] == ["second"]
-    own = torch.Generator()  # out of reach, as the order of atomic additions is
+    own = torch.Generator()  # not restored by `check`, like the order of atomic additions
     model = adapted(Two(lambda m, x: fast_path(m, x) + 1e-6 * torch.rand(3, 8, generator=own)))
     assert [finding.path for finding in check(model, X).findings] == ["second"]
 

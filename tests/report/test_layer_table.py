@@ -1,4 +1,4 @@
-"""`explain` for whole models and `preview`: every layer with its reason, and nothing changed."""
+"""`explain` for models and `preview`: every layer has a reason, and nothing changes."""
 
 import copy
 
@@ -40,7 +40,7 @@ def zoo():
     return model
 
 
-def test_preview_is_what_injection_does():
+def test_preview_shows_what_injection_does():
     for targets in (None, ["to_out", "mlp"], "all-linear", CONFIG, lambda path, _: "mlp" in path):
         model = Decoder()
         before = copy.deepcopy(model.state_dict())
@@ -53,13 +53,13 @@ def test_preview_is_what_injection_does():
         assert got == want and table.problems == ()
 
 
-def test_preview_says_of_every_layer_why():
+def test_preview_has_a_reason_for_every_layer():
     table = preview(zoo(), CONFIG)
     rows = {path: (row.status, row.pattern, row.reason) for path, row in by_path(table).items()}
     assert rows.pop("blocks.0.mlp") == (
         "container",
         "mlp",
-        "a container of 2 layers, which have rows of their own",
+        "a container of 2 layers, which have separate rows",
     )
     assert rows.pop("blocks.0.mlp.mlp")[0] == "container"
     assert rows.pop("blocks.0.attn.to_qkv") == ("selected", "to_qkv", "matches 'to_qkv'")
@@ -115,7 +115,7 @@ def with_inactive():
     ],
     ids=str,
 )
-def test_preview_tells_what_injection_would_refuse_or_warn_about(model, targets, problem):
+def test_preview_shows_what_injection_would_refuse_or_warn_about(model, targets, problem):
     table = preview(model, targets)
     assert any(problem in line for line in table.problems)
     assert f"problem: {table.problems[0]}" in str(table)
@@ -143,7 +143,7 @@ def test_explain_without_a_tensor_is_a_table_of_the_model():
     assert explain(model).rows[1].choice is None and explain(model).rows[1].saved_bytes is None
 
 
-def test_explain_with_the_config_tells_not_targeted_from_excluded():
+def test_explain_with_the_config_distinguishes_not_targeted_from_excluded():
     model = Decoder()
     inject_lora(model, CONFIG)
     table = explain(model, config=CONFIG)
@@ -152,14 +152,14 @@ def test_explain_with_the_config_tells_not_targeted_from_excluded():
     assert table.counts == {"to_qkv": 2, "mlp": 2, "mlp.2": 2}
 
 
-def test_only_what_could_have_an_adapter_is_judged_or_listed():
+def test_only_layers_that_could_have_an_adapter_are_listed():
     class LinearAttention(nn.Module):
         def __init__(self):
             super().__init__()
             self.to_q = nn.Linear(2, 2)
 
     class PackedLinear(nn.Module):
-        """A linear layer whose weight is no parameter, as quantised ones are."""
+        """A linear layer whose weight is not a parameter, as in quantised layers."""
 
     model = nn.ModuleList([LinearAttention(), PackedLinear()])
     assert [row.path for row in explain(model).rows] == ["0.to_q", "1"]
@@ -195,7 +195,7 @@ def test_the_projection_of_multihead_attention_is_named():
     assert row.choice is None and "merged weight itself" in row.reason
 
 
-def test_the_table_reads_well():
+def test_the_table_is_readable():
     text = str(preview(Decoder(blocks=1), CONFIG, rows=64)).splitlines()
     assert text[0] == "4 not targeted, 2 selected, 2 container, 1 excluded"
     assert text[1].split() == [
@@ -223,6 +223,6 @@ def test_the_table_reads_well():
         (lambda: preview(Decoder(), CONFIG, rank=8), "set them in the LoRAConfig"),
     ],
 )
-def test_bad_arguments_are_named(call, message):
+def test_invalid_arguments_are_named(call, message):
     with pytest.raises(ConfigError, match=message):
         call()

@@ -22,7 +22,7 @@ M, K, N, R = 64, 32, 48, 4
 
 
 def saved(model, x):
-    """Bytes of distinct storage kept for the backward pass, parameters left out."""
+    """Bytes of distinct storage saved for the backward pass, without parameters."""
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -61,7 +61,7 @@ def test_pefts_saved_bytes_are_what_hooks_count(dtype, dropout):
     assert shape_of(layer).peft_saved_bytes(M) == saved(theirs, x)
 
 
-def test_a_weight_that_is_read_keeps_the_merged_weight():
+def test_a_weight_that_is_read_saves_the_merged_weight():
     layer = LoRALinear(nn.Linear(K, N), R)
     layer.original_linear.requires_grad_(False)
     x = torch.randn(M, K, requires_grad=True)
@@ -75,7 +75,7 @@ def test_a_weight_that_is_read_keeps_the_merged_weight():
 
 
 class Wide(nn.Module):
-    """Two adapted layers with inputs of their own, and nothing else that saves."""
+    """Two adapted layers with separate inputs, and nothing else that saves tensors."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ def test_parameters_gradients_and_optimizer_are_exact(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_plan_counts_as_the_injected_model_does(device, dtype):
+def test_a_config_counts_as_the_injected_model_does(device, dtype):
     config = LoRAConfig(["to_qkv", "mlp"], rank=8, dropout=0.1, rank_pattern={"mlp": 2})
     with torch.device(device):
         model = Decoder().to(dtype)
@@ -142,7 +142,7 @@ def test_a_plan_counts_as_the_injected_model_does(device, dtype):
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_a_plan_counts_what_trains_beside_the_adapters(bias):
+def test_a_config_counts_what_trains_besides_the_adapters(bias):
     config = LoRAConfig(["to_qkv"], bias=bias, modules_to_save=["out_layer"])
     model = Decoder()
     planned = estimate(model, M, config)
@@ -158,7 +158,7 @@ class Own(nn.Linear):
         return super().forward(x)
 
 
-def test_a_plan_knows_wrapped_calls_and_weights_that_are_read():
+def test_a_config_covers_wrapped_calls_and_weights_that_are_read():
     config = LoRAConfig("all-linear", dropout=0.5)
     hooked = nn.Linear(8, 8)
     hooked.register_forward_hook(lambda *_: None)
@@ -203,6 +203,6 @@ def test_the_text_names_every_part():
         ((nn.Sequential(LoRALinear(nn.Linear(2, 2))), 1, ["0"]), InjectionError, "already has 1"),
     ],
 )
-def test_bad_arguments_are_named(arguments, error, message):
+def test_invalid_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         estimate(*arguments)

@@ -65,7 +65,7 @@ class Tensors:
     scaling: float = 1.75
 
     def to(self, dtype: torch.dtype) -> Tensors:
-        """The same values (already representable in every 16-bit dtype) in another dtype, strides kept."""
+        """The same values (representable in every 16-bit dtype) and strides in another dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return Tensors(
             self.x.to(dtype),
@@ -79,7 +79,7 @@ class Tensors:
 
 
 def make(case: Case, seed: int = 0) -> Tensors:
-    """float32 inputs of the case, rounded so that bfloat16 and float16 hold them exactly."""
+    """float32 inputs of the case, rounded to values that bfloat16 and float16 represent exactly."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -108,7 +108,7 @@ def formula(
     *,
     triton: bool = False,
 ) -> Tensor:
-    """What `lora_linear` computes, by the reference under autograd and under the mask of that call. triton: of a call that runs kernels."""
+    """The result of `lora_linear` by the reference under autograd with the mask of that call. triton: whether the call runs kernels."""
     rows = x.reshape(-1, x.shape[-1])
     low = low_rank(lora_a, lora_b, scaling, p, seed)
     y, _ = reference.forward(rows, weight, bias, low, keep_mask(rows, low.p, low.seed, triton))
@@ -128,7 +128,7 @@ class Member(NamedTuple):
 def run_group(
     x: Tensor, members: Sequence[Member], p: float, seed: Tensor | None, **settings: Any
 ) -> list[Tensor]:
-    """`lora_linear_group` of the members, all under one p and one seed."""
+    """`lora_linear_group` of the members, all with one p and one seed."""
     layers = [
         Layer(m.weight, m.bias, low_rank(m.lora_a, m.lora_b, m.scaling, p, seed)) for m in members
     ]

@@ -1,4 +1,4 @@
-"""Two tiny trained runs on phantom volumes, and their evaluation, made once for all tests that look at it."""
+"""Two tiny trained runs on phantom volumes, and their evaluation, computed once for all tests that use it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def shared_home(base: Path) -> Path:
 
 
 def read_runs(home: Path) -> dict[str, Run]:
-    """The home's runs; of full the last epoch, as its best may be the one before training."""
+    """The runs of `home`; the last epoch of full, whose best may be the one before training."""
     return {
         "lora": Run.read(home / "lora", "lora"),
         "full": Run.read(home / "full" / "checkpoints" / "last.pt", "full"),
@@ -70,6 +70,6 @@ def read_runs(home: Path) -> dict[str, Run]:
 
 @lru_cache(maxsize=1)
 def evaluate_home(home: Path) -> tuple[Evaluation, dict[str, object]]:
-    """What `compare_runs` gives for the home's runs."""
+    """The result of `compare_runs` for the runs of `home`."""
     runs = read_runs(home)
     return compare_runs(runs["lora"], runs["full"], device="cpu")

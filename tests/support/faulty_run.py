@@ -32,7 +32,7 @@ class DyingRegions(TinyRegions):
 
 
 class NaNRegions(TinyRegions):
-    """Gives NaN features in the second epoch."""
+    """Returns NaN features in the second epoch."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)

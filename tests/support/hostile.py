@@ -57,7 +57,7 @@ class Reader:
     """A reader under test.
 
     valid: the bytes of a valid file. read: reads the corrupted file at a path. file: name of that file below the folder.
-    inside: corrupt only the entries of a zip whose names end so. header: most edits are made in the first `header` bytes.
+    inside: corrupt only the entries of a zip whose names end with it. header: most edits are in the first `header` bytes.
     """
 
     valid: bytes
@@ -387,7 +387,7 @@ def corrupt(data: bytes, edits: list[tuple[str, float, int]], header: int | None
 
 
 def corrupt_inside(archive: bytes, ending: str, edits: list[tuple[str, float, int]]) -> bytes:
-    """Corrupt the entries of a zip whose names end so; the zip itself stays valid."""
+    """Corrupt the entries of a zip whose names end with `inside`; the zip stays valid."""
     source, result = zipfile.ZipFile(io.BytesIO(archive)), io.BytesIO()
     with zipfile.ZipFile(result, "w", zipfile.ZIP_STORED) as target:
         for entry in source.infolist():

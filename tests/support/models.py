@@ -55,7 +55,7 @@ class Decoder(nn.Module):
 
 
 class MixtureOfTransformers(nn.Module):
-    """Stage 1 of SAM 3D: `self_attn.to_qkv` is a ModuleDict, and its children carry the weights."""
+    """Stage 1 of SAM 3D: `self_attn.to_qkv` is a ModuleDict, and its children have the weights."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class MixtureOfTransformers(nn.Module):
 
 
 def randomise_adapters(model: nn.Module, seed: int = 1) -> None:
-    """Give lora_B values, so that the adapters do something."""
+    """Set lora_B to random values, so that the adapters have an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

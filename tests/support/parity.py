@@ -135,7 +135,7 @@ def check_call(number: int) -> None:
             if value is None:
                 result[name] = None
                 continue
-            # Rounded to the low dtype first, in which the layer computes.
+            # Rounded first to the low dtype in which the layer computes.
             given = value.detach() if kind is None else value.detach().to(dtype).to(kind)
             result[name] = given.requires_grad_(name in call.wanted and call.mode == "grad")
         return result

@@ -15,7 +15,7 @@ from fastlora.peft import layer as peft_layer
 
 
 class FusedPath:
-    """Accelerates what PEFT builds, and counts the fused forwards and the tests that made them."""
+    """Accelerates what PEFT builds, and counts the fused forwards and the tests with fused forwards."""
 
     def __init__(self) -> None:
         self.layers = self.forwards = self.tests = 0

@@ -22,7 +22,7 @@ TIME_LIMIT_S = 60
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` gives or raises in each rank; its exit code for one that died; TimeoutError if one hangs."""
+    """The result or error of `function(*arguments)` in each process, its exit code if it died, or TimeoutError if it hangs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tests.support.ranks", "tests.support.tiny_run", "torch._dynamo"]
@@ -45,7 +45,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
                 process.kill()
         if hanging:
             raise TimeoutError(f"a rank was still running after {TIME_LIMIT_S} s")
-        # One that died has sent nothing.
+        # A process that died has sent nothing.
         return [
             process.exitcode if process.exitcode else end.recv()
             for process, end in zip(processes, ends, strict=True)
@@ -69,4 +69,4 @@ def _rank(
         traceback.print_exc()
         end.send(error)
     end.close()
-    os._exit(0)  # a group that has lost a rank need not be taken apart
+    os._exit(0)  # a group with a dead process need not be destroyed

@@ -60,7 +60,7 @@ class TinyRegions:
 
 
 def tiny_model(channels: int = 12, seed: int = 1) -> SparseMeshDecoder:
-    """A decoder whose output layer is filled, so that gradients reach the rest."""
+    """A decoder with a non-zero output layer, so that gradients reach the other layers."""
     torch.manual_seed(seed)
     model = SparseMeshDecoder(
         DecoderConfig(TOKEN_CHANNELS, channels, blocks=1, heads=2, mlp_ratio=1)

@@ -1,4 +1,4 @@
-"""The one rule by which results are compared with a float64 reference, and the one by which they must differ."""
+"""The rule for comparing results with a float64 reference, and the rule by which results must differ."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 def assert_close(got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str = "") -> None:
     """max|got − ref64| ≤ 2·max|same_dtype − ref64| + 4·eps·max|ref64|, where eps belongs to got's dtype.
 
-    same_dtype: plain torch's result in got's dtype, which says how much error the dtype itself costs.
+    same_dtype: plain torch's result in got's dtype, whose error is that of the dtype.
     """
     assert got.shape == reference64.shape, (
         f"{name}: {tuple(got.shape)} != {tuple(reference64.shape)}"
@@ -24,20 +24,20 @@ def assert_close(got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str
 
 
 def assert_differs(one: Tensor, other: Tensor) -> None:
-    """Some |one − other| > 1e-4 + 1e-5·|other|: more than float32 rounding at the size of logits, so an adapter does something."""
+    """Some |one − other| > 1e-4 + 1e-5·|other|: more than float32 rounding at the size of logits, so an adapter has an effect."""
     assert not torch.allclose(one, other, rtol=1e-5, atol=1e-4), "the two are the same"
 
 
 def assert_same_training(got: Tensor, want: Tensor) -> None:
-    """|got − want| ≤ 1e-5 + 1e-3·|want|: weights and optimizer moments after steps whose sums were made in another order."""
+    """|got − want| ≤ 1e-5 + 1e-3·|want|: weights and optimizer moments after steps with a different order of summation."""
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 def assert_same_distances(got: NDArray[np.floating], want: NDArray[np.floating]) -> None:
-    """|got − want| ≤ 1e-5 voxels: signed distances that one model predicted twice, in batches of other sizes."""
+    """|got − want| ≤ 1e-5 voxels: signed distances that one model predicted twice, in batches of different sizes."""
     np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-5)
 
 
 def assert_same_geometry(got: NDArray[np.floating], want: NDArray[np.floating] | float) -> None:
-    """|got − want| ≤ 1e-6·|want|: millimetres that went through a float32, beside an expression for them."""
+    """|got − want| ≤ 1e-6·|want|: millimetres that were rounded to float32, against an expression for them."""
     np.testing.assert_allclose(got, want, rtol=1e-6)

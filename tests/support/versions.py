@@ -1,4 +1,4 @@
-"""What is installed, for tests that an old version cannot pass."""
+"""Installed versions, for tests that older versions cannot pass."""
 
 import pytest
 import torch
@@ -7,6 +7,6 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def needs_torch(least: tuple[int, int], reason: str) -> pytest.MarkDecorator:
-    """Skips a test under older versions of torch. reason: what they do wrong."""
+    """Skips a test under older versions of torch. reason: what fails under them."""
     text = f"torch before {'.'.join(map(str, least))}: {reason}"
     return pytest.mark.skipif(least > TORCH, reason=text)
