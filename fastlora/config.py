@@ -59,7 +59,7 @@ class LoRAConfig:
     rank_pattern, alpha_pattern, dropout_pattern: pattern → value for the layers that match; the first match wins.
     adapter_dtype, backend, use_rslora, use_dora: as in `LoRALinear`.
     kinds: the kinds of layers to consider: "linear" (`nn.Linear` and transformers' `Conv1D`), "conv" (`nn.Conv1d` to `Conv3d`)
-        and "embedding" (`nn.Embedding`). Layers of other kinds are skipped, whatever their name.
+        and "embedding" (`nn.Embedding`). Layers of other kinds are skipped even if their name matches.
     layers_to_transform: an index or indices; only layers whose path has one of them as its first number are selected
         (`blocks.0.attn.to_qkv` has 0). None selects all, with or without a number.
     init_lora_weights: initial values of lora_A and lora_B. A new layer always computes the output of the wrapped one.

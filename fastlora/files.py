@@ -310,7 +310,7 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
 
     contents: path → bytes, or a function that writes them to the open file. The folders must exist.
 
-    Raises: OSError, and any error of a function. No file has changed then, unless a rename failed after another one.
+    Raises: OSError, and any error of a function. No file has changed then, unless a rename failed after an earlier one.
     """
     temporary: dict[Path, Path] = {}
     try:

@@ -300,8 +300,8 @@ def test_shard_names_outside_the_folder_are_refused(tmp_path):
     adapter = read_adapter(tmp_path / "a.safetensors")
     index = tmp_path / "m.safetensors.index.json"
     long = "9" * 300 + ".safetensors"  # found by fuzzing
-    bad = ("../x.safetensors", "/x.safetensors", "..", "a/b.safetensors", "", "x\0.safetensors")
-    for name in (*bad, long):
+    invalid = ("../x.safetensors", "/x.safetensors", "..", "a/b.safetensors", "", "x\0.safetensors")
+    for name in (*invalid, long):
         index.write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(
             CheckpointError, match="expected names of .safetensors files in the same"

@@ -172,7 +172,10 @@ def test_08_merging_checks_the_forward_pass_and_reports_its_error():
     assert all(row.max_error is not None and row.ok for row in merge_report(model).layers)
     hooked = model.blocks[0].attn.to_out.original_linear
     hooked.register_forward_hook(lambda _, args, output: output.relu())
-    with pytest.raises(MergeError, match=r"the output of the merged layer differs: blocks\.0\.attn\.to_out: .* error"):
+    with pytest.raises(
+        MergeError,
+        match=r"the output of the merged layer differs: blocks\.0\.attn\.to_out: .* error",
+    ):
         merge_lora_weights(model)
 
 

@@ -245,7 +245,7 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 def _table(head: list[str], rows: list[list[Any]]) -> None:
     """Print the rows. A row begins with the path of a layer or the name of a tensor."""
-    named = ([row[0] or "(the whole model)", *row[1:]] for row in rows)
+    named = ([row[0] or "(the model)", *row[1:]] for row in rows)
     cells = [head, *([_cell(value) for value in row] for row in named)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *rest in cells:

@@ -105,7 +105,7 @@ def _by_groups(layer: LayerState) -> tuple[Tensor, Tensor]:
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:
-    """‖left @ right‖ over all groups, through the triangles of QR: small differences of large updates keep their digits."""
+    """‖left @ right‖ over all groups, from the R factors of QR: small differences of large updates keep their precision."""
     r1, r2 = torch.linalg.qr(left, "r").R, torch.linalg.qr(right.mT, "r").R
     return float(torch.linalg.vector_norm(r1 @ r2.mT))
 

@@ -120,9 +120,9 @@ def save_adapter(
 ) -> None:
     """Write the adapter, and by default the trained heads, to one safetensors file, atomically.
 
-    Kind, rank, alpha, dropout, use_rslora and use_dora of every layer go into the file's metadata.
+    Kind, rank, alpha, dropout, use_rslora and use_dora of every layer are stored in the file's metadata.
 
-    Raises: CheckpointError if the model has no adapters or the file cannot be written; an older file is left as it was.
+    Raises: CheckpointError if the model has no adapters or the file cannot be written; an existing file is unchanged then.
     """
     state = adapter_state(model, include_trainable)
     if not state.layers:

@@ -109,7 +109,7 @@ def _check_arguments(
             )
     if format == "torchscript":
         if dynamic_shapes is not None:
-            raise ExportError("dynamic_shapes: a trace has no fixed shapes; leave it out")
+            raise ExportError("dynamic_shapes: a trace has no fixed shapes; omit it")
         if args and kwargs:
             raise ExportError("kwargs: a trace accepts args or kwargs, not both")
 

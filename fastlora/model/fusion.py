@@ -23,7 +23,7 @@ from fastlora.ops.reference import Layer
 
 @dataclass(frozen=True)
 class FusionReport:
-    """The result of `fuse`. groups: the paths of each group in call order. alone: path → why it is in no group."""
+    """The result of `fuse`. groups: the paths of each group in call order. alone: path → why it is not in a group."""
 
     groups: tuple[tuple[str, ...], ...]
     alone: dict[str, str]
@@ -43,7 +43,7 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
 
     Afterwards the first layer of a group that is called computes all of them by `lora_linear_group`: one pass over x for every
     S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. Results are those of
-    separate calls up to rounding, except that one mask serves the group; layers keep their parameters, state dicts and hooks.
+    separate calls up to rounding, except that the group has one mask; layers keep their parameters, state dicts and hooks.
     A layer runs separately if its input is not its group's, while the members differ in training mode or dropout or are disabled,
     with Triton under the plan `decode` or with more than 256 ranks in total, and under torch.compile, functorch and inference mode.
     On a CPU fusion is faster with dropout, whose mask is computed once for the group; without dropout it gains little, and below a

@@ -42,7 +42,7 @@ def _gemm(arch: Architecture, q: Problem, m: int, n: int, k: int) -> tuple[float
     cublas, ours = (1.0, arch.eta) if q.itemsize == 2 else _FLOAT_SPEED[q.precision]
     arithmetic = 2 * m * n * k / (arch.tflops * 1e12)
     traffic = _bytes(arch, q, m * k + n * k + m * n)
-    # cuBLAS splits the inner dimension when there are fewer tiles than SMs; our kernel leaves some idle.
+    # cuBLAS splits the inner dimension when there are fewer tiles than SMs; in our kernel some SMs are idle.
     filled = min(1.0, -(-m // 128) * -(-n // 128) / arch.sms)
     return (
         max(arithmetic / cublas, traffic) + _LAUNCH,

@@ -9,7 +9,7 @@ definitions; `keep_mask` chooses between them:
 `cpu_mask`, for calls on a CPU: NumPy's Philox-4x64-10, which is written in C. A row has G = ⌈K / 16⌉ steps of the counter; a step
 yields four 64-bit words, that is sixteen 16-bit lanes, least significant first. Element (i, j) is kept if lane j % 16 of
 counter i · G + ⌊j / 16⌋ + 1 under the key `seed` mod 2⁶⁴, read as an unsigned number, is at least `dropout_threshold(p)`. NumPy
-keeps the stream of its bit generators across versions.
+guarantees the stream of its bit generators across versions.
 
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011) for Philox.
 """

@@ -196,9 +196,9 @@ def _with_overlap(bench: Bench, best: Tiles, plans: Sequence[str], timer: Timer)
             continue
         changed = {kernel: replace(getattr(best, kernel), overlap=True) for kernel in kernels}
         options = [best, replace(best, **changed)]
-        apart, over = (_seconds(bench, plan, dx_plan, o, needs, timer) for o in options)
-        best = options[over < apart]
-        _print_row(f"{name} over", over, f"apart {1e6 * apart:.1f} us")
+        separate, overlapping = (_seconds(bench, plan, dx_plan, o, needs, timer) for o in options)
+        best = options[overlapping < separate]
+        _print_row(f"{name} pdl", overlapping, f"without {1e6 * separate:.1f} us")
     return best
 
 

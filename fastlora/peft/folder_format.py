@@ -129,7 +129,7 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
     layers = state.layers
     if "" in layers:
         raise CheckpointError(
-            "the adapted layer is the whole model; PEFT's format needs it to have a name"
+            "the model itself is the adapted layer; PEFT's format needs it to have a name"
         )
     for path, layer in layers.items():
         if layer.kind == "conv":

@@ -186,11 +186,11 @@ def _ineffective(run: Callable[[bool], list[Tensor]], layers: Layers) -> set[str
     for path, layer in layers.items():
         if path not in uncertain:
             continue
-        kept = layer.lora_B
-        layer.lora_B = nn.Parameter(-2 * kept.detach(), kept.requires_grad)
+        original = layer.lora_B
+        layer.lora_B = nn.Parameter(-2 * original.detach(), original.requires_grad)
         if _difference(base, run(False)) <= 2 * noise:
             found.add(path)
-        layer.lora_B = kept
+        layer.lora_B = original
     return found
 
 

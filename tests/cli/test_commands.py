@@ -376,10 +376,10 @@ def test_a_target_of_the_wrong_kind(folder, capsys):
 
 def test_what_pefts_format_cannot_store_is_refused(folder, capsys):
     layer = fastlora.LoRALinear(nn.Linear(4, 4), 2)
-    fastlora.save_adapter(layer, "whole.safetensors")
-    code, _, err = run(capsys, "convert", "whole.safetensors", "p", "--to", "peft")
-    assert code == 2 and "the adapted layer is the whole model" in err
-    assert "(the whole model)" in run(capsys, "inspect", "whole.safetensors")[1]
+    fastlora.save_adapter(layer, "layer.safetensors")
+    code, _, err = run(capsys, "convert", "layer.safetensors", "p", "--to", "peft")
+    assert code == 2 and "the model itself is the adapted layer" in err
+    assert "(the model)" in run(capsys, "inspect", "layer.safetensors")[1]
     model = adapted()
     model.scale = nn.Parameter(torch.ones(1))
     fastlora.save_adapter(model, "own.safetensors")
@@ -515,13 +515,13 @@ def hostile():
 
 @pytest.mark.parametrize("name", hostile())
 def test_invalid_adapters_print_one_line_and_write_nothing(folder, capsys, name):
-    hostile()[name]("bad.safetensors")
+    hostile()[name]("invalid.safetensors")
     before = listing()
     for arguments in (
-        ("inspect", "bad.safetensors"),
-        ("merge", "base.safetensors", "bad.safetensors", "out.safetensors"),
-        ("convert", "bad.safetensors", "out", "--to", "peft"),
-        ("diff", "adapter.safetensors", "bad.safetensors"),
+        ("inspect", "invalid.safetensors"),
+        ("merge", "base.safetensors", "invalid.safetensors", "out.safetensors"),
+        ("convert", "invalid.safetensors", "out", "--to", "peft"),
+        ("diff", "adapter.safetensors", "invalid.safetensors"),
     ):
         code, out, err = run(capsys, *arguments)
         assert (code, out) == (2, ""), arguments
@@ -531,8 +531,8 @@ def test_invalid_adapters_print_one_line_and_write_nothing(folder, capsys, name)
 
 
 def test_a_base_that_is_damaged_or_missing(folder, capsys):
-    Path("bad.safetensors").write_bytes(Path("base.safetensors").read_bytes()[:-1])
-    for base in ("bad.safetensors", "none.safetensors", "none.index.json", "peft"):
+    Path("invalid.safetensors").write_bytes(Path("base.safetensors").read_bytes()[:-1])
+    for base in ("invalid.safetensors", "none.safetensors", "none.index.json", "peft"):
         code, out, err = run(capsys, "merge", base, "adapter.safetensors", "out.safetensors")
         assert code == 2 and out == "" and err.count("\n") == 1
         assert not Path("out.safetensors").exists()

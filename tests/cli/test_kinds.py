@@ -341,10 +341,10 @@ def test_an_old_file_of_a_convolution_merges_but_does_not_convert(tmp_path, monk
 def test_settings_that_do_not_fit_the_tensors(name, change, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(adapted(name), "fastlora", "good.safetensors")
-    rewritten("good.safetensors", "bad.safetensors", lambda settings: settings.update(change))
-    assert command("inspect", "bad.safetensors") == 2
+    rewritten("good.safetensors", "invalid.safetensors", lambda settings: settings.update(change))
+    assert command("inspect", "invalid.safetensors") == 2
     err = capsys.readouterr().err
-    assert "bad.safetensors: body.0: " in err and message in err and err.count("\n") == 1
+    assert "invalid.safetensors: body.0: " in err and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -364,8 +364,8 @@ def test_tensors_that_do_not_fit_together(name, change, message, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     save(adapted(name), "loralib", "good.safetensors")
     tensors = {k: v for k, v in (load_file("good.safetensors") | change).items() if v is not None}
-    save_file(tensors, "bad.safetensors")
-    assert command("inspect", "bad.safetensors") == 2
+    save_file(tensors, "invalid.safetensors")
+    assert command("inspect", "invalid.safetensors") == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
 
@@ -376,8 +376,10 @@ def test_a_scaling_that_float32_cannot_hold(tmp_path, monkeypatch, capsys):
     model = adapted("linear")
     save(model, "fastlora", "good.safetensors")
     save_file(fastlora.base_state_dict(model), "base.safetensors")
-    rewritten("good.safetensors", "bad.safetensors", lambda settings: settings.update(alpha=-1e300))
-    assert command("merge", "base.safetensors", "bad.safetensors", "out") == 2
+    rewritten(
+        "good.safetensors", "invalid.safetensors", lambda settings: settings.update(alpha=-1e300)
+    )
+    assert command("merge", "base.safetensors", "invalid.safetensors", "out") == 2
     assert "body.0: the scaling -2.5e+299 is too large for float32" in capsys.readouterr().err
     assert not Path("out").exists()
 

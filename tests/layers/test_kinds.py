@@ -310,9 +310,9 @@ def test_invalid_arguments_are_named():
         LoRAConv(nn.Conv1d(2, 2, 1, groups=2), rank=3)
     with pytest.raises(InjectionError, match="expected an nn.Embedding, got Linear"):
         LoRAEmbedding(nn.Linear(2, 2))
-    for bad in ((), "conv", ["convs"]):
+    for invalid in ((), "conv", ["convs"]):
         with pytest.raises(ConfigError, match="kinds: expected some of linear, conv, embedding"):
-            LoRAConfig(kinds=bad)
+            LoRAConfig(kinds=invalid)
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])

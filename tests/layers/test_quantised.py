@@ -35,18 +35,18 @@ pytestmark = [
 
 def nf4(linear):
     nn4 = pytest.importorskip("bitsandbytes").nn
-    made = nn4.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32)
-    made.weight = nn4.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-    made.bias = linear.bias
-    return made.to("cpu")
+    layer = nn4.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32)
+    layer.weight = nn4.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    layer.bias = linear.bias
+    return layer.to("cpu")
 
 
 def int8(linear):
     nn8 = pytest.importorskip("bitsandbytes").nn
-    made = nn8.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
-    made.weight = nn8.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    made.bias = linear.bias
-    return made.to("cpu")
+    layer = nn8.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+    layer.weight = nn8.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer.bias = linear.bias
+    return layer.to("cpu")
 
 
 def torchao_int8(linear):

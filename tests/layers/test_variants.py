@@ -38,7 +38,7 @@ from tests.support.models import Decoder, randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
-STARTS = ("pissa", "pissa_niter_8", "olora")
+METHODS = ("pissa", "pissa_niter_8", "olora")
 
 
 def dora(p=0.0, bias=True, dtype=torch.float32):
@@ -180,10 +180,10 @@ def test_dora_counts_what_it_saves():
     assert counted == estimate(nn.Sequential(layer), 3).saved_bytes
 
 
-@pytest.mark.parametrize("start", [{}, {"init_lora_weights": "olora"}])
-def test_peft_and_fastlora_agree_on_dora(start, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"init_lora_weights": "olora"}])
+def test_peft_and_fastlora_agree_on_dora(options, tmp_path):
     peft = pytest.importorskip("peft")
-    model = with_dora() if not start else adapted(use_dora=True, **start)
+    model = with_dora() if not options else adapted(use_dora=True, **options)
     randomise_adapters(model)
     model.eval()
     base = Decoder()
@@ -211,10 +211,10 @@ def test_a_folder_cannot_store_dora_on_some_layers_only(tmp_path):
         save_pretrained(model, tmp_path)
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_initialisation_from_the_weight_leaves_the_output_unchanged(start, use_rslora):
-    model = adapted(init_lora_weights=start, use_rslora=use_rslora)
+def test_initialisation_from_the_weight_leaves_the_output_unchanged(method, use_rslora):
+    model = adapted(init_lora_weights=method, use_rslora=use_rslora)
     base = Decoder()
     base.load_state_dict(base_state_dict(model))
     assert_close(model(X), base(X), copy.deepcopy(base).double()(X.double()))
@@ -244,10 +244,10 @@ def test_olora_uses_orthogonal_columns():
     assert ((b.T @ weight) - layer.lora_A.double()).abs().max() < 1e-5  # A is Qᵀ W
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_a_step_equals_that_of_a_residual_weight(start):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_equals_that_of_a_residual_weight(method):
     """PEFT's computation on one layer: W − s B₀ A₀ is frozen and B A added."""
-    layer = adapted(init_lora_weights=start).blocks[0].attn.to_qkv
+    layer = adapted(init_lora_weights=method).blocks[0].attn.to_qkv
     x, bias = torch.randn(5, 16), layer.bias.detach()
     a, b = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
     weight = layer.original_linear.weight.detach()
@@ -309,9 +309,9 @@ def test_initialisation_from_the_weight_needs_a_rank_that_it_has():
         inject_lora(Decoder(), LoRAConfig(["out_layer"], rank=6, init_lora_weights="pissa"))
     with pytest.raises(ConfigError, match="needs an alpha other than 0"):
         LoRAConfig(alpha=0, init_lora_weights="olora")
-    for bad in ("pissa_niter_0", "pissa_niter_", None):
+    for invalid in ("pissa_niter_0", "pissa_niter_", None):
         with pytest.raises(ConfigError, match="init_lora_weights: expected one of"):
-            LoRAConfig(init_lora_weights=bad)
+            LoRAConfig(init_lora_weights=invalid)
     with pytest.raises(ConfigError, match="use_dora: expected True or False, got 1"):
         LoRAConfig(use_dora=1)
     with pytest.raises(ConfigError, match="use_dora: expected True or False, got 1"):
@@ -394,12 +394,12 @@ def test_modules_to_save_must_exist_and_have_no_adapter():
     with pytest.raises(InjectionError, match="blocks.0 is or contains blocks.0.attn.to_out"):
         inject_lora(model, LoRAConfig(modules_to_save=["blocks.0"]))
     assert not get_lora_params(model)
-    for bad, message in (
+    for invalid, message in (
         ({"bias": True}, "bias: expected one of none, all, lora_only, got True"),
         ({"modules_to_save": "head"}, "modules_to_save: expected a list of names, got 'head'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            LoRAConfig(**bad)
+            LoRAConfig(**invalid)
 
 
 def test_marks_of_extra_trainable_parameters_are_removed_with_the_last_adapter():

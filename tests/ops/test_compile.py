@@ -127,13 +127,13 @@ def test_the_report_lists_failures_and_improvements(tmp_path, monkeypatch, capsy
     (tmp_path / "compile-sm90.json").write_text(json.dumps(stored))
     monkeypatch.setattr(gate, "RESULTS", tmp_path)
 
-    def bad(change):
+    def regressions(change):
         return gate.report(90, [HALF], {HALF.name: {"pointer": row | change}}, recorded=True)
 
-    assert bad({}) == 0 and "record" not in capsys.readouterr().out
-    assert bad({"instructions": 1040}) == 1
+    assert regressions({}) == 0 and "record" not in capsys.readouterr().out
+    assert regressions({"instructions": 1040}) == 1
     assert "FAILED: instructions: 1040, the record has 1000" in capsys.readouterr().out
-    assert bad({"instructions": 900}) == 0
+    assert regressions({"instructions": 900}) == 0
     assert "better than the record, replace it with --write" in capsys.readouterr().out
 
 

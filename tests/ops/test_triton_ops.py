@@ -318,14 +318,14 @@ def test_offsets_beyond_32_bits(plan):
 
 def _group(dtype=torch.float32):
     """x (2, 35, 32), three layers on it of different widths and ranks, the second without a bias, and gradients of the outputs."""
-    made = [
+    tensors = [
         _inputs(Case((2, 35), 32, n, r, bias=r != 8), dtype) for n, r in ((24, 4), (40, 8), (48, 3))
     ]
     members = [
         Member(t.weight, t.bias, t.lora_a, t.lora_b, scaling)
-        for t, scaling in zip(made, (1.75, 1.75, 0.5), strict=True)
+        for t, scaling in zip(tensors, (1.75, 1.75, 0.5), strict=True)
     ]
-    return made[0].x, members, [t.dy for t in made]
+    return tensors[0].x, members, [t.dy for t in tensors]
 
 
 def _group_step(function, x, members, dys):
@@ -380,7 +380,7 @@ def _tensors(member):
 @pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b"])
 def test_a_group_computes_only_requested_gradients(frozen):
     x, members, dys = _group()
-    whole = _group_step(
+    all_gradients = _group_step(
         lambda x, members: run_group(x, members, 0.25, SEED, triton=True), x, members, dys
     )[1]
 
@@ -392,7 +392,9 @@ def test_a_group_computes_only_requested_gradients(frozen):
         return run_group(x, members, 0.25, SEED, triton=True)
 
     names = ["x"] + ["lora_a", "lora_b"] * 3
-    for name, got, expected in zip(names, _group_step(run, x, members, dys)[1], whole, strict=True):
+    for name, got, expected in zip(
+        names, _group_step(run, x, members, dys)[1], all_gradients, strict=True
+    ):
         if name == frozen:
             assert got is None
         else:

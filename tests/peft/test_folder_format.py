@@ -278,7 +278,7 @@ def test_what_the_format_cannot_store_is_refused_when_saving(tmp_path):
     freeze_base_params(shared)
     cases.append((shared, "blocks.1.attn.to_qkv and blocks.0.attn.to_qkv are one module"))
     cases.append((base(), "has no adapters"))
-    cases.append((LoRALinear(nn.Linear(2, 2)), "the adapted layer is the whole model"))
+    cases.append((LoRALinear(nn.Linear(2, 2)), "the model itself is the adapted layer"))
     for model, message in cases:
         with pytest.raises(CheckpointError, match=message):
             save_pretrained(model, tmp_path / "x")
@@ -449,7 +449,7 @@ def refused(folder, message):
 )
 def test_unsupported_config_values_are_refused(change, message, tmp_path):
     config, state = good(tmp_path)
-    refused(write(tmp_path / "bad", config | change, state), message)
+    refused(write(tmp_path / "invalid", config | change, state), message)
 
 
 @pytest.mark.parametrize(
@@ -465,14 +465,14 @@ def test_unsupported_config_values_are_refused(change, message, tmp_path):
 )
 def test_damaged_configs_raise_one_clear_line(text, message, tmp_path):
     _, state = good(tmp_path)
-    error = refused(write(tmp_path / "bad", text, state), message)
+    error = refused(write(tmp_path / "invalid", text, state), message)
     assert "\n" not in error and CONFIG in error
 
 
 def test_damaged_or_missing_weights(tmp_path):
     config, state = good(tmp_path)
     refused(tmp_path / "nowhere", f"no such file: .*{CONFIG}")
-    folder = write(tmp_path / "bad", config)
+    folder = write(tmp_path / "invalid", config)
     (folder / "adapter_model.bin").write_bytes(b"\x80\x05.")  # a pickle is never opened
     refused(folder, f"no such file: .*{WEIGHTS}; only safetensors are read")
     data = (tmp_path / "good" / WEIGHTS).read_bytes()

@@ -94,11 +94,11 @@ def test_a_dead_adapter_is_found_with_the_reason(case, training, trained):
     assert finding.path == "second"
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "tiny"])
-def test_a_tiny_update_hides_nothing(start):
-    options = {"init_lora_weights": "orthogonal"} if start == "orthogonal" else {}
+@pytest.mark.parametrize("method", ["orthogonal", "tiny"])
+def test_a_tiny_update_hides_nothing(method):
+    options = {"init_lora_weights": "orthogonal"} if method == "orthogonal" else {}
     model = adapted(Two(fast_path), **options)
-    if start == "tiny":
+    if method == "tiny":
         nn.init.constant_(model.second.lora_B, 1e-20)
     assert [finding.path for finding in check(model, X).findings] == ["second"]
 

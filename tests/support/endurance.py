@@ -60,12 +60,12 @@ def kill_runs(folder: Path, kills: int, seed: int = 0) -> tuple[int, list[str]]:
     Every run must equal the uninterrupted one bit for bit, and every checkpoint must be readable after every kill.
     Returns the number of finished runs, and the failures.
     """
-    whole = folder / "whole"
+    uninterrupted = folder / "uninterrupted"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         start = time.perf_counter()
-        tiny_trainer(whole).train()
+        tiny_trainer(uninterrupted).train()
         seconds = time.perf_counter() - start
     finally:
         torch.set_num_threads(threads)
@@ -93,7 +93,7 @@ def kill_runs(folder: Path, kills: int, seed: int = 0) -> tuple[int, list[str]]:
         if process.exitcode != 0:
             failures.append(f"run {ended}: ended with {process.exitcode}")
         try:
-            assert_same_run(run, whole)
+            assert_same_run(run, uninterrupted)
         except AssertionError as error:
             failures.append(f"run {ended}: differs from the uninterrupted run: {error}")
         ended += 1
