@@ -144,10 +144,7 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
 
 
 def _check_targets(
-    model: nn.Module,
-    config: PeftConfig,
-    targets: Mapping[str, Any],
-    layer_configs: Mapping[str, LoRAConfig],
+    model: nn.Module, config: PeftConfig, targets: Mapping[str, Any], configs: dict[str, LoRAConfig]
 ) -> None:
     """Raises: CheckpointError if there are no targets, or one cannot be adapted or has a different output in PEFT."""
     if not targets:
@@ -159,7 +156,7 @@ def _check_targets(
         )
     refused = []
     for path, module in targets.items():
-        reason = why_unsuitable(module, layer_configs[path])
+        reason = why_unsuitable(module, configs[path])
         if reason is None and kind_of(module) == "conv":
             reason = why_peft_differs(module.groups, module.dilation, module.padding_mode)
         refused += [f"{path}: {reason}"] if reason is not None else []
