@@ -1,4 +1,4 @@
-"""The small package of `sam3d_package.py` made importable, and a checkpoint folder of it, for the tests of SAM 3D's path."""
+"""The small package of `sam3d_package.py` made importable, and a model folder for it, for the tests of SAM 3D's path."""
 
 import importlib
 import os
@@ -48,7 +48,7 @@ def build(part, config):
 
 @pytest.fixture(scope="module")
 def folder(package, tmp_path_factory):
-    """A checkpoint folder of the small package's parts."""
+    """A model folder of the small package's parts."""
     os.environ["LIDRA_SKIP_INIT"] = "1"
     path = tmp_path_factory.mktemp("folder") / "checkpoints"
     write_folder(path, build, model_channels=16)
@@ -59,7 +59,7 @@ def folder(package, tmp_path_factory):
 
 @pytest.fixture
 def own_folder(folder, tmp_path):
-    """A copy that a test may spoil."""
+    """A copy that a test may corrupt."""
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path

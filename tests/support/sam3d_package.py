@@ -1,6 +1,6 @@
 """A package with SAM 3D Objects' module paths and conventions, a thousand times smaller, for tests without the real one.
 
-Its mesh is marching cubes' of the same field. The real modules are in `test_sam3d_real.py`.
+Its mesh is marching cubes' of the same field. The real modules are in tests/medical/sam3d/test_real.py.
 """
 
 import sys

@@ -74,8 +74,8 @@ def test_every_layout_is_named_and_gives_the_same_volumes(layout, roots, found, 
     assert f"layout {layout} (2 cases)" in caplog.text
     assert [case.subject for case in cases] == ["spine_ct", "spine_mr"]
     for case, scan in zip(cases, found, strict=True):
-        told = layout in ("TotalSegmentator", "DICOM")
-        assert case.modality == (scan.modality if told else "mr")
+        stated = layout in ("TotalSegmentator", "DICOM")
+        assert case.modality == (scan.modality if stated else "mr")
         image = case.load_image()
         assert sorted(image.shape) == sorted(scan.array.shape)
         assert image.array.sum(dtype=np.float64) == pytest.approx(scan.array.sum(dtype=np.float64))
@@ -126,7 +126,7 @@ def test_a_folder_goes_from_files_to_meshes(layout, roots, found, tmp_path, caps
         mask = case.load_mask(row["structure"], image)
         mesh = trimesh.load(Path("predicted") / row["mesh"])
         dice = overlap(voxelise(mesh, image.affine, image.shape), mask)["dice"]
-        # The cut through the pedicles is no edge in the image, so the body is not met everywhere.
+        # The cut through the pedicles is not an edge in the image, so the body is not matched everywhere.
         assert dice > 0.8 and dice == pytest.approx(float(row["dice_with_mask"]), abs=1e-3)
         middle = world_sums(image.affine, mask)[:3]
         assert np.linalg.norm(mesh.center_mass - middle) < 2.5  # mm, in a body of 30
@@ -154,9 +154,12 @@ def test_names_of_structures_are_words():
             {"training": [{"image": "a" * 400, "label": "b.nii"}]},
             "expected paths within .*too long",
         ),
-        ({"labels": {"liver": 1e999}}, "expected labels as whole numbers, got 'liver': inf"),
-        ({"labels": {"1": None}}, "expected labels as whole numbers, got '1': None"),
-        ({"modality": {"0": 1, "1": {}}, "labels": {}}, "expected a label beside the background"),
+        ({"labels": {"liver": 1e999}}, "expected integer labels, got 'liver': inf"),
+        ({"labels": {"1": None}}, "expected integer labels, got '1': None"),
+        (
+            {"modality": {"0": 1, "1": {}}, "labels": {}},
+            "expected a label other than the background",
+        ),
         ({"modality": [1]}, "expected 'channel_names' or 'modality'"),
     ],
 )
@@ -243,8 +246,8 @@ def test_decathlon_lists_what_is_missing_and_reads_the_channel(roots, tmp_path, 
         ("{", "expected readable JSON"),
         ("[]", "expected an object with 'labels'"),
         ('{"labels": {"a": 1}}', "expected 'channel_names' or 'modality'"),
-        ('{"labels": {"a": "x", "1": "x"}, "modality": {"0": "CT"}}', "expected labels as whole"),
-        ('{"labels": {"background": 0}, "channel_names": {"0": "CT"}}', "a label beside the backg"),
+        ('{"labels": {"a": "x", "1": "x"}, "modality": {"0": "CT"}}', "expected integer labels"),
+        ('{"labels": {"background": 0}, "channel_names": {"0": "CT"}}', "a label other than the"),
         ('{"labels": {"A b": 1, "a_b": 2}, "channel_names": {"0": "CT"}}', "'a_b' twice"),
         ('{"labels": {"a": 1}, "channel_names": {"0": "CT"}, "file_ending": ".mha"}', "got '.mha'"),
     ],
@@ -296,7 +299,7 @@ def test_a_seg_of_some_slices_lands_on_them_and_errors_are_named(found, tmp_path
         assert case.load_mask(name, image).sum() == mask.sum()
     assert dicom.holds_dicom(tmp_path) and not dicom.holds_dicom(Path(__file__).parent)
     seg = tmp_path / "spine_ct" / "segmentation.dcm"
-    assert dicom.read_segmentation(seg).refers_to == {case.part}
+    assert dicom.read_segmentation(seg).refers_to == {case.component}
     with pytest.raises(DataError, match="expected a segment among .*got 9"):
         load_mask(Source(seg, 9), image)
     with pytest.raises(DataError, match="expected a segment's number, got None"):
@@ -317,7 +320,9 @@ def test_a_seg_of_some_slices_lands_on_them_and_errors_are_named(found, tmp_path
     with pytest.raises(DataError, match="expected a series of parallel slices at equal distances"):
         case.load_image()
     seg.unlink()
-    with pytest.raises(DataError, match="expected a DICOM SEG beside the images, got none"):
+    with pytest.raises(
+        DataError, match="expected a DICOM SEG in the folder of the images, got none"
+    ):
         find_cases(tmp_path)
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(DataError, match="pip install highdicom pydicom"):

@@ -61,7 +61,7 @@ const pause = (ms) => new Promise((done) => setTimeout(done, ms));
     cameras: ["scene", "scene2", "scene3"].map((name) => viewer._fullLayout[name].camera.eye.x),
     before, after, problems: [...problems],
   };
-  console.error("on purpose");  // the listener is no ornament
+  console.error("on purpose");  // checks that the listener works
   found.heard = problems.slice(found.problems.length);
   const out = document.createElement("pre");
   out.id = "seen";

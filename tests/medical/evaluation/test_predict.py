@@ -1,4 +1,4 @@
-"""From an image and a mask to a mesh: where it lies, what it says, and what is refused."""
+"""From an image and a mask to a mesh: its position, its coordinates, and invalid input."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def test_windows_blend_without_seams_and_do_not_depend_on_the_batch():
     assert field.shape == grid.image.shape and np.isfinite(field).all()
     np.testing.assert_allclose(field, predict_field(model, grid, batch_size=3), atol=1e-4)
     near = np.abs(grid.sdf_vox) < 3
-    assert (
-        np.abs(field - grid.sdf_vox)[near].max() < 2.0
-    )  # a window in a wrong place is off by more
+    assert np.abs(field - grid.sdf_vox)[near].max() < 2.0  # a misplaced region would differ by more
 
 
 @pytest.mark.parametrize("kind", ["ply", "stl", "obj", "glb"])
@@ -128,7 +126,7 @@ def test_a_png_stack_is_axial_and_grey(tmp_path):
     colour = np.zeros((5, 7, 3), np.uint8)
     colour[..., 0] = 9
     Image.fromarray(colour).save(tmp_path / "colour.png")
-    with pytest.raises(DataError, match="expected a grey picture, got a coloured one"):
+    with pytest.raises(DataError, match="expected a greyscale image, got a colour image"):
         load_png(tmp_path / "colour.png", (1, 1, 1))
     (tmp_path / "bad.png").write_bytes(b"no")
     with pytest.raises(DataError, match="bad.png: expected a readable PNG"):
@@ -148,7 +146,7 @@ def test_subjects_are_read_and_what_is_missing_is_asked_for(tmp_path):
     read = read_subject(image, mask, modality="mr")
     assert (read.structure, read.modality) == ("mask", "mr")
     assert read.mask.sum() == subject.mask.sum()
-    with pytest.raises(ConfigError, match="modality: expected ct or mr, since .* does not tell"):
+    with pytest.raises(ConfigError, match="modality: expected ct or mr, since .* does not state"):
         read_subject(image, mask)
     with pytest.raises(ConfigError, match="spacing: expected three lengths in mm for PNG"):
         read_subject(image, mask, modality="mr", spacing=(1, 1, 1))
@@ -237,7 +235,7 @@ def test_batch_mode_lists_what_it_skipped(home, tmp_path, capsys):
     [
         ([], "expected --image and --mask, or --data_root"),
         (["--image", "a.nii.gz"], "expected --image and --mask"),
-        (["--data_root", "x", "--label", "1"], "label: expected with --image only"),
+        (["--data_root", "x", "--label", "1"], "label: expected only with --image"),
         (["--data_root", "x", "--batch_size", "0"], "batch_size: expected >= 1, got 0"),
         (["--data_root", "nix"], "nix: expected a folder of cases"),
         (["--image", "nix.nii.gz", "--mask", "m.nii.gz"], "nix.nii.gz: expected a NIfTI file"),

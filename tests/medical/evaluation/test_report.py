@@ -70,7 +70,16 @@ from fastlora.medical.evaluation.tables import (
 from fastlora.medical.training.config import TrainConfig
 from tests.support.eval_run import evaluate_home, read_runs, shared_home
 
-SECTIONS = ["result", "sure", "worse", "structures", "slices", "surfaces", "training", "facts"]
+SECTIONS = [
+    "result",
+    "uncertainty",
+    "worse",
+    "structures",
+    "slices",
+    "surfaces",
+    "training",
+    "facts",
+]
 LOADING = {"src", "srcset", "data", "poster", "action", "background", "xlink:href"}
 
 
@@ -177,7 +186,7 @@ def test_the_view_has_charts_and_surfaces(page, content, home):
     assert "viewer" in page.ids and "region" in page.ids
     assert len(view["regions"]) == len(examples(evaluate_home(home)[0]))
     for region in view["regions"]:
-        assert [mesh["title"] for mesh in region["meshes"]][0] == "Truth"
+        assert [mesh["title"] for mesh in region["meshes"]][0] == "Ground truth"
         assert len(region["meshes"]) == 3
     names = [trace["name"] for trace in view["charts"]["dice-chart"]["data"]]
     assert names == [LABELS[method] for method in MARKS]
@@ -223,7 +232,7 @@ def test_table_marks_text_columns():
 
 
 def small_content() -> dict:
-    """One group, two structures; LoRA wins in one and loses in the other."""
+    """One group, two structures; LoRA is better in one and worse in the other."""
     dice = {"baseline": (0.6, 0.6), "base": (0.7, 0.8), "lora": (0.9, 0.5), "merged": (0.9, 0.5)}
     records = []
     for method, pair in dice.items():
@@ -337,7 +346,7 @@ def test_statistics_are_over_structures_and_by_subject():
 
 def test_the_gallery_has_the_five_lowest(home, page_text):
     evaluation, _ = evaluate_home(home)
-    dice = {r["index"]: r["dice"] for r in evaluation.records if r["method"] == "lora"}
+    dice = {r["index"]: r["dice"] for r in evaluation.rows if r["method"] == "lora"}
     picked = [dice[index] for index, _ in worst(evaluation)]
     assert picked == sorted(dice.values())[:5]
     assert page_text.count("; base ") == len(picked) + len(examples(evaluation))
@@ -345,7 +354,7 @@ def test_the_gallery_has_the_five_lowest(home, page_text):
 
 def test_undefined_regions_are_reported():
     content = small_content()
-    assert undefined_note(content) == "No prediction and no truth was empty."
+    assert undefined_note(content) == "No prediction and no ground truth was empty."
     content["summary"]["base"]["all"]["status"] = {"ok": 1, "empty_prediction": 1}
     assert undefined_note(content).endswith("Base model, frozen: 1 × empty prediction.")
 

@@ -1,4 +1,4 @@
-"""SAM 3D's decoder on regions: geometry, losses, training, evaluation and prediction, over a small package with its paths (`sam3d_package.py`)."""
+"""SAM 3D's decoder on regions: geometry, losses, training, evaluation and prediction, with a small package with the same paths (`sam3d_package.py`)."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ import fastlora
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.phantom import write_phantom_dataset
-from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_structure
+from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_segmentation
 from fastlora.medical.data.splits import make_splits
 from fastlora.medical.sam3d.decoder import active_voxels, voxel_features
 from fastlora.medical.sam3d.loading import load_part
@@ -58,7 +58,7 @@ def sphere_batch():
     sdf = sphere_sdf(torch.from_numpy(GRID).float()).clamp(-4, 4)
     mask = (sdf < 0).numpy()
     sample = TinyRegions(1, 0)[0]
-    coarse = coarse_structure(mask)
+    coarse = coarse_segmentation(mask)
     sample |= {"sdf_vox": sdf.numpy(), "coarse": coarse, "base_vox": base_distance(coarse)}
     sample["image"] = np.where(mask, 0.7, 0.3).astype(np.float32)
     return collate_regions([sample])
@@ -363,7 +363,7 @@ def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
     [
         (
             {"sam3d_dir": None},
-            "sam3d_dir: expected a checkpoint folder with model 'sam3d', got none",
+            "sam3d_dir: expected a model folder with model 'sam3d', got none",
         ),
         ({"base_weights": "x"}, "base_weights: expected none with model 'sam3d'"),
         (
@@ -387,9 +387,9 @@ def test_what_does_not_go_together_is_refused(changes, message):
         config_for("checkpoints", "run", **changes)
 
 
-def test_a_region_without_active_voxels_keeps_its_coarse_structure_and_is_not_trained_on(folder):
+def test_a_region_without_active_voxels_keeps_its_coarse_segmentation_and_is_not_trained_on(folder):
     batch = sphere_batch()
-    nothing = coarse_structure(np.zeros((32, 32, 32), bool))
+    nothing = coarse_segmentation(np.zeros((32, 32, 32), bool))
     sample = {**TinyRegions(1, 0)[0], "coarse": nothing, "base_vox": base_distance(nothing)}
     other = collate_regions([sample])
     both = RegionBatch(

@@ -117,7 +117,7 @@ def test_the_adapter_goes_into_the_generator_itself(runs, folder, part):
     """As the user's own pipeline takes it: without the trainer's wrapper around it."""
     run = runs[part]
     model = load_base(run.config)
-    batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
+    batch = next(iter(micro_batches(run.val_data, [0], 1, run.processes)))[0]
     base = model.eval()(*model.inputs(batch))
     targets = ["to_qkv", "to_q", "to_kv", "to_out", "mlp"]
     fastlora.inject_lora(model.flow, targets, rank=4, alpha=8.0)
@@ -163,7 +163,7 @@ def test_validation_draws_the_same_each_time_and_moves_no_generator(runs, part):
     # The mean over the regions of the mean over each region's own draws, one region at a time.
     run.model.eval()
     losses = []
-    for batch, _, _ in micro_batches(run.val_data, range(len(run.val_data)), 2, run.ranks):
+    for batch, _, _ in micro_batches(run.val_data, range(len(run.val_data)), 2, run.processes):
         for index, meta in enumerate(batch.meta):
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(zlib.crc32(f"{meta['subject']}-{meta['region']}".encode()))
@@ -186,7 +186,7 @@ def one_loss(model, batch, index, condition=None):
 @pytest.mark.parametrize("part", GENERATORS)
 def test_conditions_are_dropped_as_often_as_asked(runs, folder, part):
     run, scale = runs[part], latent_scale(folder, 8) if part == "slat" else None
-    batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
+    batch = next(iter(micro_batches(run.val_data, [0], 1, run.processes)))[0]
     model = Sam3dFlow(run.model.flow, run.model.settings, scale, drop_condition=0.3)
     model.train()
     nothing, dropped = torch.zeros_like(batch.condition), 0

@@ -1,4 +1,4 @@
-"""SAM 3D's parts from a checkpoint folder: what is built, what is refused, and the generators' loss."""
+"""SAM 3D's parts from a model folder: what is built, what is refused, and the generators' loss."""
 
 import logging
 import os
@@ -91,7 +91,7 @@ class Bomb:
 
 
 DECODER_YAML, PIPELINE = "slat_decoder_mesh.yaml", "pipeline.yaml"
-SPOILT = {
+CORRUPTED = {
     "a class of the system": (
         "decoder",
         lambda f: edit(f / DECODER_YAML, _target_="os.system", command=f"touch {f}/ran"),
@@ -214,7 +214,7 @@ SPOILT = {
         lambda f: edit_state(f, lambda s: s.update({"out_layer.bias": torch.ones(3)})),
         r"out_layer.bias: expected \(500,\), got \(3,\)",
     ),
-    "whole numbers": (
+    "integers": (
         "decoder",
         lambda f: edit_state(f, lambda s: s.update({"out_layer.bias": s["out_layer.bias"].long()})),
         r"expected floating-point tensors, got \['out_layer.bias'\]",
@@ -222,10 +222,10 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
+@pytest.mark.parametrize("case", CORRUPTED)
 def test_a_folder_that_does_not_fit_is_refused_and_runs_nothing(own_folder, case):
-    part, spoil, message = SPOILT[case]
-    spoil(own_folder)
+    part, corrupt, message = CORRUPTED[case]
+    corrupt(own_folder)
     with pytest.raises((ConfigError, CheckpointError), match=message):
         load_part(own_folder, part)
     assert not (own_folder / "ran").exists()
@@ -289,11 +289,11 @@ def test_the_flow_matching_loss_follows_its_equation():
         ((None, torch.ones(1, 2, 3), 1, None), "coords: expected the voxels of 'slat'"),
         (
             (["shape"], {"shape": torch.ones(2, 2, 3)}, 1, None),
-            r"one number of samples everywhere, got \[1, 2\]",
+            r"expected the same number of samples in every input, got \[1, 2\]",
         ),
         (
             (None, torch.ones(2, 2, 3), 2, torch.zeros(2, 4)),
-            r"expected 1 of samples everywhere, got \[2\]",
+            r"expected one sample in every input, got \[2\]",
         ),
     ],
 )

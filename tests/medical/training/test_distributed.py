@@ -1,4 +1,4 @@
-"""Training on several ranks (gloo, on a CPU) equals training in one process, and outlives ranks that die."""
+"""Training in several processes (gloo, on a CPU) equals training in one, and can be resumed after one is killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training import checkpointing
-from fastlora.medical.training.distributed import Ranks, local_device
+from fastlora.medical.training.distributed import Processes, local_device
 from fastlora.medical.training.finetuned import load_finetuned, trainable_parameters
 from fastlora.medical.training.progress import RunReport
 from fastlora.medical.training.run_folder import RunFolder
@@ -60,15 +60,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def assert_same_to_rounding(run: Path, whole: Path) -> None:
-    """Figures of every epoch; weights and optimizer of the last and the best one, whole and on as many processes as you like."""
+    """Compares the values of every epoch, and the weights and the optimizer of the last and of the best one."""
     for which in ("last", "best"):
         got, want = (
             flatten(checkpointing.read_checkpoint(RunFolder(folder).find(which)))
             for folder in (run, whole)
         )
-        for side in (got, want):
-            for name in [n for n in side if n.split("/")[1] in ("config", "seconds", "rng")]:
-                del side[name]
+        for state in (got, want):
+            for name in [n for n in state if n.split("/")[1] in ("config", "seconds", "rng")]:
+                del state[name]
         assert got.keys() == want.keys()
         for name, value in want.items():
             if isinstance(value, torch.Tensor):
@@ -88,7 +88,7 @@ def assert_same_to_rounding(run: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("finetune", "kind", "world"), [("lora", "ddp", 2), ("lora", "fsdp", 3), ("full", "fsdp", 2)]
 )
-def test_ranks_equal_one_process(
+def test_several_processes_equal_one(
     finetune: str, kind: str, world: int, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     """7 regions in micro-batches of 2: the last one, of one region, leaves a rank without a share, and a third rank never has any."""
@@ -102,7 +102,7 @@ def test_ranks_equal_one_process(
 
 
 def test_elastic_resume(whole: dict[str, Path], tmp_path: Path) -> None:
-    """An epoch on 2 ranks sharded, one on 3 ranks whole, the rest in one process."""
+    """An epoch in 2 processes with FSDP2, one in 3 with DDP, the rest in one process."""
     run = str(tmp_path / "run")
     for epoch, (world, kind) in enumerate([(2, "fsdp"), (3, "ddp")], 1):
         settings = {**PLAIN, "parallel": kind, "resume": "auto"}
@@ -112,7 +112,7 @@ def test_elastic_resume(whole: dict[str, Path], tmp_path: Path) -> None:
 
 
 def train_until(folder: str, changes: dict[str, Any], epoch: int) -> int:
-    """A run that stops after `epoch`, where the checkpoint says; its schedule is that of the whole run."""
+    """A run that stops after `epoch`, with the learning-rate schedule of the whole run."""
     trainer = tiny_trainer(folder, **changes)
     trainer._stalled = lambda: trainer.epoch >= epoch  # type: ignore[method-assign]
     trainer.train()
@@ -142,7 +142,7 @@ def test_a_killed_rank_ends_the_run_and_a_resume_continues(
     survivor, dead = run_ranks(2, train_and_die, str(run), kind)
     assert dead == -signal.SIGKILL and time.monotonic() - start < 30
     assert isinstance(survivor, TrainingError)
-    assert "another process ended" in str(survivor) and "--resume" in str(survivor)
+    assert "another process ended unexpectedly" in str(survivor) and "--resume" in str(survivor)
     assert checkpointing.read_checkpoint(run / "checkpoints" / "last.pt")["epoch"] == 2
     results = run_ranks(2, train, str(run), {**PLAIN, "parallel": kind, "resume": "auto"})
     assert results[0] == results[1] and len(results[0]) == 5
@@ -182,7 +182,7 @@ def disagree(folder: str, what: str) -> None:
     ("what", "message"),
     [("seed", r"seed: \[0, 1\]"), ("data", r"base model: .*training samples: \[7, 6\]")],
 )
-def test_ranks_that_disagree_are_refused(what: str, message: str, tmp_path: Path) -> None:
+def test_processes_that_disagree_are_refused(what: str, message: str, tmp_path: Path) -> None:
     for error in run_ranks(2, disagree, str(tmp_path / "run"), what):
         assert isinstance(error, ConfigError)
         assert re.search("expected the same in all 2 processes, got .*" + message, str(error))
@@ -213,10 +213,14 @@ def test_a_rank_without_regions_touches_every_parameter(tmp_path: Path) -> None:
 
 
 def share() -> tuple[list[list[int]], dict[str, float], str]:
-    ranks = Ranks.current()
-    made = ranks.first_alone(lambda: str(ranks.rank))
-    parts = [ranks.share(list(range(size))) for size in (5, 1)]
-    return parts, ranks.sum({"a": ranks.rank + 1.0, **({"b": 5.0} if ranks.first else {})}), made
+    processes = Processes.current()
+    made = processes.first_alone(lambda: str(processes.rank))
+    parts = [processes.share(list(range(size))) for size in (5, 1)]
+    return (
+        parts,
+        processes.sum({"a": processes.rank + 1.0, **({"b": 5.0} if processes.first else {})}),
+        made,
+    )
 
 
 def test_shares_and_sums() -> None:
@@ -224,14 +228,14 @@ def test_shares_and_sums() -> None:
     assert [result[0] for result in results] == [[[0, 2, 4], [0]], [[1, 3], []]]
     assert all(result[1] == {"a": 3.0, "b": 5.0} for result in results)
     assert [result[2] for result in results] == ["0", "1"]
-    assert Ranks().share([3, 4]) == [3, 4] and Ranks().sum({"a": 1.0}) == {"a": 1.0}
+    assert Processes().share([3, 4]) == [3, 4] and Processes().sum({"a": 1.0}) == {"a": 1.0}
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="parallel: expected torchrun around 'fsdp', got one"):
         tiny_trainer(tmp_path / "run", parallel="fsdp")
     with monkeypatch.context() as two:
-        two.setattr(Ranks, "current", lambda: Ranks(0, 2))
+        two.setattr(Processes, "current", lambda: Processes(0, 2))
         with pytest.raises(ConfigError, match="halve_batch: expected one process, got 2"):
             tiny_trainer(tmp_path / "run", halve_batch=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -244,7 +248,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    """The script itself under torchrun: a whole run, and the adapter it leaves."""
+    """The script under torchrun: a complete run, and its adapter file."""
     write_phantom_dataset(tmp_path / "volumes", subjects=2, seed=0)
     save_base_model(tiny_model(), tmp_path / "base.safetensors", {})
     script = str(ROOT / "scripts" / "train_medical.py")

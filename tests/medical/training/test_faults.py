@@ -1,4 +1,4 @@
-"""Faults of a training run: kills, Ctrl-C, a full disk, a folder that is read-only or in use, no memory, NaN, a dead loader process."""
+"""Faults of a training run: kills, Ctrl-C, a full disk, a folder that is read-only or in use, too little memory, NaN, a killed loader process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Fault(NamedTuple):
     folder: Path
 
     def end(self) -> tuple[int, str, str]:
-        """Its exit code, what it printed, and what it said on stderr."""
+        """Its exit code, stdout and stderr."""
         self.process.join(120)
         assert self.process.exitcode is not None, "it did not end"
         return self.process.exitcode, *((self.folder / n).read_text() for n in ("out", "err"))
@@ -64,7 +64,7 @@ def faulty(run, fault, value=""):
     return start(run, fault, value).end()
 
 
-def goes_on(run, whole):
+def assert_it_continues(run, whole):
     code, _, err = faulty(run, "none")
     assert code == 0, err
     assert_same_run(run, whole)
@@ -104,7 +104,7 @@ def test_ctrl_c_saves_the_step_and_exits_130(whole, tmp_path):
     assert code == 130, err
     content = checkpointing.read_checkpoint(RunFolder(run).find("last"))
     assert content["epoch"] == 1 and 0 < content["within"]["seen"] < 7
-    goes_on(run, whole)
+    assert_it_continues(run, whole)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_full_disk(whole, tmp_path):
     for file in run.rglob("*.pt"):
         checkpointing.read_checkpoint(file)
     assert not list(run.rglob(".*.tmp"))
-    goes_on(run, whole)
+    assert_it_continues(run, whole)
 
 
 def test_a_disk_that_is_full_from_the_start(tmp_path):
@@ -173,7 +173,7 @@ def test_a_read_only_folder(tmp_path):
     assert not any(run.iterdir())
 
 
-def test_a_truncated_checkpoint_is_said_and_the_epoch_before_it_used(whole, tmp_path):
+def test_a_truncated_checkpoint_warns_and_the_previous_epoch_is_used(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     last = run / "checkpoints" / "last.pt"
@@ -218,7 +218,7 @@ def test_a_run_set_up_before_another_one_ended_undoes_nothing(tmp_path):
     early = tiny_trainer(run, epochs=2)
     tiny_trainer(run, epochs=1).train()
     for stale in (early, tiny_trainer(run, epochs=2, resume="auto")):
-        if stale is not early:  # it read epoch 1; somebody else goes on to 2
+        if stale is not early:  # it read epoch 1; another run continues to 2
             tiny_trainer(run, epochs=2, resume="auto").train()
         before = (run / "checkpoints" / "last.pt").read_bytes()
         with pytest.raises(TrainingError, match="another run wrote to .* since this one was set"):
@@ -226,7 +226,7 @@ def test_a_run_set_up_before_another_one_ended_undoes_nothing(tmp_path):
         assert (run / "checkpoints" / "last.pt").read_bytes() == before
     fresh = tiny_trainer(run, epochs=3, resume="auto")
     fresh.train()
-    assert len(fresh.train()) == 4  # its own writing is no other's
+    assert len(fresh.train()) == 4  # its own writes are not those of another run
 
 
 def test_nan_keeps_the_epoch_before(whole, tmp_path):
@@ -234,10 +234,10 @@ def test_nan_keeps_the_epoch_before(whole, tmp_path):
     line = refused(run, "nan")
     assert "loss is not finite" in line and "epoch 2, step 1: s1/organ_" in line
     assert checkpointing.read_checkpoint(RunFolder(run).find("last"))["epoch"] == 1
-    goes_on(run, whole)
+    assert_it_continues(run, whole)
 
 
-def test_out_of_memory_is_said_with_the_estimate(whole, tmp_path):
+def test_out_of_memory_error_contains_the_estimate(whole, tmp_path):
     run = tmp_path / "run"
     line = refused(run, "no memory", 1)
     assert (
@@ -245,7 +245,7 @@ def test_out_of_memory_is_said_with_the_estimate(whole, tmp_path):
         in line
     )
     assert "MiB; a smaller batch_size than 2" in line and "--halve_batch" in line
-    goes_on(run, whole)
+    assert_it_continues(run, whole)
 
 
 def test_out_of_memory_halves_the_batch_if_asked(tmp_path):
@@ -280,8 +280,8 @@ def test_other_errors_are_left_alone(tmp_path):
 def test_a_dead_loader_process(whole, tmp_path):
     run = tmp_path / "run"
     line = refused(run, "dead worker")
-    assert "a process that loads data died" in line and "last.pt is kept" in line
-    goes_on(run, whole)
+    assert "a data loader process died" in line and "last.pt is kept" in line
+    assert_it_continues(run, whole)
 
 
 def test_a_clock_that_jumps(whole, tmp_path):

@@ -363,8 +363,8 @@ def test_mixed_precision_on_cuda(amp: str, tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"lora_rank": 0}, "lora_rank: expected >= 1, got 0"),
-        ({"lora_rank": 2.0}, "lora_rank: expected a whole number, got 2.0"),
-        ({"epochs": True}, "epochs: expected a whole number, got True"),
+        ({"lora_rank": 2.0}, "lora_rank: expected an integer, got 2.0"),
+        ({"epochs": True}, "epochs: expected an integer, got True"),
         ({"lr": -1}, "lr: expected > 0, got -1.0"),
         ({"lr": "fast"}, "lr: expected a finite number, got 'fast'"),
         ({"clip_norm": math.nan}, "clip_norm: expected a finite number, got nan"),
@@ -441,16 +441,16 @@ def test_read_yaml(tmp_path: Path) -> None:
         read_yaml(tmp_path / "missing.yaml")
 
 
-def test_ranks_that_are_not_asked_for_are_the_recipes() -> None:
+def test_ranks_that_are_not_given_for_are_the_recipes() -> None:
     config = TrainConfig()
-    for asked, rank, alpha, pattern in (
+    for given, rank, alpha, pattern in (
         (config, 2, 4.0, {"to_qkv": 3, "out_layer": 32}),
         (TrainConfig(lora_rank=8), 8, 16.0, {}),
         (TrainConfig(lora_rank=8, lora_alpha=4.0, lora_ranks=["mlp.0=2"]), 8, 4.0, {"mlp.0": 2}),
         (TrainConfig(model="sam3d", sam3d_dir="x"), 4, 8.0, {}),
     ):
         wanted = {"rank": rank, "alpha": alpha, "dropout": 0.0, "ffn": True}
-        assert asked.adapters == {**wanted, "rank_pattern": pattern}
+        assert given.adapters == {**wanted, "rank_pattern": pattern}
     assert TrainConfig.from_dict(config.to_dict()) == config
     for entry in ("to_qkv", "to_qkv=0", "to_qkv=x", "=3", "a b=3", "to_qkv=123456"):
         with pytest.raises(ConfigError, match="lora_ranks: expected name=rank with a rank >= 1"):
