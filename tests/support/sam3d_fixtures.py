@@ -14,7 +14,7 @@ from tests.support.sam3d_package import forget_package, write_package
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """The small package, importable, with the environment that the loader gave it."""
+    """The small package, importable, with the environment variables that the loader set."""
     home = tmp_path_factory.mktemp("package")
     write_package(home)
     before, environment = forget_package(), dict(os.environ)
@@ -30,7 +30,7 @@ def package(tmp_path_factory):
 
 
 def build(part, config):
-    """A part's class itself, with seeded weights."""
+    """An instance of a part's class, with seeded weights."""
     if part == "structure":
         latent = importlib.import_module("sam3d_objects.model.backbone.tdfy_dit.models.mm_latent")
         mapping = {

@@ -69,7 +69,7 @@ CONFIGS = {"decoder": DECODER, "slat": SLAT, "structure": STRUCTURE}
 
 
 def fill(model):
-    """Gives values to what starts at zero: output layers, the last convolutions of the upsampling, modulations."""
+    """Fills weights that are initialised to zero: output layers, the last convolutions of the upsampling, modulations."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and not parameter.any():

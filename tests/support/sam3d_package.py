@@ -1,6 +1,6 @@
 """A package with SAM 3D Objects' module paths and conventions, a thousand times smaller, for tests without the real one.
 
-Its mesh is marching cubes' of the same field. The real modules are in tests/medical/sam3d/test_real.py.
+Its mesh is that of marching cubes on the same field. The real modules are in tests/medical/sam3d/test_real.py.
 """
 
 import sys
@@ -257,7 +257,7 @@ if not os.environ.get("LIDRA_SKIP_INIT"):
 
 
 def write_package(folder: Path) -> None:
-    """Writes `sam3d_objects` below a folder, which then belongs on the path."""
+    """Writes `sam3d_objects` into a folder, which must then be added to the path."""
     base = folder / "sam3d_objects"
     inner = base / "model" / "backbone" / "tdfy_dit"
     files = {
@@ -276,6 +276,6 @@ def write_package(folder: Path) -> None:
 
 
 def forget_package():
-    """Takes `sam3d_objects` out of the modules; gives what was there."""
+    """Removes `sam3d_objects` from sys.modules; returns the removed modules."""
     names = [name for name in sys.modules if name.split(".")[0] == "sam3d_objects"]
     return {name: sys.modules.pop(name) for name in names}

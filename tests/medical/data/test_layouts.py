@@ -1,4 +1,4 @@
-"""Data sets in every layout: found, read alike, and taken from files to meshes by the four commands."""
+"""Data sets in every layout: they are found, give the same volumes, and pass through all four commands."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def roots(tmp_path_factory, found) -> Callable[[str], Path]:
 
 
 def world_sums(volume_affine, mask) -> np.ndarray:
-    """Mean and spread of a mask's places in mm: the same for the same voxels in any order."""
+    """Mean and spread of a mask's positions in mm, which do not depend on the order of the voxels."""
     places = np.argwhere(mask) @ volume_affine[:3, :3].T + volume_affine[:3, 3]
     return np.concatenate([places.mean(0), places.std(0)])
 
@@ -103,14 +103,14 @@ def test_a_folder_goes_from_files_to_meshes(layout, roots, found, tmp_path, caps
     assert command("train_medical")([*data, *cache, *train, "--no-progress"]) == 0
     assert command("eval_medical")(["--checkpoint", "run", "--output_dir", "eval"]) == 0
     out = ["--output_dir", "predicted", "--mesh_format", "ply", "--skip_invalid"]
-    pictures = layout == "TotalSegmentator"  # one layout's will do
+    pictures = layout == "TotalSegmentator"  # one layout is enough
     out += [] if pictures else ["--no-picture"]
     assert command("predict_medical")(["--checkpoint", "run", *data, *out]) == 0
     printed = capsys.readouterr().out
     assert printed.count(f"layout {layout} (2 cases)") == 4
     manifest = read_manifest(Path("cache"))
     assert len(manifest["structures"]) == 4
-    # One label map names all structures, and each spine lacks the other's.
+    # One label map names all structures, and each spine lacks those of the other.
     absent = 4 if layout in ("Decathlon", "nnU-Net") else 0
     assert len(manifest["skipped"]) == absent and f"{absent} skipped" in printed
     assert json.loads(Path("eval/eval.json").read_text())["split"]["kind"] == "patient"
@@ -163,7 +163,7 @@ def test_names_of_structures_are_words():
         ({"modality": [1]}, "expected 'channel_names' or 'modality'"),
     ],
 )
-def test_odd_entries_of_a_list_of_cases_are_named(tmp_path, change, message):
+def test_invalid_entries_of_a_list_of_cases_are_named(tmp_path, change, message):
     content = {"modality": {"0": "CT"}, "labels": {"1": "liver"}, "training": [], **change}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
@@ -252,7 +252,7 @@ def test_decathlon_lists_what_is_missing_and_reads_the_channel(roots, tmp_path, 
         ('{"labels": {"a": 1}, "channel_names": {"0": "CT"}, "file_ending": ".mha"}', "got '.mha'"),
     ],
 )
-def test_a_bad_dataset_json_is_named(tmp_path, content, message):
+def test_an_invalid_dataset_json_is_named(tmp_path, content, message):
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(DataError, match=message):
         find_cases(tmp_path)
@@ -288,7 +288,7 @@ def test_nnunet_regions_ignore_and_folds(tmp_path):
 
 
 @NEEDS_DICOM
-def test_a_seg_of_some_slices_lands_on_them_and_errors_are_named(found, tmp_path, monkeypatch):
+def test_a_seg_of_some_slices_is_placed_on_them_and_errors_are_named(found, tmp_path, monkeypatch):
     ct = found[0]
     some = slice(5, 30)
     inside = {n: m & np.isin(np.arange(m.shape[2]), range(5, 30)) for n, m in ct.masks.items()}

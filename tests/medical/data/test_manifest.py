@@ -1,4 +1,4 @@
-"""The manifest of preprocessing: what it lists, what training takes from it, and what --verify finds."""
+"""The manifest of preprocessing: its content, its use in training, and --verify."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_memory_is_bounded(prepared, monkeypatch):
     assert len(manifest.MEMORY) == 1
 
 
-def test_bad_manifests_are_named(tmp_path, prepared):
+def test_invalid_manifests_are_named(tmp_path, prepared):
     root, cache = prepared
     cases = find_cases(root)
     with pytest.raises(DataError, match="cache_dir: expected .*preprocess_medical.py writes"):
@@ -141,7 +141,7 @@ def test_bad_manifests_are_named(tmp_path, prepared):
     ],
     ids=str,
 )
-def test_odd_entries_are_refused(tmp_path, entry):
+def test_invalid_entries_are_refused(tmp_path, entry):
     content = {"format": FORMAT, "structures": [entry] if entry is not None else "none"}
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     for read in (read_manifest, verify, lambda cache: usable_cases([], cache)):

@@ -1,4 +1,4 @@
-"""The preprocessing command: what it prepares, what it refuses, and how."""
+"""The preprocessing command: its output and its errors."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ CASES += [
 
 
 @pytest.mark.parametrize(("corrupt", "message", "workers"), CASES)
-def test_bad_input_is_one_line_and_exit_code_2(
+def test_invalid_input_is_one_line_and_exit_code_2(
     copy_of_data, tmp_path, capsys, corrupt, message, workers
 ):
     root, mask = copy_of_data
@@ -260,7 +260,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("corrupt", [s for s in CORRUPTIONS if s is not corrupt_missing])
-def test_bad_cases_can_be_left_out_and_are_listed(copy_of_data, tmp_path, capsys, corrupt):
+def test_unusable_cases_can_be_skipped_and_are_listed(copy_of_data, tmp_path, capsys, corrupt):
     root, mask = copy_of_data
     corrupt(root, mask)
     code, out, err = run(
@@ -274,7 +274,7 @@ def test_bad_cases_can_be_left_out_and_are_listed(copy_of_data, tmp_path, capsys
     assert f"{2 if whole_case else 3} structures of" in out
 
 
-def test_nothing_left_is_an_error(copy_of_data, tmp_path, capsys):
+def test_no_usable_structure_is_an_error(copy_of_data, tmp_path, capsys):
     root, mask = copy_of_data
     corrupt_empty(root, mask)
     shutil.rmtree(root / "phantom_000")
@@ -284,7 +284,7 @@ def test_nothing_left_is_an_error(copy_of_data, tmp_path, capsys):
     assert (code, err) == (2, "error: expected at least one usable structure, got none\n")
 
 
-def test_bad_arguments(phantom, tmp_path, capsys):
+def test_invalid_arguments(phantom, tmp_path, capsys):
     for extra, message in (
         (["--axes", "up"], "axes: expected some of sagittal"),
         (["--classes", "liver"], "classes: no case has 'liver'; there are: blob"),

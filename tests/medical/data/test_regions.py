@@ -335,7 +335,7 @@ def test_leaks_are_found(tmp_path: Path) -> None:
         make_splits([case], test_structures=["tumour"], val_structures=["spleen"])
 
 
-def test_bad_requests_and_bad_data_are_named(tmp_path: Path, ball: Case) -> None:
+def test_invalid_requests_and_data_are_named(tmp_path: Path, ball: Case) -> None:
     with pytest.raises(
         ConfigError, match=r"split: expected one of \['file', 'patient', 'structure'\], got 'slice'"
     ):

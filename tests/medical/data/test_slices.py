@@ -1,4 +1,4 @@
-"""Slice samples of analytic ellipsoids: every quantity has a formula to be compared with."""
+"""Slice samples of analytic ellipsoids: every quantity is compared with a formula."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_the_canonical_cube_holds_the_whole_structure_in_mm(root, truth):
     near = np.abs(distance) < 3
     sdf = sample["gt_sdf"].numpy()
     assert np.abs(sdf - distance)[near].mean() < 0.45  # voxels are 1.0 × 1.2 × 2.5 mm
-    # Far beyond the image's margin too: never less than the way to the bounding sphere.
+    # Also far beyond the image's margin: at least the distance to the bounding sphere.
     outside = np.linalg.norm(points - centre, axis=-1) - RADII.max()
     assert (sdf >= outside - 2.5).all() and np.isfinite(sdf).all()
     half = sample["canonical_to_mm"][0, 0].item()
@@ -180,9 +180,9 @@ def test_one_transform_moves_image_mask_distances_and_mesh_together(root, index)
     mesh, mesh_before = (
         trimesh.Trimesh(s["vertices"], s["faces"], process=False) for s in (after, before)
     )
-    factor = mesh.volume / mesh_before.volume  # positive: the winding survives a flip
+    factor = mesh.volume / mesh_before.volume  # positive: the winding is right after a flip
     assert 0.85**3 - 1e-3 < factor < 1.18**3 + 1e-3
-    assert scale == pytest.approx(factor ** (1 / 3), rel=0.25)  # a cube of its own
+    assert scale == pytest.approx(factor ** (1 / 3), rel=0.25)  # the cube is scaled with it
     assert np.abs(cube_at(after, mesh.vertices)).mean() < 0.35  # its surface is the mesh
     # Scaled distances: the deepest point is as much deeper as the structure is larger.
     depth = after["gt_sdf"].min() / before["gt_sdf"].min()
@@ -224,7 +224,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(root):
     data.set_epoch(0)
     assert equal(data[5], first)
     assert equal(pickle.loads(pickle.dumps(data))[5], first)
-    first["image"].zero_()  # a sample belongs to its taker
+    first["image"].zero_()  # changing a sample does not change the data set
     plain = dataset(root)
     plain[5]["gt_sdf"].zero_()
     assert plain[5]["gt_sdf"].any() and data[5]["image"].any()
@@ -279,7 +279,7 @@ def test_a_cube_too_coarse_for_a_thin_structure_is_refused():
         to_canonical(sdf, np.eye(4), line, 8)
 
 
-def test_bad_settings_are_refused(root):
+def test_invalid_settings_are_refused(root):
     with pytest.raises(ConfigError, match="spacing: expected a positive number, got -1"):
         SliceConfig(spacing=-1)
     with pytest.raises(ConfigError, match="crop_size: expected a positive number, got 0"):

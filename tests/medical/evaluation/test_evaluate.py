@@ -1,4 +1,4 @@
-"""scripts/eval_medical.py and what is below it, end to end on tiny runs over phantom volumes."""
+"""scripts/eval_medical.py and the modules it uses, end to end on tiny runs over phantom volumes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_method_meets_every_region(content):
             assert record[key] is None or np.isfinite(record[key])
 
 
-def test_json_says_how_it_was_made(content, home):
+def test_json_states_its_provenance(content, home):
     assert content["split"]["kind"] == "file"
     assert content["split"]["held_out_side"] == "val"
     assert content["split"]["train_regions"] == 4
@@ -117,7 +117,7 @@ def test_merged_lora_is_lora(content):
     )
 
 
-def test_training_moved_the_models(content):
+def test_training_changed_the_models(content):
     by = {(r["index"], r["method"]): r["chamfer_mm"] for r in content["records"]}
     assert any(by[i, "lora"] != by[i, "base"] for i in range(content["split"]["held_out_regions"]))
     assert any(by[i, "full"] != by[i, "base"] for i in range(content["split"]["held_out_regions"]))
@@ -174,7 +174,7 @@ def test_without_flags_only_the_figures_are_written(home, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_moved_data_png_pictures_and_another_mesh_format(home, tmp_path):
+def test_moved_data_png_images_and_another_mesh_format(home, tmp_path):
     shutil.copytree(home / "volumes", tmp_path / "moved")
     flags = ["--checkpoint", str(home / "lora"), "--data_root", str(tmp_path / "moved")]
     flags += ["--output_dir", str(tmp_path / "out"), "--device", "cpu"]
@@ -217,7 +217,7 @@ def test_only_what_a_cache_lists_is_evaluated(home, tmp_path, capsys, monkeypatc
         ({"device": "tpu"}, "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
-def test_bad_input_gets_one_line(home, tmp_path, capsys, monkeypatch, changes, message):
+def test_invalid_input_gets_one_line(home, tmp_path, capsys, monkeypatch, changes, message):
     monkeypatch.chdir(home)
     values = {"checkpoint": "lora", "output_dir": str(tmp_path / "out"), **changes}
     flags = [text for name, value in values.items() for text in (f"--{name}", value)]

@@ -1,4 +1,4 @@
-"""The report: one file that loads nothing, holds every figure, and shows what the models did."""
+"""The report: one file that loads nothing from elsewhere and contains every value and image."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ LOADING = {"src", "srcset", "data", "poster", "action", "background", "xlink:hre
 
 
 class Page(HTMLParser):
-    """Collects what the tests ask for."""
+    """Collects the elements that the tests check."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -158,7 +158,7 @@ def test_nothing_is_loaded_from_elsewhere(page, page_text):
     assert len(page_text) < 12e6
 
 
-def test_the_markup_is_whole(page):
+def test_the_markup_is_well_formed(page):
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
@@ -264,13 +264,13 @@ def small_content() -> dict:
 
 def test_headline_marks_the_best_of_each_column():
     text = headline(small_content())
-    assert text.count("<h3>") == 1  # 'all' repeats the only group
+    assert text.count("<h3>") == 1  # 'all' equals the only group
     rows = text.split("<tr>")[2:]
     best = ["class=best" in row.split("</td>")[1] for row in rows]
     assert best == [False, True, False, False]  # means 0.6, 0.75, 0.7, 0.7
 
 
-def test_detail_marks_where_lora_lost():
+def test_detail_marks_where_lora_is_worse():
     content = small_content()
     text = detail(content["structures"], content, "t")
     first = text.split('<div class="panel">')[1]
@@ -279,7 +279,7 @@ def test_detail_marks_where_lora_lost():
     assert "part 1" in rows[1] and "0.500" in rows[1]
 
 
-def test_worse_section_lists_the_losers_and_says_when_there_are_none():
+def test_regressions_are_listed_or_their_absence_is_stated():
     content = small_content()
     text = worse(content)
     assert "part 1" in text and "0.500 <small>(0.800)</small>" in text
@@ -289,7 +289,7 @@ def test_worse_section_lists_the_losers_and_says_when_there_are_none():
     assert worse(content).count("None of 2 regions is worse") == 2
 
 
-def test_lead_counts_losses_and_names_the_means():
+def test_lead_counts_regressions_and_gives_the_means():
     text = lead(small_content())
     assert "<strong>0.700</strong>" in text and "0.750" in text and "0.600" in text
     assert "in 1 of 2 regions" in text
@@ -297,10 +297,10 @@ def test_lead_counts_losses_and_names_the_means():
     assert "before training" not in text
 
 
-def test_lead_says_when_training_did_not_help():
+def test_lead_states_when_training_did_not_help():
     content = small_content()
     content["runs"]["lora"]["used_epoch"] = 0
-    assert "no epoch of LoRA was better on the validation regions" in lead(content)
+    assert "no epoch of LoRA improved on the initial model" in lead(content)
 
 
 def test_intervals_cover_the_mean_and_shrink_with_the_number():
@@ -398,7 +398,7 @@ def test_browser_mesh_keeps_positions_faces_and_errors():
     np.testing.assert_allclose(errors, 3.0, atol=0.15)  # 2 voxels of 1.5 mm too far out
 
 
-def test_meshes_carry_their_distance_to_the_truth():
+def test_meshes_have_their_distance_to_the_ground_truth():
     mesh = mesh_from_sdf(ball(10.0), OBLIQUE)
     distance = distance_to_truth(mesh, {"sdf_vox": ball(8.0), "affine": OBLIQUE, "spacing": 1.5})
     assert distance.shape == (len(mesh.vertices),)

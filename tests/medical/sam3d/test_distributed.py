@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def train(home, folder, run, changes, death=None):
-    """The history of 3 epochs over 7 regions in micro-batches of 2, in this rank or alone; death: the epoch in which the second rank dies.
+    """The history of 3 epochs over 7 regions in micro-batches of 2, in one of several processes or in one; death: the epoch in which the second process dies.
 
     The learning rate is small: a mesh's triangles come and go, so a rounding error that moves one grows with every step. At 1e-5 the
     third epoch's gradient jumped by 2e-4 of its norm between orders of summation; at 1e-6 it does not.
@@ -89,7 +89,7 @@ def test_several_processes_equal_one(finetune, kind, world, alone, package, fold
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_killed_rank_ends_the_run_and_one_process_continues(kind, alone, package, folder, tmp_path):  # fmt: skip
+def test_a_killed_process_ends_the_run_and_a_single_one_continues(kind, alone, package, folder, tmp_path):  # fmt: skip
     run = tmp_path / "run"
     survivor, dead = run_ranks(2, train, package, folder, run, {"parallel": kind}, 3)
     assert dead == -signal.SIGKILL and isinstance(survivor, TrainingError)

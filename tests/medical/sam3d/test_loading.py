@@ -19,7 +19,7 @@ from tests.support.sam3d_package import forget_package
 pytest_plugins = "tests.support.sam3d_fixtures"
 
 
-def test_the_environment_is_set_where_the_user_says_nothing_and_said(folder, monkeypatch, caplog):
+def test_the_environment_is_set_unless_the_user_set_it_and_logged(folder, monkeypatch, caplog):
     forget_package()
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
@@ -46,7 +46,7 @@ def test_a_part_has_its_weights_and_is_frozen(folder, part):
     inside = "_base_models.generator.reverse_fn.backbone."
     if part == "structure":
         saved = {k.removeprefix(inside): v for k, v in saved["state_dict"].items() if inside in k}
-        assert saved.pop("condition_embedder.scale") == 1  # what it makes is given instead
+        assert saved.pop("condition_embedder.scale") == 1  # its output is given instead
     assert model.state_dict().keys() == saved.keys()
     assert all(torch.equal(model.state_dict()[key], saved[key]) for key in saved)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -61,7 +61,7 @@ def test_safetensors_are_read_as_well(own_folder):
 
 
 def edit(path, **changes):
-    """Changes entries of a YAML file; None takes them out."""
+    """Changes entries of a YAML file; None removes them."""
     values = {**yaml.safe_load(path.read_text()), **changes}
     path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
 
@@ -167,12 +167,12 @@ CORRUPTED = {
     "a path above": (
         "decoder",
         lambda f: edit(f / PIPELINE, slat_decoder_mesh_config_path="a/../../x.yaml"),
-        "inside .* got 'a/../../x.yaml', which leaves it",
+        "inside .* got 'a/../../x.yaml'",
     ),
     "an absolute path": (
         "decoder",
         lambda f: edit(f / PIPELINE, slat_decoder_mesh_config_path="/etc/passwd"),
-        "got '/etc/passwd', which leaves it",
+        "got '/etc/passwd'",
     ),
     "a path that no file can have": (
         "decoder",
@@ -239,7 +239,7 @@ def test_an_unknown_part_is_refused(folder):
 
 
 class Flow(torch.nn.Module):
-    """The velocity a · x + b · t of each latent; keeps what it was called with."""
+    """The velocity a · x + b · t of each latent; stores its arguments."""
 
     def __init__(self, names):
         super().__init__()

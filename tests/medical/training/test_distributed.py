@@ -34,11 +34,11 @@ from tests.support.tolerance import assert_same_training
 pytestmark = pytest.mark.slow
 
 PLAIN = {"lora_dropout": 0.0}
-"""Dropout aside: what each rank draws is its own."""
+"""Without dropout, whose masks differ between processes."""
 
 
 def train(folder: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
-    """A run to its end; the history. A rank that must not write finds that it cannot."""
+    """Trains to the end; returns the history. Processes other than the first cannot write."""
     trainer = tiny_trainer(folder, **changes)
     if dist.is_initialized() and dist.get_rank():
 
@@ -52,7 +52,7 @@ def train(folder: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of runs in one process, by what they train."""
+    """The folders of runs in one process, by kind of fine-tuning."""
     folders = {kind: tmp_path_factory.mktemp(kind) / "run" for kind in ("lora", "full")}
     for kind, folder in folders.items():
         train(str(folder), {**PLAIN, "finetune": kind})
@@ -73,7 +73,9 @@ def assert_same_to_rounding(run: Path, whole: Path) -> None:
         for name, value in want.items():
             if isinstance(value, torch.Tensor):
                 assert type(got[name]) is torch.Tensor and got[name].shape == value.shape
-                if not name.endswith("to_qkv.bias"):  # a key's bias has no gradient but rounding
+                if not name.endswith(
+                    "to_qkv.bias"
+                ):  # the gradient of a key's bias is only rounding
                     assert_same_training(got[name], value)
             elif isinstance(value, float):
                 assert got[name] == pytest.approx(value, rel=1e-5), name
@@ -120,7 +122,7 @@ def train_until(folder: str, changes: dict[str, Any], epoch: int) -> int:
 
 
 def train_and_die(folder: str, kind: str) -> None:
-    """The second rank dies in the third epoch."""
+    """The second process dies in the third epoch."""
     trainer = tiny_trainer(folder, **PLAIN, parallel=kind)
     step = trainer._step
 
@@ -134,7 +136,7 @@ def train_and_die(folder: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_killed_rank_ends_the_run_and_a_resume_continues(
+def test_a_killed_process_ends_the_run_and_a_resume_continues(
     kind: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -150,7 +152,7 @@ def test_a_killed_rank_ends_the_run_and_a_resume_continues(
 
 
 def dropout_draws(folder: str) -> list[float]:
-    """What torch's generator gives at each forward pass of an epoch."""
+    """Random numbers of torch's generator at each forward pass of an epoch."""
     trainer = tiny_trainer(folder, lora_dropout=0.5, epochs=1)
     drawn: list[float] = []
     forward = trainer._forward
@@ -164,7 +166,7 @@ def dropout_draws(folder: str) -> list[float]:
     return drawn[2:6]  # of the epoch, between two validations
 
 
-def test_each_rank_draws_its_own_dropout(tmp_path: Path) -> None:
+def test_each_process_draws_its_own_dropout(tmp_path: Path) -> None:
     first, second = run_ranks(2, dropout_draws, str(tmp_path / "run"))
     assert len(first) == len(second) == 4 and not set(first) & set(second)
 
@@ -190,7 +192,7 @@ def test_processes_that_disagree_are_refused(what: str, message: str, tmp_path: 
 
 
 def no_loss_of_mine(folder: str) -> float:
-    """An epoch in which the second rank never has a region; its largest gradient."""
+    """An epoch in which the second process never has a region; returns its largest gradient."""
     trainer = tiny_trainer(folder, **PLAIN, parallel="ddp", batch_size=1, grad_accum=1)
     largest = 0.0
 
@@ -207,7 +209,7 @@ def no_loss_of_mine(folder: str) -> float:
     return largest
 
 
-def test_a_rank_without_regions_touches_every_parameter(tmp_path: Path) -> None:
+def test_a_process_without_regions_uses_every_parameter(tmp_path: Path) -> None:
     first, second = run_ranks(2, no_loss_of_mine, str(tmp_path / "run"))
     assert first == second > 0
 
@@ -231,7 +233,9 @@ def test_shares_and_sums() -> None:
     assert Processes().share([3, 4]) == [3, 4] and Processes().sum({"a": 1.0}) == {"a": 1.0}
 
 
-def test_what_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_process_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="parallel: expected torchrun around 'fsdp', got one"):
         tiny_trainer(tmp_path / "run", parallel="fsdp")
     with monkeypatch.context() as two:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of an unbroken run, as a process makes it."""
+    """The folder of an uninterrupted run of the script."""
     run = tmp_path_factory.mktemp("whole") / "run"
     code, _, err = faulty(run, "none")
     assert code == 0, err
@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
 
 
 class Fault(NamedTuple):
-    """A run in a process of its own, and where its output goes."""
+    """A run in a child process, and its output."""
 
     process: Any
     folder: Path
@@ -72,7 +72,7 @@ def assert_it_continues(run, whole):
 
 
 def refused(run, fault, value=""):
-    """The one line that a run under this fault ends with."""
+    """The error line of a run with this fault."""
     code, _, err = faulty(run, fault, value)
     return the_line(code, err)
 
@@ -117,20 +117,20 @@ def _interruptible():
 
 @pytest.mark.usefixtures("_interruptible")
 def test_the_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), faults.deferred_interrupt() as asked:
+    with pytest.raises(KeyboardInterrupt), faults.deferred_interrupt() as requested:
         signal.raise_signal(signal.SIGINT)
-        assert asked()
+        assert requested()
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)  # as it was before
+        signal.raise_signal(signal.SIGINT)  # the previous handler is active again
 
 
 def test_outside_the_main_thread_ctrl_c_is_left_alone():
     seen = []
 
     def look():
-        with faults.deferred_interrupt() as asked:
-            seen.append((asked(), signal.getsignal(signal.SIGINT)))
+        with faults.deferred_interrupt() as requested:
+            seen.append((requested(), signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -141,7 +141,7 @@ def test_outside_the_main_thread_ctrl_c_is_left_alone():
 def test_a_full_disk(whole, tmp_path):
     run = tmp_path / "run"
     size = RunFolder(whole).find("previous").stat().st_size
-    line = refused(run, "full disk", size - 1)  # epoch 3 is what it cannot write, or one before
+    line = refused(run, "full disk", size - 1)  # it cannot write epoch 3, or an earlier one
     assert "cannot read or write" in line and "File too large" in line
     assert "last.pt is kept; continue with --resume" in line
     for file in run.rglob("*.pt"):
@@ -213,7 +213,7 @@ def test_two_runs_in_one_folder(whole, tmp_path):
     assert_same_run(run, whole)
 
 
-def test_a_run_set_up_before_another_one_ended_undoes_nothing(tmp_path):
+def test_a_run_set_up_before_another_one_ended_overwrites_nothing(tmp_path):
     run = tmp_path / "run"
     early = tiny_trainer(run, epochs=2)
     tiny_trainer(run, epochs=1).train()
@@ -248,7 +248,7 @@ def test_out_of_memory_error_contains_the_estimate(whole, tmp_path):
     assert_it_continues(run, whole)
 
 
-def test_out_of_memory_halves_the_batch_if_asked(tmp_path):
+def test_out_of_memory_halves_the_batch_with_halve_batch(tmp_path):
     code, out, err = faulty(tmp_path / "halved", "halve", 1)
     assert code == 0, err
     assert out.count("restarts in micro-batches of") == 2  # 4, 2, 1
@@ -256,7 +256,7 @@ def test_out_of_memory_halves_the_batch_if_asked(tmp_path):
     wanted = plain.train()
     history = json.loads((tmp_path / "halved" / "history.json").read_text())["epochs"]
     assert len(history) == len(wanted)
-    for a, b in zip(history, wanted, strict=True):  # other dropout draws, nothing else
+    for a, b in zip(history, wanted, strict=True):  # differs only in the dropout masks
         assert a["val"]["total"] == pytest.approx(b["val"]["total"], rel=0.1)
 
 

@@ -127,7 +127,7 @@ def test_interrupt_keeps_the_last_epoch(
 
 
 def with_volume(change: Callable[[Path], None]) -> Callable[[Path], list[str]]:
-    """Writes a data set, damages it by `change`, and gives the flags to train on it."""
+    """Writes a data set, damages it with `change`, and returns the flags to train on it."""
 
     def prepare(folder: Path) -> list[str]:
         write_phantom_dataset(folder / "volumes", subjects=2, seed=0)
@@ -194,7 +194,7 @@ def unknown_key(folder: Path) -> list[str]:
         (lambda _: ["--base_weights", "no.safetensors"], "base model: no file no.safetensors"),
     ],
 )
-def test_bad_input(
+def test_invalid_input(
     prepare: Callable[[Path], list[str]],
     message: str,
     main: Callable[[list[str]], int],

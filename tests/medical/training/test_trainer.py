@@ -1,4 +1,4 @@
-"""What a run computes and writes: parameters, gradients, schedule, selection, errors, and loading the result."""
+"""Results and files of a run: parameters, gradients, schedule, selection, errors, and loading the result."""
 
 from __future__ import annotations
 
@@ -122,10 +122,10 @@ def test_clipping_and_schedule(tmp_path: Path) -> None:
     trainer.state.optimizer.register_step_pre_hook(look)
     history = trainer.train()
     assert len(norms) == 8 and max(norms) <= 1.01e-3
-    assert all(record["grad_norm"] > 1e-2 for record in history[1:])  # before clipping
+    assert all(entry["grad_norm"] > 1e-2 for entry in history[1:])  # before clipping
     cosine = [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
     assert rates == pytest.approx([1e-2 * factor for factor in [0.5, 1.0, *cosine]])
-    assert [record["lr"] for record in history[1:]] == pytest.approx(rates[::2])
+    assert [record["lr"] for entry in history[1:]] == pytest.approx(rates[::2])
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
@@ -140,7 +140,7 @@ def test_workers_change_nothing(run: MedicalTrainer, tmp_path: Path) -> None:
     assert other.train() == alone.train()
 
 
-def test_seed_decides(tmp_path: Path) -> None:
+def test_the_seed_changes_the_result(tmp_path: Path) -> None:
     first, second = (tiny_trainer(tmp_path / str(seed), seed=seed, epochs=1) for seed in (1, 2))
     assert first.train() != second.train()
 
@@ -170,7 +170,7 @@ def test_inside_dice_by_hand() -> None:
 
 
 def scripted(trainer: MedicalTrainer, dices: list[float]) -> MedicalTrainer:
-    """Replaces the validation's Dice by a script."""
+    """Replaces the validation's Dice by given values."""
     validate = trainer.validate
     trainer.validate = lambda: {**validate(), "dice": dices[trainer.epoch]}  # type: ignore[method-assign]
     return trainer
@@ -209,7 +209,7 @@ def test_run_folder(run: MedicalTrainer) -> None:
     assert files == checkpoints | {"config.yaml", "history.json", "adapter.safetensors", ".lock"}
     history = json.loads(run.folder.history.read_text())
     assert history["epochs"] == run.history
-    assert [record["epoch"] for record in history["epochs"]] == [0, 1, 2, 3, 4]
+    assert [record["epoch"] for entry in history["epochs"]] == [0, 1, 2, 3, 4]
     assert set(history["epochs"][1]) == {"epoch", "lr", "grad_norm", "train", "val"}
     assert set(history["epochs"][1]["val"]) == {"sdf", "occupancy", "normal", "total", "dice"}
     assert len(history["seconds"]) == 5 and history["counts"] == run.counts
@@ -402,7 +402,7 @@ def test_config_round_trip_and_defaults(tmp_path: Path) -> None:
 
 
 def test_the_configuration_of_an_old_run_loads_and_stays_the_same() -> None:
-    """Written before the options of SAM 3D had a dataclass of their own: files and checkpoints are flat."""
+    """It was written by an older version; files and checkpoints list the options of all models flat."""
     saved = read_yaml(ROOT / "tests" / "golden" / "medical_run.yaml")
     config = TrainConfig.from_dict(saved)
     assert config.to_dict() == saved
@@ -418,7 +418,7 @@ def test_options_of_another_model_are_refused() -> None:
             TrainConfig(**{name: value})
 
 
-def test_a_resumed_run_may_change_only_what_says_so() -> None:
+def test_a_resumed_run_may_change_only_resumable_options() -> None:
     changeable = {name for name in option_owners() if is_resumable(name)}
     assert {"epochs", "device", "sam3d_dir", "latents_dir", "checkpoint_dir"} <= changeable
     assert not changeable & {"lr", "seed", "batch_size", "model", "sam3d_part", "lora_rank"}
@@ -441,7 +441,7 @@ def test_read_yaml(tmp_path: Path) -> None:
         read_yaml(tmp_path / "missing.yaml")
 
 
-def test_ranks_that_are_not_given_for_are_the_recipes() -> None:
+def test_default_ranks_are_those_of_the_model() -> None:
     config = TrainConfig()
     for given, rank, alpha, pattern in (
         (config, 2, 4.0, {"to_qkv": 3, "out_layer": 32}),
@@ -459,7 +459,7 @@ def test_ranks_that_are_not_given_for_are_the_recipes() -> None:
         TrainConfig(model="sam3d", sam3d_dir="x", lora_ranks=["to_qkv=3"])
 
 
-def test_the_default_recipe_trains_less_than_three_percent() -> None:
+def test_the_default_ranks_train_less_than_three_percent() -> None:
     model = load_base_model()
     total = sum(p.numel() for p in model.parameters())
     make_trainable(model, TrainConfig())
