@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--visualize",
         action="store_true",
-        help="also write images, in the format of --visualize_format",
+        help="also write a report or images; see --visualize_format",
     )
     output.add_argument(
         "--visualize_format",

@@ -39,7 +39,7 @@ class Sam3dOptions(ModelOptions):
     )
     sam3d_part: str = _sam3d(
         "decoder",
-        "part to train: the mesh decoder, or the generator of structured latents (slat) or of the sparse structure (structure)",
+        "part to train: decoder, the mesh decoder; slat, the generator of structured latents; structure, that of the sparse structure",
         one_of("decoder", "slat", "structure"),
     )
     sam3d_torso: str = _sam3d(

@@ -75,7 +75,7 @@ class TrainConfig:
     )
     split: str = _data(
         "auto",
-        "what the test set holds out; file: as meta.csv states; auto: structure for the bundled cases, otherwise patient",
+        "what the test set holds out: structures, patients, or the cases that meta.csv lists (file); auto: structure for the bundled cases, otherwise patient",
         one_of("auto", "structure", "patient", "file"),
     )
     augment: bool = _data(
@@ -88,11 +88,11 @@ class TrainConfig:
 
     model: str = _model(
         "compact",
-        "model to fine-tune: compact, the packaged decoder, or sam3d, a part of SAM 3D Objects (docs/sam3d.md)",
+        "model to fine-tune: compact, the packaged decoder, or sam3d, a part of SAM 3D Objects; see docs/sam3d.md",
         one_of("compact", "sam3d"),
     )
     finetune: str = _model(
-        "lora", "weights to train: adapters (lora) or all (full)", one_of("lora", "full")
+        "lora", "weights to train: lora, adapters; full, all of them", one_of("lora", "full")
     )
     lora_rank: int | None = _model(
         None,
@@ -168,7 +168,7 @@ class TrainConfig:
     device: str = _run("auto", "device: auto, cpu, cuda or cuda:N")
     parallel: str = _run(
         "ddp",
-        "parallel training with torchrun: each process holds the whole model (ddp) or a shard of each weight (fsdp)",
+        "parallel training with torchrun: with ddp each process holds the whole model, with fsdp a shard of each weight",
         one_of("ddp", "fsdp"),
     )
     threads: int = _run(0, "CPU threads of torch; 0 keeps torch's setting", NOT_NEGATIVE)

@@ -125,7 +125,7 @@ def test_clipping_and_schedule(tmp_path: Path) -> None:
     assert all(entry["grad_norm"] > 1e-2 for entry in history[1:])  # before clipping
     cosine = [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
     assert rates == pytest.approx([1e-2 * factor for factor in [0.5, 1.0, *cosine]])
-    assert [record["lr"] for entry in history[1:]] == pytest.approx(rates[::2])
+    assert [entry["lr"] for entry in history[1:]] == pytest.approx(rates[::2])
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
@@ -209,7 +209,7 @@ def test_run_folder(run: MedicalTrainer) -> None:
     assert files == checkpoints | {"config.yaml", "history.json", "adapter.safetensors", ".lock"}
     history = json.loads(run.folder.history.read_text())
     assert history["epochs"] == run.history
-    assert [record["epoch"] for entry in history["epochs"]] == [0, 1, 2, 3, 4]
+    assert [entry["epoch"] for entry in history["epochs"]] == [0, 1, 2, 3, 4]
     assert set(history["epochs"][1]) == {"epoch", "lr", "grad_norm", "train", "val"}
     assert set(history["epochs"][1]["val"]) == {"sdf", "occupancy", "normal", "total", "dice"}
     assert len(history["seconds"]) == 5 and history["counts"] == run.counts
