@@ -45,7 +45,7 @@ def generate_folder(
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder, which takes the place of `folder` when the block ends without an error."""
+    """Context manager: a new, empty folder, which replaces `folder` if the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-partial-"))
     try:

@@ -50,7 +50,7 @@ class SliceConfig:
     spacing: mm of the isotropic grid to resample to; None keeps the image's own. crop_size: minimum
     side in voxels of the box around a structure, within the image. margin_mm: minimum distance from
     the structure to the box. sdf_size: voxels along each side of the canonical cube. min_area_px:
-    the smallest cross-section that makes a sample. Raises: ConfigError if one is not positive.
+    the smallest cross-section that becomes a sample. Raises: ConfigError if one is not positive.
     """
 
     spacing: float | None = None

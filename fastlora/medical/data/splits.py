@@ -181,7 +181,7 @@ def make_splits(
     test_subjects: Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
 ) -> Splits:
-    """Regions for training (`train`), model selection (`val`) and the final figures (`test`).
+    """Regions for training (`train`), model selection (`val`) and the final results (`test`).
 
     See `SPLIT_NOTES` for what the subsets share.
 

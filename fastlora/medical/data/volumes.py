@@ -191,7 +191,7 @@ def file_stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
 def same_grid(
     a: ArrayLike, b: ArrayLike, shape: Sequence[int], tolerance_vox: float = 0.01
 ) -> bool:
-    """Whether two affines map every voxel of a volume to the same place, within a tolerance."""
+    """Whether two affines map every voxel of a volume to the same position, within a tolerance."""
     corners = list(itertools.product(*((0, n - 1) for n in shape)))
     apart = np.linalg.norm(apply_affine(np.subtract(a, b), corners), axis=1).max()
     return bool(apart <= tolerance_vox * voxel_sizes(np.asarray(b)).min())

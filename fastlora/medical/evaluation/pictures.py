@@ -1,4 +1,4 @@
-"""Charts, slices with outlines, and surfaces, of the report and of predictions.
+"""Charts, slices with outlines, and surfaces for the report and for predictions.
 
 Charts and surfaces are JSON values that plotly.js draws in the browser.
 """
@@ -36,7 +36,7 @@ MARKS = {
     "lora": ("#0072B2", "circle"),
     "full": ("#009E73", "diamond"),
 }
-"""Colour and symbol in charts; none for merged LoRA, whose figures equal LoRA's."""
+"""Colour and symbol in charts; none for merged LoRA, whose results equal those of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ MASK = Line("input mask", "#F0E442", (), 1.2)
 MESH = Line("section of the mesh", "#56B4E9", (), 1.4)
 """Colours of the Okabe-Ito palette, safe for colour-blind readers; dashes for printing in grey."""
 
-# plane → sliced axis, horizontal axis, vertical axis of the picture
+# plane → sliced axis, horizontal axis, vertical axis of the image
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
 WHITE: dict[str, Any] = {
     "color": "white",

@@ -207,20 +207,20 @@ def predict_mesh(
 
 
 def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, Any]) -> None:
-    """Write a mesh of RAS mm in a space, in the format of the path's ending, and `facts` as JSON in the same folder.
+    """Write a mesh (RAS, mm) in a coordinate system, in the format of the path's extension, and `facts` as JSON in the same folder.
 
-    Both state the space: the JSON as `coordinates`, the mesh (in the header of STL, a comment in PLY
+    Both state the coordinate system: the JSON as `coordinates`, the mesh (in the header of STL, a comment in PLY
     and OBJ, `extras` in GLB) as `SPACE=LPS`, which 3D Slicer reads. A GLB is in mm with these axes too,
     although glTF's own unit is the metre and its y points up.
 
-    Raises: ConfigError if the space or the ending is unknown.
+    Raises: ConfigError if the coordinate system or the extension is unknown.
     """
     if space not in SPACES:
         raise ConfigError(f"coordinates: expected one of {', '.join(SPACES)}, got {space!r}")
     kind = path.suffix.removeprefix(".")
     note = f"SPACE={space.upper()}"
     placed = mesh.copy()
-    if space == "lps":  # half a turn about z: the winding stays
+    if space == "lps":  # half a turn about z keeps the orientation of the faces
         placed.vertices = placed.vertices * (-1.0, -1.0, 1.0)
     if kind == "stl":
         data = placed.export(file_type="stl")

@@ -1,4 +1,4 @@
-"""A compact sparse mesh decoder, built like SAM 3D's `SLatMeshDecoder`.
+"""The packaged decoder (`--model compact`): a sparse mesh decoder, built like SAM 3D's `SLatMeshDecoder`.
 
     tokens at the active cells of a coarse segmentation (8³ cells, each with its image patch)
       → input_layer → N × (attention, MLP), pre-norm → out_layer
@@ -6,7 +6,7 @@
       → both added to the upsampled coarse segmentation (32³)
 
 The curve lets a token express "brighter than this is inside" for its whole cell: one function of the grey
-value, which 64 separate outputs learn far more slowly.
+value, which is learned much faster than 64 separate outputs.
 
 The module names are those of SAM 3D (`blocks.N.attn.to_qkv`, `.attn.to_out`, `blocks.N.mlp.mlp.0` and
 `.mlp.mlp.2`, `input_layer`, `out_layer`), and so is the convention that linear layers take and return a token object,
@@ -334,7 +334,7 @@ def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:
 
 @dataclass(frozen=True)
 class DecoderOptions(ModelOptions):
-    """`--model compact`: the packaged decoder, which has no options of its own.
+    """The packaged decoder (`--model compact`), which has no options of its own.
 
     The default ranks train 2.86 % of its parameters (docs/medical_experiments.md).
     """

@@ -102,5 +102,5 @@ class ModelOptions(ABC):
         """The model, untrained. Raises: CheckpointError or ConfigError, naming the problem."""
 
     def regions(self, dataset: RegionDataset) -> Any:
-        """The dataset with the further inputs of this model. Raises: DataError if a region lacks it."""
+        """The dataset with the additional inputs of this model. Raises: DataError if a region lacks them."""
         return dataset

@@ -112,7 +112,7 @@ class Sam3dFlow(Sam3dPart):
 
     @property
     def exported(self) -> nn.Module:
-        """The generator: the adapter file goes into the user's own pipeline."""
+        """The generator: the adapter file is loaded into the user's own pipeline."""
         return self.flow
 
     def inputs(self, batch: RegionBatch) -> tuple[Any, Tensor, list[int]]:

@@ -1,6 +1,6 @@
 """Cached latents: for each region a file with the outputs of SAM 3D Objects' encoders and embedders.
 
-`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as in evaluations and errors) holds for the mesh
+`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as in evaluations and errors) contains for the mesh
 decoder and for the generator "slat" the structured latent (SLat)
 
     coords     (T, 3) integers, the active voxels of the decoder's grid, each once; the region fills the grid, axes in its order
@@ -124,7 +124,7 @@ def check_voxels(coords: Tensor, sdf_vox: NDArray[np.float32], resolution: int, 
     if share < MIN_SHARE or reach < MIN_SHARE:
         raise DataError(
             f"{where}: expected the latents of this region, got voxels of which {share:.0%} lie within {TRUNCATION_VOX:g} fine "
-            f"voxels of its surface, and which hold {reach:.0%} of it"
+            f"voxels of its surface, and which cover {reach:.0%} of it"
         )
 
 

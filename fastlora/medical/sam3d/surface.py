@@ -49,7 +49,7 @@ class Surface:
     """The decoder's output for one region; positions are index coordinates of the region's fine voxels, distances in fine voxels.
 
     points (P, 3), distance (P,): the signed distance at the corners of active voxels' cubes, as displaced by the decoder.
-    corners: (P, 3) int64, the corners' places on the grid of 4R + 1. vertices (V, 3), faces (F, 3): of the mesh within active
+    corners: (P, 3) int64, the corners' indices on the grid of 4R + 1. vertices (V, 3), faces (F, 3): of the mesh within active
         voxels, which may be empty. regularisation: the decoder's own `reg_loss`.
     """
 

@@ -116,7 +116,7 @@ def check_history(
 
 
 def check_like(found: Any, wanted: Any, where: str) -> None:
-    """Checks the structure of a nested value. Raises: CheckpointError, naming the place.
+    """Checks the keys and types of a nested value. Raises: CheckpointError, naming the entry.
 
     wanted: a type; or an example with the expected keys, types, lengths and shapes; `{str: wanted}` is a mapping with any names,
         `[wanted, ...]` a list of any length.
@@ -148,7 +148,7 @@ def check_like(found: Any, wanted: Any, where: str) -> None:
 
 
 def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str) -> None:
-    """Checks that a saved state is of AdamW over parameters of these shapes. Raises: CheckpointError."""
+    """Checks that a saved state is that of AdamW for parameters of these shapes. Raises: CheckpointError."""
     groups = optimizer.state_dict()["param_groups"]
     check_like(found, {"state": dict, "param_groups": groups}, where)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -190,7 +190,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of the global generators, as values for a checkpoint."""
+    """The state of the global random generators, as values for a checkpoint."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
