@@ -231,7 +231,7 @@ def load_labels(path: str | os.PathLike[str]) -> Volume:
     array = data.astype(np.int32) if fits else None
     if array is None or (array != data).any():
         raise DataError(
-            f"{path}: expected integer labels, got non-integer values (stored as {data.dtype})"
+            f"{path}: expected 32-bit integer labels, got other values (stored as {data.dtype})"
         )
     return Volume(array, affine)
 

@@ -77,10 +77,10 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path):
     save_volume(path, array, np.eye(4))
     with pytest.raises(DataError, match="bad.nii.gz: .*NaN or infinity in 1 of 120 voxels"):
         load_volume(path)
-    with pytest.raises(DataError, match="bad.nii.gz: expected integer labels"):
+    with pytest.raises(DataError, match="bad.nii.gz: expected 32-bit integer labels"):
         load_labels(path)
     save_volume(path, blank(0.5, np.float32), np.eye(4))
-    with pytest.raises(DataError, match="expected integer labels"):
+    with pytest.raises(DataError, match="expected 32-bit integer labels"):
         load_labels(path)
     sheared = np.eye(4)
     sheared[0, 2] = 0.3

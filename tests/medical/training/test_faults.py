@@ -244,7 +244,7 @@ def test_out_of_memory_error_contains_the_estimate(whole, tmp_path):
         "out of memory: weights, gradients, optimizer and the activations that adapted layers"
         in line
     )
-    assert "MiB; a smaller batch_size than 2" in line and "--halve_batch" in line
+    assert "MiB; a batch_size below 2" in line and "--halve_batch" in line
     assert_it_continues(run, whole)
 
 
