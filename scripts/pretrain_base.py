@@ -99,7 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="safetensors file to write (default: the packaged base model)",
     )
     parser.add_argument(
-        "--steps", type=int, default=1500, help="optimizer steps (default: %(default)s)"
+        "--steps",
+        type=int,
+        metavar="N",
+        default=1500,
+        help="optimizer steps (default: %(default)s)",
     )
     parser.add_argument(
         "--batch_size",
@@ -108,7 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="phantoms per optimizer step (default: %(default)s)",
     )
     parser.add_argument(
-        "--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)"
+        "--lr",
+        type=float,
+        metavar="X",
+        default=2e-3,
+        help="peak learning rate (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -117,7 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="random seed of weights and phantoms (default: %(default)s)",
     )
     parser.add_argument(
-        "--channels", type=int, default=128, help="channels of the decoder (default: %(default)s)"
+        "--channels",
+        type=int,
+        metavar="N",
+        default=128,
+        help="channels of the decoder (default: %(default)s)",
     )
     parser.add_argument(
         "--blocks",
