@@ -138,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--seed",
         type=int,
+        metavar="N",
         default=0,
         help="random seed of the synthetic data (default: %(default)s)",
     )

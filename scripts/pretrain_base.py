@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output",
         type=Path,
+        metavar="FILE",
         default=BASE_WEIGHTS,
         help="safetensors file to write (default: the packaged base model)",
     )
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--batch_size",
         type=int,
+        metavar="N",
         default=8,
         help="phantoms per optimizer step (default: %(default)s)",
     )
@@ -121,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed",
         type=int,
+        metavar="N",
         default=0,
         help="random seed of weights and phantoms (default: %(default)s)",
     )
@@ -134,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--blocks",
         type=int,
+        metavar="N",
         default=4,
         help="transformer blocks of the decoder (default: %(default)s)",
     )
