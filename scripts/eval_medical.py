@@ -1,4 +1,4 @@
-"""Compare trivial baseline, base model, LoRA, merged LoRA and full fine-tuning on held-out regions."""
+"""Compare the trivial baseline, the base model, LoRA, merged LoRA and full fine-tuning on held-out regions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastlora.medical.evaluation.tables import number
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """The command-line parser."""
     parser = Parser(
         usage="%(prog)s --checkpoint RUN --output_dir DIR [flags]",
         description=__doc__,
@@ -38,42 +38,44 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         metavar="RUN",
         required=True,
-        help="run folder of a LoRA fine-tuning (its best checkpoint is used), or one of its checkpoints/*.pt",
+        help="run folder of LoRA fine-tuning (its best checkpoint is used), or one of its checkpoints/*.pt",
     )
     runs.add_argument(
-        "--full", metavar="RUN", help="the same of a full fine-tuning on the same data"
+        "--full",
+        metavar="RUN",
+        help="run folder or checkpoint of full fine-tuning on the same data",
     )
     runs.add_argument(
         "--data_root",
         metavar="DIR",
-        help="read the cases from here (default: from where the run found them)",
+        help="folder to read the cases from (default: that of the training run)",
     )
     runs.add_argument(
         "--cache_dir",
         metavar="DIR",
-        help="cache of preprocess_medical.py for these cases: only the structures that it found usable are used (default: the run's, "
-        "none with --data_root)",
+        help="cache written by preprocess_medical.py for these cases; restricts the evaluation to the structures that it found usable "
+        "(default: that of the training run, or none with --data_root)",
     )
-    figures = parser.add_argument_group("figures")
-    figures.add_argument(
+    metrics = parser.add_argument_group("evaluation")
+    metrics.add_argument(
         "--tolerance_mm",
         type=float,
         default=TOLERANCE_MM,
         metavar="X",
-        help="how far surfaces may lie apart and still match in NSD (mm; default: %(default)g)",
+        help="largest distance in mm at which surfaces still match in NSD (default: %(default)g)",
     )
-    figures.add_argument(
+    metrics.add_argument(
         "--batch_size",
         type=int,
         default=8,
         metavar="N",
-        help="regions at a time (default: %(default)d)",
+        help="regions per batch (default: %(default)d)",
     )
-    figures.add_argument(
+    metrics.add_argument(
         "--device",
         default="auto",
         metavar="NAME",
-        help="auto, cpu, cuda or cuda:N (default: %(default)s)",
+        help="device: auto, cpu, cuda or cuda:N (default: %(default)s)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -82,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--save_predictions",
         action="store_true",
-        help="also meshes/: truth and predictions in the patient's mm (RAS)",
+        help="also write meshes/: ground truth and predictions in patient coordinates (RAS, mm)",
     )
     output.add_argument(
         "--mesh_format",
@@ -90,19 +92,25 @@ def build_parser() -> argparse.ArgumentParser:
         default=MESH_FORMATS[0],
         help="format of the meshes (default: %(default)s)",
     )
-    output.add_argument("--visualize", action="store_true", help="also pictures")
+    output.add_argument(
+        "--visualize",
+        action="store_true",
+        help="also write a report or images; see --visualize_format",
+    )
     output.add_argument(
         "--visualize_format",
         choices=("html", "png"),
         default="html",
-        help="html: report.html, one file with everything; png: slices/*.png (default: %(default)s)",
+        help="html: one file report.html with tables, charts and surfaces; png: slices/*.png (default: %(default)s)",
     )
-    output.add_argument("--record", metavar="FILE", help="also a compact JSON record of the result")
+    output.add_argument(
+        "--record", metavar="FILE", help="also write a short JSON summary of the results to FILE"
+    )
     return parser
 
 
 def run(args: argparse.Namespace, command: str) -> list[str]:
-    """Evaluates, then writes; returns the lines to print. Nothing is written before all is computed."""
+    """Evaluates, then writes all files at the end; returns the lines to print."""
     output = Path(args.output_dir)
     for name, path in (("output_dir", output), ("record", args.record and Path(args.record))):
         if path and path.exists() and path.is_dir() != (name == "output_dir"):
@@ -124,25 +132,25 @@ def run(args: argparse.Namespace, command: str) -> list[str]:
         device=args.device,
     )
     content = document(evaluation, facts, runs, command)
-    page = pictures = None
+    page = images = None
     if args.visualize and args.visualize_format == "html":
         page = render(content, evaluation, runs).encode()
     elif args.visualize:
-        pictures = {index: slices_png(evaluation, index) for index, _ in examples(evaluation)}
+        images = {index: slices_png(evaluation, index) for index, _ in examples(evaluation)}
 
     output.mkdir(parents=True, exist_ok=True)
     written = ["eval.json", "eval.csv"]
-    write_csv(output / "eval.csv", evaluation.records)
+    write_csv(output / "eval.csv", evaluation.rows)
     if args.save_predictions:
         count = write_meshes(output / "meshes", evaluation, args.mesh_format)
         written.append(f"meshes/ ({count} files)")
-    if pictures:
+    if images:
         (output / "slices").mkdir(exist_ok=True)
-        for index, png in pictures.items():
+        for index, png in images.items():
             meta = evaluation.samples[index]["meta"]
             path = output / "slices" / f"{meta['subject']}_{meta['region']}.png"
             atomic_write(path, png)
-        written.append(f"slices/ ({len(pictures)} files)")
+        written.append(f"slices/ ({len(images)} files)")
     if page:
         atomic_write(output / "report.html", page)
         written.append("report.html")
@@ -154,23 +162,25 @@ def run(args: argparse.Namespace, command: str) -> list[str]:
 
 
 def summary_lines(content: Mapping[str, Any]) -> list[str]:
-    """The headline as text."""
+    """The most important results as lines of text."""
     keys = {"dice": "Dice", "nsd": f"NSD@{content['tolerance_mm']:g}mm", "hd95_mm": "HD95 mm"}
     keys["volume_error"] = "volume error"
     lines = []
     for group in content["summary"]["lora"]:
         title = "all regions" if group == EVERYTHING else group
         count = content["summary"]["lora"][group]["regions"]
-        lines.append(f"{title + f' ({count})':<30}" + "".join(f"{k:>14}" for k in keys.values()))
+        lines.append(f"{title + f' ({count})':<34}" + "".join(f"{k:>14}" for k in keys.values()))
         for method, groups in content["summary"].items():
             values = (ascii_number(key, groups[group][key]["mean"]) for key in keys)
-            lines.append(f"  {LABELS[method]:<28}" + "".join(f"{v:>14}" for v in values))
+            lines.append(f"  {LABELS[method]:<32}" + "".join(f"{v:>14}" for v in values))
     worse = content["worse"]["base"]["structures"]
     names = ", ".join(f"{w['subject']}/{w['structure']}" for w in worse)
     lines.append(
-        f"structures where LoRA is worse than base in Dice, HD95 or NSD: {names or 'none'}"
+        f"structures where LoRA is worse than the base model in Dice, HD95 or NSD: {names or 'none'}"
     )
-    lines.append(f"merged against unmerged: at most {content['merged_difference_vox']:.1e} voxel")
+    lines.append(
+        f"largest difference between merged and unmerged LoRA: {content['merged_difference_vox']:.1e} voxel"
+    )
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Refine rough masks to surfaces in the patient's mm: one image, or every case of a data set."""
+"""Refine coarse segmentations to surfaces in patient coordinates (mm): one image, or every case of a data set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlora.errors import ConfigError, DataError, FastLoRAError
 from fastlora.files import atomic_write
 from fastlora.medical.console import Parser, show_log
 from fastlora.medical.data.layouts import find_cases
-from fastlora.medical.data.slices import select_structures
+from fastlora.medical.data.splits import select_structures
 from fastlora.medical.data.volumes import Volume, tissue_of, window
 from fastlora.medical.evaluation.pictures import overlay_picture
 from fastlora.medical.evaluation.predict import (
@@ -35,7 +35,7 @@ COLUMNS = ["subject", "structure", "mesh", "volume_ml", "dice_with_mask", "water
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """The command-line parser."""
     parser = Parser(
         usage="%(prog)s --checkpoint RUN (--image FILE --mask FILE | --data_root DIR) --output_dir DIR [flags]",
         description=__doc__,
@@ -51,62 +51,98 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--merged",
         action="store_true",
-        help="fold LoRA into plain layers first; the same surface to rounding",
+        help="merge LoRA into the base weights first; changes the surface only by rounding",
     )
     model.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (%(default)s)"
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="device: auto, cpu, cuda or cuda:N (default: %(default)s)",
     )
     model.add_argument(
-        "--batch_size", type=int, default=8, metavar="N", help="windows at a time (%(default)s)"
+        "--batch_size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="regions per batch (default: %(default)s)",
     )
     one = parser.add_argument_group("one image")
     one.add_argument(
-        "--image", type=Path, metavar="PATH", help="NIfTI, a folder of one DICOM series, or PNG"
+        "--image",
+        type=Path,
+        metavar="PATH",
+        help="image: NIfTI, a folder of one DICOM series, or PNG",
     )
     one.add_argument(
-        "--mask", type=Path, metavar="PATH", help="its rough mask: NIfTI, DICOM SEG, or PNG"
+        "--mask",
+        type=Path,
+        metavar="PATH",
+        help="coarse segmentation of the image: NIfTI, DICOM SEG, or PNG",
     )
-    one.add_argument("--label", type=int, metavar="N", help="of a label map, or a SEG's segment")
+    one.add_argument(
+        "--label",
+        type=int,
+        metavar="N",
+        help="label value in the mask, or segment number of a DICOM SEG (default: the only one)",
+    )
     one.add_argument(
         "--structure",
         metavar="NAME",
-        help="its name, which chooses the CT window (default: the mask's name)",
+        help="name of the structure; it selects the CT intensity window (default: the mask's file name, or the segment's label)",
     )
     one.add_argument(
         "--spacing",
         type=float,
         nargs=3,
         metavar="MM",
-        help="of PNG: between columns, rows and slices; of one slice its thickness",
+        help="for PNG: distance between columns, rows and slices (the thickness of a single slice)",
     )
     many = parser.add_argument_group("a data set, in any layout of docs/quickstart_training.md")
-    many.add_argument("--data_root", type=Path, metavar="DIR")
-    many.add_argument("--classes", nargs="+", metavar="NAME", help="structures, or kinds (all)")
-    many.add_argument("--channel", type=int, default=0, metavar="N", help="of dataset.json (0)")
+    many.add_argument("--data_root", type=Path, metavar="DIR", help="folder of the data set")
     many.add_argument(
-        "--skip_invalid", action="store_true", help="skip and list unusable cases and structures"
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="structures, or kinds of structures such as vertebra (default: all)",
+    )
+    many.add_argument(
+        "--channel",
+        type=int,
+        default=0,
+        metavar="N",
+        help="channel number in dataset.json (default: %(default)s)",
+    )
+    many.add_argument(
+        "--skip_invalid",
+        action="store_true",
+        help="skip unusable cases and structures, and list them in predictions.csv",
     )
     parser.add_argument(
         "--modality",
         choices=("ct", "mr"),
-        help="of a NIfTI image that ct.nii.gz, mri.nii.gz or dataset.json does not tell",
+        help="modality of a NIfTI image, if neither its file name nor dataset.json states it",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=Path, metavar="DIR", required=True)
     output.add_argument(
-        "--mesh_format", choices=MESH_FORMATS, default=MESH_FORMATS[0], help="(%(default)s)"
+        "--output_dir", type=Path, metavar="DIR", required=True, help="folder for the meshes"
+    )
+    output.add_argument(
+        "--mesh_format",
+        choices=MESH_FORMATS,
+        default=MESH_FORMATS[0],
+        help="format of the meshes (default: %(default)s)",
     )
     output.add_argument(
         "--coordinates",
         choices=SPACES,
         default=SPACES[0],
-        help="of the mesh: ras as NIfTI, lps as DICOM and ITK; stated in the files (%(default)s)",
+        help="coordinate system of the mesh: ras (NIfTI) or lps (DICOM, ITK); written into the files (default: %(default)s)",
     )
     output.add_argument(
         "--picture",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="a PNG with the mesh cut through the image's slices",
+        help="also write a PNG with the mesh's contours on image slices (default: on)",
     )
     return parser
 
@@ -114,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
 def subjects(
     args: argparse.Namespace, problems: list[str]
 ) -> Iterator[tuple[str, str, Subject | DataError]]:
-    """Name, structure, and the subject or the reason why it cannot be read."""
+    """Subject name, structure name, and the `Subject` or the error that prevents reading it."""
     if args.data_root is None:
         keys = ("modality", "structure", "label", "spacing")
         subject = read_subject(args.image, args.mask, **{key: getattr(args, key) for key in keys})
@@ -123,15 +159,15 @@ def subjects(
     cases = find_cases(
         args.data_root, args.modality or "ct", problems if args.skip_invalid else None, args.channel
     )
-    kept: dict[str, Volume] = {}
-    for case, structure in select_structures(cases, args.classes):
-        try:
-            image = kept.get(case.subject) or case.load_image()
-            kept = {case.subject: image}  # the next structure's, most often
-            mask = case.load_mask(structure, image)
-            yield case.subject, structure, Subject(image, mask, case.modality, structure)
-        except DataError as error:
-            yield case.subject, structure, error
+    for case in select_structures(cases, args.classes):
+        image: Volume | None = None
+        for structure in case.structures:
+            try:
+                image = image or case.load_image()
+                mask = case.load_mask(structure, image)
+                yield case.subject, structure, Subject(image, mask, case.modality, structure)
+            except DataError as error:
+                yield case.subject, structure, error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,11 +175,11 @@ def run(args: argparse.Namespace) -> int:
     if (args.data_root is None) == (args.image is None) or (args.image is None) != (
         args.mask is None
     ):
-        raise ConfigError("expected --image and --mask, or --data_root, and not both")
+        raise ConfigError("expected either --image and --mask, or --data_root")
     if args.data_root is not None:
         for name in ("label", "structure", "spacing"):
             if getattr(args, name) is not None:
-                raise ConfigError(f"{name}: expected with --image only, got it with --data_root")
+                raise ConfigError(f"{name}: expected only with --image, got it with --data_root")
     if args.batch_size < 1:
         raise ConfigError(f"batch_size: expected >= 1, got {args.batch_size}")
     device = resolve_device(TrainConfig(device=args.device))
@@ -184,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"skipped: {problem}")
     done = sum("mesh" in row for row in rows)
     if not done:
-        raise DataError("expected a structure that can be used, got none")
+        raise DataError("expected at least one usable structure, got none")
     if args.data_root is not None:
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Check a data set of medical volumes and prepare it for training.
 
-Without a source it builds the three bundled cases from installed packages. The layout of a data set
+By default it builds the three bundled cases from installed packages. The layout of a data set
 is detected and logged. Each structure is checked (readable, three-dimensional, finite, mask not
 empty and on the image's grid, large enough for a training region), and what training reads of it is
 written to the cache, where manifest.json lists it with checksums. Slices for TS_SAM3D_Dataset and
 meshes are prepared on request (--slices, --extract_mesh). An interrupted run continues where it
-stopped. If something cannot be used, the exit code is 2 with one line on stderr; --skip_invalid
-leaves it out, and skipped.csv lists it with the reason.
+stopped. If a case or structure cannot be used, the exit code is 2 with one line on stderr; with
+--skip_invalid it is skipped, and listed in skipped.csv with the reason.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ from fastlora.medical.data.manifest import (
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
 from fastlora.medical.data.slice_source import SliceConfig
-from fastlora.medical.data.slices import AXES, parse_axes, select_structures
+from fastlora.medical.data.slices import AXES, parse_axes
+from fastlora.medical.data.splits import select_structures
 from fastlora.medical.data.volumes import Case
 from fastlora.medical.training.data import BUNDLED, SYNTHETIC
 
 HEADER = f"{'subject':16} {'structure':34} {'volume ml':>10} {'regions':>7}"
 SLICE_HEADER = f" {'box':12} {'spacing mm':15} "
-OF_SLICES = ("axes", "spacing", "preprocess_crop_size")
+SLICE_OPTIONS = ("axes", "spacing", "preprocess_crop_size")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     source = parser.add_argument_group("data").add_mutually_exclusive_group()
     source.add_argument(
@@ -56,51 +58,61 @@ def build_parser() -> argparse.ArgumentParser:
         help="a data set in one of the layouts of docs/quickstart_training.md "
         "(default: the bundled cases)",
     )
-    source.add_argument("--demo", choices=["synthetic"], help="write and use the phantom instead")
+    source.add_argument("--demo", choices=["synthetic"], help="generate and use synthetic data")
     what = parser.add_argument_group("what to prepare")
     what.add_argument(
-        "--modality", choices=["ct", "mr"], default="ct", help="of *-image.nii.gz (%(default)s)"
+        "--modality",
+        choices=["ct", "mr"],
+        default="ct",
+        help="modality of *-image.nii.gz files (default: %(default)s)",
     )
     what.add_argument(
         "--channel",
         type=int,
         metavar="N",
         default=0,
-        help="which of the channels in dataset.json, where there are several (%(default)s)",
+        help="number of the image channel, if dataset.json lists several (default: %(default)s)",
     )
     what.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="structures, or kinds of them (all)"
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="structures, or kinds of structures such as vertebra (default: all)",
     )
     what.add_argument(
         "--slices",
         action="store_true",
-        help="also cache what TS_SAM3D_Dataset reads, which prepares it on first use otherwise",
+        help="also cache 2-D slices for TS_SAM3D_Dataset (otherwise prepared on first use)",
     )
     what.add_argument(
-        "--extract_mesh", action="store_true", help="also write the surfaces, as PLY in mm"
+        "--extract_mesh",
+        action="store_true",
+        help="also write the surfaces of the structures as PLY files (mm)",
     )
     what.add_argument(
         "--axes",
         nargs="+",
         metavar="AXIS",
         default=list(AXES),
-        help="of slices, those to count: sagittal, coronal, axial or 0, 1, 2 (all)",
+        help="slice axes to count: sagittal, coronal, axial or 0, 1, 2 (default: all)",
     )
     what.add_argument(
         "--spacing",
         type=float,
         metavar="MM",
-        help="of slices and meshes: resample to this (the image's own)",
+        help="resample slices and meshes to this spacing (default: that of the image)",
     )
     what.add_argument(
         "--preprocess_crop_size",
         type=int,
         metavar="VOXELS",
         default=SliceConfig.crop_size,
-        help="of slices and meshes: minimum side of the box around a structure (%(default)s)",
+        help="minimum edge length of the crop around a structure, for slices and meshes (default: %(default)s)",
     )
     what.add_argument(
-        "--skip_invalid", action="store_true", help="leave out and list what cannot be used"
+        "--skip_invalid",
+        action="store_true",
+        help="skip unusable cases and structures, and list them in skipped.csv",
     )
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -109,21 +121,27 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         default=Path("data/cache"),
-        help="where to write (%(default)s)",
+        help="folder of the cache (default: %(default)s)",
     )
     run.add_argument(
         "--num_workers",
         type=int,
         metavar="N",
         default=0,
-        help="processes, each working on one case at a time; 0: none besides this one (%(default)s)",
+        help="worker processes; 0 uses this process only (default: %(default)s)",
     )
     run.add_argument(
         "--verify",
         action="store_true",
-        help="prepare nothing: compare the cache and its sources with the manifest's checksums",
+        help="only compare the cache and its source files with the checksums in the manifest",
     )
-    run.add_argument("--seed", type=int, default=0, help="of the phantom (%(default)s)")
+    run.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=0,
+        help="random seed of the synthetic data (default: %(default)s)",
+    )
     return parser
 
 
@@ -150,14 +168,14 @@ def row(outcome: Outcome) -> str:
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """The settings that the manifest records."""
-    left_out = ("num_workers", "verify", "cache_dir")
-    values = {name: value for name, value in vars(args).items() if name not in left_out}
+    """The settings that are stored in the manifest."""
+    excluded = ("num_workers", "verify", "cache_dir")
+    values = {name: value for name, value in vars(args).items() if name not in excluded}
     return {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}
 
 
 def check(cache_dir: Path) -> int:
-    """Print what differs from the manifest; 0 if nothing does, else 1."""
+    """Print the files that differ from the manifest; 0 if there are none, otherwise 1."""
     differences = verify(cache_dir)
     for difference in differences:
         print(difference)
@@ -176,7 +194,7 @@ def configure(args: argparse.Namespace) -> PreprocessConfig:
         args.skip_invalid,
     )
     parser = build_parser()
-    unused = [name for name in OF_SLICES if getattr(args, name) != parser.get_default(name)]
+    unused = [name for name in SLICE_OPTIONS if getattr(args, name) != parser.get_default(name)]
     if unused and not (args.slices or args.extract_mesh):
         message = f"{', '.join(unused)}: no effect without --slices or --extract_mesh"
         warnings.warn(message, FastLoRAWarning, stacklevel=2)
@@ -195,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = "/".join(name for name, axis in AXES.items() if axis in config.axes)
         print(HEADER + (SLICE_HEADER + names if config.slices else ""))
         outcomes = []
-        progress = tqdm(total=len(selected), desc="prepared", unit="structure", disable=None)
+        total = sum(len(case.structures) for case in selected)
+        progress = tqdm(total=total, desc="prepared", unit="structure", disable=None)
         with progress:
             for outcome in preprocess(selected, config, args.num_workers):
                 tqdm.write(row(outcome), file=sys.stdout)
@@ -210,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"skipped: {problem}")
     ready = [outcome for outcome in outcomes if outcome.problem is None]
     if not ready:
-        print("error: expected a structure that can be used, got none", file=sys.stderr)
+        print("error: expected at least one usable structure, got none", file=sys.stderr)
         return 2
     subjects = {outcome.subject for outcome in ready}
     left_out = len(outcomes) - len(ready) + len(problems)

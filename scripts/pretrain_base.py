@@ -1,8 +1,8 @@
-"""Pretrain the base decoder on procedural shapes: it learns the appearance of surfaces, and no anatomy.
+"""Pretrain the base decoder on procedural shapes, which contain no anatomy.
 
     python scripts/pretrain_base.py            # writes fastlora/medical/models/weights/base.{safetensors,json}
 
-The stream of phantoms is a pure function of the seed, and so is the run, up to the machine's rounding.
+The phantoms depend only on the seed, and so does the result, up to rounding.
 """
 
 from __future__ import annotations
@@ -93,33 +93,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output", type=Path, default=BASE_WEIGHTS, help="safetensors file to write"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        default=BASE_WEIGHTS,
+        help="safetensors file to write (default: the packaged base model)",
     )
     parser.add_argument(
-        "--steps", type=int, default=1500, help="optimizer steps (default %(default)s)"
+        "--steps",
+        type=int,
+        metavar="N",
+        default=1500,
+        help="optimizer steps (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=8, help="phantoms a step (default %(default)s)"
+        "--batch_size",
+        type=int,
+        metavar="N",
+        default=8,
+        help="phantoms per optimizer step (default: %(default)s)",
     )
     parser.add_argument(
-        "--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)"
+        "--lr",
+        type=float,
+        metavar="X",
+        default=2e-3,
+        help="peak learning rate (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights and phantoms (default %(default)s)"
+        "--seed",
+        type=int,
+        metavar="N",
+        default=0,
+        help="random seed of weights and phantoms (default: %(default)s)",
     )
-    parser.add_argument("--channels", type=int, default=128, help="width (default %(default)s)")
-    parser.add_argument("--blocks", type=int, default=4, help="depth (default %(default)s)")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        metavar="N",
+        default=128,
+        help="channels of the decoder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        metavar="N",
+        default=4,
+        help="transformer blocks of the decoder (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     try:
         config = DecoderConfig(TOKEN_CHANNELS, channels=args.channels, blocks=args.blocks)
-        began = time.monotonic()
+        start = time.monotonic()
         model = pretrain(config, args.steps, args.batch_size, args.lr, args.seed)
-        recipe = {k: v for k, v in vars(args).items() if k != "output"}
+        flags = {k: v for k, v in vars(args).items() if k != "output"}
         provenance = {
             "trained_on": "procedural shapes (fastlora.medical.data.phantom), no anatomy",
             "command": "python scripts/pretrain_base.py "
-            + " ".join(f"--{k} {v}" for k, v in recipe.items()),
-            "seconds": round(time.monotonic() - began),
+            + " ".join(f"--{k} {v}" for k, v in flags.items()),
+            "seconds": round(time.monotonic() - start),
             "torch": torch.__version__,
         }
         save_base_model(model, args.output, provenance)

@@ -1,4 +1,4 @@
-"""Train once per setting (ranks, without FFN, dropout, full fine-tuning), evaluate all on the same held-out regions: one table, one plot."""
+"""Train once for each setting (ranks, without FFN, dropout, full fine-tuning), and compare them in a table and a plot on the same held-out regions."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fastlora.medical.training.data import load_splits
 from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.trainer import MedicalTrainer
 
-LORA_LR = 5e-3  # at every rank, unless the shared settings say otherwise
+LORA_LR = 5e-3  # at every rank, unless --config sets lr
 METRICS = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd": f"NSD@{TOLERANCE_MM:g} mm"}
 
 
 def settings(ranks: Sequence[int], dropouts: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """The settings of each run by its name: one rank for all layers, alpha twice the rank, and the output layer in full."""
+    """The settings of each run by its name: one rank for all layers, alpha twice the rank, the output layer trained in full."""
 
     def lora(rank: int, **more: Any) -> dict[str, Any]:
         same = {"finetune": "lora", "lora_ranks": []}
@@ -61,7 +61,7 @@ def measure(names: Sequence[str], config: TrainConfig, folder: Path) -> list[dic
     splits = load_splits(config)
     data = RegionDataset(splits["test" if "test" in splits else "val"])
     methods = {name: model_method(load_finetuned(folder / name)) for name in names}
-    summary = summarise(evaluate(data, methods, TOLERANCE_MM, config.batch_size).records)
+    summary = summarise(evaluate(data, methods, TOLERANCE_MM, config.batch_size).rows)
     rows = []
     for name in names:
         history = json.loads((folder / name / "history.json").read_text())
@@ -113,10 +113,34 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 after one line on stderr. After an interruption the same command continues."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", help="YAML of train_medical.py's settings that all runs share")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--dropouts", type=float, nargs="*", default=[0.1])
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/sweep"))
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of train_medical.py's settings that all runs share",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        metavar="N",
+        default=[1, 2, 4, 8, 16, 32, 64],
+        help="LoRA ranks, one run for each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dropouts",
+        type=float,
+        nargs="*",
+        metavar="P",
+        default=[0.1],
+        help="dropout probabilities, one run for each at rank 8 or the middle rank (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/sweep"),
+        help="folder of the runs, the table and the plot (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     folder: Path = arguments.output_dir
     show_log()
@@ -141,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(folder / "sweep.json", record)
     atomic_write(folder / "sweep.md", table(rows).encode())
     plot(rows, folder / "sweep.png")
-    print(table(rows) + f"record, table and plot: {folder}/sweep.json, sweep.md, sweep.png")
+    print(table(rows) + f"written to {folder}: sweep.json, sweep.md, sweep.png")
     return 0
 
 

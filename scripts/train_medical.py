@@ -1,4 +1,4 @@
-"""Fine-tune the mesh decoder on medical volumes; without arguments with LoRA on the bundled cases."""
+"""Fine-tune the mesh decoder on medical volumes, by default with LoRA on the bundled cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastlora.medical.training.distributed import local_device, process_group, r
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
 
-# What argparse needs besides the type of an option.
+# Arguments for argparse that do not follow from the type of an option.
 EXTRAS: dict[str, dict[str, Any]] = {
     "resume": {"nargs": "?", "const": "auto", "metavar": "PATH|auto"},
     "amp": {"nargs": "?", "const": "bf16"},
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file of 'name: value' lines, the names being the flags",
+        help="YAML file of 'name: value' lines, whose names are those of the flags",
     )
     groups: dict[str, Any] = {}
     for name, owner in option_owners().items():
@@ -51,12 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
         )
         kind = value_type(owner, name)
         rule = about["rule"].text if about["rule"] else ""
-        details = [about["unit"]] if about["unit"] else []
+        default = ""
         if field.default is not None and field.default is not False:
-            details.append(f"default: {'on' if field.default is True else field.default}")
-        options: dict[str, Any] = {
-            "help": about["help"] + (f" ({'; '.join(details)})" if details else "")
-        }
+            default = f" (default: {'on' if field.default is True else field.default})"
+        options: dict[str, Any] = {"help": about["help"] + default}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         elif rule.startswith("one of "):
@@ -73,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 def read_config(argv: Sequence[str] | None) -> TrainConfig:
     """The defaults, overridden by the checkpoint to resume, the YAML file and the flags, in this order.
 
-    Raises: ConfigError or CheckpointError, naming the flag, the key or the file that is wrong.
+    Raises: ConfigError or CheckpointError, naming the invalid flag, key or file.
     """
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
@@ -96,11 +94,11 @@ def read_config(argv: Sequence[str] | None) -> TrainConfig:
 
 
 def train(config: TrainConfig) -> None:
-    """One run, in this process or as one of the ranks; the first rank prints."""
+    """One run, alone or with other processes; the first one prints."""
     trainer = MedicalTrainer(config)
-    counts, world = trainer.counts, trainer.ranks.world
-    speak = print if trainer.ranks.first else lambda *_, **__: None
-    speak(
+    counts, world = trainer.counts, trainer.processes.world
+    show = print if trainer.processes.first else lambda *_, **__: None
+    show(
         f"{config.finetune} fine-tuning of {counts['trainable']:,} of {counts['total']:,} parameters on "
         f"{len(trainer.train_data)} samples ({len(trainer.val_data)} regions choose the best epoch), "
         f"{config.epochs} epochs of {trainer.state.steps_per_epoch} steps on {trainer.device}"
@@ -109,7 +107,7 @@ def train(config: TrainConfig) -> None:
     )
     trainer.train()
     ended = "finished" if trainer.epoch >= config.epochs else "stopped early"
-    speak(
+    show(
         f"{ended} after epoch {trainer.epoch}; best epoch {trainer.state.best_epoch}: {Path(config.checkpoint_dir, 'checkpoints/best.pt')}"
     )
 
@@ -118,13 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
     try:
         config = read_config(argv)
-        if os.environ.get("RANK", "0") == "0":  # the first rank prints
+        if os.environ.get("RANK", "0") == "0":  # only the first process prints
             show_log()
         with process_group(local_device(resolve_device(config))):
             train(config)
     except FastLoRAError as error:
         rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"rank {rank}: "
+        where = "" if rank == "0" else f"process {rank}: "
         print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The application's two classes, imported when they are first asked for."""
+    """The application's two classes, imported on first access."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

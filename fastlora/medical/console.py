@@ -13,7 +13,7 @@ from fastlora.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like any other error: one line, exit code 2."""
+    """Reports an invalid command line like any other error: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists all flags)")

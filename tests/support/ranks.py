@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastlora.medical.training.distributed import peers_needed
+from fastlora.medical.training.distributed import lost_process_explained
 
 TIME_LIMIT_S = 60
 
@@ -62,7 +62,7 @@ def _rank(
 ) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     try:
-        with peers_needed():
+        with lost_process_explained():
             result = function(*arguments)
         end.send(result)
     except Exception as error:

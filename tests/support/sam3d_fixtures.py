@@ -1,4 +1,4 @@
-"""The small package of `sam3d_package.py` made importable, and a checkpoint folder of it, for the tests of SAM 3D's path."""
+"""The small package of `sam3d_package.py` made importable, and a model folder for it, for the tests of SAM 3D's path."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ from tests.support.sam3d_package import forget_package, write_package
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """The small package, importable, with the environment that the loader gave it."""
+    """The small package, importable, with the environment variables that the loader set."""
     home = tmp_path_factory.mktemp("package")
     write_package(home)
     before, environment = forget_package(), dict(os.environ)
@@ -30,7 +30,7 @@ def package(tmp_path_factory):
 
 
 def build(part, config):
-    """A part's class itself, with seeded weights."""
+    """An instance of a part's class, with seeded weights."""
     if part == "structure":
         latent = importlib.import_module("sam3d_objects.model.backbone.tdfy_dit.models.mm_latent")
         mapping = {
@@ -48,7 +48,7 @@ def build(part, config):
 
 @pytest.fixture(scope="module")
 def folder(package, tmp_path_factory):
-    """A checkpoint folder of the small package's parts."""
+    """A model folder of the small package's parts."""
     os.environ["LIDRA_SKIP_INIT"] = "1"
     path = tmp_path_factory.mktemp("folder") / "checkpoints"
     write_folder(path, build, model_channels=16)
@@ -59,7 +59,7 @@ def folder(package, tmp_path_factory):
 
 @pytest.fixture
 def own_folder(folder, tmp_path):
-    """A copy that a test may spoil."""
+    """A copy that a test may corrupt."""
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path

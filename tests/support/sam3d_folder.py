@@ -1,4 +1,4 @@
-"""Folders laid out as SAM 3D Objects' checkpoints, with random weights."""
+"""Model folders in the layout of SAM 3D Objects, with random weights."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ CONFIGS = {"decoder": DECODER, "slat": SLAT, "structure": STRUCTURE}
 
 
 def fill(model):
-    """Gives values to what starts at zero: output layers, the last convolutions of the upsampling, modulations."""
+    """Fills weights that are initialised to zero: output layers, the last convolutions of the upsampling, modulations."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and not parameter.any():
@@ -77,7 +77,7 @@ def fill(model):
 
 
 def write_folder(folder: Path, build, parts=("decoder", "slat", "structure"), **changes):
-    """A checkpoint folder whose weights are `build(part, config)`'s: a bare state dict for the decoder, a training checkpoint else."""
+    """A model folder with the weights of `build(part, config)`: a bare state dict for the decoder, otherwise a training checkpoint."""
     folder.mkdir(exist_ok=True)
     pipeline = {"_target_": "sam3d_objects.pipeline.inference_pipeline.InferencePipeline"}
     for part in parts:

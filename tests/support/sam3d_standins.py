@@ -1,4 +1,4 @@
-"""What SAM 3D Objects imports and a CPU cannot have: spconv's sub-manifold convolution, and one check of kaolin."""
+"""Replacements for imports of SAM 3D Objects that need a GPU: spconv's sub-manifold convolution, and one check of kaolin."""
 
 import sys
 import types
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class SparseConvTensor:
-    """What spconv's class of this name holds, as far as SAM 3D Objects touches it."""
+    """The attributes of spconv's class of this name that SAM 3D Objects uses."""
 
     def __init__(
         self, features, indices, spatial_shape, batch_size, grid=None, voxel_num=None, indice_dict=None
@@ -25,7 +25,7 @@ class SparseConvTensor:
 
 
 class SubMConv3d(nn.Module):
-    """A convolution whose output lives at the input's voxels: y[v] = b + sum over offsets o of W[o] x[v + o]."""
+    """A convolution with outputs only at the input's voxels: y[v] = b + sum over offsets o of W[o] x[v + o]."""
 
     def __init__(self, in_channels, out_channels, kernel_size, dilation=1, bias=True, **_):
         super().__init__()
@@ -52,7 +52,7 @@ class SubMConv3d(nn.Module):
 
 
 def install():
-    """Puts the two in the place of spconv and kaolin for this process."""
+    """Installs the two as spconv and kaolin in this process."""
 
     def check_tensor(tensor, shape, throw=True):
         assert not throw

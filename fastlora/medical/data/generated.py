@@ -20,12 +20,12 @@ MANIFEST = "manifest.json"
 def generate_folder(
     root: str | os.PathLike[str], recipe: Mapping[str, object], write: Callable[[Path], None]
 ) -> Path:
-    """The folder that `write` generates, reused if it is complete and of the same `recipe`.
+    """The folder that `write` generates, reused if it is complete and has the same `recipe`.
 
-    A manifest in it stores the recipe and each file's SHA-256. A folder of another recipe, or with
-    files missing or changed, is rebuilt: `write` fills a temporary folder, which then replaces it.
+    A manifest in it stores the recipe and each file's SHA-256. A folder with another recipe, or with
+    missing or changed files, is rebuilt: `write` fills a temporary folder, which then replaces it.
 
-    recipe: JSON-serialisable, determines the contents. write: fills the empty folder it is given.
+    recipe: JSON-serialisable settings that determine the contents. write: fills an empty folder.
     Raises: DataError if the folder holds files that are not in its manifest, which would be lost.
     """
     root = Path(root).absolute()
@@ -45,7 +45,7 @@ def generate_folder(
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder, which takes the place of `folder` when the block ends without an error."""
+    """Context manager: a new, empty folder, which replaces `folder` if the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-partial-"))
     try:

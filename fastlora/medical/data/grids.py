@@ -1,4 +1,4 @@
-"""Structures on the fine grid: windowed, resampled, measured, and cached in memory and on disk."""
+"""Structures on the fine grid: image and signed distances, cached in memory and on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPACING_MM = 1.5
 COARSE = 8
 CELL = 4
 FINE = COARSE * CELL  # a region has FINE³ fine voxels of SPACING_MM, in COARSE³ cells of CELL³
-TRUNCATION_VOX = 4.0  # distance at which the true SDF is truncated: one coarse cell
+TRUNCATION_VOX = 4.0  # distance at which the SDF is truncated: one coarse cell
 MARGIN = FINE // 2  # fine voxels around a structure's bounding box
 _CACHE_VERSION = 2
 STORED: Layout = {
@@ -51,7 +51,7 @@ class StructureGrid:
     """One structure of one case on the subject's fine grid, cropped to its surroundings.
 
     image: (X, Y, Z) in [0, 1]. sdf_vox: (X, Y, Z), truncated. affine: (4, 4) index to mm. offset:
-    index of voxel (0, 0, 0) on the subject's whole fine grid. box: (2, 3) extent of the structure there.
+    index of voxel (0, 0, 0) on the subject's complete fine grid. box: (2, 3) extent of the structure there.
     """
 
     image: Array
@@ -62,7 +62,7 @@ class StructureGrid:
 
     @classmethod
     def make(cls, image: Volume, mask: Mask, modality: str, structure: str = "") -> StructureGrid:
-        """Window, resample and measure.
+        """Window and resample the image, and compute the signed distances.
 
         mask: (X, Y, Z) on the image's grid. modality, structure: see `window`.
         Raises: DataError if the mask is empty, or vanishes on the fine grid.
@@ -113,7 +113,7 @@ class StructureGrid:
         return load_entry(path, STORED, cls, compute, on_disk=cache_dir is not None)
 
     def crop(self, start: Sequence[int]) -> tuple[Array, Array]:
-        """Image and SDF of the 32³ window that starts at index `start` of the subject's fine grid."""
+        """Image and SDF of the 32³ region that starts at index `start` of the subject's fine grid."""
         at = tuple(slice(s - o, s - o + FINE) for s, o in zip(start, self.offset, strict=True))
         return self.image[at], self.sdf_vox[at]
 

@@ -30,7 +30,7 @@ DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DICOM")
 
-Found = tuple[str, Callable[[], Case]]  # a layout and what reads the case, which may raise
+Found = tuple[str, Callable[[], Case]]  # a layout, and a function that reads the case and may raise
 
 
 def find_cases(
@@ -41,8 +41,8 @@ def find_cases(
 ) -> list[Case]:
     """All cases below a folder, sorted by subject; its layout is logged.
 
-    modality: of image/label pairs, whose names do not state it. channel: of images with several, as
-    numbered in `dataset.json`. problems: if given, a case that cannot be used is skipped and
+    modality: of image/label pairs, whose names do not state it. channel: for images with several, its
+    number in `dataset.json`. problems: if given, a case that cannot be used is skipped and
     described there instead of raising.
     Raises: DataError if the folder is missing, has no case or an unreadable table, or if a case
     lacks image or masks.
@@ -127,7 +127,7 @@ def _dicom_case(folder: Path, split: str | None) -> Case:
     files = [path for s in series.values() if s.modality == "SEG" for path in s.files]
     segmentations = [dicom.read_segmentation(path) for path in files]
     if not segmentations:
-        raise DataError(f"{folder}: expected a DICOM SEG beside the images, got none")
+        raise DataError(f"{folder}: expected a DICOM SEG in the folder of the images, got none")
     images = {uid for seg in segmentations for uid in seg.refers_to if uid in series}
     if len(images) != 1:
         raise DataError(
@@ -147,7 +147,7 @@ def _dicom_case(folder: Path, split: str | None) -> Case:
     # The cache key follows the files of this folder: other series should not invalidate it.
     parents = {path.parent for path in series[uid].files}
     image = parents.pop() if len(parents) == 1 else folder
-    return Case(folder.name, DICOM_MODALITIES[kind], image, structures, split, part=uid)
+    return Case(folder.name, DICOM_MODALITIES[kind], image, structures, split, component=uid)
 
 
 def _new_name(known: Collection[str], label: str, where: Path) -> str:
@@ -270,14 +270,12 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int,
         try:
             values = tuple(int(v) for v in (value if several else [value]))
         except (TypeError, ValueError, OverflowError) as error:
-            raise DataError(
-                f"{path}: expected labels as whole numbers, got {key!r}: {entry!r}"
-            ) from error
+            raise DataError(f"{path}: expected integer labels, got {key!r}: {entry!r}") from error
         if label.lower() in ("background", "ignore") or values == (0,):
             continue
         found[_new_name(found, label, path)] = values if several else values[0]
     if not found:
-        raise DataError(f"{path}: expected a label beside the background, got none")
+        raise DataError(f"{path}: expected a label other than the background, got none")
     return found
 
 
@@ -287,7 +285,7 @@ def _folds(path: Path) -> dict[str, str]:
         return {}
     content = _read_json(path)
     try:
-        return {str(s): side for side in ("train", "val") for s in content[0][side]}
+        return {str(s): subset for subset in ("train", "val") for s in content[0][subset]}
     except (KeyError, IndexError, TypeError) as error:
         raise DataError(
             f"{path}: expected a list of folds with 'train' and 'val', got none"

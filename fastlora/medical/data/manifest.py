@@ -3,7 +3,7 @@
 An entry is a dataclass of arrays, in memory and in an `.npz` file, whose name has a hash of the
 source files and the settings.
 The manifest lists every usable structure with the SHA-256 of its sources and of the cache files
-that were asked for (grids; slices and meshes on request), and every skipped one with the reason.
+that were prepared (grids; slices and meshes on request), and every skipped one with the reason.
 Training with `--cache_dir` uses only structures listed there.
 """
 
@@ -14,7 +14,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import numpy as np
 from fastlora.errors import DataError
 from fastlora.files import atomic_write, read_json, read_npz, write_json
 from fastlora.medical.data.generated import digests, sha256
-from fastlora.medical.data.volumes import Case
+from fastlora.medical.data.volumes import Case, with_structures
 
 FORMAT = "fastlora-medical-manifest-1"
 NAME = "manifest.json"
@@ -83,7 +83,7 @@ def _memory_bytes() -> int:
 class Outcome:
     """The result of preprocessing one structure; `problem` is the reason if it cannot be used.
 
-    volume_ml: measured on the fine grid. regions: number of its windows. shape, spacing (mm): of
+    volume_ml: measured on the fine grid. regions: their number. shape, spacing (mm): of
     the box that slices are cut from. slices: number of samples along each axis; all three are empty
     without slices. sources: digest of each path read. files: digest of each cache file.
     """
@@ -171,19 +171,12 @@ def usable_cases(cases: Sequence[Case], cache_dir: Path) -> list[Case]:
     Raises: DataError as `read_manifest`, or if it lists none of them.
     """
     listed = {(s["subject"], s["structure"]) for s in read_manifest(cache_dir)["structures"]}
-    kept = [
-        replace(
-            case,
-            structures={n: s for n, s in case.structures.items() if (case.subject, n) in listed},
-        )
-        for case in cases
-    ]
-    kept = [case for case in kept if case.structures]
+    kept = with_structures(cases, lambda case, name: (case.subject, name) in listed)
     if not kept:
         raise DataError(
             f"{cache_dir / NAME}: expected structures of {cases[0].subject}, …, got those of "
             f"{', '.join(sorted({subject for subject, _ in listed})[:3]) or 'none'}: "
-            "it was made from another data set"
+            "the cache is of another data set"
         )
     return kept
 

@@ -1,4 +1,4 @@
-"""Procedural phantoms: shapes without anatomy, in images as varied as medical ones.
+"""Procedural phantoms: images of shapes without anatomy, as varied as medical images.
 
 `make_phantom` draws pretraining samples, from a bright object on a dark background to a textured
 one among similar neighbours. `write_phantom_dataset` writes CT-like volumes with oblique affines in
@@ -43,7 +43,7 @@ def superquadric(rng: Generator, points: Array) -> Array:
 
 
 def blob(rng: Generator, points: Array) -> Array:
-    """An ellipsoid with bumps of smooth noise, from a potato to gyri."""
+    """An ellipsoid with bumps of smooth noise."""
     radii = rng.uniform(0.45, 0.8, size=(3, 1, 1, 1)).astype(np.float32)
     bumps = smooth_noise(rng, points.shape[1:], rng.uniform(0.04, 0.16))
     norm: Array = np.linalg.norm(_posed(rng, points) / radii, axis=0)

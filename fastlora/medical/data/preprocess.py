@@ -24,7 +24,7 @@ from fastlora.medical.data.volumes import Case, Volume
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What to prepare for each structure besides its grid, which is all that training reads.
+    """What to prepare for each structure in addition to its grid (training reads only the grid).
 
     slices: cache what `TS_SAM3D_Dataset` reads. meshes: write PLY files to `meshes/` in the cache.
     axes, slice_config: settings of slices and meshes. skip_invalid: yield an outcome with a problem
@@ -40,9 +40,9 @@ class PreprocessConfig:
 
 
 def preprocess(
-    selected: Sequence[tuple[Case, str]], config: PreprocessConfig, num_workers: int = 0
+    cases: Sequence[Case], config: PreprocessConfig, num_workers: int = 0
 ) -> Iterator[Outcome]:
-    """Prepare (case, structure) pairs and yield an outcome for each; a case's image is read once.
+    """Prepare all structures of the cases and yield an outcome for each; a case's image is read once.
 
     Entries already in the cache are not recomputed, so an interrupted run can be continued; meshes
     are recomputed unless slices are cached too.
@@ -53,29 +53,25 @@ def preprocess(
     """
     if num_workers < 0:
         raise ConfigError(f"num_workers: expected 0 or more processes, got {num_workers}")
-    cases: dict[tuple[Path, object], tuple[Case, list[str]]] = {}
-    for case, structure in selected:
-        cases.setdefault((case.image_path, case.part), (case, []))[1].append(structure)
     work = partial(_case_outcomes, config)
     if num_workers == 0:
-        for item in cases.values():
-            yield from work(item)
+        for case in cases:
+            yield from work(case)
         return
     with ProcessPoolExecutor(num_workers) as pool:
-        for outcomes in pool.map(work, cases.values()):
+        for outcomes in pool.map(work, cases):
             yield from outcomes
 
 
-def _case_outcomes(config: PreprocessConfig, item: tuple[Case, list[str]]) -> list[Outcome]:
-    case, structures = item
+def _case_outcomes(config: PreprocessConfig, case: Case) -> list[Outcome]:
     skipped = (DataError,) if config.skip_invalid else ()
     try:
         image = case.load_image()
         image_digest = digest(case.image_path)
     except skipped as error:
-        return [Outcome(case.subject, structure, str(error)) for structure in structures]
+        return [Outcome(case.subject, structure, str(error)) for structure in case.structures]
     outcomes = []
-    for structure in structures:
+    for structure in case.structures:
         try:
             outcomes.append(_outcome(config, case, structure, image, image_digest))
         except skipped as error:

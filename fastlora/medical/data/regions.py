@@ -1,9 +1,9 @@
-"""Region samples: the input is a coarse structure with its image, the target the fine surface.
+"""Region samples: the input is an image with a coarse segmentation, the target the fine surface.
 
 A region is a cube of 32³ fine voxels (`SPACING_MM` each) around one structure of one subject, or
-around one block of a large structure. The input is its 8³ coarse structure (the fraction of each 4³
-cell inside the structure, as from a fast low-resolution segmentation) and the image; the target is
-the signed distance field (SDF) of the structure on the fine grid. Distances are in fine voxels,
+around one block of a large structure. The input is the image and an 8³ coarse segmentation (the fraction
+of each 4³ cell inside the structure, as from a fast low-resolution model); the target is the signed
+distance field (SDF) of the structure on the fine grid. Distances are in fine voxels,
 negative inside; the affine maps indices of a region's fine voxels to mm in the patient.
 """
 
@@ -30,7 +30,7 @@ PATCH = CELL + 2 * CONTEXT
 TOKEN_CHANNELS = PATCH**3 + 3**3
 """A token is its cell's image patch with context, and the coarse values of the 3³ cells around it."""
 
-SHIFT_VOX = 8  # the largest shift of a window along each axis in augmentation
+SHIFT_VOX = 8  # the largest shift of a region along each axis in augmentation
 
 
 def upsample_coarse(coarse: Array) -> Array:
@@ -39,8 +39,8 @@ def upsample_coarse(coarse: Array) -> Array:
     return interpolate(values, scale_factor=CELL, mode="trilinear")[0, 0].numpy()
 
 
-def coarse_structure(mask: Mask) -> Array:
-    """(32, 32, 32) bool → (8, 8, 8), the fraction of each cell that is inside."""
+def coarse_segmentation(mask: Mask) -> Array:
+    """A mask (32, 32, 32) → (8, 8, 8), the fraction of each cell that is inside."""
     cells = mask.reshape(COARSE, CELL, COARSE, CELL, COARSE, CELL)
     fraction: Array = cells.mean((1, 3, 5), dtype=np.float32)
     return fraction
@@ -60,10 +60,10 @@ def _neighbourhoods(coarse: Array) -> Array:
 
 
 def base_distance(coarse: Array) -> Array:
-    """(32, 32, 32) the upsampled coarse structure as a distance within ±CELL voxels, zero at one half.
+    """(32, 32, 32) the upsampled coarse segmentation as a distance within ±CELL voxels, zero at one half.
 
-    Not the distance transform of its surface: where the coarse structure misses a thin sheet, that
-    is large, and a residual would have to undo it. This is small wherever a cell is partly filled.
+    It is small wherever a cell is partly filled. The distance transform of the upsampled surface would
+    be large where that misses a thin sheet, and the model would have to predict the difference.
     """
     return 2 * CELL * (np.float32(0.5) - upsample_coarse(coarse))
 
@@ -83,7 +83,7 @@ def token_features(image: Array, coarse: Array, cells: NDArray[np.int64]) -> Arr
 
 def region_arrays(image: Array, sdf_vox: Array) -> dict[str, Array | NDArray[np.int64]]:
     """The arrays of a sample of `RegionDataset` that follow from its image and SDF, (32, 32, 32) each."""
-    coarse = coarse_structure(sdf_vox < 0)
+    coarse = coarse_segmentation(sdf_vox < 0)
     cells = active_cells(coarse)
     return {
         "coarse": coarse,
@@ -100,13 +100,12 @@ class RegionDataset(Dataset[dict[str, Any]]):
 
     `dataset[i]` is a dict: coarse (8, 8, 8) float32, the fraction of each cell that is inside;
     coords (T, 3) int64, the active cells; feats (T, TOKEN_CHANNELS) float32, their tokens;
-    base_vox, sdf_vox (32, 32, 32) float32, distances of the upsampled coarse and of the true
-    structure; image (32, 32, 32) float32 in [0, 1]; affine (4, 4) float64, index to mm; spacing, mm
+    base_vox, sdf_vox (32, 32, 32) float32, distances of the upsampled coarse segmentation
+    and of the ground truth; image (32, 32, 32) float32 in [0, 1]; affine (4, 4) float64, index to mm; spacing, mm
     per fine voxel; meta: subject, structure, region, modality, group.
 
-    augment: shift and mirror the window, and vary brightness, contrast and noise slightly (the image
-    may then leave [0, 1]). Image and SDF undergo the same symmetry of the grid, so the SDF stays
-    exact. cache_dir: of preprocessing.
+    augment: shift and mirror the region, and vary brightness, contrast and noise slightly (the image
+    may then leave [0, 1]). Image and SDF are mirrored alike and not resampled, so the SDF stays exact. cache_dir: of preprocessing.
     Raises: DataError if `specs` is empty; ConfigError if `samples_per_region` < 1.
     """
 
@@ -170,7 +169,7 @@ class RegionDataset(Dataset[dict[str, Any]]):
 
 
 def _moved(spec: RegionSpec, grid: StructureGrid, rng: np.random.Generator) -> NDArray[np.int64]:
-    """A random start within SHIFT_VOX and the spec's bounds whose window still contains a surface."""
+    """A random start within SHIFT_VOX and the spec's bounds whose region still contains a surface."""
     for _ in range(8):
         shift = rng.integers(-SHIFT_VOX, SHIFT_VOX + 1, 3)
         start: NDArray[np.int64] = np.clip(np.array(spec.start) + shift, spec.low, spec.high)

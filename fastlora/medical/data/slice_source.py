@@ -50,7 +50,7 @@ class SliceConfig:
     spacing: mm of the isotropic grid to resample to; None keeps the image's own. crop_size: minimum
     side in voxels of the box around a structure, within the image. margin_mm: minimum distance from
     the structure to the box. sdf_size: voxels along each side of the canonical cube. min_area_px:
-    the smallest cross-section that makes a sample. Raises: ConfigError if one is not positive.
+    the smallest cross-section that becomes a sample. Raises: ConfigError if one is not positive.
     """
 
     spacing: float | None = None
@@ -89,7 +89,7 @@ def prepare(
     """Compute a structure's volumes and mesh from its files.
 
     image: the case's image if it has been read already. Raises: DataError as `Case.load_image` and
-    `Case.load_mask`, or if nothing is left of the mask at the config's spacing.
+    `Case.load_mask`, or if the mask is empty at the config's spacing.
     """
     image = case.load_image() if image is None else image
     mask = case.load_mask(structure, image)
@@ -104,7 +104,7 @@ def prepare(
         affine = target
         if not mask.any():
             raise DataError(
-                f"{case.subject}/{structure}: expected voxels left at spacing {config.spacing} mm, "
+                f"{case.subject}/{structure}: expected a mask with voxels at spacing {config.spacing} mm, "
                 "got an empty mask"
             )
     # The image's border counts as outside, so a structure cut off by it has a closed surface.

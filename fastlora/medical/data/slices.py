@@ -35,7 +35,7 @@ from fastlora.medical.data.slice_source import (
     load_prepared,
     to_canonical,
 )
-from fastlora.medical.data.splits import kind_of
+from fastlora.medical.data.splits import select_structures
 from fastlora.medical.data.volumes import Case
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order
@@ -54,7 +54,8 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
     extract_mesh: whether samples carry the mesh. augment: move each sample at random, depending on
     (seed, epoch, index) alone and not on the worker. cache_dir: of preprocessing; None caches a few
     structures in memory only.
-    Raises: ConfigError if an axis is unknown; DataError if no case has a class or a file is bad.
+    Raises: ConfigError if an axis is unknown; DataError if no case has one of the classes or
+    a file cannot be used.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
         # Shared memory: workers that outlive an epoch see the next one's number.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self.structures = select_structures(cases, classes)
+        selected = select_structures(cases, classes)
+        self.structures = [(case, name) for case in selected for name in case.structures]
         if self.cache_dir is not None:
             paths = [cache_path(c, s, self.config, self.cache_dir) for c, s in self.structures]
             if missing := sum(not path.is_file() for path in paths):
@@ -93,7 +95,7 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's random moves; workers that are already running see it too."""
+        """Choose the epoch's random moves, also for workers that are already running."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -139,24 +141,6 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
         return load_prepared(*self.structures[number], self.config, self.cache_dir)
 
 
-def select_structures(
-    cases: Sequence[Case], classes: Sequence[str] | None
-) -> list[tuple[Case, str]]:
-    """The (case, structure) pairs of some classes.
-
-    classes: names, or kinds of structures (`vertebra` for `vertebra_22`); None for all.
-    Raises: DataError if no case has one of the classes.
-    """
-    names = sorted({name for case in cases for name in case.structures})
-    missing = set(classes or ()) - {*names, *map(kind_of, names)}
-    if missing:
-        raise DataError(
-            f"classes: expected some of {', '.join(names)}, got {', '.join(sorted(missing))}"
-        )
-    wanted = set(names if classes is None else classes)
-    return [(c, name) for c in cases for name in c.structures if {name, kind_of(name)} & wanted]
-
-
 def parse_axes(axes: Sequence[str | int]) -> list[int]:
     """Axis numbers from names or numbers. Raises: ConfigError if there is none or one is unknown."""
     numbers = {str(number): number for number in AXES.values()} | AXES
@@ -179,7 +163,7 @@ def split_by_subject(
 
     If cases carry a split (meta.csv), subjects of split "train" train and the others validate;
     otherwise `val_fraction` of the subjects is drawn at random.
-    Raises: DataError if one side would be empty, as with a single subject.
+    Raises: DataError if one subset would be empty, as with a single subject.
     """
     if any(case.split for case in cases):
         chosen = {case.subject for case in cases if case.split != "train"}
@@ -289,7 +273,7 @@ def _cut(sample: dict[str, Any], height: int, width: int) -> dict[str, torch.Ten
 
 
 def _frame_start(filled: torch.Tensor, size: int) -> int:
-    """First pixel of a frame around the filled ones; no side is cropped while another is padded."""
+    """First pixel of a frame around the filled ones; it never crops one end and pads the other."""
     length = len(filled)
     inside = filled.nonzero()
     middle = int(inside.min() + inside.max() + 1) / 2 if len(inside) else length / 2

@@ -1,4 +1,4 @@
-"""Regions and their split into train, val and test: windows over structures, and a check for leaks."""
+"""Regions that cover structures, their split into train, val and test, and a check for leaks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlora.errors import ConfigError, DataError
+from fastlora.errors import ConfigError, DataError, nearest
 from fastlora.medical.data.grids import FINE, SPACING_MM, StructureGrid
-from fastlora.medical.data.volumes import Case
+from fastlora.medical.data.volumes import Case, with_structures
 
 Index = tuple[int, ...]
 
@@ -47,23 +47,23 @@ SPLIT_NOTES = {
     "structure": (
         "Tested on vertebra 22 (CT), vertebra 6 and disc 106 (MR), and the brain in front of y = 0 mm. Trained on "
         "their neighbours in the same two patients and on the brain behind y = -30 mm below z = 20 mm of the same "
-        "template; vertebra 21 and the brain behind y = -30 mm above z = 28 mm validate. The sides share patient "
-        "and scanner, and on the spine image voxels where neighbours touch (never target voxels). The score is of "
-        "adaptation to these images, not of generalisation to new patients."
+        "template; validated on vertebra 21 and the brain behind y = -30 mm above z = 28 mm. Training, validation and test share "
+        "patient and scanner, and on the spine image voxels where neighbours touch (never target voxels). The scores "
+        "measure adaptation to these images, not generalisation to new patients."
     ),
     "patient": (
-        "Tested on other subjects than those trained on; only kinds of structure that both have are used. With the "
+        "Tested on subjects that are not trained on; only kinds of structure that both have are used. With the "
         "bundled data that is one patient in CT against one in MR, validated on one vertebra of the former."
     ),
-    "file": "The split comes with the data (the split column of meta.csv); no image is on two sides.",
+    "file": "The split comes with the data (the split column of meta.csv); no image is in two subsets.",
 }
-"""What the sides of each split share, for the report."""
+"""What the subsets of each split share, for the report."""
 
-MIN_FILLED = 0.01  # of a region is at least inside the structure, and as much outside
+MIN_FILLED = 0.01  # least fraction of a region inside the structure, and outside it
 
 
 def is_region(grid: StructureGrid, start: Sequence[int]) -> bool:
-    """Whether a window contains enough of a structure, and of what is outside it, to be a region."""
+    """Whether the 32³ crop at `start` has enough voxels inside and outside the structure to be a region."""
     filled = float((grid.crop(start)[1] < 0).mean())
     return MIN_FILLED <= filled <= 1 - MIN_FILLED
 
@@ -73,6 +73,24 @@ def kind_of(structure: str) -> str:
     return re.sub(r"_\d+(?=_|$)", "", structure)
 
 
+def select_structures(cases: Sequence[Case], classes: Sequence[str] | None) -> list[Case]:
+    """The cases that have structures of the classes, reduced to these structures.
+
+    classes: names, or kinds of structures (`vertebra` for `vertebra_22`); None for all.
+    Raises: DataError if no case has one of the classes.
+    """
+    if classes is None:
+        return list(cases)
+    names = sorted({name for case in cases for name in case.structures})
+    known = {*names, *map(kind_of, names)}
+    for name in classes:
+        if name not in known:
+            raise DataError(
+                f"classes: no case has {name!r}{nearest(name, known)}; there are: {', '.join(names)}"
+            )
+    return with_structures(cases, lambda _, name: not {name, kind_of(name)}.isdisjoint(classes))
+
+
 def group_of(structure: str) -> str:
     """The heading under which tables list a structure."""
     return GROUPS.get(kind_of(structure), kind_of(structure))
@@ -80,7 +98,7 @@ def group_of(structure: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class RegionSpec:
-    """A 32³ window of a case's fine grid; augmentation may move `start` between `low` and `high`."""
+    """A 32³ crop of a case's fine grid; augmentation may move `start` between `low` and `high`."""
 
     case: Case
     structure: str
@@ -97,13 +115,13 @@ class RegionSpec:
 def region_specs(
     case: Case, structure: str, box_mm: Box | None = None, cache_dir: Path | None = None
 ) -> list[RegionSpec]:
-    """Evenly spaced windows that cover a structure, or its part within `box_mm` of the patient.
+    """Evenly spaced regions that cover a structure, or what of it lies within `box_mm`.
 
-    Raises: DataError if no window contains enough of the structure, or a box is given and the volume
-    is oblique.
+    Raises: DataError if no region contains enough of the structure, or if a box is given and the
+    volume is oblique.
     """
     grid = StructureGrid.load(case, structure, cache_dir)
-    low, high = grid.offset.copy(), grid.offset + grid.image.shape  # windows lie in [low, high)
+    low, high = grid.offset.copy(), grid.offset + grid.image.shape  # regions lie in [low, high)
     box = grid.box.copy()
     if box_mm is not None:
         first, stop = _box_voxels(grid, case, box_mm)
@@ -111,23 +129,23 @@ def region_specs(
         box = np.clip(box, low, high)
         if (high - low < FINE).any():
             raise DataError(
-                f"{case.subject}: {structure}: no window of {FINE} voxels fits the box {box_mm} mm"
+                f"{case.subject}: {structure}: no region of {FINE} voxels fits the box {box_mm} mm"
             )
     last = high - FINE
-    starts = [window_starts(box[0, axis], box[1, axis], low[axis], last[axis]) for axis in range(3)]
+    starts = [region_starts(box[0, axis], box[1, axis], low[axis], last[axis]) for axis in range(3)]
     bounds = tuple(low.tolist()), tuple(last.tolist())
-    windows = (start for start in itertools.product(*starts) if is_region(grid, start))
-    found = [RegionSpec(case, structure, start, *bounds) for start in windows]
+    usable = (start for start in itertools.product(*starts) if is_region(grid, start))
+    found = [RegionSpec(case, structure, start, *bounds) for start in usable]
     if not found:
         raise DataError(
-            f"{case.subject}: {structure}: no window of {FINE * SPACING_MM:g} mm is filled by "
+            f"{case.subject}: {structure}: no region of {FINE * SPACING_MM:g} mm is filled by "
             f"{MIN_FILLED:.0%} to {1 - MIN_FILLED:.0%}"
         )
     return found
 
 
-def window_starts(begin: int, end: int, low: int, last: int, stride: int = FINE) -> list[int]:
-    """Evenly spaced starts, within low to last, of the fewest windows that cover begin to end.
+def region_starts(begin: int, end: int, low: int, last: int, stride: int = FINE) -> list[int]:
+    """Evenly spaced starts, within low to last, of the fewest regions that cover begin to end.
 
     stride: the largest distance between two starts.
     """
@@ -151,7 +169,7 @@ def _box_voxels(
 
 Splits = dict[str, list[RegionSpec]]
 Assignment = Callable[[Case, str], Mapping[str, Box | None]]
-"""The side of a case's structure, or the sides of its blocks; empty if it is not used."""
+"""The subset of a case's structure, or the subsets of its blocks; empty if it is not used."""
 
 
 def make_splits(
@@ -163,19 +181,19 @@ def make_splits(
     test_subjects: Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
 ) -> Splits:
-    """Regions for training (`train`), model selection (`val`) and the final figures (`test`).
+    """Regions for training (`train`), model selection (`val`) and the final results (`test`).
 
-    See `SPLIT_NOTES` for what the sides share.
+    See `SPLIT_NOTES` for what the subsets share.
 
     split: `structure` tests on the named structures and on the test block of `BLOCKS`; `patient`
     tests on `test_subjects` (default: the last fifth by name, at least one) and validates on as many
     more subjects if enough remain, otherwise on the first structure of each kind; `file` follows
     `Case.split` and may have no `test`. cache_dir: of preprocessing.
-    Raises: ConfigError if the split is unknown; DataError if a volume cannot be used, a side is
-    empty, or `check_no_leak` finds a leak.
+    Raises: ConfigError if the split is unknown; DataError if a volume cannot be used, a subset
+    is empty, or `check_no_leak` finds a leak.
     """
     cache = Path(cache_dir) if cache_dir is not None else None
-    sides: Splits = {"train": [], "val": [], "test": []}
+    subsets: Splits = {"train": [], "val": [], "test": []}
     whole: tuple[str, ...] = ()
     if split == "structure":
         assign = _by_name(test_structures, val_structures)
@@ -187,27 +205,27 @@ def make_splits(
         raise ConfigError(f"split: expected one of {sorted(SPLIT_NOTES)}, got {split!r}")
     for case in cases:
         for structure in sorted(case.structures):
-            for side, box in assign(case, structure).items():
-                sides[side] += region_specs(case, structure, box, cache)
-    if split == "file" and not sides["test"]:
-        del sides["test"]
-    for name, specs in sides.items():
+            for subset, box in assign(case, structure).items():
+                subsets[subset] += region_specs(case, structure, box, cache)
+    if split == "file" and not subsets["test"]:
+        del subsets["test"]
+    for name, specs in subsets.items():
         if not specs:
             found = "; ".join(f"{c.subject}: {', '.join(sorted(c.structures))}" for c in cases)
             raise DataError(
                 f"split {split!r}: expected regions to {name} on, got none among {found or 'no case'}"
             )
-    check_no_leak(sides, whole)
-    return sides
+    check_no_leak(subsets, whole)
+    return subsets
 
 
 def _by_name(test: Sequence[str], val: Sequence[str]) -> Assignment:
     def assign(case: Case, structure: str) -> Mapping[str, Box | None]:
         if blocks := BLOCKS.get(kind_of(structure)):
             return blocks
-        for side, names in (("test", test), ("val", val)):
+        for subset, names in (("test", test), ("val", val)):
             if any(f"{structure}_".startswith(f"{name}_") for name in names):  # itself or a part
-                return {side: None}
+                return {subset: None}
         return {"train": None}
 
     return assign
@@ -246,11 +264,11 @@ def _by_file(case: Case, structure: str) -> Mapping[str, Box | None]:
 
 
 def check_no_leak(splits: Splits, whole_subjects: Sequence[str] = ()) -> None:
-    """Refuse splits whose sides share training and test data.
+    """Refuse splits whose subsets share data.
 
-    A side in `whole_subjects` may not share an image with another. Otherwise, within one image, the
-    windows of one structure may not overlap across sides after any augmentation, and no voxel may
-    belong to targets on both. Raises: DataError, naming the pair that leaks.
+    A subset in `whole_subjects` may not share an image with another. Otherwise, within one image,
+    regions of one structure in two subsets may not overlap after any augmentation, and no voxel may
+    be a target in both. Raises: DataError, naming the pair that leaks.
     """
     for first, second in itertools.combinations(sorted(splits), 2):
         apart = first in whole_subjects or second in whole_subjects
@@ -260,7 +278,7 @@ def check_no_leak(splits: Splits, whole_subjects: Sequence[str] = ()) -> None:
                 continue
             pair = f"{a.case.subject}: {first} {a.name} and {second} {b.name}"
             if apart:
-                raise DataError(f"{pair}: expected a subject on one side only")
+                raise DataError(f"{pair}: expected a subject in one subset only")
             key = (a.case.image_path, a.structure, a.low, a.high, b.structure, b.low, b.high)
             if key not in checked and _share_target(a, b):
                 raise DataError(f"{pair}: expected no common target voxel")

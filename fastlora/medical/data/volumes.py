@@ -12,8 +12,8 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ _UNREADABLE = (
 
 Modality = Literal["ct", "mr", "grey"]
 
-# Hounsfield windows; a structure is of the tissue that has a word of its name, by default soft.
+# Hounsfield windows by tissue; words in a structure's name select the tissue, by default soft.
 CT_WINDOWS = {"soft": (-160.0, 240.0), "bone": (-500.0, 1300.0), "lung": (-1350.0, 150.0)}
 CT_WORDS = {
     "bone": "vertebra rib bone skull sternum sacrum hip femur humerus scapula clavicula clavicle mandible",
@@ -83,7 +83,7 @@ class Volume:
 class Source:
     """A structure's mask: the voxels of `path` whose value is `label`, or one of several labels.
 
-    None: those that are not zero. In a DICOM SEG the label is a segment's number. spacing: three
+    None: all nonzero voxels. In a DICOM SEG the label is a segment's number. spacing: three
     mm, only for PNG (see `load_png`).
     """
 
@@ -96,7 +96,7 @@ class Source:
 class Case:
     """One image of one subject with its structures' masks, as paths; nothing is read yet.
 
-    image_path: a NIfTI file, or a folder with a DICOM series. part: the channel of a 4-D file, or
+    image_path: a NIfTI file, or a folder with a DICOM series. component: the channel of a 4-D file, or
     the UID of a series in the folder; None if there is only one.
     """
 
@@ -105,11 +105,11 @@ class Case:
     image_path: Path
     structures: dict[str, Source]
     split: str | None = None
-    part: int | str | None = None
+    component: int | str | None = None
 
     def load_image(self) -> Volume:
         """The image, float32. Raises: DataError as `load_volume`."""
-        return load_volume(self.image_path, self.part)
+        return load_volume(self.image_path, self.component)
 
     def source(self, structure: str) -> Source:
         """The structure's mask. Raises: DataError if the case has no such structure."""
@@ -127,7 +127,7 @@ class Case:
         """
         source = self.source(structure)
         files = file_stamps(self.image_path), file_stamps(source.path)
-        return (self.modality, self.part, structure, source.label, *files)
+        return (self.modality, self.component, structure, source.label, *files)
 
     def load_mask(self, structure: str, image: Volume) -> Mask:
         """The structure's mask on the image's grid, (X, Y, Z) bool.
@@ -135,6 +135,15 @@ class Case:
         Raises: DataError as `source`, or as the function `load_mask`.
         """
         return load_mask(self.source(structure), image, self.image_path.name)
+
+
+def with_structures(cases: Sequence[Case], keep: Callable[[Case, str], bool]) -> list[Case]:
+    """The cases, reduced to the structures that `keep` accepts, without those that have none left."""
+    reduced = [
+        replace(case, structures={n: s for n, s in case.structures.items() if keep(case, n)})
+        for case in cases
+    ]
+    return [case for case in reduced if case.structures]
 
 
 def load_mask(source: Source, image: Volume, name: str = "the image") -> Mask:
@@ -182,25 +191,25 @@ def file_stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
 def same_grid(
     a: ArrayLike, b: ArrayLike, shape: Sequence[int], tolerance_vox: float = 0.01
 ) -> bool:
-    """Whether two affines map every voxel of a volume to the same place, within a tolerance."""
+    """Whether two affines map every voxel of a volume to the same position, within a tolerance."""
     corners = list(itertools.product(*((0, n - 1) for n in shape)))
     apart = np.linalg.norm(apply_affine(np.subtract(a, b), corners), axis=1).max()
     return bool(apart <= tolerance_vox * voxel_sizes(np.asarray(b)).min())
 
 
-def load_volume(path: str | os.PathLike[str], part: int | str | None = None) -> Volume:
+def load_volume(path: str | os.PathLike[str], component: int | str | None = None) -> Volume:
     """Read a 3-D image as float32 in RAS order.
 
-    path: a NIfTI file, a folder with a DICOM series, or a multi-frame DICOM file. part: see `Case`.
+    path: a NIfTI file, a folder with a DICOM series, or a multi-frame DICOM file. component: see `Case`.
     Raises: DataError, naming the file, if it cannot be read, is not 3-D, holds NaN or infinity, or
     has a singular or sheared affine.
     """
     path = Path(path)
     if path.is_dir() or dicom.is_dicom(path):
-        stored, matrix = dicom.read_series(path, None if part is None else str(part))
+        stored, matrix = dicom.read_series(path, None if component is None else str(component))
         data, affine = _from_array(stored, matrix, path)
     else:
-        data, affine = _read(path, part)
+        data, affine = _read(path, component)
     with np.errstate(over="ignore"):
         array = data.astype(np.float32)
     if bad := np.count_nonzero(~np.isfinite(array)):
@@ -222,7 +231,7 @@ def load_labels(path: str | os.PathLike[str]) -> Volume:
     array = data.astype(np.int32) if fits else None
     if array is None or (array != data).any():
         raise DataError(
-            f"{path}: expected a label map of whole numbers, got others (stored as {data.dtype})"
+            f"{path}: expected 32-bit integer labels, got other values (stored as {data.dtype})"
         )
     return Volume(array, affine)
 
@@ -235,7 +244,7 @@ def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
     origin.
 
     spacing: mm between columns, rows and slices (for a single slice its thickness).
-    Raises: DataError if a file cannot be read, is coloured, or differs in size from the first.
+    Raises: DataError if a file cannot be read, is in colour, or differs in size from the first.
     """
     path, steps = Path(path), check_spacing(spacing)
     files = sorted(path.glob("*.png")) if path.is_dir() else [path]
@@ -271,29 +280,29 @@ def _read_png(path: Path, slices: int) -> Array:
     if pixels.ndim == 3:
         colours = pixels[..., :3] if pixels.shape[2] in (3, 4) else pixels[..., :1]
         if (colours != colours[..., :1]).any():
-            raise DataError(f"{path}: expected a grey picture, got a coloured one")
+            raise DataError(f"{path}: expected a greyscale image, got a colour image")
         pixels = colours[..., 0]
     most = 1 if pixels.dtype == np.bool_ else 255 if pixels.dtype == np.uint8 else 65535
     return pixels.astype(np.float32) / np.float32(most)
 
 
-def _read(path: Path, part: int | str | None = None) -> tuple[NDArray[np.generic], FloatArray]:
+def _read(path: Path, component: int | str | None = None) -> tuple[NDArray[np.generic], FloatArray]:
     if not path.is_file():
         raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
     with reading(path, "a readable NIfTI file", _UNREADABLE):
         stored = nib.load(path)
         _check_size(path, stored)
-        return _canonical(stored, path, part)
+        return _canonical(stored, path, component)
 
 
 def _canonical(
-    image: Any, path: Path, part: int | str | None = None
+    image: Any, path: Path, component: int | str | None = None
 ) -> tuple[NDArray[Any], FloatArray]:
     """The voxels and the affine of a nibabel image in RAS order. path: for errors."""
-    if part is not None and len(image.shape) == 4:
-        if not (isinstance(part, int) and 0 <= part < image.shape[3]):
-            raise DataError(f"{path}: expected a channel below {image.shape[3]}, got {part}")
-        image = image.slicer[..., part]
+    if component is not None and len(image.shape) == 4:
+        if not (isinstance(component, int) and 0 <= component < image.shape[3]):
+            raise DataError(f"{path}: expected a channel below {image.shape[3]}, got {component}")
+        image = image.slicer[..., component]
     image = nib.as_closest_canonical(image)
     data = np.asanyarray(image.dataobj)
     if data.ndim == 4 and data.shape[3] == 1:

@@ -1,1 +1,1 @@
-"""Metrics, tables, pictures, reports, prediction."""
+"""Metrics, tables, images, reports, prediction."""

@@ -1,4 +1,4 @@
-"""Held-out evaluation: every method on the same regions, with a record for each.
+"""Held-out evaluation: every method on the same regions, with a row of metrics for each.
 
 `compare_runs` evaluates run folders; `results` summarises the `Evaluation`.
 """
@@ -34,12 +34,12 @@ from fastlora.medical.training.distributed import resolve_device
 from fastlora.medical.training.finetuned import load_base, load_finetuned, predict
 from fastlora.medical.training.run_folder import RunFolder
 
-Record = dict[str, Any]
+Row = dict[str, Any]
 Method = Callable[[RegionBatch], torch.Tensor]
 """A way to predict: from a batch of B regions to signed distances (B, X, Y, Z)."""
 
 LABELS = {
-    "baseline": "Coarse structure, upsampled",
+    "baseline": "Coarse segmentation, upsampled",
     "base": "Base model, frozen",
     "lora": "LoRA",
     "merged": "LoRA, merged",
@@ -55,23 +55,23 @@ SAME_IN_BOTH_RUNS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions on held-out regions, and a record for each region and method.
+    """Predictions on held-out regions, and one row of metrics for each region and method.
 
-    samples: the regions, as `RegionDataset` gives them.
-    predictions: method -> one (X, Y, Z) level set a sample, negative inside.
-    records: `meta` of the region, `index` among the samples, `method`, `spacing_mm`, `status`
+    samples: the regions, from `RegionDataset`.
+    predictions: method -> a level set (X, Y, Z) for each sample, negative inside.
+    rows: `meta` of the region, `index` among the samples, `method`, `spacing_mm`, `status`
         and the metrics.
     """
 
     samples: list[dict[str, Any]]
     predictions: dict[str, list[Array]]
-    records: list[Record]
+    rows: list[Row]
     tolerance_mm: float
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run's folder, read: its configuration and history, and the checkpoint to use.
+    """The contents of a run folder: its configuration and history, and the checkpoint to use.
 
     regions: fingerprints of the regions of training and validation; none in runs of older versions. facts: the run's configuration,
     cost and size.
@@ -88,14 +88,14 @@ class Run:
     def read(cls, path: str | Path, finetune: str) -> Run:
         """Reads a run folder, whose best checkpoint is used, or `<run>/checkpoints/<which>.pt`.
 
-        Raises: CheckpointError if it is no run folder, not of that kind of fine-tuning, or its model makes no mesh. ConfigError if its
+        Raises: CheckpointError if it is not a run folder, not of that kind of fine-tuning, or its model makes no mesh. ConfigError if its
             config.yaml cannot be used.
         """
         folder, which = RunFolder.split(path)
         files = RunFolder(folder)
         if not files.config.is_file() or not files.history.is_file():
             raise CheckpointError(
-                f"{path}: expected a run folder with config.yaml and history.json, got none there"
+                f"{path}: expected a run folder with config.yaml and history.json, got none"
             )
         config = TrainConfig.from_dict(read_yaml(files.config))
         if config.finetune != finetune:
@@ -123,7 +123,7 @@ class Run:
 
 
 def baseline_method(threshold: float) -> Method:
-    """The upsampled coarse structure, cut at `threshold`; it looks at no image."""
+    """The upsampled coarse segmentation, thresholded at `threshold`; it does not use the image."""
 
     def predict(batch: RegionBatch) -> torch.Tensor:
         return torch.from_numpy(np.stack([baseline(c, threshold) for c in batch.coarse.numpy()]))
@@ -153,7 +153,7 @@ def evaluate(
         batch = collate_regions(samples[start : start + batch_size])
         for key, method in methods.items():
             predictions[key] += list(method(batch).numpy())
-    records = []
+    rows = []
     for index, sample in enumerate(samples):
         for key in methods:
             pred, true = predictions[key][index], sample["sdf_vox"]
@@ -162,10 +162,10 @@ def evaluate(
             except DataError as error:
                 where = f"{sample['meta']['subject']}/{sample['meta']['region']}"
                 raise DataError(f"{LABELS.get(key, key)}, {where}: {error}") from error
-            record = {**sample["meta"], "index": index, "spacing_mm": float(sample["spacing"])}
-            record |= {"method": key, "status": region_status(pred, true), **values}
-            records.append(record)
-    return Evaluation(samples, predictions, records, tolerance_mm)
+            row = {**sample["meta"], "index": index, "spacing_mm": float(sample["spacing"])}
+            row |= {"method": key, "status": region_status(pred, true), **values}
+            rows.append(row)
+    return Evaluation(samples, predictions, rows, tolerance_mm)
 
 
 def compare_runs(
@@ -178,14 +178,14 @@ def compare_runs(
     batch_size: int = 8,
     device: str = "auto",
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Evaluates trivial baseline, base, LoRA, merged LoRA and, if given, full fine-tuning.
+    """Evaluates the trivial baseline, the base model, LoRA, merged LoRA and, if given, full fine-tuning.
 
-    The side `test` of the runs' split is used, or `val` if the data has no `test`.
+    The subset `test` of the runs' split is used, or `val` if the split has no `test`.
     data_root: read the cases from here instead of where the run found them. cache_dir: the preprocessing cache of the cases; default:
         the run's own, none with a data_root.
 
-    Returns the evaluation and the facts of the comparison: the split and what its sides share, the
-    baseline's threshold (tuned on the training regions), the largest difference that merging made.
+    Returns the evaluation and the facts of the comparison: the split and what its subsets share, the
+    baseline's threshold (tuned on the training regions), and the largest difference between LoRA and merged LoRA.
 
     Raises: DataError, CheckpointError or ConfigError, naming the mismatch.
     """
@@ -204,26 +204,26 @@ def compare_runs(
     models = _load_models(config, lora, full)
 
     splits = load_splits(config)
-    side = "test" if "test" in splits else "val"
+    subset = "test" if "test" in splits else "val"
     training = RegionDataset(splits["train"], cache_dir=config.cache_dir)
     if data_root is None:
         now = [training.identity(), RegionDataset(splits["val"]).identity()]
         for run in filter(None, (lora, full)):
             if run.regions and run.regions != now:
                 raise DataError(
-                    f"{run.folder}: was trained on other regions than its data gives now, so a region that it trained on might be "
-                    "tested; prepare the data as it was, or train again"
+                    f"{run.folder}: was trained on regions that differ from those of its data now, so a training region could be in "
+                    "the test set; restore the data, or train again"
                 )
     threshold = tune_threshold(training)
     where = resolve_device(config)
     methods = {"baseline": baseline_method(threshold)}
     methods |= {key: model_method(model, where) for key, model in models.items()}
-    held_out = config.options.regions(RegionDataset(splits[side], cache_dir=config.cache_dir))
+    held_out = config.options.regions(RegionDataset(splits[subset], cache_dir=config.cache_dir))
     evaluation = evaluate(held_out, methods, tolerance_mm, batch_size)
     facts = {
         "split": {
             "kind": config.split,
-            "held_out_side": side,
+            "held_out_side": subset,
             "train_regions": len(training),
             "held_out_regions": len(evaluation.samples),
             "notes": SPLIT_NOTES[config.split],
@@ -236,7 +236,7 @@ def compare_runs(
 
 
 def _load_models(config: TrainConfig, lora: Run, full: Run | None) -> dict[str, Trainee]:
-    """The models by method; the base alone, or within the rest of the LoRA run if it predicts nothing alone."""
+    """The models by method; the base alone, or within the rest of the LoRA run if it cannot predict alone."""
     trained = partial(load_finetuned, lora.folder, which=lora.which)
     alone = config.options.standalone_base
     models = {

@@ -1,16 +1,16 @@
-"""Metrics of a predicted surface against the true one: overlap, distances in mm, volume.
+"""Metrics of a predicted surface against the ground truth: overlap, distances in mm, volume.
 
 Every metric compares two signed distance fields on the same cube, negative inside, whether of a
 model or of the trivial baseline. The sign of a field gives the mask (Dice, IoU, volume, and the
 voxel surfaces of HD95, ASD and NSD), its zero level the smooth surface that Chamfer samples.
 
-Three conventions that libraries leave open:
+Three conventions that libraries do not define:
 
 - A block of a large structure (a piece of white matter) ends at the faces of its cube. These cuts
   are not anatomy and would always match, so they are never part of a surface.
 - A prediction without a surface has an NSD of 0, and every distance is the cube's diagonal, the
   largest possible one: excluding it would improve the mean.
-- A region whose truth is empty has no metrics. Each is None and is counted, never averaged.
+- A region whose ground truth is empty has no metrics. Each is None and is counted, never averaged.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Metric:
     source: str
 
     def merit(self, value: float) -> float:
-        """A number that is larger for a better value, and equal for values shown alike."""
+        """A number that is larger for a better value, and equal for values that are shown as the same number."""
         shown = round(value, self.digits)
         return {"higher": shown, "lower": -shown, "zero": -abs(shown)}[self.better]
 
 
 _MASK_SOURCE = "NumPy; a voxel belongs to the structure where the signed distance is below 0"
 _EDGE_SOURCE = "MONAI get_mask_edges and get_surface_distance on the boundary voxels' centres"
-_SHARE = "share of the true volume"
+_SHARE = "fraction of the true volume"
 
 # fmt: off
 METRICS: tuple[Metric, ...] = (
@@ -75,7 +75,7 @@ METRICS: tuple[Metric, ...] = (
            f"{_EDGE_SOURCE} "
            "(the definition of MONAI compute_average_surface_distance, symmetric=True)"),
     Metric("nsd", "NSD", "", "higher", 3,
-           "Normalised surface distance (surface Dice): the share of both surfaces that lies within "
+           "Normalised surface distance (surface Dice): the fraction of both surfaces that lies within "
            "the tolerance of the other surface; 1 is perfect.",
            "MONAI get_mask_edges and get_surface_distance on sub-voxel surface elements weighted by "
            "area (the definition of MONAI compute_surface_dice, use_subvoxels=True, which is "
@@ -109,8 +109,8 @@ def surface_metrics(
     spacing: mm, the edge of a voxel of the isotropic grid. tolerance_mm: mm, the largest distance
     at which surfaces still match in NSD.
 
-    Returns: a value for each of `METRIC_KEYS`, None where the truth leaves it undefined: all of
-    them if it is empty, those of surfaces if it fills the cube.
+    Returns: a value for each of `METRIC_KEYS`, None where it is undefined for the ground truth: all of
+    them if that is empty, those of surfaces if it fills the cube.
     Raises: DataError if the shapes differ or are not 3-D, or a value is not finite; ConfigError if
     spacing or tolerance_mm is not positive.
     """
@@ -167,7 +167,7 @@ def mean_defined(values: Iterable[float | None]) -> dict[str, float | int | None
 
 
 def baseline(coarse: ArrayLike, threshold: float) -> Array:
-    """The trivial prediction: the upsampled coarse structure, thresholded at an occupancy.
+    """The trivial prediction: the upsampled coarse segmentation, thresholded at an occupancy.
 
     coarse: (8, 8, 8) filled fraction of each cell. Returns: a level set (32, 32, 32), negative
     inside, of occupancies, not distances.
@@ -178,7 +178,7 @@ def baseline(coarse: ArrayLike, threshold: float) -> Array:
 def tune_threshold(regions: RegionDataset, thresholds: Sequence[float] = THRESHOLDS) -> float:
     """The `baseline` threshold with the best mean Dice over `regions`.
 
-    regions: the TRAINING regions, never the held-out ones. Raises: DataError if all are empty.
+    regions: of training, never the held-out ones. Raises: DataError if all are empty.
     """
     scores = []
     for index in range(len(regions)):
@@ -189,7 +189,7 @@ def tune_threshold(regions: RegionDataset, thresholds: Sequence[float] = THRESHO
             scores.append([overlap(fine > cut, true_mask)["dice"] for cut in thresholds])
     if not scores:
         raise DataError(
-            f"regions: expected at least one with a structure, got {len(regions)} without"
+            f"regions: expected a structure in at least one of {len(regions)}, got none"
         )
     return float(thresholds[int(np.argmax(np.mean(scores, axis=0)))])
 

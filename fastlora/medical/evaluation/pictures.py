@@ -1,4 +1,4 @@
-"""Charts, slices with outlines, and surfaces, of the report and of predictions.
+"""Charts, slices with outlines, and surfaces for the report and for predictions.
 
 Charts and surfaces are JSON values that plotly.js draws in the browser.
 """
@@ -36,7 +36,7 @@ MARKS = {
     "lora": ("#0072B2", "circle"),
     "full": ("#009E73", "diamond"),
 }
-"""Colour and symbol in charts; none for merged LoRA, whose figures equal LoRA's."""
+"""Colour and symbol in charts; none for merged LoRA, whose results equal those of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Line:
 
 
 OUTLINES: dict[str, Line] = {
-    "baseline": Line("Coarse structure, the input", "#FFFFFF", (), 1.2),
-    "truth": Line("True outline", "#F0E442", (), 2.2),
+    "baseline": Line("Coarse segmentation (input)", "#FFFFFF", (), 1.2),
+    "truth": Line("Ground truth", "#F0E442", (), 2.2),
     "base": Line(LABELS["base"], "#E8743B", (4.0, 2.0), 1.6),
     "lora": Line(LABELS["lora"], "#56B4E9", (1.2, 1.2), 1.8),
 }
 MASK = Line("input mask", "#F0E442", (), 1.2)
-MESH = Line("cut through the mesh", "#56B4E9", (), 1.4)
+MESH = Line("section of the mesh", "#56B4E9", (), 1.4)
 """Colours of the Okabe-Ito palette, safe for colour-blind readers; dashes for printing in grey."""
 
-# plane → sliced axis, horizontal axis, vertical axis of the picture
+# plane → sliced axis, horizontal axis, vertical axis of the image
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
 WHITE: dict[str, Any] = {
     "color": "white",
@@ -114,9 +114,9 @@ def training_charts(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     for key, run in runs.items():
         epochs = run.history["epochs"]
         color = MARKS[key][0]
-        for part, dash in (("train", "solid"), ("val", "dash")):
-            points = [(e["epoch"], e[part]["total"]) for e in epochs if part in e]
-            name = f"{LABELS[key]}, {'training' if part == 'train' else 'validation'}"
+        for subset, dash in (("train", "solid"), ("val", "dash")):
+            points = [(e["epoch"], e[subset]["total"]) for e in epochs if subset in e]
+            name = f"{LABELS[key]}, {'training' if subset == 'train' else 'validation'}"
             loss.append(_curve(name, points, color, dash))
         points = [(e["epoch"], e["val"]["dice"]) for e in epochs]
         validation.append(_curve(LABELS[key], points, color, "solid"))
@@ -162,7 +162,7 @@ def overlay_picture(image: Volume, grey: Array, mask: Mask, mesh: trimesh.Trimes
     """PNG: outlines of the mask and of the mesh on three slices of the image, then the mesh in 3-D.
 
     image: defines the grid. grey: (X, Y, Z) its windowed voxels in [0, 1]. mask: (X, Y, Z). mesh:
-    RAS mm; it is mapped by the image's affine, so a misplaced mesh is visible.
+    RAS mm; it is mapped by the image's affine, so that a misplaced mesh is visible.
     """
     figure = Figure(figsize=(13.0, 3.6), dpi=100, layout="constrained")
     in_index = apply_affine(np.linalg.inv(image.affine), mesh.vertices)
@@ -174,7 +174,7 @@ def overlay_picture(image: Volume, grey: Array, mask: Mask, mesh: trimesh.Trimes
         draw_grey(ax, grey, image.affine, plane, index)
         draw_outline(ax, signed, image.affine, plane, index, MASK)
         normal = np.eye(3)[axis]
-        origin = normal * image.spacing * index + 1e-6  # avoids vertices in the plane
+        origin = normal * image.spacing * index + 1e-6  # so that no vertex lies in the plane
         cut = trimesh.intersections.mesh_plane(in_mm, normal, origin)[:, :, [across, up]]
         ax.add_collection(LineCollection(cut, colors=MESH.color, linewidths=MESH.width))
         ax.set_title(f"{plane}, slice {index}", fontsize=10)
@@ -237,7 +237,7 @@ def draw_grey(
     opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
     directions = nib.aff2axcodes(affine)
     right, top = directions[across], directions[up]
-    if right in "RA":  # right and front of the patient are drawn on the left
+    if right in "RA":  # the patient's right and front are drawn on the left
         ax.invert_xaxis()
         right = opposite[right]
     for letter, x, y, ha, va in (
@@ -269,9 +269,9 @@ def outline_legend() -> str:
 
 
 def browser_region(sample: Mapping[str, Any], fields: Mapping[str, Array]) -> dict[str, Any]:
-    """A region of the 3-D view: meshes of the truth and of `fields` (title → level set), and its box in mm."""
+    """A region of the 3-D view: meshes of the ground truth and of `fields` (title → level set), and its box in mm."""
     truth = sample["sdf_vox"]
-    meshes = [{"title": "Truth", **(browser_mesh(truth, sample, errors=False) or {})}]
+    meshes = [{"title": "Ground truth", **(browser_mesh(truth, sample, errors=False) or {})}]
     for title, field in fields.items():
         mesh = browser_mesh(field, sample)
         meshes.append({"title": title, **mesh} if mesh else {"title": f"{title} (no surface)"})
@@ -281,13 +281,17 @@ def browser_region(sample: Mapping[str, Any], fields: Mapping[str, Array]) -> di
 
 
 def error_axis() -> dict[str, Any]:
-    """The colour scale of signed distances to the truth: blue inside it, orange outside."""
+    """The colour scale of signed distances to the ground truth: blue inside it, orange outside."""
     colors = ("#0050a0", "#7fb4e6", "#f2f2f2", "#f0a35e", "#a34700")
     return {
         "cmin": -ERROR_RANGE_MM,
         "cmax": ERROR_RANGE_MM,
         "colorscale": [[n / 4, color] for n, color in enumerate(colors)],
-        "colorbar": {"title": {"text": "distance to<br>truth (mm)"}, "thickness": 14, "len": 0.8},
+        "colorbar": {
+            "title": {"text": "distance to<br>ground truth (mm)"},
+            "thickness": 14,
+            "len": 0.8,
+        },
     }
 
 

@@ -1,7 +1,7 @@
-"""From an image and a rough mask to a surface in the patient's mm.
+"""From an image and a coarse segmentation to a surface in patient coordinates (mm).
 
-The mask's 6 mm cells are the coarse structure that the decoder refines; overlapping windows of 32³
-fine voxels cover it and are blended. The files state their coordinates: RAS (x to the patient's
+The input mask is averaged over 6 mm cells; the decoder refines overlapping regions of 32³ fine voxels,
+which are blended. The files state their coordinates: RAS (x to the patient's
 right is positive; NIfTI's convention) or LPS (to the left; DICOM's, and ITK's).
 """
 
@@ -30,8 +30,8 @@ from fastlora.medical.data.layouts import (
     NIFTI_ENDINGS,
     structure_name,
 )
-from fastlora.medical.data.regions import base_distance, coarse_structure, region_arrays
-from fastlora.medical.data.splits import window_starts
+from fastlora.medical.data.regions import base_distance, coarse_segmentation, region_arrays
+from fastlora.medical.data.splits import region_starts
 from fastlora.medical.data.volumes import (
     Modality,
     Source,
@@ -46,12 +46,12 @@ from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training.finetuned import predict
 
 SPACES = ("ras", "lps")
-STRIDE = FINE // 2  # so that neighbouring windows overlap by at least half
+STRIDE = FINE // 2  # so that neighbouring regions overlap by at least half
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One image with one rough mask on its grid, (X, Y, Z) bool. structure: its name."""
+    """One image, and the coarse segmentation of one structure on its grid: mask (X, Y, Z) bool."""
 
     image: Volume
     mask: NDArray[np.bool_]
@@ -70,17 +70,17 @@ def read_subject(
 ) -> Subject:
     """Read an image and its mask, each PNG (one, or a folder as a stack), NIfTI or DICOM.
 
-    modality: needed for NIfTI whose name does not tell it. structure: its name, which chooses the CT
-    window; default: the mask's file name, or the segment's label. label: of a label map with several
+    modality: needed for a NIfTI file whose name does not state it. structure: its name, which selects the
+    CT intensity window; default: the mask's file name, or the segment's label. label: of a label map with several
     values, or of a SEG with several segments. spacing: three mm, for PNG (see `load_png`).
 
-    Raises: DataError if a file cannot be used or the two do not lie on one grid; ConfigError if one
-        of the arguments is needed and missing.
+    Raises: DataError if a file cannot be used or they are not on one grid; ConfigError if an argument
+        is needed and missing.
     """
-    pictures = [path for path in (image_path, mask_path) if _is_png(path)]
-    if bool(pictures) != (spacing is not None):
+    pngs = [path for path in (image_path, mask_path) if _is_png(path)]
+    if bool(pngs) != (spacing is not None):
         raise ConfigError(
-            "spacing: expected three lengths in mm for PNG, which has none, and for nothing else; "
+            "spacing: expected three lengths in mm for PNG, and none for other formats; "
             f"got {spacing} with {image_path.name} and {mask_path.name}"
         )
     if _is_png(image_path):
@@ -95,7 +95,7 @@ def read_subject(
 
 
 def stem(path: Path) -> str:
-    """A file's name without its ending, `.nii.gz` being one."""
+    """A file's name without its extension; `.nii.gz` counts as one."""
     ending = path.suffix if path.is_file() else ""
     return path.name.removesuffix(next(filter(path.name.endswith, NIFTI_ENDINGS), ending))
 
@@ -111,7 +111,7 @@ def _modality(path: Path) -> Modality:
             return DICOM_MODALITIES[kinds.pop()]
     elif path.name in IMAGE_NAMES:
         return IMAGE_NAMES[path.name]
-    raise ConfigError(f"modality: expected ct or mr, since {path} does not tell it, got none")
+    raise ConfigError(f"modality: expected ct or mr, since {path} does not state it, got none")
 
 
 def _source(
@@ -143,9 +143,9 @@ def _source(
 def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> Array:
     """The decoder's distances on a grid, (X, Y, Z) float32 in fine voxels, negative inside.
 
-    model: in eval mode, on any device. Windows overlap by at least half; where several meet, their
-    distances are averaged with weights that fall to the windows' faces. A window whose coarse
-    structure is all full or all empty has no token and keeps the upsampled coarse structure.
+    model: in eval mode, on any device. Regions overlap by at least half; there, their distances are averaged
+    with weights that decrease towards the faces of a region. A region whose coarse segmentation is
+    completely full or empty has no token and keeps the upsampled coarse segmentation.
     """
     device = next(model.parameters()).device
     shape = grid.image.shape
@@ -158,17 +158,17 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
         total[at] += weight * distance
         weights[at] += weight
 
-    def windows() -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-        for start in itertools.product(*(window_starts(0, n, 0, n - FINE, STRIDE) for n in shape)):
+    def regions() -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
+        for start in itertools.product(*(region_starts(0, n, 0, n - FINE, STRIDE) for n in shape)):
             image, sdf = grid.crop((grid.offset + start).tolist())
             sample = region_arrays(image, sdf)
             if len(sample["coords"]):
                 about = {"affine": grid.affine, "spacing": SPACING_MM, "meta": {}}
                 yield start, {**sample, **about}
             else:
-                blend(start, base_distance(coarse_structure(sdf < 0)))
+                blend(start, base_distance(coarse_segmentation(sdf < 0)))
 
-    waiting = windows()
+    waiting = regions()
     while some := list(itertools.islice(waiting, batch_size)):
         batch = collate_regions([sample for _, sample in some]).to(device)
         predicted = predict(model, batch).float().cpu().numpy()
@@ -177,7 +177,7 @@ def predict_field(model: Trainee, grid: StructureGrid, batch_size: int = 8) -> A
     field: Array = total / weights
     if not np.isfinite(field).all():
         raise DataError(
-            f"prediction: expected finite distances, got {np.count_nonzero(~np.isfinite(field))} others"
+            f"prediction: expected finite distances, got {np.count_nonzero(~np.isfinite(field))} that are not"
         )
     return field
 
@@ -188,7 +188,7 @@ def predict_mesh(
     """The predicted surface, closed, in RAS mm, and facts about it.
 
     Facts: `volume_ml`, `watertight`, and `dice_with_mask`: the overlap of the voxelised mesh with the
-    rough mask, which shows a misplaced mesh at once.
+    input mask, which is low if the mesh is misplaced.
     Raises: DataError if the mask cannot be used, or if the prediction is empty.
     """
     grid = StructureGrid.make(subject.image, subject.mask, subject.modality, subject.structure)
@@ -207,20 +207,20 @@ def predict_mesh(
 
 
 def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, Any]) -> None:
-    """Write a mesh of RAS mm in a space, in the format of the path's ending, and `facts` beside it as JSON.
+    """Write a mesh (RAS, mm) in a coordinate system, in the format of the path's extension, and `facts` as JSON in the same folder.
 
-    Both state the space: the JSON as `coordinates`, the mesh (in the header of STL, a comment in PLY
+    Both state the coordinate system: the JSON as `coordinates`, the mesh (in the header of STL, a comment in PLY
     and OBJ, `extras` in GLB) as `SPACE=LPS`, which 3D Slicer reads. A GLB is in mm with these axes too,
     although glTF's own unit is the metre and its y points up.
 
-    Raises: ConfigError if the space or the ending is unknown.
+    Raises: ConfigError if the coordinate system or the extension is unknown.
     """
     if space not in SPACES:
         raise ConfigError(f"coordinates: expected one of {', '.join(SPACES)}, got {space!r}")
     kind = path.suffix.removeprefix(".")
     note = f"SPACE={space.upper()}"
     placed = mesh.copy()
-    if space == "lps":  # half a turn about z: the winding stays
+    if space == "lps":  # half a turn about z keeps the orientation of the faces
         placed.vertices = placed.vertices * (-1.0, -1.0, 1.0)
     if kind == "stl":
         data = placed.export(file_type="stl")

@@ -22,11 +22,11 @@ from fastlora.medical.evaluation.results import EVERYTHING
 from fastlora.medical.evaluation.tables import Content, number, place, words
 from fastlora.medical.training.config import TrainConfig
 
-TITLE = "From coarse structure to surface: held-out evaluation"
+TITLE = "From coarse segmentation to surface: held-out evaluation"
 VALIDATION_NOTES = {
-    True: "These regions also chose the checkpoint used here, so the figures above favour every "
-    "trained model slightly: this data has no separate test side.",
-    False: "They chose the checkpoint used here, and are not among the held-out regions above.",
+    True: "The checkpoint was selected on these same regions, so the results above favour every "
+    "trained model slightly: this data has no separate test set.",
+    False: "The checkpoint was selected on the validation regions, which are not among the held-out regions above.",
 }
 """Keyed by whether the held-out regions are the validation regions."""
 
@@ -34,7 +34,7 @@ SECTIONS = (
     *(tables.headline, tables.undefined_note, tables.cost, tables.intervals, tables.paired),
     *(tables.worse, tables.definitions, tables.settings, tables.environment),
 )
-"""What fills the places of the template that have their names."""
+"""The functions that fill the placeholders of the same names in the template."""
 
 Shown = Sequence[tuple[int, str]]
 
@@ -47,7 +47,7 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
     shown = examples(evaluation)
     split = content["split"]
     commands = [*(train_command(run.config) for run in runs.values()), content["command"]]
-    spacings = sorted({record["spacing_mm"] for record in content["records"]})
+    spacings = sorted({row["spacing_mm"] for row in content["records"]})
     template = files("fastlora.medical.evaluation") / "report_template.html"
     return Template(template.read_text("utf-8")).substitute(
         title=html.escape(TITLE),
@@ -66,8 +66,8 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
         slices="".join(_slices(evaluation, index, why) for index, why in shown),
         validation_note=VALIDATION_NOTES[split["held_out_side"] == "val"],
         split=html.escape(
-            f"{split['train_regions']} regions to train on, {split['held_out_regions']} held out "
-            f"(the side “{split['held_out_side']}” of the split “{split['kind']}”). {split['notes']}"
+            f"{split['train_regions']} regions for training, {split['held_out_regions']} held out "
+            f"(the subset “{split['held_out_side']}” of the split “{split['kind']}”). {split['notes']}"
         ),
         tolerance=f"{content['tolerance_mm']:g}",
         threshold=f"{content['baseline_threshold']:g}",
@@ -81,7 +81,7 @@ def render(content: Content, evaluation: Evaluation, runs: Mapping[str, Run]) ->
 def _view(
     content: Content, evaluation: Evaluation, runs: Mapping[str, Run], shown: Shown
 ) -> dict[str, Any]:
-    """What the page's script draws."""
+    """The data that the page's script draws."""
     regions = []
     for index, why in shown:
         fields = {LABELS[key]: evaluation.predictions[key][index] for key in ("base", "lora")}
@@ -109,7 +109,7 @@ def lead(content: Content) -> str:
         parts.append(
             f"<p><strong>{html.escape(words(group).capitalize())}:</strong> LoRA reached a mean Dice "
             f"of <strong>{dice['lora']}</strong>, the frozen base model {dice['base']}, the upsampled "
-            f"coarse structure {dice['baseline']}{full}. 95 % of the surface lay within "
+            f"coarse segmentation {dice['baseline']}{full}. 95 % of the surface was within "
             f"{hd95['lora']} mm on average (base model: {hd95['base']} mm).</p>"
         )
     lost = sum("dice" in region["worse"] for region in content["worse"]["base"]["regions"])
@@ -121,8 +121,8 @@ def lead(content: Content) -> str:
     for key, run in content["runs"].items():
         if run["used_epoch"] == 0:
             parts.append(
-                f"<p><strong>Note:</strong> no epoch of {LABELS[key]} was better on the validation "
-                "regions than the model before training, which is evaluated instead.</p>"
+                f"<p><strong>Note:</strong> no epoch of {LABELS[key]} improved on the initial model "
+                "on the validation regions, so the initial model is evaluated.</p>"
             )
     return "".join(parts)
 
@@ -132,7 +132,7 @@ def examples(evaluation: Evaluation, most: int = 6) -> list[tuple[int, str]]:
 
     The gain is LoRA's Dice minus the base model's. At most `most` regions, the groups' medians first.
     """
-    dice = {(r["index"], r["method"]): r["dice"] for r in evaluation.records}
+    dice = {(r["index"], r["method"]): r["dice"] for r in evaluation.rows}
     groups: dict[str, list[tuple[float, int]]] = {}
     for index, sample in enumerate(evaluation.samples):
         lora, base = dice[index, "lora"], dice[index, "base"]
@@ -157,7 +157,7 @@ def worst(evaluation: Evaluation, most: int = 5) -> list[tuple[int, str]]:
     """(index, rank): the regions where LoRA's Dice is lowest, the lowest first."""
     dice = [
         (r["dice"], r["index"])
-        for r in evaluation.records
+        for r in evaluation.rows
         if r["method"] == "lora" and r["dice"] is not None
     ]
     return [(index, f"number {n}") for n, (_, index) in enumerate(sorted(dice)[:most], 1)]
@@ -171,7 +171,7 @@ def title(evaluation: Evaluation, index: int) -> str:
 
 
 def slices_png(evaluation: Evaluation, index: int) -> bytes:
-    """Slices of a region with the outlines of truth, base and LoRA."""
+    """Slices of a region with the outlines of ground truth, base model and LoRA."""
     sample = evaluation.samples[index]
     fields = {key: predicted[index] for key, predicted in evaluation.predictions.items()}
     fields["truth"] = sample["sdf_vox"]
@@ -180,7 +180,7 @@ def slices_png(evaluation: Evaluation, index: int) -> bytes:
 
 def _slices(evaluation: Evaluation, index: int, why: str) -> str:
     name = html.escape(title(evaluation, index))
-    dice = {r["method"]: r["dice"] for r in evaluation.records if r["index"] == index}
+    dice = {r["method"]: r["dice"] for r in evaluation.rows if r["index"] == index}
     scores = f"base {number('dice', dice['base'])}, LoRA {number('dice', dice['lora'])}"
     picture = pictures.png_tag(slices_png(evaluation, index), f"Slices of {name} with outlines")
     return (
@@ -190,7 +190,7 @@ def _slices(evaluation: Evaluation, index: int, why: str) -> str:
 
 
 def train_command(config: TrainConfig) -> str:
-    """The command that repeats this run: every setting that is not a default."""
+    """The command that repeats this run, with every setting that is not a default."""
     defaults = TrainConfig().to_dict()
     parts = ["python", "scripts/train_medical.py"]
     for name, value in config.to_dict().items():

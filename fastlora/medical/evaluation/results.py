@@ -1,6 +1,6 @@
 """Results of an evaluation as plain values and files: means, regressions, eval.json, CSV, meshes.
 
-`document` is the complete record; `compact_record` is its short form for benchmarks.
+`document` is the complete result; `compact_record` is its summary for benchmarks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastlora.errors import ConfigError
 from fastlora.files import atomic_write
 from fastlora.medical.data.generated import replaced_folder
 from fastlora.medical.data.geometry import Array, mesh_from_sdf
-from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Record, Run
+from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Row, Run
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
 from fastlora.medical.evaluation.statistics import COMPARED, statistics
 
@@ -37,40 +37,40 @@ EVERYTHING = "all"
 """The group that every region belongs to."""
 
 
-def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
+def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
     """method -> group (and 'all') -> metric -> {'mean', 'n', 'undefined'} over the regions.
 
-    Beside the metrics, `regions` and `status` count.
+    In addition to the metrics, `regions` and `status` are counts.
     """
     summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for method in dict.fromkeys(r["method"] for r in records):
-        mine = [r for r in records if r["method"] == method]
+    for method in dict.fromkeys(r["method"] for r in rows):
+        of_method = [r for r in rows if r["method"] == method]
         summary[method] = {}
-        for group in (*sorted({r["group"] for r in mine}), EVERYTHING):
-            rows = [r for r in mine if group in (r["group"], EVERYTHING)]
+        for group in (*sorted({r["group"] for r in of_method}), EVERYTHING):
+            members = [r for r in of_method if group in (r["group"], EVERYTHING)]
             summary[method][group] = {
-                **{key: mean_defined(r[key] for r in rows) for key in METRIC_KEYS},
-                "regions": len(rows),
-                "status": dict(sorted(Counter(r["status"] for r in rows).items())),
+                **{key: mean_defined(r[key] for r in members) for key in METRIC_KEYS},
+                "regions": len(members),
+                "status": dict(sorted(Counter(r["status"] for r in members).items())),
             }
     return summary
 
 
-def structure_means(records: Sequence[Record]) -> list[Record]:
-    """One record for each structure of a subject and each method: its regions' means.
+def structure_means(rows: Sequence[Row]) -> list[Row]:
+    """One row for each structure of a subject and each method: the means of its regions.
 
-    `regions` is their number; a metric that no region defines is None.
+    `regions` is their number; a metric that is undefined in all of them is None.
     """
-    rows: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
-        key = (record["subject"], record["structure"], record["method"])
-        rows.setdefault(key, []).append(record)
+    structures: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        key = (row["subject"], row["structure"], row["method"])
+        structures.setdefault(key, []).append(row)
     names = ("group", "subject", "modality", "structure", "method")
     return [
         {name: mine[0][name] for name in names}
         | {"regions": len(mine)}
         | {key: mean_defined(r[key] for r in mine)["mean"] for key in METRIC_KEYS}
-        for mine in rows.values()
+        for mine in structures.values()
     ]
 
 
@@ -81,21 +81,21 @@ def is_worse(key: str, value: float | None, reference: float | None) -> bool:
     return METRIC_OF[key].merit(value) < METRIC_OF[key].merit(reference)
 
 
-def worse_than(records: Sequence[Record], method: str, reference: str) -> list[dict[str, Any]]:
+def worse_than(rows: Sequence[Row], method: str, reference: str) -> list[dict[str, Any]]:
     """Where `method` is worse than `reference` in one of `COMPARED`, the largest loss of Dice first.
 
-    records: of regions, or means of structures. Each entry names the place, `worse` (the metrics it
-    lost in), and in `values` for each of `COMPARED` the method's and the reference's value.
+    rows: of regions, or means of structures. Each entry has the place, `worse` (the metrics that are
+    worse), and `values`: for each of `COMPARED` the method's and the reference's value.
     """
     place = ("group", "subject", "structure", "region")
-    others = {tuple(r.get(n) for n in place): r for r in records if r["method"] == reference}
+    others = {tuple(r.get(n) for n in place): r for r in rows if r["method"] == reference}
     losses = []
-    for record in (r for r in records if r["method"] == method):
-        other = others[tuple(record.get(n) for n in place)]
-        worse = [key for key in COMPARED if is_worse(key, record[key], other[key])]
+    for row in (r for r in rows if r["method"] == method):
+        other = others[tuple(row.get(n) for n in place)]
+        worse = [key for key in COMPARED if is_worse(key, row[key], other[key])]
         if worse:
-            where = {name: record[name] for name in place if name in record}
-            values = {key: [record[key], other[key]] for key in COMPARED}
+            where = {name: row[name] for name in place if name in row}
+            values = {key: [row[key], other[key]] for key in COMPARED}
             losses.append({**where, "worse": worse, "values": values})
     return sorted(losses, key=lambda loss: loss["values"]["dice"][0] - loss["values"]["dice"][1])
 
@@ -107,8 +107,8 @@ def document(
 
     facts: of `compare_runs`. runs: 'lora' and perhaps 'full'.
     """
-    records = evaluation.records
-    structures = structure_means(records)
+    rows = evaluation.rows
+    structures = structure_means(rows)
     return {
         "format": "fastlora-medical-eval-1",
         "methods": {key: LABELS[key] for key in evaluation.predictions},
@@ -120,22 +120,22 @@ def document(
         "environment": environment(),
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "summary": summarise(records),
+        "summary": summarise(rows),
         "statistics": statistics(structures),
         "worse": {
             reference: {
                 "structures": worse_than(structures, "lora", reference),
-                "regions": worse_than(records, "lora", reference),
+                "regions": worse_than(rows, "lora", reference),
             }
             for reference in ("base", "baseline")
         },
         "structures": structures,
-        "records": records,
+        "records": rows,
     }
 
 
 def compact_record(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A benchmark's record: `document` without the regions, each mean as one number."""
+    """A benchmark's summary of `document`: without the regions, each mean as one number."""
     means = {
         method: {
             group: {
@@ -180,7 +180,7 @@ def _version(package: str) -> str:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit, and whether files differ from it; None if this file is not part of a git checkout."""
+    """The commit, and whether files differ from it; None if this file is not in a git checkout."""
 
     def git(*arguments: str) -> str:
         command, here = ["git", *arguments], Path(__file__).parent
@@ -195,21 +195,21 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-def write_csv(path: Path, records: Sequence[Record]) -> None:
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One row per region and method; an undefined metric is an empty cell."""
     columns = ["group", "subject", "modality", "structure", "region", "spacing_mm"]
     columns += ["method", "status", *METRIC_KEYS]
     text = io.StringIO(newline="")
-    rows = ([record.get(name) for name in columns] for record in records)
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    cells = ([row.get(name) for name in columns] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows([columns, *cells])
     atomic_write(path, text.getvalue().encode())
 
 
 def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply") -> int:
-    """Truth and predictions as meshes in the patient's mm (RAS): `<subject>_<region>_<method>.<ext>`.
+    """Ground truth and predictions as meshes in patient coordinates (RAS, mm): `<subject>_<region>_<method>.<ext>`.
 
-    The folder is replaced as a whole. A method whose prediction is empty has no file. Merged
-    LoRA, whose meshes are those of LoRA, has none either. A predicted PLY carries `distance_mm` at
+    The folder is replaced as a whole. An empty prediction has no file, and neither has merged LoRA,
+    whose meshes equal those of LoRA. A predicted PLY carries `distance_mm` at
     each vertex (see `distance_to_truth`). Returns the number of files.
 
     Raises: ConfigError if the format is not in `MESH_FORMATS`.
@@ -233,7 +233,7 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
 
 
 def distance_to_truth(mesh: trimesh.Trimesh, sample: Mapping[str, Any]) -> Array:
-    """Signed distance in mm of each vertex (V,) to the true surface, negative inside it.
+    """Signed distance in mm of each vertex (V,) to the ground-truth surface, negative inside it.
 
     It is limited to the truncation of the sample's field (4 fine voxels, 6 mm).
     """

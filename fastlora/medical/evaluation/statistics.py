@@ -19,7 +19,7 @@ LEAST = 3  # the smallest number of structures for an interval or a test
 COMPARED = ("dice", "hd95_mm", "nsd")  # these also decide whether a method is worse than another
 PAIRS = (("lora", "base"), ("full", "base"), ("lora", "full"))
 
-Record = Mapping[str, Any]
+Row = Mapping[str, Any]
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -35,7 +35,7 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def mean_with_interval(values: Sequence[float | None]) -> dict[str, Any]:
-    """{'mean', 'low', 'high', 'n'} of the defined values; None where there are too few."""
+    """{'mean', 'low', 'high', 'n'} of the defined values; None if there are too few."""
     defined = [value for value in values if value is not None]
     interval = bootstrap_interval(defined) or (None, None)
     mean = float(np.mean(defined)) if defined else None
@@ -45,7 +45,7 @@ def mean_with_interval(values: Sequence[float | None]) -> dict[str, Any]:
 def paired_difference(one: Sequence[float | None], other: Sequence[float | None]) -> dict[str, Any]:
     """The mean of one − other, its interval, and p of a two-sided Wilcoxon signed-rank test.
 
-    Pairs with an undefined value are left out. p is 1 if no pair differs, None for fewer than LEAST.
+    Pairs with an undefined value are excluded. p is 1 if no pair differs, None for fewer than LEAST.
     """
     both = zip(one, other, strict=True)
     differences = [a - b for a, b in both if a is not None and b is not None]
@@ -56,7 +56,7 @@ def paired_difference(one: Sequence[float | None], other: Sequence[float | None]
     return {**result, "p": p}
 
 
-def statistics(structures: Sequence[Record]) -> dict[str, Any]:
+def statistics(structures: Sequence[Row]) -> dict[str, Any]:
     """Means with intervals and paired tests over structures, and each subject's means.
 
     structures: from `results.structure_means`. Returns: `methods` (method → metric), `pairs` (a list

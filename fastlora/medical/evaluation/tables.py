@@ -42,7 +42,7 @@ def number(key: str, value: float | None) -> str:
 
 def heading(key: str, tolerance_mm: float) -> str:
     """A metric's name with its unit."""
-    unit = {"mm": "mm", "share of the true volume": "%"}.get(METRIC_OF[key].unit, "")
+    unit = {"mm": "mm", "fraction of the true volume": "%"}.get(METRIC_OF[key].unit, "")
     if key == "nsd":
         unit = f"at {tolerance_mm:g} mm"
     return f"{METRIC_OF[key].label}{f' <small>{unit}</small>' if unit else ''}"
@@ -83,7 +83,7 @@ def headline(content: Content) -> str:
     """A table for each group: methods in rows, metrics in columns, the best value of each bold."""
     summary = content["summary"]
     groups = list(summary["lora"])
-    if len(groups) == 2:  # the only group, and 'all', which equals it
+    if len(groups) == 2:  # one group, which equals 'all'
         groups = groups[:1]
     parts = []
     for group in groups:
@@ -142,12 +142,12 @@ def undefined_note(content: Content) -> str:
     """A count of the regions whose metrics are undefined or set by convention."""
     texts = []
     for method, groups in content["summary"].items():
-        odd = {s: n for s, n in groups[EVERYTHING]["status"].items() if s != "ok"}
-        if odd:
-            counts = ", ".join(f"{n} × {words(status)}" for status, n in odd.items())
+        unusual = {s: n for s, n in groups[EVERYTHING]["status"].items() if s != "ok"}
+        if unusual:
+            counts = ", ".join(f"{n} × {words(status)}" for status, n in unusual.items())
             texts.append(f"{LABELS[method]}: {counts}.")
     if not texts:
-        return "No prediction and no truth was empty."
+        return "No prediction and no ground truth was empty."
     return "Regions without a surface to compare: " + " ".join(texts)
 
 
@@ -166,7 +166,7 @@ def cost(content: Content) -> str:
     ]
     titles = [
         "Method",
-        "Trained parameters <small>share of the base model's</small>",
+        "Trained parameters <small>relative to the base model</small>",
         "Trained weights",
         "Checkpoint <small>with the state for resuming</small>",
         "Training time",
@@ -214,9 +214,9 @@ def _losses(losses: Sequence[Content], content: Content, reference: str) -> str:
 
 
 def detail(rows: Sequence[Content], content: Content, name: str) -> str:
-    """One tab per metric: places in rows, methods in columns; LoRA's cell is marked where base is better.
+    """One tab per metric: places in rows, methods in columns; LoRA's cell is marked where the base model is better.
 
-    rows: records of regions, or means of structures. name: of the tabs, unique on the page.
+    rows: of regions, or means of structures. name: of the tabs, unique on the page.
     """
     places: dict[tuple[str, str, str, str], dict[str, Content]] = {}
     for row in rows:
@@ -246,12 +246,12 @@ def detail(rows: Sequence[Content], content: Content, name: str) -> str:
 
 
 def definitions(content: Content) -> str:
-    """The meaning of each metric and the package that computes it."""
+    """The definition of each metric and the package that computes it."""
     rows = [
         [metric["label"], *(cell(html.escape(metric[n]), "wrap") for n in ("definition", "source"))]
         for metric in content["metrics"].values()
     ]
-    return table(["Figure", "Meaning", "Computed by"], rows, 3)
+    return table(["Metric", "Definition", "Computed by"], rows, 3)
 
 
 def settings(content: Content) -> str:

@@ -1,16 +1,16 @@
-"""A compact sparse mesh decoder, built like SAM 3D's `SLatMeshDecoder`.
+"""The packaged decoder (`--model compact`): a sparse mesh decoder, built like SAM 3D's `SLatMeshDecoder`.
 
-    tokens at the active cells of a coarse structure (8³ cells, each with its image patch)
+    tokens at the active cells of a coarse segmentation (8³ cells, each with its image patch)
       → input_layer → N × (attention, MLP), pre-norm → out_layer
       → per token a 4³ patch of distance residuals and a transfer curve (grey value → distance) for its voxels
-      → both added to the upsampled coarse structure (32³)
+      → both added to the upsampled coarse segmentation (32³)
 
 The curve lets a token express "brighter than this is inside" for its whole cell: one function of the grey
-value, which 64 separate outputs learn far more slowly.
+value, which is learned much faster than 64 separate outputs.
 
 The module names are those of SAM 3D (`blocks.N.attn.to_qkv`, `.attn.to_out`, `blocks.N.mlp.mlp.0` and
-`.mlp.mlp.2`, `input_layer`, `out_layer`), and so is the convention that linear layers take and return a token object:
-LoRA code that adapts this model adapts that one.
+`.mlp.mlp.2`, `input_layer`, `out_layer`), and so is the convention that linear layers take and return a token object,
+so the same LoRA configuration fits both models.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastlora.medical.models.losses import LOSS_WEIGHTS, mesh_losses
 from fastlora.medical.models.trainee import ModelOptions, Trainee
 
 BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
-"""The packaged base, pretrained on procedural shapes without any anatomy; `base.json` beside it records how."""
+"""The packaged base, pretrained on procedural shapes without anatomy; its model card `base.json` states how."""
 
 
 class SparseLinear(nn.Linear):
@@ -128,7 +128,7 @@ class SparseAttention(nn.Module):
         feats = self.to_qkv(tokens.feats)  # (T, 3C)
         qkv = feats.new_zeros(batch, longest, feats.shape[1])
         qkv = qkv.index_put(layout.place, feats)  # (B, L, 3C)
-        # Explicit sizes: they cannot be inferred for a batch without tokens, which must still use every weight.
+        # Explicit sizes, since they cannot be inferred for a batch without tokens, which must still use every weight.
         width = qkv.shape[2] // (3 * self.heads)
         q, k, v = qkv.view(batch, longest, 3, self.heads, width).permute(2, 0, 3, 1, 4)
         # A sample with no tokens has an all-False row here; its output is never gathered.
@@ -180,10 +180,10 @@ def position_embedding(cells: Tensor, channels: int) -> Tensor:
 
 
 class SparseMeshDecoder(Trainee):
-    """Coarse structure with image patches -> signed distances on the fine grid.
+    """Coarse segmentation and image patches -> signed distances on the fine grid.
 
-    `out_layer` starts at zero: a fresh decoder returns the upsampled coarse structure, and no gradient reaches
-    the layers before it until it has been trained.
+    `out_layer` is initialised to zero: a new decoder returns the upsampled coarse segmentation, and no gradient
+    reaches the layers before it until it has been trained.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -230,7 +230,7 @@ class SparseMeshDecoder(Trainee):
         """Signed distances (B, X, Y, Z) in fine voxels, negative inside.
 
         tokens: feats (T, in_channels), coords (T, 4) sorted by sample.
-        base_vox: (B, X, Y, Z), signed distances of the upsampled coarse structure.
+        base_vox: (B, X, Y, Z), signed distances of the upsampled coarse segmentation.
 
         Raises: DataError if a shape, a cell or the order of the samples differs from that.
         """
@@ -283,14 +283,14 @@ class SparseMeshDecoder(Trainee):
         if bool((tokens.coords < 0).any()) or bool((tokens.coords >= upper).any()):
             raise DataError(
                 f"tokens.coords: expected [sample, i, j, k] below {upper.tolist()}, "
-                f"got up to {tokens.coords.amax(0).tolist()} and down to {tokens.coords.amin(0).tolist()}"
+                f"got {tokens.coords.amin(0).tolist()} to {tokens.coords.amax(0).tolist()}"
             )
         if bool((tokens.coords[:, 0].diff() < 0).any()):
             raise DataError("tokens.coords: expected the samples in ascending order")
 
 
 def save_base_model(model: SparseMeshDecoder, path: Path, provenance: Mapping[str, Any]) -> None:
-    """Writes `path` (safetensors, fp32) and its model card, a JSON file beside it: sha256, configuration, provenance."""
+    """Writes `path` (safetensors, fp32) and its model card, a JSON file of the same name: sha256, configuration, provenance."""
     data = save_safetensors(
         {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     )
@@ -334,7 +334,7 @@ def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:
 
 @dataclass(frozen=True)
 class DecoderOptions(ModelOptions):
-    """`--model compact`: the packaged decoder, which has no options of its own.
+    """The packaged decoder (`--model compact`), which has no options of its own.
 
     The default ranks train 2.86 % of its parameters (docs/medical_experiments.md).
     """

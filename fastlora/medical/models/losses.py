@@ -1,13 +1,13 @@
-"""Losses between a predicted and a true signed distance field. Every term carries gradient.
+"""Losses between a predicted signed distance field and the ground truth. Every term has a gradient.
 
-With `s` the prediction, `t` the truth (both in fine voxels, negative inside, `t` truncated at `τ`):
+With `s` the prediction, `t` the ground truth (both in fine voxels, negative inside, `t` truncated at `τ`):
 
-    sdf        mean |s - t| where |t| < τ; beyond it only a prediction on the wrong side of ±τ counts
+    sdf        mean |s - t| where |t| < τ; elsewhere only a prediction that does not reach ±τ on the side of `t` counts
     occupancy  binary cross-entropy of sigmoid(-s / w) against sigmoid(-t / w)
     normal     mean |∇s - ∇t|² where |t| < τ: direction and length (the eikonal part) of the normal together
 
-Each is a mean over the batch's regions of the region's own mean, so a small structure counts as much as a large one
-and micro-batches add up to the large batch. The occupancy target is soft and the normal target is the truth's own discrete gradient, so that
+Each is a mean over the batch's regions of the region's own mean, so a small structure counts as much as a large one,
+and the losses of micro-batches add up to that of the batch. The occupancy target is soft and the normal target is the discrete gradient of `t`, so that
 `s = t` is a minimum of each term: with a hard target, or with `|∇s| = 1`, it would not be.
 """
 
@@ -37,8 +37,8 @@ def mesh_losses(
     """Terms `sdf`, `occupancy`, `normal` and their weighted sum `total`, all 0-d.
 
     pred_vox: (B, X, Y, Z), predicted distances in fine voxels, negative inside.
-    batch: its `sdf_vox` (B, X, Y, Z) is the truth, truncated at `TRUNCATION_VOX`.
-    weights: of each term; one of weight 0 is reported and not trained on.
+    batch: its `sdf_vox` (B, X, Y, Z) is the ground truth, truncated at `TRUNCATION_VOX`.
+    weights: of each term; a term of weight 0 is reported but does not train.
 
     Raises: DataError if the shapes differ, or a region has no voxel near a surface.
     """
@@ -53,7 +53,7 @@ def mesh_losses(
         empty = [batch.meta[n] for n in torch.nonzero(count == 0).flatten().tolist()]
         raise DataError(f"batch.sdf_vox: expected a surface in each region, got none in {empty}")
 
-    beyond = F.relu(TRUNCATION_VOX - true.sign() * pred)  # 0 where the prediction is far enough too
+    beyond = F.relu(TRUNCATION_VOX - true.sign() * pred)  # 0 if the prediction is far enough too
     sdf = (torch.where(near.bool(), (pred - true).abs(), beyond).sum(volume) / count).mean()
 
     occupancy = F.binary_cross_entropy_with_logits(

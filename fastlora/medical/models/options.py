@@ -1,4 +1,4 @@
-"""Options as tables: each field of a dataclass declares its group, its help, its unit and the rule that its value keeps.
+"""Options as tables: each field of a dataclass declares its group, its help and the rule for its value.
 
 The command line, the YAML file and the checks are all derived from these tables, so they cannot disagree.
 """
@@ -46,11 +46,10 @@ def option(
     default: Any,
     text: str,
     rule: Rule | None = None,
-    unit: str = "",
     resumable: bool = False,
 ) -> Any:
-    """Declares a field. group, text, unit: for --help. resumable: whether a resumed run may change it."""
-    about = {"group": group, "help": text, "rule": rule, "unit": unit, "resumable": resumable}
+    """Declares a field. group, text: for --help. resumable: whether a resumed run may change it."""
+    about = {"group": group, "help": text, "rule": rule, "resumable": resumable}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -60,7 +59,7 @@ def declared(options: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def check_options(options: DataclassInstance) -> None:
-    """Converts every declared field to its type, in place, and checks its rule; that of text without one is NOT_EMPTY.
+    """Converts every declared field to its type, in place, and checks its rule; text without a rule must be NOT_EMPTY.
 
     Raises: ConfigError, naming the field, the expected and the given value.
     """
@@ -93,12 +92,12 @@ def _converted(options: type, name: str, value: Any) -> Any:
             if math.isfinite(number := float(value)):
                 return number
     elif kind is tuple and isinstance(value, (list, tuple)):
-        if all(isinstance(part, str) for part in value):
+        if all(isinstance(item, str) for item in value):
             return tuple(value)
     elif kind is str and isinstance(value, (str, Path)):
         return str(value)
-    elif type(value) is kind:  # int and bool: True is no whole number
+    elif type(value) is kind:  # int and bool: True is not an integer
         return value
-    wanted = {float: "a finite number", int: "a whole number", tuple: "a list of names"}
+    wanted = {float: "a finite number", int: "an integer", tuple: "a list of names"}
     wanted |= {bool: "true or false", str: "text"}
     raise ConfigError(f"{name}: expected {wanted[kind]}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The interface of a model to training and evaluation, and of the options that choose it."""
+"""The interface between models and training or evaluation, and that of the options of a model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Trainee(nn.Module, ABC):
 
     @property
     def base(self) -> nn.Module:
-        """The part that was pretrained: a run belongs to the values that it starts from."""
+        """The pretrained part; a run can only be resumed with the same weights of it."""
         return self
 
     @property
     def exported(self) -> nn.Module:
-        """The part whose trained parameters the run's adapter file holds."""
+        """The part whose trained parameters are saved in the run's adapter file."""
         return self
 
     @property
@@ -35,7 +35,7 @@ class Trainee(nn.Module, ABC):
 
     @property
     def has_half(self) -> bool:
-        """Whether some parameters have 16 bits."""
+        """Whether some parameters have 16 bits (fp16)."""
         return any(p.dtype == torch.float16 for p in self.parameters())
 
     @abstractmethod
@@ -44,11 +44,11 @@ class Trainee(nn.Module, ABC):
     ) -> None:
         """Injects adapters and freezes the base.
 
-        ffn: also adapt the feed-forward layers. rank_pattern: ranks of layers by name, in place of `rank`.
+        ffn: also adapt the feed-forward layers. rank_pattern: ranks of layers by name, instead of `rank`.
         """
 
     def train_all(self) -> None:
-        """Makes every parameter trainable. Raises: ConfigError if some have a precision that cannot be trained."""
+        """Makes every parameter trainable. Raises: ConfigError if some have 16 bits."""
         self.requires_grad_(True)
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Trainee(nn.Module, ABC):
         """
 
     def distances(self, output: Any) -> Tensor:
-        """Signed distances (B, 32, 32, 32) of an output: fine voxels, negative inside. Only where the model `makes_mesh`."""
+        """Signed distances (B, 32, 32, 32) of an output: fine voxels, negative inside. Only if the model `makes_mesh`."""
         raise NotImplementedError(f"{type(self).__name__} makes no mesh")
 
 
@@ -73,8 +73,8 @@ class ModelOptions(ABC):
     """A value of `--model`: a dataclass of the options that only this model has, with its defaults and its loader.
 
     default_rank, default_ranks: LoRA's rank, and the ranks of layers by name, if no rank is given. peak_lr: of AdamW
-    by the kind of fine-tuning. loss_weights: the default weight of each loss term. standalone_base: whether the base alone
-    predicts anything, without the layers trained around it. same_to_compare: options that two runs must share to be compared.
+    by the kind of fine-tuning. loss_weights: the default weight of each loss term. standalone_base: whether the base
+    predicts without the layers that are trained around it. same_to_compare: options that must be equal in two runs that are compared.
     """
 
     default_rank: ClassVar[int]
@@ -86,7 +86,7 @@ class ModelOptions(ABC):
 
     @property
     def makes_mesh(self) -> bool:
-        """Whether the model predicts a surface. The best epoch is then that of the highest Dice, else of the lowest loss."""
+        """Whether the model predicts a surface. The best epoch is that with the highest Dice, otherwise that with the lowest loss."""
         return True
 
     def check_makes_mesh(self, where: object) -> None:
@@ -102,5 +102,5 @@ class ModelOptions(ABC):
         """The model, untrained. Raises: CheckpointError or ConfigError, naming the problem."""
 
     def regions(self, dataset: RegionDataset) -> Any:
-        """The dataset with the further inputs of this model. Raises: DataError if a region lacks it."""
+        """The dataset with the additional inputs of this model. Raises: DataError if a region lacks them."""
         return dataset

@@ -1,13 +1,13 @@
-"""SAM 3D Objects' mesh decoder on regions: a region fills the decoder's cube, with one latent at each voxel that may hold surface.
+"""SAM 3D Objects' mesh decoder on regions: a region fills the decoder's cube, with one latent at each voxel that may contain surface.
 
-    image and coarse structure (32³), or cached latents
+    image and coarse segmentation (32³), or cached latents
       → latents (8 channels) at the active voxels of the decoder's grid (R³, R = 64 in the released decoder)
       → SLatMeshDecoder with adapters
       → signed distances at the corners of its 4R grid, and FlexiCubes' mesh of them
 
 The decoder's cube is [-½, ½]³ with distances in units of its edge, negative inside; this module uses fine voxels of the region.
 The decoder treats inactive voxels as outside, so its mesh has a wall where the active voxels end inside the structure. Faces there
-are left out, and the field of this model has the coarse structure's sign in inactive voxels.
+are removed, and the field of this model has the coarse segmentation's sign in inactive voxels.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PATCH = 5
 """Points along each axis of the encoder's neighbourhood of a voxel."""
 
 UNSURE_VOX = 3.95
-"""A voxel at whose centre the coarse distance is smaller is active: where the coarse structure is 1/160 to 159/160 full."""
+"""A voxel at whose centre the coarse distance is smaller is active: where the coarse segmentation is 1/160 to 159/160 full."""
 
 
 def active_voxels(base_vox: Tensor, resolution: int) -> Tensor:
-    """The decoder's voxels that may hold surface, (T, 4) int64 `[sample, i, j, k]`: those near the coarse structure's surface.
+    """The decoder's voxels that may contain surface, (T, 4) int64 `[sample, i, j, k]`: those near the coarse segmentation's surface.
 
     base_vox: (B, 32, 32, 32), from `regions.base_distance`. Every coarse cell that is neither empty nor full has active voxels,
         and so has the wall between a full and an empty cell.
@@ -53,7 +53,7 @@ def active_voxels(base_vox: Tensor, resolution: int) -> Tensor:
 
 
 class LatentEncoder(nn.Sequential):
-    """Image and coarse structure around each voxel -> its latent: three linear layers, trained together with the adapters."""
+    """Image and coarse segmentation around each voxel -> its latent: three linear layers, trained together with the adapters."""
 
     def __init__(self, latent_channels: int, width: int = 128) -> None:
         super().__init__(
@@ -88,7 +88,7 @@ def voxel_features(image: Tensor, base_vox: Tensor, voxels: Tensor, resolution: 
 class MeshExtractor:
     """The decoder's `mesh_extractor`, returning distances in eval mode too; shared by copies, on the device of its input.
 
-    The extractor is no module: `Module.to` would not move its large grid of constants, and a copy would duplicate it.
+    The extractor is not a module: `Module.to` would not move its large grid of constants, and a copy would duplicate it.
     """
 
     def __init__(self, extractor: Any) -> None:
@@ -105,9 +105,9 @@ class MeshExtractor:
 
 
 class Sam3dModel(Sam3dPart):
-    """The frozen decoder and the encoder that makes its latents; without an encoder they come with the batch.
+    """The frozen decoder and the encoder of its latents; without an encoder the latents come with the batch.
 
-    decoder: from `folder.load_part`. encoder: whether to add one, initialised from torch's generator.
+    decoder: from `loading.load_part`. encoder: whether to add one, initialised from torch's generator.
     """
 
     def __init__(self, decoder: nn.Module, encoder: bool) -> None:
@@ -144,10 +144,10 @@ class Sam3dModel(Sam3dPart):
     def forward(self, image: Tensor, base_vox: Tensor, slat: SparseTokens | None) -> Decoded:
         """Decodes a batch of regions.
 
-        image: (B, 32, 32, 32) grey values in [0, 1]. base_vox: (B, 32, 32, 32), distances of the coarse structure.
+        image: (B, 32, 32, 32) grey values in [0, 1]. base_vox: (B, 32, 32, 32), distances of the coarse segmentation.
         slat: feats (T, latent channels), coords (T, 4) of the decoder's voxels, samples in ascending order; None: the
             encoder's, at `active_voxels`.
-        A region without an active voxel keeps its coarse structure and has no surface.
+        A region without an active voxel has the field of its coarse segmentation and no mesh.
 
         Raises: DataError if the decoder's grid is not the one described above.
         """
@@ -158,7 +158,7 @@ class Sam3dModel(Sam3dPart):
             slat = SparseTokens(self.encoder(seen), voxels)
         surfaces = [no_surface(base_vox)] * len(image)
         present, number = torch.unique(slat.coords[:, 0], return_inverse=True)
-        if len(present):  # the decoder counts samples by their voxels
+        if len(present):  # the decoder numbers only samples that have voxels
             coords = torch.cat([number[:, None], slat.coords[:, 1:]], dim=1).int()
             results = self.decoder(self._sparse_tensor(feats=slat.feats, coords=coords))
             for sample, result in zip(present.tolist(), results, strict=True):
@@ -177,7 +177,7 @@ class Sam3dModel(Sam3dPart):
         if len(points) != len(corners) or bool(((points - place).abs() > 0.51 / cubes).any()):
             raise DataError(
                 f"model: expected the corners of {SUBDIVISION}³ cubes in each of {len(voxels)} voxels, in order, "
-                f"got {len(points)} points elsewhere; this version of sam3d_objects is not supported"
+                f"got {len(points)} others; this version of sam3d_objects is not supported"
             )
         active = torch.zeros(3 * [self.resolution], dtype=torch.bool, device=voxels.device)
         active[tuple(voxels.T)] = True

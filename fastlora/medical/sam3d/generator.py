@@ -34,7 +34,7 @@ def flow_matching_loss(
 
         x_t = (1 - (1 - σ) t) x_0 + t x_1,    v = x_1 - (1 - σ) x_0,    loss = mean |model(x_t, scale · t) - v|²
 
-    model: a part "slat" or "structure" of `folder.load_part`, with or without adapters. A shortcut model is called with step
+    model: a part "slat" or "structure" of `loading.load_part`, with or without adapters. A shortcut model is called with step
         length zero, which is its flow.
     latents: x_1, normalised as the generator outputs them. Of "slat" (1, T, C), one sample a call; of "structure" each latent's
         (B, N, C) by name, whose errors are added.
@@ -83,15 +83,15 @@ def _check_samples(
         raise DataError("coords: expected the voxels of 'slat', and none of 'structure'")
     counts = {len(condition), *(len(x) for x in target.values())}
     if len(counts) > 1 or (coords is not None and counts != {1}):
-        wanted = "1" if coords is not None else "one number"
-        raise DataError(f"condition: expected {wanted} of samples everywhere, got {sorted(counts)}")
+        wanted = "one sample" if coords is not None else "the same number of samples"
+        raise DataError(f"condition: expected {wanted} in every input, got {sorted(counts)}")
 
 
 class Sam3dFlow(Sam3dPart):
     """A generator and its loss on a region's cached latents and condition.
 
-    flow: from `folder.load_part`. settings: of its YAML. scale: `folder.latent_scale` for "slat"; None leaves cached latents as they
-    are. drop_condition: probability of training a region without its condition, which the generator's guidance needs.
+    flow: from `loading.load_part`. settings: of its YAML. scale: `loading.latent_scale` for "slat"; None leaves cached latents
+    unchanged. drop_condition: probability of training a region without its condition, which the generator's guidance needs.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Sam3dFlow(Sam3dPart):
 
     @property
     def exported(self) -> nn.Module:
-        """The generator: the adapter file goes into the user's own pipeline."""
+        """The generator: the adapter file is loaded into the user's own pipeline."""
         return self.flow
 
     def inputs(self, batch: RegionBatch) -> tuple[Any, Tensor, list[int]]:
@@ -133,7 +133,7 @@ class Sam3dFlow(Sam3dPart):
         """The loss of each region, (B,).
 
         latents: `SparseTokens` of all regions, or for "structure" (B, N, C) by name. condition: (B, L, D). seeds: of each region's
-            times and noises in eval mode.
+            times and noise in eval mode.
         """
         losses = []
         devices = [condition.device] if condition.is_cuda else []
@@ -145,7 +145,7 @@ class Sam3dFlow(Sam3dPart):
                     cond = torch.zeros_like(cond)
                 losses.append(flow_matching_loss(self.flow, own, cond, coords, self.settings.flow))
                 continue
-            with torch.random.fork_rng(devices):  # leaves the generators of training as they are
+            with torch.random.fork_rng(devices):  # does not advance the generators of training
                 torch.manual_seed(seed)
                 draws = [
                     flow_matching_loss(self.flow, own, cond, coords, self.settings.flow)

@@ -1,6 +1,6 @@
 """Cached latents: for each region a file with the outputs of SAM 3D Objects' encoders and embedders.
 
-`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as in evaluations and errors) holds for the mesh
+`<subject>-<structure>@<i.j.k>.safetensors` or `.npz` (the region's name as in evaluations and errors) contains for the mesh
 decoder and for the generator "slat" the structured latent (SLat)
 
     coords     (T, 3) integers, the active voxels of the decoder's grid, each once; the region fills the grid, axes in its order
@@ -52,9 +52,9 @@ def latents_path(folder: Path, meta: Mapping[str, str]) -> Path:
 def read_latents(path: Path, about: PartSettings) -> dict[str, Tensor]:
     """The tables of an untrusted file by name: a part's latents and `condition`, float32; on a grid also `coords`, int64.
 
-    about: the part. A file of the decoder may hold a condition as well.
+    about: the part. A file for the decoder may also hold a condition.
 
-    Raises: DataError if the file cannot be read, or holds anything else.
+    Raises: DataError if the file cannot be read, or its tables are not those of the part.
     """
     sizes: dict[str, Size] = {} if about.resolution is None else {"coords": (None, 3)}
     sizes |= about.latents
@@ -101,9 +101,9 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 def check_voxels(coords: Tensor, sdf_vox: NDArray[np.float32], resolution: int, where: str) -> None:
     """Checks that the voxels of latents belong to a grid and a region.
 
-    coords: (T, 3) int64. sdf_vox: (32, 32, 32), the region's truth. resolution: of the grid. where: prefix of the message.
+    coords: (T, 3) int64. sdf_vox: (32, 32, 32), the region's ground truth. resolution: of the grid. where: prefix of the message.
 
-    Raises: DataError, naming the mismatch; also if the region's surface is elsewhere (another window, mirrored axes).
+    Raises: DataError, naming the mismatch; also if the region's surface is elsewhere (another region, mirrored axes).
     """
     if bool((coords < 0).any()) or bool((coords >= resolution).any()):
         raise DataError(
@@ -119,12 +119,12 @@ def check_voxels(coords: Tensor, sdf_vox: NDArray[np.float32], resolution: int, 
     active = np.zeros(3 * [resolution], bool)
     active[tuple(coords.numpy().T)] = True
     covered = active[tuple(((crossed + 0.5) / edge).astype(np.int64).T)]
-    # With voxels smaller than the region's, a surface voxel contains many of them: only the other share is meaningful.
+    # If the decoder's voxels are smaller than the region's, not all of them at the surface are active: only `share` is meaningful.
     reach = float(covered.mean()) if edge >= 1 and len(crossed) else 1.0
     if share < MIN_SHARE or reach < MIN_SHARE:
         raise DataError(
             f"{where}: expected the latents of this region, got voxels of which {share:.0%} lie within {TRUNCATION_VOX:g} fine "
-            f"voxels of its surface, and which hold {reach:.0%} of it"
+            f"voxels of its surface, and which cover {reach:.0%} of it"
         )
 
 

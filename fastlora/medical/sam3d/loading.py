@@ -1,7 +1,7 @@
-"""Parts of the user's own SAM 3D Objects: the public package, and its checkpoint folder.
+"""Loads parts of SAM 3D Objects from the installed package and its model folder.
 
-The folder holds `pipeline.yaml`, which names a YAML file and a file of weights for each part. The package builds whatever those
-files name; this module reads them as untrusted data. A part is one of a few known classes, built from plain values; its weights
+The folder holds `pipeline.yaml`, which names a YAML file and a file of weights for each part. The package itself builds any class that
+these files name; this module reads them as untrusted data. A part is one of a few known classes, built from plain values; its weights
 are read without running code, and every tensor must belong to the model.
 """
 
@@ -32,10 +32,10 @@ ENVIRONMENT = {
     "SPARSE_BACKEND": "spconv",
     "LIDRA_SKIP_INIT": "1",
 }
-"""Environment variables that the package reads when imported, with the values set where the user has set none."""
+"""Environment variables that the package reads when imported, with the values that are set if the user has not set any."""
 
 MAX_RESOLUTION = 128  # of the decoder's voxels: its grid of (4·128)³ cubes takes 9 GB
-MAX_NUMBER = 2**16  # of any other whole number in a part's YAML
+MAX_NUMBER = 2**16  # of any other integer in a part's YAML
 
 _MODELS = "sam3d_objects.model.backbone.tdfy_dit.models"
 _SPARSE = "sam3d_objects.model.backbone.tdfy_dit.modules.sparse"
@@ -112,7 +112,7 @@ def load_part(sam3d_dir: str | Path, part: str) -> nn.Module:
     model = _build(arguments, about, about.classes, str(config_path))
     assert isinstance(model, nn.Module)
     state = _read_weights(weights_path, about)
-    if about.generator:  # its training checkpoint holds other parts as well
+    if about.generator:  # its training checkpoint also holds other parts
         state = {
             key.removeprefix(prefix): value
             for key, value in state.items()
@@ -143,7 +143,7 @@ def _part_config(sam3d_dir: str | Path, part: str) -> tuple[Path, dict[str, Any]
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How a generator's times and errors are weighted in training.
+    """The distribution of a generator's training times, and the weights of its errors.
 
     sigma_min, time_scale: of the flow. time_mean, time_std: of the normal distribution whose logistic the times are.
     loss_weights: factor of each latent's error, by name ("feats" for "slat"), default 1.
@@ -212,7 +212,7 @@ def latent_scale(sam3d_dir: str | Path, channels: int) -> tuple[list[float], lis
 
     `slat_mean` and `slat_std` of pipeline.yaml; without them the package's own.
 
-    Raises: ConfigError if they are no lists of `channels` numbers, or missing and the package cannot be imported.
+    Raises: ConfigError if they are not lists of `channels` numbers, or are missing and the package cannot be imported.
     """
     path = Path(sam3d_dir) / "pipeline.yaml"
     pipeline = _mapping(path)
@@ -274,7 +274,7 @@ def _import(module: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"model: 'sam3d' needs the package sam3d_objects and its dependencies ({error}); "
-            "docs/sam3d.md says how to install it"
+            "docs/sam3d.md describes the installation"
         ) from error
 
 
@@ -302,11 +302,9 @@ def _part_file(sam3d_dir: str | Path, key: str) -> Path:
             f"sam3d_dir: {folder / 'pipeline.yaml'}: expected a path under {key!r}, got {name!r}"
         )
     path = folder / name
-    # A download may be a link to a cache: the user's links may leave the folder, names in the file may not.
+    # Symbolic links, such as of a download cache, may lead outside the folder; names in the file may not.
     if os.path.isabs(name) or ".." in Path(name).parts:
-        raise CheckpointError(
-            f"sam3d_dir: {key}: expected a path inside {folder}, got {name!r}, which leaves it"
-        )
+        raise CheckpointError(f"sam3d_dir: {key}: expected a path inside {folder}, got {name!r}")
     try:
         if path.is_file():
             return path

@@ -32,39 +32,50 @@ class Sam3dOptions(ModelOptions):
     standalone_base: ClassVar[bool] = False
     same_to_compare: ClassVar[tuple[str, ...]] = ("latents_dir",)
 
-    sam3d_dir: str | None = _sam3d(None, "checkpoint folder, with pipeline.yaml", resumable=True)
+    sam3d_dir: str | None = _sam3d(
+        None,
+        "model folder of SAM 3D Objects, which contains pipeline.yaml (required with sam3d)",
+        resumable=True,
+    )
     sam3d_part: str = _sam3d(
         "decoder",
-        "trained part: the mesh decoder, or the generator of structured latents or of the coarse structure",
+        "part to train: decoder, the mesh decoder; slat, the generator of structured latents; structure, that of the sparse structure",
         one_of("decoder", "slat", "structure"),
     )
     sam3d_torso: str = _sam3d(
         "config",
-        "precision of the frozen blocks; config: that of the checkpoint folder",
+        "precision of the frozen blocks; config: as the model folder states",
         one_of("config", "fp32", "fp16"),
     )
     sam3d_checkpointing: bool = _sam3d(
-        False, "recompute activations in the backward pass: less memory, more time", resumable=True
+        False,
+        "recompute activations in the backward pass, which takes less memory and more time",
+        resumable=True,
     )
     latents_dir: str | None = _sam3d(
         None,
-        "cached latents of every region; without it an encoder that makes the decoder's is trained",
+        "folder of cached latents of every region (default: train an encoder for the decoder's latents)",
         resumable=True,
     )
     drop_condition: float = _sam3d(
         0.1,
-        "how often a generator is trained without its condition, for guidance",
+        "probability of training a generator without its condition, for guidance",
         PROBABILITY,
-        "probability",
     )
     loss_vertex: float = _sam3d(
-        LOSS_WEIGHTS["vertex"], "weight of the vertices' distance to the true surface", NOT_NEGATIVE
+        LOSS_WEIGHTS["vertex"],
+        "loss weight of the vertices' distance to the ground-truth surface",
+        NOT_NEGATIVE,
     )
     loss_chamfer: float = _sam3d(
-        LOSS_WEIGHTS["chamfer"], "weight of the distance between the surfaces' points", NOT_NEGATIVE
+        LOSS_WEIGHTS["chamfer"],
+        "loss weight of the distance between the points of the two surfaces",
+        NOT_NEGATIVE,
     )
     loss_regularisation: float = _sam3d(
-        LOSS_WEIGHTS["regularisation"], "weight of the decoder's own regularisation", NOT_NEGATIVE
+        LOSS_WEIGHTS["regularisation"],
+        "loss weight of the decoder's own regularisation",
+        NOT_NEGATIVE,
     )
 
     def __post_init__(self) -> None:
@@ -72,7 +83,7 @@ class Sam3dOptions(ModelOptions):
 
     @property
     def makes_mesh(self) -> bool:
-        """Whether the decoder is trained: the generators make latents."""
+        """Whether the decoder is trained; the generators output latents, not meshes."""
         return self.sam3d_part == "decoder"
 
     def check_makes_mesh(self, where: object) -> None:
@@ -86,9 +97,7 @@ class Sam3dOptions(ModelOptions):
     def check(self, run: Mapping[str, Any]) -> None:
         """See `ModelOptions`."""
         if self.sam3d_dir is None:
-            raise ConfigError(
-                "sam3d_dir: expected a checkpoint folder with model 'sam3d', got none"
-            )
+            raise ConfigError("sam3d_dir: expected a model folder with model 'sam3d', got none")
         if run["base_weights"] is not None:
             raise ConfigError(
                 "base_weights: expected none with model 'sam3d', whose sam3d_dir has them"
@@ -113,7 +122,7 @@ class Sam3dOptions(ModelOptions):
             )
 
     def load(self, base_weights: str | None) -> Sam3dPart:
-        """The part, untrained. Raises: as `load_part`, `read_settings` and `latent_scale` of `folder.py`."""
+        """The part, untrained. Raises: as `load_part`, `read_settings` and `latent_scale` ."""
         folder, part = str(self.sam3d_dir), self.sam3d_part
         settings = None if self.makes_mesh else read_settings(folder, part)
         model = load_part(folder, part)

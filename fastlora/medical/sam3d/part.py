@@ -13,15 +13,15 @@ from fastlora.medical.models.trainee import Trainee
 
 
 class Sam3dPart(Trainee):
-    """A part whose `base` is the user's own module.
+    """A part whose `base` is a module of SAM 3D Objects.
 
-    Under FSDP2 a part is one unit: FSDP2 does not find the tensors inside the objects that its blocks pass to each other.
+    FSDP2 shards a part as one unit, since it does not find the tensors inside the objects that the blocks pass to each other.
     """
 
     def adapt(
         self, rank: int, alpha: float, dropout: float, ffn: bool, rank_pattern: Mapping[str, int]
     ) -> None:
-        """Adapts the base and freezes the rest of it. `rank_pattern` is empty: `Sam3dOptions.check` refuses others."""
+        """Adapts the base and freezes the rest of it. `rank_pattern` is always empty: see `Sam3dOptions.check`."""
         setup_lora_for_medical_finetuning(
             self.base, rank, alpha, dropout, unfreeze_output_layers=False, include_ffn=ffn
         )
@@ -30,7 +30,7 @@ class Sam3dPart(Trainee):
         """Makes every parameter trainable. Raises: ConfigError if the blocks have 16 bits."""
         if self.has_half:
             raise ConfigError(
-                "sam3d_torso: expected 'fp32' with finetune 'full', got 16-bit blocks from the checkpoint folder"
+                "sam3d_torso: expected 'fp32' with finetune 'full', got 16-bit blocks from the model folder"
             )
         super().train_all()
 

@@ -1,8 +1,8 @@
 """The surfaces that SAM 3D Objects' mesh decoder outputs, the fields that they imply, and their losses, computed without rendering.
 
-With `s` the decoder's distances at its corners and `t` the truth (fine voxels, negative inside, truncated at `τ`):
+With `s` the decoder's distances at its corners and `t` the ground truth (fine voxels, negative inside, truncated at `τ`):
 
-    sdf             mean |s - t| at the corners where |t| < τ; beyond it only a distance on the wrong side of ±τ counts
+    sdf             mean |s - t| at the corners where |t| < τ; elsewhere only a distance that does not reach ±τ on the side of `t` counts
     vertex          mean |t| at the mesh's vertices
     chamfer         mean distance from vertices to the true surface's points, plus that from those to the vertices
     normal          mean 1 - cos(normal, ∇t) over the faces near the true surface
@@ -33,7 +33,7 @@ SUBDIVISION = 4
 """Cubes of the decoder's mesh along the edge of one of its voxels."""
 
 CHAMFER_POINTS = 2048
-"""Points of each surface that are compared, evenly spread over its list."""
+"""Points of each surface that are compared, taken at equal steps from its list of points."""
 
 
 def sample_volume(volume: Tensor, points: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Surface:
     """The decoder's output for one region; positions are index coordinates of the region's fine voxels, distances in fine voxels.
 
     points (P, 3), distance (P,): the signed distance at the corners of active voxels' cubes, as displaced by the decoder.
-    corners: (P, 3) int64, the corners' places on the grid of 4R + 1. vertices (V, 3), faces (F, 3): of the mesh within active
+    corners: (P, 3) int64, the corners' indices on the grid of 4R + 1. vertices (V, 3), faces (F, 3): of the mesh within active
         voxels, which may be empty. regularisation: the decoder's own `reg_loss`.
     """
 
@@ -99,8 +99,7 @@ def no_surface(like: Tensor) -> Surface:
     return Surface(none, none[:, 0], cells, none, cells, like.new_zeros(()))
 
 
-# FSDP2 hooks the tensors in a block's inputs and outputs. Newer versions of torch look into dataclasses, older ones only into
-# registered ones.
+# For FSDP2: see distributed.py.
 for kind in (Surface, Decoded):
     torch.export.register_dataclass(kind)
 
@@ -120,7 +119,7 @@ def surface_losses(
 ) -> dict[str, Tensor]:
     """The terms above, their weighted sum `total`, and `empty`, the fraction of regions without a mesh; all 0-d.
 
-    Raises: DataError if a region's truth has no surface, or none near the decoder's corners.
+    Raises: DataError if a region's ground truth has no surface, or none near the decoder's corners.
     """
     terms: list[dict[str, Tensor]] = []
     for surface, true, meta in zip(
@@ -136,7 +135,7 @@ def surface_losses(
 
 
 def _corner_loss(surface: Surface, true_vox: Tensor, meta: dict[str, str]) -> Tensor:
-    """Term `sdf` of one region; the truth is sampled at the displaced corners, without a gradient to them."""
+    """Term `sdf` of one region; the ground truth is sampled at the displaced corners, without a gradient to them."""
     true = sample_volume(true_vox, surface.points.detach())
     near = true.abs() < TRUNCATION_VOX - 1e-3  # a margin for rounding on the plateau
     if not bool(near.any()):

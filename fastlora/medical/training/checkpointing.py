@@ -1,6 +1,6 @@
 """Checkpoints of a run, and the state of the random generators.
 
-A checkpoint is one `torch.save` of plain values and tensors. Reading it runs no code, trusts no size, and checks the type of every
+A checkpoint is one `torch.save` of plain values and tensors. Reading it runs no code, trusts no declared size, and checks the type of every
 value. It is written atomically, so a run killed at any moment leaves the previous file in place.
 """
 
@@ -27,7 +27,7 @@ FORMAT = "fastlora-medical-1"
 
 
 def score(val: Mapping[str, float]) -> float:
-    """The validation figure that selects the best epoch, higher is better: Dice, or minus the loss if no mesh is made."""
+    """The validation score that selects the best epoch, higher is better: Dice, or minus the loss of a model without meshes."""
     return val["dice"] if "dice" in val else -val["total"]
 
 
@@ -45,7 +45,7 @@ KEYS: Mapping[str, Any] = {
     "within": dict | None,
     "best": dict | None,
 }
-"""The entries of a checkpoint and their structures, as in `check_like`."""
+"""The entries of a checkpoint and their types, as in `check_like`."""
 
 _PROGRESS = {"seen": int, "lr": float, "sums": {str: float}, "norms": [float, ...]}
 
@@ -58,7 +58,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads an untrusted checkpoint onto the CPU. Raises: CheckpointError if it is missing, truncated, or no checkpoint of `MedicalTrainer`."""
+    """Reads an untrusted checkpoint onto the CPU. Raises: CheckpointError if it is missing, truncated, or not a checkpoint of `MedicalTrainer`."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -99,7 +99,7 @@ def _check_content(content: Mapping[str, Any], where: str) -> None:
 def check_history(
     history: Sequence[Any], seconds: Sequence[float], where: str, chosen_by: str = "total"
 ) -> None:
-    """Checks the entries and durations of epochs. chosen_by: the validation figure that `score` needs. Raises: CheckpointError."""
+    """Checks the entries and durations of epochs. chosen_by: the validation value that `score` reads. Raises: CheckpointError."""
     check_like(seconds, [float, ...], f"{where}: seconds")
     figures = list(seconds)
     for epoch, entry in enumerate(history):
@@ -109,16 +109,16 @@ def check_history(
             figures += terms.values()
         if chosen_by not in entry["val"]:
             raise CheckpointError(
-                f"{where}: history: expected {chosen_by!r} of the validation in every epoch"
+                f"{where}: history: expected {chosen_by!r} among the validation values of every epoch"
             )
     if not all(map(math.isfinite, figures)):
         raise CheckpointError(f"{where}: history, seconds: expected finite numbers")
 
 
 def check_like(found: Any, wanted: Any, where: str) -> None:
-    """Checks the structure of a nested value. Raises: CheckpointError, naming the place.
+    """Checks the keys and types of a nested value. Raises: CheckpointError, naming the entry.
 
-    wanted: a type; or an example, whose keys, types, lengths and shapes the value has; `{str: wanted}` is a mapping with any names,
+    wanted: a type; or an example with the expected keys, types, lengths and shapes; `{str: wanted}` is a mapping with any names,
         `[wanted, ...]` a list of any length.
     """
     kind: Any = wanted if isinstance(wanted, (type, UnionType)) else type(wanted)
@@ -131,9 +131,7 @@ def check_like(found: Any, wanted: Any, where: str) -> None:
             wanted = dict.fromkeys(found, wanted[str])
         if found.keys() != wanted.keys():
             names = ", ".join(sorted(map(str, found.keys() ^ wanted.keys())))
-            raise CheckpointError(
-                f"{where}: expected the keys {list(wanted)}, it differs in {names}"
-            )
+            raise CheckpointError(f"{where}: expected the keys {list(wanted)}, got others: {names}")
         for key, value in wanted.items():
             check_like(found[key], value, f"{where}.{key}")
     elif isinstance(wanted, (list, tuple)):
@@ -150,7 +148,7 @@ def check_like(found: Any, wanted: Any, where: str) -> None:
 
 
 def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str) -> None:
-    """Checks that a saved state is of AdamW over parameters of these shapes. Raises: CheckpointError."""
+    """Checks that a saved state is that of AdamW for parameters of these shapes. Raises: CheckpointError."""
     groups = optimizer.state_dict()["param_groups"]
     check_like(found, {"state": dict, "param_groups": groups}, where)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -192,7 +190,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of the global generators, as values for a checkpoint."""
+    """The state of the global random generators, as values for a checkpoint."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

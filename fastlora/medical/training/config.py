@@ -29,7 +29,7 @@ from fastlora.medical.models.trainee import ModelOptions
 from fastlora.medical.sam3d.options import Sam3dOptions
 
 MODELS: Mapping[str, type[Any]] = {"compact": DecoderOptions, "sam3d": Sam3dOptions}
-"""The `ModelOptions` of each value of `--model`: the one place of training and evaluation that knows SAM 3D."""
+"""The `ModelOptions` of each value of `--model`: this is the only module of training and evaluation that imports SAM 3D."""
 
 _data, _model = partial(option, "data"), partial(option, "model")
 _optim = partial(option, "optimisation")
@@ -42,7 +42,7 @@ class TrainConfig:
 
     The options of the model are arguments as well; they are kept in `options`, an instance of `MODELS[model]`. A resumed run may
     change resumable options. None of them changes what an epoch computes (another number of samples or another base is refused
-    separately), except that `epochs` stretches the remaining schedule, and that `threads`, `device`, `parallel` and the number of
+    separately), except that `epochs` changes the remaining learning-rate schedule, and that `threads`, `device`, `parallel` and the number of
     processes change the rounding.
 
     Raises: ConfigError if a name is unknown, a value has the wrong type or breaks its rule, or two options contradict each other;
@@ -50,120 +50,129 @@ class TrainConfig:
     """
 
     use_dataset: bool = _data(
-        False, "train on the volumes under --data_root (which implies it)", resumable=True
+        False, "train on the volumes under --data_root, which implies this flag", resumable=True
     )
     data_root: str | None = _data(
         None,
-        "data set in one of the layouts of docs/quickstart_training.md; "
-        "without it the bundled cases are built in data/bundled",
+        "data set in one of the layouts of docs/quickstart_training.md "
+        "(default: the bundled cases, built in data/bundled)",
         resumable=True,
     )
     cache_dir: str | None = _data(
         None,
-        "cache of preprocess_medical.py: only the structures that it found usable are used",
+        "cache written by preprocess_medical.py; restricts the data to the structures that it found usable (default: no cache)",
         resumable=True,
     )
-    demo: str | None = _data(None, "train on synthetic data instead", one_of("synthetic"))
+    demo: str | None = _data(None, "train on generated synthetic data", one_of("synthetic"))
     classes: tuple[str, ...] | None = _data(
-        None, "structures to train on, by name; all without it", NOT_EMPTY
+        None,
+        "names of the structures to train on, or kinds of structures such as vertebra (default: all)",
+        NOT_EMPTY,
     )
-    modality: str = _data("ct", "of the images named *-image.nii.gz", one_of("ct", "mr"))
-    channel: int = _data(0, "channel of dataset.json, if it has several", NOT_NEGATIVE)
+    modality: str = _data("ct", "modality of images named *-image.nii.gz", one_of("ct", "mr"))
+    channel: int = _data(
+        0, "number of the image channel, if dataset.json lists several", NOT_NEGATIVE
+    )
     split: str = _data(
         "auto",
-        "unit held out for the test; auto: structure for the bundled cases, else patient",
+        "what the test set holds out: structures, patients, or the cases that meta.csv lists (file); auto: structure for the bundled cases, otherwise patient",
         one_of("auto", "structure", "patient", "file"),
     )
     augment: bool = _data(
-        True, "window shifts, mirroring and small intensity changes of the training samples"
+        True, "shift and mirror the training regions at random, and vary their intensities slightly"
     )
-    samples_per_region: int = _data(
-        4, "augmented samples of each training region in an epoch", AT_LEAST_ONE
-    )
+    samples_per_region: int = _data(4, "samples of each training region per epoch", AT_LEAST_ONE)
     num_workers: int = _data(
-        0, "loader processes; the result does not depend on it", NOT_NEGATIVE, resumable=True
+        0, "data loader processes; does not change the result", NOT_NEGATIVE, resumable=True
     )
 
     model: str = _model(
         "compact",
-        "the decoder: the packaged one, or that of SAM 3D Objects (docs/sam3d.md)",
+        "model to fine-tune: compact, the packaged decoder, or sam3d, a part of SAM 3D Objects; see docs/sam3d.md",
         one_of("compact", "sam3d"),
     )
-    finetune: str = _model("lora", "trained weights: adapters or all", one_of("lora", "full"))
+    finetune: str = _model(
+        "lora", "weights to train: lora, adapters; full, all of them", one_of("lora", "full")
+    )
     lora_rank: int | None = _model(
         None,
-        f"rank of the LoRA update; without it {DecoderOptions.default_rank} and the packaged decoder's lora_ranks, {Sam3dOptions.default_rank} with sam3d",
+        f"LoRA rank (default: {DecoderOptions.default_rank} with the default of lora_ranks for the packaged decoder, {Sam3dOptions.default_rank} for sam3d)",
         AT_LEAST_ONE,
     )
     lora_ranks: tuple[str, ...] | None = _model(
         None,
-        f"ranks of layers by name, as name=rank, at the scaling of the others ({' '.join(DecoderOptions.default_ranks)} without lora_rank, else none); "
-        "the packaged decoder's out_layer is trained in full if not named",
+        "other ranks for some layers, as name=rank, with the same LoRA scaling; the packaged decoder's out_layer is trained in full "
+        f"if not named (default: {' '.join(DecoderOptions.default_ranks)} if lora_rank is not given, otherwise none)",
     )
     lora_alpha: float | None = _model(
-        None, "LoRA scaling is alpha / rank; without it alpha is twice the rank", POSITIVE
+        None, "the LoRA update is scaled by alpha / rank (default: twice the rank)", POSITIVE
     )
-    lora_dropout: float = _model(0.0, "dropout on the LoRA path", PROBABILITY, "probability")
-    lora_ffn: bool = _model(True, "adapt the feed-forward layers as well as the attention")
+    lora_dropout: float = _model(
+        0.0, "dropout probability of the input of the LoRA layers", PROBABILITY
+    )
+    lora_ffn: bool = _model(True, "adapt the feed-forward layers in addition to the attention")
     base_weights: str | None = _model(
-        None, "base model's safetensors; the packaged one without it", resumable=True
+        None, "safetensors file of the base model (default: the packaged one)", resumable=True
     )
     epochs: int = _optim(16, "passes over the training samples", AT_LEAST_ONE, resumable=True)
-    batch_size: int = _optim(
-        8, "regions per micro-batch, over all processes", AT_LEAST_ONE, "regions"
-    )
+    batch_size: int = _optim(8, "regions per micro-batch, summed over all processes", AT_LEAST_ONE)
     grad_accum: int = _optim(1, "micro-batches per optimizer step", AT_LEAST_ONE)
     halve_batch: bool = _optim(
         False,
-        "if memory runs out, restart the epoch with smaller micro-batches and more of them per step",
+        "if memory runs out, restart the epoch with smaller micro-batches and more of them per optimizer step",
         resumable=True,
     )
     lr: float | None = _optim(
         None,
-        "AdamW's peak learning rate; without it 1e-2 for lora and 1e-3 for full; with sam3d 1e-3 and 1e-4",
+        "peak learning rate of AdamW (default: 1e-2 for lora and 1e-3 for full; 1e-3 and 1e-4 with sam3d)",
         POSITIVE,
     )
-    weight_decay: float = _optim(0.01, "AdamW's decay", NOT_NEGATIVE)
+    weight_decay: float = _optim(0.01, "weight decay of AdamW", NOT_NEGATIVE)
     warmup: float = _optim(
-        0.05, "fraction of all steps with a rising rate, before the cosine", PROBABILITY, "fraction"
+        0.05,
+        "fraction of all steps in which the learning rate rises, before it decays as a cosine",
+        PROBABILITY,
     )
-    clip_norm: float = _optim(1.0, "largest gradient norm; 0 does not clip", NOT_NEGATIVE)
+    clip_norm: float = _optim(1.0, "clip gradients to this norm; 0 disables clipping", NOT_NEGATIVE)
     early_stopping: int = _optim(
         0,
-        "stop after this long without a better validation; 0 never",
+        "stop after this many epochs without improvement on the validation set; 0 disables early stopping",
         NOT_NEGATIVE,
-        "epochs",
         resumable=True,
     )
     loss_sdf: float = _optim(
-        LOSS_WEIGHTS["sdf"], "weight of the distance error near the surface", NOT_NEGATIVE
+        LOSS_WEIGHTS["sdf"], "loss weight of the distance error near the surface", NOT_NEGATIVE
     )
     loss_occupancy: float = _optim(
-        LOSS_WEIGHTS["occupancy"], "weight of the inside / outside error", NOT_NEGATIVE
+        LOSS_WEIGHTS["occupancy"], "loss weight of the inside / outside error", NOT_NEGATIVE
     )
     loss_normal: float = _optim(
-        LOSS_WEIGHTS["normal"], "weight of the error of the distance's gradient", NOT_NEGATIVE
+        LOSS_WEIGHTS["normal"], "loss weight of the error of the distance gradient", NOT_NEGATIVE
     )
-    amp: str = _optim("off", "mixed precision, on CUDA only", one_of("off", "bf16", "fp16"))
-    seed: int = _optim(0, "seed of weights, data order, dropout and augmentation", NOT_NEGATIVE)
+    amp: str = _optim(
+        "off", "mixed precision, on CUDA only; without a value bf16", one_of("off", "bf16", "fp16")
+    )
+    seed: int = _optim(
+        0, "random seed of weights, data order, dropout and augmentation", NOT_NEGATIVE
+    )
 
-    checkpoint_dir: str = _run("runs/medical", "the run's folder")
+    checkpoint_dir: str = _run("runs/medical", "folder of the run")
     save_every: int = _run(
-        0, "also keep checkpoints/epoch_NNN.pt this often; 0 never", NOT_NEGATIVE, "epochs"
+        0, "also keep checkpoints/epoch_NNN.pt every N epochs; 0 disables this", NOT_NEGATIVE
     )
     resume: str | None = _run(
         None,
-        "continue from a checkpoint or run folder; 'auto': from the last one in --checkpoint_dir, if any",
+        "continue from a checkpoint or run folder; auto (also without a value): from the last checkpoint in --checkpoint_dir, if any",
     )
-    overwrite: bool = _run(False, "replace the run in --checkpoint_dir")
-    device: str = _run("auto", "auto, cpu, cuda or cuda:N")
+    overwrite: bool = _run(False, "delete the run in --checkpoint_dir and start from the beginning")
+    device: str = _run("auto", "device: auto, cpu, cuda or cuda:N")
     parallel: str = _run(
         "ddp",
-        "how the processes of torchrun share the model: each holds all of it, or a shard of each weight",
+        "parallel training with torchrun: with ddp each process holds the whole model, with fsdp a shard of each weight",
         one_of("ddp", "fsdp"),
     )
-    threads: int = _run(0, "torch's CPU threads; 0 keeps the current number", NOT_NEGATIVE)
-    progress: bool = _run(True, "show the progress bar on a terminal")
+    threads: int = _run(0, "CPU threads of torch; 0 keeps torch's setting", NOT_NEGATIVE)
+    progress: bool = _run(True, "show a progress bar on a terminal")
 
     options: ModelOptions = dataclasses.field(kw_only=True)
 
@@ -208,10 +217,10 @@ class TrainConfig:
     def _resolve(self) -> None:
         """Fills in the model's defaults, so that the run's folder states them."""
         own = self.data_root or self.demo
-        recipe = self.options.default_ranks if self.lora_rank is None else ()
+        ranks = self.options.default_ranks if self.lora_rank is None else ()
         rank = self.options.default_rank if self.lora_rank is None else self.lora_rank
         vars(self).update(
-            lora_ranks=recipe if self.lora_ranks is None else self.lora_ranks,
+            lora_ranks=ranks if self.lora_ranks is None else self.lora_ranks,
             lora_rank=rank,
             lora_alpha=2.0 * rank if self.lora_alpha is None else self.lora_alpha,
             split=("patient" if own else "structure") if self.split == "auto" else self.split,
@@ -269,7 +278,7 @@ def is_resumable(name: str) -> bool:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a file of `name: value` lines. Raises: ConfigError if it is missing, no YAML, or anything but a mapping of names."""
+    """Reads a file of `name: value` lines. Raises: ConfigError if it is missing, not YAML, or not a mapping of names."""
     try:
         values = files.read_yaml(path)
     except (OSError, ValueError) as error:

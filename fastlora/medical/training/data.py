@@ -1,26 +1,25 @@
-"""The data of a run: its regions by cases, structures and sides of the split, and the micro-batches of an epoch."""
+"""The data of a run: its cases, the regions of each subset of the split, and the micro-batches of an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader
 
-from fastlora.errors import ConfigError, DataError, nearest
+from fastlora.errors import DataError
 from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.bundled import build_bundled
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import usable_cases
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset
-from fastlora.medical.data.splits import RegionSpec, kind_of, make_splits
+from fastlora.medical.data.splits import RegionSpec, make_splits, select_structures
 from fastlora.medical.data.volumes import Case, Modality
 from fastlora.medical.training.config import TrainConfig
-from fastlora.medical.training.distributed import Ranks
+from fastlora.medical.training.distributed import Processes
 from fastlora.medical.training.faults import ignore_interrupts
 
 BUNDLED = Path("data/bundled")
@@ -38,12 +37,12 @@ class RegionData(Protocol):
 def load_cases(config: TrainConfig) -> list[Case]:
     """The cases of a configuration, with the structures of `config.classes`; bundled and synthetic ones are built on first use.
 
-    Raises: DataError if a folder is missing or holds no cases, or the cache is of other data. ConfigError if no case has a class.
+    Raises: DataError if a folder is missing or holds no cases, the cache is of other data, or no case has one of the classes.
     """
     if config.demo == "synthetic":
         cases = write_phantom_dataset(SYNTHETIC, seed=config.seed)
     elif config.data_root:
-        # With a cache, only the cases of its manifest are used: a broken one that it leaves out is no error.
+        # With a cache, only the cases of its manifest are used, so unusable cases that it leaves out are not errors.
         problems: list[str] | None = None if config.cache_dir is None else []
         modality = cast(Modality, config.modality)
         cases = find_cases(config.data_root, modality, problems, config.channel)
@@ -51,28 +50,11 @@ def load_cases(config: TrainConfig) -> list[Case]:
         cases = build_bundled(BUNDLED)
     if config.cache_dir is not None:
         cases = usable_cases(cases, Path(config.cache_dir))
-    return cases if config.classes is None else _only(cases, config.classes)
-
-
-def _only(cases: Sequence[Case], classes: Sequence[str]) -> list[Case]:
-    """The cases with the structures whose name or kind (`vertebra` of `vertebra_22`) is among `classes`."""
-    structures = {name for case in cases for name in case.structures}
-    known = structures | {kind_of(name) for name in structures}
-    for name in classes:
-        if name not in known:
-            raise ConfigError(
-                f"classes: no case has {name!r}{nearest(name, known)}; there are: {', '.join(sorted(structures))}"
-            )
-    kept = []
-    for case in cases:
-        own = {n: s for n, s in case.structures.items() if {n, kind_of(n)}.intersection(classes)}
-        if own:
-            kept.append(replace(case, structures=own))
-    return kept
+    return select_structures(cases, config.classes)
 
 
 def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:
-    """The regions of each side of the configuration's split. Raises: as `load_cases` and `make_splits`."""
+    """The regions of each subset of the configuration's split. Raises: as `load_cases` and `make_splits`."""
     cases = load_cases(config)
     try:
         return make_splits(cases, config.split, cache_dir=config.cache_dir)
@@ -86,7 +68,7 @@ def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:
 
 
 def load_train_data(config: TrainConfig) -> tuple[RegionData, RegionData]:
-    """The training regions, and those of the training side that choose the best epoch. Raises: as `load_splits`."""
+    """The training regions, and the validation regions, which select the best epoch. Raises: as `load_splits`."""
     splits = load_splits(config)
     train = RegionDataset(
         splits["train"],
@@ -106,15 +88,15 @@ def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
 
 
 def micro_batches(
-    data: RegionData, order: Sequence[int], size: int, ranks: Ranks, workers: int = 0
+    data: RegionData, order: Sequence[int], size: int, processes: Processes, workers: int = 0
 ) -> Iterator[tuple[RegionBatch, int, int]]:
-    """This rank's share of each micro-batch of `size` regions, the number of its regions that count, and that of all ranks.
+    """This process's share of each micro-batch of `size` regions, the number of its regions that count, and that of all processes.
 
-    A rank without a share computes the first region with a count of 0: the other ranks wait for its shards of the weights and
-    for its gradients.
+    A process without a share computes the first region with a count of 0: the others wait for its shards of the weights and for
+    its gradients.
     """
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    shares = [ranks.share(batch) for batch in batches]
+    shares = [processes.share(batch) for batch in batches]
     loader: DataLoader[Any] = DataLoader(
         data,  # type: ignore[arg-type]
         batch_sampler=[share or [batch[0]] for share, batch in zip(shares, batches, strict=True)],

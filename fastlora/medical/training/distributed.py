@@ -1,8 +1,8 @@
-"""Training one model in several processes: ranks, their share of the work, and the reduction of their results.
+"""Training one model in several processes: their shares of the work, and the reduction of their results.
 
-Every rank takes its share of each micro-batch, and its contribution to a mean is weighted by its number of regions. So steps,
-schedule, losses and checkpoints equal those of one process, to rounding, for any number of ranks, and a run may be resumed with
-another number. Under DDP each rank holds the model, under FSDP2 a shard of each weight; checkpoints hold full tensors.
+Every process takes its share of each micro-batch, and its contribution to a mean is weighted by its number of regions. So steps,
+schedule, losses and checkpoints equal those of a single process, to rounding, for any number of processes, and a run may be resumed
+with another number. Under DDP each process holds the model, under FSDP2 a shard of each weight; checkpoints hold full tensors.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from fastlora.medical.training.config import TrainConfig
 
 T = TypeVar("T")
 
-# FSDP2 hooks the tensors in a block's inputs and outputs. Newer versions of torch look into dataclasses, older ones only into
+# FSDP2 hooks the tensors in a block's inputs and outputs. Newer versions of torch find them in any dataclass, older ones only in
 # registered ones.
 torch.export.register_dataclass(SparseTokens)
 
 TIMEOUT = timedelta(hours=1)
-"""How long a rank waits for the others, including the first rank's preparation of the data."""
+"""How long a process waits for the others, including the first one's preparation of the data."""
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The processes that train together, as seen by one of them: `rank` of `world`."""
+class Processes:
+    """The processes that train together, seen from one of them: torch's `rank` of `world`."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def current(cls) -> Ranks:
-        """The ranks of torch's process group; without one a single rank.
+    def current(cls) -> Processes:
+        """The processes of torch's process group; without one a single process.
 
         Raises: ConfigError if the environment is that of several processes, without a process group.
         """
@@ -63,23 +63,23 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes."""
+        """Whether this is the process that writes."""
         return self.rank == 0
 
     def share(self, indices: Sequence[int]) -> list[int]:
-        """This rank's part of a micro-batch; the parts of the ranks are disjoint, and may be empty."""
+        """This process's share of a micro-batch; the shares are disjoint, and may be empty."""
         return list(indices[self.rank :: self.world])
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The sums over all ranks, the same on each; a name missing on a rank counts 0 there."""
+        """The sums over all processes, the same in each; a name missing in a process counts as 0 there."""
         everyone = self._gather(dict(values))
         names = dict.fromkeys(name for part in everyone for name in part)
         return {name: sum(part.get(name, 0.0) for part in everyone) for name in names}
 
     def check_same(self, facts: Mapping[str, object]) -> None:
-        """Checks that all ranks hold the same facts; a barrier.
+        """Checks that all processes hold the same facts; a barrier.
 
-        Raises: ConfigError on every rank, naming the facts that differ.
+        Raises: ConfigError in every process, naming the facts that differ.
         """
         everyone = self._gather(dict(facts))
         different = [name for name in facts if any(f[name] != facts[name] for f in everyone)]
@@ -88,13 +88,13 @@ class Ranks:
             raise ConfigError(f"expected the same in all {self.world} processes, got {got}")
 
     def first_alone(self, make: Callable[[], T]) -> T:
-        """Calls `make` on the first rank before all others, which then find the files that it wrote; returns its result."""
+        """Calls `make` in the first process before all others, which then find the files that it wrote; returns its result."""
         made = make() if self.first else None
         self._gather(None)  # a barrier
         return cast(T, made) if self.first else make()
 
     def seed_dropout(self, seed: int, epoch: int) -> None:
-        """Seeds torch differently on each rank but the first for an epoch: equal seeds would draw equal dropout masks."""
+        """Seeds torch differently in each process except the first for an epoch: equal seeds would give equal dropout masks."""
         if not self.first:
             torch.manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + self.rank) % 2**63)
 
@@ -107,7 +107,7 @@ class Ranks:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun (or a launcher that sets the same variables) started; does nothing without them.
+    """Context manager: joins the processes that torchrun (or a similar launcher) started; does nothing without them.
 
     device: of this process, from `local_device`; CUDA uses NCCL, a CPU gloo.
 
@@ -121,15 +121,15 @@ def process_group(device: torch.device) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        with peers_needed():
+        with lost_process_explained():
             yield
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def peers_needed() -> Iterator[None]:
-    """Replaces the backend's error about a lost process by one of one line. Raises: TrainingError from the backend's error."""
+def lost_process_explained() -> Iterator[None]:
+    """Context manager: turns the backend's error about a lost process into a TrainingError of one line."""
     try:
         yield
     except RuntimeError as error:
@@ -137,7 +137,7 @@ def peers_needed() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
         raise TrainingError(
-            "another process ended (see its own output for the cause); "
+            "another process ended unexpectedly (see its output for the cause); "
             "continue after the last finished epoch with --resume"
         ) from error
 
@@ -164,7 +164,7 @@ def resolve_device(config: TrainConfig) -> torch.device:
 def local_device(device: torch.device) -> torch.device:
     """The device of this process: under torchrun each process of a machine has a GPU of its own.
 
-    Raises: ConfigError if there are fewer GPUs than processes on this machine, or one GPU was named for all.
+    Raises: ConfigError if there are fewer GPUs than processes on this machine, or `device` has a number.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type != "cuda" or here == 1:
@@ -179,7 +179,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def parallelize(model: Trainee, kind: str, device: torch.device) -> nn.Module:
-    """The module to call in place of `model`, which averages gradients over the ranks of the current group, if there is one.
+    """The module to call in place of `model`, which averages gradients over the current process group, if there is one.
 
     model: on `device`; "fsdp" shards its parameters in place: each of its `shard_units`, then the rest.
     kind: "ddp" or "fsdp".
@@ -210,7 +210,7 @@ def sync_gradients(model: nn.Module, last: bool) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A copy of a tensor on the CPU, unsharded; every rank must call."""
+    """A copy of a tensor on the CPU, unsharded; every process must call this."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().cpu().clone()
 
@@ -224,7 +224,7 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """AdamW's state dict with full tensors on the CPU; every rank must call."""
+    """AdamW's state dict with full tensors on the CPU; every process must call this."""
     state = optimizer.state_dict()
     full = {
         number: {name: full_tensor(tensor) for name, tensor in entry.items()}
@@ -234,7 +234,7 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads a `full_optimizer_state` on any number of ranks; `state` is not modified."""
+    """Loads a `full_optimizer_state` in any number of processes; `state` is not modified."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     own = copy.deepcopy(state["state"])  # the optimizer modifies its state
     for number, entry in own.items():

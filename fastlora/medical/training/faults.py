@@ -1,4 +1,4 @@
-"""External causes that stop a training run: Ctrl-C, no memory, a full disk, a dead loader process."""
+"""External causes that stop a training run: Ctrl-C, too little memory, a full disk, a killed data loader process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained(last: Path, out_of_memory: Callable[[], str]) -> Iterator[None]:
-    """Turns errors with an external cause into a TrainingError of one line.
+    """Context manager: turns errors with an external cause into a TrainingError of one line.
 
     last: the run's checkpoint. out_of_memory: describes the memory needed, called after it ran out.
     """
@@ -38,7 +38,7 @@ def explained(last: Path, out_of_memory: Callable[[], str]) -> Iterator[None]:
         if is_out_of_memory(error):
             reason = f"out of memory: {out_of_memory()}"
         elif "DataLoader worker" in str(error):
-            reason = f"a process that loads data died ({str(error).splitlines()[0]})"
+            reason = f"a data loader process died ({str(error).splitlines()[0]})"
         elif isinstance(error, OSError):
             reason = f"cannot read or write: {error}"
         else:
@@ -48,7 +48,7 @@ def explained(last: Path, out_of_memory: Callable[[], str]) -> Iterator[None]:
 
 
 def memory_text(model: nn.Module, rows: int) -> str:
-    """The least memory of a step: by `fastlora.estimate`, or of parameters alone in a model without adapters."""
+    """The least memory of a step, as text: by `fastlora.estimate`, or from the parameters alone in a model without adapters."""
     if any(True for _ in named_lora_layers(model)):
         mib = estimate(model, max(1, rows)).total_bytes / 2**20
         return f"weights, gradients, optimizer and the activations that adapted layers save for {rows:,} tokens take {mib:.1f} MiB"
@@ -58,26 +58,26 @@ def memory_text(model: nn.Module, rows: int) -> str:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only sets a flag, so that the run stops where it can save; the second one stops it at once.
+    """Context manager: the first Ctrl-C sets a flag, so that the run stops where it can save; the second stops it at once.
 
-    Yields a function that returns the flag. With other processes of torchrun, and outside the main thread, Ctrl-C is unchanged.
+    Yields a function that returns the flag. With several processes, and outside the main thread, Ctrl-C is unchanged.
     """
-    asked = threading.Event()
+    requested = threading.Event()
     if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield requested.is_set
         return
 
     def note(_: int, frame: FrameType | None) -> None:
-        asked.set()
+        requested.set()
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def ignore_interrupts(_: int) -> None:
-    """For loader processes: a terminal sends Ctrl-C to them too, and the run still needs their batches."""
+    """Makes a data loader process ignore Ctrl-C, which a terminal sends to it too: the run still needs its batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -31,7 +31,7 @@ def predict(model: Trainee, batch: RegionBatch) -> Tensor:
 def make_trainable(model: Trainee, config: TrainConfig) -> None:
     """Makes trainable what `config.finetune` names: injected adapters and what the model trains around them, or everything.
 
-    Raises: ConfigError if all weights are to train, and some have 16 bits.
+    Raises: ConfigError if all weights are to be trained, and some have 16 bits.
     """
     if config.finetune == "full":
         model.train_all()
@@ -46,7 +46,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def without_values(model: Trainee) -> Trainee:
     """A copy of a model's structure on the meta device, which takes no memory."""
-    # The memo tells deepcopy that the tensors are copied already.
+    # deepcopy takes the tensors from the memo instead of copying them.
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
@@ -65,7 +65,7 @@ def load_finetuned(
     merged: fold the LoRA weights into plain layers.
     which: `best`, `last` or `epoch_NNN`.
     model: the base that the run started from, adapted in place; default: that of the run's configuration.
-    adapters: False disables them and keeps whatever else was trained.
+    adapters: False disables them and keeps the other trained weights.
 
     Raises: CheckpointError if there is no such checkpoint, it does not fit the base, or its model makes no mesh.
     """

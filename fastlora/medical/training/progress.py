@@ -1,4 +1,4 @@
-"""Reports of a run in progress: a progress bar, TensorBoard scalars, and a line in the log after each epoch."""
+"""The progress of a run: a progress bar, TensorBoard scalars, and a log line after each epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class RunReport:
     """Reports the progress of a run until `close`.
 
-    board: the folder of TensorBoard's files. active: False in all ranks but the first, which report nothing.
+    board: the folder of TensorBoard's files. active: False in all processes except the first; they report nothing.
     """
 
     def __init__(self, state: RunState, board: Path, active: bool) -> None:
@@ -39,36 +39,38 @@ class RunReport:
             self._board.close()
 
     def step(self, loss: float) -> None:
-        """After an optimizer step. loss: of its last micro-batch."""
+        """Reports an optimizer step. loss: of its last micro-batch."""
         self._bar.set_postfix(epoch=self.state.epoch + 1, loss=f"{loss:.4f}")
         self._bar.update()
 
     def restart_epoch(self, micro_batch: int) -> None:
-        """After memory ran out. micro_batch: the regions of a micro-batch from now on."""
+        """Reports that memory ran out. micro_batch: the new number of regions in a micro-batch."""
         self._bar.n = self.state.epoch * self.state.steps_per_epoch
         log.warning(
             f"out of memory: epoch {self.state.epoch + 1} restarts in micro-batches of {micro_batch}"
         )
 
     def epoch(self, entry: dict[str, Any], best: bool) -> None:
-        """After an epoch. entry: of the history. best: whether it is the best epoch so far."""
+        """Reports an epoch. entry: of the history. best: whether it is the best epoch so far."""
         if self._board is None:
             return
         epoch = entry["epoch"]
-        parts = {part: entry[part] for part in ("train", "val") if part in entry}
+        subsets = {name: entry[name] for name in ("train", "val") if name in entry}
         figures = {
-            f"{part}/{name}": v for part, terms in parts.items() for name, v in terms.items()
+            f"{subset}/{name}": v for subset, terms in subsets.items() for name, v in terms.items()
         }
         figures |= {name: entry[name] for name in ("lr", "grad_norm") if name in entry}
         for name, value in figures.items():
             self._board.add_scalar(name, value, epoch)
         self._board.flush()
-        if empty := max(terms.get("empty", 0.0) for terms in parts.values()):
+        if empty := max(terms.get("empty", 0.0) for terms in subsets.values()):
             log.warning(
-                f"epoch {epoch}: the decoder gave no mesh for {100 * empty:.0f}% of the regions: only the loss terms of distances "
+                f"epoch {epoch}: the decoder gave no mesh for {100 * empty:.0f}% of the regions; only the loss terms of distances "
                 "and regularisation train on them"
             )
-        train = f"train {parts['train']['total']:.4f}" if "train" in parts else "before training"
+        train = (
+            f"train {subsets['train']['total']:.4f}" if "train" in subsets else "before training"
+        )
         dice = f"dice {entry['val']['dice']:.4f}  " if "dice" in entry["val"] else ""
         log.info(
             f"epoch {epoch:3d}/{self.config.epochs}  {train}  val {entry['val']['total']:.4f}  "

@@ -39,7 +39,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._lock: BinaryIO | None = None
         self._epoch: int | None = None  # of the `last` written by this object
-        self._last = self._state_of_last()  # as found or left by this object
+        self._last = self._state_of_last()  # as found or written by this object
 
     @staticmethod
     def split(path: str | Path) -> tuple[Path, str]:
@@ -64,19 +64,21 @@ class RunFolder:
     def read_history(self) -> dict[str, Any]:
         """The content of history.json of a mesh model: `epochs` (an entry each), `seconds`, `best_epoch` and `counts` of parameters.
 
-        Raises: CheckpointError if it is no such file.
+        Raises: CheckpointError if it is not such a file.
         """
         try:
             history = read_json(self.history)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.history}: not a history: {error}") from error
+            raise CheckpointError(f"{self.history}: not a history file: {error}") from error
         kinds = {"epochs": list, "seconds": list, "counts": dict}
         missing = kinds.keys() - (history.keys() if isinstance(history, dict) else set())
         if missing:
             raise CheckpointError(f"{self.history}: lacks {', '.join(sorted(missing))}")
         for name, kind in kinds.items():
             if not isinstance(history[name], kind) or not history[name]:
-                raise CheckpointError(f"{self.history}: {name}: expected a filled {kind.__name__}")
+                raise CheckpointError(
+                    f"{self.history}: {name}: expected a non-empty {kind.__name__}"
+                )
         counts = history["counts"]
         if not all(type(counts.get(name)) is int for name in ("total", "trainable", "lora")):
             raise CheckpointError(f"{self.history}: counts: expected total, trainable and lora")
@@ -86,7 +88,7 @@ class RunFolder:
     def resume_from(self, resume: str | None) -> Path | None:
         """The checkpoint that `--resume` names: a file, a run folder's `last`, or with 'auto' this run's `last` if any.
 
-        If `last` is damaged, it is `previous`, with a warning. Raises: CheckpointError if that cannot be read either.
+        If `last` is damaged, it is `previous`, with a warning. Raises: CheckpointError if `previous` cannot be read either.
         """
         if resume is None or (resume == "auto" and not self.checkpoint("last").is_file()):
             return None
@@ -123,7 +125,7 @@ class RunFolder:
         """Creates and locks the folder, removes the files of a run to be overwritten, and writes config.yaml.
 
         The lock lasts until `close`. Raises: ConfigError if the folder cannot be written. TrainingError if another process holds the
-        lock, or wrote here since this object was made, which would be lost.
+        lock, or wrote to the folder since this object was created: its work would be lost.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,7 @@ def _locked(path: Path) -> BinaryIO:
                 f"checkpoint_dir: another run is writing to {path.parent}; wait for it or choose another folder"
             ) from None
         warnings.warn(
-            f"{path}: this file system has no locks ({error}); do not start a second run",
+            f"{path}: this file system does not support locks ({error}); do not start a second run in this folder",
             FastLoRAWarning,
             stacklevel=3,
         )
@@ -203,12 +205,12 @@ def _locked(path: Path) -> BinaryIO:
 
 
 def _keep(last: Path, previous: Path) -> None:
-    """Gives `last` a second name, so that it survives when a new one replaces it."""
+    """Keeps `last` as `previous`, before a new one replaces it."""
     second = temporary_name(previous)
     try:
         try:
             os.link(last, second)
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             shutil.copyfile(last, second)
         move_into_place({second: previous})
     finally:

@@ -1,4 +1,4 @@
-"""The state of a run: all that its checkpoint holds."""
+"""The state of a run: everything that its checkpoint contains."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ class RunState:
         return improved
 
     def saved_config(self) -> dict[str, Any]:
-        """The configuration without the options that hold for one call only."""
+        """The configuration without the options that apply to one call only."""
         return replace(self.config, resume=None, overwrite=False).to_dict()
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the state, without `best`; every rank must call."""
+        """A copy of the state, without `best`; every process must call this."""
         return {
             "format": checkpointing.FORMAT,
             "model": {
@@ -100,15 +100,15 @@ class RunState:
         }
 
     def content(self) -> dict[str, Any]:
-        """The content of a checkpoint: the snapshot, and the best one so far if that is another; every rank must call."""
+        """The content of a checkpoint: the snapshot, and the best one so far if that is another; every process must call this."""
         other = self.best is not None and (self.best["epoch"] != self.epoch or self.within)
         return {**self.snapshot(), "best": self.best if other else None}
 
     def load(self, path: str | Path) -> None:
         """Continues from a checkpoint of the same run.
 
-        Raises: CheckpointError if it cannot be read, or is of another model, base, rank, dataset or configuration; names and shapes
-            are in the message, and nothing was changed.
+        Raises: CheckpointError if it cannot be read, or is of another model, base, LoRA rank, dataset or configuration; the message
+            contains names and shapes, and the state is unchanged.
         """
         content, where = checkpointing.read_checkpoint(path), str(path)
         best = content["best"] or content
@@ -143,12 +143,12 @@ class RunState:
         self.rng = content["rng"]
 
     def _check_same_run(self, content: Mapping[str, Any], where: str) -> None:
-        others = {
+        differences = {
             "base_sha256": "another base model (its weights differ)",
             "samples": f"{content['samples']} samples, the data now has {self.facts['samples']}",
-            "regions": "other regions (subjects, structures or their places); the data or its manifest changed",
+            "regions": "different regions (subjects, structures or positions); the data or its manifest changed",
         }
-        for name, words in others.items():
+        for name, words in differences.items():
             if content[name] not in (self.facts[name], []):  # [] in files of older versions
                 raise CheckpointError(f"{where}: was trained on {words}")
         now = self.config.to_dict()

@@ -2,7 +2,7 @@
 
 An epoch depends only on the checkpoint before it: the order of the regions and their augmentation are pure functions of
 (seed, epoch), and dropout follows torch's generator, whose state the checkpoint holds. With several processes
-(`distributed.py`) each computes its share; all hold the same figures, and the first one writes.
+(`distributed.py`) each computes its share; all hold the same values, and the first one writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastlora.medical.training.data import (
     micro_batches,
     region_names,
 )
-from fastlora.medical.training.distributed import Ranks
+from fastlora.medical.training.distributed import Processes
 from fastlora.medical.training.finetuned import (
     load_base,
     make_trainable,
@@ -49,8 +49,7 @@ class MedicalTrainer:
     The constructor checks everything (values, data, model, the checkpoint to resume from) and writes nothing there.
 
     model: the base to fine-tune, in place; default `load_base(config)`.
-    train_data, val_data: both or neither; default: the data of `config`. `val_data` selects the best epoch, so a report must not be
-        made on it.
+    train_data, val_data: both or neither; default: the data of `config`. `val_data` selects the best epoch, so results on it are biased.
 
     Raises: FastLoRAError (ConfigError, DataError or CheckpointError), naming the problem.
     """
@@ -63,10 +62,10 @@ class MedicalTrainer:
         val_data: RegionData | None = None,
     ) -> None:
         self.config = config
-        self.ranks = Ranks.current()
-        if config.halve_batch and self.ranks.world > 1:
+        self.processes = Processes.current()
+        if config.halve_batch and self.processes.world > 1:
             raise ConfigError(
-                f"halve_batch: expected one process, got {self.ranks.world}: the others would wait for the one that restarts "
+                f"halve_batch: expected one process, got {self.processes.world}: the others would wait for the one that restarts "
                 "its epoch"
             )
         self.device = distributed.local_device(distributed.resolve_device(config))
@@ -76,7 +75,7 @@ class MedicalTrainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         if train_data is None or val_data is None:
-            train_data, val_data = self.ranks.first_alone(lambda: load_train_data(config))
+            train_data, val_data = self.processes.first_alone(lambda: load_train_data(config))
         for name, data in (("train_data", train_data), ("val_data", val_data)):
             if len(data) == 0:
                 raise DataError(f"{name}: expected at least one region, got none")
@@ -95,11 +94,11 @@ class MedicalTrainer:
         facts = {"base_sha256": base_sha256, "samples": len(train_data), "regions": regions}
         self.state = RunState(config, self.model, steps, facts)
         self.interrupted: Callable[[], bool] = lambda: False
-        self.micro_batch = config.batch_size  # less after memory ran out with `halve_batch`
+        self.micro_batch = config.batch_size  # smaller after memory ran out with `halve_batch`
         self.tokens = 0  # of the largest batch so far
         if resume is not None:
             self.load_checkpoint(resume)
-        self.ranks.check_same(
+        self.processes.check_same(
             {
                 **self.state.saved_config(),
                 "epoch": self.state.epoch,
@@ -116,18 +115,18 @@ class MedicalTrainer:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One entry an epoch, 0 (untrained) first."""
+        """One entry for each epoch, 0 (untrained) first."""
         return self.state.history
 
     def train(self) -> list[dict[str, Any]]:
-        """Trains to the last epoch or the early stop; returns the history.
+        """Trains to the last epoch or until early stopping; returns the history.
 
         The run folder is complete after every epoch, so a run killed at any moment loses only the current epoch: a new trainer with
-        `resume="auto"` continues from there. After Ctrl-C it continues from the very step.
+        `resume="auto"` continues from there. After Ctrl-C it continues from the interrupted step.
 
         Raises: TrainingError if a loss or a gradient is not finite (the message names the regions), memory or disk is full, a
-            process that loads data died, or another run uses the folder. The folder keeps the last finished epoch.
-            KeyboardInterrupt after Ctrl-C, when the step is done and saved; after a second one at once.
+            data loader process died, or another run uses the folder. The folder keeps the last finished epoch.
+            KeyboardInterrupt after Ctrl-C, when the step is finished and saved; after a second Ctrl-C at once.
         """
         last = self.folder.checkpoint("last")
         with faults.explained(last, self._memory), faults.deferred_interrupt() as self.interrupted:
@@ -137,7 +136,7 @@ class MedicalTrainer:
                 self.folder.close()
 
     def _train(self) -> list[dict[str, Any]]:
-        state, first = self.state, self.ranks.first
+        state, first = self.state, self.processes.first
         if first:
             self.folder.open(state.saved_config(), self.config.overwrite)
         checkpointing.set_rng_state(state.rng)
@@ -173,10 +172,10 @@ class MedicalTrainer:
             report.restart_epoch(self.micro_batch)
 
     def _memory(self) -> str:
-        alone = ", and --halve_batch does that automatically" if self.ranks.world == 1 else ""
+        alone = ", and --halve_batch does that automatically" if self.processes.world == 1 else ""
         return (
-            f"{faults.memory_text(self.model, self.tokens)}; a smaller batch_size than {self.micro_batch} with a larger "
-            f"grad_accum trains the same{alone}"
+            f"{faults.memory_text(self.model, self.tokens)}; a batch_size below {self.micro_batch} with a larger "
+            f"grad_accum gives the same training{alone}"
         )
 
     def _train_epoch(self, report: RunReport) -> dict[str, Any]:
@@ -185,16 +184,16 @@ class MedicalTrainer:
         epoch = state.epoch + 1
         self.model.train()
         self.train_data.set_epoch(epoch)
-        self.ranks.seed_dropout(config.seed, epoch)
+        self.processes.seed_dropout(config.seed, epoch)
         order = epoch_order(config.seed, epoch, total)
         group = config.batch_size * config.grad_accum
         within = state.within or {}  # of an epoch that Ctrl-C interrupted
         state.within = None
         seen, norms = within.get("seen", 0), list(within.get("norms", ()))
         rate = within.get("lr", state.optimizer.param_groups[0]["lr"])  # of the epoch's first step
-        sums = defaultdict(float, within.get("sums", {}) if self.ranks.first else {})
+        sums = defaultdict(float, within.get("sums", {}) if self.processes.first else {})
         rest = micro_batches(
-            self.train_data, order[seen:], self.micro_batch, self.ranks, config.num_workers
+            self.train_data, order[seen:], self.micro_batch, self.processes, config.num_workers
         )
         for batch, count, of_all in rest:
             last = (seen + of_all) % group == 0 or seen + of_all == total
@@ -202,7 +201,7 @@ class MedicalTrainer:
             _, losses = self._forward(batch, f"epoch {epoch}, step {len(norms) + 1}")
             # A step's loss is the mean over all its regions, whatever the sizes of its micro-batches and shares.
             in_step = min(group, total - seen // group * group)
-            step_loss = losses["total"] * (count * self.ranks.world / in_step)
+            step_loss = losses["total"] * (count * self.processes.world / in_step)
             state.scaler.scale(step_loss).backward()
             for name, value in losses.items():
                 sums[name] += value.item() * count
@@ -219,7 +218,7 @@ class MedicalTrainer:
         return {
             "lr": rate,
             "grad_norm": sum(finite) / max(1, len(finite)),
-            "train": {name: value / total for name, value in self.ranks.sum(sums).items()},
+            "train": {name: value / total for name, value in self.processes.sum(sums).items()},
         }
 
     def _step(self, batch: RegionBatch) -> float:
@@ -252,10 +251,10 @@ class MedicalTrainer:
         with torch.autocast(self.device.type, dtype=kind, enabled=self.config.amp != "off"):
             output = self._call(*self.model.inputs(batch))
         losses = self.model.losses(output, batch, self.config.loss_weights)
-        bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
-        if bad:
+        invalid = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
+        if invalid:
             raise TrainingError(
-                f"loss is not finite ({', '.join(bad)}) in {where}: {region_names(batch)}"
+                f"loss is not finite ({', '.join(invalid)}) in {where}: {region_names(batch)}"
             )
         return output, losses
 
@@ -266,7 +265,7 @@ class MedicalTrainer:
         sums: defaultdict[str, float] = defaultdict(float)
         size, total = self.micro_batch, len(self.val_data)
         batches = micro_batches(
-            self.val_data, range(total), size, self.ranks, self.config.num_workers
+            self.val_data, range(total), size, self.processes, self.config.num_workers
         )
         for batch, count, _ in batches:
             output, losses = self._forward(batch, f"validation after epoch {self.epoch}")
@@ -275,7 +274,7 @@ class MedicalTrainer:
                 losses["dice"] = inside_dice(predicted, batch.sdf_vox).mean()
             for name, value in losses.items():
                 sums[name] += value.item() * count
-        return {name: value / total for name, value in self.ranks.sum(sums).items()}
+        return {name: value / total for name, value in self.processes.sum(sums).items()}
 
     def _stalled(self) -> bool:
         """Whether the validation has not improved for `early_stopping` epochs."""
@@ -283,7 +282,7 @@ class MedicalTrainer:
         return 0 < self.config.early_stopping <= since
 
     def _finish_epoch(self, entry: dict[str, Any], start: float, report: RunReport) -> None:
-        """Validates, then writes and reports the epoch (the first rank does). start: on `time.perf_counter`."""
+        """Validates, then writes and reports the epoch (the first process does). start: on `time.perf_counter`."""
         entry["val"] = self.validate()
         improved = self.state.finish_epoch(entry, time.perf_counter() - start)
         self._write(improved)
@@ -293,9 +292,9 @@ class MedicalTrainer:
         report.epoch(entry, improved)
 
     def _write(self, best_changed: bool) -> None:
-        """Writes `last`, history.json, and if it changed `best` with its adapter file."""
+        """Writes `last` and history.json, and if `best` changed, `best` and its adapter file."""
         content = self.state.content()
-        if not self.ranks.first:
+        if not self.processes.first:
             return
         best = self.state.best if best_changed else None
         history = {
@@ -312,10 +311,10 @@ class MedicalTrainer:
     def save_checkpoint(self, path: str | Path) -> None:
         """Saves the run's state atomically: only trainable weights, and all that resuming needs.
 
-        It includes the best state so far, so one file continues a run anywhere. Every rank must call; the first writes.
+        It includes the best state so far, so one file continues a run anywhere. Every process must call this; the first writes.
         """
         content = self.state.content()
-        if self.ranks.first:
+        if self.processes.first:
             checkpointing.write_checkpoint(Path(path), content)
 
     def load_checkpoint(self, path: str | Path) -> None:
@@ -324,7 +323,7 @@ class MedicalTrainer:
 
 
 def inside_dice(pred_vox: Tensor, true_vox: Tensor) -> Tensor:
-    """Dice (B,) of the voxels with a negative distance, of two (B, X, Y, Z); 1 if both have none."""
+    """Dice (B,) of the voxels with a negative distance in two fields (B, X, Y, Z); 1 if both have none."""
     pred, true = (pred_vox < 0).flatten(1), (true_vox < 0).flatten(1)
     both, either = (pred & true).sum(1), pred.sum(1) + true.sum(1)
     return torch.where(either > 0, 2 * both / either.clamp(min=1), 1.0)

@@ -1,4 +1,4 @@
-"""The bundled cases, and folders that code writes."""
+"""The bundled cases, and generated folders."""
 
 from __future__ import annotations
 

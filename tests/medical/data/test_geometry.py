@@ -1,4 +1,4 @@
-"""Geometry against shapes whose answers are known by formula."""
+"""Geometry of shapes with known formulas."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_pointmap_is_the_affine_for_every_axis(axis):
         assert_same_geometry(points[h, w], (affine @ [*ijk, 1])[:3])
 
 
-def test_pointmap_refuses_bad_slices():
+def test_pointmap_refuses_invalid_slices():
     with pytest.raises(ConfigError, match="axis: expected 0, 1 or 2, got 3"):
         pointmap(np.eye(4), (4, 4, 4), 3, 0)
     with pytest.raises(ConfigError, match="index: expected 0 to 4 on axis 1, got 5"):

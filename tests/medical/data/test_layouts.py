@@ -1,4 +1,4 @@
-"""Data sets in every layout: found, read alike, and taken from files to meshes by the four commands."""
+"""Data sets in every layout: they are found, give the same volumes, and pass through all four commands."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def roots(tmp_path_factory, found) -> Callable[[str], Path]:
 
 
 def world_sums(volume_affine, mask) -> np.ndarray:
-    """Mean and spread of a mask's places in mm: the same for the same voxels in any order."""
+    """Mean and spread of a mask's positions in mm, which do not depend on the order of the voxels."""
     places = np.argwhere(mask) @ volume_affine[:3, :3].T + volume_affine[:3, 3]
     return np.concatenate([places.mean(0), places.std(0)])
 
@@ -74,8 +74,8 @@ def test_every_layout_is_named_and_gives_the_same_volumes(layout, roots, found, 
     assert f"layout {layout} (2 cases)" in caplog.text
     assert [case.subject for case in cases] == ["spine_ct", "spine_mr"]
     for case, scan in zip(cases, found, strict=True):
-        told = layout in ("TotalSegmentator", "DICOM")
-        assert case.modality == (scan.modality if told else "mr")
+        stated = layout in ("TotalSegmentator", "DICOM")
+        assert case.modality == (scan.modality if stated else "mr")
         image = case.load_image()
         assert sorted(image.shape) == sorted(scan.array.shape)
         assert image.array.sum(dtype=np.float64) == pytest.approx(scan.array.sum(dtype=np.float64))
@@ -103,14 +103,14 @@ def test_a_folder_goes_from_files_to_meshes(layout, roots, found, tmp_path, caps
     assert command("train_medical")([*data, *cache, *train, "--no-progress"]) == 0
     assert command("eval_medical")(["--checkpoint", "run", "--output_dir", "eval"]) == 0
     out = ["--output_dir", "predicted", "--mesh_format", "ply", "--skip_invalid"]
-    pictures = layout == "TotalSegmentator"  # one layout's will do
+    pictures = layout == "TotalSegmentator"  # one layout is enough
     out += [] if pictures else ["--no-picture"]
     assert command("predict_medical")(["--checkpoint", "run", *data, *out]) == 0
     printed = capsys.readouterr().out
     assert printed.count(f"layout {layout} (2 cases)") == 4
     manifest = read_manifest(Path("cache"))
     assert len(manifest["structures"]) == 4
-    # One label map names all structures, and each spine lacks the other's.
+    # One label map names all structures, and each spine lacks those of the other.
     absent = 4 if layout in ("Decathlon", "nnU-Net") else 0
     assert len(manifest["skipped"]) == absent and f"{absent} skipped" in printed
     assert json.loads(Path("eval/eval.json").read_text())["split"]["kind"] == "patient"
@@ -126,7 +126,7 @@ def test_a_folder_goes_from_files_to_meshes(layout, roots, found, tmp_path, caps
         mask = case.load_mask(row["structure"], image)
         mesh = trimesh.load(Path("predicted") / row["mesh"])
         dice = overlap(voxelise(mesh, image.affine, image.shape), mask)["dice"]
-        # The cut through the pedicles is no edge in the image, so the body is not met everywhere.
+        # The cut through the pedicles is not an edge in the image, so the body is not matched everywhere.
         assert dice > 0.8 and dice == pytest.approx(float(row["dice_with_mask"]), abs=1e-3)
         middle = world_sums(image.affine, mask)[:3]
         assert np.linalg.norm(mesh.center_mass - middle) < 2.5  # mm, in a body of 30
@@ -154,13 +154,16 @@ def test_names_of_structures_are_words():
             {"training": [{"image": "a" * 400, "label": "b.nii"}]},
             "expected paths within .*too long",
         ),
-        ({"labels": {"liver": 1e999}}, "expected labels as whole numbers, got 'liver': inf"),
-        ({"labels": {"1": None}}, "expected labels as whole numbers, got '1': None"),
-        ({"modality": {"0": 1, "1": {}}, "labels": {}}, "expected a label beside the background"),
+        ({"labels": {"liver": 1e999}}, "expected integer labels, got 'liver': inf"),
+        ({"labels": {"1": None}}, "expected integer labels, got '1': None"),
+        (
+            {"modality": {"0": 1, "1": {}}, "labels": {}},
+            "expected a label other than the background",
+        ),
         ({"modality": [1]}, "expected 'channel_names' or 'modality'"),
     ],
 )
-def test_odd_entries_of_a_list_of_cases_are_named(tmp_path, change, message):
+def test_invalid_entries_of_a_list_of_cases_are_named(tmp_path, change, message):
     content = {"modality": {"0": "CT"}, "labels": {"1": "liver"}, "training": [], **change}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
@@ -243,13 +246,13 @@ def test_decathlon_lists_what_is_missing_and_reads_the_channel(roots, tmp_path, 
         ("{", "expected readable JSON"),
         ("[]", "expected an object with 'labels'"),
         ('{"labels": {"a": 1}}', "expected 'channel_names' or 'modality'"),
-        ('{"labels": {"a": "x", "1": "x"}, "modality": {"0": "CT"}}', "expected labels as whole"),
-        ('{"labels": {"background": 0}, "channel_names": {"0": "CT"}}', "a label beside the backg"),
+        ('{"labels": {"a": "x", "1": "x"}, "modality": {"0": "CT"}}', "expected integer labels"),
+        ('{"labels": {"background": 0}, "channel_names": {"0": "CT"}}', "a label other than the"),
         ('{"labels": {"A b": 1, "a_b": 2}, "channel_names": {"0": "CT"}}', "'a_b' twice"),
         ('{"labels": {"a": 1}, "channel_names": {"0": "CT"}, "file_ending": ".mha"}', "got '.mha'"),
     ],
 )
-def test_a_bad_dataset_json_is_named(tmp_path, content, message):
+def test_an_invalid_dataset_json_is_named(tmp_path, content, message):
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(DataError, match=message):
         find_cases(tmp_path)
@@ -285,7 +288,7 @@ def test_nnunet_regions_ignore_and_folds(tmp_path):
 
 
 @NEEDS_DICOM
-def test_a_seg_of_some_slices_lands_on_them_and_errors_are_named(found, tmp_path, monkeypatch):
+def test_a_seg_of_some_slices_is_placed_on_them_and_errors_are_named(found, tmp_path, monkeypatch):
     ct = found[0]
     some = slice(5, 30)
     inside = {n: m & np.isin(np.arange(m.shape[2]), range(5, 30)) for n, m in ct.masks.items()}
@@ -296,7 +299,7 @@ def test_a_seg_of_some_slices_lands_on_them_and_errors_are_named(found, tmp_path
         assert case.load_mask(name, image).sum() == mask.sum()
     assert dicom.holds_dicom(tmp_path) and not dicom.holds_dicom(Path(__file__).parent)
     seg = tmp_path / "spine_ct" / "segmentation.dcm"
-    assert dicom.read_segmentation(seg).refers_to == {case.part}
+    assert dicom.read_segmentation(seg).refers_to == {case.component}
     with pytest.raises(DataError, match="expected a segment among .*got 9"):
         load_mask(Source(seg, 9), image)
     with pytest.raises(DataError, match="expected a segment's number, got None"):
@@ -317,7 +320,9 @@ def test_a_seg_of_some_slices_lands_on_them_and_errors_are_named(found, tmp_path
     with pytest.raises(DataError, match="expected a series of parallel slices at equal distances"):
         case.load_image()
     seg.unlink()
-    with pytest.raises(DataError, match="expected a DICOM SEG beside the images, got none"):
+    with pytest.raises(
+        DataError, match="expected a DICOM SEG in the folder of the images, got none"
+    ):
         find_cases(tmp_path)
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(DataError, match="pip install highdicom pydicom"):

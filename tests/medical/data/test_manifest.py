@@ -1,4 +1,4 @@
-"""The manifest of preprocessing: what it lists, what training takes from it, and what --verify finds."""
+"""The manifest of preprocessing: its content, its use in training, and --verify."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def test_training_takes_what_is_listed_and_reads_the_cache(prepared, monkeypatch
     manifest.MEMORY.clear()
     monkeypatch.setattr(grids.StructureGrid, "read", lambda *a: pytest.fail("not from the cache"))
     cached = TrainConfig(**{**config.to_dict(), "cache_dir": str(cache)})
-    sides = load_splits(cached)
-    assert {spec.structure for spec in sides["train"]} == {"blob", "tube"}
-    assert {spec.structure for spec in sides["val"]} == {"blob"}
+    subsets = load_splits(cached)
+    assert {spec.structure for spec in subsets["train"]} == {"blob", "tube"}
+    assert {spec.structure for spec in subsets["val"]} == {"blob"}
 
 
 def test_verify_finds_changed_files(prepared, capsys):
@@ -110,7 +110,7 @@ def test_memory_is_bounded(prepared, monkeypatch):
     assert len(manifest.MEMORY) == 1
 
 
-def test_bad_manifests_are_named(tmp_path, prepared):
+def test_invalid_manifests_are_named(tmp_path, prepared):
     root, cache = prepared
     cases = find_cases(root)
     with pytest.raises(DataError, match="cache_dir: expected .*preprocess_medical.py writes"):
@@ -121,10 +121,10 @@ def test_bad_manifests_are_named(tmp_path, prepared):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "x"}))
     with pytest.raises(DataError, match="expected a manifest of format"):
         read_manifest(tmp_path)
-    write_manifest(tmp_path, {}, [Outcome("other", "blob")], ["broken case"])
-    with pytest.raises(DataError, match="got those of other: it was made from another data set"):
+    write_manifest(tmp_path, {}, [Outcome("other", "blob")], ["unusable case"])
+    with pytest.raises(DataError, match="got those of other: the cache is of another data set"):
         usable_cases(cases, tmp_path)
-    assert read_manifest(tmp_path)["skipped"][0]["reason"] == "broken case"
+    assert read_manifest(tmp_path)["skipped"][0]["reason"] == "unusable case"
     one, other = digest(root / "phantom_000"), digest(root / "phantom_001")
     assert one != other and len(one) == 64
 
@@ -141,7 +141,7 @@ def test_bad_manifests_are_named(tmp_path, prepared):
     ],
     ids=str,
 )
-def test_odd_entries_are_refused(tmp_path, entry):
+def test_invalid_entries_are_refused(tmp_path, entry):
     content = {"format": FORMAT, "structures": [entry] if entry is not None else "none"}
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     for read in (read_manifest, verify, lambda cache: usable_cases([], cache)):

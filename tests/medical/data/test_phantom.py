@@ -46,7 +46,7 @@ def test_the_stream_is_as_varied_as_its_task(stream):
 
 
 def test_an_edge_shows_where_the_mask_ends(stream):
-    """The image tells where the surface is: across it, it changes more than within either side."""
+    """The image shows the surface: it changes more across it than within either side."""
     seen = 0
     for image, mask in stream:
         across = np.abs(np.diff(image, axis=0))
@@ -97,7 +97,7 @@ def test_small_sizes_are_refused():
         make_phantom(np.random.default_rng(0), 4)
 
 
-def test_smooth_noise_is_standard_and_as_smooth_as_asked():
+def test_smooth_noise_is_standard_and_as_smooth_as_requested():
     rng = np.random.default_rng(0)
     rough, smooth = (smooth_noise(rng, (32, 32, 32), scale) for scale in (0.03, 0.1))
     for noise in (rough, smooth):

@@ -1,4 +1,4 @@
-"""The preprocessing command: what it prepares, what it refuses, and how."""
+"""The preprocessing command: its output and its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fastlora.medical.data.manifest import read_manifest, verify
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
 from fastlora.medical.data.slice_source import SliceConfig
-from fastlora.medical.data.slices import TS_SAM3D_Dataset, select_structures
+from fastlora.medical.data.slices import TS_SAM3D_Dataset
+from fastlora.medical.data.splits import select_structures
 from fastlora.medical.data.volumes import load_volume, save_volume
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_train_data
@@ -46,8 +47,8 @@ def phantom(tmp_path_factory):
 
 
 @pytest.fixture
-def broken(phantom, tmp_path):
-    """A copy to spoil, and the path of one of its masks."""
+def copy_of_data(phantom, tmp_path):
+    """A copy to corrupt, and the path of one of its masks."""
     root = tmp_path / "data"
     shutil.copytree(phantom, root)
     return root, root / "phantom_001" / "segmentations" / "tube.nii.gz"
@@ -187,57 +188,62 @@ def test_without_a_source_it_builds_the_bundled_cases(tmp_path, capsys, monkeypa
     assert (tmp_path / "data" / "synthetic" / "phantom_002").is_dir()
 
 
-def spoil_missing(root, mask):
+def corrupt_missing(root, mask):
     shutil.rmtree(root)
 
 
-def spoil_no_image(root, mask):
+def corrupt_no_image(root, mask):
     (root / "phantom_001" / "ct.nii.gz").unlink()
 
 
-def spoil_empty(root, mask):
+def corrupt_empty(root, mask):
     volume = load_volume(mask)
     save_volume(mask, np.zeros(volume.shape, dtype=np.uint8), volume.affine)
 
 
-def spoil_shape(root, mask):
+def corrupt_shape(root, mask):
     volume = load_volume(mask)
     save_volume(mask, volume.array[1:].astype(np.uint8), volume.affine)
 
 
-def spoil_affine(root, mask):
+def corrupt_affine(root, mask):
     volume = load_volume(mask)
     save_volume(mask, volume.array.astype(np.uint8), volume.affine @ np.diag([1, 1, 1.1, 1]))
 
 
-def spoil_nan(root, mask):
+def corrupt_nan(root, mask):
     path = root / "phantom_001" / "ct.nii.gz"
     volume = load_volume(path)
     volume.array[3, 3, 3] = np.nan
     save_volume(path, volume.array, volume.affine)
 
 
-def spoil_file(root, mask):
+def corrupt_file(root, mask):
     mask.write_bytes(mask.read_bytes()[:200])
 
 
-SPOILS = {
-    spoil_missing: "data: expected a folder of cases, got nothing at that path",
-    spoil_no_image: "phantom_001: expected one of ct.nii.gz, mri.nii.gz, got none",
-    spoil_empty: "tube.nii.gz: expected at least one voxel, got an empty mask",
-    spoil_shape: "tube.nii.gz: expected the shape of ct.nii.gz",
-    spoil_affine: "tube.nii.gz: expected the affine of ct.nii.gz",
-    spoil_nan: "ct.nii.gz: expected finite values, got NaN or infinity in 1 of",
-    spoil_file: "tube.nii.gz: expected a readable NIfTI file",
+CORRUPTIONS = {
+    corrupt_missing: "data: expected a folder of cases, got nothing at that path",
+    corrupt_no_image: "phantom_001: expected one of ct.nii.gz, mri.nii.gz, got none",
+    corrupt_empty: "tube.nii.gz: expected at least one voxel, got an empty mask",
+    corrupt_shape: "tube.nii.gz: expected the shape of ct.nii.gz",
+    corrupt_affine: "tube.nii.gz: expected the affine of ct.nii.gz",
+    corrupt_nan: "ct.nii.gz: expected finite values, got NaN or infinity in 1 of",
+    corrupt_file: "tube.nii.gz: expected a readable NIfTI file",
 }
-CASES = [(spoil, message, 0) for spoil, message in SPOILS.items()]
-CASES += [(spoil_shape, SPOILS[spoil_shape], 1), (spoil_nan, SPOILS[spoil_nan], 1)]
+CASES = [(corrupt, message, 0) for corrupt, message in CORRUPTIONS.items()]
+CASES += [
+    (corrupt_shape, CORRUPTIONS[corrupt_shape], 1),
+    (corrupt_nan, CORRUPTIONS[corrupt_nan], 1),
+]
 
 
-@pytest.mark.parametrize(("spoil", "message", "workers"), CASES)
-def test_bad_input_is_one_line_and_exit_code_2(broken, tmp_path, capsys, spoil, message, workers):
-    root, mask = broken
-    spoil(root, mask)
+@pytest.mark.parametrize(("corrupt", "message", "workers"), CASES)
+def test_invalid_input_is_one_line_and_exit_code_2(
+    copy_of_data, tmp_path, capsys, corrupt, message, workers
+):
+    root, mask = copy_of_data
+    corrupt(root, mask)
     cache = tmp_path / "cache"
     code, _, err = run(
         capsys, "--data_root", root, "--cache_dir", cache, "--num_workers", workers,
@@ -253,35 +259,35 @@ def test_bad_input_is_one_line_and_exit_code_2(broken, tmp_path, capsys, spoil, 
             assert {name: stored[name] for name in stored}
 
 
-@pytest.mark.parametrize("spoil", [s for s in SPOILS if s is not spoil_missing])
-def test_bad_cases_can_be_left_out_and_are_listed(broken, tmp_path, capsys, spoil):
-    root, mask = broken
-    spoil(root, mask)
+@pytest.mark.parametrize("corrupt", [s for s in CORRUPTIONS if s is not corrupt_missing])
+def test_unusable_cases_can_be_skipped_and_are_listed(copy_of_data, tmp_path, capsys, corrupt):
+    root, mask = copy_of_data
+    corrupt(root, mask)
     code, out, err = run(
         capsys, "--data_root", root, "--cache_dir", tmp_path / "c", "--skip_invalid",
         "--classes", "tube", "blob",
     )  # fmt: skip
     assert code == 0 and not err
     lines = [line for line in out.splitlines() if "skipped: " in line]
-    assert lines and all(SPOILS[spoil] in line for line in lines)
-    whole_case = spoil in (spoil_no_image, spoil_nan)
+    assert lines and all(CORRUPTIONS[corrupt] in line for line in lines)
+    whole_case = corrupt in (corrupt_no_image, corrupt_nan)
     assert f"{2 if whole_case else 3} structures of" in out
 
 
-def test_nothing_left_is_an_error(broken, tmp_path, capsys):
-    root, mask = broken
-    spoil_empty(root, mask)
+def test_no_usable_structure_is_an_error(copy_of_data, tmp_path, capsys):
+    root, mask = copy_of_data
+    corrupt_empty(root, mask)
     shutil.rmtree(root / "phantom_000")
     code, _, err = run(
         capsys, "--data_root", root, "--cache_dir", tmp_path, "--classes", "tube", "--skip_invalid"
     )
-    assert (code, err) == (2, "error: expected a structure that can be used, got none\n")
+    assert (code, err) == (2, "error: expected at least one usable structure, got none\n")
 
 
-def test_bad_arguments(phantom, tmp_path, capsys):
+def test_invalid_arguments(phantom, tmp_path, capsys):
     for extra, message in (
         (["--axes", "up"], "axes: expected some of sagittal"),
-        (["--classes", "liver"], "classes: expected some of blob"),
+        (["--classes", "liver"], "classes: no case has 'liver'; there are: blob"),
         (["--spacing", "-1"], "spacing: expected a positive number"),
         (["--num_workers", "-1"], "num_workers: expected 0 or more"),
     ):
@@ -309,15 +315,15 @@ def test_the_script_runs_as_a_command(tmp_path):
     assert done.stderr.endswith("nix: expected a folder of cases, got nothing at that path\n")
 
 
-def test_preprocess_yields_outcomes_and_raises(broken, tmp_path):
-    root, mask = broken
-    spoil_empty(root, mask)
+def test_preprocess_yields_outcomes_and_raises(copy_of_data, tmp_path):
+    root, mask = copy_of_data
+    corrupt_empty(root, mask)
     selected = select_structures(find_cases(root), ["tube"])
     config = PreprocessConfig(tmp_path / "c", slices=True, axes=[0, 2])
     with pytest.raises(DataError, match="empty mask"):
         list(preprocess(selected, config))
     with pytest.raises(ConfigError, match="num_workers"):
         list(preprocess(selected, config, -1))
-    good, bad = preprocess(selected, replace(config, skip_invalid=True))
-    assert good.problem is None and len(good.slices) == 2 and good.volume_ml > 0
-    assert "empty mask" in bad.problem and bad.slices == ()
+    usable, invalid = preprocess(selected, replace(config, skip_invalid=True))
+    assert usable.problem is None and len(usable.slices) == 2 and usable.volume_ml > 0
+    assert "empty mask" in invalid.problem and invalid.slices == ()

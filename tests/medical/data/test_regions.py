@@ -1,4 +1,4 @@
-"""Region samples: geometry, determinism, splits without leaks, bad data by name."""
+"""Region samples: geometry, determinism, splits without leaks, and errors that name invalid data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastlora.medical.data.regions import (
     TOKEN_CHANNELS,
     RegionDataset,
     active_cells,
-    coarse_structure,
+    coarse_segmentation,
     token_features,
     upsample_coarse,
 )
@@ -34,7 +34,7 @@ from fastlora.medical.data.splits import (
     kind_of,
     make_splits,
     region_specs,
-    window_starts,
+    region_starts,
 )
 from fastlora.medical.data.volumes import Case, save_volume
 
@@ -77,7 +77,7 @@ def test_coarse_active_cells_and_upsampling() -> None:
     mask = np.zeros((FINE, FINE, FINE), bool)
     mask[8:24, 8:24, 8:24] = True
     mask[8:10, 8:24, 8:24] = False
-    coarse = coarse_structure(mask)
+    coarse = coarse_segmentation(mask)
     assert coarse.shape == (8, 8, 8)
     assert coarse[2, 3, 3] == 0.5 and coarse[3, 3, 3] == 1 and coarse[1, 3, 3] == 0
     cells = active_cells(coarse)
@@ -129,7 +129,7 @@ def test_the_surface_lies_where_it_is_in_the_patient(
         )  # the mask's voxels are up to 2.5 mm
         assert np.corrcoef(sample["image"].ravel(), -sample["sdf_vox"].ravel())[0, 1] > 0.8
         inside = sample["sdf_vox"] < 0
-        np.testing.assert_allclose(sample["coarse"], coarse_structure(inside))
+        np.testing.assert_allclose(sample["coarse"], coarse_segmentation(inside))
         assert (
             2
             * (inside & (sample["base_vox"] < 0)).sum()
@@ -154,7 +154,7 @@ def test_a_sample_is_as_documented(ball: Case) -> None:
     assert sample["meta"] == {**meta, "region": specs[0].name}
 
 
-def test_windows_cover_the_structure_and_stay_in_reach(bundled: list[Case]) -> None:
+def test_regions_cover_the_structure_and_stay_within_bounds(bundled: list[Case]) -> None:
     case = next(c for c in bundled if c.subject == "spine_ct")
     specs = region_specs(case, "vertebra_22")
     grid = grids.StructureGrid.load(case, "vertebra_22")
@@ -170,16 +170,16 @@ def test_windows_cover_the_structure_and_stay_in_reach(bundled: list[Case]) -> N
 
 
 @pytest.mark.parametrize("stride", [FINE, FINE // 2])
-def test_windows_are_evenly_spaced_and_as_few_as_their_stride_allows(stride: int) -> None:
-    assert window_starts(0, FINE, 0, 0, stride) == [0]
-    assert window_starts(10, 20, 0, 90, stride) == [0]  # centred, within the limits
-    assert window_starts(50, 60, 0, 90, stride) == [39]
+def test_regions_are_evenly_spaced_and_as_few_as_their_stride_allows(stride: int) -> None:
+    assert region_starts(0, FINE, 0, 0, stride) == [0]
+    assert region_starts(10, 20, 0, 90, stride) == [0]  # centred, within the limits
+    assert region_starts(50, 60, 0, 90, stride) == [39]
     for length in range(FINE + 1, 200):
-        starts = window_starts(0, length, 0, length - FINE, stride)
+        starts = region_starts(0, length, 0, length - FINE, stride)
         steps = np.diff(starts)
         assert (starts[0], starts[-1]) == (0, length - FINE)
         assert steps.max() <= stride and np.ptp(steps) <= 1
-        assert stride * (len(starts) - 2) < length - FINE  # one window less would leave a gap
+        assert stride * (len(starts) - 2) < length - FINE  # one region less would leave a gap
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(ball: Case) -> None:
@@ -250,7 +250,7 @@ def test_the_disk_cache_gives_the_same_and_follows_the_files(ball: Case, tmp_pat
 @pytest.mark.slow
 def test_structure_split_of_the_bundled_cases(bundled: list[Case]) -> None:
     splits = make_splits(bundled)
-    names = {side: {(s.case.subject, s.structure) for s in specs} for side, specs in splits.items()}
+    names = {k: {(s.case.subject, s.structure) for s in specs} for k, specs in splits.items()}
     brain = {("brain_mni", "white_matter"), ("brain_mni", "grey_matter")}
     parts = ("", "_corpus", "_posterior_elements")
     assert names["test"] == brain | {("spine_mr", "disc_106")} | {
@@ -291,8 +291,8 @@ def test_patient_split_both_ways(bundled: list[Case], test: str, train: str) -> 
 def test_patient_split_of_several_subjects(tmp_path: Path) -> None:
     for subject in "abcd":
         write_ball(tmp_path, subject, {"liver": 0.0})
-    sides = make_splits(find_cases(tmp_path), "patient")
-    assert {k: {s.case.subject for s in v} for k, v in sides.items()} == {
+    subsets = make_splits(find_cases(tmp_path), "patient")
+    assert {k: {s.case.subject for s in v} for k, v in subsets.items()} == {
         "train": {"a", "b"},
         "val": {"c"},
         "test": {"d"},
@@ -303,8 +303,8 @@ def test_file_split_follows_meta_csv(tmp_path: Path) -> None:
     for subject in "abc":
         write_ball(tmp_path, subject, {"liver": 0.0})
     (tmp_path / "meta.csv").write_text("image_id;split\na;train\nb;val\nc;test\n")
-    sides = make_splits(find_cases(tmp_path), "file")
-    assert {k: {s.case.subject for s in v} for k, v in sides.items()} == {
+    subsets = make_splits(find_cases(tmp_path), "file")
+    assert {k: {s.case.subject for s in v} for k, v in subsets.items()} == {
         "train": {"a"},
         "val": {"b"},
         "test": {"c"},
@@ -320,22 +320,22 @@ def test_leaks_are_found(tmp_path: Path) -> None:
     write_ball(tmp_path, "s1", {"liver": 0.0, "tumour": 20.0, "spleen": 2 * RADIUS_MM + 2})
     case = find_cases(tmp_path)[0]
     liver, tumour, spleen = (region_specs(case, n) for n in ("liver", "tumour", "spleen"))
-    check_no_leak({"train": liver, "test": spleen})  # windows overlap, targets do not
+    check_no_leak({"train": liver, "test": spleen})  # regions overlap, targets do not
     with pytest.raises(
         DataError, match=r"s1: test tumour@.* and train liver@.*no common target voxel"
     ):
         check_no_leak({"train": liver, "test": tumour})
     with pytest.raises(DataError, match=r"no common target voxel"):
         check_no_leak({"train": liver, "val": liver})
-    with pytest.raises(DataError, match=r"expected a subject on one side only"):
+    with pytest.raises(DataError, match=r"expected a subject in one subset only"):
         check_no_leak({"train": liver, "test": spleen}, whole_subjects=["test"])
     first, second = liver[0], replace(liver[0], low=(99, 99, 99), high=(99, 99, 99))
-    check_no_leak({"train": [first], "val": [second]})  # one structure, windows that never meet
+    check_no_leak({"train": [first], "val": [second]})  # one structure, regions that never overlap
     with pytest.raises(DataError, match=r"no common target voxel"):
         make_splits([case], test_structures=["tumour"], val_structures=["spleen"])
 
 
-def test_bad_requests_and_bad_data_are_named(tmp_path: Path, ball: Case) -> None:
+def test_invalid_requests_and_data_are_named(tmp_path: Path, ball: Case) -> None:
     with pytest.raises(
         ConfigError, match=r"split: expected one of \['file', 'patient', 'structure'\], got 'slice'"
     ):
@@ -350,7 +350,7 @@ def test_bad_requests_and_bad_data_are_named(tmp_path: Path, ball: Case) -> None
         RegionDataset(region_specs(ball, "liver"), samples_per_region=0)
     with pytest.raises(IndexError, match="expected 0 to 0, got 1"):
         RegionDataset(region_specs(ball, "liver"))[1]
-    with pytest.raises(DataError, match=r"s1: liver: no window of 32 voxels fits the box"):
+    with pytest.raises(DataError, match=r"s1: liver: no region of 32 voxels fits the box"):
         region_specs(ball, "liver", ((0, 9), (0, 9), (0, 9)))
 
     affine = np.diag([0.4, 0.4, 0.4, 1.0])
@@ -360,7 +360,7 @@ def test_bad_requests_and_bad_data_are_named(tmp_path: Path, ball: Case) -> None
     save_volume(tmp_path / "s2" / "ct.nii.gz", mask.astype(np.float32), affine)
     tiny = next(c for c in find_cases(tmp_path) if c.subject == "s2")
     with pytest.raises(
-        DataError, match=r"s2: nodule: (mask: vanishes on the 1\.5 mm grid|no window)"
+        DataError, match=r"s2: nodule: (mask: vanishes on the 1\.5 mm grid|no region)"
     ):
         region_specs(tiny, "nodule")
 

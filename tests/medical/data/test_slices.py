@@ -1,4 +1,4 @@
-"""Slice samples of analytic ellipsoids: every quantity has a formula to be compared with."""
+"""Slice samples of analytic ellipsoids: every quantity is compared with a formula."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from fastlora.medical.data.slices import (
     collate_slices,
     parse_axes,
     random_move,
-    select_structures,
     slice_indices,
     split_by_subject,
 )
+from fastlora.medical.data.splits import select_structures
 from fastlora.medical.data.volumes import save_volume
 from tests.medical.data.test_geometry import oblique
 
@@ -143,7 +143,7 @@ def test_the_canonical_cube_holds_the_whole_structure_in_mm(root, truth):
     near = np.abs(distance) < 3
     sdf = sample["gt_sdf"].numpy()
     assert np.abs(sdf - distance)[near].mean() < 0.45  # voxels are 1.0 × 1.2 × 2.5 mm
-    # Far beyond the image's margin too: never less than the way to the bounding sphere.
+    # Also far beyond the image's margin: at least the distance to the bounding sphere.
     outside = np.linalg.norm(points - centre, axis=-1) - RADII.max()
     assert (sdf >= outside - 2.5).all() and np.isfinite(sdf).all()
     half = sample["canonical_to_mm"][0, 0].item()
@@ -180,9 +180,9 @@ def test_one_transform_moves_image_mask_distances_and_mesh_together(root, index)
     mesh, mesh_before = (
         trimesh.Trimesh(s["vertices"], s["faces"], process=False) for s in (after, before)
     )
-    factor = mesh.volume / mesh_before.volume  # positive: the winding survives a flip
+    factor = mesh.volume / mesh_before.volume  # positive: the winding is right after a flip
     assert 0.85**3 - 1e-3 < factor < 1.18**3 + 1e-3
-    assert scale == pytest.approx(factor ** (1 / 3), rel=0.25)  # a cube of its own
+    assert scale == pytest.approx(factor ** (1 / 3), rel=0.25)  # the cube is scaled with it
     assert np.abs(cube_at(after, mesh.vertices)).mean() < 0.35  # its surface is the mesh
     # Scaled distances: the deepest point is as much deeper as the structure is larger.
     depth = after["gt_sdf"].min() / before["gt_sdf"].min()
@@ -224,7 +224,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(root):
     data.set_epoch(0)
     assert equal(data[5], first)
     assert equal(pickle.loads(pickle.dumps(data))[5], first)
-    first["image"].zero_()  # a sample belongs to its taker
+    first["image"].zero_()  # changing a sample does not change the data set
     plain = dataset(root)
     plain[5]["gt_sdf"].zero_()
     assert plain[5]["gt_sdf"].any() and data[5]["image"].any()
@@ -248,15 +248,15 @@ def test_workers_give_the_same_and_see_the_epoch(root, tmp_path):
 
 
 def test_preparation_can_resample(root):
-    case, structure = select_structures(find_cases(root), ["organ_1"])[0]
+    case, structure = find_cases(root)[0], "organ_1"
     fine = prepare(case, structure, replace(SMALL, spacing=1.5))
     np.testing.assert_allclose(voxel_sizes(fine.affine), 1.5)
     coarse = prepare(case, structure, SMALL)
     assert fine.mask.sum() * 1.5**3 == pytest.approx(coarse.mask.sum() * np.prod(SPACING), rel=0.05)
-    # The box has the asked size where the image reaches, whatever the spacing.
+    # The box has the requested size where the image is large enough, at any spacing.
     wide = prepare(case, structure, replace(SMALL, spacing=1.5, crop_size=26, margin_mm=0.1))
     assert 26 <= wide.mask.shape[0] <= 30
-    with pytest.raises(DataError, match="s0/organ_1: expected voxels left at spacing 90"):
+    with pytest.raises(DataError, match="s0/organ_1: expected a mask with voxels at spacing 90"):
         prepare(case, structure, replace(SMALL, spacing=90.0))
 
 
@@ -279,19 +279,21 @@ def test_a_cube_too_coarse_for_a_thin_structure_is_refused():
         to_canonical(sdf, np.eye(4), line, 8)
 
 
-def test_bad_settings_are_refused(root):
+def test_invalid_settings_are_refused(root):
     with pytest.raises(ConfigError, match="spacing: expected a positive number, got -1"):
         SliceConfig(spacing=-1)
     with pytest.raises(ConfigError, match="crop_size: expected a positive number, got 0"):
         SliceConfig(crop_size=0)
-    with pytest.raises(DataError, match="classes: expected some of half, organ_1, got liver"):
+    with pytest.raises(DataError, match="classes: no case has 'liver'; there are: half, organ_1"):
         dataset(root, classes=["organ", "liver"])
     with pytest.raises(ConfigError, match="axes: expected some of sagittal.* got .*'oblique'"):
         dataset(root, axes=["axial", "oblique"])
     with pytest.raises(ConfigError, match="axes: .*got \\[\\]"):
         parse_axes([])
     assert parse_axes(["axial", 0, "1", "sagittal"]) == [0, 1, 2]
-    assert [s for _, s in select_structures(find_cases(root), None)] == ["half", "organ_1"] * 3
+    cases = find_cases(root)
+    assert select_structures(cases, None) == cases
+    assert [list(c.structures) for c in select_structures(cases, ["organ"])] == [["organ_1"]] * 3
 
 
 def test_cache_is_used_until_a_source_or_a_parameter_changes(root, tmp_path, monkeypatch):
@@ -376,7 +378,7 @@ def test_collate_pads_and_keeps_places(root):
                 batch[name][n][:, valid], sample[name].flatten(1), rtol=1e-6, atol=1e-5
             )
         assert not batch["image"][n, 0][~valid].any()
-        # Beyond the slice, pointmap goes on in even steps.
+        # Beyond the slice, pointmap continues in even steps.
         steps = batch["pointmap"][n].diff(dim=2)
         torch.testing.assert_close(steps, steps[:, :1, :1].expand_as(steps), rtol=0, atol=1e-4)
 

@@ -38,7 +38,7 @@ def write_case(folder, image=None, masks=None, affine=None, name="ct.nii.gz"):
 
 
 @pytest.mark.parametrize("codes", ["RAS", "PIR", "LPS", "SAL"])
-def test_volumes_are_brought_to_ras_and_keep_their_places(tmp_path, codes):
+def test_volumes_are_reoriented_to_ras_and_keep_their_positions(tmp_path, codes):
     affine = oblique((1.0, 1.5, 3.0))
     array = np.random.default_rng(0).integers(0, 1000, (4, 5, 6)).astype(np.int16)
     image = nib.Nifti1Image(array, affine)
@@ -49,7 +49,7 @@ def test_volumes_are_brought_to_ras_and_keep_their_places(tmp_path, codes):
     assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
     assert volume.array.dtype == np.float32
     np.testing.assert_allclose(volume.spacing, np.linalg.norm(volume.affine[:3, :3], axis=0))
-    # The same value lies at the same millimetres as in the file.
+    # The same value is at the same position in mm as in the file.
     brightest = np.unravel_index(array.argmax(), array.shape)
     again = np.unravel_index(volume.array.argmax(), volume.shape)
     np.testing.assert_allclose(
@@ -77,10 +77,10 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path):
     save_volume(path, array, np.eye(4))
     with pytest.raises(DataError, match="bad.nii.gz: .*NaN or infinity in 1 of 120 voxels"):
         load_volume(path)
-    with pytest.raises(DataError, match="bad.nii.gz: expected a label map of whole numbers"):
+    with pytest.raises(DataError, match="bad.nii.gz: expected 32-bit integer labels"):
         load_labels(path)
     save_volume(path, blank(0.5, np.float32), np.eye(4))
-    with pytest.raises(DataError, match="whole numbers"):
+    with pytest.raises(DataError, match="expected 32-bit integer labels"):
         load_labels(path)
     sheared = np.eye(4)
     sheared[0, 2] = 0.3
@@ -97,7 +97,7 @@ def test_truncated_files_are_refused(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cut.nii.gz: expected a readable NIfTI file"):
         load_volume(path)
-    with gzip.open(path, "wb") as stream:  # a whole gzip of half a NIfTI
+    with gzip.open(path, "wb") as stream:  # a complete gzip of half a NIfTI
         stream.write(gzip.decompress(whole)[:9000])
     with pytest.raises(DataError, match="cut.nii.gz: expected a readable NIfTI file"):
         load_volume(path)
@@ -108,7 +108,7 @@ def test_labels_keep_large_values(tmp_path):
     assert (load_labels(tmp_path / "l.nii.gz").array == 1035).all()
 
 
-def test_save_volume_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_save_volume_writes_a_complete_file_or_none(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "v.nii.gz"
     save_volume(path, blank(3), np.eye(4))
     before = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The report in a headless Chromium: nothing in its console, and curves, outlines and a mesh that turns.
+"""The report in a headless Chromium: no errors in its console, curves and outlines, and a mesh that can be rotated.
 
 Skipped where no browser is found. `apt-get install chromium` brings one, or CHROMIUM names it:
 
@@ -61,7 +61,7 @@ const pause = (ms) => new Promise((done) => setTimeout(done, ms));
     cameras: ["scene", "scene2", "scene3"].map((name) => viewer._fullLayout[name].camera.eye.x),
     before, after, problems: [...problems],
   };
-  console.error("on purpose");  // the listener is no ornament
+  console.error("on purpose");  // checks that the listener works
   found.heard = problems.slice(found.problems.length);
   const out = document.createElement("pre");
   out.id = "seen";
@@ -129,7 +129,7 @@ def test_the_report_works_in_a_browser(page, tmp_path):
     assert seen["cameras"] == [-1.9] * 3  # the three views move together
     before, after = pixels(seen["before"]), pixels(seen["after"])
     assert (np.abs(before - 255).sum(-1) > 60).mean() > 0.02  # something is drawn
-    assert (np.abs(before - after).sum(-1) > 60).mean() > 0.02  # and it turned
+    assert (np.abs(before - after).sum(-1) > 60).mean() > 0.02  # and it was rotated
 
 
 def test_the_report_prints(page, tmp_path):

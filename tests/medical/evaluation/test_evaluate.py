@@ -1,4 +1,4 @@
-"""scripts/eval_medical.py and what is below it, end to end on tiny runs over phantom volumes."""
+"""scripts/eval_medical.py and the modules it uses, end to end on tiny runs over phantom volumes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_method_meets_every_region(content):
             assert record[key] is None or np.isfinite(record[key])
 
 
-def test_json_says_how_it_was_made(content, home):
+def test_json_states_its_provenance(content, home):
     assert content["split"]["kind"] == "file"
     assert content["split"]["held_out_side"] == "val"
     assert content["split"]["train_regions"] == 4
@@ -117,7 +117,7 @@ def test_merged_lora_is_lora(content):
     )
 
 
-def test_training_moved_the_models(content):
+def test_training_changed_the_models(content):
     by = {(r["index"], r["method"]): r["chamfer_mm"] for r in content["records"]}
     assert any(by[i, "lora"] != by[i, "base"] for i in range(content["split"]["held_out_regions"]))
     assert any(by[i, "full"] != by[i, "base"] for i in range(content["split"]["held_out_regions"]))
@@ -174,7 +174,7 @@ def test_without_flags_only_the_figures_are_written(home, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_moved_data_png_pictures_and_another_mesh_format(home, tmp_path):
+def test_moved_data_png_images_and_another_mesh_format(home, tmp_path):
     shutil.copytree(home / "volumes", tmp_path / "moved")
     flags = ["--checkpoint", str(home / "lora"), "--data_root", str(tmp_path / "moved")]
     flags += ["--output_dir", str(tmp_path / "out"), "--device", "cpu"]
@@ -217,7 +217,7 @@ def test_only_what_a_cache_lists_is_evaluated(home, tmp_path, capsys, monkeypatc
         ({"device": "tpu"}, "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
-def test_bad_input_gets_one_line(home, tmp_path, capsys, monkeypatch, changes, message):
+def test_invalid_input_gets_one_line(home, tmp_path, capsys, monkeypatch, changes, message):
     monkeypatch.chdir(home)
     values = {"checkpoint": "lora", "output_dir": str(tmp_path / "out"), **changes}
     flags = [text for name, value in values.items() for text in (f"--{name}", value)]
@@ -282,22 +282,22 @@ def test_run_reads_its_folder_or_a_checkpoint_in_it(home):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("{", "not a history"),
+        ("{", "not a history file"),
         ("[]", "lacks counts, epochs, seconds"),
         ("{}", "lacks counts, epochs, seconds"),
-        ({"epochs": []}, "epochs: expected a filled list"),
-        ({"epochs": [{"val": {"total": 1.0}}]}, "history: expected 'dice' of the validation"),
+        ({"epochs": []}, "epochs: expected a non-empty list"),
+        ({"epochs": [{"val": {"total": 1.0}}]}, "history: expected 'dice' among the validation"),
         ({"epochs": [7]}, "history.0: expected dict, got int"),
         ({"seconds": ["long"]}, "seconds.0: expected float, got str"),
         ({"counts": {"total": 3}}, "counts: expected total, trainable and lora"),
     ],
     ids=str,
 )
-def test_a_broken_history_is_named(home, tmp_path, change, message):
+def test_an_invalid_history_is_named(home, tmp_path, change, message):
     shutil.copytree(home / "lora", tmp_path / "run")
     file = tmp_path / "run" / "history.json"
-    whole = json.loads(file.read_text())
-    file.write_text(change if isinstance(change, str) else json.dumps({**whole, **change}))
+    content = json.loads(file.read_text())
+    file.write_text(change if isinstance(change, str) else json.dumps({**content, **change}))
     with pytest.raises(CheckpointError, match=rf"history\.json: {message}"):
         Run.read(tmp_path / "run", "lora")
 
@@ -309,7 +309,7 @@ def test_predictions_do_not_depend_on_the_batch():
     for key in ("baseline", "base"):
         for a, b in zip(one.predictions[key], all_.predictions[key], strict=True):
             assert_same_distances(a, b)
-    assert [r["structure"] for r in one.records[::2]] == [f"organ_{i}" for i in range(5)]
+    assert [r["structure"] for r in one.rows[::2]] == [f"organ_{i}" for i in range(5)]
 
 
 def test_baseline_method_is_the_baseline():
@@ -320,23 +320,23 @@ def test_baseline_method_is_the_baseline():
         np.testing.assert_array_equal(field, baseline(regions[index]["coarse"], threshold))
 
 
-def test_records_hold_the_metrics_of_their_prediction():
+def test_rows_hold_the_metrics_of_their_prediction():
     regions = TinyRegions(2, seed=1)
     evaluation = evaluate(regions, {"base": model_method(tiny_model())}, tolerance_mm=1.0)
-    record = evaluation.records[1]
+    row = evaluation.rows[1]
     expected = surface_metrics(
         evaluation.predictions["base"][1], regions[1]["sdf_vox"], spacing=1.5, tolerance_mm=1.0
     )
-    assert {key: record[key] for key in METRIC_KEYS} == expected
-    assert record["status"] == "ok" and record["spacing_mm"] == 1.5
+    assert {key: row[key] for key in METRIC_KEYS} == expected
+    assert row["status"] == "ok" and row["spacing_mm"] == 1.5
 
 
 def test_no_region_and_no_finite_prediction_are_refused():
     with pytest.raises(DataError, match="at least one held-out region"):
         evaluate(TinyRegions(0, seed=0), {"baseline": baseline_method(0.5)}, 2.0)
-    broken = {"lora": lambda batch: torch.full_like(batch.sdf_vox, torch.nan)}
+    not_finite = {"lora": lambda batch: torch.full_like(batch.sdf_vox, torch.nan)}
     with pytest.raises(DataError, match="LoRA, s1/0: pred_sdf_vox: expected finite"):
-        evaluate(TinyRegions(1, seed=0), broken, 2.0)
+        evaluate(TinyRegions(1, seed=0), not_finite, 2.0)
 
 
 def test_largest_difference_is_over_all_regions():
@@ -346,7 +346,7 @@ def test_largest_difference_is_over_all_regions():
     assert largest_difference(evaluation, "lora", "merged") == 0.25
 
 
-def record(method: str, dice: float | None, group: str = "brain", **more) -> dict:
+def row_of(method: str, dice: float | None, group: str = "brain", **more) -> dict:
     values = dict.fromkeys(METRIC_KEYS, dice) | {"hd95_mm": None if dice is None else 10 - 5 * dice}
     place = {"subject": "s", "structure": "a", "region": "a@0", "modality": "ct", "index": 0}
     status = "ok" if dice is not None else "empty_truth"
@@ -354,9 +354,9 @@ def record(method: str, dice: float | None, group: str = "brain", **more) -> dic
 
 
 def test_summary_means_by_group_and_counts_the_undefined():
-    records = [record("lora", 0.8), record("lora", 0.6), record("lora", 0.1, "spine")]
-    records += [record("lora", None, "spine")]
-    summary = summarise(records)["lora"]
+    rows = [row_of("lora", 0.8), row_of("lora", 0.6), row_of("lora", 0.1, "spine")]
+    rows += [row_of("lora", None, "spine")]
+    summary = summarise(rows)["lora"]
     assert list(summary) == ["brain", "spine", "all"]
     assert summary["brain"]["dice"]["mean"] == pytest.approx(0.7)
     assert summary["spine"]["dice"] == {"mean": 0.1, "n": 1, "undefined": 1}
@@ -365,20 +365,20 @@ def test_summary_means_by_group_and_counts_the_undefined():
 
 
 def test_structures_are_means_of_their_regions():
-    records = [record("lora", d, region=f"a@{n}") for n, d in enumerate((0.5, 0.7, None))]
-    records.append(record("lora", 0.9, structure="b"))
-    means = structure_means(records)
+    rows = [row_of("lora", d, region=f"a@{n}") for n, d in enumerate((0.5, 0.7, None))]
+    rows.append(row_of("lora", 0.9, structure="b"))
+    means = structure_means(rows)
     assert [(m["structure"], m["regions"]) for m in means] == [("a", 3), ("b", 1)]
     assert means[0]["dice"] == pytest.approx(0.6)
 
 
-def test_losers_are_listed_worst_first():
+def test_regressions_are_listed_largest_first():
     values = {"a": (0.8, 0.7), "b": (0.5, 0.6), "c": (0.2, 0.6), "d": (None, None)}
-    records = []
+    rows = []
     for name, (lora, base) in values.items():
         for method, dice in (("lora", lora), ("base", base)):
-            records.append(record(method, dice, structure=name, region=f"{name}@0"))
-    losses = worse_than(records, "lora", "base")
+            rows.append(row_of(method, dice, structure=name, region=f"{name}@0"))
+    losses = worse_than(rows, "lora", "base")
     assert [loss["structure"] for loss in losses] == ["c", "b"]
     assert losses[0]["worse"] == ["dice", "hd95_mm", "nsd"]
     assert losses[0]["values"]["dice"] == [0.2, 0.6]
@@ -388,7 +388,7 @@ def test_losers_are_listed_worst_first():
     ("key", "value", "reference", "worse"),
     [
         ("dice", 0.80, 0.81, True),
-        ("dice", 0.8001, 0.8004, False),  # shown alike
+        ("dice", 0.8001, 0.8004, False),  # shown as the same number
         ("hd95_mm", 2.0, 1.9, True),
         ("hd95_mm", 1.9, 2.0, False),
         ("volume_error", -0.2, 0.1, True),
@@ -402,7 +402,7 @@ def test_worse_follows_the_metric(key, value, reference, worse):
 
 
 def test_csv_writes_undefined_as_empty(tmp_path):
-    write_csv(tmp_path / "t.csv", [record("lora", None, spacing_mm=1.5)])
+    write_csv(tmp_path / "t.csv", [row_of("lora", None, spacing_mm=1.5)])
     with (tmp_path / "t.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["dice"] == "" and row["status"] == "empty_truth" and row["spacing_mm"] == "1.5"
@@ -449,10 +449,12 @@ def test_lora_is_the_loaded_run(home):
     assert_same_distances(np.stack(evaluation.predictions["lora"]), again)
 
 
-def test_a_run_of_other_regions_than_the_data_now_gives_is_not_compared(home, monkeypatch):
-    """A manifest that lists others since then would put training subjects among the tested ones."""
+def test_a_run_whose_regions_differ_from_its_data_is_not_compared(home, monkeypatch):
+    """After a change of the manifest, training subjects could be in the test set."""
     runs = read_runs(home)
     assert len(runs["lora"].regions) == 2
     monkeypatch.setattr(RegionDataset, "identity", lambda _: "another set")
-    with pytest.raises(DataError, match="lora: was trained on other regions than its data gives"):
+    with pytest.raises(
+        DataError, match="lora: was trained on regions that differ from those of its data"
+    ):
         compare_runs(runs["lora"], runs["full"], device="cpu")

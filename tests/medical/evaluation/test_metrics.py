@@ -88,7 +88,7 @@ def test_shifted_spheres_follow_the_formula(shift):
     assert values["chamfer_mm"] == pytest.approx(distances.mean(), rel=0.03)
     assert values["asd_mm"] == pytest.approx(distances.mean(), rel=0.1)
     assert values["hd95_mm"] == pytest.approx(np.percentile(distances, 95), abs=0.5)
-    # Distances between voxel corners come in steps, which a threshold feels.
+    # Distances between voxel corners are discrete, which affects a threshold.
     within = float((distances <= 2.0).mean())
     assert values["nsd"] == pytest.approx(within, abs=0.12)
 
@@ -113,7 +113,9 @@ def test_away_from_the_cubes_faces_monai_agrees(pred, true):
     masks = [torch.from_numpy(f < 0)[None, None] for f in (pred, true)]
     grid = [1.5, 1.5, 1.5]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI calls itself in a deprecated way
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # MONAI calls a deprecated function of its own
         hd95 = compute_hausdorff_distance(
             *masks, include_background=True, percentile=95, spacing=grid
         )
@@ -128,7 +130,7 @@ def test_away_from_the_cubes_faces_monai_agrees(pred, true):
     assert values["nsd"] == pytest.approx(nsd.item(), rel=1e-6)
 
 
-def test_the_cubes_faces_are_no_surface():
+def test_the_cubes_faces_are_not_a_surface():
     # Two cuts of one slab, 4 voxels apart; the five shared faces must not count as agreement.
     values = surface_metrics(half_space(15.5), half_space(11.5), spacing=1.0, tolerance_mm=2.0)
     assert values["nsd"] == 0.0
@@ -136,7 +138,7 @@ def test_the_cubes_faces_are_no_surface():
         assert values[key] == pytest.approx(4.0, rel=1e-5)
 
 
-def test_an_empty_prediction_is_charged_the_diagonal():
+def test_an_empty_prediction_gets_the_diagonal_as_distance():
     values = surface_metrics(EMPTY, sphere(8), spacing=1.5)
     assert values["dice"] == values["iou"] == values["nsd"] == 0.0
     assert values["volume_error"] == -1.0
@@ -153,11 +155,11 @@ def test_a_prediction_that_fills_the_cube_has_no_surface_either():
 
 
 @pytest.mark.parametrize("pred", [EMPTY, FULL, sphere(8)], ids=["empty", "full", "sphere"])
-def test_an_empty_truth_leaves_everything_undefined(pred):
+def test_an_empty_ground_truth_leaves_everything_undefined(pred):
     assert surface_metrics(pred, EMPTY, spacing=1.0) == dict.fromkeys(METRIC_KEYS)
 
 
-def test_a_truth_that_fills_the_cube_leaves_surfaces_undefined():
+def test_a_ground_truth_that_fills_the_cube_leaves_surfaces_undefined():
     values = surface_metrics(sphere(8), FULL, spacing=1.0)
     assert values["dice"] > 0
     assert values["volume_error"] < 0
@@ -175,7 +177,7 @@ def test_a_truth_that_fills_the_cube_leaves_surfaces_undefined():
         (sphere(8), FULL, "full_truth"),
     ],
 )
-def test_status_says_why(pred, true, status):
+def test_status_states_the_reason(pred, true, status):
     assert region_status(pred, true) == status
 
 
@@ -201,7 +203,7 @@ def test_results_repeat_exactly():
         ((EMPTY, EMPTY, 1.0, -2.0), ConfigError, "tolerance_mm: expected a positive number"),
     ],
 )
-def test_bad_input_is_refused_by_name(args, error, text):
+def test_invalid_input_is_refused_by_name(args, error, text):
     with pytest.raises(error, match=text.replace("(", r"\(").replace(")", r"\)")):
         surface_metrics(*args)
 
@@ -253,5 +255,7 @@ def test_threshold_tuning_finds_the_best_mean_dice():
 
 
 def test_threshold_tuning_needs_a_structure():
-    with pytest.raises(DataError, match="regions: expected at least one with a structure"):
+    with pytest.raises(
+        DataError, match="regions: expected a structure in at least one of 1, got none"
+    ):
         tune_threshold([region(EMPTY)])

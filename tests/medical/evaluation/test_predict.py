@@ -1,4 +1,4 @@
-"""From an image and a mask to a mesh: where it lies, what it says, and what is refused."""
+"""From an image and a mask to a mesh: its position, its coordinates, and invalid input."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_mesh_lies_on_its_mask_whatever_the_affine(affine):
     assert png.startswith(b"\x89PNG")
 
 
-def test_windows_blend_without_seams_and_do_not_depend_on_the_batch():
+def test_regions_blend_without_seams_and_do_not_depend_on_the_batch():
     subject = ball_subject(affine_of((1.5, 1.5, 1.5)), (70, 50, 40), (35, 25, 20), 26.0)
     grid = StructureGrid.make(subject.image, subject.mask, "grey")
     model = load_base_model()
@@ -81,13 +81,11 @@ def test_windows_blend_without_seams_and_do_not_depend_on_the_batch():
     assert field.shape == grid.image.shape and np.isfinite(field).all()
     np.testing.assert_allclose(field, predict_field(model, grid, batch_size=3), atol=1e-4)
     near = np.abs(grid.sdf_vox) < 3
-    assert (
-        np.abs(field - grid.sdf_vox)[near].max() < 2.0
-    )  # a window in a wrong place is off by more
+    assert np.abs(field - grid.sdf_vox)[near].max() < 2.0  # a misplaced region would differ by more
 
 
 @pytest.mark.parametrize("kind", ["ply", "stl", "obj", "glb"])
-def test_files_say_their_coordinates(kind, tmp_path):
+def test_files_state_their_coordinates(kind, tmp_path):
     box = trimesh.creation.box((10, 20, 30))
     box.apply_translation((100, 200, 300))
     for space, sign in (("ras", 1), ("lps", -1)):
@@ -128,7 +126,7 @@ def test_a_png_stack_is_axial_and_grey(tmp_path):
     colour = np.zeros((5, 7, 3), np.uint8)
     colour[..., 0] = 9
     Image.fromarray(colour).save(tmp_path / "colour.png")
-    with pytest.raises(DataError, match="expected a grey picture, got a coloured one"):
+    with pytest.raises(DataError, match="expected a greyscale image, got a colour image"):
         load_png(tmp_path / "colour.png", (1, 1, 1))
     (tmp_path / "bad.png").write_bytes(b"no")
     with pytest.raises(DataError, match="bad.png: expected a readable PNG"):
@@ -142,13 +140,13 @@ def write_pair(folder: Path, subject: Subject) -> tuple[Path, Path]:
     return image, mask
 
 
-def test_subjects_are_read_and_what_is_missing_is_asked_for(tmp_path):
+def test_subjects_are_read_and_missing_arguments_are_named(tmp_path):
     subject = ball_subject(AFFINES["flipped"])
     image, mask = write_pair(tmp_path, subject)
     read = read_subject(image, mask, modality="mr")
     assert (read.structure, read.modality) == ("mask", "mr")
     assert read.mask.sum() == subject.mask.sum()
-    with pytest.raises(ConfigError, match="modality: expected ct or mr, since .* does not tell"):
+    with pytest.raises(ConfigError, match="modality: expected ct or mr, since .* does not state"):
         read_subject(image, mask)
     with pytest.raises(ConfigError, match="spacing: expected three lengths in mm for PNG"):
         read_subject(image, mask, modality="mr", spacing=(1, 1, 1))
@@ -235,9 +233,9 @@ def test_batch_mode_lists_what_it_skipped(home, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "expected --image and --mask, or --data_root"),
-        (["--image", "a.nii.gz"], "expected --image and --mask"),
-        (["--data_root", "x", "--label", "1"], "label: expected with --image only"),
+        ([], "expected either --image and --mask, or --data_root"),
+        (["--image", "a.nii.gz"], "expected either --image and --mask, or --data_root"),
+        (["--data_root", "x", "--label", "1"], "label: expected only with --image"),
         (["--data_root", "x", "--batch_size", "0"], "batch_size: expected >= 1, got 0"),
         (["--data_root", "nix"], "nix: expected a folder of cases"),
         (["--image", "nix.nii.gz", "--mask", "m.nii.gz"], "nix.nii.gz: expected a NIfTI file"),
@@ -245,7 +243,9 @@ def test_batch_mode_lists_what_it_skipped(home, tmp_path, capsys):
         (["--checkpoint", "no", "--data_root", "x"], "no: no checkpoint 'best'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(home, tmp_path, capsys, monkeypatch, flags, message):
+def test_invalid_input_is_one_line_and_exit_code_2(
+    home, tmp_path, capsys, monkeypatch, flags, message
+):
     monkeypatch.chdir(tmp_path)
     base = ["--checkpoint", str(home / "lora"), "--output_dir", "out"]
     assert main([*base, *flags]) == 2
@@ -254,7 +254,7 @@ def test_bad_input_is_one_line_and_exit_code_2(home, tmp_path, capsys, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_only_calls_itself_png_is_refused(tmp_path):
+def test_a_file_of_another_format_named_png_is_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.tiff")
     (tmp_path / "x.tiff").rename(tmp_path / "x.png")
     with pytest.raises(DataError, match="expected a readable PNG"):

@@ -1,4 +1,4 @@
-"""The report: one file that loads nothing, holds every figure, and shows what the models did."""
+"""The report: one file that loads nothing from elsewhere and contains every value and image."""
 
 from __future__ import annotations
 
@@ -70,12 +70,21 @@ from fastlora.medical.evaluation.tables import (
 from fastlora.medical.training.config import TrainConfig
 from tests.support.eval_run import evaluate_home, read_runs, shared_home
 
-SECTIONS = ["result", "sure", "worse", "structures", "slices", "surfaces", "training", "facts"]
+SECTIONS = [
+    "result",
+    "uncertainty",
+    "worse",
+    "structures",
+    "slices",
+    "surfaces",
+    "training",
+    "facts",
+]
 LOADING = {"src", "srcset", "data", "poster", "action", "background", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """Collects what the tests ask for."""
+    """Collects the elements that the tests check."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -149,7 +158,7 @@ def test_nothing_is_loaded_from_elsewhere(page, page_text):
     assert len(page_text) < 12e6
 
 
-def test_the_markup_is_whole(page):
+def test_the_markup_is_well_formed(page):
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
@@ -177,7 +186,7 @@ def test_the_view_has_charts_and_surfaces(page, content, home):
     assert "viewer" in page.ids and "region" in page.ids
     assert len(view["regions"]) == len(examples(evaluate_home(home)[0]))
     for region in view["regions"]:
-        assert [mesh["title"] for mesh in region["meshes"]][0] == "Truth"
+        assert [mesh["title"] for mesh in region["meshes"]][0] == "Ground truth"
         assert len(region["meshes"]) == 3
     names = [trace["name"] for trace in view["charts"]["dice-chart"]["data"]]
     assert names == [LABELS[method] for method in MARKS]
@@ -223,7 +232,7 @@ def test_table_marks_text_columns():
 
 
 def small_content() -> dict:
-    """One group, two structures; LoRA wins in one and loses in the other."""
+    """One group, two structures; LoRA is better in one and worse in the other."""
     dice = {"baseline": (0.6, 0.6), "base": (0.7, 0.8), "lora": (0.9, 0.5), "merged": (0.9, 0.5)}
     records = []
     for method, pair in dice.items():
@@ -255,13 +264,13 @@ def small_content() -> dict:
 
 def test_headline_marks_the_best_of_each_column():
     text = headline(small_content())
-    assert text.count("<h3>") == 1  # 'all' repeats the only group
+    assert text.count("<h3>") == 1  # 'all' equals the only group
     rows = text.split("<tr>")[2:]
     best = ["class=best" in row.split("</td>")[1] for row in rows]
     assert best == [False, True, False, False]  # means 0.6, 0.75, 0.7, 0.7
 
 
-def test_detail_marks_where_lora_lost():
+def test_detail_marks_where_lora_is_worse():
     content = small_content()
     text = detail(content["structures"], content, "t")
     first = text.split('<div class="panel">')[1]
@@ -270,7 +279,7 @@ def test_detail_marks_where_lora_lost():
     assert "part 1" in rows[1] and "0.500" in rows[1]
 
 
-def test_worse_section_lists_the_losers_and_says_when_there_are_none():
+def test_regressions_are_listed_or_their_absence_is_stated():
     content = small_content()
     text = worse(content)
     assert "part 1" in text and "0.500 <small>(0.800)</small>" in text
@@ -280,7 +289,7 @@ def test_worse_section_lists_the_losers_and_says_when_there_are_none():
     assert worse(content).count("None of 2 regions is worse") == 2
 
 
-def test_lead_counts_losses_and_names_the_means():
+def test_lead_counts_regressions_and_gives_the_means():
     text = lead(small_content())
     assert "<strong>0.700</strong>" in text and "0.750" in text and "0.600" in text
     assert "in 1 of 2 regions" in text
@@ -288,10 +297,10 @@ def test_lead_counts_losses_and_names_the_means():
     assert "before training" not in text
 
 
-def test_lead_says_when_training_did_not_help():
+def test_lead_states_when_training_did_not_help():
     content = small_content()
     content["runs"]["lora"]["used_epoch"] = 0
-    assert "no epoch of LoRA was better on the validation regions" in lead(content)
+    assert "no epoch of LoRA improved on the initial model" in lead(content)
 
 
 def test_intervals_cover_the_mean_and_shrink_with_the_number():
@@ -337,7 +346,7 @@ def test_statistics_are_over_structures_and_by_subject():
 
 def test_the_gallery_has_the_five_lowest(home, page_text):
     evaluation, _ = evaluate_home(home)
-    dice = {r["index"]: r["dice"] for r in evaluation.records if r["method"] == "lora"}
+    dice = {r["index"]: r["dice"] for r in evaluation.rows if r["method"] == "lora"}
     picked = [dice[index] for index, _ in worst(evaluation)]
     assert picked == sorted(dice.values())[:5]
     assert page_text.count("; base ") == len(picked) + len(examples(evaluation))
@@ -345,7 +354,7 @@ def test_the_gallery_has_the_five_lowest(home, page_text):
 
 def test_undefined_regions_are_reported():
     content = small_content()
-    assert undefined_note(content) == "No prediction and no truth was empty."
+    assert undefined_note(content) == "No prediction and no ground truth was empty."
     content["summary"]["base"]["all"]["status"] = {"ok": 1, "empty_prediction": 1}
     assert undefined_note(content).endswith("Base model, frozen: 1 × empty prediction.")
 
@@ -389,7 +398,7 @@ def test_browser_mesh_keeps_positions_faces_and_errors():
     np.testing.assert_allclose(errors, 3.0, atol=0.15)  # 2 voxels of 1.5 mm too far out
 
 
-def test_meshes_carry_their_distance_to_the_truth():
+def test_meshes_have_their_distance_to_the_ground_truth():
     mesh = mesh_from_sdf(ball(10.0), OBLIQUE)
     distance = distance_to_truth(mesh, {"sdf_vox": ball(8.0), "affine": OBLIQUE, "spacing": 1.5})
     assert distance.shape == (len(mesh.vertices),)

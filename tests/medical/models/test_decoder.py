@@ -1,4 +1,4 @@
-"""The sparse decoder: what it computes, what it refuses, how LoRA meets it, and its packaged weights."""
+"""The sparse decoder: its computation, invalid input, LoRA, and the packaged weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _cells(flat: Tensor) -> Tensor:
     return torch.stack([flat // 64, flat // 8 % 8, flat % 8], dim=1)
 
 
-def test_the_residual_lands_in_its_own_cells() -> None:
+def test_the_residual_is_added_in_its_own_cells() -> None:
     model = filled()
     tokens, base = tokens_of(3, 5)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_lora_wraps_each_block_trains_and_merges_to_the_same() -> None:
     assert_close(fastlora.merged_model(model)(tokens, base), adapted, exact)
 
 
-def test_wrong_inputs_are_named() -> None:
+def test_invalid_inputs_are_named() -> None:
     model = filled()
     tokens, base = tokens_of(3, 2)
     with pytest.raises(DataError, match=r"tokens\.feats: expected \(T, 70\), got \(5, 69\)"):
@@ -197,11 +197,11 @@ def test_wrong_inputs_are_named() -> None:
     none = SparseTokens(tokens.feats[:0], tokens.coords[:0])
     out = model(none, base)
     assert torch.equal(out, base)
-    out.sum().backward()  # as a rank without tokens has to
+    out.sum().backward()  # as a process without tokens has to
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_wrong_configurations_are_named() -> None:
+def test_invalid_configurations_are_named() -> None:
     with pytest.raises(ConfigError, match=r"heads: expected a divisor of channels=24, got 5"):
         replace(CONFIG, heads=5)
     with pytest.raises(ConfigError, match=r"blocks: expected an int >= 1, got 0"):
@@ -259,7 +259,7 @@ def test_the_packaged_base_is_pretrained_and_small() -> None:
 @pytest.mark.filterwarnings(
     "ignore:.*multi-threaded.*fork:DeprecationWarning"
 )  # the loader's worker
-def test_pretraining_repeats_itself_and_refuses_nonsense(
+def test_pretraining_is_reproducible_and_refuses_invalid_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = ROOT / "scripts" / "pretrain_base.py"

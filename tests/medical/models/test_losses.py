@@ -1,4 +1,4 @@
-"""Every loss term carries gradient, is smallest at the truth, and weighs regions alike."""
+"""Every loss term has a gradient, is smallest at the ground truth, and weights regions equally."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_each_term_alone_has_gradient_near_the_surface(term: str) -> None:
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_the_truth_is_a_minimum_of_each_term(term: str) -> None:
+def test_the_ground_truth_is_a_minimum_of_each_term(term: str) -> None:
     truth = ball(5.0)
     at_truth = mesh_losses(truth[None], batch(truth))[term]
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def test_following_the_gradient_of_a_term_alone_lowers_it(term: str) -> None:
     assert mesh_losses(pred, batch(truth))[term].item() - least < 0.5 * (first - least)
 
 
-def test_far_beyond_the_truncation_is_no_error_but_the_wrong_side_is() -> None:
+def test_far_beyond_the_truncation_is_not_an_error_but_the_wrong_side_is() -> None:
     truth = ball(5.0)
     far = torch.where(truth.abs() < TRUNCATION_VOX, truth, 3 * truth)
     assert mesh_losses(far[None], batch(truth))["sdf"] == 0
@@ -94,7 +94,7 @@ def test_the_weights_make_the_total_and_regions_weigh_alike() -> None:
     torch.testing.assert_close(both["total"], total)
 
 
-def test_bad_weights_shapes_and_regions_without_surface_are_refused() -> None:
+def test_invalid_weights_shapes_and_regions_without_surface_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"loss_normal: expected >= 0, got -1"):
         TrainConfig(loss_normal=-1)
     with pytest.raises(ConfigError, match=r"loss_sdf: expected a finite number"):

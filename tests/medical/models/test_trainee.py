@@ -1,4 +1,4 @@
-"""A model that training and evaluation know only as a `Trainee`: it is trained, saved, exported and predicted with."""
+"""A custom `Trainee`: it is trained, saved and exported, and predicts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.tiny_run import TinyRegions, tiny_model
 
 
 class Scaled(Trainee):
-    """The coarse distances, moved by a learned offset and by a linear layer with adapters."""
+    """The coarse distances, shifted by a learned offset and by a linear layer with adapters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Scaled(Trainee):
         return field
 
 
-def test_a_model_of_ones_own_is_trained_exported_and_read_back(tmp_path: Path) -> None:
+def test_a_custom_model_is_trained_exported_and_read_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = TrainConfig(
         checkpoint_dir=str(tmp_path), epochs=20, batch_size=2, lr=0.05, lora_rank=2, progress=False
@@ -93,7 +93,7 @@ def test_a_model_that_makes_no_mesh_has_no_distances() -> None:
     ).options.makes_mesh
 
 
-def test_a_name_of_a_model_stands_for_its_options() -> None:
+def test_a_model_name_selects_its_options() -> None:
     assert all(issubclass(kind, ModelOptions) for kind in MODELS.values())
     for name, more in {"compact": {}, "sam3d": {"sam3d_dir": "x"}}.items():
         config = TrainConfig(model=name, **more)
@@ -102,7 +102,7 @@ def test_a_name_of_a_model_stands_for_its_options() -> None:
         assert config.peak_lr == MODELS[name].peak_lr["lora"]
 
 
-def test_training_and_evaluation_know_sam3d_in_one_place() -> None:
+def test_only_one_module_of_training_and_evaluation_imports_sam3d() -> None:
     found = {
         str(file.relative_to(ROOT / "fastlora" / "medical"))
         for package in ("training", "evaluation")

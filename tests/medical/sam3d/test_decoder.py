@@ -1,4 +1,4 @@
-"""SAM 3D's decoder on regions: geometry, losses, training, evaluation and prediction, over a small package with its paths (`sam3d_package.py`)."""
+"""SAM 3D's decoder on regions: geometry, losses, training, evaluation and prediction, with a small package with the same paths (`sam3d_package.py`)."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ import fastlora
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.phantom import write_phantom_dataset
-from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_structure
+from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_segmentation
 from fastlora.medical.data.splits import make_splits
 from fastlora.medical.sam3d.decoder import active_voxels, voxel_features
 from fastlora.medical.sam3d.loading import load_part
@@ -58,14 +58,14 @@ def sphere_batch():
     sdf = sphere_sdf(torch.from_numpy(GRID).float()).clamp(-4, 4)
     mask = (sdf < 0).numpy()
     sample = TinyRegions(1, 0)[0]
-    coarse = coarse_structure(mask)
+    coarse = coarse_segmentation(mask)
     sample |= {"sdf_vox": sdf.numpy(), "coarse": coarse, "base_vox": base_distance(coarse)}
     sample["image"] = np.where(mask, 0.7, 0.3).astype(np.float32)
     return collate_regions([sample])
 
 
 def sphere_surface(batch, resolution=8, moved=0.0, sign=1.0, seed=0):
-    """What a perfect decoder would give of the sphere: corners moved at random, distances there, a mesh."""
+    """The output of a perfect decoder for the sphere: corners moved at random, distances there, a mesh."""
     generator = torch.Generator().manual_seed(seed)
     voxels = active_voxels(batch.base_vox, resolution)[:, 1:]
     steps = torch.arange(5)
@@ -119,7 +119,7 @@ def test_active_voxels_hold_the_surface_of_phantoms(volumes, resolution):
         assert near[tuple(place.long().clamp(0, resolution - 1).T)].all()
 
 
-def test_the_encoder_sees_the_image_and_the_structure_around_each_voxel():
+def test_the_encoder_gets_the_image_and_the_segmentation_around_each_voxel():
     batch = sphere_batch()
     slope = torch.from_numpy(GRID[..., 1] / 31).float()[None]
     voxels = active_voxels(batch.base_vox, 16)
@@ -138,7 +138,7 @@ def test_the_field_undoes_the_corners_moves_and_keeps_the_inside(resolution, mov
     field = Decoded([surface], batch.base_vox, resolution).field()[0]
     near = batch.sdf_vox[0].abs() < 2.5
     error = (field - batch.sdf_vox[0])[near].abs()
-    # Of moves of up to half a cube, which are half a fine voxel at 8³, hardly a tenth is left.
+    # The error is less than a tenth of the displacements (up to half a cube, half a fine voxel at 8³).
     assert error.mean() < 0.06 * moved + 0.03
     assert (
         torch.equal(field < 0, batch.sdf_vox[0] < 0)
@@ -153,14 +153,16 @@ def test_the_field_undoes_the_corners_moves_and_keeps_the_inside(resolution, mov
 
 def test_the_losses_are_small_on_the_true_surface_and_right_in_sign():
     batch = sphere_batch()
-    good = surface_losses(Decoded([sphere_surface(batch)], batch.base_vox, 8), batch)
-    assert good["sdf"] < 0.1 and good["vertex"] < 0.05 and good["normal"] < 0.01
-    assert good["chamfer"] < 0.8 and good["empty"] == 0  # points of two samplings, a voxel apart
+    losses = surface_losses(Decoded([sphere_surface(batch)], batch.base_vox, 8), batch)
+    assert losses["sdf"] < 0.1 and losses["vertex"] < 0.05 and losses["normal"] < 0.01
+    assert (
+        losses["chamfer"] < 0.8 and losses["empty"] == 0
+    )  # points of two samplings, a voxel apart
     inverted = surface_losses(Decoded([sphere_surface(batch, sign=-1)], batch.base_vox, 8), batch)
     assert inverted["sdf"] > 3 and inverted["normal"] > 1.9 and inverted["vertex"] < 0.05
 
 
-def test_each_loss_pulls_where_it_should():
+def test_each_loss_has_the_expected_gradient():
     batch = sphere_batch()
     surface = sphere_surface(batch)
     larger = torch.tensor(CENTRE).float() + 1.15 * (
@@ -180,14 +182,14 @@ def test_each_loss_pulls_where_it_should():
         (pull,) = torch.autograd.grad(losses[name], surface.vertices, retain_graph=True)
         assert ((pull * out).sum(1) >= -1e-6).float().mean() > 0.95 and pull.abs().sum() > 0
     (pull,) = torch.autograd.grad(losses["sdf"], surface.distance, retain_graph=True)
-    # Where the truth is cut at 4 voxels it is interpolated over the kink.
+    # Where the ground truth is truncated at 4 voxels, it is interpolated across the kink.
     assert (pull >= 0).float().mean() > 0.95 and abs(losses["sdf"].item() - 0.7) < 0.2
     (pull,) = torch.autograd.grad(losses["normal"], surface.vertices)
     assert torch.isfinite(pull).all()
 
 
 def test_the_gradient_of_the_normals_is_the_same_each_time_on_several_threads():
-    """So that a run can be resumed bit for bit: indexing's backward adds in an order that depends on the load."""
+    """For bit-for-bit resumption: the backward pass of indexing adds in an order that depends on the load."""
     batch, threads = sphere_batch(), torch.get_num_threads()
     surface = sphere_surface(batch)
     torch.set_num_threads(4)
@@ -279,7 +281,7 @@ def test_training_lowers_the_losses_and_keeps_adapters_and_encoder_only(run, fol
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_bit_for_bit(run, folder, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, folder, tmp_path):
     config = config_for(folder, tmp_path / "run")
     trainer = MedicalTrainer(config, None, TinyRegions(5, 0), TinyRegions(1, 1))
     finish = trainer._finish_epoch
@@ -312,7 +314,7 @@ def test_a_run_is_read_back_merged_and_without_its_adapters(run):
     assert copied.decoder.mesh_extractor is model.decoder.mesh_extractor
 
 
-def test_empty_meshes_are_said(folder, tmp_path, caplog):
+def test_empty_meshes_are_logged(folder, tmp_path, caplog):
     config = config_for(folder, tmp_path / "run", epochs=1, lr=1e-9)
     trainer = MedicalTrainer(config, None, TinyRegions(1, 0), TinyRegions(1, 1))
     with torch.no_grad():  # all far outside
@@ -324,7 +326,7 @@ def test_empty_meshes_are_said(folder, tmp_path, caplog):
     assert trainer.history[1]["grad_norm"] > 0
 
 
-def test_all_weights_train_when_asked(folder, tmp_path):
+def test_all_weights_train_with_finetune_full(folder, tmp_path):
     config = config_for(folder, tmp_path / "run", finetune="full", lr=1e-3, epochs=2)
     assert config_for(folder, "run", finetune="full", lr=None).peak_lr == 1e-4
     trainer = MedicalTrainer(config, None, TinyRegions(5, 0), TinyRegions(1, 1))
@@ -340,7 +342,7 @@ def test_all_weights_train_when_asked(folder, tmp_path):
         assert torch.equal(again, predict(trainer.model.eval(), batch))
 
 
-def test_16_bit_weights_are_not_trained_whole(own_folder, tmp_path):
+def test_16_bit_weights_are_not_trained_in_full(own_folder, tmp_path):
     path = own_folder / "slat_decoder_mesh.yaml"
     path.write_text(path.read_text().replace("use_fp16: false", "") + "use_fp16: true\n")
     config = config_for(own_folder, tmp_path / "run", finetune="full")
@@ -363,7 +365,7 @@ def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
     [
         (
             {"sam3d_dir": None},
-            "sam3d_dir: expected a checkpoint folder with model 'sam3d', got none",
+            "sam3d_dir: expected a model folder with model 'sam3d', got none",
         ),
         ({"base_weights": "x"}, "base_weights: expected none with model 'sam3d'"),
         (
@@ -382,14 +384,14 @@ def test_a_torso_of_16_bits_trains_with_a_scaled_loss(folder, tmp_path):
         ({"model": "other"}, "model: expected one of compact, sam3d, got 'other'"),
     ],
 )
-def test_what_does_not_go_together_is_refused(changes, message):
+def test_contradicting_options_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         config_for("checkpoints", "run", **changes)
 
 
-def test_a_region_without_active_voxels_keeps_its_coarse_structure_and_is_not_trained_on(folder):
+def test_a_region_without_active_voxels_keeps_its_coarse_segmentation_and_is_not_trained_on(folder):
     batch = sphere_batch()
-    nothing = coarse_structure(np.zeros((32, 32, 32), bool))
+    nothing = coarse_segmentation(np.zeros((32, 32, 32), bool))
     sample = {**TinyRegions(1, 0)[0], "coarse": nothing, "base_vox": base_distance(nothing)}
     other = collate_regions([sample])
     both = RegionBatch(
@@ -487,7 +489,7 @@ def write_latents(folder, volumes):
 
 
 @pytest.mark.slow
-def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
+def test_cached_latents_replace_the_encoder(folder, volumes, tmp_path):
     latents = write_latents(tmp_path / "latents", volumes)
     config = config_for(
         folder, tmp_path / "run", data_root=str(volumes), split="file", epochs=2, samples_per_region=1,
@@ -520,6 +522,6 @@ def test_cached_latents_take_the_encoders_place(folder, volumes, tmp_path):
         MedicalTrainer(again)
 
 
-def test_reading_the_decoder_gives_an_encoder_only_when_asked(folder):
+def test_an_encoder_is_added_only_without_cached_latents(folder):
     assert Sam3dOptions(sam3d_dir=folder, latents_dir="x").load(None).encoder is None
     assert Sam3dOptions(sam3d_dir=folder).load(None).encoder[-1].out_features == 8

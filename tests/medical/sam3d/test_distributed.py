@@ -1,4 +1,4 @@
-"""Training of SAM 3D's decoder on several ranks (gloo, on a CPU) equals training in one process; over the small package of `sam3d_package.py`."""
+"""Training of SAM 3D's decoder in several processes (gloo, on a CPU) equals training in one, with the small package of `sam3d_package.py`."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def train(home, folder, run, changes, death=None):
-    """The history of 3 epochs over 7 regions in micro-batches of 2, in this rank or alone; death: the epoch in which the second rank dies.
+    """The history of 3 epochs over 7 regions in micro-batches of 2, in one of several processes or in one; death: the epoch in which the second process dies.
 
     The learning rate is small: a mesh's triangles come and go, so a rounding error that moves one grows with every step. At 1e-5 the
     third epoch's gradient jumped by 2e-4 of its norm between orders of summation; at 1e-6 it does not.
@@ -76,7 +76,7 @@ def alone(package, folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("finetune", "kind", "world"), [("lora", "ddp", 2), ("lora", "fsdp", 3), ("full", "fsdp", 2), ("full", "ddp", 3)]
 )  # fmt: skip
-def test_ranks_equal_one_process(finetune, kind, world, alone, package, folder, tmp_path):
+def test_several_processes_equal_one(finetune, kind, world, alone, package, folder, tmp_path):
     run = tmp_path / "run"
     changes = {"finetune": finetune, "parallel": kind}
     results = run_ranks(world, train, package, folder, run, changes)
@@ -89,11 +89,11 @@ def test_ranks_equal_one_process(finetune, kind, world, alone, package, folder, 
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_killed_rank_ends_the_run_and_one_process_continues(kind, alone, package, folder, tmp_path):  # fmt: skip
+def test_a_killed_process_ends_the_run_and_a_single_one_continues(kind, alone, package, folder, tmp_path):  # fmt: skip
     run = tmp_path / "run"
     survivor, dead = run_ranks(2, train, package, folder, run, {"parallel": kind}, 3)
     assert dead == -signal.SIGKILL and isinstance(survivor, TrainingError)
-    assert "another process ended" in str(survivor)
+    assert "another process ended unexpectedly" in str(survivor)
     assert len(json.loads((run / "history.json").read_text())["epochs"]) == 3
     history = train(package, folder, run, {"resume": "auto"})
     assert_same_history(history, alone["lora"][1])

@@ -1,4 +1,4 @@
-"""SAM 3D's generators on cached latents and conditions, over the small package of `sam3d_package.py`."""
+"""SAM 3D's generators on cached latents and conditions, with the small package of `sam3d_package.py`."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ GENERATORS = ("slat", "structure")
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
-    """Three phantom subjects of one structure each: two to train on, one to choose by."""
+    """Three phantom subjects of one structure each: two for training, one for validation."""
     path = tmp_path_factory.mktemp("data") / "volumes"
     write_phantom_dataset(path, subjects=3, seed=4)
     return path
@@ -48,7 +48,7 @@ def volumes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latents(volumes, tmp_path_factory):
-    """By generator, a folder with a file for each region; what is in it follows its condition, so it can be learned."""
+    """By generator, a folder with a file for each region, whose latents follow from its condition and can be learned."""
     folders = {part: tmp_path_factory.mktemp(part) for part in GENERATORS}
     generator = torch.Generator().manual_seed(1)
     splits = make_splits(load_cases(TrainConfig(data_root=str(volumes))), "file")
@@ -114,10 +114,10 @@ def test_training_lowers_the_loss_and_keeps_adapters_only(runs, folder, part):
 @pytest.mark.parametrize("part", GENERATORS)
 @torch.no_grad()
 def test_the_adapter_goes_into_the_generator_itself(runs, folder, part):
-    """As the user's own pipeline takes it: without the trainer's wrapper around it."""
+    """It can be loaded without the trainer's wrapper, as in the user's own pipeline."""
     run = runs[part]
     model = load_base(run.config)
-    batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
+    batch = next(iter(micro_batches(run.val_data, [0], 1, run.processes)))[0]
     base = model.eval()(*model.inputs(batch))
     targets = ["to_qkv", "to_q", "to_kv", "to_out", "mlp"]
     fastlora.inject_lora(model.flow, targets, rank=4, alpha=8.0)
@@ -133,7 +133,9 @@ def test_the_adapter_goes_into_the_generator_itself(runs, folder, part):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", GENERATORS)
-def test_a_run_goes_on_bit_for_bit(runs, folder, volumes, latents, part, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    runs, folder, volumes, latents, part, tmp_path
+):
     run = tmp_path / "run"
     trainer = MedicalTrainer(config_for(folder, volumes, latents, part, run, epochs=3))
     trainer._stalled = lambda: trainer.epoch >= 1
@@ -163,7 +165,7 @@ def test_validation_draws_the_same_each_time_and_moves_no_generator(runs, part):
     # The mean over the regions of the mean over each region's own draws, one region at a time.
     run.model.eval()
     losses = []
-    for batch, _, _ in micro_batches(run.val_data, range(len(run.val_data)), 2, run.ranks):
+    for batch, _, _ in micro_batches(run.val_data, range(len(run.val_data)), 2, run.processes):
         for index, meta in enumerate(batch.meta):
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(zlib.crc32(f"{meta['subject']}-{meta['region']}".encode()))
@@ -172,7 +174,7 @@ def test_validation_draws_the_same_each_time_and_moves_no_generator(runs, part):
 
 
 def one_loss(model, batch, index, condition=None):
-    """The loss of one region of a batch by the public function, in the present state of torch's generator."""
+    """The loss of one region of a batch by the public function, with the current state of torch's generator."""
     condition = batch.condition[index : index + 1] if condition is None else condition
     if batch.latents is not None:
         own = {name: x[index : index + 1] for name, x in batch.latents.items()}
@@ -184,9 +186,9 @@ def one_loss(model, batch, index, condition=None):
 
 
 @pytest.mark.parametrize("part", GENERATORS)
-def test_conditions_are_dropped_as_often_as_asked(runs, folder, part):
+def test_conditions_are_dropped_with_the_given_probability(runs, folder, part):
     run, scale = runs[part], latent_scale(folder, 8) if part == "slat" else None
-    batch = next(iter(micro_batches(run.val_data, [0], 1, run.ranks)))[0]
+    batch = next(iter(micro_batches(run.val_data, [0], 1, run.processes)))[0]
     model = Sam3dFlow(run.model.flow, run.model.settings, scale, drop_condition=0.3)
     model.train()
     nothing, dropped = torch.zeros_like(batch.condition), 0
@@ -201,7 +203,7 @@ def test_conditions_are_dropped_as_often_as_asked(runs, folder, part):
     assert 8 < dropped < 30
 
 
-def train_on_ranks(home, folder, volumes, latents, part, run):
+def train_in_processes(home, folder, volumes, latents, part, run):
     import sys
 
     sys.path.insert(0, str(home))
@@ -212,16 +214,18 @@ def train_on_ranks(home, folder, volumes, latents, part, run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", GENERATORS)
-def test_ranks_start_as_one_process_does_and_learn(runs, package, folder, volumes, latents, part, tmp_path):  # fmt: skip
-    """What a rank draws is its own, so the losses that follow are not those of one process."""
-    results = run_ranks(2, train_on_ranks, package, folder, volumes, latents, part, tmp_path / "r")
+def test_several_processes_start_as_one_does_and_learn(runs, package, folder, volumes, latents, part, tmp_path):  # fmt: skip
+    """Each process draws other noise, so only the initial losses equal those of one process."""
+    results = run_ranks(
+        2, train_in_processes, package, folder, volumes, latents, part, tmp_path / "r"
+    )
     assert results[0] == results[1]
     first, last = results[0]
     assert first == pytest.approx(runs[part].history[0]["val"], rel=1e-5)
     assert last < 0.9 * first["total"]
 
 
-def test_all_weights_train_when_asked(folder, volumes, latents, tmp_path):
+def test_all_weights_train_with_finetune_full(folder, volumes, latents, tmp_path):
     config = config_for(folder, volumes, latents, "slat", tmp_path / "run", finetune="full", epochs=1)  # fmt: skip
     trainer = MedicalTrainer(config)
     quiet(trainer.train)
@@ -264,7 +268,7 @@ def test_the_generators_settings_are_read(own_folder):
 
 
 def test_the_settings_reach_the_loss():
-    """Each changes it as the equation says: times that are all near one, and one latent's error doubled."""
+    """Each changes it as in the equation: times that are all near one, and one latent's error doubled."""
 
     class Flow(torch.nn.Module):
         input_latent_mappings = ("a", "b")

@@ -1,4 +1,4 @@
-"""SAM 3D's parts from a checkpoint folder: what is built, what is refused, and the generators' loss."""
+"""SAM 3D's parts from a model folder: what is built, what is refused, and the generators' loss."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from tests.support.sam3d_package import forget_package
 pytest_plugins = "tests.support.sam3d_fixtures"
 
 
-def test_the_environment_is_set_where_the_user_says_nothing_and_said(folder, monkeypatch, caplog):
+def test_the_environment_is_set_unless_the_user_set_it_and_logged(folder, monkeypatch, caplog):
     forget_package()
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
@@ -46,7 +46,7 @@ def test_a_part_has_its_weights_and_is_frozen(folder, part):
     inside = "_base_models.generator.reverse_fn.backbone."
     if part == "structure":
         saved = {k.removeprefix(inside): v for k, v in saved["state_dict"].items() if inside in k}
-        assert saved.pop("condition_embedder.scale") == 1  # what it makes is given instead
+        assert saved.pop("condition_embedder.scale") == 1  # its output is given instead
     assert model.state_dict().keys() == saved.keys()
     assert all(torch.equal(model.state_dict()[key], saved[key]) for key in saved)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -61,7 +61,7 @@ def test_safetensors_are_read_as_well(own_folder):
 
 
 def edit(path, **changes):
-    """Changes entries of a YAML file; None takes them out."""
+    """Changes entries of a YAML file; None removes them."""
     values = {**yaml.safe_load(path.read_text()), **changes}
     path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
 
@@ -91,7 +91,7 @@ class Bomb:
 
 
 DECODER_YAML, PIPELINE = "slat_decoder_mesh.yaml", "pipeline.yaml"
-SPOILT = {
+CORRUPTED = {
     "a class of the system": (
         "decoder",
         lambda f: edit(f / DECODER_YAML, _target_="os.system", command=f"touch {f}/ran"),
@@ -167,12 +167,12 @@ SPOILT = {
     "a path above": (
         "decoder",
         lambda f: edit(f / PIPELINE, slat_decoder_mesh_config_path="a/../../x.yaml"),
-        "inside .* got 'a/../../x.yaml', which leaves it",
+        "inside .* got 'a/../../x.yaml'",
     ),
     "an absolute path": (
         "decoder",
         lambda f: edit(f / PIPELINE, slat_decoder_mesh_config_path="/etc/passwd"),
-        "got '/etc/passwd', which leaves it",
+        "got '/etc/passwd'",
     ),
     "a path that no file can have": (
         "decoder",
@@ -214,7 +214,7 @@ SPOILT = {
         lambda f: edit_state(f, lambda s: s.update({"out_layer.bias": torch.ones(3)})),
         r"out_layer.bias: expected \(500,\), got \(3,\)",
     ),
-    "whole numbers": (
+    "integers": (
         "decoder",
         lambda f: edit_state(f, lambda s: s.update({"out_layer.bias": s["out_layer.bias"].long()})),
         r"expected floating-point tensors, got \['out_layer.bias'\]",
@@ -222,10 +222,10 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
+@pytest.mark.parametrize("case", CORRUPTED)
 def test_a_folder_that_does_not_fit_is_refused_and_runs_nothing(own_folder, case):
-    part, spoil, message = SPOILT[case]
-    spoil(own_folder)
+    part, corrupt, message = CORRUPTED[case]
+    corrupt(own_folder)
     with pytest.raises((ConfigError, CheckpointError), match=message):
         load_part(own_folder, part)
     assert not (own_folder / "ran").exists()
@@ -239,7 +239,7 @@ def test_an_unknown_part_is_refused(folder):
 
 
 class Flow(torch.nn.Module):
-    """The velocity a · x + b · t of each latent; keeps what it was called with."""
+    """The velocity a · x + b · t of each latent; stores its arguments."""
 
     def __init__(self, names):
         super().__init__()
@@ -289,11 +289,11 @@ def test_the_flow_matching_loss_follows_its_equation():
         ((None, torch.ones(1, 2, 3), 1, None), "coords: expected the voxels of 'slat'"),
         (
             (["shape"], {"shape": torch.ones(2, 2, 3)}, 1, None),
-            r"one number of samples everywhere, got \[1, 2\]",
+            r"expected the same number of samples in every input, got \[1, 2\]",
         ),
         (
             (None, torch.ones(2, 2, 3), 2, torch.zeros(2, 4)),
-            r"expected 1 of samples everywhere, got \[2\]",
+            r"expected one sample in every input, got \[2\]",
         ),
     ],
 )

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def make_importable():
-    """The checkout on the path, and the stand-ins in the place of spconv and kaolin."""
+    """The checkout on the path, with the stand-ins for spconv and kaolin."""
     sys.path.insert(0, CHECKOUT)
     sam3d_standins.install()
 
@@ -50,7 +50,7 @@ def package():
 
 
 def build(part, config, zeros=False):
-    """A part's class itself with seeded weights; zeros: leave those that start at zero."""
+    """An instance of a part's class with seeded weights; zeros: keep those that are initialised to zero."""
     if part == "structure":
         latents = importlib.import_module(f"{MODELS}.mm_latent")
         mapping = {}
@@ -103,7 +103,7 @@ def voxels(resolution):
 
 
 def outputs(part, model, dtype=torch.float32):
-    """What the part's networks give for seeded inputs; of the decoder the features that its mesh is made of."""
+    """The outputs of the part's networks for seeded inputs; for the decoder the features of its mesh."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
@@ -122,7 +122,7 @@ def outputs(part, model, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("part", "count"), [("decoder", 8), ("slat", 23), ("structure", 32)])
-def test_adapters_stand_where_they_should_and_get_gradients(folder, part, count):
+def test_adapters_are_in_the_expected_layers_and_get_gradients(folder, part, count):
     model = adapted(folder, part)
     layers = list(fastlora.named_lora_layers(model))
     assert len(layers) == count
@@ -142,7 +142,7 @@ def test_a_decoder_of_the_released_size_takes_48_adapters():
     assert fastlora.count_parameters(model)["lora"] == 1_179_648
 
 
-def test_an_unfilled_decoder_gives_adapters_no_gradient(tmp_path):
+def test_a_decoder_with_zero_outputs_gives_adapters_no_gradient(tmp_path):
     write_folder(tmp_path / "zeros", lambda p, c: build(p, c, zeros=True), ("decoder",))
     model = adapted(tmp_path / "zeros", "decoder")
     fastlora.freeze_base_params(model)
@@ -151,7 +151,7 @@ def test_an_unfilled_decoder_gives_adapters_no_gradient(tmp_path):
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_wrapped_layer_gives_back_what_it_is_given(folder):
+def test_a_wrapped_layer_returns_what_it_is_given(folder):
     model, seen = adapted(folder, "decoder"), {}
     for path in ("blocks.0.mlp.mlp.0", "blocks.0.attn.to_qkv"):
         model.get_submodule(path).register_forward_hook(
@@ -164,7 +164,7 @@ def test_a_wrapped_layer_gives_back_what_it_is_given(folder):
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    """Where the package computes in float32 whatever it is given, it computes in float64."""
+    """Makes the package compute in float64 where it always uses float32."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(sparse_tensor(), "float", lambda self: self.replace(self.feats.double()))
 
@@ -310,8 +310,8 @@ def test_full_fine_tuning_reaches_every_weight(folder):
 
 
 def train_briefly(folder, run, kind):
-    """Two epochs over three ellipsoids in this rank, or alone; the losses."""
-    if "spconv" not in sys.modules:  # in a rank of its own
+    """Two epochs over three ellipsoids in one of several processes, or in one; returns the losses."""
+    if "spconv" not in sys.modules:  # in a child process
         make_importable()
     values = {"model": "sam3d", "sam3d_dir": str(folder), "checkpoint_dir": str(run), "epochs": 2}
     config = TrainConfig(**values, batch_size=2, lr=1e-6, parallel=kind, progress=False)
@@ -322,7 +322,7 @@ def train_briefly(folder, run, kind):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_equal_one_process(folder, tmp_path, kind):
+def test_two_processes_equal_one(folder, tmp_path, kind):
     alone = train_briefly(folder, tmp_path / "one", "ddp")
     results = run_ranks(2, train_briefly, folder, tmp_path / "two", kind)
     assert results[0] == results[1]

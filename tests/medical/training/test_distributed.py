@@ -1,4 +1,4 @@
-"""Training on several ranks (gloo, on a CPU) equals training in one process, and outlives ranks that die."""
+"""Training in several processes (gloo, on a CPU) equals training in one, and can be resumed after one is killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training import checkpointing
-from fastlora.medical.training.distributed import Ranks, local_device
+from fastlora.medical.training.distributed import Processes, local_device
 from fastlora.medical.training.finetuned import load_finetuned, trainable_parameters
 from fastlora.medical.training.progress import RunReport
 from fastlora.medical.training.run_folder import RunFolder
@@ -34,11 +34,11 @@ from tests.support.tolerance import assert_same_training
 pytestmark = pytest.mark.slow
 
 PLAIN = {"lora_dropout": 0.0}
-"""Dropout aside: what each rank draws is its own."""
+"""Without dropout, whose masks differ between processes."""
 
 
 def train(folder: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
-    """A run to its end; the history. A rank that must not write finds that it cannot."""
+    """Trains to the end; returns the history. Processes other than the first cannot write."""
     trainer = tiny_trainer(folder, **changes)
     if dist.is_initialized() and dist.get_rank():
 
@@ -52,7 +52,7 @@ def train(folder: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of runs in one process, by what they train."""
+    """The folders of runs in one process, by kind of fine-tuning."""
     folders = {kind: tmp_path_factory.mktemp(kind) / "run" for kind in ("lora", "full")}
     for kind, folder in folders.items():
         train(str(folder), {**PLAIN, "finetune": kind})
@@ -60,20 +60,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def assert_same_to_rounding(run: Path, whole: Path) -> None:
-    """Figures of every epoch; weights and optimizer of the last and the best one, whole and on as many processes as you like."""
+    """Compares the values of every epoch, and the weights and the optimizer of the last and of the best one."""
     for which in ("last", "best"):
         got, want = (
             flatten(checkpointing.read_checkpoint(RunFolder(folder).find(which)))
             for folder in (run, whole)
         )
-        for side in (got, want):
-            for name in [n for n in side if n.split("/")[1] in ("config", "seconds", "rng")]:
-                del side[name]
+        for state in (got, want):
+            for name in [n for n in state if n.split("/")[1] in ("config", "seconds", "rng")]:
+                del state[name]
         assert got.keys() == want.keys()
         for name, value in want.items():
             if isinstance(value, torch.Tensor):
                 assert type(got[name]) is torch.Tensor and got[name].shape == value.shape
-                if not name.endswith("to_qkv.bias"):  # a key's bias has no gradient but rounding
+                if not name.endswith(
+                    "to_qkv.bias"
+                ):  # the gradient of a key's bias is only rounding
                     assert_same_training(got[name], value)
             elif isinstance(value, float):
                 assert got[name] == pytest.approx(value, rel=1e-5), name
@@ -88,7 +90,7 @@ def assert_same_to_rounding(run: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("finetune", "kind", "world"), [("lora", "ddp", 2), ("lora", "fsdp", 3), ("full", "fsdp", 2)]
 )
-def test_ranks_equal_one_process(
+def test_several_processes_equal_one(
     finetune: str, kind: str, world: int, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     """7 regions in micro-batches of 2: the last one, of one region, leaves a rank without a share, and a third rank never has any."""
@@ -102,7 +104,7 @@ def test_ranks_equal_one_process(
 
 
 def test_elastic_resume(whole: dict[str, Path], tmp_path: Path) -> None:
-    """An epoch on 2 ranks sharded, one on 3 ranks whole, the rest in one process."""
+    """An epoch in 2 processes with FSDP2, one in 3 with DDP, the rest in one process."""
     run = str(tmp_path / "run")
     for epoch, (world, kind) in enumerate([(2, "fsdp"), (3, "ddp")], 1):
         settings = {**PLAIN, "parallel": kind, "resume": "auto"}
@@ -112,7 +114,7 @@ def test_elastic_resume(whole: dict[str, Path], tmp_path: Path) -> None:
 
 
 def train_until(folder: str, changes: dict[str, Any], epoch: int) -> int:
-    """A run that stops after `epoch`, where the checkpoint says; its schedule is that of the whole run."""
+    """A run that stops after `epoch`, with the learning-rate schedule of the whole run."""
     trainer = tiny_trainer(folder, **changes)
     trainer._stalled = lambda: trainer.epoch >= epoch  # type: ignore[method-assign]
     trainer.train()
@@ -120,7 +122,7 @@ def train_until(folder: str, changes: dict[str, Any], epoch: int) -> int:
 
 
 def train_and_die(folder: str, kind: str) -> None:
-    """The second rank dies in the third epoch."""
+    """The second process dies in the third epoch."""
     trainer = tiny_trainer(folder, **PLAIN, parallel=kind)
     step = trainer._step
 
@@ -134,7 +136,7 @@ def train_and_die(folder: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_killed_rank_ends_the_run_and_a_resume_continues(
+def test_a_killed_process_ends_the_run_and_a_resume_continues(
     kind: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -142,7 +144,7 @@ def test_a_killed_rank_ends_the_run_and_a_resume_continues(
     survivor, dead = run_ranks(2, train_and_die, str(run), kind)
     assert dead == -signal.SIGKILL and time.monotonic() - start < 30
     assert isinstance(survivor, TrainingError)
-    assert "another process ended" in str(survivor) and "--resume" in str(survivor)
+    assert "another process ended unexpectedly" in str(survivor) and "--resume" in str(survivor)
     assert checkpointing.read_checkpoint(run / "checkpoints" / "last.pt")["epoch"] == 2
     results = run_ranks(2, train, str(run), {**PLAIN, "parallel": kind, "resume": "auto"})
     assert results[0] == results[1] and len(results[0]) == 5
@@ -150,7 +152,7 @@ def test_a_killed_rank_ends_the_run_and_a_resume_continues(
 
 
 def dropout_draws(folder: str) -> list[float]:
-    """What torch's generator gives at each forward pass of an epoch."""
+    """Random numbers of torch's generator at each forward pass of an epoch."""
     trainer = tiny_trainer(folder, lora_dropout=0.5, epochs=1)
     drawn: list[float] = []
     forward = trainer._forward
@@ -164,7 +166,7 @@ def dropout_draws(folder: str) -> list[float]:
     return drawn[2:6]  # of the epoch, between two validations
 
 
-def test_each_rank_draws_its_own_dropout(tmp_path: Path) -> None:
+def test_each_process_draws_its_own_dropout(tmp_path: Path) -> None:
     first, second = run_ranks(2, dropout_draws, str(tmp_path / "run"))
     assert len(first) == len(second) == 4 and not set(first) & set(second)
 
@@ -182,7 +184,7 @@ def disagree(folder: str, what: str) -> None:
     ("what", "message"),
     [("seed", r"seed: \[0, 1\]"), ("data", r"base model: .*training samples: \[7, 6\]")],
 )
-def test_ranks_that_disagree_are_refused(what: str, message: str, tmp_path: Path) -> None:
+def test_processes_that_disagree_are_refused(what: str, message: str, tmp_path: Path) -> None:
     for error in run_ranks(2, disagree, str(tmp_path / "run"), what):
         assert isinstance(error, ConfigError)
         assert re.search("expected the same in all 2 processes, got .*" + message, str(error))
@@ -190,7 +192,7 @@ def test_ranks_that_disagree_are_refused(what: str, message: str, tmp_path: Path
 
 
 def no_loss_of_mine(folder: str) -> float:
-    """An epoch in which the second rank never has a region; its largest gradient."""
+    """An epoch in which the second process never has a region; returns its largest gradient."""
     trainer = tiny_trainer(folder, **PLAIN, parallel="ddp", batch_size=1, grad_accum=1)
     largest = 0.0
 
@@ -207,16 +209,20 @@ def no_loss_of_mine(folder: str) -> float:
     return largest
 
 
-def test_a_rank_without_regions_touches_every_parameter(tmp_path: Path) -> None:
+def test_a_process_without_regions_uses_every_parameter(tmp_path: Path) -> None:
     first, second = run_ranks(2, no_loss_of_mine, str(tmp_path / "run"))
     assert first == second > 0
 
 
 def share() -> tuple[list[list[int]], dict[str, float], str]:
-    ranks = Ranks.current()
-    made = ranks.first_alone(lambda: str(ranks.rank))
-    parts = [ranks.share(list(range(size))) for size in (5, 1)]
-    return parts, ranks.sum({"a": ranks.rank + 1.0, **({"b": 5.0} if ranks.first else {})}), made
+    processes = Processes.current()
+    made = processes.first_alone(lambda: str(processes.rank))
+    parts = [processes.share(list(range(size))) for size in (5, 1)]
+    return (
+        parts,
+        processes.sum({"a": processes.rank + 1.0, **({"b": 5.0} if processes.first else {})}),
+        made,
+    )
 
 
 def test_shares_and_sums() -> None:
@@ -224,14 +230,16 @@ def test_shares_and_sums() -> None:
     assert [result[0] for result in results] == [[[0, 2, 4], [0]], [[1, 3], []]]
     assert all(result[1] == {"a": 3.0, "b": 5.0} for result in results)
     assert [result[2] for result in results] == ["0", "1"]
-    assert Ranks().share([3, 4]) == [3, 4] and Ranks().sum({"a": 1.0}) == {"a": 1.0}
+    assert Processes().share([3, 4]) == [3, 4] and Processes().sum({"a": 1.0}) == {"a": 1.0}
 
 
-def test_what_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_process_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="parallel: expected torchrun around 'fsdp', got one"):
         tiny_trainer(tmp_path / "run", parallel="fsdp")
     with monkeypatch.context() as two:
-        two.setattr(Ranks, "current", lambda: Ranks(0, 2))
+        two.setattr(Processes, "current", lambda: Processes(0, 2))
         with pytest.raises(ConfigError, match="halve_batch: expected one process, got 2"):
             tiny_trainer(tmp_path / "run", halve_batch=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -244,7 +252,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    """The script itself under torchrun: a whole run, and the adapter it leaves."""
+    """The script under torchrun: a complete run, and its adapter file."""
     write_phantom_dataset(tmp_path / "volumes", subjects=2, seed=0)
     save_base_model(tiny_model(), tmp_path / "base.safetensors", {})
     script = str(ROOT / "scripts" / "train_medical.py")

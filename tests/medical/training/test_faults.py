@@ -1,4 +1,4 @@
-"""Faults of a training run: kills, Ctrl-C, a full disk, a folder that is read-only or in use, no memory, NaN, a dead loader process."""
+"""Faults of a training run: kills, Ctrl-C, a full disk, a folder that is read-only or in use, too little memory, NaN, a killed loader process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of an unbroken run, as a process makes it."""
+    """The folder of an uninterrupted run of the script."""
     run = tmp_path_factory.mktemp("whole") / "run"
     code, _, err = faulty(run, "none")
     assert code == 0, err
@@ -39,13 +39,13 @@ def whole(tmp_path_factory):
 
 
 class Fault(NamedTuple):
-    """A run in a process of its own, and where its output goes."""
+    """A run in a child process, and its output."""
 
     process: Any
     folder: Path
 
     def end(self) -> tuple[int, str, str]:
-        """Its exit code, what it printed, and what it said on stderr."""
+        """Its exit code, stdout and stderr."""
         self.process.join(120)
         assert self.process.exitcode is not None, "it did not end"
         return self.process.exitcode, *((self.folder / n).read_text() for n in ("out", "err"))
@@ -64,7 +64,7 @@ def faulty(run, fault, value=""):
     return start(run, fault, value).end()
 
 
-def goes_on(run, whole):
+def assert_it_continues(run, whole):
     code, _, err = faulty(run, "none")
     assert code == 0, err
     assert_same_run(run, whole)
@@ -72,7 +72,7 @@ def goes_on(run, whole):
 
 
 def refused(run, fault, value=""):
-    """The one line that a run under this fault ends with."""
+    """The error line of a run with this fault."""
     code, _, err = faulty(run, fault, value)
     return the_line(code, err)
 
@@ -104,7 +104,7 @@ def test_ctrl_c_saves_the_step_and_exits_130(whole, tmp_path):
     assert code == 130, err
     content = checkpointing.read_checkpoint(RunFolder(run).find("last"))
     assert content["epoch"] == 1 and 0 < content["within"]["seen"] < 7
-    goes_on(run, whole)
+    assert_it_continues(run, whole)
 
 
 @pytest.fixture
@@ -117,20 +117,20 @@ def _interruptible():
 
 @pytest.mark.usefixtures("_interruptible")
 def test_the_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), faults.deferred_interrupt() as asked:
+    with pytest.raises(KeyboardInterrupt), faults.deferred_interrupt() as requested:
         signal.raise_signal(signal.SIGINT)
-        assert asked()
+        assert requested()
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)  # as it was before
+        signal.raise_signal(signal.SIGINT)  # the previous handler is active again
 
 
 def test_outside_the_main_thread_ctrl_c_is_left_alone():
     seen = []
 
     def look():
-        with faults.deferred_interrupt() as asked:
-            seen.append((asked(), signal.getsignal(signal.SIGINT)))
+        with faults.deferred_interrupt() as requested:
+            seen.append((requested(), signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -141,13 +141,13 @@ def test_outside_the_main_thread_ctrl_c_is_left_alone():
 def test_a_full_disk(whole, tmp_path):
     run = tmp_path / "run"
     size = RunFolder(whole).find("previous").stat().st_size
-    line = refused(run, "full disk", size - 1)  # epoch 3 is what it cannot write, or one before
+    line = refused(run, "full disk", size - 1)  # it cannot write epoch 3, or an earlier one
     assert "cannot read or write" in line and "File too large" in line
     assert "last.pt is kept; continue with --resume" in line
     for file in run.rglob("*.pt"):
         checkpointing.read_checkpoint(file)
     assert not list(run.rglob(".*.tmp"))
-    goes_on(run, whole)
+    assert_it_continues(run, whole)
 
 
 def test_a_disk_that_is_full_from_the_start(tmp_path):
@@ -213,12 +213,12 @@ def test_two_runs_in_one_folder(whole, tmp_path):
     assert_same_run(run, whole)
 
 
-def test_a_run_set_up_before_another_one_ended_undoes_nothing(tmp_path):
+def test_a_run_set_up_before_another_one_ended_overwrites_nothing(tmp_path):
     run = tmp_path / "run"
     early = tiny_trainer(run, epochs=2)
     tiny_trainer(run, epochs=1).train()
     for stale in (early, tiny_trainer(run, epochs=2, resume="auto")):
-        if stale is not early:  # it read epoch 1; somebody else goes on to 2
+        if stale is not early:  # it read epoch 1; another run continues to 2
             tiny_trainer(run, epochs=2, resume="auto").train()
         before = (run / "checkpoints" / "last.pt").read_bytes()
         with pytest.raises(TrainingError, match="another run wrote to .* since this one was set"):
@@ -226,7 +226,7 @@ def test_a_run_set_up_before_another_one_ended_undoes_nothing(tmp_path):
         assert (run / "checkpoints" / "last.pt").read_bytes() == before
     fresh = tiny_trainer(run, epochs=3, resume="auto")
     fresh.train()
-    assert len(fresh.train()) == 4  # its own writing is no other's
+    assert len(fresh.train()) == 4  # its own writes are not those of another run
 
 
 def test_nan_keeps_the_previous_epoch(whole, tmp_path):
@@ -234,7 +234,7 @@ def test_nan_keeps_the_previous_epoch(whole, tmp_path):
     line = refused(run, "nan")
     assert "loss is not finite" in line and "epoch 2, step 1: s1/organ_" in line
     assert checkpointing.read_checkpoint(RunFolder(run).find("last"))["epoch"] == 1
-    goes_on(run, whole)
+    assert_it_continues(run, whole)
 
 
 def test_out_of_memory_error_contains_the_estimate(whole, tmp_path):
@@ -244,11 +244,11 @@ def test_out_of_memory_error_contains_the_estimate(whole, tmp_path):
         "out of memory: weights, gradients, optimizer and the activations that adapted layers"
         in line
     )
-    assert "MiB; a smaller batch_size than 2" in line and "--halve_batch" in line
-    goes_on(run, whole)
+    assert "MiB; a batch_size below 2" in line and "--halve_batch" in line
+    assert_it_continues(run, whole)
 
 
-def test_out_of_memory_halves_the_batch_if_asked(tmp_path):
+def test_out_of_memory_halves_the_batch_with_halve_batch(tmp_path):
     code, out, err = faulty(tmp_path / "halved", "halve", 1)
     assert code == 0, err
     assert out.count("restarts in micro-batches of") == 2  # 4, 2, 1
@@ -256,7 +256,7 @@ def test_out_of_memory_halves_the_batch_if_asked(tmp_path):
     wanted = plain.train()
     history = json.loads((tmp_path / "halved" / "history.json").read_text())["epochs"]
     assert len(history) == len(wanted)
-    for a, b in zip(history, wanted, strict=True):  # other dropout draws, nothing else
+    for a, b in zip(history, wanted, strict=True):  # differs only in the dropout masks
         assert a["val"]["total"] == pytest.approx(b["val"]["total"], rel=0.1)
 
 
@@ -280,8 +280,8 @@ def test_other_errors_are_left_alone(tmp_path):
 def test_a_dead_loader_process(whole, tmp_path):
     run = tmp_path / "run"
     line = refused(run, "dead worker")
-    assert "a process that loads data died" in line and "last.pt is kept" in line
-    goes_on(run, whole)
+    assert "a data loader process died" in line and "last.pt is kept" in line
+    assert_it_continues(run, whole)
 
 
 def test_a_clock_that_jumps(whole, tmp_path):

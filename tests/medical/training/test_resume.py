@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or continued equals the one that was not, and no file is ever half-written."""
+"""A run that is stopped, killed or continued equals an uninterrupted one, and files are never partly written."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_interrupted_after_any_epoch(
 def test_one_checkpoint_continues_in_another_folder(
     whole_lora: MedicalTrainer, tmp_path: Path
 ) -> None:
-    """Each epoch's file holds the best state so far, so `best` comes out the same without the old folder."""
+    """Each epoch's file holds the best state so far, so `best` is the same without the old folder."""
     for epoch in (1, 4):
         file = shutil.copy(whole_lora.folder.find(f"epoch_{epoch:03d}"), tmp_path / "moved.pt")
         run = tmp_path / f"from_{epoch}"
@@ -86,7 +86,7 @@ def test_killed(moment: str, kept: int, whole_lora: MedicalTrainer, tmp_path: Pa
         text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list(run.rglob(".*.tmp"))) == (moment == "saving")  # it did die while writing
+    assert len(list(run.rglob(".*.tmp"))) == (moment == "saving")  # it was killed while writing
     for file in run.rglob("*.pt"):
         checkpointing.read_checkpoint(file)
     json.loads((run / "history.json").read_text())
@@ -125,7 +125,7 @@ def test_more_epochs_stretch_the_schedule(whole_lora: MedicalTrainer, tmp_path: 
     assert history[:5] == whole_lora.history[:5]
 
 
-def test_a_finished_run_stays_as_it_is(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+def test_a_finished_run_is_unchanged(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole_lora.folder.path, run)
     assert tiny_trainer(run, resume="auto").train() == whole_lora.history
@@ -205,7 +205,7 @@ def test_two_runs_do_not_mix(whole_lora: MedicalTrainer, tmp_path: Path) -> None
     assert (run / "notes.txt").read_text() == "mine"
 
 
-def test_where_resume_leads(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+def test_resume_finds_its_checkpoint(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
     folder = whole_lora.folder
     assert folder.resume_from("auto") == folder.resume_from(str(folder.path)) == folder.find("last")
     assert RunFolder(tmp_path).resume_from("auto") is RunFolder(tmp_path).resume_from(None) is None

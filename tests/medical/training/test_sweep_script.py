@@ -1,4 +1,4 @@
-"""scripts/sweep_medical.py trains every setting once and puts all into one record, one table and one plot."""
+"""scripts/sweep_medical.py trains every setting once and writes one JSON file, one table and one plot."""
 
 from __future__ import annotations
 

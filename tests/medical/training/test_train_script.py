@@ -1,4 +1,4 @@
-"""scripts/train_medical.py as a user meets it: its help, its errors, its run folder, Ctrl-C; and the pipeline's order."""
+"""scripts/train_medical.py from the command line: help, errors, run folder, Ctrl-C; and the order of the pipeline."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def test_help_groups_every_flag_with_its_default(
     for group in ("data:", "model:", "optimisation:", "run:", "sam3d:"):
         assert group in text
     assert "--original_nifti_dir" in text
-    assert (
-        "--batch_size N regions per micro-batch, over all processes (regions; default: 8)" in text
-    )
+    assert "--batch_size N regions per micro-batch, summed over all processes (default: 8)" in text
 
 
 def test_run_resume_and_use(
@@ -99,7 +97,7 @@ def test_run_resume_and_use(
 
 @pytest.mark.slow
 def test_demo_and_yaml(main: Callable[[list[str]], int], flags: list[str], home: Path) -> None:
-    """The file's values hold unless a flag says otherwise."""
+    """The file's values apply unless a flag overrides them."""
     Path("config.yaml").write_text(
         f"demo: synthetic\nfinetune: full\nepochs: 5\nlr: 1e-4\nbase_weights: {home / 'base.safetensors'}\n"
     )
@@ -129,7 +127,7 @@ def test_interrupt_keeps_the_last_epoch(
 
 
 def with_volume(change: Callable[[Path], None]) -> Callable[[Path], list[str]]:
-    """Writes a data set, damages it by `change`, and gives the flags to train on it."""
+    """Writes a data set, damages it with `change`, and returns the flags to train on it."""
 
     def prepare(folder: Path) -> list[str]:
         write_phantom_dataset(folder / "volumes", subjects=2, seed=0)
@@ -165,8 +163,8 @@ def other_model(folder: Path) -> list[str]:
 
 
 def no_checkpoint(folder: Path) -> list[str]:
-    (folder / "broken.pt").write_bytes(b"PK")
-    return ["--resume", str(folder / "broken.pt")]
+    (folder / "damaged.pt").write_bytes(b"PK")
+    return ["--resume", str(folder / "damaged.pt")]
 
 
 def unknown_key(folder: Path) -> list[str]:
@@ -182,7 +180,7 @@ def unknown_key(folder: Path) -> list[str]:
         (with_volume(empty_mask), "segmentations/blob.nii.gz: expected at least one voxel"),
         (with_volume(small_mask), "segmentations/blob.nii.gz: expected the shape of ct.nii.gz"),
         (other_model, r"to_qkv.lora_A: expected \(3, 12\), got \(4, 12\)"),
-        (no_checkpoint, "broken.pt: cannot be read as a checkpoint"),
+        (no_checkpoint, "damaged.pt: cannot be read as a checkpoint"),
         (unknown_key, "epoch: unknown key .nearest: epochs"),
         (lambda _: ["--config", "nowhere.yaml"], "config: cannot read nowhere.yaml"),
         (lambda _: ["--classes", "bolb"], "classes: no case has 'bolb' .nearest: blob"),
@@ -196,7 +194,7 @@ def unknown_key(folder: Path) -> list[str]:
         (lambda _: ["--base_weights", "no.safetensors"], "base model: no file no.safetensors"),
     ],
 )
-def test_bad_input(
+def test_invalid_input(
     prepare: Callable[[Path], list[str]],
     message: str,
     main: Callable[[list[str]], int],
@@ -232,7 +230,7 @@ def test_a_loss_that_is_not_finite(
 
 
 def pipeline(arguments: list[str], folder: Path, fail_at: str = "") -> tuple[int, list[str], str]:
-    """Runs it with an interpreter that only notes what it is asked; gives exit code, commands and the last line."""
+    """Runs it with an interpreter that only logs its commands; returns exit code, commands and the last line."""
     python = folder / "python"
     python.write_text(
         f'#!/bin/sh\nshift 0\necho "$(basename "$1") $(shift; echo "$*")" >> "{folder}/calls"\n'

@@ -1,4 +1,4 @@
-"""What a run computes and writes: parameters, gradients, schedule, selection, errors, and loading the result."""
+"""Results and files of a run: parameters, gradients, schedule, selection, errors, and loading the result."""
 
 from __future__ import annotations
 
@@ -122,10 +122,10 @@ def test_clipping_and_schedule(tmp_path: Path) -> None:
     trainer.state.optimizer.register_step_pre_hook(look)
     history = trainer.train()
     assert len(norms) == 8 and max(norms) <= 1.01e-3
-    assert all(record["grad_norm"] > 1e-2 for record in history[1:])  # before clipping
+    assert all(entry["grad_norm"] > 1e-2 for entry in history[1:])  # before clipping
     cosine = [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
     assert rates == pytest.approx([1e-2 * factor for factor in [0.5, 1.0, *cosine]])
-    assert [record["lr"] for record in history[1:]] == pytest.approx(rates[::2])
+    assert [entry["lr"] for entry in history[1:]] == pytest.approx(rates[::2])
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
@@ -140,7 +140,7 @@ def test_workers_change_nothing(run: MedicalTrainer, tmp_path: Path) -> None:
     assert other.train() == alone.train()
 
 
-def test_seed_decides(tmp_path: Path) -> None:
+def test_the_seed_changes_the_result(tmp_path: Path) -> None:
     first, second = (tiny_trainer(tmp_path / str(seed), seed=seed, epochs=1) for seed in (1, 2))
     assert first.train() != second.train()
 
@@ -170,7 +170,7 @@ def test_inside_dice_by_hand() -> None:
 
 
 def scripted(trainer: MedicalTrainer, dices: list[float]) -> MedicalTrainer:
-    """Replaces the validation's Dice by a script."""
+    """Replaces the validation's Dice by given values."""
     validate = trainer.validate
     trainer.validate = lambda: {**validate(), "dice": dices[trainer.epoch]}  # type: ignore[method-assign]
     return trainer
@@ -209,7 +209,7 @@ def test_run_folder(run: MedicalTrainer) -> None:
     assert files == checkpoints | {"config.yaml", "history.json", "adapter.safetensors", ".lock"}
     history = json.loads(run.folder.history.read_text())
     assert history["epochs"] == run.history
-    assert [record["epoch"] for record in history["epochs"]] == [0, 1, 2, 3, 4]
+    assert [entry["epoch"] for entry in history["epochs"]] == [0, 1, 2, 3, 4]
     assert set(history["epochs"][1]) == {"epoch", "lr", "grad_norm", "train", "val"}
     assert set(history["epochs"][1]["val"]) == {"sdf", "occupancy", "normal", "total", "dice"}
     assert len(history["seconds"]) == 5 and history["counts"] == run.counts
@@ -363,8 +363,8 @@ def test_mixed_precision_on_cuda(amp: str, tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"lora_rank": 0}, "lora_rank: expected >= 1, got 0"),
-        ({"lora_rank": 2.0}, "lora_rank: expected a whole number, got 2.0"),
-        ({"epochs": True}, "epochs: expected a whole number, got True"),
+        ({"lora_rank": 2.0}, "lora_rank: expected an integer, got 2.0"),
+        ({"epochs": True}, "epochs: expected an integer, got True"),
         ({"lr": -1}, "lr: expected > 0, got -1.0"),
         ({"lr": "fast"}, "lr: expected a finite number, got 'fast'"),
         ({"clip_norm": math.nan}, "clip_norm: expected a finite number, got nan"),
@@ -402,7 +402,7 @@ def test_config_round_trip_and_defaults(tmp_path: Path) -> None:
 
 
 def test_the_configuration_of_an_old_run_loads_and_stays_the_same() -> None:
-    """Written before the options of SAM 3D had a dataclass of their own: files and checkpoints are flat."""
+    """It was written by an older version; files and checkpoints list the options of all models flat."""
     saved = read_yaml(ROOT / "tests" / "golden" / "medical_run.yaml")
     config = TrainConfig.from_dict(saved)
     assert config.to_dict() == saved
@@ -418,7 +418,7 @@ def test_options_of_another_model_are_refused() -> None:
             TrainConfig(**{name: value})
 
 
-def test_a_resumed_run_may_change_only_what_says_so() -> None:
+def test_a_resumed_run_may_change_only_resumable_options() -> None:
     changeable = {name for name in option_owners() if is_resumable(name)}
     assert {"epochs", "device", "sam3d_dir", "latents_dir", "checkpoint_dir"} <= changeable
     assert not changeable & {"lr", "seed", "batch_size", "model", "sam3d_part", "lora_rank"}
@@ -441,16 +441,16 @@ def test_read_yaml(tmp_path: Path) -> None:
         read_yaml(tmp_path / "missing.yaml")
 
 
-def test_ranks_that_are_not_asked_for_are_the_recipes() -> None:
+def test_default_ranks_are_those_of_the_model() -> None:
     config = TrainConfig()
-    for asked, rank, alpha, pattern in (
+    for given, rank, alpha, pattern in (
         (config, 2, 4.0, {"to_qkv": 3, "out_layer": 32}),
         (TrainConfig(lora_rank=8), 8, 16.0, {}),
         (TrainConfig(lora_rank=8, lora_alpha=4.0, lora_ranks=["mlp.0=2"]), 8, 4.0, {"mlp.0": 2}),
         (TrainConfig(model="sam3d", sam3d_dir="x"), 4, 8.0, {}),
     ):
         wanted = {"rank": rank, "alpha": alpha, "dropout": 0.0, "ffn": True}
-        assert asked.adapters == {**wanted, "rank_pattern": pattern}
+        assert given.adapters == {**wanted, "rank_pattern": pattern}
     assert TrainConfig.from_dict(config.to_dict()) == config
     for entry in ("to_qkv", "to_qkv=0", "to_qkv=x", "=3", "a b=3", "to_qkv=123456"):
         with pytest.raises(ConfigError, match="lora_ranks: expected name=rank with a rank >= 1"):
@@ -459,7 +459,7 @@ def test_ranks_that_are_not_asked_for_are_the_recipes() -> None:
         TrainConfig(model="sam3d", sam3d_dir="x", lora_ranks=["to_qkv=3"])
 
 
-def test_the_default_recipe_trains_less_than_three_percent() -> None:
+def test_the_default_ranks_train_less_than_three_percent() -> None:
     model = load_base_model()
     total = sum(p.numel() for p in model.parameters())
     make_trainable(model, TrainConfig())
