@@ -16,7 +16,7 @@ from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
-from tests.support.ranks import run_ranks
+from tests.support.processes import run_processes
 from tests.support.tiny_run import TinyRegions
 
 pytest_plugins = "tests.support.sam3d_fixtures"
@@ -79,7 +79,7 @@ def alone(package, folder, tmp_path_factory):
 def test_several_processes_equal_one(finetune, kind, world, alone, package, folder, tmp_path):
     run = tmp_path / "run"
     changes = {"finetune": finetune, "parallel": kind}
-    results = run_ranks(world, train, package, folder, run, changes)
+    results = run_processes(world, train, package, folder, run, changes)
     assert results == [results[0]] * world
     assert_same_history(results[0], alone[finetune][1])
     files = [sorted(file.name for file in path.iterdir()) for path in (run, alone[finetune][0])]
@@ -91,7 +91,7 @@ def test_several_processes_equal_one(finetune, kind, world, alone, package, fold
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_killed_process_ends_the_run_and_a_single_one_continues(kind, alone, package, folder, tmp_path):  # fmt: skip
     run = tmp_path / "run"
-    survivor, dead = run_ranks(2, train, package, folder, run, {"parallel": kind}, 3)
+    survivor, dead = run_processes(2, train, package, folder, run, {"parallel": kind}, 3)
     assert dead == -signal.SIGKILL and isinstance(survivor, TrainingError)
     assert "another process ended unexpectedly" in str(survivor)
     assert len(json.loads((run / "history.json").read_text())["epochs"]) == 3
@@ -102,7 +102,7 @@ def test_a_killed_process_ends_the_run_and_a_single_one_continues(kind, alone, p
 def test_16_bits_are_not_sharded(package, folder, tmp_path):
     for kind, wanted in (("fsdp", ConfigError), ("ddp", list)):
         changes = {"parallel": kind, "sam3d_torso": "fp16", "epochs": 1}
-        results = run_ranks(2, train, package, folder, tmp_path / kind, changes)
+        results = run_processes(2, train, package, folder, tmp_path / kind, changes)
         assert all(isinstance(result, wanted) for result in results)
         if wanted is ConfigError:
             assert str(results[0]).startswith("parallel: expected 'ddp' with 16-bit weights")

@@ -32,7 +32,7 @@ from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_cases, micro_batches
 from fastlora.medical.training.finetuned import load_base, load_finetuned
 from fastlora.medical.training.trainer import MedicalTrainer
-from tests.support.ranks import run_ranks
+from tests.support.processes import run_processes
 
 pytest_plugins = "tests.support.sam3d_fixtures"
 GENERATORS = ("slat", "structure")
@@ -216,7 +216,7 @@ def train_in_processes(home, folder, volumes, latents, part, run):
 @pytest.mark.parametrize("part", GENERATORS)
 def test_several_processes_start_as_one_does_and_learn(runs, package, folder, volumes, latents, part, tmp_path):  # fmt: skip
     """Each process draws other noise, so only the initial losses equal those of one process."""
-    results = run_ranks(
+    results = run_processes(
         2, train_in_processes, package, folder, volumes, latents, part, tmp_path / "r"
     )
     assert results[0] == results[1]

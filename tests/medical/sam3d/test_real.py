@@ -22,7 +22,7 @@ from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.finetuned import load_finetuned, predict
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support import sam3d_standins
-from tests.support.ranks import run_ranks
+from tests.support.processes import run_processes
 from tests.support.sam3d_folder import CONFIGS, MODELS, TARGETS, fill, write_folder
 from tests.support.tiny_run import TinyRegions
 from tests.support.tolerance import assert_close, assert_differs
@@ -324,7 +324,7 @@ def train_briefly(folder, run, kind):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_equal_one(folder, tmp_path, kind):
     alone = train_briefly(folder, tmp_path / "one", "ddp")
-    results = run_ranks(2, train_briefly, folder, tmp_path / "two", kind)
+    results = run_processes(2, train_briefly, folder, tmp_path / "two", kind)
     assert results[0] == results[1]
     for got, wanted in zip(results[0], alone, strict=True):
         assert got == pytest.approx(wanted, rel=1e-5)

@@ -27,7 +27,7 @@ from fastlora.medical.training.progress import RunReport
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.paths import ROOT
-from tests.support.ranks import run_ranks
+from tests.support.processes import run_processes
 from tests.support.tiny_run import TinyRegions, flatten, tiny_model, tiny_trainer
 from tests.support.tolerance import assert_same_training
 
@@ -96,7 +96,7 @@ def test_several_processes_equal_one(
     """7 regions in micro-batches of 2: the last one, of one region, leaves a rank without a share, and a third rank never has any."""
     run = tmp_path / "run"
     changes = {**PLAIN, "parallel": kind, "finetune": finetune}
-    results = run_ranks(world, train, str(run), changes)
+    results = run_processes(world, train, str(run), changes)
     assert results == [results[0]] * world and len(results[0]) == 5
     assert_same_to_rounding(run, whole[finetune])
     files = [sorted(f.name for f in folder.iterdir()) for folder in (run, whole[finetune])]
@@ -108,7 +108,7 @@ def test_elastic_resume(whole: dict[str, Path], tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     for epoch, (world, kind) in enumerate([(2, "fsdp"), (3, "ddp")], 1):
         settings = {**PLAIN, "parallel": kind, "resume": "auto"}
-        assert run_ranks(world, train_until, run, settings, epoch) == [epoch] * world
+        assert run_processes(world, train_until, run, settings, epoch) == [epoch] * world
     train(run, {**PLAIN, "resume": "auto"})
     assert_same_to_rounding(Path(run), whole["lora"])
 
@@ -141,12 +141,12 @@ def test_a_killed_process_ends_the_run_and_a_resume_continues(
 ) -> None:
     run = tmp_path / "run"
     start = time.monotonic()
-    survivor, dead = run_ranks(2, train_and_die, str(run), kind)
+    survivor, dead = run_processes(2, train_and_die, str(run), kind)
     assert dead == -signal.SIGKILL and time.monotonic() - start < 30
     assert isinstance(survivor, TrainingError)
     assert "another process ended unexpectedly" in str(survivor) and "--resume" in str(survivor)
     assert checkpointing.read_checkpoint(run / "checkpoints" / "last.pt")["epoch"] == 2
-    results = run_ranks(2, train, str(run), {**PLAIN, "parallel": kind, "resume": "auto"})
+    results = run_processes(2, train, str(run), {**PLAIN, "parallel": kind, "resume": "auto"})
     assert results[0] == results[1] and len(results[0]) == 5
     assert_same_to_rounding(run, whole["lora"])
 
@@ -167,7 +167,7 @@ def dropout_draws(folder: str) -> list[float]:
 
 
 def test_each_process_draws_its_own_dropout(tmp_path: Path) -> None:
-    first, second = run_ranks(2, dropout_draws, str(tmp_path / "run"))
+    first, second = run_processes(2, dropout_draws, str(tmp_path / "run"))
     assert len(first) == len(second) == 4 and not set(first) & set(second)
 
 
@@ -185,7 +185,7 @@ def disagree(folder: str, what: str) -> None:
     [("seed", r"seed: \[0, 1\]"), ("data", r"base model: .*training samples: \[7, 6\]")],
 )
 def test_processes_that_disagree_are_refused(what: str, message: str, tmp_path: Path) -> None:
-    for error in run_ranks(2, disagree, str(tmp_path / "run"), what):
+    for error in run_processes(2, disagree, str(tmp_path / "run"), what):
         assert isinstance(error, ConfigError)
         assert re.search("expected the same in all 2 processes, got .*" + message, str(error))
     assert not (tmp_path / "run").exists()
@@ -210,7 +210,7 @@ def no_loss_of_mine(folder: str) -> float:
 
 
 def test_a_process_without_regions_uses_every_parameter(tmp_path: Path) -> None:
-    first, second = run_ranks(2, no_loss_of_mine, str(tmp_path / "run"))
+    first, second = run_processes(2, no_loss_of_mine, str(tmp_path / "run"))
     assert first == second > 0
 
 
@@ -226,7 +226,7 @@ def share() -> tuple[list[list[int]], dict[str, float], str]:
 
 
 def test_shares_and_sums() -> None:
-    results = run_ranks(2, share)
+    results = run_processes(2, share)
     assert [result[0] for result in results] == [[[0, 2, 4], [0]], [[1, 3], []]]
     assert all(result[1] == {"a": 3.0, "b": 5.0} for result in results)
     assert [result[2] for result in results] == ["0", "1"]

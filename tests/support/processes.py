@@ -21,11 +21,11 @@ from fastlora.medical.training.distributed import lost_process_explained
 TIME_LIMIT_S = 60
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_processes(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """The result or error of `function(*arguments)` in each process, its exit code if it died, or TimeoutError if it hangs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.support.ranks", "tests.support.tiny_run", "torch._dynamo"]
+        ["tests.support.processes", "tests.support.tiny_run", "torch._dynamo"]
     )
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{Path(folder, 'store')}"
