@@ -146,7 +146,8 @@ def parameters_within(
                 f"{argument}: {wanted!r} is not a module of the model{nearest_names(wanted, modules)}"
             )
         for path in paths:
-            inside = next((a for a in adapted if f"{a}.".startswith(f"{path}.")), None)
+            within = set(modules[path].modules())  # by identity: a shared module has several paths
+            inside = next((a for a in adapted if modules[a] in within), None)
             if inside is not None:
                 raise InjectionError(
                     f"{argument}: {path} is or contains {inside}, which gets an adapter"

@@ -350,3 +350,17 @@ def test_the_names_in_an_error_are_not_empty():
     config = LoRAConfig(["to_qkv"], modules_to_save=["zzz"])
     with pytest.raises(InjectionError, match=r"is not a module of the model; there are \w+, \w+"):
         inject_lora(Decoder(), config)
+
+
+@pytest.mark.parametrize("first", ["to_q", "head"])
+@pytest.mark.parametrize("wanted", ["out_layer", "head"])
+def test_a_shared_layer_is_not_adapted_and_trained_under_its_other_name(first, wanted):
+    layer, head, model = nn.Linear(8, 8), nn.Module(), nn.Module()
+    head.out_layer = layer
+    for name in (first, {"to_q": "head", "head": "to_q"}[first]):
+        model.add_module(name, layer if name == "to_q" else head)
+    with pytest.raises(InjectionError, match="which gets an adapter"):
+        inject_lora(model, LoRAConfig(["to_q", "head"], modules_to_save=[wanted]))
+    with pytest.raises(InjectionError, match="which gets an adapter"):
+        setup_lora_for_medical_finetuning(model, output_layer_names=[wanted])
+    assert model.to_q is layer and layer.weight.requires_grad

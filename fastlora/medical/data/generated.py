@@ -81,7 +81,9 @@ def _manifest(root: Path) -> tuple[object, dict[str, str]]:
 
 def _is_complete(root: Path, recipe: Mapping[str, object]) -> bool:
     found, files = _manifest(root)
-    return found == recipe and files.items() <= digests(root).items()
+    return found == recipe and all(
+        (root / name).is_file() and sha256(root / name) == digest for name, digest in files.items()
+    )
 
 
 def _refuse_foreign(root: Path) -> None:
