@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +16,7 @@ from fastlora.config import BACKENDS, check_hyperparameters, scaling_divisor
 from fastlora.errors import BackendError, ConfigError, InjectionError, MergeError
 from fastlora.layers.quantised import dequantised, quantisation
 from fastlora.ops.dispatch import Choice
-from fastlora.ops.linear import autocasts
+from fastlora.ops.linear import no_autocast
 
 Shape = tuple[int, ...]
 
@@ -258,11 +257,22 @@ def wrapped_attribute(name: str) -> Any:
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
 
 
-def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Context manager: turns autocast off on the tensor's device."""
-    if autocasts(tensor):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return nullcontext()
+def on_rows(function: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
+    """function(rows of each), where all are nested tensors of one structure, in that structure.
+
+    A jagged tensor keeps its offsets, so that the result still fits other tensors that have them.
+
+    Raises: ConfigError for a jagged tensor with holes or transposed, which `F.linear` does not support either.
+    """
+    nested: tuple[Any, ...] = (first, *others)
+    if first.layout == torch.jagged:
+        if any(t.lengths() is not None or t._ragged_idx != 1 for t in nested):
+            raise ConfigError("input: expected a contiguous nested tensor, got one that is not")
+        rows = function(*(t.values() for t in nested))
+        return torch.nested.nested_tensor_from_jagged(rows, nested[0].offsets())
+    rows = function(*(torch.cat(t.unbind()) for t in nested))
+    lengths = [part.shape[0] for part in first.unbind()]
+    return torch.nested.as_nested_tensor(torch.split(rows, lengths), layout=torch.strided)
 
 
 def default_adapter_dtype(original: nn.Module) -> torch.dtype:

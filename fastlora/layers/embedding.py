@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
+from fastlora.layers.base import LoRALayer, Shape, on_rows, wrapped_attribute
 
 
 class LoRAEmbedding(LoRALayer):
@@ -59,6 +59,12 @@ class LoRAEmbedding(LoRALayer):
         y: Tensor = embedding(ids)
         if self.disabled:
             return y
+        if ids.is_nested:
+            return on_rows(self._update, y, ids)
+        return self._update(y, ids)
+
+    def _update(self, y: Tensor, ids: Tensor) -> Tensor:
+        embedding = self.original_layer
         a, b = (factor.to(y.dtype) for factor in self.factors())
         s = F.embedding(
             ids, a.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq

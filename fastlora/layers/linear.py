@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, has_hooks, no_autocast, wrapped_attribute
+from fastlora.layers.base import LoRALayer, Shape, has_hooks, on_rows, wrapped_attribute
 from fastlora.layers.quantised import quantisation
 from fastlora.ops.dispatch import Choice, choose
 from fastlora.ops.dropout import dropout_threshold
-from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update
+from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update, no_autocast
 
 _NORM_ROWS = 1024
 
@@ -129,8 +129,13 @@ class LoRALinear(LoRALayer):
         """The wrapped weight as (out_features, in_features), in floating point even if it is quantised."""
         return self._as_weight_layout(self.wrapped_weight())
 
-    def forward(self, input: Any) -> Any:
-        """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Returns the same type."""
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Returns the same type.
+
+        args, kwargs: passed on to the custom forward of the wrapped layer.
+        """
+        if args or kwargs:
+            return self._forward_custom(input, args, kwargs)
         if isinstance(input, Tensor):
             return self.original_linear(input) if self.disabled else self._forward_tensor(input)
         if not (hasattr(input, "feats") and hasattr(input, "replace")):
@@ -186,9 +191,24 @@ class LoRALinear(LoRALayer):
 
     def _forward_tensor(self, x: Tensor) -> Tensor:
         if self._is_plain():
-            return self._fused(x)
+            return on_rows(self._fused, x) if x.is_nested else self._fused(x)
         self._choose(x, False)  # raises if a backend is forced
-        return self._update(self.original_linear(x), x)
+        y = self.original_linear(x)
+        return on_rows(self._update, y, x) if x.is_nested else self._update(y, x)
+
+    def _forward_custom(self, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """forward with more arguments, which only the wrapped layer understands."""
+        y = self.original_linear(input, *args, **kwargs)
+        if self.disabled:
+            return y
+        if isinstance(input, Tensor) and isinstance(y, Tensor):
+            return on_rows(self._update, y, input) if input.is_nested else self._update(y, input)
+        if hasattr(input, "feats") and hasattr(y, "feats") and hasattr(y, "replace"):
+            return y.replace(self._update(y.feats, input.feats))
+        raise TypeError(
+            f"{type(self.original_linear).__name__}: expected its output to be of the input's type, "
+            f"{type(input).__name__}, got {type(y).__name__}"
+        )
 
     def _fused(self, x: Tensor) -> Tensor:
         if self.group is not None and not torch.compiler.is_compiling():
@@ -234,20 +254,22 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
-        """‖W + scaling · B A‖ of each of the N rows, without the N×K product: ‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B."""
-        weight = self.dequantised_matrix()
+        """‖W + scaling · B A‖ of each of the N rows, of a block of rows at a time.
+
+        The squared norm expanded into products with A and B would be no cheaper, and cancels where the update cancels W.
+        """
+        weight = self.dequantised_matrix().detach()
         wide = self._accumulate_dtype(weight)
-        a, b = (factor.to(wide) for factor in self.factors())
-        squares = []
+        a, b = (factor.detach().to(wide) for factor in self.factors())
+        norms = []
         with no_autocast(weight):
-            gram = a @ a.T  # [R, K] @ [K, R] -> [R, R]
             for w, rows in zip(
                 torch.split(weight, _NORM_ROWS), torch.split(b, _NORM_ROWS), strict=True
             ):
-                w, rows = w.to(wide), self.scaling * rows
-                update = 2 * w @ a.T + rows @ gram  # [rows, K] @ [K, R] + [rows, R] @ [R, R]
-                squares.append((w * w).sum(1) + (update * rows).sum(1))
-        return torch.cat(squares).clamp_(min=torch.finfo(wide).tiny).sqrt_()
+                # [rows, K] + [rows, R] @ [R, K]
+                block = torch.addmm(w.to(wide), rows, a, alpha=self.scaling)
+                norms.append(torch.linalg.vector_norm(block, dim=1))
+        return torch.cat(norms).clamp_(min=torch.finfo(wide).tiny ** 0.5)
 
     def _as_weight_layout(self, matrix: Tensor) -> Tensor:
         """Convert a matrix from the stored orientation to (N, K), or back."""

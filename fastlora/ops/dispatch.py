@@ -20,6 +20,7 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
+from torch.autograd import forward_ad
 
 from fastlora.config import BACKENDS
 from fastlora.errors import BackendError, ConfigError
@@ -58,7 +59,9 @@ _CPU = _torch("torch runs this on the CPU; Triton kernels are for CUDA")
 _OTHER = _torch("the device is neither a CPU nor CUDA")
 _REQUESTED = _torch("backend='torch' was requested")
 _SUBCLASS = _torch("a tensor subclass (DTensor, quantised) implements its own operators")
-_FUNCTORCH = Choice("torch", "composed", "a functorch transform (vmap, grad, jvp) is active")
+_TRANSFORMED = Choice(
+    "torch", "composed", "a functorch transform (vmap, grad, jvp) or forward-mode AD is active"
+)
 _LATER = Choice("triton", "operator", "the operator chooses the plan at run time")
 _WRAPPED = Choice("torch", "wrapped", "the wrapped layer has hooks or a custom forward")
 
@@ -86,8 +89,8 @@ def choose(
     wanted = resolve(backend)
     if not plain_base:
         return _or_raise(_WRAPPED, wanted)
-    if functorch_active():
-        return _or_raise(_FUNCTORCH, wanted)
+    if transformed():
+        return _or_raise(_TRANSFORMED, wanted)
     if wanted == "torch":
         return _CPU if x.device.type == "cpu" else _REQUESTED
     if not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight)):
@@ -109,9 +112,11 @@ def resolve(backend: str) -> str:
     return wanted
 
 
-def functorch_active() -> bool:
-    """Whether an eager functorch transform runs, which needs plain operations; a compiler traces the autograd functions."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def transformed() -> bool:
+    """Whether an eager functorch transform or forward-mode AD runs, which needs plain operations; a compiler traces the autograd functions."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) -> Choice | None:

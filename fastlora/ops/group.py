@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastlora.ops import linear
 from fastlora.ops.reference import Layer, LowRank, stacked
@@ -68,7 +69,15 @@ class _Group(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> linear.Gradients:
         if ctx.freed is not None:
             ctx.freed.append(True)
-        x, seed, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them for one access
+        with linear.no_autocast(saved[0]):  # the dtypes are those of the forward pass
+            return _Group._gradients(ctx, dys, saved)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, dys: Sequence[Tensor | None], saved: Sequence[Any]
+    ) -> linear.Gradients:
+        x, seed, *rest = saved
         s, tensors = rest[: len(dys)], rest[len(dys) :]
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         used = {i: dy for i, dy in enumerate(dys) if dy is not None}
@@ -123,22 +132,14 @@ def _forward(
     flat = linear.as_rows(x)  # [M, K]
     if triton:
         results, s = linear.triton_ops().group_forward(flat, layers)
-        # Not views of the kernels' results: autograd forbids writing into views when a function has several outputs.
-        shapes = [(*x.shape[:-1], y.shape[-1]) for y in results]
-        pairs = zip(results, shapes, strict=True)
-        return [x.new_empty(0).set_(y).resize_(*shape) for y, shape in pairs], s
+        return [linear.shaped_as(x, y) for y in results], s
     lows = [layer.low for layer in layers]
     s = torch.split(linear.down_project(flat, stacked(lows)), [low.rank() for low in lows], 1)
     outputs = []
     for s_i, (weight, bias, low) in zip(s, layers, strict=True):
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view of the product, as above
-        rows = y.view(-1, weight.shape[0])
-        if bias is None:
-            torch.mm(flat, weight.T, out=rows)  # [M, K] @ [K, N] -> [M, N]
-        else:
-            torch.addmm(bias, flat, weight.T, out=rows)
-        rows.addmm_(s_i, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N]
-        outputs.append(y)
+        y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
+        y.addmm_(s_i, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N]
+        outputs.append(linear.shaped_as(x, y))
     return outputs, s
 
 

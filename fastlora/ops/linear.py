@@ -7,6 +7,7 @@ For `x Wᵀ + scaling · (D(x) Aᵀ) Bᵀ` autograd would save x, D(x), the drop
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
 from fastlora.ops import reference
-from fastlora.ops.dispatch import choose, functorch_active
+from fastlora.ops.dispatch import choose, transformed
 from fastlora.ops.dropout import dropout_threshold, keep_blocks, keep_mask, keep_scale, zero_dropped
 from fastlora.ops.reference import LowRank
 
@@ -77,15 +78,13 @@ def lora_update(
 
     x is cast to y's dtype. Saved for the backward pass: x, S and the seed, as in `lora_linear`.
     """
-    if autocasts(y):  # the result keeps y's dtype, which the wrapped layer chose
-        with torch.autocast(y.device.type, enabled=False):
-            return lora_update(y, x, lora_a, lora_b, scaling, p, seed)
-    x, low = x.to(y.dtype), low_rank(lora_a, lora_b, scaling, p, seed).to(y.dtype)
-    if functorch_active():
-        return y + composed(x, None, None, low)
-    if not torch.is_grad_enabled():
-        return _forward(x, None, None, y, low)[0]
-    z: Tensor = _LoRALinear.apply(x, None, None, y, False, *low)  # type: ignore[no-untyped-call]
+    with no_autocast(y):  # the result keeps y's dtype, which the wrapped layer chose
+        x, low = x.to(y.dtype), low_rank(lora_a, lora_b, scaling, p, seed).to(y.dtype)
+        if transformed():
+            return y + composed(x, None, None, low)
+        if not torch.is_grad_enabled():
+            return _forward(x, None, None, y, low)[0]
+        z: Tensor = _LoRALinear.apply(x, None, None, y, False, *low)  # type: ignore[no-untyped-call]
     return z
 
 
@@ -126,6 +125,11 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
+        with no_autocast(dy):  # the dtypes are those of the forward pass
+            return _LoRALinear._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, a, b, s, seed = ctx.saved_tensors
         scaling, p, triton = ctx.scaling, ctx.p, ctx.triton
         needs_x, needs_w, needs_bias, needs_base, _, needs_a, needs_b = ctx.needs_input_grad[:7]
@@ -151,7 +155,7 @@ class _LoRALinear(torch.autograd.Function):
                     db = scaled_product(s.T, rows, scaling, b.T).T
                 if needs_x or needs_a:
                     da = up_project(b.T @ rows.T, flat, low, dx, needs_a)
-            dx = None if dx is None else _shaped_as(x, dx)
+            dx = None if dx is None else shaped_as(x, dx)
             dweight = rows.T @ flat if needs_w else None  # [N, M] @ [M, K] -> [N, K]
         dbias = as_rows(dy).sum(0) if needs_bias else None
         return dx, dweight, dbias, dy if needs_base else None, None, da, db, None, None, None
@@ -183,9 +187,9 @@ def composed(
     flat, low = as_rows(x), low.to(x.dtype)
     keep = keep_mask(flat, low.p, low.seed, triton)
     if weight is not None:
-        return _shaped_as(x, reference.forward(flat, weight, bias, low, keep)[0])
+        return shaped_as(x, reference.forward(flat, weight, bias, low, keep)[0])
     s = reference.apply_dropout(flat, low, keep) @ low.a.T  # [M, K] @ [K, R] -> [M, R]
-    return _shaped_as(x, low.scaling * (s @ low.b.T))
+    return shaped_as(x, low.scaling * (s @ low.b.T))
 
 
 def _forward(
@@ -200,7 +204,7 @@ def _forward(
     flat = as_rows(x)  # [M, K]
     if triton:
         y, s = triton_ops().OPERATORS.lora_forward(flat, weight, bias, *low)
-        return _shaped_as(x, y), s
+        return shaped_as(x, y), s
     s = down_project(flat, low)  # [M, R]
     if base is not None:
         y = torch.addmm(as_rows(base), s, low.b.T, alpha=low.scaling)  # [M, N] + [M, R] @ [R, N]
@@ -208,7 +212,7 @@ def _forward(
         assert weight is not None
         y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
         y.addmm_(s, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N] -> [M, N]
-    return _shaped_as(x, y), s
+    return shaped_as(x, y), s
 
 
 def triton_ops() -> Any:
@@ -265,12 +269,20 @@ def scaled_product(one: Tensor, other: Tensor, scaling: float, shape: Tensor) ->
 
 def as_rows(x: Tensor) -> Tensor:
     """x (..., K) as (M, K)."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if x.ndim == 2:
+        return x
+    return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
 
 
-def _shaped_as(x: Tensor, rows: Tensor) -> Tensor:
-    """rows (M, N) with the leading dimensions of x."""
-    return rows if x.ndim == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
+def shaped_as(x: Tensor, rows: Tensor) -> Tensor:
+    """rows (M, N), just computed, with the leading dimensions of x.
+
+    Not a view: autograd forbids in-place operations on a view that an autograd function returns.
+    """
+    if x.ndim == 2:
+        return rows
+    y: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+    return y
 
 
 def gradient_rows(dy: Tensor) -> Tensor:
@@ -283,6 +295,13 @@ def gradient_rows(dy: Tensor) -> Tensor:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Context manager: turns autocast off on the tensor's device."""
+    if autocasts(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext()
 
 
 def autocast(tensor: Tensor) -> Tensor:

@@ -101,6 +101,8 @@ def _why_dropout(layer: Linear, name: str) -> str | None:
 
 def _fits(x: object, weight: Tensor) -> bool:
     """Whether the fused forward supports this input; if dtypes differ, PEFT's forward raises its own error."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    if x.layout != torch.strided or x.is_nested:
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

@@ -117,6 +117,20 @@ def test_dora_norms_are_exact_under_autocast_and_for_16_bits():
     assert_close(inside, merged.norm(dim=1).float(), merged.norm(dim=1))
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4, 1e-6])
+def test_dora_norms_are_exact_where_the_update_cancels_the_weight(ratio):
+    """‖W + scaling · B A‖ = ratio · ‖W‖, for which the expanded square would lose all digits."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(64, 48), 8, 8.0, use_dora=True)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        rest = torch.randn(48, 64) * ratio
+        layer.original_linear.weight.copy_(rest - layer.scaling * layer.lora_B @ layer.lora_A)
+    w, a, b = layer.original_linear.weight, layer.lora_A, layer.lora_B
+    exact = (w.double() + layer.scaling * b.double() @ a.double()).norm(dim=1)
+    assert_close(layer._row_norms(), (w + layer.scaling * b @ a).norm(dim=1), exact)
+
+
 def adapted(**settings):
     torch.manual_seed(0)
     model = Decoder()

@@ -37,6 +37,11 @@ class Case:
     def m(self) -> int:
         return int(torch.Size(self.lead).numel())
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing for a kernel to compute."""
+        return 0 in (self.m, self.n, self.k)
+
 
 CASES = [
     Case((1,), 16, 16, 1),
@@ -51,6 +56,8 @@ CASES = [
     Case((), 16, 24, 4, p=0.2),
     Case((0,), 16, 24, 4, p=0.1),
     Case((2, 0), 16, 24, 4),
+    Case((2, 3), 16, 0, 4, p=0.1),
+    Case((2, 3), 0, 24, 4, p=0.1),
 ]
 
 
@@ -109,7 +116,7 @@ def formula(
     triton: bool = False,
 ) -> Tensor:
     """The result of `lora_linear` by the reference under autograd with the mask of that call. triton: whether the call runs kernels."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(torch.Size(x.shape[:-1]).numel(), x.shape[-1])
     low = low_rank(lora_a, lora_b, scaling, p, seed)
     y, _ = reference.forward(rows, weight, bias, low, keep_mask(rows, low.p, low.seed, triton))
     return y.reshape(*x.shape[:-1], weight.shape[0])
