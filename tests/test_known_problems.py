@@ -56,7 +56,7 @@ def adapted(**options):
 
 def test_01_loading_without_a_matching_key_is_an_error():
     model = adapted()
-    renamed = {f"module.{k}": v for k, v in get_lora_state_dict(model).items()}
+    renamed = {f"net.{k}": v for k, v in get_lora_state_dict(model).items()}
     for strict in (True, False):
         with pytest.raises(CheckpointError, match=r"nearest: blocks\.0\.attn\.to_qkv\.lora_A"):
             load_lora_state_dict(model, renamed, strict=strict)
@@ -342,7 +342,7 @@ def test_16_the_base_models_checkpoints_load_and_save_under_their_own_keys():
     plain.load_state_dict(base_state_dict(model), strict=True)
     assert all(torch.equal(value, original[key]) for key, value in plain.state_dict().items())
     with pytest.raises(CheckpointError, match=r"nearest: blocks\.0\.attn\.to_qkv\.weight"):
-        load_base_state_dict(model, {f"module.{k}": v for k, v in original.items()})
+        load_base_state_dict(model, {f"net.{k}": v for k, v in original.items()})
 
 
 @pytest.mark.parametrize(

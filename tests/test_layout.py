@@ -99,6 +99,7 @@ PUBLIC = [
     "fuse",
     "get_lora_params",
     "get_lora_state_dict",
+    "get_trainable_params",
     "inject_lora",
     "list_adapters",
     "load_adapter",

@@ -16,6 +16,15 @@ from fastlora.files import read_torch, write_files
 from fastlora.io.adapter_state import AdapterState, adapter_state
 from fastlora.io.safetensors_format import fastlora_bytes, read_safetensors
 from fastlora.layers.base import named_lora_layers
+from fastlora.model.heads import (
+    head_parameters,
+    head_tensors,
+    persistent_buffers,
+    record_heads,
+    shown,
+    warn_of_changed_statistics,
+)
+from fastlora.model.wrappers import plain_key, plain_names
 
 
 class LoadResult(NamedTuple):
@@ -27,14 +36,24 @@ class LoadResult(NamedTuple):
 
 
 def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> dict[str, Tensor]:
-    """The adapter's tensors by name, detached, sharing storage.
+    """Copies of the adapter's tensors by name, without wrappers such as DistributedDataParallel and torch.compile.
 
     `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R); under DoRA also `<path>.lora_magnitude` (N,); after PiSSA or OLoRA also
     `<path>.initial_A` and `<path>.initial_B`, the subtracted initial product, without which the other two are not usable.
-    include_trainable: also every other parameter that trains (unfrozen heads), under its own name.
+    include_trainable: also the heads, under their own names: every other parameter that trains, or that fastlora has let train, and the
+        persistent buffers of their modules (running statistics). Otherwise their names are in a warning.
     The dict is empty if the model has no adapters.
     """
-    return adapter_state(model, include_trainable).tensors()
+    left_out = {} if include_trainable else head_parameters(model, known=True)
+    if left_out:
+        warnings.warn(
+            f"get_lora_state_dict: leaves out {shown(left_out)}, which train too; pass include_trainable=True",
+            FastLoRAWarning,
+            stacklevel=2,
+        )
+    warn_of_changed_statistics(model, "get_lora_state_dict")
+    state = adapter_state(model, include_trainable).tensors()
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def load_lora_state_dict(
@@ -42,9 +61,12 @@ def load_lora_state_dict(
 ) -> LoadResult:
     """Copy adapter tensors, and heads saved with them, into a model that already has its adapters.
 
-    Keys are those of `get_lora_state_dict`. Values are cast to the dtype and moved to the device of the parameter.
+    Keys are those of `get_lora_state_dict`. Values are cast to the dtype and moved to the device of the parameter. Loaded heads become
+    heads of the model: they are saved again, and `freeze_base_params` keeps them trainable.
     strict: every adapter parameter must be present with the right shape, and no unknown key; if the state has any head, it must
-        have every parameter that trains. On failure nothing is changed. False loads what fits and warns about the other keys.
+        have every head of the model. On failure nothing is changed. False loads what fits and warns about the other keys.
+
+    Warns if the state lacks what the model trains: its heads, if it has none, or their running statistics.
 
     Raises: CheckpointError naming each missing, unexpected and wrongly shaped key with the nearest candidate, and also if
     strict is False but nothing would be loaded.
@@ -53,11 +75,15 @@ def load_lora_state_dict(
     if not own.layers:
         raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
     adapters = own.tensors()
-    others = {name: p for name, p in model.named_parameters() if name not in adapters}
-    known: dict[str, Tensor] = {**adapters, **others}
+    plain = plain_names(model)
+    others = {plain(name): p for name, p in model.named_parameters() if plain(name) not in adapters}
+    buffers = {plain(name): buffer for name, _, buffer in persistent_buffers(model)}
+    known: dict[str, Tensor] = {**adapters, **others, **buffers}
+    state = {plain_key(key, known): value for key, value in state.items()}
+    heads = [plain(name) for name in head_tensors(model, known=True)]
     wanted = list(adapters)
     if any(key in others for key in state):
-        wanted += [name for name, p in others.items() if p.requires_grad]
+        wanted += [name for name in heads if name in others]
     result, problems = match_keys(state, wanted, known)
     for path, layer in own.layers.items():
         keys = AdapterState({path: layer}, {}).tensors().keys()
@@ -68,9 +94,17 @@ def load_lora_state_dict(
                 f"state: only a part of the adapter of {where} fits, which is not usable without the other tensors"
             )
     raise_or_warn("state", problems, result.loaded, strict)
+    lacking = [name for name in heads if name not in state and name not in result.missing]
+    if lacking:
+        warnings.warn(
+            f"state: does not hold {shown(lacking)}, which the model trains too; they keep their values",
+            FastLoRAWarning,
+            stacklevel=2,
+        )
     with torch.no_grad():
         for key in result.loaded:
             known[key].copy_(state[key])
+    record_heads(model, [others[key] for key in result.loaded if key in others])
     return result
 
 
@@ -118,7 +152,7 @@ def raise_or_warn(what: str, problems: list[str], loadable: list[str], strict: b
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], include_trainable: bool = True
 ) -> None:
-    """Write the adapter, and by default the trained heads, to one safetensors file, atomically.
+    """Write the adapter, and by default the heads as in `get_lora_state_dict`, to one safetensors file, atomically.
 
     Kind, rank, alpha, dropout, use_rslora and use_dora of every layer are stored in the file's metadata.
 
@@ -127,6 +161,7 @@ def save_adapter(
     state = adapter_state(model, include_trainable)
     if not state.layers:
         raise CheckpointError("model: has no adapters, so there is nothing to save")
+    warn_of_changed_statistics(model, "save_adapter")
     write_files({Path(path): fastlora_bytes(state)})
 
 
@@ -147,7 +182,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     else:
         state, layers = _read_torch(file), {}
     problems = []
-    for layer_path, layer in named_lora_layers(model):
+    plain = plain_names(model)
+    own = {plain(path): layer for path, layer in named_lora_layers(model)}
+    layers = {plain_key(path, own): settings for path, settings in layers.items()}
+    for layer_path, layer in own.items():
         saved = {"use_rslora": False} | layers[layer_path] if layer_path in layers else {}
         for name in ("rank", "alpha", "use_rslora"):
             mine = getattr(layer, name)

@@ -18,6 +18,8 @@ from fastlora.errors import CheckpointError
 from fastlora.layers.base import LoRALayer, fold_initial, named_lora_layers
 from fastlora.layers.conv import LoRAConv
 from fastlora.layers.kinds import wrap
+from fastlora.model.heads import head_tensors
+from fastlora.model.wrappers import plain_names
 
 TENSORS = ("lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B")
 _MATRICES = ("linear", "transposed")
@@ -249,15 +251,13 @@ class AdapterState:
 
 
 def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterState:
-    """The active adapter of `model`; tensors are detached and share storage.
+    """The active adapter of `model`, under names without wrappers; tensors are detached and share storage.
 
-    include_trainable: also every other parameter that trains.
+    include_trainable: also the heads (`fastlora.model.heads`).
     """
-    layers = {path: LayerState.of_layer(layer) for path, layer in named_lora_layers(model)}
-    state = AdapterState(layers, {})
-    if include_trainable:
-        adapters = state.tensors()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name not in adapters:
-                state.others[name] = parameter.detach()
-    return state
+    plain = plain_names(model)
+    heads = head_tensors(model) if include_trainable else {}
+    return AdapterState(
+        {plain(path): LayerState.of_layer(layer) for path, layer in named_lora_layers(model)},
+        {plain(name): tensor.detach() for name, tensor in heads.items()},
+    )

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
+from fastlora.model.heads import remember_statistics
+from fastlora.model.wrappers import plain_key, plain_names
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
-    """`model.state_dict()` with the keys of the model before injection: no adapters, and no `original_linear.` or `original_layer.`.
+    """`model.state_dict()` with the keys of the model before injection: no adapters, no `original_linear.` or `original_layer.`, and
+    no parts of wrappers such as DistributedDataParallel and torch.compile.
 
     Tensors are detached and share storage. It can be loaded with strict=True into the original model. Without adapters it is
-    `model.state_dict()`.
+    `model.state_dict()` of the model inside the wrappers.
     """
     state = model.state_dict()
     return {original: state[key] for original, key in _key_map(model).items()}
@@ -42,6 +45,7 @@ def load_base_state_dict(
     keys = _key_map(model)
     current = base_state_dict(model)
     known = {key: value for key, value in current.items() if isinstance(value, Tensor)}
+    state = {plain_key(key, current): value for key, value in state.items()}
     extras = [key for key in current if key not in known]  # from get_extra_state
     names = _names_of_one_tensor(model, keys)
     wanted = [k for k in known if k in state or not any(n in state for n in names.get(k, ()))]
@@ -63,18 +67,21 @@ def load_base_state_dict(
     model.load_state_dict({keys[key]: state[key] for key in result.loaded}, strict=False)
     for layer in fresh:
         layer.reset_magnitude()
+    remember_statistics(model)
     return result
 
 
 def _key_map(model: nn.Module) -> dict[str, str]:
     """Key before injection → key now, for everything but the adapters, in the order of the state dict."""
-    adapted = dict(named_lora_layers(model, remove_duplicate=False))
+    plain = plain_names(model)
+    layers = named_lora_layers(model, remove_duplicate=False)
+    adapted = {plain(path): layer for path, layer in layers}
     found = {}
     for key in model.state_dict():
-        parts = key.split(".")
+        parts = plain(key).split(".")
         depth = next((i for i in range(len(parts)) if ".".join(parts[:i]) in adapted), None)
         if depth is None:
-            found[key] = key
+            found[".".join(parts)] = key
         elif parts[depth] == adapted[".".join(parts[:depth])].wrapped_name:
             found[".".join(parts[:depth] + parts[depth + 1 :])] = key
     return found
@@ -82,10 +89,12 @@ def _key_map(model: nn.Module) -> dict[str, str]:
 
 def _names_of_one_tensor(model: nn.Module, keys: Mapping[str, str]) -> dict[str, list[str]]:
     """For each key before injection whose tensor has several keys: all of them."""
-    before = {key: original for original, key in keys.items()}
+    plain = plain_names(model)
+    before = {plain(key): original for original, key in keys.items()}
     owners: dict[int, list[str]] = {}
     for named in (model.named_parameters, model.named_buffers):
         for key, tensor in named(remove_duplicate=False):
+            key = plain(key)
             if key in before:
                 owners.setdefault(id(tensor), []).append(before[key])
     return {key: group for group in owners.values() if len(group) > 1 for key in group}

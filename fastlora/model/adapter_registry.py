@@ -1,4 +1,4 @@
-"""State of a model outside its module tree: its named adapters, and which other parameters train."""
+"""State of a model outside its module tree: its named adapters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import nn
 from fastlora.layers.base import LoRALayer
 
 _KEY = "_fastlora_adapters"
-# Attribute of a module: names of its direct parameters that train because of `bias` or `modules_to_save`.
-EXTRA_TRAINABLE = "_fastlora_extra_trainable"
 
 
 @dataclass(eq=False)
@@ -57,12 +55,6 @@ def registries(model: nn.Module) -> Iterator[tuple[str, AdapterRegistry]]:
 def inactive_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters of the model or a submodule that are not in the module tree."""
     return [name for _, r in registries(model) for name in r.adapters if name != r.active]
-
-
-def clear_extra_trainable(model: nn.Module) -> None:
-    """Remove the marks of `EXTRA_TRAINABLE`, once no adapter is left."""
-    for module in model.modules():
-        module.__dict__.pop(EXTRA_TRAINABLE, None)
 
 
 def drop_registries(model: nn.Module) -> None:

@@ -15,13 +15,14 @@ from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.model.adapter_registry import (
     AdapterRegistry,
-    clear_extra_trainable,
     get_registry,
     registries,
     set_registry,
 )
+from fastlora.model.heads import forget_heads
 from fastlora.model.inject import inject_lora
 from fastlora.model.selection import select_layers, suggest, to_config
+from fastlora.model.wrappers import unwrapped
 
 DEFAULT_NAME = "default"
 
@@ -110,7 +111,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         registry.active = None
     del registry.adapters[name]
     if not registry.adapters:
-        clear_extra_trainable(owner)
+        forget_heads(owner)
     set_registry(owner, registry)
 
 
@@ -208,16 +209,8 @@ def inject_as(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
-    """The module that holds the registry of `model`, and the registry; a new one if there is none.
-
-    Wrappers such as those of `torch.compile` and DistributedDataParallel are skipped.
-    """
-    owner = model
-    while len(owner._modules) == 1:
-        inner = owner._modules.get("module", owner._modules.get("_orig_mod"))
-        if inner is None:
-            break
-        owner = inner
+    """The module that holds the registry of `model`, without wrappers, and the registry; a new one if there is none."""
+    owner = unwrapped(model)
     registry = get_registry(owner)
     if registry is not None:
         return owner, registry

@@ -10,10 +10,18 @@ from torch import nn
 
 from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
 from fastlora.errors import FastLoRAWarning, InjectionError
-from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.base import LoRALayer
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
-from fastlora.model.adapter_registry import EXTRA_TRAINABLE
+from fastlora.model.heads import (
+    adapter_parameters,
+    head_parameters,
+    is_frozen,
+    record_heads,
+    recorded_parameters,
+    remember_statistics,
+    shown,
+)
 from fastlora.model.selection import (
     Selection,
     attention_projections,
@@ -69,37 +77,64 @@ def inject_lora(
     elif problem is not None and target_modules is not None:  # the defaults fit many architectures
         warnings.warn(f"inject_lora: {problem}", FastLoRAWarning, stacklevel=2)
     count = _wrap(model, selected)
-    for module, names in trained.items():
-        setattr(module, EXTRA_TRAINABLE, names)  # for freeze_base_params
+    record_heads(model, trained)
     return count
 
 
 def freeze_base_params(model: nn.Module) -> tuple[int, int]:
-    """Freeze all parameters except the adapters and those that `bias` and `modules_to_save` of the injected `LoRAConfig` name.
+    """Freeze all parameters except the adapters and the heads: those that `bias` and `modules_to_save` of the injected `LoRAConfig` name,
+    output layers of `setup_lora_for_medical_finetuning`, heads that were loaded with an adapter, and what `get_trainable_params` returned.
+
+    Frozen normalisation layers go on updating their running statistics in training mode, which changes the model's output but is not
+    saved: keep them in eval mode, or name them in `modules_to_save`. Saving warns if they changed.
 
     Returns (frozen, trainable), counted in parameters (elements).
     """
-    adapters = {id(parameter) for parameter in get_lora_params(model)}
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
     if not adapters:
         warnings.warn(
             "freeze_base_params: the model has no adapters; everything is frozen",
             FastLoRAWarning,
             stacklevel=2,
         )
-    trainable = adapters | {
-        id(module._parameters[name])
-        for module in model.modules()
-        for name in getattr(module, EXTRA_TRAINABLE, ())
-    }
+    trainable = adapters | recorded_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
+    remember_statistics(model)
     counts = count_parameters(model)
     return counts["total"] - counts["trainable"], counts["trainable"]
 
 
 def get_lora_params(model: nn.Module) -> list[nn.Parameter]:
-    """Every lora_A, lora_B and, under DoRA, lora_magnitude of the model, each once, in module order."""
-    return [p for _, layer in named_lora_layers(model) for p in layer.lora_parameters().values()]
+    """Every lora_A, lora_B and, under DoRA, lora_magnitude of the model, each once, in module order.
+
+    For an optimizer use `get_trainable_params`: heads and biases train too. Warns if there are any.
+    """
+    heads = head_parameters(model, known=True)
+    if heads:
+        warnings.warn(
+            f"get_lora_params: returns only the adapters, but {shown(heads)} train too; use get_trainable_params",
+            FastLoRAWarning,
+            stacklevel=2,
+        )
+    return adapter_parameters(model)
+
+
+def get_trainable_params(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter that trains, adapters and heads, each once, in module order: what an optimizer needs.
+
+    The heads among them are recorded: they are saved with the adapter whatever `requires_grad` is later (in a copy for a moving
+    average, or after freezing), and `freeze_base_params` keeps them trainable.
+
+    Raises: InjectionError if the model has adapters and its base was not frozen, so that all of it would train.
+    """
+    if adapter_parameters(model):
+        if not is_frozen(model):
+            raise InjectionError(
+                "model: its base is not frozen, so all of it would train; call freeze_base_params first"
+            )
+        record_heads(model, [p for p in head_parameters(model).values() if p.requires_grad])
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -108,7 +143,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {
         "total": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "lora": sum(p.numel() for p in get_lora_params(model)),
+        "lora": sum(p.numel() for p in adapter_parameters(model)),
     }
 
 
@@ -139,8 +174,8 @@ def setup_lora_for_medical_finetuning(
     include_ffn: also adapt the layers under a component that contains `mlp`.
     output_layer_names: paths of modules or dotted suffixes of them, default ("out_layer",), which does not match
         `upsample.0.out_layers`.
-    unfreeze_output_layers: train all parameters of these layers. They are then part of
-        `get_lora_state_dict(model, include_trainable=True)`.
+    unfreeze_output_layers: train all parameters of these layers. They are saved with the adapter, by `get_lora_state_dict` if
+        include_trainable is True.
     Returns `count_parameters(model)`.
 
     Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or names a
@@ -173,9 +208,8 @@ def setup_lora_for_medical_finetuning(
     unfrozen = [name for name in names if name not in ranks] if unfreeze_output_layers else []
     trained = parameters_within(model, unfrozen, sorted(taken), "output_layer_names")
     _wrap(model, selected)
+    record_heads(model, trained)
     freeze_base_params(model)
-    for module, name in trained:
-        module.get_parameter(name).requires_grad_(True)
     return count_parameters(model)
 
 

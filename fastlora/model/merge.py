@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.model.adapter_registry import (
-    clear_extra_trainable,
     copy_active,
     drop_registries,
     inactive_adapters,
 )
+from fastlora.model.heads import forget_heads
 from fastlora.model.inject import replace_modules
 from fastlora.model.switch import eval_mode
 
@@ -167,7 +167,7 @@ def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         }
         replace_modules(model, merged)
         drop_registries(model)
-    clear_extra_trainable(model)
+    forget_heads(model)
     return model if dtype is None else model.to(dtype)
 
 

@@ -108,37 +108,34 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
 
 def extra_trainable(
     model: nn.Module, config: LoRAConfig, selected: Selection
-) -> dict[nn.Module, tuple[str, ...]]:
-    """By module, the names of its parameters that train because of `modules_to_save` and `bias`.
+) -> list[nn.Parameter]:
+    """The parameters that train because of `modules_to_save` and `bias`.
 
     Raises: InjectionError if a name in `modules_to_save` matches no module, or that module is or contains a selected layer.
     """
     adapted = sorted(path for path, _ in selected.values())
     trained = parameters_within(model, config.modules_to_save, adapted, "modules_to_save")
-    trained += [
-        (module, "bias") for module, (_, own) in selected.items() if own.bias == "lora_only"
-    ]
+    for module, (_, own) in selected.items():
+        bias = module._parameters.get("bias")
+        if own.bias == "lora_only" and bias is not None:
+            trained.append(bias)
     if config.bias == "all":
         # in_proj_bias of an attention and bias_ih_l0 of an LSTM too, as in PEFT
-        trained += [(m, name) for m in model.modules() for name in m._parameters if "bias" in name]
-    found: dict[nn.Module, tuple[str, ...]] = {}
-    for module, name in dict.fromkeys(trained):
-        if module._parameters.get(name) is not None:
-            found[module] = (*found.get(module, ()), name)
-    return found
+        trained += [p for name, p in model.named_parameters() if "bias" in name.rpartition(".")[2]]
+    return trained
 
 
 def parameters_within(
     model: nn.Module, names: Sequence[str], adapted: Sequence[str], argument: str
-) -> list[tuple[nn.Module, str]]:
-    """(module, name) of every parameter in the modules that `names` names: a path, or a dotted suffix of one.
+) -> list[nn.Parameter]:
+    """Every parameter in the modules that `names` names: a path, or a dotted suffix of one.
 
     adapted: the paths of the layers that get an adapter. argument: the origin of `names`, for messages.
 
     Raises: InjectionError if a name matches no module, or that module is or contains an adapted layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = []
+    found: list[nn.Parameter] = []
     for wanted in names:
         paths = [path for path in modules if path == wanted or path.endswith(f".{wanted}")]
         if not paths:
@@ -152,8 +149,8 @@ def parameters_within(
                 raise InjectionError(
                     f"{argument}: {path} is or contains {inside}, which gets an adapter"
                 )
-            found += [(m, name) for m in modules[path].modules() for name in m._parameters]
-    return [(module, name) for module, name in found if module._parameters[name] is not None]
+            found += modules[path].parameters()
+    return found
 
 
 def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection) -> str | None:

@@ -17,6 +17,7 @@ from fastlora.files import check_regexes, read_json
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.kinds import kind_of
 from fastlora.model.selection import output_embeddings
+from fastlora.model.wrappers import plain_names, unwrapped
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -172,14 +173,15 @@ def overlap(path: str, adapted: Iterable[str]) -> str | None:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) as in the plain model, without the submodules of adapted layers."""
+    """(path, module) as in the plain model, without wrappers and the submodules of adapted layers."""
+    plain = plain_names(model)
     inside: str | None = None
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):
             continue
         inside = f"{path}." if isinstance(module, LoRALayer) else None
-        if path:
-            yield path, module
+        if plain(path) and unwrapped(module) is module:
+            yield plain(path), module
 
 
 def _matches(names: str | list[str], path: str) -> bool:

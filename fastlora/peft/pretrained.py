@@ -23,8 +23,15 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.adapters import inject_as, list_adapters
+from fastlora.model.heads import (
+    head_parameters,
+    head_tensors,
+    record_heads,
+    warn_of_changed_statistics,
+)
 from fastlora.model.inject import freeze_base_params, inject_lora
 from fastlora.model.selection import nearest_names
+from fastlora.model.wrappers import plain_names, unwrapped
 from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
 from fastlora.peft.folder_format import (
     PEFT_NAMES,
@@ -47,12 +54,13 @@ def save_pretrained(
     moved into place.
 
     model: with adapters. folder: created if missing.
-    include_trainable: also save in full every module with a trained parameter outside the adapters (`modules_to_save`).
+    include_trainable: also save in full every module with a head, as in `get_lora_state_dict` (`modules_to_save`).
 
     Raises: CheckpointError if there is nothing to save, if the format cannot store a layer or a trained parameter (one that
     belongs to an adapted layer or to the model itself), or if a file cannot be written.
     """
-    layers = dict(named_lora_layers(model))
+    plain = plain_names(model)
+    layers = {plain(path): layer for path, layer in named_lora_layers(model)}
     if not layers:
         raise CheckpointError("model: has no adapters, so there is nothing to save")
     _refuse_shared(model, layers.values())
@@ -67,7 +75,8 @@ def save_pretrained(
         config = _with_short_targets(model, config, layers)
     except CheckpointError as error:
         raise CheckpointError(f"model: {error}; use save_adapter") from None
-    name = getattr(model, "name_or_path", None)
+    warn_of_changed_statistics(model, "save_pretrained")
+    name = getattr(unwrapped(model), "name_or_path", None)
     base_name = name if isinstance(name, str) and name else None
     write_folder(Path(folder), replace(state, others=heads), config, base_name)
 
@@ -77,8 +86,8 @@ def from_pretrained(
 ) -> LoadResult:
     """Load the adapters and heads of a folder in PEFT's format into a plain `model`, in place.
 
-    Afterwards the adapters and the saved heads train and everything else is frozen. Parameters of the base in the file (such as
-    resized embeddings) are loaded too.
+    Afterwards the adapters and the saved heads train and everything else is frozen; the heads are saved again with the adapters, whether they
+    still train or not. Parameters of the base in the file (such as resized embeddings) are loaded too.
 
     model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it; only safetensors are read.
     adapter: load the folder as one of several adapters under this name, without activating it (`set_adapter` does). If the
@@ -123,7 +132,9 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
             raise CheckpointError(
                 f"modules_to_save: {path} contains or is part of the target {adapted}"
             )
-    keys = _check_keys(model, tensors, layer_configs, heads)
+    plain = plain_names(model)
+    own = {plain(name): value for name, value in model.state_dict().items()}
+    keys = _check_keys(own, tensors, targets, layer_configs, heads)
     _check_ties(model, tensors, heads)
     others = [key for key in tensors if key not in keys]
     if others and not alone:
@@ -131,15 +142,15 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
             f"adapter: the file also holds {others[0]}, which all adapters of the model would share; "
             "load it into a separate model"
         )
-    inject_lora(model, LoRAConfig(lambda path, _: layer_configs.get(path, False), kinds=KINDS))
-    if alone:
-        freeze_base_params(model)
-    for head in heads.values():
-        head.requires_grad_(True)
-    own = model.state_dict(keep_vars=True)
+    chosen = LoRAConfig(lambda path, _: layer_configs.get(plain(path), False), kinds=KINDS)
+    inject_lora(model, chosen)
+    record_heads(model, [p for head in heads.values() for p in head.parameters()])
+    own = {plain(name): value for name, value in model.state_dict().items()}
     with torch.no_grad():
         for key, value in tensors.items():
             own[keys.get(key, key.removeprefix(PEFT_PREFIX))].copy_(value)
+    if alone:
+        freeze_base_params(model)
     return LoadResult(list(tensors), [], [])
 
 
@@ -166,8 +177,9 @@ def _check_targets(
 
 
 def _check_keys(
-    model: nn.Module,
+    base: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
+    targets: Mapping[str, nn.Module],
     layer_configs: Mapping[str, LoRAConfig],
     heads: Mapping[str, nn.Module],
 ) -> dict[str, str]:
@@ -178,7 +190,7 @@ def _check_keys(
     known: dict[str, Tensor | torch.Size] = {}
     keys = {}
     for path, chosen in layer_configs.items():
-        module = model.get_submodule(path)
+        module = targets[path]
         kind = layer_class(module)
         shape_a, shape_b = kind.factor_shapes(module, chosen.rank)
         shapes = {"lora_A": shape_a, "lora_B": shape_b}
@@ -191,7 +203,7 @@ def _check_keys(
     for path, head in heads.items():
         required += [f"{PEFT_PREFIX}{path}.{name}" for name in head.state_dict()]
     adapted = tuple(f"{path}." for path in layer_configs)
-    for name, value in model.state_dict().items():
+    for name, value in base.items():
         if not name.startswith(adapted):
             known[PEFT_PREFIX + name] = value
     result, problems = match_keys(tensors, required, known)
@@ -218,7 +230,8 @@ def _check_ties(
     model: nn.Module, tensors: Mapping[str, Tensor], heads: Mapping[str, nn.Module]
 ) -> None:
     """Raises: CheckpointError if a head is tied to a parameter in the model but was not when PEFT saved it."""
-    own = model.state_dict(keep_vars=True)
+    plain = plain_names(model)
+    own = {plain(name): value for name, value in model.state_dict(keep_vars=True).items()}
     for name in (f"{path}.{key}" for path, head in heads.items() for key in head.state_dict()):
         tied = [key for key, tensor in own.items() if tensor is own[name] and key != name]
         for other in tied:
@@ -231,16 +244,13 @@ def _check_ties(
 
 
 def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
-    """Paths of the modules that own a trained parameter outside the adapters, without those inside another of them."""
-    adapters = {id(p) for layer in layers.values() for p in layer.lora_parameters().values()}
-    trained = [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad and id(parameter) not in adapters
-    ]
-    heads = heads_of(trained, layers)
+    """Paths of the modules that own a head or a buffer of one, without those inside another of them."""
+    plain = plain_names(model)
+    names = {**head_parameters(model, remove_duplicate=False), **head_tensors(model)}
+    heads = heads_of(map(plain, names), layers)
+    modules = {plain(path): m for path, m in model.named_modules(remove_duplicate=False)}
     for path in heads:
-        module = model.get_submodule(path)
+        module = unwrapped(modules[path])
         if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             raise CheckpointError(
                 f"{path} trains and is a {type(module).__name__}, which PEFT cannot save in full"

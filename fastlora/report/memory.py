@@ -224,12 +224,7 @@ def _after_injection(model: nn.Module, config: LoRAConfig | Targets) -> _Counted
         for module, (_, own) in selected.items()
         for size in adapter_sizes(module, own)
     ]
-    trains = {
-        module._parameters[name]
-        for module, names in extra_trainable(model, settings, selected).items()
-        for name in names
-    }
-    return len(selected), shapes, added, trains
+    return len(selected), shapes, added, set(extra_trainable(model, settings, selected))
 
 
 def shape_after_injection(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from fastlora import (
     CheckpointError,
+    FastLoRAWarning,
     LoRAConfig,
     get_lora_state_dict,
     inject_lora,
@@ -46,7 +47,8 @@ def test_the_state_dict_has_the_adapters_and_on_request_the_heads():
     keys = {
         f"blocks.{i}.attn.{n}.lora_{s}" for i in (0, 1) for n in ("to_qkv", "to_out") for s in "AB"
     }
-    state = get_lora_state_dict(model)
+    with pytest.warns(FastLoRAWarning, match="leaves out out_layer.weight, out_layer.bias, which"):
+        state = get_lora_state_dict(model)
     assert set(state) == keys and not any(v.requires_grad for v in state.values())
     assert set(get_lora_state_dict(model, include_trainable=True)) == keys | {
         "out_layer.weight",
@@ -91,9 +93,9 @@ def test_not_strict_loads_what_fits_and_warns_but_never_loads_nothing():
         result = load_lora_state_dict(model, state, strict=False)
     assert result.missing == ["blocks.0.attn.to_qkv.lora_B"] and result.unexpected == ["other"]
     assert torch.equal(model.blocks[1].attn.to_out.lora_B, source.blocks[1].attn.to_out.lora_B)
-    renamed = {f"module.{k}": v for k, v in get_lora_state_dict(source).items()}
+    renamed = {f"net.{k}": v for k, v in get_lora_state_dict(source).items()}
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match="unexpected module.blocks"):
+    with pytest.raises(CheckpointError, match="unexpected net.blocks"):
         load_lora_state_dict(model, renamed, strict=False)
     for strict in (True, False):
         with pytest.raises(CheckpointError):
@@ -110,7 +112,9 @@ def test_other_refusals():
     model = Decoder()
     setup_lora_for_medical_finetuning(model)
     state = get_lora_state_dict(model, include_trainable=True)
-    load_lora_state_dict(model, get_lora_state_dict(model))  # without heads it is complete
+    adapters = {key: value for key, value in state.items() if "lora_" in key}
+    with pytest.warns(FastLoRAWarning, match="does not hold out_layer.weight, out_layer.bias"):
+        load_lora_state_dict(model, adapters)  # without heads it is complete
     del state["out_layer.bias"]
     with pytest.raises(CheckpointError, match="missing out_layer.bias"):
         load_lora_state_dict(model, state)
@@ -127,8 +131,8 @@ def test_file_round_trip_with_heads(tmp_path):
     load_adapter(twin, tmp_path / "adapter.safetensors")
     x = torch.randn(3, 8)
     assert torch.equal(model(x), twin(x))
-    torch.save(get_lora_state_dict(model), tmp_path / "adapter.pt")
-    assert len(load_adapter(twin, tmp_path / "adapter.pt").loaded) == 8
+    torch.save(get_lora_state_dict(model, include_trainable=True), tmp_path / "adapter.pt")
+    assert len(load_adapter(twin, tmp_path / "adapter.pt").loaded) == 10
 
 
 def test_rank_and_alpha_are_stored_in_the_file(tmp_path):

@@ -146,7 +146,7 @@ def test_strict_errors_name_every_key_and_change_nothing():
     ("state", "strict", "message"),
     [
         ({}, False, "state: is empty|missing"),
-        ({"module.out_layer.weight": torch.zeros(5, 16)}, False, "state does not fit the model"),
+        ({"net.out_layer.weight": torch.zeros(5, 16)}, False, "state does not fit the model"),
         (
             {"out_layer.weight": "text"},
             True,

@@ -129,7 +129,7 @@ def training_steps(steps: int) -> list[str]:
     model = Decoder()
     fastlora.inject_lora(model, ["to_qkv", "to_out"], rank=4, alpha=8.0, dropout=0.1)
     fastlora.freeze_base_params(model)
-    optimizer = torch.optim.AdamW(fastlora.get_lora_params(model), lr=1e-3)
+    optimizer = torch.optim.AdamW(fastlora.get_trainable_params(model), lr=1e-3)
     x = torch.randn(256, 8)
 
     def step() -> None:

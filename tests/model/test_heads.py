@@ -1,0 +1,409 @@
+"""What trains is what is saved, and what is saved comes back: heads, biases, running statistics, in every format."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from fastlora import (
+    FastLoRAWarning,
+    InjectionError,
+    LoRAConfig,
+    add_adapter,
+    base_state_dict,
+    delete_adapter,
+    freeze_base_params,
+    from_pretrained,
+    get_lora_params,
+    get_lora_state_dict,
+    get_trainable_params,
+    inject_lora,
+    load_adapter,
+    load_base_state_dict,
+    load_lora_state_dict,
+    loraplus_groups,
+    merged_model,
+    save_adapter,
+    save_pretrained,
+    set_adapter,
+    setup_lora_for_medical_finetuning,
+)
+from tests.support.models import Decoder, randomise_adapters
+
+X = torch.linspace(-1, 1, 40).view(5, 8)
+
+
+class Segmenter(nn.Module):
+    """A backbone with a normalisation layer, and a head with two, of which one has no parameters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Sequential(
+            nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3)
+        )
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)))
+
+
+def trained(how):
+    """A model whose adapter and head have trained, by the way in which its head was unfrozen."""
+    model = Segmenter()
+    config = LoRAConfig(["body"], rank=2, modules_to_save=["head"] if how == "config" else ())
+    inject_lora(model, config)
+    freeze_base_params(model)
+    if how == "by hand":
+        model.head.requires_grad_(True)
+    model.norm.eval()
+    optimizer = torch.optim.SGD(get_trainable_params(model), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(model.head[0].weight, Segmenter().head[0].weight)
+    return model.eval()
+
+
+def injected():
+    model = Segmenter()
+    inject_lora(model, ["body"], rank=2)
+    return model
+
+
+def through_state_dict(model, folder):
+    torch.save(get_lora_state_dict(model, include_trainable=True), folder / "a.pt")
+    fresh = injected()
+    load_lora_state_dict(fresh, torch.load(folder / "a.pt", weights_only=True))
+    return fresh
+
+
+def through_file(model, folder):
+    save_adapter(model, folder / "a.safetensors")
+    fresh = injected()
+    load_adapter(fresh, folder / "a.safetensors")
+    return fresh
+
+
+def through_folder(model, folder):
+    save_pretrained(model, folder)
+    fresh = Segmenter()
+    from_pretrained(fresh, folder)
+    return fresh
+
+
+def through_named_adapter(model, folder):
+    save_pretrained(model, folder)
+    fresh = Segmenter()
+    from_pretrained(fresh, folder, adapter="mine")
+    set_adapter(fresh, "mine")
+    return fresh
+
+
+ROUTES = [through_state_dict, through_file, through_folder, through_named_adapter]
+
+
+def average(model):
+    """A copy as a moving average keeps it."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+def frozen_again(model):
+    freeze_base_params(model)
+    return model
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [average, frozen, frozen_again, pickled])
+@pytest.mark.parametrize("how", ["config", "by hand"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_heads_are_saved_whatever_requires_grad_is(route, how, change, tmp_path):
+    model = trained(how)
+    want = model(X)
+    assert torch.equal(route(change(model), tmp_path).eval()(X), want)
+
+
+def test_output_layers_of_the_setup_are_saved_whatever_requires_grad_is(tmp_path):
+    model, twin = Decoder(), Decoder()
+    twin.load_state_dict(model.state_dict())
+    setup_lora_for_medical_finetuning(model)
+    with torch.no_grad():
+        for parameter in get_trainable_params(model):
+            parameter.add_(0.1)
+    save_pretrained(average(model), tmp_path)
+    from_pretrained(twin, tmp_path)
+    assert torch.equal(twin(X), model(X))
+    assert twin.out_layer.weight.requires_grad and not twin.input_layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_loaded_heads_train_and_are_saved_again(route, tmp_path):
+    fresh = route(trained("config"), tmp_path)
+    freeze_base_params(fresh)
+    assert all(p.requires_grad for p in fresh.head.parameters())
+    assert not fresh.norm.weight.requires_grad
+    with torch.no_grad():
+        for p in get_trainable_params(fresh):
+            p.add_(0.1)
+    again = tmp_path / "again"
+    again.mkdir()
+    assert torch.equal(route(average(fresh), again).eval()(X), fresh.eval()(X))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_running_statistics_of_heads_are_saved(route, tmp_path):
+    model = trained("config")
+    got = route(model, tmp_path)
+    for one, other in zip(got.head.buffers(), model.head.buffers(), strict=True):
+        assert torch.equal(one, other)
+    assert got.head[1].num_batches_tracked == got.head[2].num_batches_tracked == 3
+    state = get_lora_state_dict(model, include_trainable=True)
+    assert "head.2.running_var" in state and "norm.running_var" not in state
+
+
+def test_a_trained_bias_brings_the_statistics_of_its_module():
+    model = Segmenter()
+    inject_lora(model, LoRAConfig(["body"], bias="all"))
+    freeze_base_params(model)
+    state = get_lora_state_dict(model, include_trainable=True)
+    assert "norm.bias" in state and "norm.weight" not in state and "norm.running_mean" in state
+    assert "head.2.running_mean" not in state  # no parameter of it trains
+
+
+def test_non_persistent_buffers_are_not_saved(tmp_path):
+    model = injected()
+    model.head.register_buffer("cache", torch.ones(2), persistent=False)
+    freeze_base_params(model)
+    model.head.requires_grad_(True)
+    save_adapter(model, tmp_path / "a.safetensors")
+    assert not any("cache" in key for key in load_file(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("save", [get_lora_state_dict, save_adapter, save_pretrained])
+def test_changed_statistics_of_frozen_layers_are_named(save, tmp_path):
+    arguments = () if save is get_lora_state_dict else (tmp_path / "out",)
+    model = injected()
+    freeze_base_params(model)
+    model.train()
+    model.norm.eval(), model.head.eval()
+    model(X)
+    save(model, *arguments)  # nothing changed, so nothing is said
+    model.train()(X)
+    message = (
+        rf"{save.__name__}: the running statistics of norm, head.1, head.2 changed since freeze"
+    )
+    with pytest.warns(FastLoRAWarning, match=message):
+        save(copy.deepcopy(model), *arguments)
+
+
+def test_statistics_loaded_with_the_base_are_not_a_change():
+    model, other = injected(), Segmenter()
+    other(X)
+    freeze_base_params(model)
+    load_base_state_dict(model, other.state_dict())
+    get_lora_state_dict(model)
+    get_lora_state_dict(model.half())
+
+
+def test_get_trainable_params_is_everything_that_trains():
+    model = injected()
+    with pytest.raises(InjectionError, match="its base is not frozen, so all of it would train"):
+        get_trainable_params(model)
+    freeze_base_params(model)
+    assert get_trainable_params(model) == get_lora_params(model)
+    model.head.requires_grad_(True)
+    wanted = [*model.body.lora_parameters().values(), *model.head.parameters()]
+    assert get_trainable_params(model) == wanted
+    groups = loraplus_groups(model, 1e-3)
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in wanted}
+    with pytest.warns(
+        FastLoRAWarning, match=r"only the adapters, but head.0.weight, .* and 3 more"
+    ):
+        assert get_lora_params(model) == wanted[:2]
+    plain = Segmenter()
+    assert get_trainable_params(plain) == list(plain.parameters())
+
+
+def test_the_adapters_alone_are_not_saved_in_silence(tmp_path):
+    """Setup, `torch.save(get_lora_state_dict(model))`, injection and a strict load lose the output layer."""
+    model = Decoder()
+    setup_lora_for_medical_finetuning(model)
+    with pytest.warns(FastLoRAWarning, match="leaves out out_layer.weight, out_layer.bias"):
+        state = get_lora_state_dict(model)
+    twin = Decoder()
+    setup_lora_for_medical_finetuning(twin)
+    with pytest.warns(FastLoRAWarning, match="does not hold out_layer.weight, out_layer.bias"):
+        load_lora_state_dict(twin, state)
+
+
+def test_an_older_file_without_statistics_loads_and_names_them(tmp_path):
+    model = trained("config")
+    save_adapter(model, tmp_path / "new.safetensors")
+    state = load_file(tmp_path / "new.safetensors")
+    old = {key: value for key, value in state.items() if "running" not in key and "num" not in key}
+    save_file(old, tmp_path / "old.safetensors")
+    twin = trained("config")
+    with pytest.warns(FastLoRAWarning, match="does not hold head.1.running_mean, .* and 3 more"):
+        load_adapter(twin, tmp_path / "old.safetensors")
+    assert torch.equal(twin.head[3].weight, model.head[3].weight)
+
+
+def test_a_state_dict_does_not_follow_training():
+    model = trained("config")
+    state = get_lora_state_dict(model, include_trainable=True)
+    before = {key: value.clone() for key, value in state.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    model.train()(X)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+def test_a_tied_head_is_saved_once_and_loads(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.body = nn.Embedding(6, 4), nn.Linear(4, 4)
+            self.head = nn.Linear(4, 6, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.body(self.table(ids)))
+
+    def adapted():
+        model = Tied()
+        inject_lora(model, LoRAConfig(["body"], modules_to_save=["head"]))
+        freeze_base_params(model)
+        return model
+
+    model = adapted()
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    save_adapter(average(model), tmp_path / "a.safetensors")
+    twin = adapted()
+    load_adapter(twin, tmp_path / "a.safetensors")
+    ids = torch.arange(6)
+    assert torch.equal(twin(ids), model(ids)) and twin.head.weight is twin.table.weight
+
+
+def test_records_end_with_the_last_adapter_and_in_a_merged_model():
+    model = trained("config")
+    merged = merged_model(model)
+    inject_lora(merged, ["body"])
+    freeze_base_params(merged)
+    assert not any(p.requires_grad for p in merged.head.parameters())
+    delete_adapter(model, "default")
+    add_adapter(model, "new", ["body"], activate=True)
+    freeze_base_params(model)
+    assert not any(p.requires_grad for p in model.head.parameters())
+
+
+compiles = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:torch"
+)  # torch's own, when it is loaded
+WRAPPERS = {
+    "parallel": nn.DataParallel,
+    "compiled": torch.compile,
+    "average": AveragedModel,
+    "both": lambda model: nn.DataParallel(torch.compile(model)),
+}
+
+
+@compiles
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_keys_have_no_parts_of_wrappers(wrap, tmp_path):
+    model = trained("config")
+    names = list(get_lora_state_dict(model, include_trainable=True))
+    base = list(base_state_dict(model))
+    wrapper = WRAPPERS[wrap](model)
+    inner = next(m for m in wrapper.modules() if isinstance(m, Segmenter))
+    assert list(get_lora_state_dict(wrapper, include_trainable=True)) == names
+    keys = list(base_state_dict(wrapper))
+    assert [key for key in keys if key != "n_averaged"] == base
+    save_adapter(wrapper, tmp_path / "a.safetensors")
+    assert sorted(load_file(tmp_path / "a.safetensors")) == sorted(names)
+    save_pretrained(wrapper, tmp_path / "folder")
+    for fresh, load, source in (
+        (injected(), load_adapter, "a.safetensors"),
+        (Segmenter(), from_pretrained, "folder"),
+    ):
+        wrapped = WRAPPERS[wrap](fresh)
+        load(wrapped, tmp_path / source)
+        got = next(m for m in wrapped.modules() if isinstance(m, Segmenter))
+        assert torch.equal(got.eval()(X), inner.eval()(X))
+
+
+@compiles
+def test_a_compiled_submodule_leaves_no_part_in_the_keys(tmp_path):
+    model, plain = trained("config"), trained("config")
+    model.head = torch.compile(model.head)
+    names = list(get_lora_state_dict(plain, include_trainable=True))
+    assert list(get_lora_state_dict(model, include_trainable=True)) == names
+    assert list(base_state_dict(model)) == list(base_state_dict(plain))
+    save_pretrained(model, tmp_path)
+    fresh = Segmenter()
+    fresh.head = torch.compile(fresh.head)
+    from_pretrained(fresh, tmp_path)
+    for one, other in zip(fresh.head.parameters(), plain.head.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_files_of_wrapped_models_still_load(prefix, tmp_path):
+    model = trained("config")
+    state = get_lora_state_dict(model, include_trainable=True)
+    fresh = injected()
+    load_lora_state_dict(fresh, {prefix + key: value for key, value in state.items()})
+    assert torch.equal(fresh.eval()(X), model(X))
+    load_base_state_dict(fresh, {prefix + k: v for k, v in Segmenter().state_dict().items()})
+    assert torch.equal(fresh.norm.weight, Segmenter().norm.weight)
+
+
+def test_a_child_of_the_users_model_may_be_called_module(tmp_path):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = Segmenter()
+
+        def forward(self, x):
+            return self.module(x)
+
+    model = Outer()
+    inject_lora(model, ["body"])
+    freeze_base_params(model)
+    randomise_adapters(model)
+    assert all(key.startswith("module.body.") for key in get_lora_state_dict(model))
+    save_adapter(model, tmp_path / "a.safetensors")
+    twin = Outer()
+    inject_lora(twin, ["body"])
+    load_adapter(twin, tmp_path / "a.safetensors")
+    assert torch.equal(twin.eval()(X), model.eval()(X))
+    add_adapter(model, "second", ["body"])
+    set_adapter(model, "second")
+
+
+def test_loading_for_inference_warns_of_nothing(tmp_path):
+    """An injected, not frozen model trains all of its base, about which nothing is known."""
+    model = trained("config")
+    save_adapter(model, tmp_path / "a.safetensors")
+    state = get_lora_state_dict(model, include_trainable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(injected(), tmp_path / "a.safetensors")
+        load_lora_state_dict(injected(), state)
+        load_lora_state_dict(injected(), {k: v for k, v in state.items() if "lora" in k})
