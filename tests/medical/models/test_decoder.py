@@ -163,7 +163,7 @@ def test_lora_wraps_each_block_trains_and_merges_to_the_same() -> None:
     assert counts["trainable"] == counts["lora"] + (24 + 1) * (64 + 5)
     torch.testing.assert_close(model(tokens, base), before)
     generator = torch.Generator().manual_seed(2)
-    for parameter in fastlora.get_lora_params(model):
+    for parameter in fastlora.get_trainable_params(model):
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     adapted = model(tokens, base)
     adapted.square().sum().backward()
