@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.layers.base import LoRALayer, Shape, has_hooks, no_autocast, wrapped_attribute
-from fastlora.layers.quantised import quantisation
+from fastlora.layers.offload import loaded
+from fastlora.layers.quantised import quantisation, why_not_computable
 from fastlora.ops.dispatch import Choice, choose
 from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update
@@ -106,10 +107,9 @@ class LoRALinear(LoRALayer):
         weight = layer.weight
         if isinstance(weight, nn.parameter.UninitializedParameter):
             return f"{kind} has no weight yet (lazy): run one forward pass first"
-        if quantisation(layer) is not None:
-            return None
-        if not weight.dtype.is_floating_point:
-            return f"{kind} holds a {weight.dtype} weight of an unknown quantisation"
+        reason = why_not_computable(layer)
+        if reason is not None or quantisation(layer) is not None:
+            return reason
         if weight.shape != (layer.out_features, layer.in_features):
             expected = (layer.out_features, layer.in_features)
             return f"{kind} holds a weight of shape {tuple(weight.shape)}, expected {expected}"
@@ -217,13 +217,14 @@ class LoRALinear(LoRALayer):
         """The layer's output for x, where y is the output of the wrapped layer."""
         if self.lora_magnitude is None:
             return self._add_product(y, x)
-        bias = self.original_linear.bias
         scale = self._dora_scale().to(y.dtype)
-        if bias is None:
+        if self.original_linear.bias is None:
             return scale * self._add_product(y, x)
-        return torch.addcmul(bias.to(y.dtype), self._add_product(y - bias.to(y.dtype), x), scale)
+        bias = loaded(self.original_linear, "bias").to(y.dtype)
+        return torch.addcmul(bias, self._add_product(y - bias, x), scale)
 
     def _add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        x = x.to(y.device)  # accelerate's hooks may move the base layer's input
         return lora_update(y, x, *self.factors(), self.scaling, self.dropout, self._draw_seed(x))
 
     def _dora_scale(self) -> Tensor:
@@ -301,10 +302,9 @@ class LoRATransposedLinear(LoRALinear):
         kind = type(layer).__name__
         if not is_transposed_linear(layer):
             return f"expected transformers' Conv1D or a subclass, got {kind}"
-        weight = cast(Tensor, layer.weight)
-        if quantisation(layer) is not None or not weight.dtype.is_floating_point:
+        if quantisation(layer) not in (None, "torch"):
             return f"{kind} holds a quantised weight, which is not supported for this layer"
-        return None
+        return why_not_computable(layer)
 
     @staticmethod
     def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:

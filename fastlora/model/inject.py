@@ -97,6 +97,33 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     return counts["total"] - counts["trainable"], counts["trainable"]
 
 
+def reset_lora_parameters(model: nn.Module) -> int:
+    """Give the active adapter new initial values, as `inject_lora` did, so that ΔW = 0. Returns the number of its layers.
+
+    For a model that was built on the meta device and got memory by `to_empty`, which fills the adapter with NaN. DoRA, PiSSA and
+    OLoRA read the weights: load those first. Parameters stay the same objects, and `requires_grad` does not change.
+
+    Raises: InjectionError, naming each layer, if the model has no adapters, if one has no memory yet (on meta) or is offloaded, or if it
+    subtracts an initial product of unknown origin. The model is unchanged then.
+    """
+    layers = dict(named_lora_layers(model))
+    if not layers:
+        raise InjectionError("model: has no adapters, so there is nothing to reset")
+    problems = []
+    for path, layer in layers.items():
+        if layer.lora_A.is_meta or layer.wrapped_device.type == "meta":
+            problems.append(f"{path}: is on the meta device or offloaded; call to_empty first")
+        elif layer.initial_A is not None and layer.init_lora_weights == "kaiming":
+            problems.append(f"{path}: how its initial_A and initial_B were computed is unknown")
+    if problems:
+        raise InjectionError("cannot reset " + "; ".join(problems))
+    for layer in layers.values():
+        method = layer.init_lora_weights
+        layer.reset_lora_parameters()
+        initialise(layer, method)
+    return len(layers)
+
+
 def get_lora_params(model: nn.Module) -> list[nn.Parameter]:
     """Every lora_A, lora_B and, under DoRA, lora_magnitude of the model, each once, in module order."""
     return [p for _, layer in named_lora_layers(model) for p in layer.lora_parameters().values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, PATTERNS, LoRAConfig, T
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
+from fastlora.layers.offload import loaded_from_above, offload_hook
 from fastlora.model.adapter_registry import inactive_adapters
 
 # The layers to wrap, each with its path and a config with its own rank, alpha and dropout.
@@ -99,7 +100,13 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
         for decision in decide(model, config)
         if decision.config is not None
     }
+    above = loaded_from_above(model)
     problems = [(path, why_unsuitable(module, own)) for module, (path, own) in selected.items()]
+    problems += [
+        (path, f"accelerate loads it by name in the hook of {above[module] or 'the model'}")
+        for module, (path, _) in selected.items()
+        if module in above
+    ]
     refused = [f"{path}: {reason}" for path, reason in problems if reason is not None]
     if refused:
         raise InjectionError("cannot adapt " + "; ".join(refused))
@@ -125,6 +132,7 @@ def extra_trainable(
     for module, name in dict.fromkeys(trained):
         if module._parameters.get(name) is not None:
             found[module] = (*found.get(module, ()), name)
+    _refuse_offloaded(model, found, "modules_to_save, bias")
     return found
 
 
@@ -153,7 +161,19 @@ def parameters_within(
                     f"{argument}: {path} is or contains {inside}, which gets an adapter"
                 )
             found += [(m, name) for m in modules[path].modules() for name in m._parameters]
-    return [(module, name) for module, name in found if module._parameters[name] is not None]
+    present = [(module, name) for module, name in found if module._parameters[name] is not None]
+    _refuse_offloaded(model, {module for module, _ in present}, argument)
+    return present
+
+
+def _refuse_offloaded(model: nn.Module, trained: Collection[nn.Module], argument: str) -> None:
+    """Raises: InjectionError if accelerate offloads a module that is to train: its hook would discard the gradients."""
+    above = loaded_from_above(model)
+    for path, module in model.named_modules():
+        if module in trained and (offload_hook(module) is not None or module in above):
+            raise InjectionError(
+                f"{argument}: {path or 'the model'} is offloaded by accelerate, so training cannot change it"
+            )
 
 
 def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection) -> str | None:
