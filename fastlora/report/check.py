@@ -146,6 +146,8 @@ def _misplaced(layer: LoRALayer) -> str | None:
     if offload_hook(layer) is not None:
         return "lora_A and lora_B are offloaded by accelerate, which discards their gradients; offload the model before injection"
     device = layer.wrapped_device
+    if device.type == "meta":
+        return "the layer is on the meta device and has no values"
     for name, parameter in layer.lora_parameters().items():
         if parameter.device != device:
             return f"{name} is on {parameter.device}, but the layer computes on {device}"
