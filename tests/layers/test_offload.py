@@ -127,7 +127,7 @@ def test_an_offloaded_model_computes_and_trains_as_in_memory(offload, config):
         assert_close(got, want, exact)
     with disable_adapter(models[0]):
         base = models[0](IDS)
-    assert torch.equal(base, mixed()(IDS))
+    assert_close(base, mixed()(IDS), mixed().double()(IDS))
     assert_differs(outputs[0], base)
 
 
@@ -150,7 +150,7 @@ def test_the_weight_of_an_offloaded_layer_is_the_merged_one(offload):
 
 
 def test_an_offloaded_model_saves_and_loads(offload, tmp_path):
-    offloaded, memory, _ = pair(offload)
+    offloaded, memory, exact = pair(offload)
     save_adapter(offloaded, tmp_path / "a.safetensors")
     save_pretrained(offloaded, tmp_path / "peft")
     for load in ("file", "folder"):
@@ -161,7 +161,7 @@ def test_an_offloaded_model_saves_and_loads(offload, tmp_path):
             load_adapter(fresh, tmp_path / "a.safetensors")
         else:
             from_pretrained(fresh, tmp_path / "peft")
-        assert torch.equal(fresh(IDS), offloaded(IDS))
+        assert_close(fresh(IDS), memory(IDS), exact(IDS))
         for got, want in zip(get_lora_params(fresh), get_lora_params(memory), strict=True):
             assert torch.equal(got, want)
 
@@ -205,9 +205,8 @@ def test_a_module_that_trains_may_not_be_offloaded(offload):
     with pytest.raises(InjectionError, match="bias: .* is offloaded by accelerate"):
         inject_lora(model, LoRAConfig(("fc",), bias="all"))
     with pytest.raises(InjectionError, match="output_layer_names: head is offloaded"):
-        setup_lora_for_medical_finetuning(
-            model, output_layer_names=("head",), rank_pattern={"fc": 2}
-        )
+        model.to_out, model.fc = model.fc, nn.Identity()  # its default target
+        setup_lora_for_medical_finetuning(model, output_layer_names=("head",))
     assert not [m for m in model.modules() if isinstance(m, fastlora.LoRALayer)]
 
 
