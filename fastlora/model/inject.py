@@ -101,10 +101,10 @@ def reset_lora_parameters(model: nn.Module) -> int:
     """Give the active adapter new initial values, as `inject_lora` did, so that ΔW = 0. Returns the number of its layers.
 
     For a model that was built on the meta device and got memory by `to_empty`, which fills the adapter with NaN. DoRA, PiSSA and
-    OLoRA read the weights: load those first. Parameters stay the same objects, and `requires_grad` does not change.
+    OLoRA read the weights: load those first. FSDP2 needs "kaiming" or "gaussian" without DoRA. Parameters stay the same objects, and `requires_grad` does not change.
 
-    Raises: InjectionError, naming each layer, if the model has no adapters, if one has no memory yet (on meta) or is offloaded, or if it
-    subtracts an initial product of unknown origin. The model is unchanged then.
+    Raises: InjectionError, naming each layer, if the model has no adapters, if one has no memory yet (on meta) or is offloaded, if it
+    subtracts an initial product of unknown origin, or if FSDP2 shards tensors that its method needs whole. The model is unchanged then.
     """
     layers = dict(named_lora_layers(model))
     if not layers:
@@ -115,11 +115,20 @@ def reset_lora_parameters(model: nn.Module) -> int:
             problems.append(f"{path}: is on the meta device or offloaded; call to_empty first")
         elif layer.initial_A is not None and layer.init_lora_weights == "kaiming":
             problems.append(f"{path}: how its initial_A and initial_B were computed is unknown")
+        elif hasattr(layer.lora_A, "full_tensor") and (  # a DTensor
+            layer.lora_magnitude is not None
+            or layer.init_lora_weights not in ("kaiming", "gaussian")
+        ):
+            problems.append(
+                f"{path}: FSDP shards it, but DoRA and init_lora_weights={layer.init_lora_weights!r} need whole tensors; "
+                "inject into a model with values, then shard it"
+            )
     if problems:
         raise InjectionError("cannot reset " + "; ".join(problems))
-    for layer in layers.values():
-        method = layer.init_lora_weights
+    methods = {layer: layer.init_lora_weights for layer in layers.values()}
+    for layer in methods:
         layer.reset_lora_parameters()
+    for layer, method in methods.items():
         initialise(layer, method)
     return len(layers)
 
