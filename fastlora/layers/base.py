@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora.config import BACKENDS, check_hyperparameters, scaling_divisor
+from fastlora.config import BACKENDS, check_hyperparameters, computes_in, scaling_divisor
 from fastlora.errors import BackendError, ConfigError, FastLoRAWarning, InjectionError, MergeError
 from fastlora.layers.offload import execution_device, offload_hook
 from fastlora.layers.quantised import dequantised, quantisation, why_unreadable
@@ -76,7 +76,7 @@ class LoRALayer(nn.Module, ABC):
                 raise BackendError(f"backend='triton' cannot run: there is no kernel for {what}")
         if adapter_dtype is None:
             adapter_dtype = default_adapter_dtype(original_layer)
-        if not adapter_dtype.is_floating_point:
+        if not computes_in(adapter_dtype):
             raise ConfigError(f"adapter_dtype: expected a float dtype, got {adapter_dtype}")
         self.add_module(self.wrapped_name, original_layer)
         self.rank = rank

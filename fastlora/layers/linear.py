@@ -302,8 +302,9 @@ class LoRATransposedLinear(LoRALinear):
         kind = type(layer).__name__
         if not is_transposed_linear(layer):
             return f"expected transformers' Conv1D or a subclass, got {kind}"
-        if quantisation(layer) not in (None, "torch"):
-            return f"{kind} holds a quantised weight, which is not supported for this layer"
+        if quantisation(layer) is not None:
+            dtype = cast(Tensor, layer.weight).dtype
+            return f"{kind} holds a quantised {dtype} weight, which is not supported for this layer"
         return why_not_computable(layer)
 
     @staticmethod

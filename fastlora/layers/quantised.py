@@ -10,16 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastlora.config import computes_in
 from fastlora.errors import MergeError
-from fastlora.layers.offload import loaded
+from fastlora.layers.offload import loaded, offload_hook
 
 _PACKAGES = ("bitsandbytes", "torchao")
-# float8_*, float4_*: torch stores them, but does not add, multiply or promote them.
-_STORAGE_ONLY = tuple(
-    dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1
-)
 _CONVOLVES = tuple(conv.forward for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
@@ -31,7 +26,7 @@ def quantisation(module: nn.Module) -> str | None:
     """
     weight = module._parameters.get("weight")
     if weight is None or type(weight) is nn.Parameter:
-        if weight is None or weight.dtype not in _STORAGE_ONLY:
+        if weight is None or computes_in(weight.dtype) or not weight.is_floating_point():
             return None
         forward: Any = module.forward
         return str(getattr(forward, "func", forward).__module__).partition(".")[0]
@@ -53,7 +48,7 @@ def dequantised(module: nn.Module) -> Tensor:
     if reason is not None:
         raise MergeError(f"weight: {reason}")
     weight: Any = module.weight
-    if weight.dtype in _STORAGE_ONLY:
+    if not computes_in(weight.dtype) and weight.is_floating_point():
         return loaded(module, "weight").float()
     if package == "bitsandbytes" and weight.data.is_floating_point():
         return cast(Tensor, weight)  # not quantised yet
@@ -72,10 +67,10 @@ def why_unreadable(module: nn.Module) -> str | None:
     weight, package = cast(Tensor, module.weight), quantisation(module)
     if package is None:
         return None
-    if type(weight) is not nn.Parameter and weight.is_meta:
-        return f"the weight is quantised by {package} and on the meta device, so its values are unknown"
+    if type(weight) is not nn.Parameter and offload_hook(module) is not None:
+        return f"the weight is quantised by {package} and offloaded, so its values are unknown"
     scaled = type(module).forward not in (nn.Linear.forward, nn.Embedding.forward, *_CONVOLVES)
-    if weight.dtype in _STORAGE_ONLY and scaled:
+    if type(weight) is nn.Parameter and scaled:
         return f"the weight is stored in {weight.dtype} with scales that only {package} knows"
     return None
 
@@ -96,7 +91,7 @@ def why_not_computable(layer: nn.Module) -> str | None:
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The expected dtype of the layer's input: the weight's, or the compute dtype of a quantised weight."""
     weight = cast(Tensor, module.weight)
-    if weight.is_floating_point() and weight.dtype not in _STORAGE_ONLY:
+    if computes_in(weight.dtype):
         return weight.dtype
     own = getattr(module, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else torch.float32

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastlora.config import computes_in
 from fastlora.errors import ConfigError
 from fastlora.ops import reference
 from fastlora.ops.dispatch import choose, functorch_active
@@ -316,7 +317,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
 
 def _check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     """`_check` for `lora_update`, whose weight is unknown: y (..., N) and x (..., K) determine the shapes."""
-    if not y.is_floating_point():
+    if not computes_in(y.dtype):
         raise ConfigError(f"y: expected a floating-point dtype, got {y.dtype}")
     if y.ndim == 0 or x.ndim == 0 or y.shape[:-1] != x.shape[:-1]:
         raise ConfigError(f"x: expected (..., K) for y {tuple(y.shape)}, got {tuple(x.shape)}")
