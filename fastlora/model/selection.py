@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, PATTERNS, LoRAConfig, Targets, layer_index
+from fastlora.config import (
+    ALL_LINEAR,
+    DEFAULT_TARGETS,
+    KINDS,
+    PATTERNS,
+    LoRAConfig,
+    Targets,
+    layer_index,
+)
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
@@ -208,11 +216,16 @@ def candidates(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.M
 
 
 def _other_kind_hint(model: nn.Module, config: LoRAConfig, pattern: str | re.Pattern[str]) -> str:
-    """A hint for an error message: a layer of another kind that the pattern matches."""
+    """A hint for an error message: a layer of another kind, or of none (GPTQ's, AWQ's), that the pattern matches."""
     for path, module in model.named_modules():
         kind = kind_of(module)
-        if kind is not None and kind not in config.kinds and config.matches(pattern, path):
-            return f" It matches the {type(module).__name__} {path}, if kinds has {kind!r}."
+        if kind in config.kinds or not config.matches(pattern, path):
+            continue
+        name = f" It matches the {type(module).__name__} {path}"
+        if kind is not None:
+            return f"{name}, if kinds has {kind!r}."
+        if not module._modules:
+            return f"{name}, which is none of {', '.join(KINDS)}."
     return ""
 
 

@@ -15,6 +15,7 @@ from fastlora import (
     LoRAConfig,
     MergeError,
     add_adapter,
+    base_state_dict,
     check,
     disable_adapter,
     freeze_base_params,
@@ -164,6 +165,13 @@ def test_an_offloaded_model_saves_and_loads(offload, tmp_path):
         assert_close(fresh(IDS), memory(IDS), exact(IDS))
         for got, want in zip(get_lora_params(fresh), get_lora_params(memory), strict=True):
             assert torch.equal(got, want)
+
+
+def test_the_base_state_of_an_offloaded_model_has_its_values(offload):
+    state = base_state_dict(pair(offload)[0])
+    want = mixed().state_dict()
+    assert state.keys() == want.keys()
+    assert all(torch.equal(state[key], want[key]) for key in want)
 
 
 def test_merging_offloaded_weights_is_refused(offload):
