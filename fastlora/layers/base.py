@@ -173,6 +173,14 @@ class LoRALayer(nn.Module, ABC):
                 )
         return a, b
 
+    def misplaced(self) -> str | None:
+        """Which parameter of the adapter is not on the device on which the layer computes, or None if all are."""
+        device = self.wrapped_device
+        for name, parameter in self.lora_parameters().items():
+            if parameter.device != device:
+                return f"{name} is on {parameter.device}, but the layer computes on {device}"
+        return None
+
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name: lora_A, lora_B and, under DoRA, lora_magnitude."""
         return {
@@ -186,7 +194,7 @@ class LoRALayer(nn.Module, ABC):
 
         magnitude: return the sum of the magnitudes of its terms instead, which bounds rounding errors.
         """
-        a, b = (factor.to(dtype) for factor in self.factors())
+        a, b = (factor.to(dtype) for factor in self.factors_on(self.wrapped_device))
         if magnitude:
             return self._product(a.abs(), b.abs()) * abs(self.scaling)
         return self._product(a, b) * self.scaling
@@ -235,6 +243,9 @@ class LoRALayer(nn.Module, ABC):
             return f"the weight is quantised by {package}, which would round the update away; merge into the unquantised model"
         if offload_hook(self.wrapped) is not None:
             return "the weight is offloaded by accelerate, which would discard the merged one; merge a model loaded without offload"
+        misplaced = self.misplaced()
+        if misplaced is not None:
+            return misplaced
         if parametrize.is_parametrized(self.wrapped, "weight"):
             return "the weight is parametrised; remove the parametrisation first"
         if "weight" not in self.wrapped._parameters:

@@ -238,7 +238,7 @@ class LoRALinear(LoRALayer):
         """‖W + scaling · B A‖ of each of the N rows, without the N×K product: ‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B."""
         weight = self.dequantised_matrix()
         wide = self._accumulate_dtype(weight)
-        a, b = (factor.to(wide) for factor in self.factors())
+        a, b = (factor.to(wide) for factor in self.factors_on(weight.device))
         squares = []
         with no_autocast(weight):
             gram = a @ a.T  # [R, K] @ [K, R] -> [R, R]
@@ -280,7 +280,7 @@ class LoRALinear(LoRALayer):
         if self.lora_magnitude is not None:
             return super()._merged_weight(weight)
         wide = self._accumulate_dtype(weight)
-        a, b = (factor.to(wide) for factor in self.factors())
+        a, b = (factor.to(wide) for factor in self.factors_on(weight.device))
         return self._as_weight_layout(
             torch.addmm(self._as_weight_layout(weight.to(wide)), b, a, alpha=self.scaling)
         )

@@ -145,13 +145,9 @@ def _misplaced(layer: LoRALayer) -> str | None:
     """Why the adapter's parameters are not where the layer computes, or None if they are."""
     if offload_hook(layer) is not None:
         return "lora_A and lora_B are offloaded by accelerate, which discards their gradients; offload the model before injection"
-    device = layer.wrapped_device
-    if device.type == "meta":
+    if layer.wrapped_device.type == "meta":
         return "the layer is on the meta device and has no values"
-    for name, parameter in layer.lora_parameters().items():
-        if parameter.device != device:
-            return f"{name} is on {parameter.device}, but the layer computes on {device}"
-    return None
+    return layer.misplaced()
 
 
 def _why_untrainable(layer: LoRALayer) -> str | None:

@@ -10,12 +10,17 @@ from fastlora import (
     InjectionError,
     LoRAConfig,
     LoRALinear,
+    MergeError,
     add_adapter,
     check,
     freeze_base_params,
+    fuse,
     get_lora_params,
     inject_lora,
     load_base_state_dict,
+    merge_lora_weights,
+    merge_report,
+    merged_model,
     named_lora_layers,
     reset_lora_parameters,
     set_adapter,
@@ -168,6 +173,32 @@ def test_a_factor_on_meta_is_refused_by_the_forward(base):
                 pytest.raises(ConfigError, match=r"lora_[abAB]: expected .* device cpu, got meta"),
             ):
                 layer(x)
+        for read in (lambda: layer.weight, lambda: layer.delta(torch.float32)):
+            with pytest.raises(ConfigError, match=f"{name}: expected the layer's device cpu"):
+                read()
+        for merge in (merge_lora_weights, merged_model, merge_report):
+            with pytest.raises(MergeError, match=f"0: {name} is on meta, but the layer computes"):
+                merge(nn.Sequential(layer))
         report = check(nn.Sequential(layer), x)
         assert f"{name} is on meta, but the layer computes on cpu" in str(report)
         setattr(layer, name, value)
+
+
+def test_a_factor_on_meta_is_refused_inside_a_fused_group():
+    class Siblings(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.q(x).sum() + self.k(x).sum()
+
+    siblings, x = Siblings(), torch.randn(3, 16)
+    inject_lora(siblings, ["q", "k"])
+    assert fuse(siblings, x).groups == (("q", "k"),)
+    for name in ("lora_A", "lora_B"):
+        value = getattr(siblings.k, name)
+        setattr(siblings.k, name, nn.Parameter(value.detach().to("meta")))
+        with pytest.raises(ConfigError, match=f"{name}: expected the layer's device cpu, got meta"):
+            siblings(x)
+        setattr(siblings.k, name, value)
