@@ -292,6 +292,19 @@ def test_adapters_offloaded_after_injection_compute_right_and_say_that_they_do_n
         assert_close(*(model(IDS) for model in models))
 
 
+@pytest.mark.gpu
+def test_inputs_on_another_device_are_moved_as_the_base_layer_moves_them(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    models = pair(lambda model: accelerate.cpu_offload(model, torch.device("cuda", 0)))
+    offloaded, memory, exact = models
+    assert all(p.is_cuda for p in get_lora_params(offloaded))
+    x, ids = torch.randn(3, 8), IDS  # on the CPU, where no hook of a parent moves them
+    assert_close(offloaded.fc(x).cpu(), memory.fc(x), exact.fc(x.double()))
+    assert_close(offloaded.table(ids).cpu(), memory.table(ids), exact.table(ids))
+    x = torch.randn(2, 8, 5)
+    assert_close(offloaded.conv(x).cpu(), memory.conv(x), exact.conv(x.double()))
+
+
 def test_a_plain_meta_model_keeps_its_adapters_on_meta():
     with torch.device("meta"):
         model = Mixed()
