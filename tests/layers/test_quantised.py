@@ -289,7 +289,7 @@ def test_settings_that_read_a_weight_of_unknown_scale_are_refused(settings):
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
 def test_a_weight_that_a_hook_casts_in_every_call_is_adapted(settings):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", minversion="1.3")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 3))
     accelerate.big_modeling.attach_layerwise_casting_hooks(

@@ -75,6 +75,25 @@ def test_a_model_built_on_meta_is_reset_to_what_injection_gives(config):
     assert all(p.requires_grad for p in get_lora_params(model)) and check(model, X).ok
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_a_model_whose_weights_were_assigned_gets_its_adapters(config):
+    with torch.device("meta"):
+        model = Decoder()
+    inject_lora(model, config)
+    freeze_base_params(model)
+    state = plain().state_dict()
+    for path, _ in named_lora_layers(model):
+        for name in ("weight", "bias"):
+            state[f"{path}.original_linear.{name}"] = state.pop(f"{path}.{name}")
+    model.load_state_dict(state, strict=False, assign=True)
+    assert all(p.is_meta and p.requires_grad for p in get_lora_params(model))
+    with pytest.raises(ConfigError, match="lora_[aA]: expected .* device cpu, got meta"):
+        model(X)
+    assert reset_lora_parameters(model) == 4
+    assert_close(model(X), plain()(X), plain().double()(X.double()))
+    assert all(p.requires_grad for p in get_lora_params(model)) and check(model, X).ok
+
+
 def test_every_kind_of_layer_is_reset():
     def build():
         return nn.Sequential(nn.Embedding(5, 8), nn.Conv1d(4, 4, 3), nn.Linear(6, 2))
@@ -139,7 +158,7 @@ def test_what_cannot_be_reset_is_refused_by_name():
     with torch.device("meta"):
         model = Decoder()
     inject_lora(model, LoRAConfig(TARGETS))
-    with pytest.raises(InjectionError, match=r"blocks.0.attn.to_qkv: is on the meta device"):
+    with pytest.raises(InjectionError, match=r"blocks.0.attn.to_qkv: its weight is on the meta"):
         reset_lora_parameters(model)
     model = plain()
     inject_lora(model, LoRAConfig(TARGETS))
