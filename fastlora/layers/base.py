@@ -326,8 +326,8 @@ def default_adapter_dtype(original: nn.Module) -> torch.dtype:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the layer has forward or backward hooks."""
-    return bool(
+    """Whether the layer has forward or backward hooks, or a forward that a package set on the instance."""
+    return "forward" in module.__dict__ or bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

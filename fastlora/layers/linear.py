@@ -138,7 +138,9 @@ class LoRALinear(LoRALayer):
                 "input: expected a tensor or an object with .feats and .replace, "
                 f"got {type(input).__name__}"
             )
-        if quantisation(self.original_linear) is not None:
+        plain_class = type(self.original_linear).forward is nn.Linear.forward
+        hooked = plain_class and has_hooks(self.original_linear)
+        if hooked or quantisation(self.original_linear) is not None:
             y = self.original_linear(input.feats)
             return input.replace(y if self.disabled else self._update(y, input.feats))
         if self.disabled:

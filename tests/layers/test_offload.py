@@ -243,6 +243,43 @@ def test_a_hook_that_loads_submodules_by_name_is_refused():
     assert_close(model(IDS), mixed()(IDS), mixed().double()(IDS))
 
 
+class Tokens:
+    def __init__(self, feats):
+        self.feats = feats
+
+    def replace(self, feats):
+        return Tokens(feats)
+
+
+class TokenLinear(nn.Linear):
+    def forward(self, input):
+        return input.replace(super().forward(input.feats))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, TokenLinear])
+@pytest.mark.parametrize("hook", ["offload", "torch"])
+def test_token_objects_go_through_a_layer_with_hooks(kind, hook):
+    torch.manual_seed(0)
+    models = [nn.Sequential(kind(8, 4))]
+    models += [copy.deepcopy(models[0]), copy.deepcopy(models[0]).double()]
+    if hook == "offload":
+        to_cpu(models[0], None)
+    else:
+        models[0][0].register_forward_hook(lambda *_: None)
+    outputs = []
+    for model in models:
+        torch.manual_seed(1)
+        inject_lora(model, ["0"])
+    load_lora_state_dict(models[2], get_lora_state_dict(models[0]))
+    for model in models:
+        randomise_adapters(model)
+        x = torch.ones(3, 8).to(model[0].lora_A.dtype)
+        outputs.append(model(Tokens(x)).feats)
+        with disable_adapter(model):
+            assert_differs(model(Tokens(x)).feats, outputs[-1])
+    assert_close(*outputs)
+
+
 def test_chained_hooks_are_found():
     model = mixed()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
