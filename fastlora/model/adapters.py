@@ -263,7 +263,7 @@ def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> No
                 problems.append(
                     f"{path}: the layer under {name!r} was replaced by {_describe(plain)}"
                 )
-            elif len({d.type == "meta" for d in (layer.wrapped_device, _device(layer))}) > 1:
+            elif (_device(layer).type == "meta") != (layer.wrapped_device.type == "meta"):
                 problems.append(f"{path}: the layer or the adapter {name!r} is on meta")
         swaps.append((parent, attribute, new.get(path, plain)))
     if problems:
@@ -286,6 +286,7 @@ def _match_base(layer: LoRALayer) -> None:
 
 
 def _device(layer: LoRALayer) -> torch.device:
+    """The device on which the adapter's parameters are used, whether they are offloaded or not."""
     return execution_device(layer, "lora_A")
 
 
