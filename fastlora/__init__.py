@@ -44,6 +44,7 @@ from fastlora.model.inject import (
     get_trainable_params,
     inject_lora,
     print_trainable_parameters,
+    reset_lora_parameters,
     setup_lora_for_medical_finetuning,
 )
 from fastlora.model.loraplus import loraplus_groups
@@ -117,6 +118,7 @@ __all__ = [
     "named_lora_layers",
     "preview",
     "print_trainable_parameters",
+    "reset_lora_parameters",
     "restore",
     "save_adapter",
     "save_pretrained",

@@ -109,7 +109,7 @@ class LoRAConfig:
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         dtype = self.adapter_dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and computes_in(dtype)):
             raise ConfigError(f"adapter_dtype: expected a float dtype or None, got {dtype!r}")
         if not callable(self.target_modules):
             if not isinstance(self.target_modules, (str, re.Pattern)):
@@ -347,6 +347,11 @@ def _format(path: str | os.PathLike[str]) -> str:
 def scaling_divisor(rank: int, use_rslora: bool) -> float:
     """The divisor of alpha: the rank, or its root under rsLoRA."""
     return math.sqrt(rank) if use_rslora else rank
+
+
+def computes_in(dtype: torch.dtype) -> bool:
+    """Whether torch computes in the dtype: it is floating-point, and not float8 or float4, which torch only stores."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def is_number(value: object) -> bool:

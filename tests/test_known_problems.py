@@ -33,7 +33,9 @@ from fastlora import (
     merge_lora_weights,
     merge_report,
     merged_model,
+    named_lora_layers,
     preview,
+    reset_lora_parameters,
     save_adapter,
     set_adapter,
     setup_lora_for_medical_finetuning,
@@ -276,6 +278,35 @@ def test_12_fsdp_supports_float32_adapters_on_a_16_bit_base(one_process):
     for got, want in zip(get_lora_params(model), get_lora_params(twin), strict=True):
         assert got.grad.dtype == torch.float32
         torch.testing.assert_close(got.grad.full_tensor(), want.grad)
+
+
+@needs_torch((2, 7), "FSDP2 supports parameters of one dtype only")
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete:UserWarning")
+def test_12_fsdp_materialises_and_resets_adapters_built_on_meta(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain = Decoder()
+    for settings in ({}, {"init_lora_weights": "gaussian"}, {"use_dora": True}):
+        with torch.device("meta"):
+            model = Decoder()
+        inject_lora(model, LoRAConfig(("to_qkv", "to_out"), **settings))
+        freeze_base_params(model)
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        model.to_empty(device="cpu")
+        weights = [p for p in model.parameters() if not p.requires_grad]
+        for weight, value in zip(weights, plain.parameters(), strict=True):
+            weight.data.to_local().copy_(value.data)
+        assert model(X).isnan().any()
+        if "use_dora" in settings:
+            with pytest.raises(InjectionError, match="to_qkv: FSDP shards it, but DoRA"):
+                reset_lora_parameters(model)
+            continue
+        assert reset_lora_parameters(model) == 4
+        torch.testing.assert_close(model(X), plain(X))
+        model(X).square().sum().backward()
+        assert all(layer.lora_B.grad.full_tensor().any() for _, layer in named_lora_layers(model))
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")

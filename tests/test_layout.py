@@ -113,6 +113,7 @@ PUBLIC = [
     "named_lora_layers",
     "preview",
     "print_trainable_parameters",
+    "reset_lora_parameters",
     "restore",
     "save_adapter",
     "save_pretrained",

@@ -128,6 +128,9 @@ def match_keys(
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if got != shape:
             problems.append(f"{key}: expected shape {shape}, got {got}")
+        elif (isinstance(own, Tensor) and own.is_meta) or value.is_meta:
+            where = "in the state" if value.is_meta else "in the model"
+            problems.append(f"{key}: is on the meta device {where}, where it has no value")
         elif value.is_complex() and not (isinstance(own, Tensor) and own.is_complex()):
             problems.append(f"{key}: expected real numbers, got {value.dtype}")
         else:

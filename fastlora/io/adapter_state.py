@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.config import LoRAConfig, check_hyperparameters, scaling_divisor
+from fastlora.config import LoRAConfig, check_hyperparameters, computes_in, scaling_divisor
 from fastlora.errors import CheckpointError
 from fastlora.layers.base import LoRALayer, fold_initial, named_lora_layers
 from fastlora.layers.conv import LoRAConv
@@ -192,7 +192,7 @@ class LayerState:
         if not fits:
             raise CheckpointError(f"expected lora_A and lora_B as {form}, got {a} and {b}")
         for name, tensor in self.tensors.items():
-            if not tensor.is_floating_point():
+            if not computes_in(tensor.dtype):
                 raise CheckpointError(f"{name}: expected a float tensor, got {tensor.dtype}")
         wanted = {"lora_magnitude": b[:1], "initial_A": a, "initial_B": b}
         extra = {n: tuple(t.shape) for n, t in self.tensors.items() if n in wanted}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
+from fastlora.layers.offload import loaded, offload_hook
 from fastlora.model.heads import remember_statistics
 from fastlora.model.wrappers import plain_key, plain_names
 
@@ -19,10 +20,16 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
     """`model.state_dict()` with the keys of the model before injection: no adapters, no `original_linear.` or `original_layer.`, and
     no parts of wrappers such as DistributedDataParallel and torch.compile.
 
-    Tensors are detached and share storage. It can be loaded with strict=True into the original model. Without adapters it is
-    `model.state_dict()` of the model inside the wrappers.
+    Tensors are detached and share storage; those that accelerate offloads are copied to the CPU. It can be loaded with
+    strict=True into the original model. Without adapters it is `model.state_dict()` of the model inside the wrappers.
     """
     state = model.state_dict()
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            path, _, name = key.rpartition(".")
+            owner = model.get_submodule(path)
+            if offload_hook(owner) is not None:
+                state[key] = loaded(owner, name).cpu()
     return {original: state[key] for original, key in _key_map(model).items()}
 
 
@@ -43,7 +50,8 @@ def load_base_state_dict(
     strict is False but nothing would be loaded.
     """
     keys = _key_map(model)
-    current = base_state_dict(model)
+    held = model.state_dict()
+    current = {original: held[key] for original, key in keys.items()}
     known = {key: value for key, value in current.items() if isinstance(value, Tensor)}
     state = {plain_key(key, current): value for key, value in state.items()}
     extras = [key for key in current if key not in known]  # from get_extra_state

@@ -42,10 +42,15 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str,
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors file of `tensors`. Tensors that share storage are written once for each name."""
+    """The safetensors file of `tensors`. Tensors that share storage are written once for each name.
+
+    Raises: CheckpointError if a tensor is on the meta device.
+    """
     owners: dict[int, str] = {}
     written = {}
     for key, value in tensors.items():
+        if value.is_meta:
+            raise CheckpointError(f"{key}: is on the meta device, so it has no value to write")
         value = value.contiguous().cpu()
         if owners.setdefault(value.untyped_storage().data_ptr(), key) != key:
             value = value.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora.config import BACKENDS, check_hyperparameters, scaling_divisor
-from fastlora.errors import BackendError, ConfigError, InjectionError, MergeError
-from fastlora.layers.quantised import dequantised, quantisation
+from fastlora.config import BACKENDS, check_hyperparameters, computes_in, scaling_divisor
+from fastlora.errors import BackendError, ConfigError, FastLoRAWarning, InjectionError, MergeError
+from fastlora.layers.offload import execution_device, offload_hook
+from fastlora.layers.quantised import dequantised, quantisation, why_unreadable
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import no_autocast
 
@@ -36,6 +38,7 @@ class LoRALayer(nn.Module, ABC):
     operations: ClassVar[str]  # how torch computes a layer without kernels
     kind: ClassVar[str]  # "linear", "transposed", "conv" or "embedding"; written to adapter files
     disabled: bool = False  # set within `fastlora.disable_adapter`
+    init_lora_weights: str = "kaiming"  # as in `LoRAConfig`, for `reset_lora_parameters(model)`
     initial_A: Tensor | None
     initial_B: Tensor | None
     lora_magnitude: nn.Parameter | None
@@ -62,16 +65,17 @@ class LoRALayer(nn.Module, ABC):
                 raise ConfigError(f"{name}: expected True or False, got {value!r}")
         if backend not in BACKENDS:
             raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        if use_dora and self.has_kernels and (why := why_unreadable(original_layer)) is not None:
+            raise ConfigError(f"use_dora: reads the weight, but {why}")
         if not self.has_kernels:
             what = type(original_layer).__name__
             if use_dora:
                 raise ConfigError(f"use_dora: is for linear layers, got {what}")
             if backend == "triton":
                 raise BackendError(f"backend='triton' cannot run: there is no kernel for {what}")
-        weight = cast(Tensor, original_layer.weight)
         if adapter_dtype is None:
             adapter_dtype = default_adapter_dtype(original_layer)
-        if not adapter_dtype.is_floating_point:
+        if not computes_in(adapter_dtype):
             raise ConfigError(f"adapter_dtype: expected a float dtype, got {adapter_dtype}")
         self.add_module(self.wrapped_name, original_layer)
         self.rank = rank
@@ -80,8 +84,9 @@ class LoRALayer(nn.Module, ABC):
         self.backend = backend
         self.use_rslora = use_rslora
         shape_a, shape_b = self.factor_shapes(original_layer, rank)
-        self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=adapter_dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(shape_b, dtype=adapter_dtype, device=weight.device))
+        device = execution_device(original_layer)
+        self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=adapter_dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(shape_b, dtype=adapter_dtype, device=device))
         self.register_parameter("lora_magnitude", None)
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
@@ -101,6 +106,7 @@ class LoRALayer(nn.Module, ABC):
     def reset_lora_parameters(self) -> None:
         """Reset lora_A to Kaiming-uniform values (as the weight of `nn.Linear`) and lora_B to zero, so ΔW = 0."""
         self.initial_A = self.initial_B = None
+        self.init_lora_weights = "kaiming"
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -136,20 +142,43 @@ class LoRALayer(nn.Module, ABC):
         return cast("nn.Parameter | None", getattr(self.wrapped, "bias", None))
 
     def wrapped_weight(self) -> Tensor:
-        """The weight of the wrapped layer, in floating point even if it is quantised."""
+        """The weight of the wrapped layer, in floating point even if it is quantised, loaded even if it is offloaded.
+
+        Raises: MergeError if its values are unknown.
+        """
         return dequantised(self.wrapped)
 
     @property
     def wrapped_device(self) -> torch.device:
-        """The device of the wrapped weight."""
-        return cast(Tensor, self.wrapped.weight).device
+        """The device on which the wrapped layer computes, which is not its weight's while accelerate offloads it."""
+        return execution_device(self.wrapped)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B with ΔW = scaling · B A: lora_A and lora_B, with initial_A and initial_B folded in if there are any."""
+        if "_hf_hook" in self.__dict__ and torch.is_grad_enabled():
+            self._warn_if_offloaded()
         initial_a, initial_b = self._buffers["initial_A"], self._buffers["initial_B"]
         if initial_a is None or initial_b is None:
             return self.lora_A, self.lora_B
         return fold_initial(self.lora_A, self.lora_B, initial_a, initial_b)
+
+    def factors_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`factors()`. Raises: ConfigError if they are on another device."""
+        a, b = self.factors()
+        for name, factor in (("lora_A", a), ("lora_B", b)):
+            if factor.device != device:
+                raise ConfigError(
+                    f"{name}: expected the layer's device {device}, got {factor.device}"
+                )
+        return a, b
+
+    def misplaced(self) -> str | None:
+        """Which parameter of the adapter is not on the device on which the layer computes, or None if all are."""
+        device = self.wrapped_device
+        for name, parameter in self.lora_parameters().items():
+            if parameter.device != device:
+                return f"{name} is on {parameter.device}, but the layer computes on {device}"
+        return None
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name: lora_A, lora_B and, under DoRA, lora_magnitude."""
@@ -164,7 +193,7 @@ class LoRALayer(nn.Module, ABC):
 
         magnitude: return the sum of the magnitudes of its terms instead, which bounds rounding errors.
         """
-        a, b = (factor.to(dtype) for factor in self.factors())
+        a, b = (factor.to(dtype) for factor in self.factors_on(self.wrapped_device))
         if magnitude:
             return self._product(a.abs(), b.abs()) * abs(self.scaling)
         return self._product(a, b) * self.scaling
@@ -211,6 +240,11 @@ class LoRALayer(nn.Module, ABC):
         package = quantisation(self.wrapped)
         if package is not None:
             return f"the weight is quantised by {package}, which would round the update away; merge into the unquantised model"
+        if offload_hook(self.wrapped) is not None:
+            return "the weight is offloaded by accelerate, which would discard the merged one; merge a model loaded without offload"
+        misplaced = self.misplaced()
+        if misplaced is not None:
+            return misplaced
         if parametrize.is_parametrized(self.wrapped, "weight"):
             return "the weight is parametrised; remove the parametrisation first"
         if "weight" not in self.wrapped._parameters:
@@ -225,6 +259,16 @@ class LoRALayer(nn.Module, ABC):
             + (", disabled" if self.disabled else "")
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
+        was_meta = self.lora_A.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.lora_A.is_meta:  # by `to_empty`, which leaves what the memory held
+            with torch.no_grad():
+                for tensor in (*self.lora_parameters().values(), self.initial_A, self.initial_B):
+                    if tensor is not None:
+                        tensor.fill_(math.nan)
+        return self
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A copy made inside disable_adapter would stay disabled.
@@ -233,6 +277,15 @@ class LoRALayer(nn.Module, ABC):
     @abstractmethod
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """B A in the weight's shape."""
+
+    def _warn_if_offloaded(self) -> None:
+        if offload_hook(self) is not None and self.lora_A.requires_grad:
+            warnings.warn(
+                "accelerate offloads lora_A and lora_B, so training does not change them; offload the model before "
+                "inject_lora, which keeps them in memory",
+                FastLoRAWarning,
+                stacklevel=3,
+            )
 
     def _accumulate_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype in which weights are summed: float32 or wider."""
@@ -283,8 +336,8 @@ def default_adapter_dtype(original: nn.Module) -> torch.dtype:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the layer has forward or backward hooks."""
-    return bool(
+    """Whether the layer has forward or backward hooks, or a forward that a package set on the instance."""
+    return "forward" in module.__dict__ or bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
 from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
+from fastlora.layers.quantised import why_not_computable
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -54,9 +55,7 @@ class LoRAConv(LoRALayer):
             type(layer)._conv_forward is not own._conv_forward
         ):
             return f"{kind} has a custom forward, which the update would not match"
-        if not layer.weight.dtype.is_floating_point:
-            return f"{kind} holds a {layer.weight.dtype} weight, which is not supported"
-        return None
+        return why_not_computable(layer)
 
     @staticmethod
     def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
@@ -73,7 +72,8 @@ class LoRAConv(LoRALayer):
         if self.disabled:
             return cast(Tensor, y)
         conv = self.original_layer
-        a, b = (factor.to(x.dtype) for factor in self.factors())
+        x = x.to(y.device)  # accelerate's hooks may move the base layer's input
+        a, b = (factor.to(x.dtype) for factor in self.factors_on(y.device))
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         s = conv._conv_forward(x, a, None)

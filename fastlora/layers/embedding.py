@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.layers.base import LoRALayer, Shape, on_rows, wrapped_attribute
+from fastlora.layers.quantised import why_not_computable
 
 
 class LoRAEmbedding(LoRALayer):
@@ -39,9 +40,7 @@ class LoRAEmbedding(LoRALayer):
             return f"{kind} has a custom forward, which the update would not match"
         if layer.max_norm is not None:
             return f"{kind} has max_norm={layer.max_norm}, which changes the weight in every call"
-        if not layer.weight.dtype.is_floating_point:
-            return f"{kind} holds a {layer.weight.dtype} weight, which is not supported"
-        return None
+        return why_not_computable(layer)
 
     @staticmethod
     def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:
@@ -50,6 +49,7 @@ class LoRAEmbedding(LoRALayer):
 
     def reset_lora_parameters(self) -> None:
         """Reset lora_A to zero and lora_B to normal values."""
+        self.init_lora_weights = "kaiming"
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
@@ -59,13 +59,12 @@ class LoRAEmbedding(LoRALayer):
         y: Tensor = embedding(ids)
         if self.disabled:
             return y
-        if ids.is_nested:
-            return on_rows(self._update, y, ids)
-        return self._update(y, ids)
+        ids = ids.to(y.device)  # accelerate's hooks may move the base layer's input
+        return on_rows(self._update, y, ids) if ids.is_nested else self._update(y, ids)
 
     def _update(self, y: Tensor, ids: Tensor) -> Tensor:
         embedding = self.original_layer
-        a, b = (factor.to(y.dtype) for factor in self.factors())
+        a, b = (factor.to(y.dtype) for factor in self.factors_on(y.device))
         s = F.embedding(
             ids, a.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
         )

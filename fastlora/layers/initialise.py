@@ -25,6 +25,7 @@ def initialise(layer: LoRALayer, method: str) -> None:
     Source: "Rethinking LoRA initialisation", datta0.github.io, and PEFT's init_lora_weights="orthogonal"; PiSSA, arXiv 2404.02948,
     section 3; OLoRA, arXiv 2406.01775, section 3.
     """
+    layer.init_lora_weights = method
     if method == "gaussian":
         if not isinstance(layer, LoRAEmbedding):
             nn.init.normal_(layer.lora_A, std=1 / layer.rank)

@@ -9,6 +9,7 @@ from fastlora.layers.base import LoRALayer
 from fastlora.layers.conv import CONVOLUTIONS, LoRAConv
 from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.linear import LoRALinear, LoRATransposedLinear, is_transposed_linear
+from fastlora.layers.quantised import why_unreadable
 
 # Transposed convolutions are included so that the error for a pattern that matches one names it.
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -33,6 +34,11 @@ def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | No
     reason = layer_class(module).why_unsuitable(module)
     if reason is not None or config is None:
         return reason
+    if config.use_dora or config.subtracts_init:
+        reason = why_unreadable(module)
+        if reason is not None:
+            setting = "use_dora" if config.use_dora else "init_lora_weights"
+            return f"{setting} reads the weight, but {reason}"
     if kind != "linear":
         only_linear = f"is for linear layers, not for a {type(module).__name__}"
         if config.use_dora:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.layers.base import LoRALayer, Shape, has_hooks, on_rows, wrapped_attribute
-from fastlora.layers.quantised import quantisation
+from fastlora.layers.offload import loaded
+from fastlora.layers.quantised import quantisation, why_not_computable
 from fastlora.ops.dispatch import Choice, choose
 from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update, no_autocast
@@ -106,10 +107,9 @@ class LoRALinear(LoRALayer):
         weight = layer.weight
         if isinstance(weight, nn.parameter.UninitializedParameter):
             return f"{kind} has no weight yet (lazy): run one forward pass first"
-        if quantisation(layer) is not None:
-            return None
-        if not weight.dtype.is_floating_point:
-            return f"{kind} holds a {weight.dtype} weight of an unknown quantisation"
+        reason = why_not_computable(layer)
+        if reason is not None or quantisation(layer) is not None:
+            return reason
         if weight.shape != (layer.out_features, layer.in_features):
             expected = (layer.out_features, layer.in_features)
             return f"{kind} holds a weight of shape {tuple(weight.shape)}, expected {expected}"
@@ -143,7 +143,9 @@ class LoRALinear(LoRALayer):
                 "input: expected a tensor or an object with .feats and .replace, "
                 f"got {type(input).__name__}"
             )
-        if quantisation(self.original_linear) is not None:
+        plain_class = type(self.original_linear).forward is nn.Linear.forward
+        hooked = plain_class and has_hooks(self.original_linear)
+        if hooked or quantisation(self.original_linear) is not None:
             y = self.original_linear(input.feats)
             return input.replace(y if self.disabled else self._update(y, input.feats))
         if self.disabled:
@@ -237,13 +239,14 @@ class LoRALinear(LoRALayer):
         """The layer's output for x, where y is the output of the wrapped layer."""
         if self.lora_magnitude is None:
             return self._add_product(y, x)
-        bias = self.original_linear.bias
         scale = self._dora_scale().to(y.dtype)
-        if bias is None:
+        if self.original_linear.bias is None:
             return scale * self._add_product(y, x)
-        return torch.addcmul(bias.to(y.dtype), self._add_product(y - bias.to(y.dtype), x), scale)
+        bias = loaded(self.original_linear, "bias").to(y.dtype)
+        return torch.addcmul(bias, self._add_product(y - bias, x), scale)
 
     def _add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        x = x.to(y.device)  # accelerate's hooks may move the base layer's input
         return lora_update(y, x, *self.factors(), self.scaling, self.dropout, self._draw_seed(x))
 
     def _dora_scale(self) -> Tensor:
@@ -260,7 +263,7 @@ class LoRALinear(LoRALayer):
         """
         weight = self.dequantised_matrix().detach()
         wide = self._accumulate_dtype(weight)
-        a, b = (factor.detach().to(wide) for factor in self.factors())
+        a, b = (factor.detach().to(wide) for factor in self.factors_on(weight.device))
         norms = []
         with no_autocast(weight):
             for w, rows in zip(
@@ -301,7 +304,7 @@ class LoRALinear(LoRALayer):
         if self.lora_magnitude is not None:
             return super()._merged_weight(weight)
         wide = self._accumulate_dtype(weight)
-        a, b = (factor.to(wide) for factor in self.factors())
+        a, b = (factor.to(wide) for factor in self.factors_on(weight.device))
         return self._as_weight_layout(
             torch.addmm(self._as_weight_layout(weight.to(wide)), b, a, alpha=self.scaling)
         )
@@ -323,10 +326,10 @@ class LoRATransposedLinear(LoRALinear):
         kind = type(layer).__name__
         if not is_transposed_linear(layer):
             return f"expected transformers' Conv1D or a subclass, got {kind}"
-        weight = cast(Tensor, layer.weight)
-        if quantisation(layer) is not None or not weight.dtype.is_floating_point:
-            return f"{kind} holds a quantised weight, which is not supported for this layer"
-        return None
+        if quantisation(layer) is not None:
+            dtype = cast(Tensor, layer.weight).dtype
+            return f"{kind} holds a quantised {dtype} weight, which is not supported for this layer"
+        return why_not_computable(layer)
 
     @staticmethod
     def factor_shapes(original: nn.Module, rank: int) -> tuple[Shape, Shape]:

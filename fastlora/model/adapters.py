@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastlora.config import LoRAConfig, Targets, check_hyperparameters, is_number
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.offload import execution_device
 from fastlora.model.adapter_registry import (
     AdapterRegistry,
     get_registry,
@@ -255,7 +256,7 @@ def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> No
                 problems.append(
                     f"{path}: the layer under {name!r} was replaced by {_describe(plain)}"
                 )
-            elif layer.lora_A.is_meta != (layer.wrapped_device.type == "meta"):
+            elif (_device(layer).type == "meta") != (layer.wrapped_device.type == "meta"):
                 problems.append(f"{path}: the layer or the adapter {name!r} is on meta")
         swaps.append((parent, attribute, new.get(path, plain)))
     if problems:
@@ -272,9 +273,14 @@ def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> No
 def _match_base(layer: LoRALayer) -> None:
     """Move the wrapper to its base layer's device and training mode."""
     device = layer.wrapped_device
-    if layer.lora_A.device != device:
-        layer._apply(lambda t: t.to(device), recurse=False)  # type: ignore[no-untyped-call]
+    if _device(layer) != device:
+        layer._apply(lambda t: t.to(device), recurse=False)
     layer.training = layer.wrapped.training
+
+
+def _device(layer: LoRALayer) -> torch.device:
+    """The device on which the adapter's parameters are used, whether they are offloaded or not."""
+    return execution_device(layer, "lora_A")
 
 
 def _uninstall(owner: nn.Module, layers: Mapping[str, LoRALayer]) -> None:

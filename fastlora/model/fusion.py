@@ -137,7 +137,7 @@ class _Group:
         seed = layer._draw_seed(x)
         layers = []
         for m in self.layers:
-            low = low_rank(*m.factors(), m.scaling, layer.dropout, seed)
+            low = low_rank(*m.factors_on(x.device), m.scaling, layer.dropout, seed)
             layers.append(Layer(m.matrix, m.original_linear.bias, low))
         outputs = lora_linear_group(x, layers, freed, triton=backend == "triton")
         unused = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}

@@ -10,9 +10,10 @@ from torch import nn
 
 from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
 from fastlora.errors import FastLoRAWarning, InjectionError
-from fastlora.layers.base import LoRALayer
+from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
+from fastlora.layers.offload import offload_hook
 from fastlora.model.heads import (
     adapter_parameters,
     head_parameters,
@@ -103,6 +104,51 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     remember_statistics(model)
     counts = count_parameters(model)
     return counts["total"] - counts["trainable"], counts["trainable"]
+
+
+def reset_lora_parameters(model: nn.Module) -> int:
+    """Give the active adapter new initial values, as `inject_lora` did, so that ΔW = 0. Returns the number of its layers.
+
+    For a model that was built on the meta device: after `to_empty`, which fills the adapter with NaN, or after
+    `load_state_dict(…, assign=True)`, which leaves it on meta, so that it becomes new parameters here. Otherwise parameters stay the same
+    objects. `requires_grad` does not change. DoRA, PiSSA and OLoRA read the weights: load those first. FSDP2 needs "kaiming" or
+    "gaussian" without DoRA.
+
+    Raises: InjectionError, naming each layer, if the model has no adapters, if a weight has no memory yet (on meta), if the adapter is
+    offloaded or subtracts an initial product of unknown origin, or if FSDP2 shards tensors that its method needs whole. The model is
+    unchanged then.
+    """
+    layers = dict(named_lora_layers(model))
+    if not layers:
+        raise InjectionError("model: has no adapters, so there is nothing to reset")
+    problems = []
+    for path, layer in layers.items():
+        if layer.wrapped_device.type == "meta":
+            problems.append(f"{path}: its weight is on the meta device; call to_empty first")
+        elif offload_hook(layer) is not None:
+            problems.append(
+                f"{path}: accelerate offloads lora_A and lora_B, and would discard them"
+            )
+        elif layer.initial_A is not None and layer.init_lora_weights == "kaiming":
+            problems.append(f"{path}: how its initial_A and initial_B were computed is unknown")
+        elif hasattr(layer.lora_A, "full_tensor") and (  # a DTensor
+            layer.lora_magnitude is not None
+            or layer.init_lora_weights not in ("kaiming", "gaussian")
+        ):
+            problems.append(
+                f"{path}: FSDP shards it, but DoRA and init_lora_weights={layer.init_lora_weights!r} need whole tensors; "
+                "inject into a model with values, then shard it"
+            )
+    if problems:
+        raise InjectionError("cannot reset " + "; ".join(problems))
+    methods = {layer: layer.init_lora_weights for layer in layers.values()}
+    for layer in methods:
+        if layer.lora_A.is_meta:  # the weights were assigned, not copied into memory
+            layer.to_empty(device=layer.wrapped_device, recurse=False)
+        layer.reset_lora_parameters()
+    for layer, method in methods.items():
+        initialise(layer, method)
+    return len(layers)
 
 
 def get_lora_params(model: nn.Module) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fastlora.config import computes_in
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.model.adapter_registry import (
@@ -127,7 +128,7 @@ def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRep
 
     Raises: MergeError, naming the layers, if a weight is parametrised or shared. ConfigError if dtype is not a float dtype.
     """
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and not computes_in(dtype):
         raise ConfigError(f"dtype: expected a float dtype or None, got {dtype}")
     check_mergeable(model)
     layers = named_lora_layers(model)

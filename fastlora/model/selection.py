@@ -9,10 +9,19 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, PATTERNS, LoRAConfig, Targets, layer_index
+from fastlora.config import (
+    ALL_LINEAR,
+    DEFAULT_TARGETS,
+    KINDS,
+    PATTERNS,
+    LoRAConfig,
+    Targets,
+    layer_index,
+)
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
+from fastlora.layers.offload import loaded_from_above, offload_hook
 from fastlora.model.adapter_registry import inactive_adapters
 
 # The layers to wrap, each with its path and a config with its own rank, alpha and dropout.
@@ -99,7 +108,13 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
         for decision in decide(model, config)
         if decision.config is not None
     }
+    above = loaded_from_above(model)
     problems = [(path, why_unsuitable(module, own)) for module, (path, own) in selected.items()]
+    problems += [
+        (path, f"accelerate loads it by name in the hook of {above[module] or 'the model'}")
+        for module, (path, _) in selected.items()
+        if module in above
+    ]
     refused = [f"{path}: {reason}" for path, reason in problems if reason is not None]
     if refused:
         raise InjectionError("cannot adapt " + "; ".join(refused))
@@ -122,6 +137,7 @@ def extra_trainable(
     if config.bias == "all":
         # in_proj_bias of an attention and bias_ih_l0 of an LSTM too, as in PEFT
         trained += [p for name, p in model.named_parameters() if "bias" in name.rpartition(".")[2]]
+    _refuse_offloaded(model, trained, "modules_to_save, bias")
     return trained
 
 
@@ -150,7 +166,19 @@ def parameters_within(
                     f"{argument}: {path} is or contains {inside}, which gets an adapter"
                 )
             found += modules[path].parameters()
+    _refuse_offloaded(model, found, argument)
     return found
+
+
+def _refuse_offloaded(model: nn.Module, trained: Sequence[nn.Parameter], argument: str) -> None:
+    """Raises: InjectionError if accelerate offloads a module that is to train: its hook would discard the gradients."""
+    above, heads = loaded_from_above(model), {id(parameter) for parameter in trained}
+    for path, module in model.named_modules():
+        owns = any(id(parameter) in heads for parameter in module.parameters(recurse=False))
+        if owns and (offload_hook(module) is not None or module in above):
+            raise InjectionError(
+                f"{argument}: {path or 'the model'} is offloaded by accelerate, so training cannot change it"
+            )
 
 
 def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection) -> str | None:
@@ -185,11 +213,16 @@ def candidates(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.M
 
 
 def _other_kind_hint(model: nn.Module, config: LoRAConfig, pattern: str | re.Pattern[str]) -> str:
-    """A hint for an error message: a layer of another kind that the pattern matches."""
+    """A hint for an error message: a layer of another kind, or of none (GPTQ's, AWQ's), that the pattern matches."""
     for path, module in model.named_modules():
         kind = kind_of(module)
-        if kind is not None and kind not in config.kinds and config.matches(pattern, path):
-            return f" It matches the {type(module).__name__} {path}, if kinds has {kind!r}."
+        if kind in config.kinds or not config.matches(pattern, path):
+            continue
+        name = f" It matches the {type(module).__name__} {path}"
+        if kind is not None:
+            return f"{name}, if kinds has {kind!r}."
+        if not module._modules:
+            return f"{name}, which is none of {', '.join(KINDS)}."
     return ""
 
 

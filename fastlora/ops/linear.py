@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastlora.config import computes_in
 from fastlora.errors import ConfigError
 from fastlora.ops import reference
 from fastlora.ops.dispatch import choose, transformed
@@ -77,7 +78,10 @@ def lora_update(
     """y + scaling · (dropout(x) Aᵀ) Bᵀ for a base output y (..., N) that another module computed; arguments as in `lora_linear`.
 
     x is cast to y's dtype. Saved for the backward pass: x, S and the seed, as in `lora_linear`.
+
+    Raises: ConfigError if shapes or devices do not fit, or y is not floating-point.
     """
+    _check_update(y, x, lora_a, lora_b)
     with no_autocast(y):  # the result keeps y's dtype, which the wrapped layer chose
         x, low = x.to(y.dtype), low_rank(lora_a, lora_b, scaling, p, seed).to(y.dtype)
         if transformed():
@@ -328,3 +332,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ConfigError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+
+
+def _check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    """`_check` for `lora_update`, whose weight is unknown: y (..., N) and x (..., K) determine the shapes."""
+    if not computes_in(y.dtype):
+        raise ConfigError(f"y: expected a floating-point dtype, got {y.dtype}")
+    if y.ndim == 0 or x.ndim == 0 or y.shape[:-1] != x.shape[:-1]:
+        raise ConfigError(f"x: expected (..., K) for y {tuple(y.shape)}, got {tuple(x.shape)}")
+    n, k = y.shape[-1], x.shape[-1]
+    if lora_a.ndim != 2 or lora_a.shape[1] != k:
+        raise ConfigError(f"lora_a: expected (R, K={k}), got {tuple(lora_a.shape)}")
+    r = lora_a.shape[0]
+    if lora_b.shape != (n, r):
+        raise ConfigError(f"lora_b: expected (N={n}, R={r}), got {tuple(lora_b.shape)}")
+    for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor.device != y.device:
+            raise ConfigError(f"{name}: expected y's device {y.device}, got {tensor.device}")

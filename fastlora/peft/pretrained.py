@@ -21,6 +21,7 @@ from fastlora.io.adapter_state import adapter_state
 from fastlora.io.safetensors_format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
+from fastlora.layers.offload import execution_device
 from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.heads import (
@@ -117,9 +118,13 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
         raise CheckpointError(
             f'model: has the inactive adapters {", ".join(map(repr, inactive))}; pass adapter="name"'
         )
-    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise CheckpointError(f"model: {meta} is on the meta device and cannot store a value")
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and execution_device(module, name).type == "meta":
+                where = f"{path}.{name}".lstrip(".")
+                raise CheckpointError(
+                    f"model: {where} is on the meta device and cannot store a value"
+                )
     config, tensors = read_tensors(folder)
     config.check_matching([path for path, _ in base_modules(model)])
     targets = config.targets(model)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fastlora.errors import CheckError, InjectionError
 from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.offload import offload_hook
+from fastlora.layers.quantised import why_unreadable
 from fastlora.model.switch import eval_mode
 
 Layers = Mapping[str, LoRALayer]
@@ -79,6 +81,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         whose weight is read elsewhere, so that their forward is not called or its result not used;
         that a fast path ignores in eval mode;
         behind reentrant checkpointing whose inputs need no gradient (a frozen embedding), torch.no_grad() or detach();
+        on another device than their layer computes on (then nothing is run), or with values that are not finite;
         that are frozen, have alpha 0, or have lora_A and lora_B both zero.
     A layer that the sample does not use, such as an expert that is not selected, is a finding too.
 
@@ -115,6 +118,8 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
             for path, layer in layers.items()
             if (reason := _why_untrainable(layer)) is not None
         }
+        if any(_misplaced(layer) for layer in layers.values()):  # the model cannot run
+            return _report(layers, findings)
         with _replaced_parameters(model, layers.values()):
             ineffective = _ineffective(run, layers)
             for module, mode in modes:  # if the model is in training, modules in eval mode stay so
@@ -128,18 +133,36 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
             calls = _gradient_modes(run, suspects) if suspects else {}
         for path, call in calls.items():
             findings[path] = _reason(path in no_gradient, path in ineffective, call)
+    return _report(layers, findings)
+
+
+def _report(layers: Layers, findings: Mapping[str, str]) -> CheckReport:
     ordered = (Finding(path, findings[path]) for path in layers if path in findings)
     return CheckReport(tuple(layers), tuple(ordered))
+
+
+def _misplaced(layer: LoRALayer) -> str | None:
+    """Why the adapter's parameters are not where the layer computes, or None if they are."""
+    if offload_hook(layer) is not None:
+        return "lora_A and lora_B are offloaded by accelerate, which discards their gradients; offload the model before injection"
+    if layer.wrapped_device.type == "meta":
+        return "the layer is on the meta device and has no values"
+    return layer.misplaced()
 
 
 def _why_untrainable(layer: LoRALayer) -> str | None:
     a, b = layer.lora_A, layer.lora_B
     if layer.disabled:
         return "is disabled by disable_adapter"
+    misplaced = _misplaced(layer)
+    if misplaced is not None:
+        return misplaced
     if not (a.requires_grad or b.requires_grad):
         return "lora_A and lora_B are frozen (requires_grad is False)"
     if layer.scaling == 0:
         return "alpha is 0, so the update is zero"
+    if not all(bool(p.isfinite().all()) for p in layer.lora_parameters().values()):
+        return "its parameters are not finite; after to_empty call reset_lora_parameters(model)"
     if not (a.any() or b.any()):
         return "lora_A and lora_B are both zero, so neither gets a gradient; initialise one with random values"
     return None
@@ -293,10 +316,11 @@ def _trial_values(layer: LoRALayer) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(layer.lora_A.shape, generator=generator) / layer.lora_A[0].numel() ** 0.5
     b = torch.randn(layer.lora_B.shape, generator=generator)
-    weight = layer.wrapped_weight().detach()
+    unreadable = why_unreadable(layer.wrapped) is not None
+    weight_norm = 0.0 if unreadable else float(layer.wrapped_weight().detach().float().norm())
     norm = float(layer.lora_A.detach().float().norm()) or float(a.norm())
     update = abs(layer.scaling) * float(b.norm()) * norm / layer.rank**0.5
-    target = _SHARE * float(weight.float().norm()) or 1.0
+    target = _SHARE * weight_norm or 1.0
     return a.to(layer.lora_A), (b * (target / update if update else 1.0)).to(layer.lora_B)
 
 

@@ -66,6 +66,26 @@ def test_round_trip():
     assert len(result.loaded) == 8 and result.missing == [] and result.unexpected == []
 
 
+def test_tensors_on_meta_are_neither_loaded_nor_loaded_into_nor_written(tmp_path):
+    model, source = adapted(), adapted(seed=2)
+    state, before = get_lora_state_dict(source), snapshot(model)
+    key = "blocks.0.attn.to_qkv.lora_A"
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=f"{key}: is on the meta device in the state"):
+            load_lora_state_dict(model, {k: v.to("meta") for k, v in state.items()}, strict)
+    assert unchanged(model, before)
+    one = state | {key: state[key].to("meta")}
+    with pytest.raises(CheckpointError, match="1 problems, nothing was changed"):
+        load_lora_state_dict(model, one)
+    assert unchanged(model, before)
+    model.to("meta")
+    with pytest.raises(CheckpointError, match=f"{key}: is on the meta device in the model"):
+        load_lora_state_dict(model, state)
+    with pytest.raises(CheckpointError, match=f"{key}: is on the meta device, so it has no value"):
+        save_adapter(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_strict_names_every_problem_with_the_nearest_candidate_and_changes_nothing():
     model = adapted()
     state = get_lora_state_dict(adapted(seed=2))

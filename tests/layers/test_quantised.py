@@ -1,4 +1,4 @@
-"""Bases quantised by bitsandbytes or torchao: the package computes the product, and the adapter's is added."""
+"""Bases quantised by bitsandbytes or torchao, or stored in float8: the package computes the product, and the adapter's is added."""
 
 import copy
 import warnings
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fastlora import (
+    ConfigError,
+    InjectionError,
     LoRAConfig,
     LoRALinear,
     MergeError,
@@ -168,12 +170,158 @@ def test_variants_read_the_dequantised_weight(base, settings):
 
 
 def test_an_unknown_quantisation_is_refused():
-    from fastlora import InjectionError
-
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(InjectionError, match="torch.int8 weight of an unknown quantisation"):
         LoRALinear(linear)
+
+
+STORED = [
+    dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1
+]
+
+
+def stored(module, dtype):
+    value = torch.zeros(module.weight.shape, dtype=torch.uint8).view(dtype)
+    module.weight = nn.Parameter(value, requires_grad=False)
+    return module
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_a_weight_that_torch_cannot_multiply_is_refused_whatever_the_kind(dtype):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    layers = {
+        "linear": nn.Linear(4, 6),
+        "transposed": conv1d(6, 4),
+        "conv": nn.Conv2d(4, 6, 3),
+        "embedding": nn.Embedding(6, 4),
+    }
+    model = nn.ModuleDict({name: stored(layer, dtype) for name, layer in layers.items()})
+    for name, layer in layers.items():
+        message = rf"{name}: {type(layer).__name__} holds a (quantised )?{dtype} weight, which"
+        for adapter_dtype in (None, torch.float32):
+            config = LoRAConfig(
+                [name], kinds=("linear", "conv", "embedding"), adapter_dtype=adapter_dtype
+            )
+            with pytest.raises(InjectionError, match=message):
+                inject_lora(model, config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (torch.complex64, "torch.complex64 weight, expected real numbers"),
+        (torch.uint8, "torch.uint8 weight of an unknown quantisation"),
+    ],
+)
+def test_weights_of_other_dtypes_are_refused_whatever_the_kind(dtype, reason):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    for layer in (nn.Linear(4, 6), conv1d(6, 4), nn.Conv2d(4, 6, 3), nn.Embedding(6, 4)):
+        layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        model = nn.Sequential(layer)
+        config = LoRAConfig(["0"], kinds=("linear", "conv", "embedding"))
+        with pytest.raises(InjectionError, match=f"{type(layer).__name__} holds a {reason}"):
+            inject_lora(model, config)
+
+
+class ScaledLinear(nn.Linear):
+    """A float8 weight with one scale, computed in the dtype of the input, as transformers' `FP8Linear`."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        scale = linear.weight.detach().abs().max() / 448
+        value = (linear.weight.detach() / scale).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(value, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, input):
+        weight = self.weight.to(input.dtype) * self.weight_scale_inv.to(input.dtype)
+        return nn.functional.linear(input, weight, self.bias)
+
+
+def test_a_class_that_computes_with_its_float8_weight_is_adapted(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(ScaledLinear(nn.Linear(64, 96)), nn.Linear(96, 3))
+    want = model(X)
+    inject_lora(model, LoRAConfig(["0"], rank=4, alpha=6.0))
+    freeze_base_params(model)
+    layer = model[0]
+    assert layer.lora_A.dtype == torch.float32
+    assert_close(model(X), want, want.double())
+    randomise_adapters(model)
+    update = 1.5 * X @ layer.lora_A.T @ layer.lora_B.T
+    exact = (layer.original_linear(X) + update).double()
+    assert_close(layer(X), layer.original_linear(X) + update, exact)
+    assert_differs(model(X), want)
+    assert torch.equal(layer(Tokens(X)).feats, layer(X))
+    model(X).sum().backward()
+    assert all(p.grad.any() for p in get_lora_params(model))
+    assert check(model, X).ok
+    assert "quantised by tests" in explain(layer, X).reason
+    with pytest.raises(MergeError, match="0: the weight is quantised by tests, which would round"):
+        merge_lora_weights(model)
+    with pytest.raises(
+        MergeError, match="weight: the weight is stored in torch.float8_e4m3fn with"
+    ):
+        _ = layer.weight
+    with disable_adapter(model):
+        assert_close(model(X), want, want.double())
+    save_adapter(model, tmp_path / "a.safetensors")
+    other = nn.Sequential(copy.deepcopy(layer.original_linear), copy.deepcopy(model[1]))
+    inject_lora(other, LoRAConfig(["0"], rank=4, alpha=6.0))
+    load_adapter(other, tmp_path / "a.safetensors")
+    assert torch.equal(other(X), model(X))
+    assert estimate(model, rows=4).total_bytes > 0
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "olora"}])
+def test_settings_that_read_a_weight_of_unknown_scale_are_refused(settings):
+    linear = ScaledLinear(nn.Linear(64, 96))
+    message = "reads the weight, but the weight is stored in torch.float8_e4m3fn with scales that"
+    with pytest.raises(InjectionError, match=f"0: {next(iter(settings))} {message}"):
+        inject_lora(nn.Sequential(linear), LoRAConfig(["0"], **settings))
+    with pytest.raises(ConfigError, match=f"use_dora: {message}"):
+        LoRALinear(linear, use_dora=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_a_weight_that_a_hook_casts_in_every_call_is_adapted(settings):
+    accelerate = pytest.importorskip("accelerate", minversion="1.3")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 3))
+    accelerate.big_modeling.attach_layerwise_casting_hooks(
+        model[0], torch.float8_e4m3fn, torch.float32
+    )
+    memory = copy.deepcopy(model)
+    accelerate.hooks.remove_hook_from_submodules(memory)
+    memory.float()
+    with torch.no_grad():
+        for m in (model, memory):
+            torch.manual_seed(1)
+            inject_lora(m, LoRAConfig(["0"], adapter_dtype=torch.float32, **settings))
+            randomise_adapters(m)
+        want = memory(X)
+        assert_close(model(X), want, copy.deepcopy(memory).double()(X.double()))
+        assert torch.equal(model[0].weight, memory[0].weight)
+    assert model[0].original_linear.weight.dtype == torch.float8_e4m3fn
+    with pytest.raises(MergeError, match="0: the weight is quantised by accelerate"):
+        merge_lora_weights(model)
+
+
+def test_a_dtype_that_torch_only_stores_is_no_dtype_for_adapters_or_merging():
+    with pytest.raises(ConfigError, match="adapter_dtype: expected a float dtype or None, got"):
+        LoRAConfig(["0"], adapter_dtype=torch.float8_e4m3fn)
+    with pytest.raises(ConfigError, match="adapter_dtype: expected a float dtype, got"):
+        LoRALinear(nn.Linear(4, 4), adapter_dtype=torch.float8_e5m2)
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_lora(model, ["0"])
+    with pytest.raises(
+        ConfigError, match="dtype: expected a float dtype or None, got torch.float8"
+    ):
+        merge_lora_weights(model, dtype=torch.float8_e4m3fn)
 
 
 class Tokens:

@@ -364,3 +364,19 @@ def test_a_shared_layer_is_not_adapted_and_trained_under_its_other_name(first, w
     with pytest.raises(InjectionError, match="which gets an adapter"):
         setup_lora_for_medical_finetuning(model, output_layer_names=[wanted])
     assert model.to_q is layer and layer.weight.requires_grad
+
+
+def test_a_pattern_that_matches_a_layer_of_no_kind_names_its_class():
+    class QuantLinear(nn.Module):  # as of GPTQ and AWQ: packed integers, not an nn.Linear
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+
+    model = nn.ModuleDict(
+        {"q_proj": QuantLinear(), "fc": nn.Linear(4, 4), "norm": nn.Conv1d(4, 4, 1)}
+    )
+    kinds = "linear, conv, embedding"
+    with pytest.raises(InjectionError, match=f"the QuantLinear q_proj, which is none of {kinds}"):
+        inject_lora(model, LoRAConfig(["q_proj"]))
+    with pytest.raises(InjectionError, match="It matches the Conv1d norm, if kinds has 'conv'"):
+        inject_lora(model, LoRAConfig(["norm"]))

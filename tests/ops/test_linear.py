@@ -180,6 +180,35 @@ def test_lora_update_adds_what_lora_linear_would():
     assert_close(got, expected, formula(*_double(t), 0.3, SEED))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.zeros(3, 6).int()}, "y: expected a floating-point dtype, got torch.int32"),
+        (
+            {"y": torch.zeros(3, 6).to(torch.float8_e5m2)},
+            "y: expected a floating-point dtype, got torch.float8_e5m2",
+        ),
+        ({"x": torch.tensor(1.0)}, r"x: expected \(\.\.\., K\) for y \(3, 6\), got \(\)"),
+        ({"x": torch.zeros(4, 8)}, r"x: expected \(\.\.\., K\) for y \(3, 6\), got \(4, 8\)"),
+        ({"x": torch.zeros(8)}, r"x: expected \(\.\.\., K\) for y \(3, 6\), got \(8,\)"),
+        ({"lora_a": torch.zeros(2, 5)}, r"lora_a: expected \(R, K=8\), got \(2, 5\)"),
+        ({"lora_b": torch.zeros(6, 3)}, r"lora_b: expected \(N=6, R=2\), got \(6, 3\)"),
+        ({"x": torch.zeros(3, 8, device="meta")}, "x: expected y's device cpu, got meta"),
+        ({"lora_a": torch.zeros(2, 8, device="meta")}, "lora_a: expected y's device cpu, got meta"),
+        ({"lora_b": torch.zeros(6, 2, device="meta")}, "lora_b: expected y's device cpu, got meta"),
+    ],
+)
+def test_invalid_arguments_of_lora_update_are_named(change, message):
+    arguments = {
+        "y": torch.zeros(3, 6),
+        "x": torch.zeros(3, 8),
+        "lora_a": torch.zeros(2, 8),
+        "lora_b": torch.zeros(6, 2),
+    }
+    with pytest.raises(ConfigError, match=message):
+        linear.lora_update(**arguments | change, scaling=1.0)
+
+
 def _double(t: Tensors):
     d = t.to(torch.float64)
     return d.x, d.weight, d.bias, d.lora_a, d.lora_b, d.scaling
