@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,12 +17,37 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora.config import BACKENDS, check_hyperparameters, scaling_divisor
-from fastlora.errors import BackendError, ConfigError, InjectionError, MergeError
+from fastlora.errors import (
+    BackendError,
+    ConfigError,
+    FastLoRAWarning,
+    InjectionError,
+    MergeError,
+)
+from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.quantised import dequantised, quantisation
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import autocasts
 
 Shape = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Usage:
+    """How other code uses an adapted layer, as far as eager calls have shown.
+
+    called: its forward has run. weight_read: an operation has used the value of its `weight`. reads_in_training: how often that was in training
+        mode and with dropout, before the first call.
+    """
+
+    called: bool = False
+    weight_read: bool = False
+    reads_in_training: int = 0
+
+    @property
+    def only_read(self) -> bool:
+        """Whether other code multiplies by the weight and does not call the layer."""
+        return self.weight_read and not self.called
 
 
 class LoRALayer(nn.Module, ABC):
@@ -40,6 +68,7 @@ class LoRALayer(nn.Module, ABC):
     initial_A: Tensor | None
     initial_B: Tensor | None
     lora_magnitude: nn.Parameter | None
+    usage: Usage
 
     def __init__(
         self,
@@ -86,6 +115,7 @@ class LoRALayer(nn.Module, ABC):
         self.register_parameter("lora_magnitude", None)
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
+        self.usage = Usage()
         self.reset_lora_parameters()
         self.train(original_layer.training)
 
@@ -119,15 +149,27 @@ class LoRALayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The wrapped weight + ΔW, in its shape, recomputed at each access.
+        """The wrapped weight + ΔW, in its shape, computed anew for each access when an operation needs its value.
 
         Summed in float32 or wider and rounded once to the weight's dtype (that of `wrapped_weight`). Differentiable, so code
         that multiplies by `.weight` itself (`nn.MultiheadAttention`) uses and trains the adapter, without dropout. While the
-        adapter is disabled, the wrapped weight.
+        adapter is disabled, the wrapped weight. Reading its dtype, device or shape computes nothing. It cannot be written, and is valid until the
+        wrapped weight or the adapter changes; `.detach().clone()` keeps the value.
+
+        Raises: MergeError in an operation that writes it, or that uses it after such a change.
         """
         weight = self.wrapped_weight()
         if self.disabled:
             return weight
+        own = self._parameters | self._buffers
+        tensors = (weight, *own.values())
+        # Elsewhere: in replicas of DataParallel and under torch.fx.
+        if self.lora_A is own.get("lora_A") and can_defer(tensors):
+            if quantisation(self.wrapped) is None:
+                compute = partial(_merged_from, type(self), self.__dict__.copy(), tuple(own))
+                return defer(compute, tensors, self._note_weight_read)
+        if not torch.compiler.is_compiling():
+            self._note_weight_read()
         with no_autocast(weight):
             return self._merged_weight(weight).to(weight.dtype)
 
@@ -218,6 +260,19 @@ class LoRALayer(nn.Module, ABC):
             return "the weight is computed by a hook, not a parameter"
         return None
 
+    def _note_weight_read(self) -> None:
+        """Note that an operation uses the value of `weight`; warn if LoRA dropout has no effect for that reason."""
+        self.usage.weight_read = True
+        if not self.training or self.dropout == 0.0 or self.usage.called:
+            return
+        self.usage.reads_in_training += 1
+        if self.usage.reads_in_training == 2:  # the first may precede the first call, as in a penalty on the weight
+            warnings.warn(
+                f"dropout has no effect on a layer whose weight is read and whose forward is not called: {self}",
+                FastLoRAWarning,
+                stacklevel=2,
+            )
+
     def extra_repr(self) -> str:
         return (
             f"r={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
@@ -230,6 +285,7 @@ class LoRALayer(nn.Module, ABC):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A copy made inside disable_adapter would stay disabled.
         self.__dict__.pop("disabled", None)
+        self.usage = Usage()
 
     @abstractmethod
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -244,6 +300,22 @@ class LoRALayer(nn.Module, ABC):
     def _merged_weight(self, weight: Tensor) -> Tensor:
         wide = self._accumulate_dtype(weight)
         return weight.to(wide) + self.delta(wide)
+
+
+def _merged_from(
+    kind: type[LoRALayer],
+    attributes: dict[str, Any],
+    names: tuple[str, ...],
+    weight: Tensor,
+    *tensors: Tensor | None,
+) -> Tensor:
+    """`LoRALayer.weight` of a layer that had these attributes, wrapped weight, and parameters and buffers of these names."""
+    layer = object.__new__(kind)
+    named = dict(zip(names, tensors, strict=True))
+    # In the instance's __dict__ they take precedence over the parameters and the method.
+    layer.__dict__ = attributes | named | {"_buffers": named, "wrapped_weight": lambda: weight}
+    with no_autocast(weight):
+        return layer._merged_weight(weight).to(weight.dtype)
 
 
 def fold_initial(
