@@ -7,7 +7,6 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -27,7 +26,7 @@ from fastlora.errors import (
 from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.quantised import dequantised, quantisation
 from fastlora.ops.dispatch import Choice
-from fastlora.ops.linear import autocasts
+from fastlora.ops.linear import no_autocast
 
 Shape = tuple[int, ...]
 
@@ -161,14 +160,13 @@ class LoRALayer(nn.Module, ABC):
         weight = self.wrapped_weight()
         if self.disabled:
             return weight
-        own = self._parameters | self._buffers
-        tensors = (weight, *own.values())
-        # Elsewhere: in replicas of DataParallel and under torch.fx.
-        if self.lora_A is own.get("lora_A") and can_defer(tensors):
-            if quantisation(self.wrapped) is None:
+        if not torch.compiler.is_compiling():
+            own = self._parameters | self._buffers
+            tensors = (weight, *own.values())
+            # Replicas of DataParallel have their factors elsewhere.
+            if can_defer(tensors) and self.lora_A is own.get("lora_A"):
                 compute = partial(_merged_from, type(self), self.__dict__.copy(), tuple(own))
                 return defer(compute, tensors, self._note_weight_read)
-        if not torch.compiler.is_compiling():
             self._note_weight_read()
         with no_autocast(weight):
             return self._merged_weight(weight).to(weight.dtype)
@@ -266,7 +264,9 @@ class LoRALayer(nn.Module, ABC):
         if not self.training or self.dropout == 0.0 or self.usage.called:
             return
         self.usage.reads_in_training += 1
-        if self.usage.reads_in_training == 2:  # the first may precede the first call, as in a penalty on the weight
+        if (
+            self.usage.reads_in_training == 2
+        ):  # the first may precede the first call, as in a penalty on the weight
             warnings.warn(
                 f"dropout has no effect on a layer whose weight is read and whose forward is not called: {self}",
                 FastLoRAWarning,
@@ -328,13 +328,6 @@ def fold_initial(
 def wrapped_attribute(name: str) -> Any:
     """A read-only property that returns the wrapped layer's attribute `name`."""
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
-
-
-def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Context manager: turns autocast off on the tensor's device."""
-    if autocasts(tensor):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return nullcontext()
 
 
 def default_adapter_dtype(original: nn.Module) -> torch.dtype:

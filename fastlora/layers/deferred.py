@@ -6,127 +6,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from fastlora.errors import MergeError
 from fastlora.ops.dispatch import functorch_active
-from fastlora.ops.linear import exact_gradients
+from fastlora.ops.linear import exact_gradients, no_autocast
 
 Tensors = Sequence[Tensor | None]
 
-
-class Recipe:
-    """How a value is computed, with arguments as in `defer`."""
-
-    def __init__(
-        self, compute: Callable[..., Tensor], tensors: Tensors, on_use: Callable[[], None]
-    ) -> None:
-        self.compute, self.tensors, self.on_use = compute, tensors, on_use
-        self._versions, self._places = self._state()
-
-    def value(self) -> Tensor:
-        """The value, without gradients. Raises: MergeError if a tensor has changed."""
-        self._check(self._state() != (self._versions, self._places))
-        with torch.no_grad():
-            # Contiguous, as the tensor has said that it is.
-            return self.compute(*self.tensors).contiguous()
-
-    def gradients(self, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-        """The gradients of the tensors that `needs` marks, differentiable if gradients are enabled. Raises: as `value`."""
-        self._check(self._state()[0] != self._versions)  # a sharded parameter may have moved
-
-        def compute(*tensors: Tensor | None) -> list[Tensor]:
-            return [self.compute(*tensors)]
-
-        return exact_gradients(compute, self.tensors, needs, [grad])
-
-    def _state(self) -> tuple[list[int], list[int]]:
-        given = [tensor for tensor in self.tensors if tensor is not None]
-        return [tensor._version for tensor in given], [tensor.data_ptr() for tensor in given]
-
-    def _check(self, changed: bool) -> None:
-        if changed:
-            raise MergeError(
-                "a merged weight that was read before a change of the base weight or of the adapter is used after it; "
-                "read layer.weight again, or keep its value: layer.weight.detach().clone()"
-            )
+# The methods of a tensor that read its memory without an operation.
+_READ_MEMORY = (
+    *("__array__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "_typed_storage", "is_shared"),
+    *("const_data_ptr", "data_ptr", "numpy", "share_memory_", "storage", "tolist"),
+    *("untyped_storage", "__repr__"),
+)
 
 
-class DeferredTensor(Tensor):
-    """A tensor that answers what it is (shape, dtype, device, …) at once, and computes its value when an operation first needs it.
+def defer(compute: Callable[..., Tensor], tensors: Tensors, on_use: Callable[[], None]) -> Tensor:
+    """compute(*tensors), computed when an operation first needs its value; gradients reach `tensors` as if it were computed here.
 
-    A wrapper subclass without storage. Operations reach `__torch_dispatch__`, below autograd, whatever code calls them, and get the value;
-    their results are plain tensors. `defer` gives the wrapper its place in the graph. C++ code that reads its memory directly
-    gets an error from PyTorch.
-
-    Raises: MergeError, in the operation, if it writes into the tensor, or if what the value is computed from has changed since.
+    compute: a pure function; its result has the shape, dtype and device of the first tensor. on_use: called when the value is needed.
+    tensors: as `can_defer` requires them.
     """
-
-    # Subclasses with a `__torch_function__` are excluded from PyTorch's fast paths.
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    _recipe: Recipe
-    _value: Tensor | None
-
-    @staticmethod
-    def __new__(cls, recipe: Recipe) -> DeferredTensor:
-        like = recipe.tensors[0]
-        assert like is not None
-        self: DeferredTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.shape, like.stride(), dtype=like.dtype, device=like.device
-        )
-        self._recipe, self._value = recipe, None
-        return self
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-            written = [given.get(a.name) for a in func._schema.arguments if a.is_write]
-            if any(isinstance(leaf, cls) for leaf in tree_iter(written)):
-                raise MergeError(
-                    f"{func}: the weight of an adapted layer is computed from the base weight and the adapter, so it "
-                    "cannot be written; change those, or layer.weight.clone()"
-                )
-        args, kwargs = tree_map_only(cls, cls._computed, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def plain(self) -> Tensor:
-        """The same value as a plain tensor, at the same place in the graph."""
-        return self.view_as(self)
-
-    def _computed(self) -> Tensor:
-        if self._value is None:
-            self._recipe.on_use()
-            # The value must be usable wherever the tensor is: also outside of an inference mode entered since.
-            with torch.inference_mode(self.is_inference()):
-                self._value = self._recipe.value()
-        return self._value.detach()  # an alias, so that no operation returns the value itself
-
-
-class _Deferred(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, recipe: Recipe, *tensors: Tensor | None) -> Tensor:
-        ctx.recipe = recipe  # not the tensor, whose value would then live as long as the graph
-        return DeferredTensor(recipe)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.recipe.gradients(ctx.needs_input_grad[1:], grad)
-
-
-def defer(
-    compute: Callable[..., Tensor], tensors: Tensors, on_use: Callable[[], None]
-) -> Tensor:
-    """compute(*tensors), computed when an operation first needs its value; gradients flow to `tensors`, as if it were computed here.
-
-    compute: a pure function, whose result has the shape, dtype and device of the first tensor. on_use: called when the value is needed.
-    """
-    recipe = Recipe(compute, tensors, on_use)
+    recipe = _Recipe(compute, tensors, on_use)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         result: Tensor = _Deferred.apply(recipe, *tensors)  # type: ignore[no-untyped-call]
         return result
@@ -134,10 +38,10 @@ def defer(
 
 
 def can_defer(tensors: Tensors) -> bool:
-    """Whether `defer` takes these tensors here: plain contiguous ones, outside of tracing, functorch and forward-mode differentiation."""
+    """Whether `defer` takes these tensors: plain contiguous ones, outside of tracing, functorch and forward-mode differentiation."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
         and not functorch_active()
         and forward_ad._current_level < 0
@@ -147,24 +51,138 @@ def can_defer(tensors: Tensors) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     return (
-        type(tensor) in (torch.nn.Parameter, Tensor)
+        type(tensor) in (nn.Parameter, Tensor)
         and tensor.layout is torch.strided
-        and not tensor.is_inference()  # it has no version
+        and not tensor.is_inference()  # which has no version
         and tensor.is_contiguous()
     )
 
 
-def _on_plain(name: str) -> Any:
-    def method(self: DeferredTensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.plain(), name)(*args, **kwargs)
+class DeferredTensor(Tensor):
+    """A tensor that tells its shape, dtype and device at once, and computes its value when an operation first needs it.
 
-    method.__name__ = name
+    It is a wrapper subclass without storage, and `defer` gives it its place in the graph. Whatever code calls an operation, it
+    reaches `__torch_dispatch__`, below autograd, and gets the value; the result is a plain tensor. C++ code that reads the memory
+    directly gets PyTorch's error that there is none.
+
+    Raises: MergeError in an operation that writes the tensor, or that needs its value after a tensor that it is computed from changed.
+    """
+
+    # With a `__torch_function__`, PyTorch's modules would avoid their fast paths.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _recipe: _Recipe
+    _value: Tensor | None
+
+    @staticmethod
+    def __new__(cls, recipe: _Recipe) -> DeferredTensor:
+        like = recipe.tensors[0]
+        assert like is not None
+        self: DeferredTensor = Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), dtype=like.dtype, device=like.device
+        )
+        torch._C._set_throw_on_mutable_data_ptr(self)  # instead of giving out a null pointer
+        self._recipe, self._value = recipe, None
+        return self
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, schema = kwargs or {}, func._schema
+        if schema.is_mutable:
+            names = [argument.name for argument in schema.arguments]
+            given = dict(zip(names, args, strict=False)) | kwargs
+            written = [
+                given.get(argument.name) for argument in schema.arguments if argument.is_write
+            ]
+            if any(isinstance(leaf, cls) for leaf in tree_iter(written)):
+                raise _not_writable()
+        args, kwargs = tree_map_only(cls, cls._computed, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _not_writable()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _not_writable()
+
+    def _computed(self) -> Tensor:
+        if self._value is None:
+            self._recipe.on_use()
+            # An inference mode that was entered since must not make it an inference tensor.
+            with torch.inference_mode(self.is_inference()):
+                self._value = self._recipe.value()
+        return self._value.detach()  # an alias, so that no operation returns the value itself
+
+
+class _Recipe:
+    """How a value is computed; arguments as in `defer`."""
+
+    def __init__(
+        self, compute: Callable[..., Tensor], tensors: Tensors, on_use: Callable[[], None]
+    ) -> None:
+        self.compute, self.tensors, self.on_use = compute, tensors, on_use
+        self._versions, self._places = self._state()
+
+    def value(self) -> Tensor:
+        """The value, without a graph. Raises: MergeError if a tensor has changed."""
+        self._check(self._state() == (self._versions, self._places))
+        with torch.no_grad():
+            return self.compute(*self.tensors).contiguous()  # as the wrapper has told
+
+    def gradients(self, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+        """The gradients of the tensors that `needs` marks, differentiable if gradients are enabled. Raises: as `value`."""
+        self._check(self._state()[0] == self._versions)  # sharding may have moved them
+        with no_autocast(grad):
+            return exact_gradients(
+                lambda *given: [self.compute(*given)], self.tensors, needs, [grad]
+            )
+
+    def _state(self) -> tuple[list[int], list[int]]:
+        given = [tensor for tensor in self.tensors if tensor is not None]
+        return [tensor._version for tensor in given], [tensor.data_ptr() for tensor in given]
+
+    def _check(self, unchanged: bool) -> None:
+        if not unchanged:
+            raise MergeError(
+                "the weight of an adapted layer was read, then the base weight or the adapter changed, then the weight was "
+                "used; read layer.weight again, or keep its value: layer.weight.detach().clone()"
+            )
+
+
+class _Deferred(torch.autograd.Function):
+    """A `DeferredTensor` as a function of the tensors that it is computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> Tensor:
+        ctx.recipe = recipe  # which does not keep the value alive as long as the graph
+        return DeferredTensor(recipe)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.recipe.gradients(ctx.needs_input_grad[1:], grad)
+
+
+def _not_writable() -> MergeError:
+    return MergeError(
+        "the weight of an adapted layer is computed from the base weight and the adapter and cannot be written; "
+        "write one of these, or a copy: layer.weight.clone()"
+    )
+
+
+def _on_plain(name: str) -> Callable[..., Any]:
+    """The method `name` of a plain tensor with the same value at the same place in the graph."""
+
+    def method(self: DeferredTensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.view_as(self), name)(*args, **kwargs)
+
     return method
 
 
-# The methods that read the memory without an operation.
-for _name in (
-    *("data_ptr", "untyped_storage", "storage", "_typed_storage", "is_shared", "share_memory_"),
-    *("numpy", "tolist", "__array__", "__dlpack__", "__reduce_ex__", "__deepcopy__", "__repr__"),
-):
+for _name in _READ_MEMORY:
     setattr(DeferredTensor, _name, _on_plain(_name))

@@ -55,6 +55,8 @@ class LoRAEmbedding(LoRALayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: integers of any shape (...). Returns (..., embedding_dim)."""
+        if not torch.compiler.is_compiling():
+            self.usage.called = True
         embedding = self.original_layer
         y: Tensor = embedding(ids)
         if self.disabled:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastlora.layers.base import LoRALayer, no_autocast
+from fastlora.layers.base import LoRALayer
 from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.linear import LoRALinear
+from fastlora.ops.linear import no_autocast
 
 
 def initialise(layer: LoRALayer, method: str) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, has_hooks, no_autocast, wrapped_attribute
+from fastlora.layers.base import LoRALayer, Shape, has_hooks, wrapped_attribute
 from fastlora.layers.quantised import quantisation
 from fastlora.ops.dispatch import Choice, choose
 from fastlora.ops.dropout import dropout_threshold
-from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update
+from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update, no_autocast
 
 _NORM_ROWS = 1024
 
@@ -131,6 +131,8 @@ class LoRALinear(LoRALayer):
 
     def forward(self, input: Any) -> Any:
         """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Returns the same type."""
+        if not torch.compiler.is_compiling():
+            self.usage.called = True
         if isinstance(input, Tensor):
             return self.original_linear(input) if self.disabled else self._forward_tensor(input)
         if not (hasattr(input, "feats") and hasattr(input, "replace")):
@@ -253,8 +255,13 @@ class LoRALinear(LoRALayer):
         """Convert a matrix from the stored orientation to (N, K), or back."""
         return matrix
 
+    def _stored_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors whose product is B A in the stored orientation."""
+        return b, a  # [N, R] @ [R, K] -> [N, K]
+
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._as_weight_layout(b @ a)  # [N, R] @ [R, K] -> [N, K]
+        left, right = self._stored_factors(a, b)
+        return left @ right
 
     def _draw_seed(self, x: Tensor) -> Tensor | None:
         # Drawn by torch's generator outside the operator, so `torch.manual_seed`, recomputation and compiled graphs apply to it.
@@ -280,9 +287,8 @@ class LoRALinear(LoRALayer):
             return super()._merged_weight(weight)
         wide = self._accumulate_dtype(weight)
         a, b = (factor.to(wide) for factor in self.factors())
-        return self._as_weight_layout(
-            torch.addmm(self._as_weight_layout(weight.to(wide)), b, a, alpha=self.scaling)
-        )
+        left, right = self._stored_factors(a, b)
+        return torch.addmm(weight.to(wide), left, right, alpha=self.scaling)
 
 
 class LoRATransposedLinear(LoRALinear):
@@ -313,6 +319,9 @@ class LoRATransposedLinear(LoRALinear):
 
     def _as_weight_layout(self, matrix: Tensor) -> Tensor:
         return matrix.T
+
+    def _stored_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.T, b.T  # [K, R] @ [R, N] -> [K, N]
 
 
 def is_transposed_linear(module: object) -> TypeGuard[nn.Module]:

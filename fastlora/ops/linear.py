@@ -7,6 +7,7 @@ For `x Wᵀ + scaling · (D(x) Aᵀ) Bᵀ` autograd would save x, D(x), the drop
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -173,7 +174,9 @@ def exact_gradients(
         views = [None if t is None else t.view_as(t) for t in inputs]
         outputs = function(*views)
     wanted = [v for v, needed in zip(views, needs, strict=True) if v is not None and needed]
-    found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=differentiable, allow_unused=True))
+    found = iter(
+        torch.autograd.grad(outputs, wanted, dys, create_graph=differentiable, allow_unused=True)
+    )
     return [next(found) if needed else None for needed in needs]
 
 
@@ -284,6 +287,13 @@ def gradient_rows(dy: Tensor) -> Tensor:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Context manager: turns autocast off on the tensor's device."""
+    if autocasts(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext()
 
 
 def autocast(tensor: Tensor) -> Tensor:
