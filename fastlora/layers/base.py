@@ -33,20 +33,21 @@ Shape = tuple[int, ...]
 
 @dataclass(slots=True)
 class Usage:
-    """How other code uses an adapted layer, as far as eager calls have shown.
+    """How other code has used an adapted layer, except under torch.compile.
 
-    called: its forward has run. weight_read: an operation has used the value of its `weight`. reads_in_training: how often that was in training
-        mode and with dropout, before the first call.
+    called: its forward has run. read: an operation has used the value of its `weight`. read_in_training: that was in training mode.
+    dropout_warned: there was a warning that its dropout has no effect.
     """
 
     called: bool = False
-    weight_read: bool = False
-    reads_in_training: int = 0
+    read: bool = False
+    read_in_training: bool = False
+    dropout_warned: bool = False
 
     @property
     def only_read(self) -> bool:
-        """Whether other code multiplies by the weight and does not call the layer."""
-        return self.weight_read and not self.called
+        """Whether other code multiplies by the weight itself and does not call the layer."""
+        return self.read and not self.called
 
 
 class LoRALayer(nn.Module, ABC):
@@ -260,18 +261,20 @@ class LoRALayer(nn.Module, ABC):
 
     def _note_weight_read(self) -> None:
         """Note that an operation uses the value of `weight`; warn if LoRA dropout has no effect for that reason."""
-        self.usage.weight_read = True
-        if not self.training or self.dropout == 0.0 or self.usage.called:
+        usage = self.usage
+        usage.read = True
+        if not self.training:
             return
-        self.usage.reads_in_training += 1
-        if (
-            self.usage.reads_in_training == 2
-        ):  # the first may precede the first call, as in a penalty on the weight
+        # The first read may precede the first call, as in a penalty on the weight.
+        if usage.read_in_training and usage.only_read and self.dropout and not usage.dropout_warned:
+            usage.dropout_warned = True
             warnings.warn(
-                f"dropout has no effect on a layer whose weight is read and whose forward is not called: {self}",
+                f"dropout has no effect on a {type(self).__name__}({self.extra_repr()}): its weight is read in training "
+                "mode and its forward is not called",
                 FastLoRAWarning,
                 stacklevel=2,
             )
+        usage.read_in_training = True
 
     def extra_repr(self) -> str:
         return (

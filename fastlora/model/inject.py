@@ -195,6 +195,7 @@ def _wrap(model: nn.Module, selected: Selection) -> int:
     wrapped = {module: wrap(module, own) for module, (_, own) in selected.items()}
     for module, layer in wrapped.items():
         initialise(layer, selected[module][1].init_lora_weights)
+        layer.usage.dropout_warned = module in projections
     replace_modules(model, wrapped)
     return len(wrapped)
 

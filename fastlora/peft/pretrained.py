@@ -6,6 +6,7 @@ The rules by which a folder's config finds layers are PEFT's, not those of `inje
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, FastLoRAWarning, first_few
 from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.safetensors_format import PEFT_PREFIX
@@ -24,7 +25,7 @@ from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.inject import freeze_base_params, inject_lora
-from fastlora.model.selection import nearest_names
+from fastlora.model.selection import attention_projections, fast_path_layers, nearest_names
 from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
 from fastlora.peft.folder_format import (
     PEFT_NAMES,
@@ -42,7 +43,7 @@ def save_pretrained(
     """Write the adapters, and by default the trained heads, as a folder that PEFT and `from_pretrained` load.
 
     Layers may differ in rank, alpha and use_rslora. PEFT stores one dropout: if layers differ, the highest is written, with a
-    warning. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
+    warning. A layer whose weight other modules read instead of calling it warns too, since PEFT's `weight` is the base's. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
     folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
     moved into place.
 
@@ -67,6 +68,7 @@ def save_pretrained(
         config = _with_short_targets(model, config, layers)
     except CheckpointError as error:
         raise CheckpointError(f"model: {error}; use save_adapter") from None
+    _warn_of_reads(model, layers)
     name = getattr(model, "name_or_path", None)
     base_name = name if isinstance(name, str) and name else None
     write_folder(Path(folder), replace(state, others=heads), config, base_name)
@@ -246,6 +248,20 @@ def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[
                 f"{path} trains and is a {type(module).__name__}, which PEFT cannot save in full"
             )
     return heads
+
+
+def _warn_of_reads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Warn of layers whose weight other modules read: PEFT's `weight` is the base's."""
+    known = attention_projections(model) | fast_path_layers(model)
+    read = [path for path, layer in layers.items() if layer in known or layer.usage.only_read]
+    if read:
+        warnings.warn(
+            f"save_pretrained: PEFT computes the base model at {first_few(read)}: the modules around read the weights of these "
+            "layers, which are the base's in PEFT, and do not call them (nn.MultiheadAttention; in eval mode "
+            "nn.TransformerEncoderLayer). fastlora.from_pretrained loads the folder as it is; for PEFT, save a merged model",
+            FastLoRAWarning,
+            stacklevel=3,
+        )
 
 
 def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:

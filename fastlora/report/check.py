@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import CheckError, InjectionError
-from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.errors import CheckError, InjectionError, first_few
+from fastlora.layers.base import LoRALayer, Usage, named_lora_layers
 from fastlora.model.switch import eval_mode
 
 Layers = Mapping[str, LoRALayer]
 
-_SHOWN = 4  # paths in a line of the report
+_ONLY_READ = (
+    "works, but its forward is not called, since other code multiplies by its weight: dropout has no effect there, and in PEFT "
+    "the adapter has none"
+)
 _SHARE = 0.1  # norm of the trial update relative to the weight's
 
 
@@ -38,10 +41,12 @@ class CheckReport:
 
     layers: the paths of all adapters.
     findings: at most one for each adapter; empty if all work.
+    notes: adapters that work, but in a way that a user should know.
     """
 
     layers: tuple[str, ...]
     findings: tuple[Finding, ...]
+    notes: tuple[Finding, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -54,18 +59,13 @@ class CheckReport:
             raise CheckError(str(self))
 
     def __str__(self) -> str:
-        if self.ok:
-            return f"all {len(self.layers)} adapters change the output and get a gradient"
         head = f"{len(self.findings)} of {len(self.layers)} adapters do not work"
+        if self.ok:
+            head = f"all {len(self.layers)} adapters change the output and get a gradient"
         alike: dict[str, list[str]] = {}
-        for finding in self.findings:
+        for finding in (*self.findings, *self.notes):
             alike.setdefault(finding.reason, []).append(finding.path or "the layer")
-        lines = [
-            ", ".join(paths[:_SHOWN])
-            + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
-            + f": {reason}"
-            for reason, paths in alike.items()
-        ]
+        lines = [f"{first_few(paths)}: {reason}" for reason, paths in alike.items()]
         return "\n  ".join([head, *lines])
 
 
@@ -80,7 +80,8 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         that a fast path ignores in eval mode;
         behind reentrant checkpointing whose inputs need no gradient (a frozen embedding), torch.no_grad() or detach();
         that are frozen, have alpha 0, or have lora_A and lora_B both zero.
-    A layer that the sample does not use, such as an expert that is not selected, is a finding too.
+    A layer that the sample does not use, such as an expert that is not selected, is a finding too. A layer that works, but whose
+    forward is not called because other code multiplies by its `weight`, is a note: it has no dropout.
 
     Parameters, their gradients and hooks, buffers, training modes and the random states of torch, Python and numpy are restored,
     also if the model raises. Attributes that a forward sets are not restored, and module hooks run.
@@ -97,7 +98,12 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     if not layers:
         raise InjectionError("model: has no adapters, so there is nothing to check")
     modes = [(module, module.training) for module in model.modules()]
-    with torch.inference_mode(False), eval_mode(model), _restored(model) as rewind:
+    with (
+        torch.inference_mode(False),
+        eval_mode(model),
+        _restored(model) as rewind,
+        _usage_noted(layers.values()),
+    ):
 
         def run(grad: bool) -> list[Tensor]:
             rewind()
@@ -127,9 +133,18 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
             }
             calls = _gradient_modes(run, suspects) if suspects else {}
         for path, call in calls.items():
-            findings[path] = _reason(path in no_gradient, path in ineffective, call)
-    ordered = (Finding(path, findings[path]) for path in layers if path in findings)
-    return CheckReport(tuple(layers), tuple(ordered))
+            read = layers[path].usage.read
+            findings[path] = _reason(path in no_gradient, path in ineffective, call, read)
+        notes = {
+            path: _ONLY_READ
+            for path, layer in layers.items()
+            if path not in findings and layer.usage.only_read
+        }
+
+    def in_order(reasons: Mapping[str, str]) -> tuple[Finding, ...]:
+        return tuple(Finding(path, reasons[path]) for path in layers if path in reasons)
+
+    return CheckReport(tuple(layers), in_order(findings), in_order(notes))
 
 
 def _why_untrainable(layer: LoRALayer) -> str | None:
@@ -210,7 +225,22 @@ def _gradient_modes(
     return calls
 
 
-def _reason(no_gradient: bool, ineffective: bool, call: bool | None) -> str:
+@contextlib.contextmanager
+def _usage_noted(layers: Iterable[LoRALayer]) -> Iterator[None]:
+    """Note the usage of the layers anew; on exit what was noted before is added."""
+    before = [(layer, layer.usage) for layer in layers]
+    for layer, _ in before:
+        layer.usage = Usage(dropout_warned=True)  # the report says it
+    try:
+        yield
+    finally:
+        for layer, usage in before:
+            usage.called |= layer.usage.called
+            usage.read |= layer.usage.read
+            layer.usage = usage
+
+
+def _reason(no_gradient: bool, ineffective: bool, call: bool | None, read: bool) -> str:
     if ineffective and not no_gradient:
         return (
             "gets a gradient, but does not change the output in eval mode without gradients: "
@@ -218,7 +248,12 @@ def _reason(no_gradient: bool, ineffective: bool, call: bool | None) -> str:
         )
     what = "does not change the output and gets no gradient" if ineffective else "gets no gradient"
     if call is None:
-        return f"{what}: its forward is not called on this sample; other code may read its weight"
+        found = (
+            "its weight is read, but not for"
+            if read
+            else "other code may read the wrapped weight for"
+        )
+        return f"{what}: its forward is not called on this sample; {found} the output"
     if not call:
         return (
             f"{what}: its forward runs with gradients switched off, by torch.no_grad() or by reentrant checkpointing "
