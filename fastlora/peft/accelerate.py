@@ -96,7 +96,7 @@ def restore(peft_model: nn.Module) -> int:
 
 def _read_by_parent(model: nn.Module) -> dict[nn.Module, str]:
     """The layers whose weight a module around them reads instead of calling them, each with a reason for the report."""
-    from peft.tuners.lora import MultiheadAttention
+    from peft.tuners.lora.layer import MultiheadAttention
 
     base = "the weight, in PEFT the base's, and does not call it: the adapter has no effect"
     reasons = {

@@ -98,12 +98,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
     if not layers:
         raise InjectionError("model: has no adapters, so there is nothing to check")
     modes = [(module, module.training) for module in model.modules()]
-    with (
-        torch.inference_mode(False),
-        eval_mode(model),
-        _restored(model) as rewind,
-        _usage_noted(layers.values()),
-    ):
+    with torch.inference_mode(False), eval_mode(model), _restored(model) as rewind:
 
         def run(grad: bool) -> list[Tensor]:
             rewind()
@@ -135,16 +130,10 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         for path, call in calls.items():
             read = layers[path].usage.read
             findings[path] = _reason(path in no_gradient, path in ineffective, call, read)
-        notes = {
-            path: _ONLY_READ
-            for path, layer in layers.items()
-            if path not in findings and layer.usage.only_read
-        }
-
-    def in_order(reasons: Mapping[str, str]) -> tuple[Finding, ...]:
-        return tuple(Finding(path, reasons[path]) for path in layers if path in reasons)
-
-    return CheckReport(tuple(layers), in_order(findings), in_order(notes))
+        found = tuple(Finding(path, findings[path]) for path in layers if path in findings)
+        read_only = {path for path, layer in layers.items() if layer.usage.only_read}
+    notes = (Finding(p, _ONLY_READ) for p in layers if p in read_only and p not in findings)
+    return CheckReport(tuple(layers), found, tuple(notes))
 
 
 def _why_untrainable(layer: LoRALayer) -> str | None:
@@ -225,21 +214,6 @@ def _gradient_modes(
     return calls
 
 
-@contextlib.contextmanager
-def _usage_noted(layers: Iterable[LoRALayer]) -> Iterator[None]:
-    """Note the usage of the layers anew; on exit what was noted before is added."""
-    before = [(layer, layer.usage) for layer in layers]
-    for layer, _ in before:
-        layer.usage = Usage(dropout_warned=True)  # the report says it
-    try:
-        yield
-    finally:
-        for layer, usage in before:
-            usage.called |= layer.usage.called
-            usage.read |= layer.usage.read
-            layer.usage = usage
-
-
 def _reason(no_gradient: bool, ineffective: bool, call: bool | None, read: bool) -> str:
     if ineffective and not no_gradient:
         return (
@@ -264,7 +238,8 @@ def _reason(no_gradient: bool, ineffective: bool, call: bool | None, read: bool)
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Yields a function that restores buffers and random states; on exit they are restored too."""
+    """Yields a function that restores buffers and random states; on exit they and the layers' usage are restored too."""
+    usages = [(layer, layer.usage) for _, layer in named_lora_layers(model)]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
@@ -286,9 +261,13 @@ def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
         np.random.set_state(others[1])
 
     try:
+        for layer, _ in usages:
+            layer.usage = Usage(dropout_warned=True)  # the report says it
         yield rewind
     finally:
         rewind()
+        for layer, usage in usages:
+            layer.usage = usage
 
 
 @contextlib.contextmanager
