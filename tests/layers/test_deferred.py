@@ -472,7 +472,7 @@ def test_a_graph_does_not_keep_the_value():
     )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace`")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("name", ["linear", "dora", "transposed"])
 def test_tracers_get_the_product(name):
     layer = adapted(name)
