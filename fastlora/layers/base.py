@@ -30,6 +30,9 @@ from fastlora.ops.linear import no_autocast
 
 Shape = tuple[int, ...]
 
+# The parameters and buffers that `LoRALayer.weight` is computed from.
+_FACTORS = {"lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B"}
+
 
 @dataclass(slots=True)
 class Usage:
@@ -164,8 +167,8 @@ class LoRALayer(nn.Module, ABC):
         if not torch.compiler.is_compiling():
             own = self._parameters | self._buffers
             tensors = (weight, *own.values())
-            # Replicas of DataParallel have their factors elsewhere.
-            if can_defer(tensors) and self.lora_A is own.get("lora_A"):
+            # Replicas of DataParallel and layers with parametrised factors have them elsewhere.
+            if own.keys() >= _FACTORS and can_defer(tensors):
                 compute = partial(_merged_from, type(self), self.__dict__.copy(), tuple(own))
                 return defer(compute, tensors, self._note_weight_read)
             self._note_weight_read()

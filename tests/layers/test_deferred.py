@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import (
@@ -566,6 +568,30 @@ def test_the_encoder_keeps_its_fast_path(training):
     names = {event.key for event in profile.key_averages()}
     assert ("aten::_transformer_encoder_layer_fwd" in names) != training
     assert encoder.linear1.usage.called == training and encoder.linear1.usage.read != training
+
+
+@pytest.mark.parametrize("where", ["lora_A", "lora_B", "weight"])
+def test_parametrised_parts_get_their_gradients(where):
+    layer = adapted()
+    owner = layer.wrapped if where == "weight" else layer
+    parametrizations.weight_norm(owner, where)
+    owner.requires_grad_(True)
+    parameters = [p for p in layer.parameters() if p is not layer.bias]
+    assert len(parameters) == 4
+    got, want = (
+        torch.autograd.grad(square(weight), parameters) for weight in (layer.weight, product(layer))
+    )
+    for one, other in zip(got, want, strict=True):
+        assert other.any()
+        assert_close(one, other, other)
+
+
+def test_threads_read_the_same_weight():
+    layer = adapted()
+    weight, want = layer.weight, product(layer).detach()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: (weight * 1, layer.weight * 1), range(32)))
+    assert all(torch.equal(one, want) and torch.equal(other, want) for one, other in found)
 
 
 def test_weights_without_a_version_or_a_plain_layout_are_computed_at_once():
