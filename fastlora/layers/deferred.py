@@ -165,7 +165,10 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.recipe.gradients(ctx.needs_input_grad[1:], grad)
+        gradients = ctx.recipe.gradients
+        if torch.compiler.is_compiling():  # compiled autograd, which would lose them
+            gradients = torch.compiler.disable(gradients)  # type: ignore[no-untyped-call]
+        return None, *gradients(ctx.needs_input_grad[1:], grad)
 
 
 def _not_writable() -> MergeError:

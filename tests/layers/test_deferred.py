@@ -32,6 +32,7 @@ from fastlora import (
 from fastlora.layers.deferred import DeferredTensor
 from fastlora.layers.initialise import initialise
 from tests.support.tolerance import assert_close, assert_differs
+from tests.support.versions import needs_torch
 
 
 def conv1d():
@@ -509,6 +510,23 @@ def test_compiled_models_read_the_product_in_one_graph_and_note_nothing():
     compiled = torch.compile(lambda x, weight: F.linear(x, weight), backend="aot_eager")
     for got, same in zip(gradients(layer, square(compiled(x, layer.weight))), want, strict=True):
         assert_close(got, same, same)
+
+
+@needs_torch((2, 11), "compiled autograd refuses a backward pass inside a backward pass")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("assigned", [False, True])
+def test_compiled_autograd_keeps_the_gradients_of_a_weight_that_was_read_outside(assigned):
+    layer, x = adapted(), torch.randn(3, 7, dtype=torch.float64)
+    if assigned:  # parameters of version 0, as the tensors that stand for them in a trace
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
+        layer.wrapped.requires_grad_(False)
+    want = gradients(layer, square(F.linear(x, product(layer))))
+    loss = square(F.linear(x, layer.weight))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda run: run(), backend="aot_eager")(torch.compiler.disable(loss.backward))
+    for parameter, same in zip(layer.lora_parameters().values(), want, strict=True):
+        assert_close(parameter.grad, same, same)
 
 
 @pytest.mark.parametrize("name", LAYERS)
