@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora.config import BACKENDS, check_hyperparameters, scaling_divisor
-from fastlora.errors import (
-    BackendError,
-    ConfigError,
-    FastLoRAWarning,
-    InjectionError,
-    MergeError,
-)
+from fastlora.errors import BackendError, ConfigError, FastLoRAWarning, InjectionError, MergeError
 from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.quantised import dequantised, quantisation
 from fastlora.ops.dispatch import Choice
@@ -36,10 +30,10 @@ _FACTORS = {"lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B"}
 
 @dataclass(slots=True)
 class Usage:
-    """How other code has used an adapted layer, except under torch.compile.
+    """How other code has used an adapted layer; calls under torch.compile are not noted.
 
-    called: its forward has run. read: an operation has used the value of its `weight`. read_in_training: that was in training mode.
-    dropout_warned: there was a warning that its dropout has no effect.
+    called: its forward has run. read: an operation has used the value of its `weight`. read_in_training: also in training mode.
+    dropout_warned: a warning has said that its dropout has no effect.
     """
 
     called: bool = False
@@ -152,14 +146,14 @@ class LoRALayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The wrapped weight + ΔW, in its shape, computed anew for each access when an operation needs its value.
+        """The wrapped weight + ΔW, in its shape, computed once for each access, when an operation needs its value.
 
         Summed in float32 or wider and rounded once to the weight's dtype (that of `wrapped_weight`). Differentiable, so code
         that multiplies by `.weight` itself (`nn.MultiheadAttention`) uses and trains the adapter, without dropout. While the
-        adapter is disabled, the wrapped weight. Reading its dtype, device or shape computes nothing. It cannot be written, and is valid until the
-        wrapped weight or the adapter changes; `.detach().clone()` keeps the value.
+        adapter is disabled, the wrapped weight. Reading the dtype, device or shape computes nothing. The value is that at the
+        access; `.detach().clone()` keeps it beyond a change of the wrapped weight or the adapter.
 
-        Raises: MergeError in an operation that writes it, or that uses it after such a change.
+        Raises: MergeError in an operation that writes it, or that first needs its value after such a change.
         """
         weight = self.wrapped_weight()
         if self.disabled:

@@ -45,8 +45,8 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
     and switching of adapters do not. A layer uses PEFT's forward while it is merged or disabled, has several active
     adapters, DoRA or another variant, a LoRA bias, `adapter_names`, hooks, or a base that is not a plain `nn.Linear`; the
     report has the reason in the current state of each layer. A second call changes only layers that PEFT has added since.
-    Layers whose forward a module does not call, because it reads their weight, are not reported as fast: in PEFT that is the base's weight. They are known
-    in `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`, elsewhere from calls since the first `accelerate`.
+    A layer whose weight other code reads instead of calling it is not reported as fast: the weight is the base's in PEFT. Those in
+    `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` are known, others from the calls since the first `accelerate`.
 
     peft_model: a `PeftModel`, or any module that contains PEFT's LoRA layers.
 

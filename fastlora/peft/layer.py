@@ -18,8 +18,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class FastLinear(Linear):  # type: ignore[misc]
     """PEFT's `lora.Linear` with the fused forward if it computes the same, else PEFT's forward.
 
-    It adds nothing to the state dict: keys, saving, merging and switching of adapters are PEFT's. Dropout masks come from torch's
-    generator, as PEFT's do, but differ from those that PEFT draws from the same seed.
+    It adds nothing to the state dict: keys, saving, merging and switching of adapters are PEFT's. Dropout masks come from
+    torch's generator, as PEFT's do, but differ from those that PEFT draws from the same seed.
     """
 
     forward_called = False  # read by the report of `accelerate`; not noted under torch.compile

@@ -43,9 +43,9 @@ def save_pretrained(
     """Write the adapters, and by default the trained heads, as a folder that PEFT and `from_pretrained` load.
 
     Layers may differ in rank, alpha and use_rslora. PEFT stores one dropout: if layers differ, the highest is written, with a
-    warning. A layer whose weight other modules read instead of calling it warns too, since PEFT's `weight` is the base's. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
+    warning. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
     folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
-    moved into place.
+    moved into place. Layers whose weight other code reads instead of calling them warn: in PEFT that weight is the base's.
 
     model: with adapters. folder: created if missing.
     include_trainable: also save in full every module with a trained parameter outside the adapters (`modules_to_save`).
@@ -251,14 +251,14 @@ def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[
 
 
 def _warn_of_reads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    """Warn of layers whose weight other modules read: PEFT's `weight` is the base's."""
+    """Warn of layers whose weight other code reads instead of calling them: in PEFT that weight is the base's."""
     known = attention_projections(model) | fast_path_layers(model)
     read = [path for path, layer in layers.items() if layer in known or layer.usage.only_read]
     if read:
         warnings.warn(
-            f"save_pretrained: PEFT computes the base model at {first_few(read)}: the modules around read the weights of these "
-            "layers, which are the base's in PEFT, and do not call them (nn.MultiheadAttention; in eval mode "
-            "nn.TransformerEncoderLayer). fastlora.from_pretrained loads the folder as it is; for PEFT, save a merged model",
+            f"save_pretrained: PEFT computes the base model at {first_few(read)}: other code reads the weight of these layers, "
+            "in PEFT the base's, and does not call them (as nn.MultiheadAttention, and in eval mode nn.TransformerEncoderLayer). "
+            "fastlora.from_pretrained loads the folder correctly; for PEFT, merge the adapters and save the model",
             FastLoRAWarning,
             stacklevel=3,
         )

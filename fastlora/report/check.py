@@ -222,12 +222,12 @@ def _reason(no_gradient: bool, ineffective: bool, call: bool | None, read: bool)
         )
     what = "does not change the output and gets no gradient" if ineffective else "gets no gradient"
     if call is None:
-        found = (
-            "its weight is read, but not for"
+        use = (
+            "its weight is read, but not for the output"
             if read
-            else "other code may read the wrapped weight for"
+            else "other code may read its weight"
         )
-        return f"{what}: its forward is not called on this sample; {found} the output"
+        return f"{what}: its forward is not called on this sample; {use}"
     if not call:
         return (
             f"{what}: its forward runs with gradients switched off, by torch.no_grad() or by reentrant checkpointing "
