@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_SHOWN = 4  # names in a message
 
 
 class FastLoRAError(Exception):
@@ -48,6 +50,12 @@ class ExportError(FastLoRAError, RuntimeError):
 
 class FastLoRAWarning(UserWarning):
     """The category of all warnings of fastlora."""
+
+
+def first_few(names: Sequence[str]) -> str:
+    """A list of names in a message: "a, b, c, d and 3 more"."""
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import CheckpointError, FastLoRAWarning, nearest
+from fastlora.errors import CheckpointError, FastLoRAWarning, first_few, nearest
 from fastlora.files import read_torch, write_files
 from fastlora.io.adapter_state import AdapterState, adapter_state
 from fastlora.io.safetensors_format import fastlora_bytes, read_safetensors
@@ -21,7 +21,6 @@ from fastlora.model.heads import (
     head_tensors,
     persistent_buffers,
     record_heads,
-    shown,
     warn_of_changed_statistics,
 )
 from fastlora.model.wrappers import plain_key, plain_names
@@ -47,7 +46,7 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
     left_out = {} if include_trainable else head_parameters(model, known=True)
     if left_out:
         warnings.warn(
-            f"get_lora_state_dict: leaves out {shown(left_out)}, which train too; pass include_trainable=True",
+            f"get_lora_state_dict: leaves out {first_few(list(left_out))}, which train too; pass include_trainable=True",
             FastLoRAWarning,
             stacklevel=2,
         )
@@ -97,7 +96,7 @@ def load_lora_state_dict(
     lacking = [name for name in heads if name not in state and name not in result.missing]
     if lacking:
         warnings.warn(
-            f"state: does not hold {shown(lacking)}, which the model trains too; they keep their values",
+            f"state: does not hold {first_few(lacking)}, which the model trains too; they keep their values",
             FastLoRAWarning,
             stacklevel=2,
         )

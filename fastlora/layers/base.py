@@ -7,6 +7,8 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,12 +17,35 @@ from torch.nn.utils import parametrize
 
 from fastlora.config import BACKENDS, check_hyperparameters, computes_in, scaling_divisor
 from fastlora.errors import BackendError, ConfigError, FastLoRAWarning, InjectionError, MergeError
+from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.offload import execution_device, offload_hook
 from fastlora.layers.quantised import dequantised, quantisation, why_unreadable
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import no_autocast
 
 Shape = tuple[int, ...]
+
+# The parameters and buffers that `LoRALayer.weight` is computed from.
+_FACTORS = {"lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B"}
+
+
+@dataclass(slots=True)
+class Usage:
+    """How other code has used an adapted layer; calls under torch.compile are not noted.
+
+    called: its forward has run. read: an operation has used the value of its `weight`. read_in_training: also in training mode.
+    dropout_warned: a warning has said that its dropout has no effect.
+    """
+
+    called: bool = False
+    read: bool = False
+    read_in_training: bool = False
+    dropout_warned: bool = False
+
+    @property
+    def only_read(self) -> bool:
+        """Whether other code multiplies by the weight itself and does not call the layer."""
+        return self.read and not self.called
 
 
 class LoRALayer(nn.Module, ABC):
@@ -42,6 +67,7 @@ class LoRALayer(nn.Module, ABC):
     initial_A: Tensor | None
     initial_B: Tensor | None
     lora_magnitude: nn.Parameter | None
+    usage: Usage
 
     def __init__(
         self,
@@ -90,6 +116,7 @@ class LoRALayer(nn.Module, ABC):
         self.register_parameter("lora_magnitude", None)
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
+        self.usage = Usage()
         self.reset_lora_parameters()
         self.train(original_layer.training)
 
@@ -124,15 +151,26 @@ class LoRALayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The wrapped weight + ΔW, in its shape, recomputed at each access.
+        """The wrapped weight + ΔW, in its shape, computed once for each access, when an operation needs its value.
 
         Summed in float32 or wider and rounded once to the weight's dtype (that of `wrapped_weight`). Differentiable, so code
         that multiplies by `.weight` itself (`nn.MultiheadAttention`) uses and trains the adapter, without dropout. While the
-        adapter is disabled, the wrapped weight.
+        adapter is disabled, the wrapped weight. Reading the dtype, device or shape computes nothing. The value is that at the
+        access; `.detach().clone()` keeps it beyond a change of the wrapped weight or the adapter.
+
+        Raises: MergeError in an operation that writes it, or that first needs its value after such a change.
         """
         weight = self.wrapped_weight()
         if self.disabled:
             return weight
+        if not torch.compiler.is_compiling():
+            own = self._parameters | self._buffers
+            tensors = (weight, *own.values())
+            # Replicas of DataParallel and layers with parametrised factors have them elsewhere.
+            if own.keys() >= _FACTORS and can_defer(tensors):
+                compute = partial(_merged_from, type(self), self.__dict__.copy(), tuple(own))
+                return defer(compute, tensors, self._note_weight_read)
+            self._note_weight_read()
         with no_autocast(weight):
             return self._merged_weight(weight).to(weight.dtype)
 
@@ -251,6 +289,23 @@ class LoRALayer(nn.Module, ABC):
             return "the weight is computed by a hook, not a parameter"
         return None
 
+    def _note_weight_read(self) -> None:
+        """Note that an operation uses the value of `weight`; warn if LoRA dropout has no effect for that reason."""
+        usage = self.usage
+        usage.read = True
+        if not self.training:
+            return
+        # The first read may precede the first call, as in a penalty on the weight.
+        if usage.read_in_training and usage.only_read and self.dropout and not usage.dropout_warned:
+            usage.dropout_warned = True
+            warnings.warn(
+                f"dropout has no effect on a {type(self).__name__}({self.extra_repr()}): its weight is read in training "
+                "mode and its forward is not called",
+                FastLoRAWarning,
+                stacklevel=2,
+            )
+        usage.read_in_training = True
+
     def extra_repr(self) -> str:
         return (
             f"r={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
@@ -273,6 +328,7 @@ class LoRALayer(nn.Module, ABC):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A copy made inside disable_adapter would stay disabled.
         self.__dict__.pop("disabled", None)
+        self.usage = Usage()
 
     @abstractmethod
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -298,6 +354,22 @@ class LoRALayer(nn.Module, ABC):
         return weight.to(wide) + self.delta(wide)
 
 
+def _merged_from(
+    kind: type[LoRALayer],
+    attributes: dict[str, Any],
+    names: tuple[str, ...],
+    weight: Tensor,
+    *tensors: Tensor | None,
+) -> Tensor:
+    """`LoRALayer.weight` of a layer that had these attributes, wrapped weight, and parameters and buffers of these names."""
+    layer = object.__new__(kind)
+    named = dict(zip(names, tensors, strict=True))
+    # In the instance's __dict__ they take precedence over the parameters and the method.
+    layer.__dict__ = attributes | named | {"_buffers": named, "wrapped_weight": lambda: weight}
+    with no_autocast(weight):
+        return layer._merged_weight(weight).to(weight.dtype)
+
+
 def fold_initial(
     a: Tensor, b: Tensor, initial_a: Tensor, initial_b: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -308,24 +380,6 @@ def fold_initial(
 def wrapped_attribute(name: str) -> Any:
     """A read-only property that returns the wrapped layer's attribute `name`."""
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
-
-
-def on_rows(function: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
-    """function(rows of each), where all are nested tensors of one structure, in that structure.
-
-    A jagged tensor keeps its offsets, so that the result still fits other tensors that have them.
-
-    Raises: ConfigError for a jagged tensor with holes or transposed, which `F.linear` does not support either.
-    """
-    nested: tuple[Any, ...] = (first, *others)
-    if first.layout == torch.jagged:
-        if any(t.lengths() is not None or t._ragged_idx != 1 for t in nested):
-            raise ConfigError("input: expected a contiguous nested tensor, got one that is not")
-        rows = function(*(t.values() for t in nested))
-        return torch.nested.nested_tensor_from_jagged(rows, nested[0].offsets())
-    rows = function(*(torch.cat(t.unbind()) for t in nested))
-    lengths = [part.shape[0] for part in first.unbind()]
-    return torch.nested.as_nested_tensor(torch.split(rows, lengths), layout=torch.strided)
 
 
 def default_adapter_dtype(original: nn.Module) -> torch.dtype:

@@ -68,6 +68,8 @@ class LoRAConv(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, *size) or without B. Returns (B, out_channels, *size after the convolution)."""
+        if not torch.compiler.is_compiling():
+            self.usage.called = True
         y = self.original_layer(x)
         if self.disabled:
             return cast(Tensor, y)

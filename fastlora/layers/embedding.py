@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, on_rows, wrapped_attribute
+from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
+from fastlora.layers.nested import on_rows
 from fastlora.layers.quantised import why_not_computable
 
 
@@ -55,6 +56,8 @@ class LoRAEmbedding(LoRALayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: integers of any shape (...). Returns (..., embedding_dim)."""
+        if not torch.compiler.is_compiling():
+            self.usage.called = True
         embedding = self.original_layer
         y: Tensor = embedding(ids)
         if self.disabled:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, has_hooks, on_rows, wrapped_attribute
+from fastlora.layers.base import LoRALayer, Shape, has_hooks, wrapped_attribute
+from fastlora.layers.nested import on_rows
 from fastlora.layers.offload import loaded
 from fastlora.layers.quantised import quantisation, why_not_computable
 from fastlora.ops.dispatch import Choice, choose
@@ -134,6 +135,8 @@ class LoRALinear(LoRALayer):
 
         args, kwargs: passed on to the custom forward of the wrapped layer.
         """
+        if not torch.compiler.is_compiling():
+            self.usage.called = True
         if args or kwargs:
             return self._forward_custom(input, args, kwargs)
         if isinstance(input, Tensor):
@@ -278,8 +281,13 @@ class LoRALinear(LoRALayer):
         """Convert a matrix from the stored orientation to (N, K), or back."""
         return matrix
 
+    def _stored_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors whose product is B A in the stored orientation."""
+        return b, a  # [N, R] @ [R, K] -> [N, K]
+
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._as_weight_layout(b @ a)  # [N, R] @ [R, K] -> [N, K]
+        left, right = self._stored_factors(a, b)
+        return left @ right
 
     def _draw_seed(self, x: Tensor) -> Tensor | None:
         # Drawn by torch's generator outside the operator, so `torch.manual_seed`, recomputation and compiled graphs apply to it.
@@ -305,9 +313,8 @@ class LoRALinear(LoRALayer):
             return super()._merged_weight(weight)
         wide = self._accumulate_dtype(weight)
         a, b = (factor.to(wide) for factor in self.factors_on(weight.device))
-        return self._as_weight_layout(
-            torch.addmm(self._as_weight_layout(weight.to(wide)), b, a, alpha=self.scaling)
-        )
+        left, right = self._stored_factors(a, b)
+        return torch.addmm(weight.to(wide), left, right, alpha=self.scaling)
 
 
 class LoRATransposedLinear(LoRALinear):
@@ -338,6 +345,9 @@ class LoRATransposedLinear(LoRALinear):
 
     def _as_weight_layout(self, matrix: Tensor) -> Tensor:
         return matrix.T
+
+    def _stored_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.T, b.T  # [K, R] @ [R, N] -> [K, N]
 
 
 def is_transposed_linear(module: object) -> TypeGuard[nn.Module]:

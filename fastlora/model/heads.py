@@ -13,13 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import FastLoRAWarning
+from fastlora.errors import FastLoRAWarning, first_few
 from fastlora.layers.base import named_lora_layers
 
 # Attributes of a module: the names of its direct parameters that are recorded, and its running mean when it was frozen.
 _RECORDED = "_fastlora_extra_trainable"
 _FROZEN_MEAN = "_fastlora_frozen_mean"
-_SHOWN = 3
 
 
 def record_heads(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -108,18 +107,11 @@ def warn_of_changed_statistics(model: nn.Module, caller: str) -> None:
             changed.append(path)
     if changed:
         warnings.warn(
-            f"{caller}: the running statistics of {shown(changed)} changed since freeze_base_params and are not saved: a frozen "
+            f"{caller}: the running statistics of {first_few(changed)} changed since freeze_base_params and are not saved: a frozen "
             "normalisation layer goes on updating them in training mode; keep it in eval mode, or name it in modules_to_save",
             FastLoRAWarning,
             stacklevel=3,
         )
-
-
-def shown(names: Iterable[str]) -> str:
-    """The first few names and the number of the others, for a message."""
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _buffers(model: nn.Module, heads: set[int]) -> Iterator[tuple[str, Tensor]]:

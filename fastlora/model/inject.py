@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
-from fastlora.errors import FastLoRAWarning, InjectionError
+from fastlora.errors import FastLoRAWarning, InjectionError, first_few
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
@@ -21,7 +21,6 @@ from fastlora.model.heads import (
     record_heads,
     recorded_parameters,
     remember_statistics,
-    shown,
 )
 from fastlora.model.selection import (
     Selection,
@@ -159,7 +158,7 @@ def get_lora_params(model: nn.Module) -> list[nn.Parameter]:
     heads = head_parameters(model, known=True)
     if heads:
         warnings.warn(
-            f"get_lora_params: returns only the adapters, but {shown(heads)} train too; use get_trainable_params",
+            f"get_lora_params: returns only the adapters, but {first_few(list(heads))} train too; use get_trainable_params",
             FastLoRAWarning,
             stacklevel=2,
         )
@@ -275,6 +274,7 @@ def _wrap(model: nn.Module, selected: Selection) -> int:
     wrapped = {module: wrap(module, own) for module, (_, own) in selected.items()}
     for module, layer in wrapped.items():
         initialise(layer, selected[module][1].init_lora_weights)
+        layer.usage.dropout_warned = module in projections
     replace_modules(model, wrapped)
     return len(wrapped)
 

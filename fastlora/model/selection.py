@@ -236,6 +236,27 @@ def attention_projections(model: nn.Module) -> set[nn.Module]:
     }
 
 
+def fast_path_layers(model: nn.Module) -> set[nn.Module]:
+    """linear1 and linear2 of every `nn.TransformerEncoderLayer` that has a fast path in eval mode, which reads their weights."""
+    return {
+        child
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_fast_path(module)
+        for child in (module.linear1, module.linear2)
+    }
+
+
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    attention = layer.self_attn
+    return (
+        isinstance(attention, nn.MultiheadAttention)
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention.num_heads % 2 == 0
+        and bool(layer.activation_relu_or_gelu)
+    )
+
+
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The output head of a model that follows Hugging Face's convention, else None."""
     getter = getattr(model, "get_output_embeddings", None)

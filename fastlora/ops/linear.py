@@ -171,16 +171,19 @@ def exact_gradients(
     needs: Sequence[bool],
     dys: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """The gradients of `function(*inputs)` for dys, with respect to the inputs that `needs` marks; they are differentiable.
+    """The gradients of `function(*inputs)` for dys, with respect to the inputs that `needs` marks, from a computation that autograd records.
 
-    For a double backward pass, in which autograd must record every product; it has not recorded how S was computed.
+    They are differentiable if gradients are enabled, as in a double backward pass.
     """
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that the gradient of one input does not flow through another that was computed from it.
         views = [None if t is None else t.view_as(t) for t in inputs]
         outputs = function(*views)
     wanted = [v for v, needed in zip(views, needs, strict=True) if v is not None and needed]
-    found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=True, allow_unused=True))
+    found = iter(
+        torch.autograd.grad(outputs, wanted, dys, create_graph=differentiable, allow_unused=True)
+    )
     return [next(found) if needed else None for needed in needs]
 
 

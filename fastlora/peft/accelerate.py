@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastlora.errors import InjectionError
+from fastlora.model.selection import attention_projections, fast_path_layers
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
     and switching of adapters do not. A layer uses PEFT's forward while it is merged or disabled, has several active
     adapters, DoRA or another variant, a LoRA bias, `adapter_names`, hooks, or a base that is not a plain `nn.Linear`; the
     report has the reason in the current state of each layer. A second call changes only layers that PEFT has added since.
+    A layer whose weight other code reads instead of calling it is not reported as fast: the weight is the base's in PEFT. Those in
+    `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` are known, others from the calls since the first `accelerate`.
 
     peft_model: a `PeftModel`, or any module that contains PEFT's LoRA layers.
 
@@ -54,13 +57,20 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
 
     from fastlora.peft.layer import FastLinear, why_slow
 
+    read_by = _read_by_parent(peft_model)
+    any_called = any(isinstance(layer, FastLinear) and layer.forward_called for _, layer in layers)
     changed, report = 0, []
     for path, layer in layers:
         if type(layer) is Linear:
             layer.__class__ = FastLinear
             changed += 1
         if isinstance(layer, FastLinear):
-            reason = why_slow(layer)
+            reason = read_by.get(layer) or why_slow(layer)
+            if reason is None and any_called and not layer.forward_called:
+                reason = (
+                    "its forward has not been called, while that of others has; if other code multiplies by its weight, "
+                    "the base's, the adapter has no effect"
+                )
         else:
             reason = f"is a lora.{type(layer).__name__}; only lora.Linear itself is supported"
         report.append(LayerPath(path, reason is None, reason or "one adapter on a plain nn.Linear"))
@@ -80,7 +90,27 @@ def restore(peft_model: nn.Module) -> int:
     changed = [layer for _, layer in layers if type(layer) is FastLinear]
     for layer in changed:
         layer.__class__ = Linear
+        layer.__dict__.pop("forward_called", None)
     return len(changed)
+
+
+def _read_by_parent(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers whose weight a module around them reads instead of calling them, each with a reason for the report."""
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    base = "the weight, in PEFT the base's, and does not call it: the adapter has no effect"
+    reasons = {
+        layer: f"in eval mode nn.TransformerEncoderLayer reads {base} there"
+        for layer in fast_path_layers(model)
+    }
+    for layer in attention_projections(model):
+        reasons[layer] = f"nn.MultiheadAttention reads {base}"
+    for module in model.modules():
+        if isinstance(module, MultiheadAttention):
+            reasons[module.base_layer.out_proj] = (
+                "PEFT's MultiheadAttention merges it for each call"
+            )
+    return reasons
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -18,14 +18,17 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class FastLinear(Linear):  # type: ignore[misc]
     """PEFT's `lora.Linear` with the fused forward if it computes the same, else PEFT's forward.
 
-    It adds no state: keys, saving, merging and switching of adapters are PEFT's. Dropout masks come from torch's
-    generator, as PEFT's do, but differ from those that PEFT draws from the same seed.
+    It adds nothing to the state dict: keys, saving, merging and switching of adapters are PEFT's. Dropout masks come from
+    torch's generator, as PEFT's do, but differ from those that PEFT draws from the same seed.
     """
 
+    forward_called = False  # read by the report of `accelerate`; not noted under torch.compile
     # `fastlora.export` reads it: the fused forward does not trace to plain operations.
     why_not_exportable = "has accelerated PEFT layers; call fastlora.restore(model) first"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.__dict__["forward_called"] = True  # a tenth of the time of setattr
         if args or kwargs or why_slow(self) is not None or not _fits(x, self.base_layer.weight):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
@@ -46,6 +49,10 @@ class FastLinear(Linear):  # type: ignore[misc]
             p,
             seed,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("forward_called", None)  # a copy has not been called
 
     def _get_name(self) -> str:  # what repr prints
         return "Linear"

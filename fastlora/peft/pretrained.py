@@ -6,6 +6,7 @@ The rules by which a folder's config finds layers are PEFT's, not those of `inje
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, FastLoRAWarning, first_few
 from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.safetensors_format import PEFT_PREFIX
@@ -31,7 +32,7 @@ from fastlora.model.heads import (
     warn_of_changed_statistics,
 )
 from fastlora.model.inject import freeze_base_params, inject_lora
-from fastlora.model.selection import nearest_names
+from fastlora.model.selection import attention_projections, fast_path_layers, nearest_names
 from fastlora.model.wrappers import plain_names, unwrapped
 from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
 from fastlora.peft.folder_format import (
@@ -52,7 +53,7 @@ def save_pretrained(
     Layers may differ in rank, alpha and use_rslora. PEFT stores one dropout: if layers differ, the highest is written, with a
     warning. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
     folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
-    moved into place.
+    moved into place. Layers whose weight other code reads instead of calling them warn: in PEFT that weight is the base's.
 
     model: with adapters. folder: created if missing.
     include_trainable: also save in full every module with a head, as in `get_lora_state_dict` (`modules_to_save`).
@@ -77,6 +78,7 @@ def save_pretrained(
     except CheckpointError as error:
         raise CheckpointError(f"model: {error}; use save_adapter") from None
     warn_of_changed_statistics(model, "save_pretrained")
+    _warn_of_reads(model, layers)
     name = getattr(unwrapped(model), "name_or_path", None)
     base_name = name if isinstance(name, str) and name else None
     write_folder(Path(folder), replace(state, others=heads), config, base_name)
@@ -261,6 +263,20 @@ def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[
                 f"{path} trains and is a {type(module).__name__}, which PEFT cannot save in full"
             )
     return heads
+
+
+def _warn_of_reads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Warn of layers whose weight other code reads instead of calling them: in PEFT that weight is the base's."""
+    known = attention_projections(model) | fast_path_layers(model)
+    read = [path for path, layer in layers.items() if layer in known or layer.usage.only_read]
+    if read:
+        warnings.warn(
+            f"save_pretrained: PEFT computes the base model at {first_few(read)}: other code reads the weight of these layers, "
+            "in PEFT the base's, and does not call them (as nn.MultiheadAttention, and in eval mode nn.TransformerEncoderLayer). "
+            "fastlora.from_pretrained loads the folder correctly; for PEFT, merge the adapters and save the model",
+            FastLoRAWarning,
+            stacklevel=3,
+        )
 
 
 def _refuse_shared(model: nn.Module, modules: Iterable[nn.Module]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import CheckError, InjectionError
-from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.errors import CheckError, InjectionError, first_few
+from fastlora.layers.base import LoRALayer, Usage, named_lora_layers
 from fastlora.layers.offload import offload_hook
 from fastlora.layers.quantised import why_unreadable
 from fastlora.model.switch import eval_mode
 
 Layers = Mapping[str, LoRALayer]
 
-_SHOWN = 4  # paths in a line of the report
+_ONLY_READ = (
+    "works, but its forward is not called, since other code multiplies by its weight: dropout has no effect there, and in PEFT "
+    "the adapter has none"
+)
 _SHARE = 0.1  # norm of the trial update relative to the weight's
 
 
@@ -40,10 +43,12 @@ class CheckReport:
 
     layers: the paths of all adapters.
     findings: at most one for each adapter; empty if all work.
+    notes: adapters that work, but in a way that a user should know.
     """
 
     layers: tuple[str, ...]
     findings: tuple[Finding, ...]
+    notes: tuple[Finding, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -56,18 +61,13 @@ class CheckReport:
             raise CheckError(str(self))
 
     def __str__(self) -> str:
-        if self.ok:
-            return f"all {len(self.layers)} adapters change the output and get a gradient"
         head = f"{len(self.findings)} of {len(self.layers)} adapters do not work"
+        if self.ok:
+            head = f"all {len(self.layers)} adapters change the output and get a gradient"
         alike: dict[str, list[str]] = {}
-        for finding in self.findings:
+        for finding in (*self.findings, *self.notes):
             alike.setdefault(finding.reason, []).append(finding.path or "the layer")
-        lines = [
-            ", ".join(paths[:_SHOWN])
-            + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
-            + f": {reason}"
-            for reason, paths in alike.items()
-        ]
+        lines = [f"{first_few(paths)}: {reason}" for reason, paths in alike.items()]
         return "\n  ".join([head, *lines])
 
 
@@ -83,7 +83,8 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         behind reentrant checkpointing whose inputs need no gradient (a frozen embedding), torch.no_grad() or detach();
         on another device than their layer computes on (then nothing is run), or with values that are not finite;
         that are frozen, have alpha 0, or have lora_A and lora_B both zero.
-    A layer that the sample does not use, such as an expert that is not selected, is a finding too.
+    A layer that the sample does not use, such as an expert that is not selected, is a finding too. A layer that works, but whose
+    forward is not called because other code multiplies by its `weight`, is a note: it has no dropout.
 
     Parameters, their gradients and hooks, buffers, training modes and the random states of torch, Python and numpy are restored,
     also if the model raises. Attributes that a forward sets are not restored, and module hooks run.
@@ -132,13 +133,18 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
             }
             calls = _gradient_modes(run, suspects) if suspects else {}
         for path, call in calls.items():
-            findings[path] = _reason(path in no_gradient, path in ineffective, call)
-    return _report(layers, findings)
+            read = layers[path].usage.read
+            findings[path] = _reason(path in no_gradient, path in ineffective, call, read)
+        read_only = {path for path, layer in layers.items() if layer.usage.only_read}
+    return _report(layers, findings, read_only)
 
 
-def _report(layers: Layers, findings: Mapping[str, str]) -> CheckReport:
-    ordered = (Finding(path, findings[path]) for path in layers if path in findings)
-    return CheckReport(tuple(layers), tuple(ordered))
+def _report(
+    layers: Layers, findings: Mapping[str, str], read_only: Collection[str] = ()
+) -> CheckReport:
+    found = tuple(Finding(path, findings[path]) for path in layers if path in findings)
+    notes = (Finding(p, _ONLY_READ) for p in layers if p in read_only and p not in findings)
+    return CheckReport(tuple(layers), found, tuple(notes))
 
 
 def _misplaced(layer: LoRALayer) -> str | None:
@@ -233,7 +239,7 @@ def _gradient_modes(
     return calls
 
 
-def _reason(no_gradient: bool, ineffective: bool, call: bool | None) -> str:
+def _reason(no_gradient: bool, ineffective: bool, call: bool | None, read: bool) -> str:
     if ineffective and not no_gradient:
         return (
             "gets a gradient, but does not change the output in eval mode without gradients: "
@@ -241,7 +247,12 @@ def _reason(no_gradient: bool, ineffective: bool, call: bool | None) -> str:
         )
     what = "does not change the output and gets no gradient" if ineffective else "gets no gradient"
     if call is None:
-        return f"{what}: its forward is not called on this sample; other code may read its weight"
+        use = (
+            "its weight is read, but not for the output"
+            if read
+            else "other code may read its weight"
+        )
+        return f"{what}: its forward is not called on this sample; {use}"
     if not call:
         return (
             f"{what}: its forward runs with gradients switched off, by torch.no_grad() or by reentrant checkpointing "
@@ -252,7 +263,8 @@ def _reason(no_gradient: bool, ineffective: bool, call: bool | None) -> str:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Yields a function that restores buffers and random states; on exit they are restored too."""
+    """Yields a function that restores buffers and random states; on exit they and the layers' usage are restored too."""
+    usages = [(layer, layer.usage) for _, layer in named_lora_layers(model)]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
@@ -274,9 +286,13 @@ def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
         np.random.set_state(others[1])
 
     try:
+        for layer, _ in usages:
+            layer.usage = Usage(dropout_warned=True)  # the report says it
         yield rewind
     finally:
         rewind()
+        for layer, usage in usages:
+            layer.usage = usage
 
 
 @contextlib.contextmanager

@@ -100,6 +100,64 @@ def test_the_report_is_readable_and_a_second_call_changes_nothing():
     assert [type(module) for module in model.modules()] == kinds
 
 
+class Reader(nn.Module):
+    """Calls one layer and multiplies by the weight of another, as a fused projection does."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+def test_layers_whose_weight_a_parent_reads_are_not_called_fast():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = peft_model(base=encoder, target_modules=["out_proj", "linear1", "linear2"])
+    x = torch.randn(2, 3, 8)
+    for _ in range(2):
+        report = accelerate(model)
+        assert not any(layer.fast for layer in report.layers)
+        out_proj, *linear = (layer.reason for layer in report.layers)
+        assert out_proj.startswith(
+            "nn.MultiheadAttention reads the weight, in PEFT the base's, and"
+        )
+        assert all(r.startswith("in eval mode nn.TransformerEncoderLayer reads") for r in linear)
+        model.train()(x)
+    with torch.no_grad():
+        adapters_on = model.eval()(x)
+        with model.disable_adapter():
+            assert torch.equal(model(x), adapters_on)  # what the reasons say
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True, "activation": nn.functional.silu}], ids=["first", "silu"]
+)
+def test_the_layers_of_an_encoder_without_a_fast_path_are_fast(options):
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, **options)
+    report = accelerate(peft_model(base=encoder, target_modules=["linear1", "linear2"]))
+    assert all(layer.fast for layer in report.layers)
+
+
+def test_a_projection_that_peft_merges_itself_is_not_called_fast():
+    model = peft_model(base=nn.Sequential(nn.MultiheadAttention(8, 2)), target_modules=["0"])
+    reasons = {layer.path.rpartition(".")[2]: layer.reason for layer in accelerate(model).layers}
+    assert reasons["out_proj"] == "PEFT's MultiheadAttention merges it for each call"
+
+
+def test_a_layer_that_is_never_called_is_named_once_others_were():
+    model, x = peft_model(base=Reader(), target_modules=["called", "read"]), torch.randn(2, 8)
+    assert all(layer.fast for layer in accelerate(model).layers)
+    model(x).sum().backward()
+    called, read = accelerate(model).layers
+    assert called.fast and not read.fast
+    assert read.reason.startswith("its forward has not been called, while that of others has")
+    assert model.base_model.model.read.lora_B["default"].weight.grad is None  # PEFT trains nothing
+    assert all(layer.fast for layer in accelerate(copy.deepcopy(model)).layers)
+    restore(model)
+    assert all(layer.fast for layer in accelerate(model).layers)
+
+
 def test_a_layer_has_pefts_repr():
     model = peft_model()
     before = repr(model)

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastlora import (
     CheckpointError,
+    FastLoRAWarning,
     LoRAConfig,
     LoRALinear,
     freeze_base_params,
@@ -123,6 +124,50 @@ def test_mixed_rslora_is_written_as_alphas(tmp_path):
     randomise_adapters(model)
     save_pretrained(model, tmp_path)
     same(in_peft(tmp_path), model, X)
+
+
+class Reader(nn.Module):
+    """Calls one layer and multiplies by the weight of another, as a fused projection does."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+def test_saving_warns_of_layers_that_peft_would_compute_as_the_base(tmp_path):
+    torch.manual_seed(0)
+    plain = Reader()
+    model = copy.deepcopy(plain)
+    inject_lora(model, LoRAConfig(["called", "read"]))
+    freeze_base_params(model)
+    randomise_adapters(model)
+    save_pretrained(model, tmp_path)  # nothing is known before a call
+    y = model(X)
+    with pytest.warns(FastLoRAWarning, match="PEFT computes the base model at read: other"):
+        save_pretrained(model, tmp_path)
+    mine = copy.deepcopy(plain)
+    from_pretrained(mine, tmp_path)
+    assert torch.equal(mine(X), y)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_differs(theirs(X), y)
+    assert torch.equal(
+        theirs(X), nn.functional.linear(theirs.base_model.model.called(X), plain.read.weight)
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch_first", "named"),
+    [(True, "self_attn.out_proj, linear1, linear2"), (False, "self_attn.out_proj")],
+)
+def test_saving_warns_of_what_torchs_own_modules_read(batch_first, named, tmp_path):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    inject_lora(model, LoRAConfig("all-linear"))
+    freeze_base_params(model)
+    with pytest.warns(FastLoRAWarning, match=f"PEFT computes the base model at {named}: other"):
+        save_pretrained(model, tmp_path)
 
 
 def test_several_dropouts_become_the_highest_with_a_warning(tmp_path):

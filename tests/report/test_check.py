@@ -184,6 +184,37 @@ def test_every_path_of_multihead_attention_and_the_encoder_uses_the_adapters():
             assert check(encoder, x, src_key_padding_mask=padding).ok
 
 
+def read(model, x):
+    return F.linear(x, model.second.weight)
+
+
+def read_for_something_else(model, x):
+    return x + 0 * model.second.weight.sum()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_layer_that_works_without_being_called_is_noted(training, dropout):
+    model = adapted(Two(read), dropout=dropout).train(training)
+    for _ in range(2):
+        report = check(model, X)
+        assert report.ok and [note.path for note in report.notes] == ["second"]
+        report.raise_if_failed()
+        assert str(report).startswith(
+            "all 2 adapters change the output and get a gradient\n  second: works, but its forward is not called"
+        )
+    assert not model.second.usage.read  # the check leaves nothing
+    assert check(adapted(Two()), X).notes == ()
+
+
+def test_a_weight_that_is_read_in_vain_is_told_from_one_that_is_not_used():
+    (finding,) = check(adapted(Two(read_for_something_else)), X).findings
+    assert finding.path == "second"
+    assert finding.reason.endswith(
+        "is not called on this sample; its weight is read, but not for the output"
+    )
+
+
 def test_a_bypassed_encoder_layer_is_found_by_name():
     class Bypassing(LoRALinear):
         @property
