@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -15,15 +15,24 @@ _KEY = "_fastlora_adapters"
 
 
 @dataclass(eq=False)
+class Use:
+    """An open context of `use_adapter`. before: the adapter that is active again when it ends."""
+
+    before: str | None
+
+
+@dataclass(eq=False)
 class AdapterRegistry:
     """The named adapters of one model.
 
     adapters: name → its wrappers by path, under every path of a shared module, in the order of adding.
     active: the adapter whose wrappers are in the module tree, or None.
+    uses: the open contexts of `use_adapter`, the latest last.
     """
 
     adapters: dict[str, dict[str, LoRALayer]]
     active: str | None
+    uses: list[Use] = field(default_factory=list)
 
     def layers(self, name: str | None) -> dict[str, LoRALayer]:
         """The wrappers of one adapter by path; none for None."""

@@ -16,6 +16,7 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.offload import execution_device
 from fastlora.model.adapter_registry import (
     AdapterRegistry,
+    Use,
     get_registry,
     registries,
     set_registry,
@@ -120,14 +121,24 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """Context manager: the adapter `name` is active, or none with None; the previous one is restored afterwards.
 
+    The switch belongs to the model, not to the thread. Of contexts that overlap without being nested, the one entered last decides
+    until it ends, and the last to end restores the adapter from before the first.
+
     Raises: as `set_adapter`, on entry and on exit.
     """
-    before = active_adapter(model)
+    use = Use(active_adapter(model))
     set_adapter(model, name)
+    uses = _registry(model)[1].uses
+    uses.append(use)
     try:
         yield
     finally:
-        set_adapter(model, before)
+        later = uses[uses.index(use) + 1 :]
+        uses.remove(use)
+        if later:
+            later[0].before = use.before
+        else:
+            set_adapter(model, use.before)
 
 
 def combine_adapters(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,11 +41,12 @@ class FusionReport:
 
 
 def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
-    """Run `model(*args, **kwargs)` once, find adapted linear layers that receive the same tensor, and fuse them.
+    """Run `model(*args, **kwargs)` once, find adapted linear layers that receive the same tensor in one call of one module, and fuse them.
 
     Afterwards the first layer of a group that is called computes all of them by `lora_linear_group`: one pass over x for every
     S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. Results are those of
-    separate calls up to rounding, except that the group has one mask; layers keep their parameters, state dicts and hooks.
+    separate calls up to rounding, except that the group has one mask; layers keep their parameters, state dicts and hooks. A group
+    never spans modules, so checkpointing a module recomputes it as a whole.
     A layer runs separately if its input is not its group's, while the members differ in training mode or dropout or are disabled,
     with Triton under the plan `decode` or with more than 256 ranks in total, and under torch.compile, functorch and inference mode.
     On a CPU fusion is faster with dropout, whose mask is computed once for the group; without dropout it gains little, and below a
@@ -69,13 +72,15 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
         elif reason is not None:
             alone[path] = reason
         else:
-            x, version = calls[0]
-            key = (id(x), version, layer.dropout, layer.lora_A.dtype, layer.backend)
+            x, version, caller = calls[0]
+            key = (id(x), version, caller, layer.dropout, layer.lora_A.dtype, layer.backend)
             by_input.setdefault(key, []).append(path)
     groups = []
     for paths in by_input.values():
         if len(paths) == 1:
-            alone[paths[0]] = "no other adapted layer with these settings receives the same tensor"
+            alone[paths[0]] = (
+                "no other adapted layer with these settings receives the same tensor in the same call of a module"
+            )
         else:
             groups.append(tuple(path for path in seen if path in paths))
     unfuse(model)
@@ -156,7 +161,8 @@ class _Group:
         ]
         modes = [(m.training, m.disabled, m.dropout, m.scaling) for m in self.layers]
         dtype = autocasts(x) and torch.get_autocast_dtype(x.device.type)
-        return x._version, torch.is_grad_enabled(), dtype, versions, modes
+        # Threads that share an input must not share a graph.
+        return threading.get_ident(), x._version, torch.is_grad_enabled(), dtype, versions, modes
 
     def _backend(self, layer: LoRALinear, x: Tensor) -> str | None:
         """The backend of the group for x, "torch" or "triton"; None if `layer` must run separately."""
@@ -193,18 +199,30 @@ def _why_not_fusable(layer: LoRALinear) -> str | None:
 
 def _record_inputs(
     model: nn.Module, layers: dict[str, LoRALinear], args: Any, kwargs: Any
-) -> dict[str, list[tuple[Tensor, int]]]:
-    """For each layer that is called, in the order of first calls, its input tensors and their versions."""
-    seen: dict[str, list[tuple[Tensor, int]]] = {}
+) -> dict[str, list[tuple[Tensor, int, int]]]:
+    """For each layer that is called, in the order of first calls: its inputs, their versions, and the number of the module call it is in."""
+    seen: dict[str, list[tuple[Tensor, int, int]]] = {}
+    calls, open_calls = itertools.count(1), [0]
 
     def note(path: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = inputs[0] if inputs else named["input"]
         x = given if isinstance(given, Tensor) else given.feats
-        seen.setdefault(path, []).append((x, x._version))
+        seen.setdefault(path, []).append((x, x._version, open_calls[-1]))
 
+    def enter(*_: Any) -> None:
+        open_calls.append(next(calls))
+
+    def leave(*_: Any) -> None:
+        open_calls.pop()
+
+    inside = {module for layer in layers.values() for module in layer.modules()}
     with ExitStack() as hooks, eval_mode(model), torch.inference_mode(False), torch.no_grad():
         for path, layer in layers.items():
             handle = layer.register_forward_pre_hook(partial(note, path), with_kwargs=True)
             hooks.enter_context(handle)
+        for module in model.modules():
+            if module not in inside:
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         model(*args, **kwargs)
     return seen

@@ -62,6 +62,7 @@ class _Group(torch.autograd.Function):
         outputs, s = _forward(x, _layers(tensors, scalings, p, seed), triton)
         ctx.save_for_backward(x, seed, *s, *tensors)
         ctx.p, ctx.scalings, ctx.freed, ctx.triton = p, scalings, freed, triton
+        ctx.kept, ctx.waiting = None, set(range(len(outputs)))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -69,7 +70,11 @@ class _Group(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> linear.Gradients:
         if ctx.freed is not None:
             ctx.freed.append(True)
-        saved = ctx.saved_tensors  # once: checkpointing recomputes them for one access
+        # Accessed once: checkpointing recomputes them for one access.
+        saved = ctx.saved_tensors if ctx.kept is None else ctx.kept
+        ctx.waiting -= {i for i, dy in enumerate(dys) if dy is not None}
+        # Autograd frees them after the backward pass of one output, and another may have a loss of its own.
+        ctx.kept = saved if ctx.waiting else None
         with linear.no_autocast(saved[0]):  # the dtypes are those of the forward pass
             return _Group._gradients(ctx, dys, saved)
 

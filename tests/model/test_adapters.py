@@ -83,6 +83,21 @@ def test_each_adapter_computes_what_it_does_as_the_only_one():
     assert list_adapters(model) == ["a", "b"]
 
 
+@pytest.mark.parametrize("outer", ["b", None])
+def test_contexts_that_overlap_without_nesting_restore_the_first_adapter(outer):
+    model = many()
+    set_adapter(model, "a")
+    first, second, third = (use_adapter(model, name) for name in (outer, None, "b"))
+    for context in (first, second, third):
+        context.__enter__()
+    first.__exit__(None, None, None)
+    assert active_adapter(model) == "b"
+    third.__exit__(None, None, None)
+    assert active_adapter(model) is None  # the second is still open
+    second.__exit__(None, None, None)
+    assert active_adapter(model) == "a"
+
+
 def test_without_an_active_adapter_the_model_is_plain():
     original = Decoder()
     model = copy.deepcopy(original)

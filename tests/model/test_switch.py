@@ -1,7 +1,9 @@
 """`disable_adapter`: the base model inside, the adapted one before and after."""
 
+import asyncio
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import fastlora
 from fastlora import ExportError, InjectionError, LoRALinear, MergeError, disable_adapter
+from fastlora.model.switch import eval_mode
 from tests.support.models import Decoder, randomise_adapters
 
 
@@ -54,6 +57,81 @@ def test_it_nests_and_restores_after_exceptions():
     with disable_adapter(model.blocks[0]):
         assert not torch.equal(model(x), plain) and not torch.equal(model(x), adapted)
     assert torch.equal(model(x), adapted)
+
+
+def test_contexts_that_overlap_without_nesting_leave_the_adapters_on():
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted, plain = model(x), base(x)
+    first, second = disable_adapter(model), disable_adapter(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), plain)  # the second is still open
+    second.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
+
+
+def test_asynchronous_tasks_may_disable_the_adapters_at_once():
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted, plain = model(x), base(x)
+
+    async def reference(steps):
+        with disable_adapter(model):
+            for _ in range(steps):
+                assert torch.equal(model(x), plain)
+                await asyncio.sleep(0)
+
+    async def together():
+        await asyncio.gather(*(reference(steps) for steps in (1, 4, 2)))
+
+    asyncio.run(together())
+    assert torch.equal(model(x), adapted) and not any(la.disabled for la in adapters(model))
+
+
+def test_threads_may_disable_the_adapters_at_once():
+    _, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted = model(x)
+
+    def repeat():
+        for _ in range(50):
+            with disable_adapter(model):
+                pass
+
+    threads = [threading.Thread(target=repeat) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(model(x), adapted) and not any(la.disabled for la in adapters(model))
+
+
+def adapters(model):
+    return [layer for _, layer in fastlora.named_lora_layers(model)]
+
+
+def test_a_copy_of_a_disabled_model_can_be_disabled_again():
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    with disable_adapter(model):
+        twin = copy.deepcopy(model)
+    adapted = model(x)
+    with disable_adapter(twin):
+        assert torch.equal(twin(x), base(x)) and torch.equal(model(x), adapted)
+    assert torch.equal(twin(x), adapted)
+
+
+def test_overlapping_eval_modes_restore_training_mode():
+    _, model = pair()
+    first, second = eval_mode(model), eval_mode(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
+    assert all(module.training for module in model.modules())
 
 
 def test_code_that_reads_the_weight_gets_the_base_weight():
