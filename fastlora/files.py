@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pickle
-import pickletools
 import secrets
 import shutil
 import struct
@@ -24,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlora.archive import check_torch_archive, stored_entries
 from fastlora.errors import CheckpointError, ConfigError
 
 Content = bytes | memoryview | Callable[[BinaryIO], object]
@@ -38,20 +38,6 @@ _DAMAGED = (
     *(MemoryError, OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
 )
 _PLAIN = (type(None), bool, int, float, str)
-_STORAGES = "BFloat16 Bool Byte Char ComplexDouble ComplexFloat Double Float Half Int Long Short"
-# Globals that the pickle inside a file of torch.save may use. torch's own list also has constructors that allocate any size:
-# `bytearray`, `torch.Tensor`, sparse tensors.
-_GLOBALS = frozenset(
-    {
-        "collections OrderedDict",
-        "torch._utils _rebuild_parameter",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_tensor_v3",
-        "torch.storage UntypedStorage",
-    }
-    | {f"torch {name}Storage" for name in _STORAGES.split()}
-    | {str(value).replace(".", " ") for value in vars(torch).values() if isinstance(value, torch.dtype)}
-)  # fmt: skip
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -105,7 +91,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     """
     size = _size(path)
     try:
-        _check_archive(Path(path), size)
+        check_torch_archive(Path(path), size)
         value = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         raise ValueError(_first_line(error)) from None
@@ -124,7 +110,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     size = _size(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = _stored_entries(archive, size, "np.savez")
+            entries = stored_entries(archive, size, "np.savez")
             return {e.filename.removesuffix(".npy"): _npy(archive.read(e)) for e in entries}
     except _DAMAGED as error:
         raise ValueError(_first_line(error)) from None
@@ -218,31 +204,6 @@ def _read_text(path: str | os.PathLike[str], limit: int) -> bytes:
     if size > limit:
         raise ValueError(f"expected at most {limit:,} bytes, got {size:,}")
     return Path(path).read_bytes()
-
-
-def _stored_entries(archive: zipfile.ZipFile, size: int, writer: str) -> list[zipfile.ZipInfo]:
-    """The entries of an archive of `size` bytes, checked to be stored and no larger than it. writer: for the message."""
-    entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(f"holds compressed entries, which {writer} does not write")
-    if sum(entry.file_size for entry in entries) > size:
-        raise ValueError("declares more bytes than the file has")
-    return entries
-
-
-def _check_archive(path: Path, size: int) -> None:
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # torch would read anything else as a plain pickle
-            raise ValueError("not a zip archive as torch.save writes it (since torch 1.6)")
-    with zipfile.ZipFile(path) as archive:
-        names = [entry.filename for entry in _stored_entries(archive, size, "torch.save")]
-        pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
-        if len(pickles) != 1 or len(set(names)) != len(names):
-            raise ValueError(f"expected one data.pkl, got {len(pickles)}")
-        program = archive.read(pickles[0])
-    for opcode, argument, _ in pickletools.genops(program):
-        if opcode.name == "GLOBAL" and argument not in _GLOBALS:
-            raise ValueError(f"holds {argument!r}, which is neither a plain value nor a tensor")
 
 
 def _check_tree(value: object, budget: int, tensors: bool = False) -> None:

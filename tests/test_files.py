@@ -143,6 +143,100 @@ def test_archives_not_written_by_torch_save_are_refused(tmp_path):
     refused_torch(path, "not a zip archive")
 
 
+def directory(data):
+    """(the central directory of a file of torch.save, where it begins)."""
+    size, start = struct.unpack("<QQ", data[-58:-42])
+    return data[start : start + size], start
+
+
+def end_records(count, size, start, own):
+    """The zip64 record at the offset `own`, its locator and the end record."""
+    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 798, 45, 0, 0, count, count, size, start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, own, 1)
+    return record + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, size, start, 0)
+
+
+def hostile_archive(kind, folder):
+    """A file whose directory torch reads elsewhere than zipfile, or reads otherwise; torch.load gives {"a": 2} for "zip64 locator"."""
+    data = {}
+    for value in (1, 2):
+        torch.save({"a": value}, folder / "x.pt")
+        data[value] = (folder / "x.pt").read_bytes()
+    entries, start = directory(data[1])
+    body, count = data[1][:start], struct.unpack("<Q", data[1][-66:-58])[0]
+    (shown, own), end = (entries, len(body) + len(entries)), len(entries)
+    if kind == "zip64 locator":
+        hidden, begin = directory(data[2])
+        moved = bytearray(hidden)
+        position = 0
+        while position < len(moved):  # the second archive's entries lie behind the first's
+            offset = struct.unpack_from("<L", moved, position + 42)[0]
+            struct.pack_into("<L", moved, position + 42, offset + start)
+            position += 46 + sum(struct.unpack_from("<3H", moved, position + 28))
+        body += data[2][:begin] + bytes(moved)
+        record = end_records(count, len(moved), start + begin, 0)[:56]
+        own, body = len(body), body + record
+        # zipfile takes the directory before the end records, torch the record at `own`
+        return body + shown + end_records(count, end, len(body), own)
+    if kind == "prepended":
+        return body[:300] + data[1]
+    if kind == "trailing":
+        return data[1] + b"\0" * 8
+    if kind == "comment":
+        return data[1][:-2] + struct.pack("<H", 22) + data[2][-22:]
+    if kind == "count":
+        return body + shown + end_records(count - 1, end, start, own)
+    if kind == "directory offset":
+        return body + shown + end_records(count, end, start - 46, own)
+    if kind == "case":
+        with zipfile.ZipFile(folder / "x.pt", "a") as archive:
+            archive.writestr("x/DATA.PKL", pickle.dumps({"a": 2}))
+        return (folder / "x.pt").read_bytes()
+    if kind == "nul":
+        name = (b"byteorder", b"data.pkl\0")
+        return body.replace(*name) + shown.replace(*name) + data[1][start + end :]
+    entry = bytearray(shown if kind.startswith("directory") else body)
+    change = {
+        "local name": (30, b"A"),
+        "local method": (8, b"\x08"),
+        "local size": (18, b"\1\0\0\0\1\0\0\0"),
+        "directory size": (24, b"\xff"),
+        "directory entry's offset": (42, b"\4"),
+    }[kind]
+    entry[change[0] : change[0] + len(change[1])] = change[1]
+    if kind.startswith("directory"):
+        return body + bytes(entry) + data[1][start + end :]
+    return bytes(entry) + shown + data[1][start + end :]
+
+
+HOSTILE_ARCHIVES = {
+    "zip64 locator": "does not state where its directory is",
+    "prepended": "does not state where its directory is",
+    "trailing": "does not state where|not a zip file",
+    "comment": "Bad magic number",
+    "count": "does not state where its directory is",
+    "directory offset": "does not state where its directory is",
+    "case": "expected one data.pkl, got 2",
+    "nul": "expected one data.pkl, got 2",
+    "local name": "File name in directory .* differ",
+    "local method": "its header does not fit the directory",
+    "local size": "its header does not fit the directory",
+    "directory size": "its header does not fit the directory",
+    "directory entry's offset": "Bad magic number",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_ARCHIVES)
+def test_an_archive_that_two_readers_may_read_differently_is_refused(kind, tmp_path):
+    path = tmp_path / "hostile.pt"
+    path.write_bytes(hostile_archive(kind, tmp_path))
+    if kind == "zip64 locator":  # the attack is real: torch loads what zipfile does not see
+        assert torch.load(path, weights_only=True) == {"a": 2}
+        with zipfile.ZipFile(path) as archive:
+            assert b"K\x01s." in archive.read("x/data.pkl")
+    refused_torch(path, HOSTILE_ARCHIVES[kind])
+
+
 def test_ordinary_state_dicts_are_read(tmp_path):
     state = Decoder().state_dict()
     assert isinstance(state, OrderedDict)
