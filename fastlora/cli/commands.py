@@ -219,7 +219,7 @@ def _diff(arguments: argparse.Namespace) -> int:
                 difference = distance(left[name], right[name])
             except CheckpointError as error:
                 raise CheckpointError(f"{name}: {error}") from None
-            relative = difference / max(norms) if max(norms) else 0.0
+            relative = difference / max(norms) if max(norms) else difference
             rows.append([name, *norms, difference, relative])
             equal = equal and relative <= arguments.tolerance
     _table(["layer or tensor", "|A|", "|B|", "|A - B|", "relative"], rows)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlora.cli.convert import refuse_existing
-from fastlora.errors import CheckpointError, nearest
+from fastlora.errors import CheckpointError, FastLoRAWarning, MergeError, nearest
 from fastlora.files import move_into_place, read_json
 from fastlora.io.adapter_state import AdapterState
 
@@ -55,7 +56,8 @@ def merge_files(
 
     Raises: CheckpointError if a layer or head is not in the base or does not fit, with the nearest key; if a weight is not
     a float of 16 to 64 bits; if a weight is square and the shapes of other layers contradict the adapter; or if the target exists
-    without `force`. Nothing is written then.
+    without `force`. MergeError, naming the layer or head, if what would be written is not finite where the base is. Nothing is
+    written then.
     """
     sharded = base.name.endswith(_INDEX_SUFFIX)
     if target.exists() and target.is_dir() != sharded:
@@ -172,11 +174,27 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
             dtype = _FLOATS[entry.dtype]
             opened.seek(entry.begin)
             data = bytearray(opened.read(entry.end - entry.begin))
-            weight, lost = layer.merge(torch.frombuffer(data, dtype=dtype).view(entry.shape))
+            base = torch.frombuffer(data, dtype=dtype).view(entry.shape)
+            try:
+                weight, lost = layer.merge(base)
+            except MergeError as error:
+                raise MergeError(f"{path or 'the layer'}: {error}") from None
+            spoiled = int((~base.isfinite()).sum())
+            if spoiled:
+                warnings.warn(
+                    f"{_weight(path)}: {spoiled} values of the base are not finite, and stay so",
+                    FastLoRAWarning,
+                    stacklevel=3,
+                )
             _write(opened, entry, weight)
             merged.append(MergedLayer(path, dtype, lost))
         for name in state.others.keys() & header.keys():
-            _write(opened, header[name], state.others[name])
+            entry, head = header[name], state.others[name]
+            if not head.to(_FLOATS[entry.dtype]).isfinite().all():
+                raise MergeError(
+                    f"{name}: the adapter's values are not all finite in {entry.dtype}"
+                )
+            _write(opened, entry, head)
     return merged
 
 

@@ -176,6 +176,70 @@ def test_merging_rounds_once_and_prints_the_loss(folder, capsys, dtype):
     assert (printed > 1e-4) == (dtype != torch.float64)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value", "dtype", "message"),
+    [
+        ("blocks.1.attn.to_out.lora_B", float("nan"), torch.float32, "lora_B has values that are"),
+        ("blocks.1.attn.to_out.lora_A", float("inf"), torch.float32, "lora_A has values that are"),
+        ("blocks.1.attn.to_out.lora_B", 1e7, torch.float16, "not finite in torch.float16 (out of"),
+        ("out_layer.weight", float("nan"), torch.float32, "not all finite in F32"),
+        ("out_layer.weight", 1e6, torch.float16, "not all finite in F16"),
+    ],
+)
+def test_what_is_not_finite_is_not_merged(folder, capsys, key, value, dtype, message, sharded):
+    save_file(decoder(dtype).state_dict(), "base.safetensors")
+    base, out = "base.safetensors", "out.safetensors"
+    if sharded:
+        base, out = "m.index.json", "merged"
+        index = {"weight_map": dict.fromkeys(decoder().state_dict(), "base.safetensors")}
+        Path(base).write_text(json.dumps(index))
+    with safe_open("adapter.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    state = load_file("adapter.safetensors")
+    state[key].view(-1)[0] = value
+    save_file(state, "adapter.safetensors", metadata)
+    before = listing()
+    code, printed, err = run(capsys, "merge", base, "adapter.safetensors", out)
+    assert (code, printed, err.count("\n")) == (2, "", 1)
+    assert message in err and key.removesuffix(".lora_A").removesuffix(".lora_B") in err
+    assert listing() == before
+
+
+def test_a_base_that_is_not_finite_is_merged_with_a_note(folder, capsys):
+    expected = fastlora.merged_model(adapted(head=True)).state_dict()
+    state, key = decoder().state_dict(), "blocks.0.attn.to_qkv.weight"
+    for tensors in (state, expected):
+        tensors[key][2, 3] = float("inf")
+    save_file(state, "base.safetensors")
+    code, out, err = run(
+        capsys, "merge", "base.safetensors", "adapter.safetensors", "out.safetensors"
+    )
+    assert code == 0 and "nan" not in out
+    assert err == f"fastlora: note: {key}: 1 values of the base are not finite, and stay so\n"
+    got = load_file("out.safetensors")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_converting_what_is_not_finite_prints_a_note_and_diff_does_not_call_it_equal(
+    folder, capsys
+):
+    model = adapted()
+    with torch.no_grad():
+        model.blocks[0].attn.to_qkv.lora_B[0, 0] = float("nan")
+    fastlora.save_adapter(model, "nan.safetensors")
+    code, _, err = run(capsys, "convert", "nan.safetensors", "p", "--to", "peft")
+    assert code == 0 and "1 tensors have values that are not finite" in err
+    assert "blocks.0.attn.to_qkv.lora_B" in err
+    with torch.no_grad():
+        for _, layer in fastlora.named_lora_layers(model):
+            layer.lora_B.zero_()
+    fastlora.save_adapter(model, "zero.safetensors")
+    for pair in (("zero.safetensors", "p"), ("p", "zero.safetensors"), ("p", "nan.safetensors")):
+        code, out, _ = run(capsys, "diff", *pair)
+        assert code == 1 and out.endswith("they differ\n")
+
+
 def test_a_sharded_base_is_merged_shard_by_shard(folder, capsys):
     state = decoder().state_dict()
     keys = list(state)

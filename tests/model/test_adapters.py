@@ -627,6 +627,8 @@ def test_the_svd_of_zero_is_zero_and_can_be_trained():
         ((["a", "b"], "c"), "weights: expected a mapping"),
         (({"a": True}, "c"), r"weights\['a'\]: expected a finite number, got True"),
         (({"a": float("nan")}, "c"), r"weights\['a'\]: expected a finite number, got nan"),
+        (({"a": 1e200}, "c"), "weights: the sum has values that are not finite in torch.float32"),
+        (({"a": 1e308, "b": 1e308}, "c", "svd"), "weights: the sum has values that are not finite"),
         (({"a": 1.0}, "b"), "new_name: the model already has an adapter 'b'"),
         (({"a": 1.0}, "c", "ties"), "method: expected one of cat, svd, got 'ties'"),
         (({"a": 1.0}, "c", "cat", 3), "rank: the ranks add up"),
