@@ -15,6 +15,7 @@ import sys
 import tokenize
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -297,19 +298,49 @@ def temporary_name(path: Path) -> Path:
 def move_into_place(finished: Mapping[Path, Path]) -> None:
     """Rename files to their targets, once all are on the disk. finished: file → target, on one file system."""
     for file, place in finished.items():
-        with file.open("r+b") as opened:
-            os.fsync(opened.fileno())
+        _sync(file)
         if place.is_file() and not place.is_symlink():
             shutil.copymode(place, file)
     for file, place in finished.items():
         os.replace(file, place)
-    # Syncing the folder makes a rename durable; only POSIX can open a folder.
-    for folder in {place.parent for place in finished.values() if os.name == "posix"}:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for folder in {place.parent for place in finished.values()}:
+        _sync(folder)  # makes a rename durable
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Context manager: a new, empty folder, which replaces `folder` if the block ends without an error.
+
+    All files are on the disk before. A process killed while replacing leaves the old folder, the new one, or none, and then both
+    in a folder that `LEFTOVERS` matches.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    new, old = temporary / "new", temporary / "old"
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        if os.path.lexists(folder):
+            os.replace(folder, old)
+        os.replace(new, folder)
+        _sync(folder.parent)
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(folder):
+            os.replace(old, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; only POSIX can open a folder."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_files(contents: Mapping[Path, Content]) -> None:

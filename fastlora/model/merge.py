@@ -244,10 +244,11 @@ def _layer_report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> Lay
     unchanged = float(stayed.sum()) / max(1, int(touched.sum()))
     lost = float(rounding.norm()) / norm if norm > 0 else 0.0
     count = int(spoiled.sum())
-    error, allowed, skipped = None, None, f"{count} values of its weight are not finite"
-    if not count:
-        error, allowed, skipped = _compare(layer, fresh, wide)
-    return LayerMerge(path, merged.dtype, unchanged, lost, error, allowed, skipped, count)
+    if count:
+        reason = f"{count} values of its weight are not finite"
+        return LayerMerge(path, merged.dtype, unchanged, lost, None, None, reason, count)
+    error, allowed, skipped = _compare(layer, fresh, wide)
+    return LayerMerge(path, merged.dtype, unchanged, lost, error, allowed, skipped)
 
 
 def _compare(
