@@ -36,7 +36,7 @@ class BaseFiles(NamedTuple):
     """The files of a base model.
 
     weights: safetensors files. copied: the files to copy as they are, such as the index, config.json and the tokenizer's.
-    is_folder: whether they belong into a folder. config: the content of config.json, {} without one.
+    is_folder: whether they belong into a folder. config: the content of config.json beside the weights, {} without one.
     """
 
     weights: list[Path]
@@ -53,9 +53,10 @@ def find_base(base: Path) -> BaseFiles:
     Raises: CheckpointError if the folder has no safetensors weights or is an adapter's, or if an index or config.json is damaged.
     """
     if not base.is_dir():
+        config = _read_config(base.parent / _CONFIG)
         if not base.name.endswith(_INDEX_SUFFIX):
-            return BaseFiles([base], [], False, {})
-        return BaseFiles(_shards(base), [base], True, {})
+            return BaseFiles([base], [], False, config)
+        return BaseFiles(_shards(base), [base], True, config)
     if (base / _ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{base}: holds {_ADAPTER_CONFIG}: expected a base model's folder")
     found = next((base / name for name in _WEIGHTS if (base / name).is_file()), None)
@@ -64,12 +65,12 @@ def find_base(base: Path) -> BaseFiles:
     if found is None:
         other = f"; {weights[0].name} is not read, save the model as safetensors" if weights else ""
         raise CheckpointError(f"{base}: expected {' or '.join(_WEIGHTS)}{other}")
-    files, index, _, _ = find_base(found)
+    files, index, _, config = find_base(found)
     copied = [path for path in visible if path.is_file() and path not in weights]
     left = [path.name for path in visible if path not in (*copied, *files, found)]
     if left:
         warnings.warn(f"{base}: not copied: {', '.join(left)}", FastLoRAWarning, stacklevel=2)
-    return BaseFiles(files, copied + index, True, _read_config(base / _CONFIG))
+    return BaseFiles(files, copied + index, True, config)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
