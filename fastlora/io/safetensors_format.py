@@ -56,8 +56,12 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def fastlora_bytes(state: AdapterState) -> bytes:
     """fastlora's file of `state`."""
     layers = {path: layer.settings() for path, layer in state.layers.items()}
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
-    return safetensors_bytes(state.tensors(), metadata)
+    return safetensors_bytes(state.tensors(), settings_metadata(layers))
+
+
+def settings_metadata(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The metadata of a file that stores the settings of each layer, by path; `read_safetensors` returns them."""
+    return {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
 
 
 def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:

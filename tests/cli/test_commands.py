@@ -743,7 +743,8 @@ def test_invalid_folders(folder, capsys, change, message):
 
 
 def edit_config(**fields):
-    file = Path("peft/adapter_config.json")
+    file, weights = Path("peft/adapter_config.json"), Path("peft/adapter_model.safetensors")
+    save_file(load_file(weights), weights, {"format": "pt"})  # as PEFT writes them
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
