@@ -280,6 +280,8 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
             name = temporary_name(path)
             with name.open("xb") as file:  # fails if the name exists, even as a symbolic link
                 temporary[name] = path
+                if path.is_file() and not path.is_symlink():  # no content before the permissions
+                    name.chmod(path.stat().st_mode & 0o777 | 0o600)
                 if callable(content):
                     content(file)
                 else:
@@ -336,7 +338,7 @@ def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk; only POSIX can open a folder."""
     if path.is_dir() and os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -353,8 +355,13 @@ def write_files(contents: Mapping[Path, Content]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON. Raises: ValueError for NaN and infinity, which JSON does not have."""
-    atomic_write(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+    """Write `value` as JSON. Raises: as `json_bytes`."""
+    atomic_write(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """`value` as JSON. Raises: ValueError for NaN and infinity, which JSON does not have."""
+    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:

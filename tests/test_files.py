@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora import files
@@ -372,6 +373,8 @@ def test_only_regular_files_are_read(tmp_path):
 @pytest.mark.slow
 def test_a_regex_that_takes_too_long_is_refused(tmp_path, monkeypatch):
     fastlora.save_pretrained(_adapted(), tmp_path, include_trainable=False)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # without the mark of fastlora's folders
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     endless = r"(\w+\.?)+!"
     monkeypatch.setattr(files.check_regexes, "__defaults__", (0.5,))
@@ -467,12 +470,81 @@ def test_permissions_of_a_replaced_file_are_kept(tmp_path):
         assert path.stat().st_mode & 0o777 == mode
 
 
-def test_concurrent_writers_of_one_file_leave_one_complete_file(tmp_path):
+def test_a_private_file_is_private_while_it_is_written(tmp_path):
+    path, modes = tmp_path / "a.bin", []
+    for private in (0o600, 0o400):
+        path.touch()
+        path.chmod(private)
+        atomic_write(path, lambda file: modes.append(os.stat(file.name).st_mode & 0o077))
+        assert modes.pop() == 0 and path.stat().st_mode & 0o777 == private
+
+
+def test_every_file_is_on_the_disk_before_the_first_is_renamed(tmp_path, monkeypatch):
+    order = []
+
+    def record(name, function):
+        def call(*arguments):
+            order.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    record("fsync", os.fsync)
+    record("replace", os.replace)
+    atomic_write_all({tmp_path / "a": b"1", tmp_path / "b": b"2"})
+    assert order == ["fsync", "fsync", "replace", "replace", "fsync"]  # the last is the folder's
+    order.clear()
+    with files.replaced_folder(tmp_path / "folder") as new:
+        (new / "a").write_text("1")
+    assert order == ["fsync", "fsync", "replace", "fsync"]
+
+
+def test_readers_and_writers_of_one_file_see_complete_files_only(tmp_path):
     path = tmp_path / "a.bin"
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: atomic_write(path, bytes([i]) * 100_000), range(64)))
-    (written,) = tmp_path.iterdir()
-    assert len(set(written.read_bytes())) == 1 and written.stat().st_size == 100_000
+    atomic_write(path, bytes(100_000))
+
+    def write_and_read(number):
+        atomic_write(path, bytes([number]) * 100_000)
+        data = path.read_bytes()
+        return len(data) == 100_000 and len(set(data)) == 1
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write_and_read, range(200)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failing", ["block", "second rename"])
+def test_a_folder_is_replaced_as_a_whole_or_kept(tmp_path, monkeypatch, failing):
+    folder = tmp_path / "folder"
+    with files.replaced_folder(folder) as new:
+        (new / "a").write_text("old")
+        (new / "sub").mkdir()
+    with files.replaced_folder(folder) as new:
+        (new / "a").write_text("new")
+    assert sorted(p.name for p in folder.iterdir()) == ["a"]
+    assert (folder / "a").read_text() == "new"
+
+    def replace(source, target, rename=os.replace):
+        if Path(source).name == "new":
+            raise OSError("full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="full"), files.replaced_folder(folder) as new:
+        (new / "a").write_text("newer")
+        if failing == "block":
+            raise OSError("full")
+    assert (folder / "a").read_text() == "new" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_link_to_a_folder_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a").write_text("mine")
+    (tmp_path / "link").symlink_to("mine")
+    with files.replaced_folder(tmp_path / "link") as new:
+        (new / "a").write_text("new")
+    assert (tmp_path / "mine" / "a").read_text() == "mine"
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "link" / "a").read_text() == "new"
 
 
 def test_files_of_one_write_change_together_or_not_at_all(tmp_path):

@@ -50,7 +50,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         if owners.setdefault(value.untyped_storage().data_ptr(), key) != key:
             value = value.clone()
         written[key] = value
-    data = save(written)
+    data: bytes = save(written)
     size = int.from_bytes(data[:8], "little")
     # `save` writes metadata in a random order.
     header = {"__metadata__": dict(metadata), **json.loads(data[8 : 8 + size])}
