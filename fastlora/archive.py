@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import pickletools
 import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
-_STORAGES = "BFloat16 Bool Byte Char ComplexDouble ComplexFloat Double Float Half Int Long Short"
+# Storage -> bytes of an item.
+_STORAGES = {
+    **dict.fromkeys(("BoolStorage", "ByteStorage", "CharStorage", "UntypedStorage"), 1),
+    **dict.fromkeys(("BFloat16Storage", "HalfStorage", "ShortStorage"), 2),
+    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
+    **dict.fromkeys(("ComplexFloatStorage", "DoubleStorage", "LongStorage"), 8),
+    "ComplexDoubleStorage": 16,
+}
 # Globals that the pickle inside a file of torch.save may use. torch's own list also has constructors that allocate any size:
 # `bytearray`, `torch.Tensor`, sparse tensors.
 _GLOBALS = frozenset(
@@ -22,7 +31,7 @@ _GLOBALS = frozenset(
         "torch._utils _rebuild_tensor_v3",
         "torch.storage UntypedStorage",
     }
-    | {f"torch {name}Storage" for name in _STORAGES.split()}
+    | {f"torch {name}" for name in _STORAGES if name != "UntypedStorage"}
     | {str(value).replace(".", " ") for value in vars(torch).values() if isinstance(value, torch.dtype)}
 )  # fmt: skip
 
@@ -40,8 +49,8 @@ def stored_entries(archive: zipfile.ZipFile, size: int, writer: str) -> list[zip
 def check_torch_archive(path: Path, size: int) -> None:
     """Check the file of `torch.save` at `path`, of `size` bytes, before torch reads it.
 
-    Raises: ValueError, or an error of zipfile or pickletools, if it is not a zip archive of stored entries that torch and Python
-    read alike, with one pickle that names only plain values and tensors.
+    Raises: ValueError, or an error of zipfile or pickle, if it is not a zip archive of stored entries that torch and Python
+    read alike, with one pickle that names only plain values and tensors, whose storages are as large as it states.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\3\4":  # torch would read anything else as a plain pickle
@@ -58,6 +67,37 @@ def check_torch_archive(path: Path, size: int) -> None:
     for opcode, argument, _ in pickletools.genops(program):
         if opcode.name == "GLOBAL" and argument not in _GLOBALS:
             raise ValueError(f"holds {argument!r}, which is neither a plain value nor a tensor")
+        is_put = opcode.name.endswith("PUT")
+        if is_put and isinstance(argument, int) and argument > len(program):
+            raise ValueError("a pickle that asks for more memory than the file has bytes")
+    folder = entries[pickles[0]].filename[: -len("data.pkl")]
+    sizes = {entry.filename: entry.file_size for entry in entries}
+    for key, stated in _Storages(program).sizes():
+        stored = sizes.get(f"{folder}data/{key}", 0)
+        if stored != stated:  # torch 2.6 would read memory beyond the entry
+            raise ValueError(f"storage {key}: expected {stated} bytes, got {stored}")
+
+
+class _Storages(pickle.Unpickler):
+    """Runs a pickle with inert classes in place of the named ones, and collects the storages that it refers to."""
+
+    def __init__(self, program: bytes) -> None:
+        super().__init__(io.BytesIO(program))
+        self._sizes: list[tuple[str, int]] = []
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """(key, bytes) of every storage."""
+        self.load()
+        return self._sizes
+
+    def find_class(self, module: str, name: str) -> type:
+        """A class that accepts whatever the pickle passes to `name`."""
+        return type(name, (dict,), {"__init__": lambda self, *_: None})
+
+    def persistent_load(self, pid: Any) -> None:
+        """Collect ("storage", class, key, device, number of items)."""
+        _, kind, key, _, count = pid
+        self._sizes.append((key, count * _STORAGES[kind.__name__]))
 
 
 def _check_layout(

@@ -238,6 +238,22 @@ def test_an_archive_that_two_readers_may_read_differently_is_refused(kind, tmp_p
     refused_torch(path, HOSTILE_ARCHIVES[kind])
 
 
+def test_a_storage_larger_than_its_entry_is_not_read_beyond_it(tmp_path):
+    torch.save({"a": torch.zeros(3), "b": torch.zeros(3), "c": torch.zeros(80)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        program = archive.read("x/data.pkl")
+    # the first storage, of 3 floats, is read as one of 80; torch 2.6 reads what lies behind it in memory
+    assert program.count(b"K\x03tq\x07QK\x00K\x03\x85") == 1
+    changed = program.replace(b"K\x03tq\x07QK\x00K\x03\x85", b"KPtq\x07QK\x00KP\x85")
+    repack(tmp_path / "x.pt", tmp_path / "y.pt", data_pkl=changed)
+    refused_torch(tmp_path / "y.pt", "storage 0: expected 320 bytes, got 12")
+    missing = program.replace(b"X\x01\x00\x00\x000q", b"X\x01\x00\x00\x009q")
+    repack(tmp_path / "x.pt", tmp_path / "z.pt", data_pkl=missing)
+    refused_torch(tmp_path / "z.pt", "storage 9: expected 12 bytes, got 0")
+    repack(tmp_path / "x.pt", tmp_path / "p.pt", data_pkl=b"\x80\x02}r\xff\xff\xff\x7f.")
+    refused_torch(tmp_path / "p.pt", "more memory than the file has bytes")
+
+
 def test_ordinary_state_dicts_are_read(tmp_path):
     state = Decoder().state_dict()
     assert isinstance(state, OrderedDict)
