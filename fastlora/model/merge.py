@@ -98,10 +98,10 @@ def merge_lora_weights(
     dtype: of the result; None keeps each weight's. Otherwise all parameters are cast to it after merging, so that the
         layers still fit each other; float32 keeps what a 16-bit weight would lose to rounding.
 
-    Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`), and if a wrapped weight is not finite.
+    Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`), if a wrapped weight is not finite, and if a buffer is not
+    finite in dtype.
     Raises: MergeError, naming the layers, if a weight is parametrised, quantised or shared with another module (merging would
-    change that one too, or untie them), if a merged weight, or another parameter or buffer cast to dtype, is not finite where it
-    was before, if a trained parameter is not finite, if a merged layer's output differs from its original's, or, if inplace is
+    change that one too, or untie them), if a merged weight, or another parameter cast to dtype, is not finite where it was before, if a trained parameter is not finite, if a merged layer's output differs from its original's, or, if inplace is
     True, if `model` is itself an adapted layer or has inactive adapters, which would lose their base layers. ConfigError if dtype
     is not a float dtype.
     """
@@ -167,20 +167,31 @@ def check_mergeable(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _not_finite_outside(model: nn.Module, dtype: torch.dtype | None) -> list[str]:
-    """The parameters and buffers outside the adapters and their weights that are trained and not finite, or become so in `dtype`."""
+    """What is wrong with the parameters outside the adapters and their weights: trained and not finite, or not finite in `dtype`.
+
+    Warns of buffers that are not finite in `dtype`: a mask of large negative numbers may be.
+    """
     merged: set[int] = set()
     for _, layer in named_lora_layers(model):
         held = (layer.wrapped.weight, *(getattr(layer, name) for name in ADAPTER_TENSORS))
         merged |= {id(tensor) for tensor in held}
     problems = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) in merged or tensor.is_meta or not tensor.is_floating_point():
+        plain = type(tensor) in (
+            Tensor,
+            nn.Parameter,
+        )  # a quantised one may have no such operations
+        if id(tensor) in merged or tensor.is_meta or not (plain and tensor.is_floating_point()):
             continue
         before = not_finite(tensor)
         if tensor.requires_grad and bool(before.any()):
             problems.append(f"{name}: is trained and has values that are not finite")
         elif dtype is not None and bool((not_finite(tensor.to(dtype)) & ~before).any()):
-            problems.append(f"{name}: has values that are not finite in {dtype} (out of range)")
+            problem = f"{name}: has values that are not finite in {dtype} (out of range)"
+            if isinstance(tensor, nn.Parameter):
+                problems.append(problem)
+            else:
+                warnings.warn(problem, FastLoRAWarning, stacklevel=4)
     return problems
 
 
