@@ -84,6 +84,7 @@ class _Storages(pickle.Unpickler):
     def __init__(self, program: bytes) -> None:
         super().__init__(io.BytesIO(program))
         self._sizes: list[tuple[str, int]] = []
+        self._classes: dict[str, type] = {}
 
     def sizes(self) -> list[tuple[str, int]]:
         """(key, bytes) of every storage."""
@@ -92,7 +93,10 @@ class _Storages(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type:
         """A class that accepts whatever the pickle passes to `name`."""
-        return type(name, (dict,), {"__init__": lambda self, *_: None})
+        if f"{module} {name}" not in _GLOBALS:
+            raise pickle.UnpicklingError(f"holds {module}.{name}")
+        inert = type(name, (dict,), {"__init__": lambda self, *_: None})
+        return self._classes.setdefault(f"{module} {name}", inert)
 
     def persistent_load(self, pid: Any) -> None:
         """Collect ("storage", class, key, device, number of items)."""
