@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pickle
-import pickletools
 import secrets
 import shutil
 import struct
@@ -16,6 +15,7 @@ import sys
 import tokenize
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlora.archive import check_torch_archive, stored_entries
 from fastlora.errors import CheckpointError, ConfigError
 
 Content = bytes | memoryview | Callable[[BinaryIO], object]
@@ -38,20 +39,6 @@ _DAMAGED = (
     *(MemoryError, OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
 )
 _PLAIN = (type(None), bool, int, float, str)
-_STORAGES = "BFloat16 Bool Byte Char ComplexDouble ComplexFloat Double Float Half Int Long Short"
-# Globals that the pickle inside a file of torch.save may use. torch's own list also has constructors that allocate any size:
-# `bytearray`, `torch.Tensor`, sparse tensors.
-_GLOBALS = frozenset(
-    {
-        "collections OrderedDict",
-        "torch._utils _rebuild_parameter",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_tensor_v3",
-        "torch.storage UntypedStorage",
-    }
-    | {f"torch {name}Storage" for name in _STORAGES.split()}
-    | {str(value).replace(".", " ") for value in vars(torch).values() if isinstance(value, torch.dtype)}
-)  # fmt: skip
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -105,7 +92,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     """
     size = _size(path)
     try:
-        _check_archive(Path(path), size)
+        check_torch_archive(Path(path), size)
         value = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         raise ValueError(_first_line(error)) from None
@@ -124,7 +111,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     size = _size(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = _stored_entries(archive, size, "np.savez")
+            entries = stored_entries(archive, size, "np.savez")
             return {e.filename.removesuffix(".npy"): _npy(archive.read(e)) for e in entries}
     except _DAMAGED as error:
         raise ValueError(_first_line(error)) from None
@@ -220,31 +207,6 @@ def _read_text(path: str | os.PathLike[str], limit: int) -> bytes:
     return Path(path).read_bytes()
 
 
-def _stored_entries(archive: zipfile.ZipFile, size: int, writer: str) -> list[zipfile.ZipInfo]:
-    """The entries of an archive of `size` bytes, checked to be stored and no larger than it. writer: for the message."""
-    entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(f"holds compressed entries, which {writer} does not write")
-    if sum(entry.file_size for entry in entries) > size:
-        raise ValueError("declares more bytes than the file has")
-    return entries
-
-
-def _check_archive(path: Path, size: int) -> None:
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # torch would read anything else as a plain pickle
-            raise ValueError("not a zip archive as torch.save writes it (since torch 1.6)")
-    with zipfile.ZipFile(path) as archive:
-        names = [entry.filename for entry in _stored_entries(archive, size, "torch.save")]
-        pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
-        if len(pickles) != 1 or len(set(names)) != len(names):
-            raise ValueError(f"expected one data.pkl, got {len(pickles)}")
-        program = archive.read(pickles[0])
-    for opcode, argument, _ in pickletools.genops(program):
-        if opcode.name == "GLOBAL" and argument not in _GLOBALS:
-            raise ValueError(f"holds {argument!r}, which is neither a plain value nor a tensor")
-
-
 def _check_tree(value: object, budget: int, tensors: bool = False) -> None:
     """Refuse anything but plain values, deep nesting, and trees of more than `budget` values.
 
@@ -318,6 +280,8 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
             name = temporary_name(path)
             with name.open("xb") as file:  # fails if the name exists, even as a symbolic link
                 temporary[name] = path
+                if path.is_file() and not path.is_symlink():  # no content before the permissions
+                    name.chmod(path.stat().st_mode & 0o777 | 0o600)
                 if callable(content):
                     content(file)
                 else:
@@ -336,19 +300,49 @@ def temporary_name(path: Path) -> Path:
 def move_into_place(finished: Mapping[Path, Path]) -> None:
     """Rename files to their targets, once all are on the disk. finished: file → target, on one file system."""
     for file, place in finished.items():
-        with file.open("r+b") as opened:
-            os.fsync(opened.fileno())
+        _sync(file)
         if place.is_file() and not place.is_symlink():
             shutil.copymode(place, file)
     for file, place in finished.items():
         os.replace(file, place)
-    # Syncing the folder makes a rename durable; only POSIX can open a folder.
-    for folder in {place.parent for place in finished.values() if os.name == "posix"}:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for folder in {place.parent for place in finished.values()}:
+        _sync(folder)  # makes a rename durable
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Context manager: a new, empty folder, which replaces `folder` if the block ends without an error.
+
+    All files are on the disk before. A process killed while replacing leaves the old folder, the new one, or none, and then both
+    in a folder that `LEFTOVERS` matches.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    new, old = temporary / "new", temporary / "old"
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        if os.path.lexists(folder):
+            os.replace(folder, old)
+        os.replace(new, folder)
+        _sync(folder.parent)
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(folder):
+            os.replace(old, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; only POSIX can open a folder."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_files(contents: Mapping[Path, Content]) -> None:
@@ -361,8 +355,13 @@ def write_files(contents: Mapping[Path, Content]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON. Raises: ValueError for NaN and infinity, which JSON does not have."""
-    atomic_write(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+    """Write `value` as JSON. Raises: as `json_bytes`."""
+    atomic_write(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """`value` as JSON. Raises: ValueError for NaN and infinity, which JSON does not have."""
+    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora import files
@@ -141,6 +142,116 @@ def test_archives_not_written_by_torch_save_are_refused(tmp_path):
     # zipfile finds an archive in this file, torch a pickle.
     path.write_bytes(pickle.dumps(1) + valid.read_bytes())
     refused_torch(path, "not a zip archive")
+
+
+def directory(data):
+    """(the central directory of a file of torch.save, where it begins)."""
+    size, start = struct.unpack("<QQ", data[-58:-42])
+    return data[start : start + size], start
+
+
+def end_records(count, size, start, own):
+    """The zip64 record at the offset `own`, its locator and the end record."""
+    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 798, 45, 0, 0, count, count, size, start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, own, 1)
+    return record + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, size, start, 0)
+
+
+def hostile_archive(kind, folder):
+    """A file whose directory torch reads elsewhere than zipfile, or reads otherwise; torch.load gives {"a": 2} for "zip64 locator"."""
+    data = {}
+    for value in (1, 2):
+        torch.save({"a": value}, folder / "x.pt")
+        data[value] = (folder / "x.pt").read_bytes()
+    entries, start = directory(data[1])
+    body, count = data[1][:start], struct.unpack("<Q", data[1][-66:-58])[0]
+    (shown, own), end = (entries, len(body) + len(entries)), len(entries)
+    if kind == "zip64 locator":
+        hidden, begin = directory(data[2])
+        moved = bytearray(hidden)
+        position = 0
+        while position < len(moved):  # the second archive's entries lie behind the first's
+            offset = struct.unpack_from("<L", moved, position + 42)[0]
+            struct.pack_into("<L", moved, position + 42, offset + start)
+            position += 46 + sum(struct.unpack_from("<3H", moved, position + 28))
+        body += data[2][:begin] + bytes(moved)
+        record = end_records(count, len(moved), start + begin, 0)[:56]
+        own, body = len(body), body + record
+        # zipfile takes the directory before the end records, torch the record at `own`
+        return body + shown + end_records(count, end, len(body), own)
+    if kind == "prepended":
+        return body[:300] + data[1]
+    if kind == "trailing":
+        return data[1] + b"\0" * 8
+    if kind == "comment":
+        return data[1][:-2] + struct.pack("<H", 22) + data[2][-22:]
+    if kind == "count":
+        return body + shown + end_records(count - 1, end, start, own)
+    if kind == "directory offset":
+        return body + shown + end_records(count, end, start - 46, own)
+    if kind == "case":
+        with zipfile.ZipFile(folder / "x.pt", "a") as archive:
+            archive.writestr("x/DATA.PKL", pickle.dumps({"a": 2}))
+        return (folder / "x.pt").read_bytes()
+    if kind == "nul":
+        name = (b"byteorder", b"data.pkl\0")
+        return body.replace(*name) + shown.replace(*name) + data[1][start + end :]
+    entry = bytearray(shown if kind.startswith("directory") else body)
+    change = {
+        "local name": (30, b"A"),
+        "local method": (8, b"\x08"),
+        "local size": (18, b"\1\0\0\0\1\0\0\0"),
+        "directory size": (24, b"\xff"),
+        "directory entry's offset": (42, b"\4"),
+    }[kind]
+    entry[change[0] : change[0] + len(change[1])] = change[1]
+    if kind.startswith("directory"):
+        return body + bytes(entry) + data[1][start + end :]
+    return bytes(entry) + shown + data[1][start + end :]
+
+
+HOSTILE_ARCHIVES = {
+    "zip64 locator": "does not state where its directory is",
+    "prepended": "does not state where its directory is",
+    "trailing": "does not state where|not a zip file",
+    "comment": "Bad magic number",
+    "count": "does not state where its directory is",
+    "directory offset": "does not state where its directory is",
+    "case": "expected one data.pkl, got 2",
+    "nul": "expected one data.pkl, got 2",
+    "local name": "File name in directory .* differ",
+    "local method": "its header does not fit the directory",
+    "local size": "its header does not fit the directory",
+    "directory size": "its header does not fit the directory",
+    "directory entry's offset": "Bad magic number",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_ARCHIVES)
+def test_an_archive_that_two_readers_may_read_differently_is_refused(kind, tmp_path):
+    path = tmp_path / "hostile.pt"
+    path.write_bytes(hostile_archive(kind, tmp_path))
+    if kind == "zip64 locator":  # the attack is real: torch loads what zipfile does not see
+        assert torch.load(path, weights_only=True) == {"a": 2}
+        with zipfile.ZipFile(path) as archive:
+            assert b"K\x01s." in archive.read("x/data.pkl")
+    refused_torch(path, HOSTILE_ARCHIVES[kind])
+
+
+def test_a_storage_larger_than_its_entry_is_not_read_beyond_it(tmp_path):
+    torch.save({"a": torch.zeros(3), "b": torch.zeros(3), "c": torch.zeros(80)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        program = archive.read("x/data.pkl")
+    # the first storage, of 3 floats, is read as one of 80; torch 2.6 reads what lies behind it in memory
+    assert program.count(b"K\x03tq\x07QK\x00K\x03\x85") == 1
+    changed = program.replace(b"K\x03tq\x07QK\x00K\x03\x85", b"KPtq\x07QK\x00KP\x85")
+    repack(tmp_path / "x.pt", tmp_path / "y.pt", data_pkl=changed)
+    refused_torch(tmp_path / "y.pt", "storage 0: expected 320 bytes, got 12")
+    missing = program.replace(b"X\x01\x00\x00\x000q", b"X\x01\x00\x00\x009q")
+    repack(tmp_path / "x.pt", tmp_path / "z.pt", data_pkl=missing)
+    refused_torch(tmp_path / "z.pt", "storage 9: expected 12 bytes, got 0")
+    repack(tmp_path / "x.pt", tmp_path / "p.pt", data_pkl=b"\x80\x02}r\xff\xff\xff\x7f.")
+    refused_torch(tmp_path / "p.pt", "more memory than the file has bytes")
 
 
 def test_ordinary_state_dicts_are_read(tmp_path):
@@ -278,6 +389,8 @@ def test_only_regular_files_are_read(tmp_path):
 @pytest.mark.slow
 def test_a_regex_that_takes_too_long_is_refused(tmp_path, monkeypatch):
     fastlora.save_pretrained(_adapted(), tmp_path, include_trainable=False)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # without the mark of fastlora's folders
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     endless = r"(\w+\.?)+!"
     monkeypatch.setattr(files.check_regexes, "__defaults__", (0.5,))
@@ -373,12 +486,81 @@ def test_permissions_of_a_replaced_file_are_kept(tmp_path):
         assert path.stat().st_mode & 0o777 == mode
 
 
-def test_concurrent_writers_of_one_file_leave_one_complete_file(tmp_path):
+def test_a_private_file_is_private_while_it_is_written(tmp_path):
+    path, modes = tmp_path / "a.bin", []
+    for private in (0o600, 0o400):
+        path.touch()
+        path.chmod(private)
+        atomic_write(path, lambda file: modes.append(os.stat(file.name).st_mode & 0o077))
+        assert modes.pop() == 0 and path.stat().st_mode & 0o777 == private
+
+
+def test_every_file_is_on_the_disk_before_the_first_is_renamed(tmp_path, monkeypatch):
+    order = []
+
+    def record(name, function):
+        def call(*arguments):
+            order.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    record("fsync", os.fsync)
+    record("replace", os.replace)
+    atomic_write_all({tmp_path / "a": b"1", tmp_path / "b": b"2"})
+    assert order == ["fsync", "fsync", "replace", "replace", "fsync"]  # the last is the folder's
+    order.clear()
+    with files.replaced_folder(tmp_path / "folder") as new:
+        (new / "a").write_text("1")
+    assert order == ["fsync", "fsync", "replace", "fsync"]
+
+
+def test_readers_and_writers_of_one_file_see_complete_files_only(tmp_path):
     path = tmp_path / "a.bin"
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: atomic_write(path, bytes([i]) * 100_000), range(64)))
-    (written,) = tmp_path.iterdir()
-    assert len(set(written.read_bytes())) == 1 and written.stat().st_size == 100_000
+    atomic_write(path, bytes(100_000))
+
+    def write_and_read(number):
+        atomic_write(path, bytes([number]) * 100_000)
+        data = path.read_bytes()
+        return len(data) == 100_000 and len(set(data)) == 1
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write_and_read, range(200)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failing", ["block", "second rename"])
+def test_a_folder_is_replaced_as_a_whole_or_kept(tmp_path, monkeypatch, failing):
+    folder = tmp_path / "folder"
+    with files.replaced_folder(folder) as new:
+        (new / "a").write_text("old")
+        (new / "sub").mkdir()
+    with files.replaced_folder(folder) as new:
+        (new / "a").write_text("new")
+    assert sorted(p.name for p in folder.iterdir()) == ["a"]
+    assert (folder / "a").read_text() == "new"
+
+    def replace(source, target, rename=os.replace):
+        if Path(source).name == "new":
+            raise OSError("full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="full"), files.replaced_folder(folder) as new:
+        (new / "a").write_text("newer")
+        if failing == "block":
+            raise OSError("full")
+    assert (folder / "a").read_text() == "new" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_link_to_a_folder_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a").write_text("mine")
+    (tmp_path / "link").symlink_to("mine")
+    with files.replaced_folder(tmp_path / "link") as new:
+        (new / "a").write_text("new")
+    assert (tmp_path / "mine" / "a").read_text() == "mine"
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "link" / "a").read_text() == "new"
 
 
 def test_files_of_one_write_change_together_or_not_at_all(tmp_path):

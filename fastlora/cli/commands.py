@@ -47,13 +47,21 @@ example:
 _MERGE = """\
 Writes W + dW to OUT, layer by layer: summed in float32 or wider, rounded once to the dtype of W. Trained heads in the adapter
 replace those of the base. Everything else is copied byte by byte. The share of the update that rounding lost is printed; in
-bfloat16 it may be large. To lose nothing, merge in Python: layer.merge_weights(dtype=torch.float32).
+bfloat16 it may be large. To lose nothing, merge in Python: layer.merge_weights(dtype=torch.float32). A result that is not finite
+where the base is, is refused: nothing is written then.
+
+BASE is a .safetensors file, the index of a sharded one, or a folder that transformers wrote: then OUT is a folder that AutoModel
+loads, with config.json, the tokenizer and all other files except hidden ones and weights in other formats (what is not copied is
+printed). OUT may not be or hold a file of BASE. A folder is written elsewhere and renamed: a merge that is killed leaves no OUT or
+a complete one. --force replaces a folder as a whole, and only if it holds nothing but files that are written again.
 
 examples:
+  fastlora merge base_folder peft_folder merged_folder
   fastlora merge model.safetensors.index.json peft_folder merged_folder    (a sharded base: OUT is a folder)
   fastlora merge model.safetensors loralib.safetensors merged.safetensors --alpha 16
 
-A file does not store which weights a model ties: if an adapted weight is tied, merge in Python (merged_model).
+Weights that config.json ties are refused. Without a config.json which weights a model ties is unknown: if an adapted one is,
+merge in Python (merged_model).
 """
 
 _CONVERT = """\
@@ -219,7 +227,7 @@ def _diff(arguments: argparse.Namespace) -> int:
                 difference = distance(left[name], right[name])
             except CheckpointError as error:
                 raise CheckpointError(f"{name}: {error}") from None
-            relative = difference / max(norms) if max(norms) else 0.0
+            relative = difference / max(norms) if max(norms) else difference
             rows.append([name, *norms, difference, relative])
             equal = equal and relative <= arguments.tolerance
     _table(["layer or tensor", "|A|", "|B|", "|A - B|", "relative"], rows)

@@ -7,13 +7,14 @@ safetensors file with the same keys and no settings). Pickles are not read.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.files import write_files
 from fastlora.io.adapter_state import AdapterState, LayerState
 from fastlora.io.safetensors_format import fastlora_bytes, read_adapter_file, safetensors_bytes
@@ -61,11 +62,18 @@ def convert(
     force: replace an existing target. alpha: only for "loralib", whose files do not store it: the `lora_alpha` with which
     the loralib model is built. It must be the alpha of every layer.
 
-    Raises: CheckpointError naming what the format cannot store, if alpha is unknown, or if the target exists or cannot be
+    Warns if a tensor is not finite. Raises: CheckpointError naming what the format cannot store, if alpha is unknown, or if the target exists or cannot be
     written. Nothing is written then.
     """
     for layer in state.layers.values():
         _ = layer.scaling  # raises if alpha is unknown
+    spoiled = [name for name, tensor in state.tensors().items() if not tensor.isfinite().all()]
+    if spoiled:
+        warnings.warn(
+            f"{len(spoiled)} tensors have values that are not finite, and are converted as they are: {spoiled[0]}",
+            FastLoRAWarning,
+            stacklevel=2,
+        )
     if format == "peft":
         folded = state.folded()
         config = peft_config(folded, heads_of(state.others, state.layers))

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastlora.cli.base_files import Entry, find_base, read_header
 from fastlora.cli.convert import refuse_existing
-from fastlora.errors import CheckpointError, nearest
-from fastlora.files import move_into_place, read_json
+from fastlora.errors import CheckpointError, FastLoRAWarning, MergeError, nearest
+from fastlora.files import move_into_place, replaced_folder
 from fastlora.io.adapter_state import AdapterState
 
-_INDEX_SUFFIX = ".index.json"
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_DTYPES = _FLOATS | {"I64": torch.int64}  # of heads: BatchNorm counts its batches
 _OTHER_ORIENTATION = {"linear": "transposed", "transposed": "linear"}
 
 
@@ -33,15 +32,6 @@ class MergedLayer(NamedTuple):
     lost: float
 
 
-class _Entry(NamedTuple):
-    """One tensor of a safetensors file: its dtype as in the file, its shape, and where its bytes begin and end."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
 def merge_files(
     base: Path, adapter: AdapterState, target: Path, *, force: bool
 ) -> list[MergedLayer]:
@@ -49,78 +39,119 @@ def merge_files(
 
     W + ΔW is summed in float32 or wider and rounded once to the dtype of W. Heads saved with the adapter replace those of the
     base. Everything else, metadata included, is copied byte by byte. Whether a matrix is stored transposed is determined by its
-    shape in the base, and by the adapter only if it is square.
+    shape in the base, and by the adapter only if it is square. If no key fits, one leading name is removed from or added to the
+    adapter's keys, with a warning: transformers saves some models without it.
 
-    base: a safetensors file, or the `*.index.json` of a sharded one; then `target` is a folder for shards and index.
+    base: a safetensors file; or the `*.index.json` of a sharded one, or a folder as transformers writes it (`find_base`): then
+        `target` is a folder.
+    force: replace an existing target. A folder is replaced as a whole, and only if it holds nothing but files that are written.
+
+    A killed merge leaves the target as it was, complete or missing, never mixed.
 
     Raises: CheckpointError if a layer or head is not in the base or does not fit, with the nearest key; if a weight is not
-    a float of 16 to 64 bits; if a weight is square and the shapes of other layers contradict the adapter; or if the target exists
-    without `force`. Nothing is written then.
+    a float of 16 to 64 bits; if a weight is square and the shapes of other layers contradict the adapter; if config.json ties a
+    weight to another; if the target is or holds a file of the base, which a second merge would merge again; or if the target exists
+    without `force`. MergeError, naming the layer or head, if what would be written is not finite where the base is. Nothing is
+    written then.
     """
-    sharded = base.name.endswith(_INDEX_SUFFIX)
-    if target.exists() and target.is_dir() != sharded:
-        problem = "file; a sharded base needs a folder" if sharded else "folder; expected a file"
-        raise CheckpointError(f"{target}: is a {problem} to write to")
-    names = _shards(base) if sharded else [base.name]
-    places = (
-        {name: target / name for name in (*names, base.name)} if sharded else {base.name: target}
-    )
-    refuse_existing(places.values(), force)
-    entries = {k: entry for name in names for k, entry in _header(base.parent / name).items()}
-    state = _fit(adapter, entries)
-    merged = []
-    folder = target if target.is_dir() else target.parent
+    files = find_base(base)
+    target = target.absolute()
+    sources = [*files.weights, *files.copied]
+    _check_target(target, sources, files.is_folder, force)
+    entries = {key: e for file in files.weights for key, e in read_header(file).items()}
+    state = _fit(_with_prefix_of(entries, adapter), entries)
+    _refuse_tied(state, entries, files.config)
     try:
-        with tempfile.TemporaryDirectory(prefix=".merge-", dir=folder) as temporary:
-            for name in places:
-                copied = Path(temporary) / name
-                shutil.copyfile(base.parent / name, copied)
-                if name in names:
-                    merged += _merge_into(copied, state)
-            if sharded:
-                target.mkdir(exist_ok=True)
-            # The index, if there is one, is moved last.
-            move_into_place({Path(temporary) / name: place for name, place in places.items()})
+        if files.is_folder:
+            with replaced_folder(target) as new:
+                return _write_merged(sources, files.weights, new, state)
+        with tempfile.TemporaryDirectory(prefix=".merge-", dir=target.parent) as temporary:
+            merged = _write_merged(sources, files.weights, Path(temporary), state)
+            move_into_place({Path(temporary) / base.name: target})
+            return merged
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
+
+
+def _check_target(target: Path, sources: Iterable[Path], is_folder: bool, force: bool) -> None:
+    """Raises: CheckpointError if writing `target` would change a file of the base or remove a file that is not written again."""
+    if target.exists() and target.is_dir() != is_folder:
+        problem = "file; this base needs a folder" if is_folder else "folder; expected a file"
+        raise CheckpointError(f"{target}: is a {problem} to write to")
+    real = target.resolve()
+    for source in sources:
+        if real in (source.resolve(), *source.resolve().parents) or (
+            target.is_file() and source.exists() and target.samefile(source)
+        ):
+            raise CheckpointError(
+                f"{target}: is or holds the base's {source.name}; the next merge would merge the adapter again, "
+                "so write to another path"
+            )
+    if not target.parent.is_dir():
+        raise CheckpointError(f"cannot write {target}: no such folder: {target.parent}")
+    if not is_folder:
+        return refuse_existing([target], force)
+    present = {path.name for path in target.iterdir()} if target.exists() else set()
+    foreign = present - {source.name for source in sources}
+    if foreign:
+        raise CheckpointError(
+            f"{target}: holds {min(foreign)}, which a merge does not write and would remove"
+        )
+    refuse_existing([target] if present else [], force)
+
+
+def _write_merged(
+    sources: Iterable[Path], weights: Iterable[Path], folder: Path, state: AdapterState
+) -> list[MergedLayer]:
+    """Copy the files of the base to `folder` and merge into the copies of the weights."""
+    merged = []
+    for source in sources:
+        copied = folder / source.name
+        shutil.copyfile(source, copied)
+        if source in weights:
+            merged += _merge_into(copied, state)
     return merged
 
 
-def _header(file: Path) -> dict[str, _Entry]:
-    """The tensors of a file, after safetensors has checked that offsets, shapes and the file's size agree."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-    header.pop("__metadata__", None)
-    entries = {}
-    for key, entry in header.items():
-        begin, end = (8 + size + offset for offset in entry["data_offsets"])
-        entries[key] = _Entry(entry["dtype"], tuple(entry["shape"]), begin, end)
-    return entries
+def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterState:
+    """`state` with one leading name removed from or added to its keys, if only so every layer is in the base."""
+    if any(_weight(path) in base for path in state.layers):
+        return state
+    own = next(iter(state.layers)).partition(".")[0] + "."
+    changes = [(own, ""), *(("", f"{n}.") for n in sorted({k.partition(".")[0] for k in base}))]
+    for old, new in changes:
+        layers = {new + path.removeprefix(old): layer for path, layer in state.layers.items()}
+        if len(layers) == len(state.layers) and all(_weight(path) in base for path in layers):
+            renamed = {name: new + name.removeprefix(old) for name in state.others}
+            others = {
+                renamed[n] if renamed[n] in base else n: head for n, head in state.others.items()
+            }
+            change = f"without {old!r}" if old else f"with {new!r} in front"
+            warnings.warn(
+                f"the keys of the adapter fit the base {change}", FastLoRAWarning, stacklevel=3
+            )
+            return replace(state, layers=layers, others=others)
+    return state
 
 
-def _shards(index: Path) -> list[str]:
-    """The file names of a sharded base, each once."""
-    try:
-        files = sorted(set(read_json(index)["weight_map"].values()))
-        plain = all(name == Path(name).name and name.endswith(".safetensors") for name in files)
-        # allowed by file systems
-        usable = all("\0" not in name and len(os.fsencode(name)) <= 255 for name in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a readable index: {error!r}") from None
-    if not (files and plain and usable):
+def _refuse_tied(state: AdapterState, base: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
+    """Raises: CheckpointError if a changed weight has a row for each token and transformers ties it to another weight."""
+    text = config.get("text_config")
+    configs = [config, text] if isinstance(text, dict) else [config]
+    sizes = {c["vocab_size"] for c in configs if isinstance(c.get("vocab_size"), int)}
+    words = {key for key, e in base.items() if len(e.shape) == 2 and e.shape[0] in sizes}
+    ties = [c.get("tie_word_embeddings") for c in configs]
+    # An older config.json leaves a default out; a single matrix then is the one that is tied.
+    tied = any(t is True for t in ties) or (all(t is not False for t in ties) and len(words) == 1)
+    changed = words & {*map(_weight, state.layers), *state.others}
+    if tied and changed:
         raise CheckpointError(
-            f"{index}: weight_map: expected names of .safetensors files in the same folder"
+            f"{min(changed)}: is tied to another weight of the model (tie_word_embeddings), which the merge would change too; "
+            "untie them, or merge in Python (merged_model)"
         )
-    return files
 
 
-def _fit(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
+def _fit(state: AdapterState, base: Mapping[str, Entry]) -> AdapterState:
     """`state` with the kind of each matrix, "linear" or "transposed", taken from its shape in the base.
 
     Raises: CheckpointError naming the tensors that are missing from the base, wrongly shaped or not of a float dtype; a scaling
@@ -150,8 +181,8 @@ def _fit(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
             problems.append(f"no {key}{nearest(key, base)}")
         elif base[key].shape != shape:
             problems.append(f"{key}: expected shape {shape}, got {base[key].shape}")
-        elif base[key].dtype not in _FLOATS:
-            problems.append(f"{key}: expected one of {', '.join(_FLOATS)}, got {base[key].dtype}")
+        elif base[key].dtype not in (allowed := _DTYPES if key in state.others else _FLOATS):
+            problems.append(f"{key}: expected one of {', '.join(allowed)}, got {base[key].dtype}")
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
@@ -162,7 +193,7 @@ def _fit(state: AdapterState, base: Mapping[str, _Entry]) -> AdapterState:
 
 def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
     """Overwrite the adapted weights and the heads in a base file, in place: sizes do not change, so neither do the offsets."""
-    header = _header(file)
+    header = read_header(file)
     merged = []
     with file.open("r+b") as opened:
         for path, layer in state.layers.items():
@@ -172,11 +203,27 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
             dtype = _FLOATS[entry.dtype]
             opened.seek(entry.begin)
             data = bytearray(opened.read(entry.end - entry.begin))
-            weight, lost = layer.merge(torch.frombuffer(data, dtype=dtype).view(entry.shape))
+            base = torch.frombuffer(data, dtype=dtype).view(entry.shape)
+            try:
+                weight, lost = layer.merge(base)
+            except MergeError as error:
+                raise MergeError(f"{path or 'the layer'}: {error}") from None
+            spoiled = int((~base.isfinite()).sum())
+            if spoiled:
+                warnings.warn(
+                    f"{_weight(path)}: {spoiled} values of the base are not finite, and stay so",
+                    FastLoRAWarning,
+                    stacklevel=3,
+                )
             _write(opened, entry, weight)
             merged.append(MergedLayer(path, dtype, lost))
         for name in state.others.keys() & header.keys():
-            _write(opened, header[name], state.others[name])
+            entry, head = header[name], state.others[name]
+            if not head.to(_DTYPES[entry.dtype]).isfinite().all():
+                raise MergeError(
+                    f"{name}: the adapter's values are not all finite in {entry.dtype}"
+                )
+            _write(opened, entry, head)
     return merged
 
 
@@ -185,8 +232,8 @@ def _weight(path: str) -> str:
     return f"{path}.weight".lstrip(".")
 
 
-def _write(file: BinaryIO, entry: _Entry, tensor: Tensor) -> None:
+def _write(file: BinaryIO, entry: Entry, tensor: Tensor) -> None:
     """Overwrite the bytes of `entry`."""
-    flat = tensor.to(_FLOATS[entry.dtype]).contiguous().reshape(-1)
+    flat = tensor.to(_DTYPES[entry.dtype]).contiguous().reshape(-1)
     file.seek(entry.begin)
     file.write(flat.view(torch.uint8).numpy().tobytes())

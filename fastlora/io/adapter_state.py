@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, check_hyperparameters, computes_in, scaling_divisor
 from fastlora.errors import CheckpointError
-from fastlora.layers.base import LoRALayer, fold_initial, named_lora_layers
+from fastlora.layers.base import (
+    ADAPTER_TENSORS,
+    LoRALayer,
+    fold_initial,
+    named_lora_layers,
+    not_finite,
+)
 from fastlora.layers.conv import LoRAConv
 from fastlora.layers.kinds import wrap
 from fastlora.model.heads import head_tensors
 from fastlora.model.wrappers import plain_names
 
-TENSORS = ("lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B")
+TENSORS = ADAPTER_TENSORS
 _MATRICES = ("linear", "transposed")
 _KINDS = (*_MATRICES, "conv", "embedding")
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -139,7 +145,10 @@ class LayerState:
     def merge(self, weight: Tensor) -> tuple[Tensor, float]:
         """(the merged weight, the share ‖rounding‖ / ‖ΔW‖ that rounding lost), computed by `LoRALayer.merge_weights`.
 
-        weight: of shape `weight_shape`. The sum is computed in float32 or wider and rounded once to its dtype.
+        weight: of shape `weight_shape`. The sum is computed in float32 or wider and rounded once to its dtype. Its values that are
+            not finite do not count in the share.
+
+        Raises: MergeError if the merged weight is not finite somewhere where `weight` is.
         """
         stored = weight.T if self.kind == "transposed" else weight
         layer = self._layer_around(stored)
@@ -148,9 +157,11 @@ class LayerState:
         exact = layer.merge_weights(wide).weight
         assert isinstance(exact, Tensor)
         merged = exact.to(weight.dtype)
+        layer.check_finite(merged, stored)
         with torch.no_grad():
             change = float(torch.linalg.vector_norm(layer.delta(wide), dtype=torch.float64))
-        off = float(torch.linalg.vector_norm(merged.to(wide) - exact, dtype=torch.float64))
+        rounding = (merged.to(wide) - exact).masked_fill_(not_finite(stored), 0)
+        off = float(torch.linalg.vector_norm(rounding, dtype=torch.float64))
         return merged.T if self.kind == "transposed" else merged, off / change if change else 0.0
 
     def _layer_around(self, weight: Tensor) -> LoRALayer:

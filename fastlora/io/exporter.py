@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -177,12 +178,19 @@ def _first_dimension(value: Any, name: str) -> Any:
 
 
 def _write(target: Path, save: Save) -> None:
-    """Call `save` in a temporary folder, then move the files that it wrote into the target's folder, the target last."""
+    """Call `save` in a temporary folder, then move the files that it wrote into the target's folder, the target last.
+
+    A process killed in between leaves the old file, the new one, or, if there is a second file with weights, none.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
             save(Path(folder) / target.name)
             # Large ONNX models have a second file with the weights.
             written = sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name)
+            if len(written) > 1 and target.is_file():
+                # Killed between the renames, it would leave new weights beside an old model.
+                shutil.copymode(target, written[-1])
+                target.unlink()
             move_into_place({file: target.parent / file.name for file in written})
     except OSError as error:
         raise ExportError(f"path: cannot write {target}: {error}") from error

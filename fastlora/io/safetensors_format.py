@@ -42,7 +42,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str,
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors file of `tensors`. Tensors that share storage are written once for each name.
+    """The safetensors file of `tensors`, equal bytes for equal input. Tensors that share storage are written once for each name.
 
     Raises: CheckpointError if a tensor is on the meta device.
     """
@@ -55,14 +55,24 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         if owners.setdefault(value.untyped_storage().data_ptr(), key) != key:
             value = value.clone()
         written[key] = value
-    return bytes(save(written, dict(metadata)))
+    data: bytes = save(written)
+    size = int.from_bytes(data[:8], "little")
+    # `save` writes metadata in a random order.
+    header = {"__metadata__": dict(metadata), **json.loads(data[8 : 8 + size])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def fastlora_bytes(state: AdapterState) -> bytes:
     """fastlora's file of `state`."""
     layers = {path: layer.settings() for path, layer in state.layers.items()}
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
-    return safetensors_bytes(state.tensors(), metadata)
+    return safetensors_bytes(state.tensors(), settings_metadata(layers))
+
+
+def settings_metadata(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The metadata of a file that stores the settings of each layer, by path; `read_safetensors` returns them."""
+    return {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
 
 
 def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:

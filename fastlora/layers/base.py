@@ -7,7 +7,6 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -20,32 +19,15 @@ from fastlora.errors import BackendError, ConfigError, FastLoRAWarning, Injectio
 from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.offload import execution_device, offload_hook
 from fastlora.layers.quantised import dequantised, quantisation, why_unreadable
+from fastlora.layers.usage import Usage
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import no_autocast
 
 Shape = tuple[int, ...]
+ADAPTER_TENSORS = ("lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B")
 
 # The parameters and buffers that `LoRALayer.weight` is computed from.
 _FACTORS = {"lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B"}
-
-
-@dataclass(slots=True)
-class Usage:
-    """How other code has used an adapted layer; calls under torch.compile are not noted.
-
-    called: its forward has run. read: an operation has used the value of its `weight`. read_in_training: also in training mode.
-    dropout_warned: a warning has said that its dropout has no effect.
-    """
-
-    called: bool = False
-    read: bool = False
-    read_in_training: bool = False
-    dropout_warned: bool = False
-
-    @property
-    def only_read(self) -> bool:
-        """Whether other code multiplies by the weight itself and does not call the layer."""
-        return self.read and not self.called
 
 
 class LoRALayer(nn.Module, ABC):
@@ -257,8 +239,8 @@ class LoRALayer(nn.Module, ABC):
 
         dtype: of the merged weight; None keeps the wrapped weight's.
 
-        Raises: MergeError if the wrapped weight is parametrised (merging would discard the parametrisation) or quantised, or the adapter
-        is disabled.
+        Raises: MergeError if the wrapped weight is parametrised (merging would discard the parametrisation) or quantised, the adapter
+        is disabled, or the merged weight is not finite somewhere where the wrapped weight is.
         """
         reason = self.why_unmergeable()
         if reason is not None:
@@ -266,10 +248,23 @@ class LoRALayer(nn.Module, ABC):
         original = cast(nn.Parameter, self.wrapped.weight)
         with torch.no_grad(), no_autocast(original):
             merged = self._merged_weight(original).to(dtype or original.dtype)
+        self.check_finite(merged, original)
         parameter = nn.Parameter(merged, requires_grad=original.requires_grad)
         # The memo makes deepcopy use the merged weight instead of copying the original.
         fresh: nn.Module = copy.deepcopy(self.wrapped, {id(original): parameter})
         return fresh
+
+    def check_finite(self, merged: Tensor, original: Tensor) -> None:
+        """Raises: MergeError if `merged` has values that are not finite where those of the weight `original` are."""
+        spoiled = 0 if merged.is_meta else int((not_finite(merged) & ~not_finite(original)).sum())
+        if not spoiled:
+            return
+        tensors = {name: getattr(self, name) for name in ADAPTER_TENSORS}
+        named = [n for n, t in tensors.items() if t is not None and bool(not_finite(t).any())]
+        reason = f"{', '.join(named)} has values that are not finite" if named else "out of range"
+        raise MergeError(
+            f"cannot merge: {spoiled} values of W + ΔW are not finite in {merged.dtype} ({reason})"
+        )
 
     def why_unmergeable(self) -> str | None:
         """Why the update cannot be merged into the wrapped weight, or None if it can."""
@@ -375,6 +370,12 @@ def fold_initial(
 ) -> tuple[Tensor, Tensor]:
     """Factors of rank 2R whose product is B A − B₀ A₀."""
     return torch.cat([a, initial_a]), torch.cat([b, -initial_b], 1)
+
+
+def not_finite(tensor: Tensor) -> Tensor:
+    """Where `tensor` is infinite or NaN."""
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no test for float8
+    return ~wide.detach().isfinite()
 
 
 def wrapped_attribute(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets, check_hyperparameters, is_number
 from fastlora.errors import ConfigError, InjectionError, nearest
-from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.base import LoRALayer, named_lora_layers, not_finite
 from fastlora.layers.offload import execution_device
 from fastlora.model.adapter_registry import (
     AdapterRegistry,
@@ -159,7 +159,7 @@ def combine_adapters(
 
     Source: "Editing models with task arithmetic", arXiv 2212.04089; PEFT's add_weighted_adapter.
 
-    Raises: ConfigError for an unknown or taken name, and for an invalid weight, method or rank. InjectionError if the adapters wrap
+    Raises: ConfigError for an unknown or taken name, for an invalid weight, method or rank, and for a sum that is not finite. InjectionError if the adapters wrap
     different base layers, have DoRA, or adapt a convolution with groups.
     """
     owner, registry = _registry(model)
@@ -359,6 +359,7 @@ def _combined(layers: Mapping[LoRALayer, float], method: Method, rank: int | Non
         all_a.append(a)
         all_b.append(b * (weight * layer.scaling))
     a, b = torch.cat(all_a), torch.cat(all_b, 1)  # [ΣR, K], [N, ΣR]
+    _refuse_not_finite(a, b)
     if method == "svd":
         a, b = _truncated(a, b, rank or max(layer.rank for layer in layers))
     total = a.shape[0]
@@ -367,7 +368,14 @@ def _combined(layers: Mapping[LoRALayer, float], method: Method, rank: int | Non
     )
     fresh.lora_A.copy_(a.view_as(fresh.lora_A))
     fresh.lora_B.copy_(b.view_as(fresh.lora_B))
+    _refuse_not_finite(fresh.lora_A, fresh.lora_B)
     return fresh
+
+
+def _refuse_not_finite(*factors: Tensor) -> None:
+    for factor in factors:
+        if bool(not_finite(factor).any()):
+            raise ConfigError(f"weights: the sum has values that are not finite in {factor.dtype}")
 
 
 def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora.config import computes_in
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
-from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.base import ADAPTER_TENSORS, LoRALayer, named_lora_layers, not_finite
 from fastlora.model.adapter_registry import (
     copy_active,
     drop_registries,
@@ -37,6 +37,7 @@ class LayerMerge:
     max_error: largest difference between the outputs of the merged and the adapted layer, for random x in eval mode.
     allowed: the largest difference that rounding explains. Both are None for a layer that could not be called.
     skipped: why the layer could not be called, or None.
+    not_finite: how many values of the wrapped weight, and so of the merged one, are infinite or NaN; the other figures exclude them.
     """
 
     path: str
@@ -46,6 +47,7 @@ class LayerMerge:
     max_error: float | None
     allowed: float | None
     skipped: str | None = None
+    not_finite: int = 0
 
     @property
     def ok(self) -> bool:
@@ -97,9 +99,10 @@ def merge_lora_weights(
     dtype: of the result; None keeps each weight's. Otherwise all parameters are cast to it after merging, so that the
         layers still fit each other; float32 keeps what a 16-bit weight would lose to rounding.
 
-    Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`).
+    Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`), if a wrapped weight is not finite, and if a buffer is not
+    finite in dtype.
     Raises: MergeError, naming the layers, if a weight is parametrised, quantised or shared with another module (merging would
-    change that one too, or untie them), if a merged layer's output differs from its original's, or, if inplace is
+    change that one too, or untie them), if a merged weight, or another parameter cast to dtype, is not finite where it was before, if a trained parameter is not finite, if a merged layer's output differs from its original's, or, if inplace is
     True, if `model` is itself an adapted layer or has inactive adapters, which would lose their base layers. ConfigError if dtype
     is not a float dtype.
     """
@@ -126,13 +129,22 @@ def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRep
 
     dtype: as in `merge_lora_weights`. Random rows come from a separate generator; forward hooks of the layers run.
 
-    Raises: MergeError, naming the layers, if a weight is parametrised or shared. ConfigError if dtype is not a float dtype.
+    Raises: MergeError, naming the layers, if a weight is parametrised or shared, or what would be merged is not finite (as in
+    `merge_lora_weights`). ConfigError if dtype is not a float dtype.
     """
     if dtype is not None and not computes_in(dtype):
         raise ConfigError(f"dtype: expected a float dtype or None, got {dtype}")
     check_mergeable(model)
-    layers = named_lora_layers(model)
-    return MergeReport(tuple(_layer_report(path, layer, dtype) for path, layer in layers))
+    rows, problems = [], _not_finite_outside(model, dtype)
+    for path, layer in named_lora_layers(model):
+        try:
+            rows.append(_layer_report(path, layer, dtype))
+        except MergeError as error:
+            reason = str(error).removeprefix("cannot merge: ")
+            problems.append(f"{path or 'the layer'}: {reason}")
+    if problems:
+        raise MergeError("cannot merge " + "; ".join(problems))
+    return MergeReport(tuple(rows))
 
 
 def check_mergeable(model: nn.Module) -> None:
@@ -152,6 +164,36 @@ def check_mergeable(model: nn.Module) -> None:
             problems.append(f"{path or 'the layer'}: {reason}")
     if problems:
         raise MergeError("cannot merge " + "; ".join(problems))
+
+
+@torch.no_grad()
+def _not_finite_outside(model: nn.Module, dtype: torch.dtype | None) -> list[str]:
+    """What is wrong with the parameters outside the adapters and their weights: trained and not finite, or not finite in `dtype`.
+
+    Warns of buffers that are not finite in `dtype`: a mask of large negative numbers may be.
+    """
+    merged: set[int] = set()
+    for _, layer in named_lora_layers(model):
+        held = (layer.wrapped.weight, *(getattr(layer, name) for name in ADAPTER_TENSORS))
+        merged |= {id(tensor) for tensor in held}
+    problems = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        plain = type(tensor) in (
+            Tensor,
+            nn.Parameter,
+        )  # a quantised one may have no such operations
+        if id(tensor) in merged or tensor.is_meta or not (plain and tensor.is_floating_point()):
+            continue
+        before = not_finite(tensor)
+        if tensor.requires_grad and bool(before.any()):
+            problems.append(f"{name}: is trained and has values that are not finite")
+        elif dtype is not None and bool((not_finite(tensor.to(dtype)) & ~before).any()):
+            problem = f"{name}: has values that are not finite in {dtype} (out of range)"
+            if isinstance(tensor, nn.Parameter):
+                problems.append(problem)
+            else:
+                warnings.warn(problem, FastLoRAWarning, stacklevel=4)
+    return problems
 
 
 def _tokens(feats: Tensor) -> SimpleNamespace:
@@ -178,6 +220,14 @@ def _raise_or_warn(report: MergeReport, caller: str) -> None:
         raise MergeError(
             "cannot merge; the output of the merged layer differs: " + "; ".join(wrong)
         )
+    for layer in report.layers:
+        if layer.not_finite:
+            warnings.warn(
+                f"{caller}: {layer.path or 'the layer'}: {layer.not_finite} values of the weight before the merge are not "
+                "finite, and stay so",
+                FastLoRAWarning,
+                stacklevel=3,
+            )
     if report.lossy:
         worst = max(report.lossy, key=lambda layer: layer.lost)
         warnings.warn(
@@ -197,12 +247,18 @@ def _layer_report(path: str, layer: LoRALayer, dtype: torch.dtype | None) -> Lay
     dtypes = (original.dtype, merged.dtype, layer.lora_A.dtype)
     wide = reduce(torch.promote_types, dtypes, torch.float32)
     update = layer.delta(wide)
-    rounding = merged.to(wide) - (original.to(wide) + update)
+    spoiled = not_finite(original)
+    update.masked_fill_(spoiled, 0)
+    rounding = (merged.to(wide) - (original.to(wide) + update)).masked_fill_(spoiled, 0)
     touched = update != 0
     stayed = touched & (merged.to(wide) == original.to(wide))
     norm = float(update.norm())
     unchanged = float(stayed.sum()) / max(1, int(touched.sum()))
     lost = float(rounding.norm()) / norm if norm > 0 else 0.0
+    count = int(spoiled.sum())
+    if count:
+        reason = f"{count} values of its weight are not finite"
+        return LayerMerge(path, merged.dtype, unchanged, lost, None, None, reason, count)
     error, allowed, skipped = _compare(layer, fresh, wide)
     return LayerMerge(path, merged.dtype, unchanged, lost, error, allowed, skipped)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 from fastlora.errors import InjectionError
@@ -19,12 +21,12 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Context manager: every adapted layer calls only the layer that it wraps.
 
     The model then computes the base model's output, bit for bit, and draws no dropout seeds: a reference model (DPO, distillation)
-    without a second copy. Trained heads are not affected. Inside, saving and loading work, merging and exporting are refused, and a
-    copy of the model has its adapters enabled.
+    without a second copy. Trained heads are not affected. Contexts may nest or overlap: the adapters are back when the last one
+    ends, also after an exception. Inside, saving and loading work, merging and exporting are refused, and a copy of the model has its
+    adapters enabled.
 
-    Contexts may be nested or overlap in any order, in threads or asynchronous tasks: the adapters are back when the last one ends, also
-    after an exception. The switch belongs to the model, not to the thread: meanwhile every thread that calls the model gets the base
-    model's output.
+    The switch is of the model: other threads and async tasks that call it meanwhile get the base model's output too. A switch of the
+    task alone would be a lookup in each forward, on which compiled code cannot guard.
 
     A forward pass inside must not be recomputed outside: with activation checkpointing use `torch.no_grad()` too.
 
@@ -33,7 +35,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in named_lora_layers(model)]
     if not layers:
         raise InjectionError("model: has no adapters, so there is nothing to disable")
-    with _attribute_set(layers, "disabled", True):
+    # Compilers cannot trace a lock; a context within a graph nests.
+    setting = _attribute_set_in_graph if torch.compiler.is_compiling() else _attribute_set
+    with setting(layers, "disabled", True):
         yield
 
 
@@ -45,33 +49,49 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @dataclass
-class _Held:
-    """An attribute that contexts have set: how many of them are open, and the value before the first."""
+class _Open:
+    """The open contexts that set an attribute of a module, and its value before the first of them."""
 
-    contexts: int
-    before: bool
+    before: Any
+    contexts: list[object] = field(default_factory=list)
 
 
-_held: dict[str, WeakKeyDictionary[nn.Module, _Held]] = {
-    "disabled": WeakKeyDictionary(),
-    "training": WeakKeyDictionary(),
+# Re-entrant, because the garbage collector may close an unfinished context in the thread that holds the lock.
+_LOCK = threading.RLock()
+_OPEN: dict[str, weakref.WeakKeyDictionary[nn.Module, _Open]] = {
+    name: weakref.WeakKeyDictionary() for name in ("disabled", "training")
 }
-_lock = threading.Lock()
 
 
 @contextmanager
 def _attribute_set(modules: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
-    """The attribute has this value until the last of all open contexts for it ends, which restores the value before the first."""
-    modules, held = list(modules), _held[name]
-    with _lock:
-        for module in modules:
-            held.setdefault(module, _Held(0, getattr(module, name))).contexts += 1
-            setattr(module, name, value)
+    """Contexts may overlap without nesting: the last one that ends restores the value."""
+    context, opened, held = object(), _OPEN[name], []
     try:
+        with _LOCK:
+            for module in modules:
+                state = opened.setdefault(module, _Open(getattr(module, name)))
+                state.contexts.append(context)
+                held.append((module, state))
+            for module, _ in held:
+                setattr(module, name, value)
         yield
     finally:
-        with _lock:
-            for module in modules:
-                held[module].contexts -= 1
-                if held[module].contexts == 0:
-                    setattr(module, name, held.pop(module).before)
+        with _LOCK:
+            for module, state in held:
+                state.contexts.remove(context)
+                if not state.contexts:
+                    setattr(module, name, state.before)
+                    opened.pop(module, None)
+
+
+@contextmanager
+def _attribute_set_in_graph(modules: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
+    before = [(module, getattr(module, name)) for module in modules]
+    try:
+        for module, _ in before:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, old in before:
+            setattr(module, name, old)

@@ -7,7 +7,7 @@ every dx is added in place. With Triton the kernels are those of single layers (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -70,11 +70,7 @@ class _Group(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> linear.Gradients:
         if ctx.freed is not None:
             ctx.freed.append(True)
-        # Accessed once: checkpointing recomputes them for one access.
-        saved = ctx.saved_tensors if ctx.kept is None else ctx.kept
-        ctx.waiting -= {i for i, dy in enumerate(dys) if dy is not None}
-        # Autograd frees them after the backward pass of one output, and another may have a loss of its own.
-        ctx.kept = saved if ctx.waiting else None
+        saved = _saved(ctx, [i for i, dy in enumerate(dys) if dy is not None])
         with linear.no_autocast(saved[0]):  # the dtypes are those of the forward pass
             return _Group._gradients(ctx, dys, saved)
 
@@ -118,6 +114,22 @@ class _Group(torch.autograd.Function):
             )
         dx = None if dx is None else dx.view(x.shape)
         return dx, None, None, None, None, None, *gradients
+
+
+def _saved(ctx: Any, used: Iterable[int]) -> Sequence[Any]:
+    """The saved tensors; kept after a backward pass of some outputs for the others, whose graph autograd would free with it."""
+    if ctx.kept is None:
+        saved: Sequence[Any] = ctx.saved_tensors
+        versions = [None if t is None else t._version for t in saved]
+    else:
+        saved, versions = ctx.kept
+        if versions != [None if t is None else t._version for t in saved]:
+            raise RuntimeError(
+                "a tensor saved for backward was modified by an in-place operation between two backward passes of a group of `fuse`"
+            )
+    ctx.waiting.difference_update(used)
+    ctx.kept = (saved, versions) if ctx.waiting else None
+    return saved
 
 
 def _layers(

@@ -51,6 +51,7 @@ def lookup(device: torch.device, problem: Problem) -> Tuned | None:
 def store(device_name: str, problem: Problem, tuned: Tuned) -> None:
     """Add or replace the entry for a problem; the file is replaced atomically."""
     file = path()
+    _read.cache_clear()  # another process may have added entries
     entries = dict(_read(file)) | {key(device_name, problem): asdict(tuned)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(sorted(entries.items())))

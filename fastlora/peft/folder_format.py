@@ -2,7 +2,8 @@
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.<path>.lora_A.weight` and
 `….lora_B.weight`, under DoRA also `….lora_magnitude_vector`, for an embedding `….lora_embedding_A` and `….lora_embedding_B`,
-and `base_model.model.<path>.<name>` for modules that are saved in full (`modules_to_save`).
+and `base_model.model.<path>.<name>` for modules that are saved in full (`modules_to_save`). In fastlora's folders the metadata of
+the weights repeats each layer's settings, which tells whether the config beside them was saved with them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fastlora.io.safetensors_format import (
     layer_states,
     read_safetensors,
     safetensors_bytes,
+    settings_metadata,
 )
 from fastlora.peft.config import (
     CONFIG_FILE,
@@ -94,11 +96,31 @@ def read_folder(folder: Path) -> AdapterState:
 
 
 def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """The config and the weights under PEFT's keys. Raises: CheckpointError if a file is missing or damaged."""
+    """The config and the weights under PEFT's keys.
+
+    Raises: CheckpointError if a file is missing or damaged, or if fastlora saved the weights with another config.
+    """
     config, file = read_config(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     if not file.is_file():
         raise CheckpointError(f"folder: no such file: {file}; only safetensors are read")
-    return config, read_safetensors(file)[0]
+    tensors, saved_with = read_safetensors(file)
+    config.check_matching(saved_with)
+    for path, settings in saved_with.items():
+        now = _settings(config, path)
+        changed = [n for n in now.keys() | settings.keys() if now.get(n) != settings.get(n)]
+        if changed:
+            name = min(changed)
+            raise CheckpointError(
+                f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are not of the same save: {path}: {name} is {now.get(name)!r} in "
+                f"the config, and the weights were saved with {settings.get(name)!r}; restore both files, or save again"
+            )
+    return config, tensors
+
+
+def _settings(config: PeftConfig, path: str) -> dict[str, Any]:
+    """What the config says about the layer at `path` and about all layers, as JSON values."""
+    shared = {name: getattr(config, name) for name in ("fan_in_fan_out", "modules_to_save")}
+    return config.layer(path) | shared
 
 
 def heads_of(names: Iterable[str], adapted: Iterable[str]) -> list[str]:
@@ -187,13 +209,15 @@ def write_folder(
         for name, tensor in layer.tensors.items()
     } | {PEFT_PREFIX + name: tensor for name, tensor in state.others.items()}
     text = json.dumps(as_json(config, base_name), indent=2, sort_keys=True) + "\n"
+    # The weights are moved first: the new ones know whether the config is the old one.
+    metadata = settings_metadata({path: _settings(config, path) for path in state.layers})
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"folder: cannot create {folder}: {error}") from error
     write_files(
         {
-            folder / WEIGHTS_FILE: safetensors_bytes(tensors, {"format": "pt"}),
+            folder / WEIGHTS_FILE: safetensors_bytes(tensors, metadata),
             folder / CONFIG_FILE: text.encode(),
         }
     )

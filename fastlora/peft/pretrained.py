@@ -98,9 +98,9 @@ def from_pretrained(
         only the new adapter's parameters change, and heads or base parameters in the file are refused.
     Returns the keys that were loaded, as in the file.
 
-    Raises: CheckpointError if a file is missing or damaged, if the config names something that fastlora does not support (biases,
-    init_lora_weights='pissa', …), or if names or shapes do not fit, with the nearest candidates. With `adapter`, also as
-    `add_adapter`. The model is unchanged then.
+    Raises: CheckpointError if a file is missing or damaged, if fastlora saved the weights with another config, if the config names
+    something that fastlora does not support (biases, init_lora_weights='pissa', …), or if names or shapes do not fit, with the
+    nearest candidates. With `adapter`, also as `add_adapter`. The model is unchanged then.
     """
     if adapter is None:
         return _load(model, Path(folder), alone=True)

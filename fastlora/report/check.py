@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.errors import CheckError, InjectionError, first_few
-from fastlora.layers.base import LoRALayer, Usage, named_lora_layers
+from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.offload import offload_hook
 from fastlora.layers.quantised import why_unreadable
+from fastlora.layers.usage import Usage
 from fastlora.model.switch import eval_mode
 
 Layers = Mapping[str, LoRALayer]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,23 +177,81 @@ def test_merging_rounds_once_and_prints_the_loss(folder, capsys, dtype):
     assert (printed > 1e-4) == (dtype != torch.float64)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value", "dtype", "message"),
+    [
+        ("blocks.1.attn.to_out.lora_B", float("nan"), torch.float32, "lora_B has values that are"),
+        ("blocks.1.attn.to_out.lora_A", float("inf"), torch.float32, "lora_A has values that are"),
+        ("blocks.1.attn.to_out.lora_B", 1e7, torch.float16, "not finite in torch.float16 (out of"),
+        ("out_layer.weight", float("nan"), torch.float32, "not all finite in F32"),
+        ("out_layer.weight", 1e6, torch.float16, "not all finite in F16"),
+    ],
+)
+def test_what_is_not_finite_is_not_merged(folder, capsys, key, value, dtype, message, sharded):
+    save_file(decoder(dtype).state_dict(), "base.safetensors")
+    base, out = "base.safetensors", "out.safetensors"
+    if sharded:
+        base, out = "m.index.json", "merged"
+        index = {"weight_map": dict.fromkeys(decoder().state_dict(), "base.safetensors")}
+        Path(base).write_text(json.dumps(index))
+    with safe_open("adapter.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    state = load_file("adapter.safetensors")
+    state[key].view(-1)[0] = value
+    save_file(state, "adapter.safetensors", metadata)
+    before = listing()
+    code, printed, err = run(capsys, "merge", base, "adapter.safetensors", out)
+    assert (code, printed, err.count("\n")) == (2, "", 1)
+    assert message in err and key.removesuffix(".lora_A").removesuffix(".lora_B") in err
+    assert listing() == before
+
+
+def test_a_base_that_is_not_finite_is_merged_with_a_note(folder, capsys):
+    expected = fastlora.merged_model(adapted(head=True)).state_dict()
+    state, key = decoder().state_dict(), "blocks.0.attn.to_qkv.weight"
+    for tensors in (state, expected):
+        tensors[key][2, 3] = float("inf")
+    save_file(state, "base.safetensors")
+    code, out, err = run(
+        capsys, "merge", "base.safetensors", "adapter.safetensors", "out.safetensors"
+    )
+    assert code == 0 and "nan" not in out
+    assert err == f"fastlora: note: {key}: 1 values of the base are not finite, and stay so\n"
+    got = load_file("out.safetensors")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_converting_what_is_not_finite_prints_a_note_and_diff_does_not_call_it_equal(
+    folder, capsys
+):
+    model = adapted()
+    with torch.no_grad():
+        model.blocks[0].attn.to_qkv.lora_B[0, 0] = float("nan")
+    fastlora.save_adapter(model, "nan.safetensors")
+    code, _, err = run(capsys, "convert", "nan.safetensors", "p", "--to", "peft")
+    assert code == 0 and "1 tensors have values that are not finite" in err
+    assert "blocks.0.attn.to_qkv.lora_B" in err
+    with torch.no_grad():
+        for _, layer in fastlora.named_lora_layers(model):
+            layer.lora_B.zero_()
+    fastlora.save_adapter(model, "zero.safetensors")
+    for pair in (("zero.safetensors", "p"), ("p", "zero.safetensors"), ("p", "nan.safetensors")):
+        code, out, _ = run(capsys, "diff", *pair)
+        assert code == 1 and out.endswith("they differ\n")
+
+
 def test_a_sharded_base_is_merged_shard_by_shard(folder, capsys):
-    state = decoder().state_dict()
-    keys = list(state)
-    halves = {"one.safetensors": keys[::2], "two.safetensors": keys[1::2]}
-    Path("sharded").mkdir()
-    for name, part in halves.items():
-        save_file({key: state[key] for key in part}, f"sharded/{name}")
-    index = {"metadata": {}, "weight_map": {k: n for n, part in halves.items() for k in part}}
-    Path("sharded/m.safetensors.index.json").write_text(json.dumps(index))
-    arguments = ("merge", "sharded/m.safetensors.index.json", "adapter.safetensors", "merged")
+    index = json.loads(sharded_base().read_text())
+    halves = ("one.safetensors", "two.safetensors")
+    arguments = ("merge", "sharded/model.safetensors.index.json", "adapter.safetensors", "merged")
     assert run(capsys, *arguments)[0] == 0
-    assert sorted(os.listdir("merged")) == ["m.safetensors.index.json", *sorted(halves)]
+    assert sorted(os.listdir("merged")) == ["model.safetensors.index.json", *halves]
     expected = fastlora.merged_model(adapted(head=True)).state_dict()
     got = load_file("merged/one.safetensors") | load_file("merged/two.safetensors")
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[key], expected[key]) for key in got)
-    assert json.loads(Path("merged/m.safetensors.index.json").read_text()) == index
+    assert json.loads(Path("merged/model.safetensors.index.json").read_text()) == index
     code, _, err = run(capsys, *arguments)
     assert code == 2 and "exists; --force replaces it" in err
     assert run(capsys, *arguments, "--force")[0] == 0
@@ -228,7 +287,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(folder, capsys):
     state["out_layer.weight"] = state["out_layer.weight"].int()
     save_file(state, "other.safetensors")
     _, _, err = run(capsys, "merge", "other.safetensors", "adapter.safetensors", "o.safetensors")
-    assert "out_layer.weight: expected one of F16, BF16, F32, F64, got I32" in err
+    assert "out_layer.weight: expected one of F16, BF16, F32, F64, I64, got I32" in err
 
 
 def test_alpha_can_be_given_where_the_file_does_not_store_it(folder, capsys):
@@ -259,15 +318,131 @@ def test_a_full_disk_leaves_nothing_half_written(folder, capsys, monkeypatch):
         assert listing().keys() == before.keys()
 
 
-def test_force_may_replace_the_base_itself(folder, capsys):
-    arguments = ("merge", "base.safetensors", "adapter.safetensors", "base.safetensors")
-    assert run(capsys, *arguments)[0] == 2
-    assert run(capsys, *arguments, "--force")[0] == 0
+@pytest.mark.parametrize("route", ["same", "relative", "symbolic link", "hard link"])
+def test_the_file_of_the_base_is_never_a_target(folder, capsys, route):
+    target = Path("other.safetensors")
+    if route == "same":
+        target = Path("base.safetensors")
+    elif route == "relative":
+        target = Path("../") / folder.name / "base.safetensors"
+    elif route == "symbolic link":
+        target.symlink_to("base.safetensors")
+    else:
+        target.hardlink_to("base.safetensors")
+    before = Path("base.safetensors").read_bytes()
+    arguments = ("merge", "base.safetensors", "adapter.safetensors", target, "--force")
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "the next merge would merge the adapter again" in err
+    assert Path("base.safetensors").read_bytes() == before
+
+
+def sharded_base(name="sharded"):
+    state = decoder().state_dict()
+    keys = list(state)
+    halves = {"one.safetensors": keys[::2], "two.safetensors": keys[1::2]}
+    Path(name).mkdir()
+    for file, part in halves.items():
+        save_file({key: state[key] for key in part}, f"{name}/{file}", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {k: n for n, part in halves.items() for k in part}}
+    Path(name, "model.safetensors.index.json").write_text(json.dumps(index))
+    return Path(name, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("route", ["same", "link to the folder", "parent", "links to the files"])
+def test_no_file_of_a_sharded_base_is_in_the_target(folder, capsys, route):
+    index = sharded_base()
+    target = Path("other")
+    if route == "same":
+        target = Path("x/../sharded")
+        Path("x").mkdir()
+    elif route == "link to the folder":
+        target.symlink_to("sharded")
+    elif route == "parent":
+        target = Path(".")
+    else:  # the shards lie in the target, the base has links to them
+        target.mkdir()
+        for file in ("one.safetensors", "two.safetensors"):
+            Path("sharded", file).rename(target / file)
+            Path("sharded", file).symlink_to(Path("../other", file))
+    before = listing()
+    for base in (index, index.parent):
+        code, _, err = run(capsys, "merge", base, "adapter.safetensors", target, "--force")
+        assert code == 2 and "the next merge would merge the adapter again" in err
+        assert listing() == before
+
+
+_KILLED = """
+import os, shutil, sys
+from fastlora import files
+from fastlora.cli import commands, merge
+
+def killed_before(step, arguments):
+    calls = 0
+    def counted(function):
+        def call(*given, **named):
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                os._exit(9)
+            return function(*given, **named)
+        return call
+    os.replace, shutil.copyfile = counted(os.replace), counted(shutil.copyfile)
+    files._sync, merge._merge_into = counted(files._sync), counted(merge._merge_into)
+    os._exit(commands.main(arguments))
+
+for step in range(1, 14):
+    for target in ("new", "old"):
+        child = os.fork()
+        if child == 0:
+            killed_before(step, [*sys.argv[1:], f"{target}{step}", "--force"])
+        print(target, step, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_merge_killed_anywhere_and_run_again_merges_every_shard_once(folder, capsys):
+    index = sharded_base()
     expected = fastlora.merged_model(adapted(head=True)).state_dict()
-    assert torch.equal(
-        load_file("base.safetensors")["blocks.0.attn.to_qkv.weight"],
-        expected["blocks.0.attn.to_qkv.weight"],
-    )
+    base = {path: path.read_bytes() for path in index.parent.iterdir()}
+    for step in range(1, 14):
+        shutil.copytree("sharded", f"old{step}")
+    environment = os.environ | {"PYTHONPATH": str(Path(fastlora.__file__).resolve().parent.parent)}
+    command = [sys.executable, "-c", _KILLED, "merge", str(index), "adapter.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    codes = [line.split() for line in done.stdout.splitlines() if line.startswith(("new ", "old "))]
+    assert len(codes) == 26 and {code for *_, code in codes} == {"0", "9"}
+    contents = {"old": 0, "missing": 0, "merged": 0}
+    for name, step, code in codes:
+        target = Path(name + step)
+        got = {k: v for file in target.glob("*.safetensors") for k, v in load_file(file).items()}
+        whole = got.keys() == expected.keys() and len(os.listdir(target)) == 3
+        if not target.exists():
+            contents["missing"] += 1
+        elif whole and all(torch.equal(got[key], expected[key]) for key in got):
+            contents["merged"] += 1
+        else:
+            assert name == "old" and {p.name: p.read_bytes() for p in target.iterdir()} == {
+                path.name: data for path, data in base.items()
+            }
+            contents["old"] += 1
+        assert code == "9" or whole
+    assert contents == {"old": 10, "missing": 11, "merged": 5}
+    assert {path: path.read_bytes() for path in index.parent.iterdir()} == base
+
+
+def test_force_replaces_a_folder_of_merged_files_only(folder, capsys):
+    index = sharded_base()
+    arguments = ("merge", index, "adapter.safetensors", "merged")
+    assert run(capsys, *arguments)[0] == 0
+    Path("merged/one.safetensors").write_bytes(b"old")
+    assert "exists; --force replaces it" in run(capsys, *arguments)[2]
+    assert run(capsys, *arguments, "--force")[0] == 0
+    assert len(load_file("merged/one.safetensors")) > 1
+    Path("merged/thesis.tex").write_text("mine")
+    before = listing()
+    code, _, err = run(capsys, *arguments, "--force")
+    assert code == 2 and "holds thesis.tex, which a merge does not write and would remove" in err
+    assert listing() == before
 
 
 # convert
@@ -367,7 +542,7 @@ def test_a_target_of_the_wrong_kind(folder, capsys):
         assert code == 2 and message in err and err.count("\n") == 1
     for base, target, message in (
         ("base.safetensors", "peft", "is a folder; expected a file to write to"),
-        ("m.index.json", "base.safetensors", "is a file; a sharded base needs a folder"),
+        ("m.index.json", "base.safetensors", "is a file; this base needs a folder"),
     ):
         Path("m.index.json").write_text(json.dumps({"weight_map": {"k": "base.safetensors"}}))
         code, _, err = run(capsys, "merge", base, "adapter.safetensors", target, "--force")
@@ -568,7 +743,8 @@ def test_invalid_folders(folder, capsys, change, message):
 
 
 def edit_config(**fields):
-    file = Path("peft/adapter_config.json")
+    file, weights = Path("peft/adapter_config.json"), Path("peft/adapter_model.safetensors")
+    save_file(load_file(weights), weights, {"format": "pt"})  # as PEFT writes them
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
@@ -631,3 +807,17 @@ def test_the_functions_that_it_calls(folder):
     assert [layer.path for layer in merged] == list(adapter.layers)
     with pytest.raises(fastlora.CheckpointError, match="alpha: expected a finite number"):
         read_adapter(Path("loralib.safetensors"), float("nan"))
+
+
+def test_a_head_is_merged_with_its_running_statistics(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    fastlora.inject_lora(model, LoRAConfig(["0"], modules_to_save=["1"]))
+    fastlora.freeze_base_params(model)
+    model(torch.randn(5, 4))
+    fastlora.save_adapter(model, tmp_path / "a.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "a", "out")]
+    assert cli.main(["merge", *files]) == 0
+    merged, want = load_file(files[2]), fastlora.merged_model(model).state_dict()
+    assert merged.keys() == want.keys() and want["1.num_batches_tracked"] == 1
+    assert all(torch.equal(merged[key], want[key]) for key in want)

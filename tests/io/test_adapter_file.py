@@ -155,6 +155,13 @@ def test_file_round_trip_with_heads(tmp_path):
     assert len(load_adapter(twin, tmp_path / "adapter.pt").loaded) == 10
 
 
+def test_equal_adapters_are_saved_as_equal_bytes(tmp_path):
+    model = adapted()
+    for number in range(8):
+        save_adapter(model, tmp_path / f"{number}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_rank_and_alpha_are_stored_in_the_file(tmp_path):
     file = tmp_path / "a.safetensors"
     save_adapter(adapted(alpha=16.0), file)

@@ -3,9 +3,11 @@
 import copy
 import importlib.util
 import io
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -358,3 +360,21 @@ def test_onnx_with_its_weights_in_a_second_file(tmp_path, monkeypatch):
     x = torch.randn(4, 7, 8)
     got = runner(tmp_path / "m.onnx", "onnx")(x)
     torch.testing.assert_close(got, model.eval()(x).detach())
+    (tmp_path / "m.onnx").chmod(0o600)
+
+    def killed(source, place, replace=os.replace):
+        moves_data = Path(place) == tmp_path / "m.onnx.data"
+        if moves_data:  # never an old model beside new weights
+            assert not (tmp_path / "m.onnx").exists()
+        replace(source, place)
+        if moves_data:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(model, (torch.randn(2, 7, 8),), tmp_path / "m.onnx", format="onnx")
+    assert [f.name for f in tmp_path.iterdir()] == ["m.onnx.data"]
+    (tmp_path / "m.onnx").touch(0o600)
+    export(model, (torch.randn(2, 7, 8),), tmp_path / "m.onnx", format="onnx")
+    assert (tmp_path / "m.onnx").stat().st_mode & 0o777 == 0o600

@@ -83,19 +83,22 @@ def test_each_adapter_computes_what_it_does_as_the_only_one():
     assert list_adapters(model) == ["a", "b"]
 
 
-@pytest.mark.parametrize("outer", ["b", None])
-def test_contexts_that_overlap_without_nesting_restore_the_first_adapter(outer):
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (1, 2, 0), (0, 2, 1), (2, 1, 0)]
+)
+def test_overlapping_uses_restore_what_was_active_before_the_first(order):
     model = many()
-    set_adapter(model, "a")
-    first, second, third = (use_adapter(model, name) for name in (outer, None, "b"))
-    for context in (first, second, third):
-        context.__enter__()
-    first.__exit__(None, None, None)
-    assert active_adapter(model) == "b"
-    third.__exit__(None, None, None)
-    assert active_adapter(model) is None  # the second is still open
-    second.__exit__(None, None, None)
-    assert active_adapter(model) == "a"
+    expected = {name: alone(model, name)(X) for name in TARGETS} | {None: model(X)}
+    names = ["a", None, "b"]
+    uses = [use_adapter(model, name) for name in names]
+    for use in uses:
+        use.__enter__()
+    opened = [0, 1, 2]
+    for which in order:
+        assert torch.equal(model(X), expected[names[opened[-1]]])
+        uses[which].__exit__(None, None, None)
+        opened.remove(which)
+    assert active_adapter(model) is None and torch.equal(model(X), expected[None])
 
 
 def test_without_an_active_adapter_the_model_is_plain():
@@ -642,6 +645,8 @@ def test_the_svd_of_zero_is_zero_and_can_be_trained():
         ((["a", "b"], "c"), "weights: expected a mapping"),
         (({"a": True}, "c"), r"weights\['a'\]: expected a finite number, got True"),
         (({"a": float("nan")}, "c"), r"weights\['a'\]: expected a finite number, got nan"),
+        (({"a": 1e200}, "c"), "weights: the sum has values that are not finite in torch.float32"),
+        (({"a": 1e308, "b": 1e308}, "c", "svd"), "weights: the sum has values that are not finite"),
         (({"a": 1.0}, "b"), "new_name: the model already has an adapter 'b'"),
         (({"a": 1.0}, "c", "ties"), "method: expected one of cat, svd, got 'ties'"),
         (({"a": 1.0}, "c", "cat", 3), "rank: the ranks add up"),

@@ -27,6 +27,7 @@ from fastlora import (
     set_adapter,
     unfuse,
 )
+from fastlora.model.heads import adapter_parameters
 from fastlora.ops.group import lora_linear_group
 from tests.support.cases import Member, run_group
 from tests.support.models import randomise_adapters
@@ -170,6 +171,9 @@ def net(**settings):
     return model
 
 
+ALONE = "no other adapted layer of its parent with these settings receives the same tensor"
+
+
 def test_fuse_finds_the_groups_by_the_inputs_of_the_layers():
     model = net()
     report = fuse(model, X, memory=MEMORY)
@@ -178,13 +182,10 @@ def test_fuse_finds_the_groups_by_the_inputs_of_the_layers():
         ("layers.1.q_proj", "layers.1.k_proj", "layers.1.v_proj"),
         ("gate", "up"),
     )
-    no_other = (
-        "no other adapted layer with these settings receives the same tensor in the same call of "
-        "a module"
-    )
-    singles = [f"layers.{i}.{name}" for i in (0, 1) for name in ("o_proj", "cross_k")]
-    unused = {"unused": "its forward is not called on this sample"}
-    assert report.alone == dict.fromkeys(singles, no_other) | unused
+    assert report.alone == {
+        **{f"layers.{i}.{name}": ALONE for i in (0, 1) for name in ("o_proj", "cross_k")},
+        "unused": "its forward is not called on this sample",
+    }
     text = str(report)
     assert text.startswith("8 of 13 adapted layers in 3 groups")
     assert "together  gate, up" in text and "alone     unused: its forward" in text
@@ -303,9 +304,9 @@ def test_outputs_are_freed_once_returned_or_after_the_next_input():
     model.gate(x)
     kept = weakref.ref(model.up(x))
     gc.collect()
-    assert kept() is None and group._cached is None
+    assert kept() is None and group._last.cached is None
     model.gate(x)
-    kept = weakref.ref(group._cached.outputs[id(model.up)])
+    kept = weakref.ref(group._last.cached.outputs[id(model.up)])
     model.gate(X.clone())
     gc.collect()
     assert kept() is None
@@ -344,117 +345,6 @@ def test_checkpointing_and_repeated_steps_on_one_input():
         runs.append([p.detach().clone() for p in get_lora_params(each)])
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
-
-
-class Shared(nn.Module):
-    """Blocks that all get one context, each of which may be a checkpointed region."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Attention() for _ in range(3))
-        self.reentrant = None
-
-    def forward(self, x, memory):
-        for block in self.blocks:
-            if self.reentrant is None:
-                x = x + block(x, memory)
-            else:
-                x = x + checkpoint(block, x, memory, use_reentrant=self.reentrant)
-        return x
-
-
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_regions_with_one_context_have_the_gradients_without_checkpointing(
-    reentrant, p
-):
-    torch.manual_seed(0)
-    model = Shared()
-    targets = ["q_proj", "k_proj", "v_proj", "cross_k"]
-    inject_lora(model, LoRAConfig(targets, rank=3, dropout=p))
-    randomise_adapters(model)
-    freeze_base_params(model)
-    twin = copy.deepcopy(model)
-    for each in (model, twin):
-        assert len(fuse(each, X, MEMORY).groups) == 3
-    twin.reentrant = reentrant
-    for _ in range(2):
-        found = []
-        for each in (model, twin):
-            torch.manual_seed(4)
-            each.zero_grad()
-            x, memory = X.clone().requires_grad_(), MEMORY.clone().requires_grad_()
-            with torch.no_grad():
-                each(x, memory)  # leaves nothing that the next call would use
-            y = each(x, memory)
-            y.square().sum().backward()
-            found.append([y, x.grad, memory.grad, *(p.grad for p in get_lora_params(each))])
-        for got, want in zip(*found, strict=True):
-            assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-@pytest.mark.parametrize("retain", [True, False])
-def test_members_of_a_group_may_have_losses_of_their_own(order, retain):
-    group, seed = members(), torch.tensor(5)
-    x = torch.randn(4, K)
-    wide = as_wide(group)
-
-    def losses(outputs, parameters):
-        for i in order:
-            outputs[i].sin().sum().backward(retain_graph=retain)
-        return [p.grad for m in parameters for p in parts(m) if p is not None]
-
-    got = losses(run_group(x, group, 0.3, seed), group)
-    same_group = [
-        Member(*(t.detach().requires_grad_() for t in parts(m)), m.scaling) for m in group
-    ]
-    same = losses(alone(x, same_group, 0.3, seed), same_group)
-    want = losses(alone(x.double(), wide, 0.3, seed), wide)
-    for g, s, w in zip(got, same, want, strict=True):
-        assert_close(g, s, w)
-
-
-def test_after_the_last_loss_of_a_group_nothing_is_kept():
-    group = members()
-    x = torch.randn(4, K, requires_grad=True)
-    outputs = run_group(x, group, 0.0, None)
-    node = outputs[0].grad_fn
-    for y in outputs[:2]:
-        y.sum().backward()
-        assert node.kept is not None
-    outputs[2].sum().backward()
-    assert node.kept is None
-    with pytest.raises(RuntimeError, match="second time"):
-        outputs[0].sum().backward()
-
-
-def test_threads_that_share_an_input_have_graphs_of_their_own():
-    model = net()
-    fuse(model, X, MEMORY)
-    x, results = X.clone(), {}
-    turns = [threading.Event() for _ in range(3)]
-
-    def first():
-        gate = model.gate(x)
-        turns[0].set()
-        turns[1].wait(30)
-        results["first"] = (gate * model.up(x)).sum()
-
-    def second():
-        turns[0].wait(30)
-        results["second"] = (model.gate(x) * model.up(x)).sum()
-        turns[1].set()
-
-    threads = [threading.Thread(target=run) for run in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    parameters = [p for la in (model.gate, model.up) for p in la.lora_parameters().values()]
-    grads = [torch.autograd.grad(results[name], parameters) for name in ("first", "second")]
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
@@ -536,3 +426,151 @@ def test_a_changed_bias_and_layers_called_by_name_are_detected():
         assert_differs(model.up(X), stale)
     model.forward = lambda x, memory: model.gate(input=x) * model.up(input=x)
     assert fuse(model, X, MEMORY).groups == (("gate", "up"),)
+
+
+class Cross(nn.Module):
+    """k and v of one context, in one checkpointed region or each in its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.v, self.o = (nn.Linear(K, K) for _ in range(3))
+
+    def forward(self, x, context, run):
+        k, v = run(self.k, context), run(self.v, context)
+        return x + self.o(torch.tanh(x * k) * v)
+
+
+class Blocks(nn.Module):
+    """Blocks that all receive the same context; it is an argument of the region or captured by it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(K, K)
+        self.blocks = nn.ModuleList(Cross() for _ in range(3))
+
+    def forward(self, x, memory, outer=None, inner=None, captured=False):
+        context = self.first(memory)
+        for block in self.blocks:
+
+            def region(x, context=context, block=block):
+                return block(x, context, runner(inner))
+
+            x = runner(outer)(region, x, *([] if captured else [context]))
+        return x
+
+
+def runner(reentrant):
+    if reentrant is None:
+        return lambda function, *args: function(*args)
+    return lambda function, *args: checkpoint(function, *args, use_reentrant=reentrant)
+
+
+def blocks(dropout):
+    torch.manual_seed(0)
+    model = Blocks()
+    inject_lora(model, LoRAConfig("all-linear", rank=3, dropout=dropout))
+    randomise_adapters(model)
+    freeze_base_params(model)
+    return model
+
+
+def train(model, steps=2, **regions):
+    """The outputs and the gradients of x and of the adapters in several steps, with an evaluation between them."""
+    torch.manual_seed(3)
+    found, x = [], X.clone().requires_grad_()
+    for _ in range(steps):
+        y = model(x, MEMORY, **regions)
+        y.sin().sum().backward()
+        gradients = [x.grad, *(p.grad for p in adapter_parameters(model))]
+        found += [y.detach(), *(g.clone() for g in gradients if g is not None)]
+        model.eval()
+        with torch.no_grad():
+            found.append(model(x, MEMORY))
+        model.train()
+    return found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("captured", [True, False])
+def test_blocks_with_one_context_have_the_same_gradients_in_checkpointed_regions(
+    dropout, reentrant, captured
+):
+    """The reference is the same fused model without checkpointing."""
+    model, twin = blocks(dropout), blocks(dropout)
+    report = fuse(model, X, MEMORY)
+    assert report.groups == tuple((f"blocks.{i}.k", f"blocks.{i}.v") for i in range(3))
+    fuse(twin, X, MEMORY)
+    for m in (model, twin):  # reentrant checkpointing has no gradients for what it captures
+        m.first.requires_grad_(not captured)
+    calls = count_group_calls(model)
+    got = train(model, outer=reentrant, captured=captured)
+    assert calls
+    want = train(twin, captured=captured)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("outer", [None, True, False])
+def test_members_in_regions_of_their_own_equal_separate_layers(dropout, inner, outer):
+    """The reference is the same model without `fuse`, whose layers draw a seed each."""
+    fused, plain = blocks(dropout), blocks(dropout)
+    fuse(fused, X, MEMORY)
+    got, same = (train(m, inner=inner, outer=outer) for m in (fused, plain))
+    for g, s in zip(got, same, strict=True):
+        assert_close(g, s, s.double())
+
+
+@pytest.mark.parametrize("order", [("gate", "up"), ("up", "gate")])
+@pytest.mark.parametrize("retain", [False, True])
+def test_each_member_may_have_a_backward_pass_of_its_own(order, retain):
+    fused, plain = net(), net()
+    fuse(fused, X, MEMORY)
+    found = []
+    for model in (fused, plain):
+        x = X.clone().requires_grad_()
+        outputs = {"gate": model.gate(x), "up": model.up(x)}
+        for name in order:
+            outputs[name].sin().sum().backward(retain_graph=retain)
+        if retain:
+            outputs["gate"].sin().sum().backward()
+        found.append(
+            [x.grad, *(p.grad for la in (model.gate, model.up) for p in (la.lora_A, la.lora_B))]
+        )
+        if not retain:
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                outputs["up"].sum().backward()
+    for g, s in zip(*found, strict=True):
+        assert_close(g, s, s.double())
+
+
+def test_a_parameter_changed_between_the_backward_passes_of_members_is_an_error():
+    model = net()
+    fuse(model, X, MEMORY)
+    gate, up = model.gate(X), model.up(X)
+    gate.sum().backward()
+    with torch.no_grad():
+        model.up.lora_B.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an in-place operation between"):
+        up.sum().backward()
+
+
+def test_threads_do_not_share_cached_outputs():
+    model = net(dropout=0.5)
+    fuse(model, X, MEMORY)
+    outputs, threads = {}, []
+    x = X.clone().requires_grad_()
+    outputs["gate"] = model.gate(x)
+
+    def other():
+        outputs["other"] = model.up(x)
+
+    threads = [threading.Thread(target=other)]
+    threads[0].start()
+    threads[0].join()
+    outputs["up"] = model.up(x)
+    assert outputs["up"].grad_fn is outputs["gate"].grad_fn
+    assert outputs["other"].grad_fn is not outputs["up"].grad_fn
+    assert not torch.equal(outputs["other"], outputs["up"])  # a mask of its own

@@ -8,11 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
 from fastlora import (
     ConfigError,
+    FastLoRAWarning,
+    LoRAConfig,
     LoRALinear,
     MergeError,
+    export,
     inject_lora,
     merge_lora_weights,
     merge_report,
@@ -236,3 +240,122 @@ def test_invalid_dtypes_are_refused():
     for call in (merge_report, lambda m, d: merged_model(m, dtype=d)):
         with pytest.raises(ConfigError, match="dtype: expected a float dtype or None, got"):
             call(adapted(), torch.int8)
+
+
+KINDS = {
+    "linear": lambda: nn.Linear(6, 5),
+    "transposed": lambda: Conv1D(5, 6),
+    "conv": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "embedding": lambda: nn.Embedding(9, 5),
+}
+
+
+def of_kind(kind, dtype=torch.float32, **config):
+    model = nn.Sequential(KINDS[kind](), nn.Identity()).to(dtype)
+    inject_lora(model, LoRAConfig(["0"], rank=2, kinds=("linear", "conv", "embedding"), **config))
+    randomise_adapters(model)
+    return model.eval()
+
+
+def refused_and_unchanged(model, message, **options):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for call in (merge_report, merged_model, merge_lora_weights):
+        with pytest.raises(MergeError, match=message):
+            call(model, **options)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(v.nan_to_num(7), after[k].nan_to_num(7)) for k, v in before.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_is_not_finite_is_not_merged(kind, name, value):
+    model = of_kind(kind)
+    with torch.no_grad():
+        getattr(model[0], name).view(-1)[1] = value
+    refused_and_unchanged(
+        model, rf"0: \d+ values of W \+ ΔW are not finite in torch.float32 \({name} has"
+    )
+    with pytest.raises(MergeError, match=f"{name} has values that are not finite"):
+        model[0].merge_weights()
+
+
+def test_a_magnitude_or_an_initial_product_that_is_not_finite_is_not_merged():
+    for config, name in (
+        ({"use_dora": True}, "lora_magnitude"),
+        ({"init_lora_weights": "pissa"}, "initial_B"),
+    ):
+        model = of_kind("linear", **config)
+        with torch.no_grad():
+            getattr(model[0], name).view(-1)[0] = float("nan")
+        refused_and_unchanged(model, f"{name} has values that are not finite")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_that_overflows_the_target_dtype_is_refused(kind):
+    model = of_kind(kind)
+    with torch.no_grad():
+        model[0].lora_A.fill_(1), model[0].lora_B.fill_(1e5)
+    assert merge_report(model).ok
+    refused_and_unchanged(
+        model, r"0: \d+ values of .* in torch.float16 \(out of range\)", dtype=torch.float16
+    )
+    half = of_kind(kind, torch.float16)
+    with torch.no_grad():
+        half[0].lora_B.fill_(6e4), half[0].lora_A.fill_(6e4)
+    refused_and_unchanged(half, r"0: \d+ values of .* in torch.float16 \(out of range\)")
+
+
+@pytest.mark.filterwarnings("ignore:1.running_var")
+def test_heads_and_norms_that_overflow_the_target_dtype_are_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    inject_lora(model, ["0"])
+    with torch.no_grad():
+        model[1].running_var.fill_(1e6)
+        model[2].weight.fill_(7e4)
+        model[0].original_linear.bias.fill_(1e5)
+    refused_and_unchanged(
+        model,
+        "0.original_linear.bias: .*2.weight: has .* not finite in torch.float16",
+        dtype=torch.float16,
+    )
+    with torch.no_grad():
+        model[0].original_linear.bias.zero_()
+        model[2].weight.zero_()
+    with pytest.warns(FastLoRAWarning, match="1.running_var: has values that are not finite in"):
+        merged_model(model, dtype=torch.float16)
+    assert type(merged_model(model, dtype=torch.bfloat16)[0]) is nn.Linear
+
+
+def test_a_trained_head_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    inject_lora(model, ["0"])
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    refused_and_unchanged(model, "1.weight: is trained and has values that are not finite")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_is_not_finite_is_merged_where_it_is_finite_and_named(kind):
+    model = of_kind(kind)
+    expected = merged_model(model)[0].weight.detach().contiguous()
+    with torch.no_grad():
+        model[0].wrapped.weight.view(-1)[3] = float("nan")
+    model[0].wrapped.requires_grad_(False)
+    expected.view(-1)[3] = float("nan")
+    (row,) = merge_report(model).layers
+    assert row.not_finite == 1 and row.ok and row.lost < 1e-3
+    assert row.skipped == "1 values of its weight are not finite"
+    with pytest.warns(FastLoRAWarning, match="merged_model: 0: 1 values of the weight before"):
+        merged = merged_model(model)
+    assert torch.equal(merged[0].weight.nan_to_num(99), expected.nan_to_num(99))
+
+
+def test_an_export_of_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    model = of_kind("linear")
+    with torch.no_grad():
+        model[0].lora_B[0, 0] = float("nan")
+    with pytest.raises(MergeError, match="lora_B has values that are not finite"):
+        export(model, (torch.randn(3, 6),), tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())

@@ -59,81 +59,6 @@ def test_it_nests_and_restores_after_exceptions():
     assert torch.equal(model(x), adapted)
 
 
-def test_contexts_that_overlap_without_nesting_leave_the_adapters_on():
-    base, model = pair(dropout=0.0)
-    x = torch.randn(3, 7, 8)
-    adapted, plain = model(x), base(x)
-    first, second = disable_adapter(model), disable_adapter(model)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert torch.equal(model(x), plain)  # the second is still open
-    second.__exit__(None, None, None)
-    assert torch.equal(model(x), adapted)
-
-
-def test_asynchronous_tasks_may_disable_the_adapters_at_once():
-    base, model = pair(dropout=0.0)
-    x = torch.randn(3, 7, 8)
-    adapted, plain = model(x), base(x)
-
-    async def reference(steps):
-        with disable_adapter(model):
-            for _ in range(steps):
-                assert torch.equal(model(x), plain)
-                await asyncio.sleep(0)
-
-    async def together():
-        await asyncio.gather(*(reference(steps) for steps in (1, 4, 2)))
-
-    asyncio.run(together())
-    assert torch.equal(model(x), adapted) and not any(la.disabled for la in adapters(model))
-
-
-def test_threads_may_disable_the_adapters_at_once():
-    _, model = pair(dropout=0.0)
-    x = torch.randn(3, 7, 8)
-    adapted = model(x)
-
-    def repeat():
-        for _ in range(50):
-            with disable_adapter(model):
-                pass
-
-    threads = [threading.Thread(target=repeat) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.equal(model(x), adapted) and not any(la.disabled for la in adapters(model))
-
-
-def adapters(model):
-    return [layer for _, layer in fastlora.named_lora_layers(model)]
-
-
-def test_a_copy_of_a_disabled_model_can_be_disabled_again():
-    base, model = pair(dropout=0.0)
-    x = torch.randn(3, 7, 8)
-    with disable_adapter(model):
-        twin = copy.deepcopy(model)
-    adapted = model(x)
-    with disable_adapter(twin):
-        assert torch.equal(twin(x), base(x)) and torch.equal(model(x), adapted)
-    assert torch.equal(twin(x), adapted)
-
-
-def test_overlapping_eval_modes_restore_training_mode():
-    _, model = pair()
-    first, second = eval_mode(model), eval_mode(model)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not any(module.training for module in model.modules())
-    second.__exit__(None, None, None)
-    assert all(module.training for module in model.modules())
-
-
 def test_code_that_reads_the_weight_gets_the_base_weight():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
     base = copy.deepcopy(layer)
@@ -199,6 +124,27 @@ def test_a_compiled_model_follows():
     torch.testing.assert_close(compiled(x), adapted)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
+def test_a_compiled_function_may_contain_the_context():
+    torch.compiler.reset()
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted = model(x)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def reference(x):
+        with disable_adapter(model):
+            return model(x)
+
+    torch.testing.assert_close(reference(x), base(x))
+    assert torch.equal(model(x), adapted)
+    with disable_adapter(model):
+        torch.testing.assert_close(reference(x), base(x))
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(model(x), adapted)
+
+
 def test_saving_and_loading_inside_are_unchanged(tmp_path):
     _, model = pair()
     fastlora.save_adapter(model, tmp_path / "a.safetensors")
@@ -239,3 +185,98 @@ def test_a_model_without_adapters_is_refused():
     refusal = pytest.raises(InjectionError, match="there is nothing to disable")
     with refusal, disable_adapter(Decoder()):
         pass
+
+
+def test_adapters_come_back_when_the_last_of_overlapping_contexts_ends():
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted, plain = model(x), base(x)
+    first, second = disable_adapter(model), disable_adapter(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), plain)  # the second is still open
+    second.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
+    third, part = disable_adapter(model), disable_adapter(model.blocks[0])
+    third.__enter__()
+    part.__enter__()
+    third.__exit__(None, None, None)
+    assert model.blocks[0].attn.to_out.disabled and not model.blocks[1].attn.to_out.disabled
+    twin = copy.deepcopy(model)
+    with disable_adapter(twin):
+        assert torch.equal(twin(x), plain)
+    assert torch.equal(twin(x), adapted)
+    part.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
+
+
+def test_async_tasks_and_threads_that_overlap_leave_the_adapters_on():
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted, plain = model(x), base(x)
+
+    async def compare(entered, leave):
+        with disable_adapter(model):
+            entered.set()
+            await leave.wait()
+            return model(x)
+
+    async def overlap():
+        (first_in, leave_first), (second_in, leave_second) = (
+            (asyncio.Event(), asyncio.Event()) for _ in range(2)
+        )
+        first = asyncio.create_task(compare(first_in, leave_first))
+        await first_in.wait()
+        second = asyncio.create_task(compare(second_in, leave_second))
+        await second_in.wait()
+        leave_first.set()
+        outputs = [await first]
+        leave_second.set()
+        return [*outputs, await second]
+
+    assert all(torch.equal(y, plain) for y in asyncio.run(overlap()))
+    assert torch.equal(model(x), adapted)
+
+    outputs = []
+
+    def repeat():
+        for _ in range(50):
+            with disable_adapter(model):
+                outputs.append(model(x))
+
+    threads = [threading.Thread(target=repeat) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outputs) == 200 and all(torch.equal(y, plain) for y in outputs)
+    assert torch.equal(model(x), adapted)
+
+
+def test_an_unfinished_generator_restores_the_adapters_when_it_is_closed():
+    _, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted = model(x)
+
+    def references():
+        with disable_adapter(model):
+            yield model(x)
+
+    unfinished = references()
+    next(unfinished)
+    with disable_adapter(model):
+        unfinished.close()
+        assert not torch.equal(model(x), adapted)
+    assert torch.equal(model(x), adapted)
+
+
+def test_overlapping_eval_modes_restore_the_training_modes():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    first, second = eval_mode(model), eval_mode(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
+    assert [module.training for module in model.modules()] == [True, True, False]

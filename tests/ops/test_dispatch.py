@@ -307,6 +307,16 @@ def test_tuned_entries_are_found_for_their_bucket_only(cache):
     assert len(json.loads(cache.read_text())) == 2
 
 
+def test_entries_that_another_process_stored_are_kept(cache):
+    entry = tuning_file.Tuned("split", "split", tiles(H100, LLM))
+    tuning_file.store("Some GPU", LLM, entry)
+    both = json.loads(cache.read_text())
+    tuning_file.lookup(torch.device("cuda:0"), LLM)  # read before the other process writes
+    cache.write_text(json.dumps(both | {"another": both[next(iter(both))]}))
+    tuning_file.store("Some GPU", replace(LLM, m=2 * LLM.m), entry)
+    assert {"another", *both} < json.loads(cache.read_text()).keys()
+
+
 def test_the_cache_belongs_to_its_versions_and_kernels(cache, monkeypatch):
     tuning_file.store("Some GPU", LLM, tuning_file.Tuned("split", "split", tiles(H100, LLM)))
     monkeypatch.setattr(tuning_file, "_versions", lambda: "other kernels")

@@ -21,6 +21,8 @@ from fastlora import (
     named_lora_layers,
     save_pretrained,
 )
+from fastlora.cli.convert import read_adapter
+from fastlora.files import check_regexes
 from tests.support.models import Decoder, randomise_adapters
 from tests.support.tolerance import assert_differs
 
@@ -574,3 +576,97 @@ def test_a_model_with_adapters_or_a_shared_target_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="are one module"):
         from_pretrained(shared, tmp_path / "good")
     assert not any(isinstance(m, LoRALinear) for m in shared.modules())
+
+
+# a folder whose two files are of different saves
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches the end of a process."""
+
+
+def save_killed_between_the_renames(model, folder, monkeypatch):
+    """`save_pretrained` that moves one file into place and then ends; returns the name of the file."""
+    moved = []
+
+    def replace(source, target, rename=os.replace):
+        if moved:
+            raise Killed
+        moved.append(target.name)
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            save_pretrained(model, folder)
+    return moved[0]
+
+
+def with_head():
+    model = adapted()
+    model.out_layer.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: adapted(alpha=4.0), "blocks.0.attn.to_(qkv|out): alpha is 8 in the config, .* 4"),
+        (lambda: adapted(rank=2), "(alpha|rank) is"),
+        (lambda: adapted(use_rslora=True), "use_rslora is False in the config, .* with True"),
+        (lambda: adapted(alpha_pattern={"blocks.1": 3.0}), "blocks.1.attn.* alpha is 8 in .* 3.0"),
+        (lambda: adapted(dropout=0.5), "dropout is 0.0 in the config, .* saved with 0.5"),
+        (with_head, r"modules_to_save is None in the config, .* with \['out_layer'\]"),
+    ],
+)
+@pytest.mark.parametrize("old_by", ["fastlora", "peft"])
+def test_new_weights_beside_an_old_config_are_refused(make, message, old_by, tmp_path, monkeypatch):
+    if old_by == "fastlora":
+        save_pretrained(adapted(), tmp_path)
+    else:
+        peft_adapted(target_modules=["to_qkv", "to_out"]).save_pretrained(tmp_path)
+    assert save_killed_between_the_renames(make(), tmp_path, monkeypatch) == WEIGHTS
+    model = base()
+    for read in (lambda: from_pretrained(model, tmp_path), lambda: read_adapter(tmp_path)):
+        with pytest.raises(CheckpointError, match=f"are not of the same save: .*{message}"):
+            read()
+    assert not list(named_lora_layers(model))
+    save_pretrained(make(), tmp_path)  # saving again mends it
+    from_pretrained(model, tmp_path)
+    assert torch.equal(model(X), make().eval()(X))
+
+
+def test_a_save_killed_before_the_first_rename_leaves_the_old_folder(tmp_path, monkeypatch):
+    save_pretrained(adapted(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def replace(source, target):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            save_pretrained(adapted(rank=2), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_peft_saves_again_has_no_mark_and_loads(tmp_path):
+    save_pretrained(adapted(alpha=4.0), tmp_path / "ours")
+    theirs = in_peft(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / CONFIG).read_text()) | {"lora_alpha": 2}
+    (tmp_path / "theirs" / CONFIG).write_text(json.dumps(config))
+    mine = base()
+    from_pretrained(mine, tmp_path / "theirs")
+    assert {layer.alpha for _, layer in named_lora_layers(mine)} == {2}
+
+
+def test_a_hostile_path_in_the_mark_is_not_matched_without_a_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_regexes, "__defaults__", (0.5,))
+    save_pretrained(adapted(), tmp_path)
+    mark = {"fastlora": json.dumps({"layers": {"a" * 60: {}}}), "format": "pt"}
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, mark)
+    config = json.loads((tmp_path / CONFIG).read_text()) | {"rank_pattern": {r"(\w+\.?)+!": 4}}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="takes more than 0.5 s to match"):
+        from_pretrained(base(), tmp_path)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastlora.errors import DataError
-from fastlora.files import read_json, write_json
+from fastlora.files import read_json, replaced_folder, write_json
 
 MANIFEST = "manifest.json"
 
@@ -41,22 +38,6 @@ def generate_folder(
         if not _is_complete(root, recipe):  # otherwise another process has written it
             raise
     return root
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Context manager: a new, empty folder, which replaces `folder` if the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-partial-"))
-    try:
-        new = temporary / "new"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, temporary / "old")
-        os.replace(new, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

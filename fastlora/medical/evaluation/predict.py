@@ -19,7 +19,7 @@ import trimesh
 from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.files import atomic_write, write_json
+from fastlora.files import atomic_write_all, json_bytes
 from fastlora.medical.data import dicom
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.geometry import Array, mesh_from_sdf, voxelise
@@ -245,5 +245,4 @@ def write_mesh(mesh: trimesh.Trimesh, path: Path, space: str, facts: dict[str, A
         **facts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, data)
-    write_json(path.with_suffix(".json"), about)
+    atomic_write_all({path: data, path.with_suffix(".json"): json_bytes(about)})

@@ -24,8 +24,7 @@ from nibabel.affines import apply_affine
 from scipy.ndimage import map_coordinates
 
 from fastlora.errors import ConfigError
-from fastlora.files import atomic_write
-from fastlora.medical.data.generated import replaced_folder
+from fastlora.files import atomic_write, replaced_folder
 from fastlora.medical.data.geometry import Array, mesh_from_sdf
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Row, Run
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
