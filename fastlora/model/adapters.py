@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -114,18 +116,38 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     set_registry(owner, registry)
 
 
+@dataclass(eq=False)
+class _Use:
+    """An open context of `use_adapter`, and the adapter to restore when it ends."""
+
+    before: str | None
+
+
+_OPEN_USES: weakref.WeakKeyDictionary[nn.Module, list[_Use]] = weakref.WeakKeyDictionary()
+
+
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """Context manager: the adapter `name` is active, or none with None; the previous one is restored afterwards.
 
+    The switch is of the model: other threads and async tasks see it too. If contexts overlap without nesting, the adapter of the one
+    entered last is active until it ends, and the last one to end restores what was active before the first.
+
     Raises: as `set_adapter`, on entry and on exit.
     """
-    before = active_adapter(model)
+    use = _Use(active_adapter(model))
     set_adapter(model, name)
+    opened = _OPEN_USES.setdefault(_registry(model)[0], [])
+    opened.append(use)
     try:
         yield
     finally:
-        set_adapter(model, before)
+        at = opened.index(use)
+        opened.remove(use)
+        if at < len(opened):
+            opened[at].before = use.before
+        else:
+            set_adapter(model, use.before)
 
 
 def combine_adapters(

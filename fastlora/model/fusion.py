@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,11 +41,12 @@ class FusionReport:
 
 
 def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
-    """Run `model(*args, **kwargs)` once, find adapted linear layers that receive the same tensor, and fuse them.
+    """Run `model(*args, **kwargs)` once, find adapted linear layers of one parent module that receive the same tensor, and fuse them.
 
     Afterwards the first layer of a group that is called computes all of them by `lora_linear_group`: one pass over x for every
     S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. Results are those of
-    separate calls up to rounding, except that the group has one mask; layers keep their parameters, state dicts and hooks.
+    separate calls up to rounding, except that the group has one mask; layers keep their parameters, state dicts and hooks. An output is
+    reused only in the thread and the checkpointed region that computed it, and each may have a backward pass of its own.
     A layer runs separately if its input is not its group's, while the members differ in training mode or dropout or are disabled,
     with Triton under the plan `decode` or with more than 256 ranks in total, and under torch.compile, functorch and inference mode.
     On a CPU fusion is faster with dropout, whose mask is computed once for the group; without dropout it gains little, and below a
@@ -70,12 +73,16 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
             alone[path] = reason
         else:
             x, version = calls[0]
-            key = (id(x), version, layer.dropout, layer.lora_A.dtype, layer.backend)
+            # Layers of different parents may be in regions that are recomputed separately.
+            parent = path.rpartition(".")[0]
+            key = (parent, id(x), version, layer.dropout, layer.lora_A.dtype, layer.backend)
             by_input.setdefault(key, []).append(path)
     groups = []
     for paths in by_input.values():
         if len(paths) == 1:
-            alone[paths[0]] = "no other adapted layer with these settings receives the same tensor"
+            alone[paths[0]] = (
+                "no other adapted layer of its parent with these settings receives the same tensor"
+            )
         else:
             groups.append(tuple(path for path in seen if path in paths))
     unfuse(model)
@@ -104,30 +111,39 @@ class _Cached:
     freed: list[bool]  # not empty after the backward pass of the outputs' graph
 
 
+class _LastCall(threading.local):
+    """The cached outputs of a thread's last call of a group."""
+
+    cached: _Cached | None = None
+
+
 class _Group:
-    """The layers of a group, and the cached outputs of its last call.
+    """The layers of a group, and the cached outputs of its last call in each thread.
 
     An output is valid for the same input object while its contents and the parameters are unchanged. Unused outputs are kept until
-    the group's next call.
+    the group's next call in the thread.
     """
 
     def __init__(self, layers: list[LoRALinear]) -> None:
         self.layers = layers
-        self._cached: _Cached | None = None
+        self._last = _LastCall()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_cached": None}
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """The output of `layer` for x (..., K); None if it must run separately."""
         versionless = torch.is_inference_mode_enabled() or x.is_inference()
         if versionless or torch._C._are_functorch_transforms_active():
             return None
-        state, cached = self._state(x), self._cached
+        state, cached = self._state(x), self._last.cached
         if cached is not None and not cached.freed and cached.x() is x and cached.state == state:
             y = cached.outputs.pop(id(layer), None)
             if not cached.outputs:
-                self._cached = None
+                self._last.cached = None
             if y is not None:
                 return y
         backend = self._backend(layer, x)
@@ -142,7 +158,7 @@ class _Group:
         outputs = lora_linear_group(x, layers, freed, triton=backend == "triton")
         unused = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
         y = unused.pop(id(layer))
-        self._cached = _Cached(weakref.ref(x), state, unused, freed)
+        self._last.cached = _Cached(weakref.ref(x), state, unused, freed)
         return y
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:
@@ -156,7 +172,8 @@ class _Group:
         ]
         modes = [(m.training, m.disabled, m.dropout, m.scaling) for m in self.layers]
         dtype = autocasts(x) and torch.get_autocast_dtype(x.device.type)
-        return x._version, torch.is_grad_enabled(), dtype, versions, modes
+        region = _region(any(m.training and m.dropout for m in self.layers))
+        return x._version, torch.is_grad_enabled(), dtype, versions, modes, region
 
     def _backend(self, layer: LoRALinear, x: Tensor) -> str | None:
         """The backend of the group for x, "torch" or "triton"; None if `layer` must run separately."""
@@ -179,6 +196,21 @@ class _Group:
         if not launched or why_not_triton(x.device.type, cast.dtype, ranks, forced=True):
             return None
         return "triton"
+
+
+def _region(random: bool) -> tuple[Any, ...]:
+    """What identifies the checkpointed region of a call: its saved-tensor hooks and, if `random`, its autograd function.
+
+    A region is recomputed alone, from its own random state, so it must not use an output or a seed of another one.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    # Reentrant checkpointing runs a region without gradients, or within a backward pass.
+    if not random or (torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1):
+        return (hooks,)
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_varnames[:1] != ("ctx",):
+        frame = frame.f_back
+    return hooks, frame
 
 
 def _why_not_fusable(layer: LoRALinear) -> str | None:

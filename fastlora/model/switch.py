@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -16,8 +20,12 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Context manager: every adapted layer calls only the layer that it wraps.
 
     The model then computes the base model's output, bit for bit, and draws no dropout seeds: a reference model (DPO, distillation)
-    without a second copy. Trained heads are not affected. Calls may be nested, and the previous state is restored, also after an
-    exception. Inside, saving and loading work, merging and exporting are refused, and a copy of the model has its adapters enabled.
+    without a second copy. Trained heads are not affected. Contexts may nest or overlap: the adapters are back when the last one
+    ends, also after an exception. Inside, saving and loading work, merging and exporting are refused, and a copy of the model has its
+    adapters enabled.
+
+    The switch is of the model: other threads and async tasks that call it meanwhile get the base model's output too. A switch of the
+    task alone would be a lookup in each forward, on which compiled code cannot guard.
 
     A forward pass inside must not be recomputed outside: with activation checkpointing use `torch.no_grad()` too.
 
@@ -37,13 +45,38 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+@dataclass
+class _Open:
+    """The open contexts that set an attribute of a module, and its value before the first of them."""
+
+    before: Any
+    contexts: list[object] = field(default_factory=list)
+
+
+# Re-entrant, because the garbage collector may close an unfinished context in the thread that holds the lock.
+_LOCK = threading.RLock()
+_OPEN: dict[str, weakref.WeakKeyDictionary[nn.Module, _Open]] = {
+    name: weakref.WeakKeyDictionary() for name in ("disabled", "training")
+}
+
+
 @contextmanager
 def _attribute_set(modules: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
-    before = [(module, getattr(module, name)) for module in modules]
+    """Contexts may overlap without nesting: the last one that ends restores the value."""
+    context, opened, held = object(), _OPEN[name], []
     try:
-        for module, _ in before:
-            setattr(module, name, value)
+        with _LOCK:
+            for module in modules:
+                state = opened.setdefault(module, _Open(getattr(module, name)))
+                state.contexts.append(context)
+                held.append((module, state))
+            for module, _ in held:
+                setattr(module, name, value)
         yield
     finally:
-        for module, old in before:
-            setattr(module, name, old)
+        with _LOCK:
+            for module, state in held:
+                state.contexts.remove(context)
+                if not state.contexts:
+                    setattr(module, name, state.before)
+                    opened.pop(module, None)

@@ -7,7 +7,7 @@ every dx is added in place. With Triton the kernels are those of single layers (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class _Group(torch.autograd.Function):
         outputs, s = _forward(x, _layers(tensors, scalings, p, seed), triton)
         ctx.save_for_backward(x, seed, *s, *tensors)
         ctx.p, ctx.scalings, ctx.freed, ctx.triton = p, scalings, freed, triton
+        ctx.kept, ctx.waiting = None, set(range(len(outputs)))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -68,10 +69,10 @@ class _Group(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> linear.Gradients:
         if ctx.freed is not None:
             ctx.freed.append(True)
-        x, seed, *rest = ctx.saved_tensors
+        used = {i: dy for i, dy in enumerate(dys) if dy is not None}
+        x, seed, *rest = _saved(ctx, used)
         s, tensors = rest[: len(dys)], rest[len(dys) :]
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
-        used = {i: dy for i, dy in enumerate(dys) if dy is not None}
         if not used:
             return (None,) * (6 + len(tensors))
         dx: Tensor | None
@@ -104,6 +105,22 @@ class _Group(torch.autograd.Function):
             )
         dx = None if dx is None else dx.view(x.shape)
         return dx, None, None, None, None, None, *gradients
+
+
+def _saved(ctx: Any, used: Iterable[int]) -> Sequence[Any]:
+    """The saved tensors; kept after a backward pass of some outputs for the others, whose graph autograd would free with it."""
+    if ctx.kept is None:
+        saved = ctx.saved_tensors
+        versions = [None if t is None else t._version for t in saved]
+    else:
+        saved, versions = ctx.kept
+        if versions != [None if t is None else t._version for t in saved]:
+            raise RuntimeError(
+                "a tensor saved for backward was modified by an in-place operation between two backward passes of a group of `fuse`"
+            )
+    ctx.waiting.difference_update(used)
+    ctx.kept = (saved, versions) if ctx.waiting else None
+    return saved
 
 
 def _layers(

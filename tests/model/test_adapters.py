@@ -83,6 +83,24 @@ def test_each_adapter_computes_what_it_does_as_the_only_one():
     assert list_adapters(model) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (1, 2, 0), (0, 2, 1), (2, 1, 0)]
+)
+def test_overlapping_uses_restore_what_was_active_before_the_first(order):
+    model = many()
+    expected = {name: alone(model, name)(X) for name in TARGETS} | {None: model(X)}
+    names = ["a", None, "b"]
+    uses = [use_adapter(model, name) for name in names]
+    for use in uses:
+        use.__enter__()
+    opened = [0, 1, 2]
+    for which in order:
+        assert torch.equal(model(X), expected[names[opened[-1]]])
+        uses[which].__exit__(None, None, None)
+        opened.remove(which)
+    assert active_adapter(model) is None and torch.equal(model(X), expected[None])
+
+
 def test_without_an_active_adapter_the_model_is_plain():
     original = Decoder()
     model = copy.deepcopy(original)

@@ -1,7 +1,9 @@
 """`disable_adapter`: the base model inside, the adapted one before and after."""
 
+import asyncio
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import fastlora
 from fastlora import ExportError, InjectionError, LoRALinear, MergeError, disable_adapter
+from fastlora.model.switch import eval_mode
 from tests.support.models import Decoder, randomise_adapters
 
 
@@ -161,3 +164,98 @@ def test_a_model_without_adapters_is_refused():
     refusal = pytest.raises(InjectionError, match="there is nothing to disable")
     with refusal, disable_adapter(Decoder()):
         pass
+
+
+def test_adapters_come_back_when_the_last_of_overlapping_contexts_ends():
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted, plain = model(x), base(x)
+    first, second = disable_adapter(model), disable_adapter(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), plain)  # the second is still open
+    second.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
+    third, part = disable_adapter(model), disable_adapter(model.blocks[0])
+    third.__enter__()
+    part.__enter__()
+    third.__exit__(None, None, None)
+    assert model.blocks[0].attn.to_out.disabled and not model.blocks[1].attn.to_out.disabled
+    twin = copy.deepcopy(model)
+    with disable_adapter(twin):
+        assert torch.equal(twin(x), plain)
+    assert torch.equal(twin(x), adapted)
+    part.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
+
+
+def test_async_tasks_and_threads_that_overlap_leave_the_adapters_on():
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted, plain = model(x), base(x)
+
+    async def compare(entered, leave):
+        with disable_adapter(model):
+            entered.set()
+            await leave.wait()
+            return model(x)
+
+    async def overlap():
+        (first_in, leave_first), (second_in, leave_second) = (
+            (asyncio.Event(), asyncio.Event()) for _ in range(2)
+        )
+        first = asyncio.create_task(compare(first_in, leave_first))
+        await first_in.wait()
+        second = asyncio.create_task(compare(second_in, leave_second))
+        await second_in.wait()
+        leave_first.set()
+        outputs = [await first]
+        leave_second.set()
+        return [*outputs, await second]
+
+    assert all(torch.equal(y, plain) for y in asyncio.run(overlap()))
+    assert torch.equal(model(x), adapted)
+
+    outputs = []
+
+    def repeat():
+        for _ in range(50):
+            with disable_adapter(model):
+                outputs.append(model(x))
+
+    threads = [threading.Thread(target=repeat) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outputs) == 200 and all(torch.equal(y, plain) for y in outputs)
+    assert torch.equal(model(x), adapted)
+
+
+def test_an_unfinished_generator_restores_the_adapters_when_it_is_closed():
+    _, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted = model(x)
+
+    def references():
+        with disable_adapter(model):
+            yield model(x)
+
+    unfinished = references()
+    next(unfinished)
+    with disable_adapter(model):
+        unfinished.close()
+        assert not torch.equal(model(x), adapted)
+    assert torch.equal(model(x), adapted)
+
+
+def test_overlapping_eval_modes_restore_the_training_modes():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    first, second = eval_mode(model), eval_mode(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
+    assert [module.training for module in model.modules()] == [True, True, False]
