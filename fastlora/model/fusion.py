@@ -8,10 +8,12 @@ import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from fastlora.errors import InjectionError
 from fastlora.layers.base import named_lora_layers
@@ -199,18 +201,23 @@ class _Group:
 
 
 def _region(random: bool) -> tuple[Any, ...]:
-    """What identifies the checkpointed region of a call: its saved-tensor hooks and, if `random`, its autograd function.
+    """What identifies the checkpointed region of a call: its saved-tensor hooks and, if `random`, the frame that runs it.
 
     A region is recomputed alone, from its own random state, so it must not use an output or a seed of another one.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    # Reentrant checkpointing runs a region without gradients, or within a backward pass.
+    # Reentrant checkpointing runs a region without gradients, or within a backward pass, and sets no hooks.
     if not random or (torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1):
         return (hooks,)
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_varnames[:1] != ("ctx",):
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not _runs_region(frame.f_code):
         frame = frame.f_back
     return hooks, frame
+
+
+def _runs_region(code: CodeType) -> bool:
+    """Whether it is torch's checkpointing or an autograd function, as other packages' checkpointing is."""
+    return code.co_filename == checkpoint.__file__ or code.co_varnames[:1] == ("ctx",)
 
 
 def _why_not_fusable(layer: LoRALinear) -> str | None:

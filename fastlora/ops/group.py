@@ -110,7 +110,7 @@ class _Group(torch.autograd.Function):
 def _saved(ctx: Any, used: Iterable[int]) -> Sequence[Any]:
     """The saved tensors; kept after a backward pass of some outputs for the others, whose graph autograd would free with it."""
     if ctx.kept is None:
-        saved = ctx.saved_tensors
+        saved: Sequence[Any] = ctx.saved_tensors
         versions = [None if t is None else t._version for t in saved]
     else:
         saved, versions = ctx.kept

@@ -484,7 +484,7 @@ def train(model, steps=2, **regions):
         found += [y.detach(), *(g.clone() for g in gradients if g is not None)]
         model.eval()
         with torch.no_grad():
-            found.append(model(x, MEMORY, **regions))
+            found.append(model(x, MEMORY))
         model.train()
     return found
 
