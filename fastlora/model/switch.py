@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastlora.errors import InjectionError
@@ -34,7 +35,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in named_lora_layers(model)]
     if not layers:
         raise InjectionError("model: has no adapters, so there is nothing to disable")
-    with _attribute_set(layers, "disabled", True):
+    # Compilers cannot trace a lock; a context within a graph nests.
+    setting = _attribute_set_in_graph if torch.compiler.is_compiling() else _attribute_set
+    with setting(layers, "disabled", True):
         yield
 
 
@@ -80,3 +83,15 @@ def _attribute_set(modules: Iterable[nn.Module], name: str, value: bool) -> Iter
                 if not state.contexts:
                     setattr(module, name, state.before)
                     opened.pop(module, None)
+
+
+@contextmanager
+def _attribute_set_in_graph(modules: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
+    before = [(module, getattr(module, name)) for module in modules]
+    try:
+        for module, _ in before:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, old in before:
+            setattr(module, name, old)

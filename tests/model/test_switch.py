@@ -124,6 +124,27 @@ def test_a_compiled_model_follows():
     torch.testing.assert_close(compiled(x), adapted)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
+def test_a_compiled_function_may_contain_the_context():
+    torch.compiler.reset()
+    base, model = pair(dropout=0.0)
+    x = torch.randn(3, 7, 8)
+    adapted = model(x)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def reference(x):
+        with disable_adapter(model):
+            return model(x)
+
+    torch.testing.assert_close(reference(x), base(x))
+    assert torch.equal(model(x), adapted)
+    with disable_adapter(model):
+        torch.testing.assert_close(reference(x), base(x))
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(model(x), adapted)
+
+
 def test_saving_and_loading_inside_are_unchanged(tmp_path):
     _, model = pair()
     fastlora.save_adapter(model, tmp_path / "a.safetensors")
