@@ -576,6 +576,7 @@ def test_an_attention_warns_of_its_dropout_at_injection_only():
         attention(x, x, x)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_encoder_keeps_its_fast_path(training):
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).train(training)
