@@ -512,6 +512,7 @@ def test_tracers_get_the_product(name):
     assert_close(graph(x), want, want)
 
 
+@pytest.mark.slow
 def test_compiled_models_read_the_product_in_one_graph_and_note_nothing():
     layer = adapted()
     model = Reader(layer)
