@@ -55,6 +55,7 @@ class LoRAConfig:
         "glob"      fnmatch on the full path (`*` also crosses dots)
         "regex"     re.fullmatch on the full path (PEFT's rule for a string)
         A compiled `re.Pattern` is always matched in full against the path.
+        Under the keyword, `LoRAConfig(target_modules=…)`, the default is PEFT's rule: "exact" for a list, "regex" for a string.
     exclude: patterns of layers to skip, compared in the same way.
     rank_pattern, alpha_pattern, dropout_pattern: pattern → value for the layers that match; the first match wins.
     adapter_dtype, backend, use_rslora, use_dora: as in `LoRALinear`.
@@ -298,9 +299,18 @@ def _with_aliases(init: Callable[..., None]) -> Callable[..., None]:
             if name in kwargs or position < len(args):
                 raise ConfigError(f"{alias}: is an alias of {name}; pass one of them")
             kwargs[name] = kwargs.pop(alias)
+        if "target_modules" in kwargs:
+            kwargs.setdefault("match", _pefts_match(kwargs["target_modules"]))
         init(self, *args, **kwargs)
 
     return __init__
+
+
+def _pefts_match(targets: object) -> Match:
+    """The `match` under which the keyword target_modules means the same as in PEFT."""
+    if isinstance(targets, str):
+        return "contains" if targets == ALL_LINEAR else "regex"
+    return "exact" if isinstance(targets, Sequence) else "contains"
 
 
 LoRAConfig.__init__ = _with_aliases(LoRAConfig.__init__)  # type: ignore[method-assign]

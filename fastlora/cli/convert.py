@@ -76,7 +76,12 @@ def convert(
         )
     if format == "peft":
         folded = state.folded()
-        config = peft_config(folded, heads_of(state.others, state.layers))
+        outside = [
+            name
+            for name in state.others
+            if not (name.endswith(".weight") and state.base_name(name) != name)
+        ]
+        config = peft_config(folded, heads_of(outside, state.layers))
         refuse_existing([target / WEIGHTS_FILE, target / CONFIG_FILE], force)
         write_folder(target, folded, config)
         return

@@ -114,7 +114,8 @@ def _write_merged(
 
 
 def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterState:
-    """`state` with one leading name removed from or added to its keys, if only so every layer is in the base."""
+    """`state` with the names of the base, and with one leading name removed from or added to them, if only so every layer is in the base."""
+    state = replace(state, others={state.base_name(n): head for n, head in state.others.items()})
     if any(_weight(path) in base for path in state.layers):
         return state
     own = next(iter(state.layers)).partition(".")[0] + "."
@@ -196,10 +197,18 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
     header = read_header(file)
     merged = []
     with file.open("r+b") as opened:
+        # Heads first: PEFT may save the weight of an adapted layer too.
+        for name in state.others.keys() & header.keys():
+            entry, head = header[name], state.others[name]
+            if not head.to(_DTYPES[entry.dtype]).isfinite().all():
+                raise MergeError(
+                    f"{name}: the adapter's values are not all finite in {entry.dtype}"
+                )
+            _write(opened, entry, head)
         for path, layer in state.layers.items():
-            entry = header.get(_weight(path))
-            if entry is None:
+            if _weight(path) not in header:
                 continue  # in another shard
+            entry = header[_weight(path)]
             dtype = _FLOATS[entry.dtype]
             opened.seek(entry.begin)
             data = bytearray(opened.read(entry.end - entry.begin))
@@ -217,13 +226,6 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
                 )
             _write(opened, entry, weight)
             merged.append(MergedLayer(path, dtype, lost))
-        for name in state.others.keys() & header.keys():
-            entry, head = header[name], state.others[name]
-            if not head.to(_DTYPES[entry.dtype]).isfinite().all():
-                raise MergeError(
-                    f"{name}: the adapter's values are not all finite in {entry.dtype}"
-                )
-            _write(opened, entry, head)
     return merged
 
 

@@ -75,7 +75,8 @@ def load_lora_state_dict(
         raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
     adapters = own.tensors()
     plain = plain_names(model)
-    others = {plain(name): p for name, p in model.named_parameters() if plain(name) not in adapters}
+    parameters = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    others = {name: p for name, p in parameters.items() if name not in adapters}
     buffers = {plain(name): buffer for name, _, buffer in persistent_buffers(model)}
     known: dict[str, Tensor] = {**adapters, **others, **buffers}
     state = {plain_key(key, known): value for key, value in state.items()}

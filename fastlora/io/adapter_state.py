@@ -256,6 +256,13 @@ class AdapterState:
             for name, tensor in layer.tensors.items()
         } | self.others
 
+    def base_name(self, name: str) -> str:
+        """The name in the base model of a tensor in `others`, which may belong to an adapted layer, as `head.original_linear.bias`."""
+        owner, _, leaf = name.rpartition(".")
+        path, _, wrapped = owner.rpartition(".")
+        inside = path in self.layers and wrapped in ("original_linear", "original_layer")
+        return f"{path}.{leaf}" if inside else name
+
     def folded(self) -> AdapterState:
         """Every layer folded."""
         return replace(self, layers={path: layer.folded() for path, layer in self.layers.items()})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fastlora.config import DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
-from fastlora.errors import FastLoRAWarning, InjectionError, first_few
+from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
+from fastlora.errors import ConfigError, FastLoRAWarning, InjectionError, first_few
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
@@ -29,12 +30,16 @@ from fastlora.model.selection import (
     nearest_names,
     parameters_within,
     select_layers,
+    stacked_weights,
     suggest,
     to_config,
     unmatched_pattern,
 )
 
-DEFAULT_OUTPUT_LAYERS = ("out_layer",)
+DEFAULT_OUTPUT_LAYERS = ("out_layer", "output_layer", "head")
+_LARGE_SHARE = 0.1  # of the parameters, left out under "all-linear"
+_FFN = ("mlp", "ffn", "fc1", "fc2")
+log = logging.getLogger(__name__)
 
 
 def inject_lora(
@@ -76,9 +81,23 @@ def inject_lora(
         )
     elif problem is not None and target_modules is not None:  # the defaults fit many architectures
         warnings.warn(f"inject_lora: {problem}", FastLoRAWarning, stacklevel=2)
+    _warn_of_experts(model, config)
     count = _wrap(model, selected)
     record_heads(model, trained)
     return count
+
+
+def _warn_of_experts(model: nn.Module, config: LoRAConfig) -> None:
+    """Warn if "all-linear" leaves out a large share of the model: matrices that are stacked in parameters, as those of experts."""
+    stacks = stacked_weights(model) if ALL_LINEAR in config.targets else {}
+    share = sum(p.numel() for p in stacks.values()) / max(1, count_parameters(model)["total"])
+    if share > _LARGE_SHARE:
+        warnings.warn(
+            f"inject_lora: all-linear adapts layers only and leaves out {share:.0%} of the model's parameters: "
+            f"{first_few(list(stacks))} are stacked matrices (as of experts), which get no adapter",
+            FastLoRAWarning,
+            stacklevel=3,
+        )
 
 
 def freeze_base_params(model: nn.Module) -> tuple[int, int]:
@@ -89,13 +108,13 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     saved: keep them in eval mode, or name them in `modules_to_save`. Saving warns if they changed.
 
     Returns (frozen, trainable), counted in parameters (elements).
+
+    Raises: InjectionError if the model has no adapters.
     """
     adapters = {id(parameter) for parameter in adapter_parameters(model)}
     if not adapters:
-        warnings.warn(
-            "freeze_base_params: the model has no adapters; everything is frozen",
-            FastLoRAWarning,
-            stacklevel=2,
+        raise InjectionError(
+            "model: has no adapters, so everything would be frozen; inject_lora must find a layer first"
         )
     trainable = adapters | recorded_parameters(model)
     for parameter in model.parameters():
@@ -212,27 +231,31 @@ def setup_lora_for_medical_finetuning(
     include_ffn: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Inject adapters into the attention projections, freeze the other parameters and unfreeze the output layer.
+    """Inject adapters into the attention projections, freeze the other parameters and unfreeze the output layers.
 
     rank_pattern: pattern → rank of the layers that match, instead of `rank`; their scaling stays alpha / rank. An output layer
         named here gets an adapter of that rank instead of being unfrozen.
-    include_ffn: also adapt the layers under a component that contains `mlp`.
-    output_layer_names: paths of modules or dotted suffixes of them, default ("out_layer",), which does not match
-        `upsample.0.out_layers`.
+    include_ffn: also adapt the layers under a component that contains `mlp`, `ffn`, `fc1` or `fc2`.
+    output_layer_names: paths of modules or dotted suffixes of them, each of which must match. None takes those of `out_layer`,
+        `output_layer` and `head` that the model has, at any depth; none of them matches `upsample.0.out_layers` or `decode_head`.
     unfreeze_output_layers: train all parameters of these layers. They are saved with the adapter, by `get_lora_state_dict` if
-        include_trainable is True.
+        include_trainable is True. Their paths are logged (logger "fastlora.model.inject", level INFO).
     Returns `count_parameters(model)`.
 
-    Raises: as `inject_lora` under a LoRAConfig, and InjectionError if an output layer's name matches nothing or names a
-    layer that another pattern adapts. The model is unchanged then.
+    Raises: as `inject_lora` under a LoRAConfig, and InjectionError if include_ffn finds no layer, if there is no output layer, if a given
+    name matches none, or if one gets an adapter by another pattern. The model is unchanged then.
     """
     check_hyperparameters(rank, alpha, dropout)
     ranks = dict(rank_pattern or {})
-    names = DEFAULT_OUTPUT_LAYERS if output_layer_names is None else tuple(output_layer_names)
+    if isinstance(output_layer_names, str):
+        raise ConfigError(
+            f"output_layer_names: expected a list of names, got {output_layer_names!r}"
+        )
+    names = _output_layers(model) if output_layer_names is None else tuple(output_layer_names)
     # Matches full components: `out_layer` is not `upsample.0.out_layers`.
     heads = [re.compile(rf"(.*\.)?{re.escape(name)}(\..*)?") for name in names if name in ranks]
     config = LoRAConfig(
-        (*DEFAULT_TARGETS, *(["mlp"] if include_ffn else []), *heads),
+        (*DEFAULT_TARGETS, *(_FFN if include_ffn else ()), *heads),
         rank=rank,
         alpha=alpha,
         dropout=dropout,
@@ -250,12 +273,34 @@ def setup_lora_for_medical_finetuning(
             raise InjectionError(
                 f"rank_pattern: {pattern!r} matches none of the {len(taken)} adapted layers{nearest_names(pattern, taken)}"
             )
+    if include_ffn and not any(config.matches(name, path) for name in _FFN for path in taken):
+        raise InjectionError(
+            f"include_ffn: no layer matches {', '.join(_FFN)}{nearest_names('mlp', _paths(model))}"
+        )
     unfrozen = [name for name in names if name not in ranks] if unfreeze_output_layers else []
     trained = parameters_within(model, unfrozen, sorted(taken), "output_layer_names")
+    if unfreeze_output_layers and not trained and len(unfrozen) == len(names):
+        raise InjectionError(
+            f"output_layer_names: the model has no module with parameters that is called "
+            f"{' or '.join(names or DEFAULT_OUTPUT_LAYERS)}{nearest_names('head', _paths(model))}; "
+            "name its output layers, or pass unfreeze_output_layers=False"
+        )
     _wrap(model, selected)
     record_heads(model, trained)
     freeze_base_params(model)
+    log.info("output layers that train: %s", ", ".join(head_parameters(model)) or "none")
     return count_parameters(model)
+
+
+def _paths(model: nn.Module) -> list[str]:
+    """The paths of all modules."""
+    return [path for path, _ in model.named_modules(remove_duplicate=False)]
+
+
+def _output_layers(model: nn.Module) -> tuple[str, ...]:
+    """Those of the default names of output layers that the model has."""
+    last = {path.rpartition(".")[2] for path in _paths(model)}
+    return tuple(name for name in DEFAULT_OUTPUT_LAYERS if name in last)
 
 
 def _wrap(model: nn.Module, selected: Selection) -> int:

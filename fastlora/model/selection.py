@@ -56,6 +56,14 @@ def to_config(
         if (rank, alpha, dropout) != (4, 8.0, 0.0):
             raise ConfigError("rank, alpha, dropout: set them in the LoRAConfig only")
         return target_modules
+    if (
+        isinstance(target_modules, (type, nn.Module))
+        or type(target_modules).__name__ == "LoraConfig"
+    ):
+        name = getattr(target_modules, "__name__", type(target_modules).__name__)
+        raise ConfigError(
+            f"target_modules: expected patterns, a callback or fastlora's LoRAConfig, got {name}"
+        )
     targets = DEFAULT_TARGETS if target_modules is None else target_modules
     return LoRAConfig(targets, rank=rank, alpha=alpha, dropout=dropout)
 
@@ -86,6 +94,8 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
 
     Raises: InjectionError if the model is itself a layer, already has adapters, active or not, or a selected layer cannot be adapted.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
     inactive = inactive_adapters(model)
     if inactive:
         raise InjectionError(
@@ -223,7 +233,21 @@ def _other_kind_hint(model: nn.Module, config: LoRAConfig, pattern: str | re.Pat
             return f"{name}, if kinds has {kind!r}."
         if not module._modules:
             return f"{name}, which is none of {', '.join(KINDS)}."
+    for path in stacked_weights(model):
+        if config.matches(pattern, path):
+            return f" It matches the parameter {path}, stacked matrices that are no layer and get no adapter."
     return ""
+
+
+def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are stacks of matrices outside layers, such as those of the experts of transformers' mixtures of experts."""
+    return {
+        f"{path}.{name}".lstrip("."): parameter
+        for path, module in model.named_modules()
+        if kind_of(module) is None
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 2 and parameter.is_floating_point() and min(parameter.shape) > 1
+    }
 
 
 def attention_projections(model: nn.Module) -> set[nn.Module]:

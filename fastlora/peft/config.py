@@ -62,6 +62,7 @@ class PeftConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
+    ensure_weight_tying: bool = False
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that PEFT would adapt, by path."""
@@ -73,7 +74,9 @@ class PeftConfig:
             if every:
                 taken = kind_of(module) == "linear" and module is not head
             else:
-                taken = _matches(wanted, path) and self._has_index(path)
+                # A full path is selected whatever its index.
+                named = not isinstance(wanted, str) and path in wanted
+                taken = named or (_matches(wanted, path) and self._has_index(path))
             if taken and not self._excludes(path):
                 found[path] = module
         return found
@@ -154,7 +157,9 @@ def as_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
     def as_integer(value: float) -> float:
         return int(value) if float(value).is_integer() else value
 
-    return vars(config) | {
+    # Older versions of PEFT do not know ensure_weight_tying, which has no effect on what is saved.
+    known = {name: value for name, value in vars(config).items() if name != "ensure_weight_tying"}
+    return known | {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base_name,

@@ -67,8 +67,14 @@ def read_folder(folder: Path) -> AdapterState:
             f"{file}: expected keys that start with {PEFT_PREFIX}, got {foreign[0]!r}"
         )
     plain = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
+    # PEFT also writes the weight of an adapted output head or embedding, which replaces the base's.
+    plain = {key.replace(".base_layer.", "."): value for key, value in plain.items()}
     layers, others = group_tensors(file, plain, _TO_FASTLORA)
     config.check_matching(layers)
+    if config.ensure_weight_tying and any("lora_embedding_A" in key for key in plain):
+        raise CheckpointError(
+            f"{folder}: ensure_weight_tying with an adapted embedding is not supported by fastlora"
+        )
     settings: dict[str, dict[str, Any]] = {}
     for path, found in layers.items():
         settings[path], sizes = config.layer(path), found["lora_A"].ndim - 2
@@ -92,6 +98,12 @@ def read_folder(folder: Path) -> AdapterState:
             FastLoRAWarning,
             stacklevel=2,
         )
+    for path, layer in states.items():
+        if f"{path}.weight" in others:
+            wrapped = (
+                "original_linear" if layer.kind in ("linear", "transposed") else "original_layer"
+            )
+            others[f"{path}.{wrapped}.weight"] = others.pop(f"{path}.weight")
     return AdapterState(states, others, "peft")
 
 
@@ -207,7 +219,13 @@ def write_folder(
         f"{PEFT_PREFIX}{path}.{PEFT_NAMES[layer.kind][name]}": tensor
         for path, layer in state.layers.items()
         for name, tensor in layer.tensors.items()
-    } | {PEFT_PREFIX + name: tensor for name, tensor in state.others.items()}
+    }
+    for name, tensor in state.others.items():
+        inside = state.base_name(name) != name
+        key = (
+            f"{state.base_name(name).removesuffix('.weight')}.base_layer.weight" if inside else name
+        )
+        tensors[PEFT_PREFIX + key] = tensor
     text = json.dumps(as_json(config, base_name), indent=2, sort_keys=True) + "\n"
     # The weights are moved first: the new ones know whether the config is the old one.
     metadata = settings_metadata({path: _settings(config, path) for path in state.layers})

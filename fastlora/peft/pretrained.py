@@ -19,6 +19,7 @@ from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError, FastLoRAWarning, first_few
 from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.io.adapter_state import adapter_state
+from fastlora.io.base_state import base_state_dict
 from fastlora.io.safetensors_format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
@@ -132,6 +133,8 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     targets = config.targets(model)
     layer_configs = {path: LoRAConfig(**config.layer(path)) for path in targets}
     _check_targets(model, config, targets, layer_configs)
+    if config.ensure_weight_tying:
+        _refuse_tied_targets(model, targets)
     heads = config.heads(model)
     for path in heads:
         adapted = overlap(path, layer_configs)
@@ -142,8 +145,16 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     plain = plain_names(model)
     own = {plain(name): value for name, value in model.state_dict().items()}
     keys = _check_keys(own, tensors, targets, layer_configs, heads)
-    _check_ties(model, tensors, heads)
-    others = [key for key in tensors if key not in keys]
+    # PEFT also writes the weight of an adapted output head or embedding.
+    bases = {
+        f"{PEFT_PREFIX}{path}.base_layer.{name}": f"{path}.{name}"
+        for path, module in targets.items()
+        for name in module.state_dict()
+    }
+    _check_ties(model, tensors, heads, bases)
+    # PEFT writes the weight of an adapted head or embedding even if it did not change.
+    unchanged = {k for k, n in bases.items() if k in tensors and torch.equal(own[n], tensors[k])}
+    others = [key for key in tensors if key not in keys and key not in unchanged]
     if others and not alone:
         raise CheckpointError(
             f"adapter: the file also holds {others[0]}, which all adapters of the model would share; "
@@ -152,10 +163,10 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     chosen = LoRAConfig(lambda path, _: layer_configs.get(plain(path), False), kinds=KINDS)
     inject_lora(model, chosen)
     record_heads(model, [p for head in heads.values() for p in head.parameters()])
-    own = {plain(name): value for name, value in model.state_dict().items()}
+    now = base_state_dict(model) | adapter_state(model).tensors()
     with torch.no_grad():
         for key, value in tensors.items():
-            own[keys.get(key, key.removeprefix(PEFT_PREFIX))].copy_(value)
+            now[keys.get(key) or bases.get(key) or key.removeprefix(PEFT_PREFIX)].copy_(value)
     if alone:
         freeze_base_params(model)
     return LoadResult(list(tensors), [], [])
@@ -213,6 +224,9 @@ def _check_keys(
     for name, value in base.items():
         if not name.startswith(adapted):
             known[PEFT_PREFIX + name] = value
+    for path, module in targets.items():
+        for name, value in module.state_dict().items():
+            known[f"{PEFT_PREFIX}{path}.base_layer.{name}"] = value
     result, problems = match_keys(tensors, required, known)
     raise_or_warn(WEIGHTS_FILE, problems, result.loaded, strict=True)
     return keys
@@ -234,9 +248,15 @@ def _with_short_targets(
 
 
 def _check_ties(
-    model: nn.Module, tensors: Mapping[str, Tensor], heads: Mapping[str, nn.Module]
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    heads: Mapping[str, nn.Module],
+    bases: Mapping[str, str],
 ) -> None:
-    """Raises: CheckpointError if a head is tied to a parameter in the model but was not when PEFT saved it."""
+    """Raises: CheckpointError if a head, or a base weight in the file, is tied in the model but was not when PEFT saved it.
+
+    bases: key in the file → name in the model, of the weights of adapted layers.
+    """
     plain = plain_names(model)
     own = {plain(name): value for name, value in model.state_dict(keep_vars=True).items()}
     for name in (f"{path}.{key}" for path, head in heads.items() for key in head.state_dict()):
@@ -248,6 +268,28 @@ def _check_ties(
                     f"modules_to_save: {name} is tied to {other}, which has a different value "
                     "in the file; untie them in the model first"
                 )
+    for key, name in bases.items():
+        for other in (k for k, tensor in own.items() if key in tensors and tensor is own[name]):
+            value = tensors.get(PEFT_PREFIX + other, tensors[key])
+            if not torch.equal(value, tensors[key]):
+                raise CheckpointError(
+                    f"{key}: {name} is tied to {other}, which has a different value in the file; "
+                    "untie them in the model first"
+                )
+
+
+def _refuse_tied_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Raises: CheckpointError for a target whose weight is tied: under ensure_weight_tying PEFT ties adapters to those of the other layer."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for path, module in targets.items():
+        names = owners.get(id(module.weight), [])
+        if len(names) > 1:
+            raise CheckpointError(
+                f"ensure_weight_tying: {path} is tied ({', '.join(names)}), and PEFT adapts all of them with one adapter, "
+                "which fastlora does not support"
+            )
 
 
 def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:

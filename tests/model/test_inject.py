@@ -1,5 +1,6 @@
 """Injection: which layers are selected or refused; freezing, counting, the medical set-up."""
 
+import logging
 import re
 import warnings
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from fastlora import (
     ConfigError,
+    FastLoRAWarning,
     InjectionError,
     LoRAConfig,
     LoRALinear,
@@ -216,8 +218,9 @@ def test_freeze_and_count():
     assert freeze_base_params(model) == (total, lora)
     assert count_parameters(model) == {"total": total + lora, "trainable": lora, "lora": lora}
     assert all(p.requires_grad for p in get_lora_params(model))
-    with pytest.warns(UserWarning, match="has no adapters"):
-        assert freeze_base_params(nn.Linear(2, 2)) == (6, 0)
+    with pytest.raises(InjectionError, match="has no adapters, so everything would be frozen"):
+        freeze_base_params(plain := nn.Linear(2, 2))
+    assert plain.weight.requires_grad
 
 
 def test_only_adapters_change_in_training():
@@ -380,3 +383,113 @@ def test_a_pattern_that_matches_a_layer_of_no_kind_names_its_class():
         inject_lora(model, LoRAConfig(["q_proj"]))
     with pytest.raises(InjectionError, match="It matches the Conv1d norm, if kinds has 'conv'"):
         inject_lora(model, LoRAConfig(["norm"]))
+
+
+class WithHeads(nn.Module):
+    def __init__(self, **heads):
+        super().__init__()
+        self.to_out, self.decode_head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inner = nn.Module()
+        for name, module in heads.items():
+            (self.inner if name == "head" else self).add_module(name, module)
+
+
+@pytest.mark.parametrize("name", ["out_layer", "output_layer", "head"])
+def test_the_setup_unfreezes_the_common_output_layers_at_any_depth_and_says_which(name, caplog):
+    model = WithHeads(**{name: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))})
+    with caplog.at_level(logging.INFO, "fastlora"):
+        setup_lora_for_medical_finetuning(model)
+    found = {n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
+    path = f"inner.{name}" if name == "head" else name
+    assert found == {f"{path}.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+    assert f"output layers that train: {path}.0.weight" in caplog.text
+
+
+def test_the_setup_without_an_output_layer_is_refused():
+    for heads in ({}, {"head": nn.Identity()}):
+        model = WithHeads(**heads)
+        with pytest.raises(InjectionError, match=r"no module with parameters .*unfreeze_output"):
+            setup_lora_for_medical_finetuning(model)
+        assert not paths(model)
+    with pytest.raises(ConfigError, match="output_layer_names: expected a list of names, got 'he"):
+        setup_lora_for_medical_finetuning(model, output_layer_names="head")
+    with pytest.raises(InjectionError, match="'haed' is not a module"):
+        setup_lora_for_medical_finetuning(model, output_layer_names=["haed"])
+    assert setup_lora_for_medical_finetuning(model, unfreeze_output_layers=False)["lora"] == 32
+
+
+@pytest.mark.parametrize("name", ["mlp", "ffn", "fc1", "fc2"])
+def test_include_ffn_covers_the_common_names(name):
+    model = WithHeads(head=nn.Linear(4, 2), **{name: nn.Sequential(nn.Linear(4, 4))})
+    setup_lora_for_medical_finetuning(model, include_ffn=True)
+    assert paths(model) == ["to_out", f"{name}.0"]
+    with pytest.raises(InjectionError, match="include_ffn: no layer matches mlp, ffn, fc1, fc2"):
+        setup_lora_for_medical_finetuning(WithHeads(head=nn.Linear(4, 2)), include_ffn=True)
+
+
+class Experts(nn.Module):
+    """As in transformers: the weights of all experts are one parameter."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 64, width))
+        self.router = nn.Linear(width, 4)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 2 * width, width))
+        self.conv = nn.Conv2d(4, 4, 3)
+
+
+def test_experts_that_all_linear_leaves_out_are_named():
+    message = r"leaves out 4\d% of the model's parameters: experts.gate_up_proj are stacked"
+    with pytest.warns(FastLoRAWarning, match=message):
+        assert inject_lora(Experts(), "all-linear") == 1
+    with pytest.raises(InjectionError, match="It matches the parameter experts.gate_up_proj"):
+        inject_lora(Experts(), LoRAConfig(["router", "gate_up_proj"]))
+    small = Experts()
+    small.table = nn.Linear(64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a small share, and other targets
+        inject_lora(small, "all-linear")
+        inject_lora(Experts(), ["router"])
+
+
+class Names(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.query, self.q_norm = (nn.Linear(4, 4) for _ in range(3))
+        self.attn = nn.ModuleDict({"q": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize("targets", [["q"], ["attn.q"], ["q", "query"], "q", r".*q", "all-linear"])
+def test_the_keyword_target_modules_means_what_it_means_in_peft(targets):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(Names(), peft.LoraConfig(target_modules=targets))
+    wanted = [
+        path.removeprefix("base_model.model.")
+        for path, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    ]
+    model = Names()
+    inject_lora(model, LoRAConfig(target_modules=targets))
+    assert paths(model) == wanted
+    again = Names()
+    inject_lora(again, LoRAConfig.from_dict(LoRAConfig(target_modules=targets).to_dict()))
+    assert paths(again) == wanted
+    positional = Names()
+    inject_lora(positional, LoRAConfig(["q"]))
+    assert (
+        len(paths(positional)) == 4
+    )  # contained in any component, as in inject_lora(model, ["q"])
+    assert LoRAConfig(target_modules=["q"], match="contains").match == "contains"
+
+
+def test_a_first_argument_of_the_wrong_kind_is_named():
+    peft = pytest.importorskip("peft")
+    for wrong in (nn.Linear, nn.Linear(2, 2), peft.LoraConfig(target_modules=["q"])):
+        with pytest.raises(ConfigError, match="target_modules: expected patterns, a callback or"):
+            inject_lora(Names(), wrong)
+    with pytest.raises(ConfigError, match="model: expected an nn.Module, got list"):
+        inject_lora(["q"], ["q"])
+    for wrong in ({"q"}, b"q", (n for n in ["q"]), []):
+        with pytest.raises(ConfigError, match="target_modules: expected"):
+            inject_lora(Names(), wrong)

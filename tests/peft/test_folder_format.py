@@ -15,16 +15,20 @@ from fastlora import (
     FastLoRAWarning,
     LoRAConfig,
     LoRALinear,
+    add_adapter,
     freeze_base_params,
     from_pretrained,
     inject_lora,
+    load_adapter,
     named_lora_layers,
     save_pretrained,
+    set_adapter,
 )
+from fastlora.cli.commands import main
 from fastlora.cli.convert import read_adapter
 from fastlora.files import check_regexes
 from tests.support.models import Decoder, randomise_adapters
-from tests.support.tolerance import assert_differs
+from tests.support.tolerance import assert_close, assert_differs
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -670,3 +674,123 @@ def test_a_hostile_path_in_the_mark_is_not_matched_without_a_time_limit(tmp_path
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="takes more than 0.5 s to match"):
         from_pretrained(base(), tmp_path)
+
+
+class Language(nn.Module):
+    """An embedding, a body and an output head, tied or not."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        self.embed_tokens, self.body = nn.Embedding(12, 8), nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 12, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, ids):
+        return self.lm_head(self.body(self.embed_tokens(ids)))
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "targets", [["lm_head", "body"], ["embed_tokens", "body"], ["embed_tokens", "lm_head"]]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # about tied weights and embeddings
+def test_adapters_of_output_heads_and_embeddings_load_with_the_weights_that_peft_writes(
+    targets, tied, tmp_path
+):
+    theirs = peft_adapted(lambda: Language(tied), target_modules=targets)
+    with torch.no_grad():  # as a resized or trained vocabulary
+        theirs.base_model.model.get_submodule(targets[0]).base_layer.weight.mul_(1.5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    keys = load_file(tmp_path / "theirs" / WEIGHTS)
+    assert any(".base_layer.weight" in key for key in keys)
+    mine = base(make=lambda: Language(tied))
+    from_pretrained(mine, tmp_path / "theirs")
+    assert torch.equal(mine(IDS), theirs(IDS))
+    for name, source in (("own.safetensors", "theirs"), ("back", "own.safetensors")):
+        form = "peft" if name == "back" else "fastlora"
+        paths = [str(tmp_path / source), str(tmp_path / name)]
+        assert main(["convert", *paths, "--to", form]) == 0
+    back = load_file(tmp_path / "back" / WEIGHTS)
+    assert back.keys() == keys.keys() and all(torch.equal(back[k], keys[k]) for k in keys)
+    twin = base(make=lambda: Language(tied))
+    kinds = ("linear", "embedding")
+    inject_lora(twin, LoRAConfig(target_modules=targets, rank=4, alpha=8.0, kinds=kinds))
+    load_adapter(twin, tmp_path / "own.safetensors")
+    assert torch.equal(twin(IDS), theirs(IDS))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_merge_keeps_the_update_of_a_head_whose_weight_peft_wrote(tmp_path):
+    theirs = peft_adapted(Language, target_modules=["lm_head", "body"])
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.base_layer.weight.mul_(1.5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    save_file(base(make=Language).state_dict(), tmp_path / "base.safetensors")
+    files = [str(tmp_path / name) for name in ("base.safetensors", "theirs", "out.safetensors")]
+    assert main(["merge", *files]) == 0
+    merged = Language()
+    merged.load_state_dict(load_file(files[2]))
+    exact = copy.deepcopy(theirs).double()(IDS)
+    assert_close(merged(IDS), theirs(IDS), exact)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_named_adapter_may_bring_the_unchanged_weight_of_a_head(tmp_path):
+    model = base(make=Language)
+    add_adapter(model, "first", ["body"])
+    theirs = peft_adapted(Language, target_modules=["lm_head"])
+    theirs.save_pretrained(tmp_path / "same")
+    from_pretrained(model, tmp_path / "same", adapter="second")
+    set_adapter(model, "second")
+    assert torch.equal(model(IDS), theirs(IDS))
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.base_layer.weight.mul_(1.5)
+    theirs.save_pretrained(tmp_path / "changed")
+    with pytest.raises(CheckpointError, match="also holds .*lm_head.base_layer.weight"):
+        from_pretrained(model, tmp_path / "changed", adapter="third")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:`is_gradient_ch:FutureWarning")
+def test_ensure_weight_tying_is_accepted_where_ties_are_kept(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+
+    def make():
+        return transformers.LlamaForCausalLM(config)
+
+    def tying(**options):
+        return peft_adapted(make, ensure_weight_tying=True, **options)
+
+    theirs = tying(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    theirs.save_pretrained(tmp_path / "head")
+    mine = base(make=make)
+    from_pretrained(mine, tmp_path / "head")
+    assert torch.equal(mine(IDS).logits, theirs(IDS).logits)
+    assert mine.lm_head.weight is mine.model.embed_tokens.weight
+    tying(target_modules=["embed_tokens"]).save_pretrained(tmp_path / "target")
+    with pytest.raises(CheckpointError, match="ensure_weight_tying: model.embed_tokens is tied"):
+        from_pretrained(base(make=make), tmp_path / "target")
+
+
+def test_a_full_path_is_adapted_whatever_its_index(tmp_path):
+    targets = ["blocks.1.attn.to_out", "to_qkv"]
+    theirs = peft_adapted(target_modules=targets, layers_to_transform=[0], layers_pattern="blocks")
+    theirs.save_pretrained(tmp_path)
+    mine = base()
+    from_pretrained(mine, tmp_path)
+    assert [path for path, _ in named_lora_layers(mine)] == [
+        "blocks.0.attn.to_qkv",
+        "blocks.1.attn.to_out",
+    ]
+    same(mine, theirs, X)
