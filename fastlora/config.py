@@ -62,7 +62,8 @@ class LoRAConfig:
     kinds: the kinds of layers to consider: "linear" (`nn.Linear` and transformers' `Conv1D`), "conv" (`nn.Conv1d` to `Conv3d`)
         and "embedding" (`nn.Embedding`). Layers of other kinds are skipped even if their name matches.
     layers_to_transform: an index or indices; only layers whose path has one of them as its first number are selected
-        (`blocks.0.attn.to_qkv` has 0). None selects all, with or without a number.
+        (`blocks.0.attn.to_qkv` has 0). None selects all, with or without a number. Under "exact" a full path in
+        target_modules is selected whatever its number, as in PEFT.
     init_lora_weights: initial values of lora_A and lora_B. A new layer always computes the output of the wrapped one.
         "kaiming"     lora_A Kaiming-uniform, lora_B zero
         "gaussian"    lora_A normal with standard deviation 1 / rank, lora_B zero
@@ -112,6 +113,8 @@ class LoRAConfig:
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and computes_in(dtype)):
             raise ConfigError(f"adapter_dtype: expected a float dtype or None, got {dtype!r}")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            object.__setattr__(self, "target_modules", ALL_LINEAR)  # PEFT ignores case
         if not callable(self.target_modules):
             if not isinstance(self.target_modules, (str, re.Pattern)):
                 self._freeze("target_modules", self.target_modules)
@@ -309,7 +312,7 @@ def _with_aliases(init: Callable[..., None]) -> Callable[..., None]:
 def _pefts_match(targets: object) -> Match:
     """The `match` under which the keyword target_modules means the same as in PEFT."""
     if isinstance(targets, str):
-        return "contains" if targets == ALL_LINEAR else "regex"
+        return "contains" if targets.lower() == ALL_LINEAR else "regex"
     return "exact" if isinstance(targets, Sequence) else "contains"
 
 

@@ -239,7 +239,7 @@ def setup_lora_for_medical_finetuning(
     output_layer_names: paths of modules or dotted suffixes of them, each of which must match. None takes those of `out_layer`,
         `output_layer` and `head` that the model has, at any depth; none of them matches `upsample.0.out_layers` or `decode_head`.
     unfreeze_output_layers: train all parameters of these layers. They are saved with the adapter, by `get_lora_state_dict` if
-        include_trainable is True. Their paths are logged (logger "fastlora.model.inject", level INFO).
+        include_trainable is True. What trains is logged (logger "fastlora.model.inject", level INFO).
     Returns `count_parameters(model)`.
 
     Raises: as `inject_lora` under a LoRAConfig, and InjectionError if include_ffn finds no layer, if there is no output layer, if a given

@@ -310,7 +310,8 @@ def nearest_names(wanted: str, paths: Iterable[str]) -> str:
 def _decide_layer(
     config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None
 ) -> Decision:
-    if config.indices and layer_index(path) not in config.indices:
+    named = config.match == "exact" and path in config.targets
+    if config.indices and layer_index(path) not in config.indices and not named:
         wanted = ", ".join(map(str, config.indices))
         reason = f"layers_to_transform selects {wanted} only"
         return Decision(path, module, "not targeted", reason)

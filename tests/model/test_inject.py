@@ -460,7 +460,7 @@ class Names(nn.Module):
         self.attn = nn.ModuleDict({"q": nn.Linear(4, 4)})
 
 
-@pytest.mark.parametrize("targets", [["q"], ["attn.q"], ["q", "query"], "q", r".*q", "all-linear"])
+@pytest.mark.parametrize("targets", [["q"], ["attn.q"], ["q", "query"], "q", r".*q", "All-Linear"])
 def test_the_keyword_target_modules_means_what_it_means_in_peft(targets):
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(Names(), peft.LoraConfig(target_modules=targets))
@@ -481,6 +481,13 @@ def test_the_keyword_target_modules_means_what_it_means_in_peft(targets):
         len(paths(positional)) == 4
     )  # contained in any component, as in inject_lora(model, ["q"])
     assert LoRAConfig(target_modules=["q"], match="contains").match == "contains"
+
+
+def test_a_full_path_is_selected_whatever_its_index():
+    model = Decoder()
+    targets = ["blocks.1.attn.to_out", "to_qkv"]
+    inject_lora(model, LoRAConfig(target_modules=targets, layers_to_transform=0))
+    assert paths(model) == ["blocks.0.attn.to_qkv", "blocks.1.attn.to_out"]
 
 
 def test_a_first_argument_of_the_wrong_kind_is_named():
