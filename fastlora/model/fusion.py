@@ -200,14 +200,20 @@ class _Group:
         return "triton"
 
 
+_TOP_HOOKS = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)  # not in torch 2.6
+
+
 def _region(random: bool) -> tuple[Any, ...]:
     """What identifies the checkpointed region of a call: its saved-tensor hooks and, if `random`, the frame that runs it.
 
     A region is recomputed alone, from its own random state, so it must not use an output or a seed of another one.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = None if _TOP_HOOKS is None else _TOP_HOOKS(True)
     # Reentrant checkpointing runs a region without gradients, or within a backward pass, and sets no hooks.
-    if not random or (torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1):
+    plain = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+    if _TOP_HOOKS is not None and (plain or not random):
         return (hooks,)
     frame: FrameType | None = sys._getframe()
     while frame is not None and not _runs_region(frame.f_code):

@@ -301,7 +301,8 @@ def gradient_rows(dy: Tensor) -> Tensor:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type  # older versions of torch.compile cannot trace is_meta
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ import fastlora
 from fastlora import ExportError, InjectionError, LoRALinear, MergeError, disable_adapter
 from fastlora.model.switch import eval_mode
 from tests.support.models import Decoder, randomise_adapters
+from tests.support.versions import needs_torch
 
 
 def pair(dropout=0.5):
@@ -125,6 +126,7 @@ def test_a_compiled_model_follows():
 
 
 @pytest.mark.slow
+@needs_torch((2, 11), "the compiler does not trace this context manager")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
 def test_a_compiled_function_may_contain_the_context():
     torch.compiler.reset()
