@@ -323,7 +323,7 @@ class LoRALayer(nn.Module, ABC):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A copy made inside disable_adapter would stay disabled.
         self.__dict__.pop("disabled", None)
-        self.usage = Usage()
+        self.__dict__.setdefault("usage", Usage())  # of a pickle from before it existed
 
     @abstractmethod
     def _product(self, a: Tensor, b: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
 from fastlora.layers.offload import offload_hook
+from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.heads import (
     adapter_parameters,
     head_parameters,
@@ -113,8 +114,14 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     """
     adapters = {id(parameter) for parameter in adapter_parameters(model)}
     if not adapters:
+        inactive = inactive_adapters(model)
+        names = (
+            f"has only the inactive adapters {', '.join(inactive)}"
+            if inactive
+            else "has no adapters"
+        )
         raise InjectionError(
-            "model: has no adapters, so everything would be frozen; inject_lora must find a layer first"
+            f"model: {names}, so everything would be frozen; inject or activate an adapter first"
         )
     trainable = adapters | recorded_parameters(model)
     for parameter in model.parameters():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fastlora.config import (
     ALL_LINEAR,
@@ -244,7 +245,7 @@ def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}".lstrip("."): parameter
         for path, module in model.named_modules()
-        if kind_of(module) is None
+        if kind_of(module) is None and not isinstance(module, (ParametrizationList, nn.Bilinear))
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 2 and parameter.is_floating_point() and min(parameter.shape) > 1
     }

@@ -118,12 +118,16 @@ class _Group(torch.autograd.Function):
 
 def _saved(ctx: Any, used: Iterable[int]) -> Sequence[Any]:
     """The saved tensors; kept after a backward pass of some outputs for the others, whose graph autograd would free with it."""
-    if ctx.kept is None:
+    outputs = len(ctx.scalings)
+    if ctx.kept is None or not ctx.waiting.issuperset(used):  # autograd refuses a second pass
         saved: Sequence[Any] = ctx.saved_tensors
         versions = [None if t is None else t._version for t in saved]
     else:
         saved, versions = ctx.kept
-        if versions != [None if t is None else t._version for t in saved]:
+        # x, the seed, and what belongs to these outputs: the parameters of the others may have changed.
+        read = [0, 1, *(2 + i for i in used)]
+        read += [2 + outputs + _TENSORS * i + at for i in used for at in range(_TENSORS)]
+        if any(saved[at] is not None and saved[at]._version != versions[at] for at in read):
             raise RuntimeError(
                 "a tensor saved for backward was modified by an in-place operation between two backward passes of a group of `fuse`"
             )

@@ -445,6 +445,10 @@ def test_experts_that_all_linear_leaves_out_are_named():
         assert inject_lora(Experts(), "all-linear") == 1
     with pytest.raises(InjectionError, match="It matches the parameter experts.gate_up_proj"):
         inject_lora(Experts(), LoRAConfig(["router", "gate_up_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # parametrised and bilinear layers are no experts
+        normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 7))
+        inject_lora(nn.Sequential(normed, nn.Bilinear(16, 16, 16), nn.Linear(8, 8)), "all-linear")
     small = Experts()
     small.table = nn.Linear(64, 64)
     with warnings.catch_warnings():
