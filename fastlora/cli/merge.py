@@ -80,9 +80,9 @@ def _check_target(target: Path, sources: Iterable[Path], is_folder: bool, force:
         raise CheckpointError(f"{target}: is a {problem} to write to")
     real = target.resolve()
     for source in sources:
-        if real in (source.resolve(), *source.resolve().parents) or (
-            target.is_file() and source.exists() and target.samefile(source)
-        ):
+        named = source.parent.resolve() / source.name  # a link, as in the cache of transformers
+        held = {source.resolve(), *source.resolve().parents, named, *named.parents}
+        if real in held or (target.is_file() and source.exists() and target.samefile(source)):
             raise CheckpointError(
                 f"{target}: is or holds the base's {source.name}; the next merge would merge the adapter again, "
                 "so write to another path"

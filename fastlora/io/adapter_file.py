@@ -104,7 +104,10 @@ def load_lora_state_dict(
     with torch.no_grad():
         for key in result.loaded:
             known[key].copy_(state[key])
-    record_heads(model, [others[key] for key in result.loaded if key in others])
+    heads_loaded = [others[key] for key in result.loaded if key in others]
+    adapted = {id(layer.wrapped.weight) for _, layer in named_lora_layers(model)}
+    if not any(id(head) in adapted for head in heads_loaded):  # else of a model that was not frozen
+        record_heads(model, heads_loaded)
     return result
 
 

@@ -255,6 +255,9 @@ def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> No
     problems, swaps = [], []
     for path in old | new:
         parent, attribute, present = _look_up(owner, path)
+        if attribute == "_orig_mod":
+            problems.append(f"{path}: is compiled by itself, and would go on running its old code")
+            continue
         if path in old and present is not old[path]:
             problems.append(
                 f"{path}: the wrapper of {registry.active!r} was replaced by {_describe(present)}"

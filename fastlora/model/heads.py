@@ -53,7 +53,7 @@ def is_frozen(model: nn.Module) -> bool:
 def recorded_parameters(model: nn.Module) -> set[int]:
     """The ids of the recorded parameters."""
     return {
-        id(module._parameters[name])
+        id(module._parameters.get(name))  # None if it was parametrised since
         for module in model.modules()
         for name in module.__dict__.get(_RECORDED, ())
     }
@@ -94,8 +94,11 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tenso
 
 def remember_statistics(model: nn.Module) -> None:
     """Remember the running means outside the heads, so that `warn_of_changed_statistics` can tell whether they changed."""
-    for _, module, mean in _frozen_statistics(model):
-        module.__dict__[_FROZEN_MEAN] = mean.detach().cpu().clone()
+    for _, module, _ in _frozen_statistics(model):
+        if _FROZEN_MEAN not in module.__dict__:
+            # Loading is no change.
+            module.register_load_state_dict_post_hook(_remember_mean)  # type: ignore[no-untyped-call]
+        _remember_mean(module)
 
 
 def warn_of_changed_statistics(model: nn.Module, caller: str) -> None:
@@ -126,6 +129,10 @@ def _buffers(model: nn.Module, heads: set[int]) -> Iterator[tuple[str, Tensor]]:
     for name, module, buffer in persistent_buffers(model):
         if module in owners:
             yield name, buffer
+
+
+def _remember_mean(module: nn.Module, _: object = None) -> None:
+    module.__dict__[_FROZEN_MEAN] = cast(Tensor, module.running_mean).detach().cpu().clone()
 
 
 def _frozen_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:

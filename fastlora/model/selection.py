@@ -126,6 +126,11 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
         for module, (path, _) in selected.items()
         if module in above
     ]
+    problems += [
+        (path, "is compiled by itself, and goes on running its old code; compile after injection")
+        for path, _ in selected.values()
+        if path.rpartition(".")[2] == "_orig_mod"
+    ]
     refused = [f"{path}: {reason}" for path, reason in problems if reason is not None]
     if refused:
         raise InjectionError("cannot adapt " + "; ".join(refused))

@@ -195,3 +195,21 @@ def test_a_single_file_of_the_folder_is_merged_as_before(capsys):
     assert merge(capsys, base="base/model.safetensors", out="m.safetensors") == (0, "")
     got = load_file("m.safetensors")
     assert all(torch.equal(got[key], expected[key]) for key in got)
+
+
+def test_a_snapshot_of_links_is_never_a_target(capsys):
+    """The layout of transformers' cache."""
+    adapt(llama(), "q_proj")
+    save(llama())
+    blobs = Path("blobs")
+    blobs.mkdir()
+    snapshot = Path("snapshot")
+    snapshot.mkdir()
+    for file in list(Path("base").iterdir()):
+        shutil.move(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
+    before = (snapshot / "model.safetensors").read_bytes()
+    assert cli.main(["merge", "snapshot", "adapter.safetensors", "snapshot", "--force"]) == 2
+    assert "is or holds the base's" in capsys.readouterr().err
+    assert (snapshot / "model.safetensors").is_symlink()
+    assert (snapshot / "model.safetensors").read_bytes() == before

@@ -407,3 +407,43 @@ def test_loading_for_inference_warns_of_nothing(tmp_path):
         load_adapter(injected(), tmp_path / "a.safetensors")
         load_lora_state_dict(injected(), state)
         load_lora_state_dict(injected(), {k: v for k, v in state.items() if "lora" in k})
+
+
+def test_a_file_of_a_model_that_was_not_frozen_freezes_as_any_other(tmp_path):
+    save_adapter(injected(), tmp_path / "a.safetensors")
+    fresh = injected()
+    load_adapter(fresh, tmp_path / "a.safetensors")
+    freeze_base_params(fresh)
+    assert get_trainable_params(fresh) == get_lora_params(fresh)
+
+
+def test_loading_the_whole_model_is_no_change_of_its_statistics():
+    model, other = injected(), injected()
+    freeze_base_params(model)
+    other.train()(X)
+    model.load_state_dict(other.state_dict())
+    get_lora_state_dict(copy.deepcopy(model), include_trainable=True)
+
+
+@pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_head_may_be_parametrised_after_injection(change):
+    model = trained("config").train()
+    change(model.head[3])
+    state = get_lora_state_dict(model, include_trainable=True)
+    assert any(
+        key.startswith("head.3.") and "original0" in key or "weight_g" in key for key in state
+    )
+    assert len(get_trainable_params(model)) == 9
+
+
+@compiles
+def test_a_layer_that_is_compiled_by_itself_is_refused_by_name():
+    model = Segmenter()
+    model.body = torch.compile(model.body)
+    with pytest.raises(InjectionError, match="body._orig_mod: is compiled by itself"):
+        inject_lora(model, ["body"])
+    model = injected()
+    model.body = torch.compile(model.body)
+    with pytest.raises(InjectionError, match="body._orig_mod: is compiled by itself"):
+        set_adapter(model, None)
