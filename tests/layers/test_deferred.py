@@ -265,6 +265,7 @@ OWN = {
         "__annotations__",
         "__class__",
         "__doc__",
+        "__firstlineno__",  # Python 3.13
         "__getstate__",
         "__hash__",
         "__iter__",
