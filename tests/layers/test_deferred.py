@@ -265,11 +265,12 @@ OWN = {
         "__annotations__",
         "__class__",
         "__doc__",
-        "__firstlineno__",  # Python 3.13
+        "__firstlineno__",  # Python 3.13, as is __static_attributes__
         "__getstate__",
         "__hash__",
         "__iter__",
         "__module__",
+        "__static_attributes__",
     ),
     *(
         "__dict__",
