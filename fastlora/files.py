@@ -55,6 +55,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return value
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, as `read_json` reads it. Raises: CheckpointError if the file is missing, damaged or holds something else."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """The value of a YAML file of at most `MAX_YAML_BYTES`: plain values, lists and mappings.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from fastlora.errors import CheckpointError, FastLoRAWarning
-from fastlora.files import read_json
+from fastlora.files import read_json, read_json_object
 
 _INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # as transformers looks for them
@@ -111,12 +111,4 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        config = read_json(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return read_json_object(file) if file.exists() else {}

@@ -62,7 +62,9 @@ def convert(
     force: replace an existing target. alpha: only for "loralib", whose files do not store it: the `lora_alpha` with which
     the loralib model is built. It must be the alpha of every layer.
 
-    Warns if a tensor is not finite. Raises: CheckpointError naming what the format cannot store, if alpha is unknown, or if the target exists or cannot be
+    Warns if a tensor is not finite.
+
+    Raises: CheckpointError naming what the format cannot store, if alpha is unknown, or if the target exists or cannot be
     written. Nothing is written then.
     """
     for layer in state.layers.values():

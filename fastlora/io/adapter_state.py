@@ -27,7 +27,6 @@ from fastlora.layers.kinds import wrap
 from fastlora.model.heads import head_tensors
 from fastlora.model.wrappers import plain_names
 
-TENSORS = ADAPTER_TENSORS
 _MATRICES = ("linear", "transposed")
 _KINDS = (*_MATRICES, "conv", "embedding")
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -41,7 +40,7 @@ class LayerState:
     """The adapter of one layer, ΔW = scaling · (B A − B₀ A₀); under DoRA the rows of W + ΔW are scaled to the norms `lora_magnitude`.
 
     kind: "linear", "transposed" (the weight is stored as (K, N)), "conv" or "embedding"; a guess if the file does not store it.
-    tensors: by the names of `TENSORS`. lora_A: (R, K); conv: (R, in_channels / groups, *kernel_size); embedding: (R, num_embeddings).
+    tensors: by the names of `ADAPTER_TENSORS`. lora_A: (R, K); conv: (R, in_channels / groups, *kernel_size); embedding: (R, num_embeddings).
         lora_B: (N, R); conv: (out_channels, R / groups, 1, …); embedding: (embedding_dim, R). lora_magnitude: (N,), the norms
         under DoRA. initial_A, initial_B: A₀ and B₀ of PiSSA and OLoRA, shaped as lora_A and lora_B.
     alpha: None if the file does not store it. use_rslora, dropout: as in `LoRALinear`.
@@ -59,7 +58,7 @@ class LayerState:
     @classmethod
     def of_layer(cls, layer: LoRALayer) -> LayerState:
         """The state of an adapted layer; tensors are detached and share storage."""
-        held = {name: getattr(layer, name) for name in TENSORS}
+        held = {name: getattr(layer, name) for name in ADAPTER_TENSORS}
         tensors = {name: tensor.detach() for name, tensor in held.items() if tensor is not None}
         names = _CONV_SETTINGS if isinstance(layer, LoRAConv) else _SETTINGS
         return cls(tensors=tensors, **{name: getattr(layer, name) for name in names})

@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastlora.errors import CheckpointError, ConfigError, FastLoRAWarning
-from fastlora.io.adapter_state import TENSORS, AdapterState, LayerState
+from fastlora.io.adapter_state import AdapterState, LayerState
+from fastlora.layers.base import ADAPTER_TENSORS
 
 PEFT_PREFIX = "base_model.model."
 _METADATA_KEY = "fastlora"
@@ -85,7 +86,7 @@ def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
         raise CheckpointError(
             f"{file}: holds PEFT's weights, whose alpha is in adapter_config.json; pass the folder that holds both"
         )
-    layers, others = group_tensors(file, tensors, {name: name for name in TENSORS})
+    layers, others = group_tensors(file, tensors, {name: name for name in ADAPTER_TENSORS})
     undescribed = settings.keys() - layers.keys()
     if undescribed:
         raise CheckpointError(
@@ -108,7 +109,7 @@ def group_tensors(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """({path: {name: tensor}} of every adapted layer, in the natural order of the paths; the other tensors).
 
-    names: ending of a key in the file → name in `TENSORS`.
+    names: ending of a key in the file → name in `ADAPTER_TENSORS`.
 
     Raises: CheckpointError if there is no adapter, if lora_A or lora_B is missing, or for an unknown variant.
     """

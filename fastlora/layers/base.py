@@ -24,10 +24,8 @@ from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import no_autocast
 
 Shape = tuple[int, ...]
+# The parameters and buffers of an adapter.
 ADAPTER_TENSORS = ("lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B")
-
-# The parameters and buffers that `LoRALayer.weight` is computed from.
-_FACTORS = {"lora_A", "lora_B", "lora_magnitude", "initial_A", "initial_B"}
 
 
 class LoRALayer(nn.Module, ABC):
@@ -138,9 +136,11 @@ class LoRALayer(nn.Module, ABC):
         Summed in float32 or wider and rounded once to the weight's dtype (that of `wrapped_weight`). Differentiable, so code
         that multiplies by `.weight` itself (`nn.MultiheadAttention`) uses and trains the adapter, without dropout. While the
         adapter is disabled, the wrapped weight. Reading the dtype, device or shape computes nothing. The value is that at the
-        access; `.detach().clone()` keeps it beyond a change of the wrapped weight or the adapter.
+        access; `.detach().clone()` keeps it beyond a change of the wrapped weight or the adapter. Parts of it and `.data` are
+        plain temporary tensors: writing them does not reach the layer.
 
-        Raises: MergeError in an operation that writes it, or that first needs its value after such a change.
+        Raises: MergeError in an operation that writes it, or that first needs its value after such a change, if torch's version counter
+        shows the change (`p.data.add_()` does not count).
         """
         weight = self.wrapped_weight()
         if self.disabled:
@@ -149,7 +149,7 @@ class LoRALayer(nn.Module, ABC):
             own = self._parameters | self._buffers
             tensors = (weight, *own.values())
             # Replicas of DataParallel and layers with parametrised factors have them elsewhere.
-            if own.keys() >= _FACTORS and can_defer(tensors):
+            if own.keys() >= set(ADAPTER_TENSORS) and can_defer(tensors):
                 compute = partial(_merged_from, type(self), self.__dict__.copy(), tuple(own))
                 return defer(compute, tensors, self._note_weight_read)
             self._note_weight_read()

@@ -53,9 +53,10 @@ def is_frozen(model: nn.Module) -> bool:
 def recorded_parameters(model: nn.Module) -> set[int]:
     """The ids of the recorded parameters."""
     return {
-        id(module._parameters.get(name))  # None if it was parametrised since
+        id(parameter)
         for module in model.modules()
         for name in module.__dict__.get(_RECORDED, ())
+        if (parameter := module._parameters.get(name)) is not None  # it may be parametrised since
     }
 
 

@@ -90,7 +90,9 @@ def inject_lora(
 
 def _warn_of_experts(model: nn.Module, config: LoRAConfig) -> None:
     """Warn if "all-linear" leaves out a large share of the model: matrices that are stacked in parameters, as those of experts."""
-    stacks = stacked_weights(model) if ALL_LINEAR in config.targets else {}
+    if ALL_LINEAR not in config.targets:
+        return
+    stacks = stacked_weights(model)
     share = sum(p.numel() for p in stacks.values()) / max(1, count_parameters(model)["total"])
     if share > _LARGE_SHARE:
         warnings.warn(

@@ -99,12 +99,13 @@ def merge_lora_weights(
     dtype: of the result; None keeps each weight's. Otherwise all parameters are cast to it after merging, so that the
         layers still fit each other; float32 keeps what a 16-bit weight would lose to rounding.
 
-    Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`), if a wrapped weight is not finite, and if a buffer is not
-    finite in dtype.
+    Warns if rounding to 16 bits loses more than a tenth of an update (`LOST_SHARE`), if a wrapped weight is not finite, and if a
+    buffer is not finite in dtype.
     Raises: MergeError, naming the layers, if a weight is parametrised, quantised or shared with another module (merging would
-    change that one too, or untie them), if a merged weight, or another parameter cast to dtype, is not finite where it was before, if a trained parameter is not finite, if a merged layer's output differs from its original's, or, if inplace is
-    True, if `model` is itself an adapted layer or has inactive adapters, which would lose their base layers. ConfigError if dtype
-    is not a float dtype.
+    change that one too, or untie them), if a merged weight, or another parameter cast to dtype, is not finite where it was
+    before, if a trained parameter is not finite, if a merged layer's output differs from its original's, or, if inplace is True,
+    if `model` is itself an adapted layer or has inactive adapters, which would lose their base layers. ConfigError if dtype is
+    not a float dtype.
     """
     if isinstance(model, LoRALayer) and inplace:
         raise MergeError("model: is itself an adapted layer; use model.merge_weights()")
@@ -178,10 +179,7 @@ def _not_finite_outside(model: nn.Module, dtype: torch.dtype | None) -> list[str
         merged |= {id(tensor) for tensor in held}
     problems = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        plain = type(tensor) in (
-            Tensor,
-            nn.Parameter,
-        )  # a quantised one may have no such operations
+        plain = type(tensor) in (Tensor, nn.Parameter)  # others may lack these operations
         if id(tensor) in merged or tensor.is_meta or not (plain and tensor.is_floating_point()):
             continue
         before = not_finite(tensor)

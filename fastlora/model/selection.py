@@ -57,10 +57,8 @@ def to_config(
         if (rank, alpha, dropout) != (4, 8.0, 0.0):
             raise ConfigError("rank, alpha, dropout: set them in the LoRAConfig only")
         return target_modules
-    if (
-        isinstance(target_modules, (type, nn.Module))
-        or type(target_modules).__name__ == "LoraConfig"
-    ):
+    pefts = type(target_modules).__name__ == "LoraConfig"  # which has a different meaning
+    if pefts or isinstance(target_modules, (type, nn.Module)):
         name = getattr(target_modules, "__name__", type(target_modules).__name__)
         raise ConfigError(
             f"target_modules: expected patterns, a callback or fastlora's LoRAConfig, got {name}"
@@ -145,16 +143,17 @@ def extra_trainable(
     Raises: InjectionError if a name in `modules_to_save` matches no module, or that module is or contains a selected layer.
     """
     adapted = sorted(path for path, _ in selected.values())
-    trained = parameters_within(model, config.modules_to_save, adapted, "modules_to_save")
+    heads = parameters_within(model, config.modules_to_save, adapted, "modules_to_save")
+    biases = []
     for module, (_, own) in selected.items():
         bias = module._parameters.get("bias")
         if own.bias == "lora_only" and bias is not None:
-            trained.append(bias)
+            biases.append(bias)
     if config.bias == "all":
         # in_proj_bias of an attention and bias_ih_l0 of an LSTM too, as in PEFT
-        trained += [p for name, p in model.named_parameters() if "bias" in name.rpartition(".")[2]]
-    _refuse_offloaded(model, trained, "modules_to_save, bias")
-    return trained
+        biases += [p for name, p in model.named_parameters() if "bias" in name.rpartition(".")[2]]
+    _refuse_offloaded(model, biases, "bias")
+    return heads + biases
 
 
 def parameters_within(

@@ -2,7 +2,7 @@
 
 Plans of backend "torch":
     in_place   base GEMM, then the rank-R product added into its output; saves x, S and the dropout seed.
-    composed   the reference mathematics under autograd, for functorch transforms (vmap, grad, jvp).
+    composed   the reference mathematics under autograd, for functorch transforms (vmap, grad, jvp) and forward-mode AD.
     wrapped    calls the wrapped module, then adds the rank-R product: for a base that is more than F.linear.
 
 Plans of backend "triton":

@@ -326,11 +326,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
         raise ConfigError(f"x: expected the weight's dtype {weight.dtype}, got {x.dtype}")
     if x.device != weight.device:
         raise ConfigError(f"x: expected the weight's device {weight.device}, got {x.device}")
-    if lora_a.ndim != 2 or lora_a.shape[1] != k:
-        raise ConfigError(f"lora_a: expected (R, K={k}), got {tuple(lora_a.shape)}")
-    r = lora_a.shape[0]
-    if lora_b.shape != (n, r):
-        raise ConfigError(f"lora_b: expected (N={n}, R={r}), got {tuple(lora_b.shape)}")
+    _check_factors(lora_a, lora_b, n, k)
     if bias is not None and bias.shape != (n,):
         raise ConfigError(f"bias: expected (N={n},), got {tuple(bias.shape)}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
@@ -344,12 +340,15 @@ def _check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
         raise ConfigError(f"y: expected a floating-point dtype, got {y.dtype}")
     if y.ndim == 0 or x.ndim == 0 or y.shape[:-1] != x.shape[:-1]:
         raise ConfigError(f"x: expected (..., K) for y {tuple(y.shape)}, got {tuple(x.shape)}")
-    n, k = y.shape[-1], x.shape[-1]
+    _check_factors(lora_a, lora_b, y.shape[-1], x.shape[-1])
+    for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor.device != y.device:
+            raise ConfigError(f"{name}: expected y's device {y.device}, got {tensor.device}")
+
+
+def _check_factors(lora_a: Tensor, lora_b: Tensor, n: int, k: int) -> None:
     if lora_a.ndim != 2 or lora_a.shape[1] != k:
         raise ConfigError(f"lora_a: expected (R, K={k}), got {tuple(lora_a.shape)}")
     r = lora_a.shape[0]
     if lora_b.shape != (n, r):
         raise ConfigError(f"lora_b: expected (N={n}, R={r}), got {tuple(lora_b.shape)}")
-    for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor.device != y.device:
-            raise ConfigError(f"{name}: expected y's device {y.device}, got {tensor.device}")

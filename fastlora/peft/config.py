@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlora.config import ALL_LINEAR, check_hyperparameters
 from fastlora.errors import CheckpointError
-from fastlora.files import check_regexes, read_json
+from fastlora.files import check_regexes, read_json_object
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.kinds import kind_of
 from fastlora.model.selection import output_embeddings
@@ -202,12 +202,7 @@ def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> flo
 
 def read_config(file: Path) -> PeftConfig:
     """Raises: CheckpointError with one line that names the file and the field."""
-    try:
-        raw = read_json(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(raw).__name__}")
+    raw = read_json_object(file)
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type: expected 'LORA', got {raw.get('peft_type')!r}")
     fields = PeftConfig.__dataclass_fields__

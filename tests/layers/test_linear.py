@@ -14,22 +14,8 @@ from fastlora import ConfigError, InjectionError, LoRALinear, MergeError, explai
 from fastlora.errors import BackendError
 from fastlora.layers.kinds import why_unsuitable
 from tests.support.cases import formula
+from tests.support.models import TokenLinear, Tokens
 from tests.support.tolerance import assert_close
-
-
-class Tokens:
-    """The interface of SAM 3D's SparseTensor that a linear layer uses."""
-
-    def __init__(self, feats):
-        self.feats = feats
-
-    def replace(self, feats):
-        return Tokens(feats)
-
-
-class SparseLinear(nn.Linear):
-    def forward(self, input):
-        return input.replace(super().forward(input.feats))
 
 
 class DoublingLinear(nn.Linear):
@@ -110,12 +96,12 @@ def test_dropout_acts_in_training_only_follows_the_generator_and_can_be_reproduc
 
 
 def test_token_objects_are_returned_as_token_objects():
-    layer = trained(SparseLinear(6, 5), rank=2)
+    layer = trained(TokenLinear(6, 5), rank=2)
     x = torch.randn(7, 6)
     out = layer(Tokens(x))
     assert isinstance(out, Tokens)
     assert_close(out.feats, expected(layer, x, torch.float32), expected(layer, x))
-    assert type(layer.merge_weights()) is SparseLinear
+    assert type(layer.merge_weights()) is TokenLinear
     torch.testing.assert_close(layer.merge_weights()(Tokens(x)).feats, out.feats)
 
 
@@ -135,7 +121,7 @@ def test_a_custom_forward_is_called_and_the_update_added():
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_hooks_on_the_wrapped_layer_run(tokens):
-    layer = trained(SparseLinear(6, 5) if tokens else nn.Linear(6, 5))
+    layer = trained(TokenLinear(6, 5) if tokens else nn.Linear(6, 5))
     x = torch.randn(7, 6)
     call = (lambda: layer(Tokens(x)).feats) if tokens else (lambda: layer(x))
     plain = call()

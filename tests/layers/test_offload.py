@@ -32,7 +32,7 @@ from fastlora import (
     set_adapter,
     setup_lora_for_medical_finetuning,
 )
-from tests.support.models import randomise_adapters
+from tests.support.models import TokenLinear, Tokens, randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
 accelerate = pytest.importorskip("accelerate")
@@ -241,19 +241,6 @@ def test_a_hook_that_loads_submodules_by_name_is_refused():
     with pytest.raises(InjectionError, match="0.fc: accelerate loads it by name in the hook of 0"):
         inject_lora(model, ["fc"])
     assert_close(model(IDS), mixed()(IDS), mixed().double()(IDS))
-
-
-class Tokens:
-    def __init__(self, feats):
-        self.feats = feats
-
-    def replace(self, feats):
-        return Tokens(feats)
-
-
-class TokenLinear(nn.Linear):
-    def forward(self, input):
-        return input.replace(super().forward(input.feats))
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, TokenLinear])

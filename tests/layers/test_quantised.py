@@ -24,7 +24,7 @@ from fastlora import (
     merge_lora_weights,
     save_adapter,
 )
-from tests.support.models import randomise_adapters
+from tests.support.models import Tokens, randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
 pytestmark = [
@@ -322,14 +322,6 @@ def test_a_dtype_that_torch_only_stores_is_no_dtype_for_adapters_or_merging():
         ConfigError, match="dtype: expected a float dtype or None, got torch.float8"
     ):
         merge_lora_weights(model, dtype=torch.float8_e4m3fn)
-
-
-class Tokens:
-    def __init__(self, feats):
-        self.feats = feats
-
-    def replace(self, feats):
-        return Tokens(feats)
 
 
 def test_token_objects_go_through_a_quantised_base(base):

@@ -13,7 +13,7 @@ from torch import nn
 import fastlora
 from fastlora import ExportError, InjectionError, LoRALinear, MergeError, disable_adapter
 from fastlora.model.switch import eval_mode
-from tests.support.models import Decoder, randomise_adapters
+from tests.support.models import Decoder, TokenLinear, Tokens, randomise_adapters
 from tests.support.versions import needs_torch
 
 
@@ -82,19 +82,6 @@ def test_hooks_of_the_wrapped_layer_run_under_a_forced_backend_too():
     with disable_adapter(layer):
         assert torch.equal(layer(x), 2 * nn.functional.linear(x, layer.weight, layer.bias))
         assert str(fastlora.explain(layer, x)).startswith("torch/base: the adapter is disabled")
-
-
-class Tokens:
-    def __init__(self, feats):
-        self.feats = feats
-
-    def replace(self, feats):
-        return Tokens(feats)
-
-
-class TokenLinear(nn.Linear):
-    def forward(self, input):
-        return input.replace(super().forward(input.feats))
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, TokenLinear])

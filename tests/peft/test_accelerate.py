@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlora import FastLoRAError, InjectionError, accelerate, restore
 from fastlora.peft import layer as peft_layer
 from fastlora.peft.layer import FastLinear
-from tests.support.models import Decoder
+from tests.support.models import Decoder, Reader
 from tests.support.tolerance import assert_close, assert_differs
 from tests.support.versions import needs_torch
 
@@ -98,17 +98,6 @@ def test_the_report_is_readable_and_a_second_call_changes_nothing():
     second = accelerate(model)
     assert second.changed == 0 and second.layers == first.layers
     assert [type(module) for module in model.modules()] == kinds
-
-
-class Reader(nn.Module):
-    """Calls one layer and multiplies by the weight of another, as a fused projection does."""
-
-    def __init__(self):
-        super().__init__()
-        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return nn.functional.linear(self.called(x), self.read.weight)
 
 
 def test_layers_whose_weight_a_parent_reads_are_not_called_fast():

@@ -27,7 +27,7 @@ from fastlora import (
 from fastlora.cli.commands import main
 from fastlora.cli.convert import read_adapter
 from fastlora.files import check_regexes
-from tests.support.models import Decoder, randomise_adapters
+from tests.support.models import Decoder, Reader, randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
 CONFIG = "adapter_config.json"
@@ -130,17 +130,6 @@ def test_mixed_rslora_is_written_as_alphas(tmp_path):
     randomise_adapters(model)
     save_pretrained(model, tmp_path)
     same(in_peft(tmp_path), model, X)
-
-
-class Reader(nn.Module):
-    """Calls one layer and multiplies by the weight of another, as a fused projection does."""
-
-    def __init__(self):
-        super().__init__()
-        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return nn.functional.linear(self.called(x), self.read.weight)
 
 
 def test_saving_warns_of_layers_that_peft_would_compute_as_the_base(tmp_path):

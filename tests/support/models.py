@@ -65,6 +65,34 @@ class MixtureOfTransformers(nn.Module):
             setattr(self.self_attn, name, nn.ModuleDict(projections))
 
 
+class Tokens:
+    """The interface of SAM 3D's SparseTensor that a linear layer uses."""
+
+    def __init__(self, feats):
+        self.feats = feats
+
+    def replace(self, feats):
+        return Tokens(feats)
+
+
+class TokenLinear(nn.Linear):
+    """Takes and returns token objects, as SAM 3D's SparseLinear."""
+
+    def forward(self, input):
+        return input.replace(super().forward(input.feats))
+
+
+class Reader(nn.Module):
+    """Calls one layer and multiplies by the weight of another, as a fused projection does."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
 def randomise_adapters(model: nn.Module, seed: int = 1) -> None:
     """Set lora_B to random values, so that the adapters have an effect."""
     generator = torch.Generator().manual_seed(seed)
