@@ -21,7 +21,7 @@ from fastlora.model.heads import (
     head_tensors,
     persistent_buffers,
     record_heads,
-    warn_of_changed_statistics,
+    warn_of_changed_base,
 )
 from fastlora.model.wrappers import plain_key, plain_names
 
@@ -39,8 +39,8 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
 
     `<path>.lora_A` (R, K) and `<path>.lora_B` (N, R); under DoRA also `<path>.lora_magnitude` (N,); after PiSSA or OLoRA also
     `<path>.initial_A` and `<path>.initial_B`, the subtracted initial product, without which the other two are not usable.
-    include_trainable: also the heads, under their own names: every other parameter that trains, or that fastlora has let train, and the
-        persistent buffers of their modules (running statistics). Otherwise their names are in a warning.
+    include_trainable: also the heads, under all their own names: every other parameter that trains, or that is recorded because
+        fastlora let it train, and the persistent buffers of their modules (running statistics). Otherwise their names are in a warning.
     The dict is empty if the model has no adapters.
     """
     left_out = {} if include_trainable else head_parameters(model, known=True)
@@ -50,7 +50,7 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
             FastLoRAWarning,
             stacklevel=2,
         )
-    warn_of_changed_statistics(model, "get_lora_state_dict")
+    warn_of_changed_base(model, "get_lora_state_dict")
     state = adapter_state(model, include_trainable).tensors()
     return {name: tensor.clone() for name, tensor in state.items()}
 
@@ -63,7 +63,8 @@ def load_lora_state_dict(
     Keys are those of `get_lora_state_dict`. Values are cast to the dtype and moved to the device of the parameter. Loaded heads become
     heads of the model: they are saved again, and `freeze_base_params` keeps them trainable.
     strict: every adapter parameter must be present with the right shape, and no unknown key; if the state has any head, it must
-        have every head of the model. On failure nothing is changed. False loads what fits and warns about the other keys.
+        have every head of the model, a tied one under any of its names, with equal values. On failure nothing is changed.
+        False loads what fits and warns about the other keys.
 
     Warns if the state lacks what the model trains: its heads, if it has none, or their running statistics.
 
@@ -80,11 +81,15 @@ def load_lora_state_dict(
     buffers = {plain(name): buffer for name, _, buffer in persistent_buffers(model)}
     known: dict[str, Tensor] = {**adapters, **others, **buffers}
     state = {plain_key(key, known): value for key, value in state.items()}
-    heads = [plain(name) for name in head_tensors(model, known=True)]
+    heads: dict[int, list[str]] = {}  # the names of each; one is enough for a tied one
+    for name, tensor in head_tensors(model, known=True).items():
+        heads.setdefault(id(tensor), []).append(plain(name))
+    absent = [names[0] for names in heads.values() if not any(name in state for name in names)]
     wanted = list(adapters)
     if any(key in others for key in state):
-        wanted += [name for name in heads if name in others]
+        wanted += [name for name in absent if name in others]
     result, problems = match_keys(state, wanted, known)
+    problems += _conflicts({key: state[key] for key in result.loaded}, known)
     for path, layer in own.layers.items():
         keys = AdapterState({path: layer}, {}).tensors().keys()
         # With DoRA or a subtracted initial product, a part of the tensors is not usable without the others.
@@ -94,7 +99,7 @@ def load_lora_state_dict(
                 f"state: only a part of the adapter of {where} fits, which is not usable without the other tensors"
             )
     raise_or_warn("state", problems, result.loaded, strict)
-    lacking = [name for name in heads if name not in state and name not in result.missing]
+    lacking = [name for name in absent if name not in result.missing]
     if lacking:
         warnings.warn(
             f"state: does not hold {first_few(lacking)}, which the model trains too; they keep their values",
@@ -109,6 +114,19 @@ def load_lora_state_dict(
     if not any(id(head) in adapted for head in heads_loaded):  # else of a model that was not frozen
         record_heads(model, heads_loaded)
     return result
+
+
+def _conflicts(state: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> list[str]:
+    """A line for each key whose value differs from that of another key of the same tensor in `known`."""
+    first: dict[int, str] = {}
+    lines = []
+    for key, value in state.items():
+        other = first.setdefault(id(known[key]), key)
+        if other != key and not torch.equal(value, state[other].to(value)):
+            lines.append(
+                f"{key}: differs from {other}, which is the same tensor in the model (tied)"
+            )
+    return lines
 
 
 def match_keys(
@@ -167,7 +185,7 @@ def save_adapter(
     state = adapter_state(model, include_trainable)
     if not state.layers:
         raise CheckpointError("model: has no adapters, so there is nothing to save")
-    warn_of_changed_statistics(model, "save_adapter")
+    warn_of_changed_base(model, "save_adapter")
     write_files({Path(path): fastlora_bytes(state)})
 
 

@@ -24,7 +24,7 @@ from fastlora.layers.base import (
 )
 from fastlora.layers.conv import LoRAConv
 from fastlora.layers.kinds import wrap
-from fastlora.model.heads import head_tensors
+from fastlora.model.heads import head_tensors, record_unfrozen
 from fastlora.model.wrappers import plain_names
 
 _MATRICES = ("linear", "transposed")
@@ -270,9 +270,10 @@ class AdapterState:
 def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterState:
     """The active adapter of `model`, under names without wrappers; tensors are detached and share storage.
 
-    include_trainable: also the heads (`fastlora.model.heads`).
+    include_trainable: also the heads (`fastlora.model.heads`), a tied one under each of its names.
     """
     plain = plain_names(model)
+    record_unfrozen(model)
     heads = head_tensors(model) if include_trainable else {}
     return AdapterState(
         {plain(path): LayerState.of_layer(layer) for path, layer in named_lora_layers(model)},

@@ -12,7 +12,6 @@ from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.offload import loaded, offload_hook
-from fastlora.model.heads import remember_statistics
 from fastlora.model.wrappers import plain_key, plain_names
 
 
@@ -75,7 +74,6 @@ def load_base_state_dict(
     model.load_state_dict({keys[key]: state[key] for key in result.loaded}, strict=False)
     for layer in fresh:
         layer.reset_magnitude()
-    remember_statistics(model)
     return result
 
 

@@ -1,7 +1,8 @@
 """What trains besides the adapters: heads, biases, and the buffers that belong to them.
 
-A part that fastlora itself lets train (`modules_to_save`, `bias`, output layers, heads of a loaded file) is recorded on its module, so that
-it is saved whatever `requires_grad` is at that moment: in a copy for a moving average, or after freezing.
+A part that fastlora itself lets train (`modules_to_save`, `bias`, output layers, heads of a loaded file), or sees training in a model that
+`freeze_base_params` froze, is recorded on its module, so that it is saved whatever `requires_grad` is at that moment: in a copy for a moving
+average, or after freezing.
 """
 
 from __future__ import annotations
@@ -10,31 +11,51 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fastlora.errors import FastLoRAWarning, first_few
 from fastlora.layers.base import named_lora_layers
+from fastlora.layers.quantised import quantisation
+from fastlora.model.frozen import (
+    changed_since_frozen,
+    forget_frozen,
+    nearby_parameters,
+    nearby_tensor,
+    remember_frozen,
+    was_frozen,
+)
+from fastlora.model.wrappers import plain_names
 
-# Attributes of a module: the names of its direct parameters that are recorded, and its running mean when it was frozen.
+# Attribute of a module: the names of the recorded parameters of the module (`bias`) and of its direct children (`norm.bias`). A conversion
+# such as `SyncBatchNorm.convert_sync_batchnorm` replaces a child by one with the same parameters.
 _RECORDED = "_fastlora_extra_trainable"
-_FROZEN_MEAN = "_fastlora_frozen_mean"
 
 
 def record_heads(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Record parameters that train besides the adapters, until the last adapter is deleted or merged."""
     heads = {id(parameter) for parameter in parameters} | recorded_parameters(model)
     for module in model.modules():
-        names = [name for name, p in module._parameters.items() if id(p) in heads]
+        names = [name for name, p in nearby_parameters(module) if id(p) in heads]
         if names:
             module.__dict__[_RECORDED] = tuple(names)
+
+
+def record_unfrozen(model: nn.Module) -> list[str]:
+    """Record the parameters that were unfrozen by hand since `freeze_base_params`. Returns the names of those that were not recorded yet."""
+    if not was_frozen(model):
+        return []
+    recorded = recorded_parameters(model)
+    heads = head_parameters(model, known=True)
+    unfrozen = {n: p for n, p in heads.items() if p.requires_grad and id(p) not in recorded}
+    record_heads(model, unfrozen.values())
+    return list(unfrozen)
 
 
 def forget_heads(model: nn.Module) -> None:
     """Remove all records, once no adapter is left."""
     for module in model.modules():
         module.__dict__.pop(_RECORDED, None)
-        module.__dict__.pop(_FROZEN_MEAN, None)
+    forget_frozen(model)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -43,11 +64,19 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """Whether the base was frozen, at least in part: not every adapted weight trains. Before, all parameters of a model usually train."""
-    return any(
-        not cast(Tensor, layer.wrapped.weight).requires_grad
-        for _, layer in named_lora_layers(model)
-    )
+    """Whether the base was frozen: most of the adapted weights do not train. Before, all parameters of a model usually train.
+
+    Quantised weights never train. Where all adapted ones are, the base is frozen if any other parameter is.
+    """
+    layers = [layer.wrapped for _, layer in named_lora_layers(model)]
+    weights = [cast(Tensor, layer.weight) for layer in layers if quantisation(layer) is None]
+    if weights:
+        trains = sum(weight.numel() for weight in weights if weight.requires_grad)
+        return 2 * trains < sum(weight.numel() for weight in weights)
+    known = {id(layer.weight) for layer in layers} | recorded_parameters(model)
+    known |= {id(parameter) for parameter in adapter_parameters(model)}
+    others = [p.requires_grad for p in model.parameters() if id(p) not in known]
+    return was_frozen(model) or not all(others) or not others
 
 
 def recorded_parameters(model: nn.Module) -> set[int]:
@@ -56,7 +85,8 @@ def recorded_parameters(model: nn.Module) -> set[int]:
         id(parameter)
         for module in model.modules()
         for name in module.__dict__.get(_RECORDED, ())
-        if (parameter := module._parameters.get(name)) is not None  # it may be parametrised since
+        # It may have been replaced or parametrised since.
+        if (parameter := nearby_tensor(module, name)) is not None
     }
 
 
@@ -79,43 +109,61 @@ def head_parameters(
 
 
 def head_tensors(model: nn.Module, *, known: bool = False) -> dict[str, Tensor]:
-    """`head_parameters`, and the persistent buffers (running statistics) of modules that own one or of which every parameter is one."""
-    heads = head_parameters(model, known=known)
+    """`head_parameters`, and the persistent buffers (running statistics) of modules that own one or of which every parameter is one.
+
+    A tied tensor is there under each of its names.
+    """
+    heads = head_parameters(model, known=known, remove_duplicate=False)
     return {**heads, **dict(_buffers(model, {id(p) for p in heads.values()}))}
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """(name, module, buffer) of every buffer in the state dict of the model, without those of adapted layers."""
     adapted = {m for _, layer in named_lora_layers(model) for m in layer.modules()}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and module not in adapted:
                 yield f"{path}.{name}".lstrip("."), module, buffer
 
 
-def remember_statistics(model: nn.Module) -> None:
-    """Remember the running means outside the heads, so that `warn_of_changed_statistics` can tell whether they changed."""
-    for _, module, _ in _frozen_statistics(model):
-        if _FROZEN_MEAN not in module.__dict__:
-            # Loading is no change.
-            module.register_load_state_dict_post_hook(_remember_mean)  # type: ignore[no-untyped-call]
-        _remember_mean(module)
+def remember_base(model: nn.Module) -> None:
+    """Remember what is not saved with the adapter, so that `warn_of_changed_base` can tell whether it changed."""
+    remember_frozen(model, _saved(model))
 
 
-def warn_of_changed_statistics(model: nn.Module, caller: str) -> None:
-    """Warn if running statistics that are not saved with the adapter changed since `remember_statistics`."""
-    changed = []
-    for path, module, mean in _frozen_statistics(model):
-        before = module.__dict__.get(_FROZEN_MEAN)
-        if before is not None and not torch.equal(mean.detach().cpu(), before.to(mean.dtype)):
-            changed.append(path)
-    if changed:
+def warn_of_changed_base(model: nn.Module, caller: str, whole: Iterable[nn.Module] = ()) -> None:
+    """Warn if values changed since `remember_base` that are not saved with the adapter: running statistics, or parameters.
+
+    whole: modules that are saved in full.
+    """
+    saved = _saved(model) | {
+        id(tensor) for module in whole for tensor in (*module.parameters(), *module.buffers())
+    }
+    plain = plain_names(model)
+    names = [plain(name) for name in changed_since_frozen(model, saved)]
+    means = [name for name in names if name.rpartition(".")[2] == "running_mean"]
+    parameters = [name for name in names if name not in means]
+    if means:
+        paths = [name.rpartition(".")[0] for name in means]
         warnings.warn(
-            f"{caller}: the running statistics of {first_few(changed)} changed since freeze_base_params and are not saved: a frozen "
+            f"{caller}: the running statistics of {first_few(paths)} changed since freeze_base_params and are not saved: a frozen "
             "normalisation layer goes on updating them in training mode; keep it in eval mode, or name it in modules_to_save",
             FastLoRAWarning,
             stacklevel=3,
         )
+    if parameters:
+        warnings.warn(
+            f"{caller}: {first_few(parameters)} changed since freeze_base_params, do not train now, and are not saved with the adapter; "
+            "call get_trainable_params while they train, or name their modules in modules_to_save",
+            FastLoRAWarning,
+            stacklevel=3,
+        )
+
+
+def _saved(model: nn.Module) -> set[int]:
+    """The ids of the adapters' parameters, and of what is saved with them."""
+    saved = [*adapter_parameters(model), *head_tensors(model).values()]
+    return {id(tensor) for tensor in saved}
 
 
 def _buffers(model: nn.Module, heads: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -130,16 +178,3 @@ def _buffers(model: nn.Module, heads: set[int]) -> Iterator[tuple[str, Tensor]]:
     for name, module, buffer in persistent_buffers(model):
         if module in owners:
             yield name, buffer
-
-
-def _remember_mean(module: nn.Module, _: object = None) -> None:
-    module.__dict__[_FROZEN_MEAN] = cast(Tensor, module.running_mean).detach().cpu().clone()
-
-
-def _frozen_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """(path, module, running mean) of the modules whose statistics are not saved with the adapter."""
-    saved = {id(tensor) for tensor in head_tensors(model).values()}
-    for path, module in model.named_modules():
-        mean = module._buffers.get("running_mean")
-        if mean is not None and not mean.is_meta and id(mean) not in saved:
-            yield path, module, mean

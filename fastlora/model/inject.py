@@ -21,8 +21,10 @@ from fastlora.model.heads import (
     head_parameters,
     is_frozen,
     record_heads,
+    record_unfrozen,
     recorded_parameters,
-    remember_statistics,
+    remember_base,
+    warn_of_changed_base,
 )
 from fastlora.model.selection import (
     Selection,
@@ -107,8 +109,10 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     """Freeze all parameters except the adapters and the heads: those that `bias` and `modules_to_save` of the injected `LoRAConfig` name,
     output layers of `setup_lora_for_medical_finetuning`, heads that were loaded with an adapter, and what `get_trainable_params` returned.
 
-    Frozen normalisation layers go on updating their running statistics in training mode, which changes the model's output but is not
-    saved: keep them in eval mode, or name them in `modules_to_save`. Saving warns if they changed.
+    What was unfrozen by hand since an earlier call becomes a head too, with a warning: saved with the adapter, and trainable until its own
+    `requires_grad_(False)`. Frozen normalisation layers go on updating their running statistics in training mode, which changes the
+    model's output but is not saved: keep them in eval mode, or name them in `modules_to_save`. Saving warns if anything frozen changed
+    and is not saved.
 
     Returns (frozen, trainable), counted in parameters (elements).
 
@@ -125,10 +129,19 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
         raise InjectionError(
             f"model: {names}, so everything would be frozen; inject or activate an adapter first"
         )
+    unfrozen = record_unfrozen(model)
+    if unfrozen:
+        warnings.warn(
+            f"freeze_base_params: {first_few(unfrozen)} train since an earlier call and are kept as heads; to freeze them, call "
+            "requires_grad_(False) on them afterwards",
+            FastLoRAWarning,
+            stacklevel=2,
+        )
     trainable = adapters | recorded_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
-    remember_statistics(model)
+    warn_of_changed_base(model, "freeze_base_params")
+    remember_base(model)
     counts = count_parameters(model)
     return counts["total"] - counts["trainable"], counts["trainable"]
 
@@ -183,6 +196,7 @@ def get_lora_params(model: nn.Module) -> list[nn.Parameter]:
 
     For an optimizer use `get_trainable_params`: heads and biases train too. Warns if there are any.
     """
+    record_unfrozen(model)
     heads = head_parameters(model, known=True)
     if heads:
         warnings.warn(
@@ -211,7 +225,11 @@ def get_trainable_params(model: nn.Module) -> list[nn.Parameter]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """{"total", "trainable", "lora"}: numbers of elements; a shared parameter counts once."""
+    """{"total", "trainable", "lora"}: numbers of elements; a shared parameter counts once.
+
+    Heads that were unfrozen by hand after `freeze_base_params` are recorded, as by `get_trainable_params`.
+    """
+    record_unfrozen(model)
     parameters = list(model.parameters())
     return {
         "total": sum(p.numel() for p in parameters),

@@ -26,12 +26,7 @@ from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.layers.offload import execution_device
 from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.adapters import inject_as, list_adapters
-from fastlora.model.heads import (
-    head_parameters,
-    head_tensors,
-    record_heads,
-    warn_of_changed_statistics,
-)
+from fastlora.model.heads import head_tensors, record_heads, warn_of_changed_base
 from fastlora.model.inject import freeze_base_params, inject_lora
 from fastlora.model.selection import attention_projections, fast_path_layers, nearest_names
 from fastlora.model.wrappers import plain_names, unwrapped
@@ -72,13 +67,14 @@ def save_pretrained(
     try:
         trained = _trained_modules(model, layers) if include_trainable else []
         config = peft_config(state, trained)
-        for path, module in config.heads(model).items():
+        whole = config.heads(model)
+        for path, module in whole.items():
             heads |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
         heads_of(heads, layers)  # PEFT's rule for heads may find more than the trained ones
         config = _with_short_targets(model, config, layers)
     except CheckpointError as error:
         raise CheckpointError(f"model: {error}; use save_adapter") from None
-    warn_of_changed_statistics(model, "save_pretrained")
+    warn_of_changed_base(model, "save_pretrained", whole.values())
     _warn_of_reads(model, layers)
     name = getattr(unwrapped(model), "name_or_path", None)
     base_name = name if isinstance(name, str) and name else None
@@ -295,8 +291,7 @@ def _refuse_tied_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> 
 def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
     """Paths of the modules that own a head or a buffer of one, without those inside another of them."""
     plain = plain_names(model)
-    names = {**head_parameters(model, remove_duplicate=False), **head_tensors(model)}
-    heads = heads_of(map(plain, names), layers)
+    heads = heads_of(map(plain, head_tensors(model)), layers)
     modules = {plain(path): m for path, m in model.named_modules(remove_duplicate=False)}
     for path in heads:
         module = unwrapped(modules[path])

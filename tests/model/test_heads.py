@@ -11,11 +11,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from fastlora import (
+    CheckpointError,
     FastLoRAWarning,
     InjectionError,
     LoRAConfig,
     add_adapter,
     base_state_dict,
+    count_parameters,
     delete_adapter,
     freeze_base_params,
     from_pretrained,
@@ -28,11 +30,13 @@ from fastlora import (
     load_lora_state_dict,
     loraplus_groups,
     merged_model,
+    print_trainable_parameters,
     save_adapter,
     save_pretrained,
     set_adapter,
     setup_lora_for_medical_finetuning,
 )
+from fastlora.cli.commands import main
 from tests.support.models import Decoder, randomise_adapters
 
 X = torch.linspace(-1, 1, 40).view(5, 8)
@@ -54,16 +58,38 @@ class Segmenter(nn.Module):
         return self.head(self.norm(self.body(x)))
 
 
+def without_warnings(function):
+    def call(*args):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastLoRAWarning)
+            return function(*args)
+
+    return call
+
+
+# What a user calls after unfreezing a head by hand.
+SEEN_BY = {
+    "optimizer": get_trainable_params,
+    "count": count_parameters,
+    "print": print_trainable_parameters,
+    "adapters": without_warnings(get_lora_params),
+    "saved": without_warnings(get_lora_state_dict),
+    "frozen again": without_warnings(freeze_base_params),
+}
+
+
 def trained(how):
-    """A model whose adapter and head have trained, by the way in which its head was unfrozen."""
+    """A model whose adapter and head have trained. how: "config", or the call that follows after the head was unfrozen by hand, if any."""
     model = Segmenter()
     config = LoRAConfig(["body"], rank=2, modules_to_save=["head"] if how == "config" else ())
     inject_lora(model, config)
     freeze_base_params(model)
-    if how == "by hand":
+    if how != "config":
         model.head.requires_grad_(True)
+    if how in SEEN_BY:
+        SEEN_BY[how](model)
     model.norm.eval()
-    optimizer = torch.optim.SGD(get_trainable_params(model), 0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(3):
         optimizer.zero_grad()
         model(X).square().sum().backward()
@@ -128,13 +154,115 @@ def pickled(model):
     return pickle.loads(pickle.dumps(model)).requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [average, frozen, frozen_again, pickled])
-@pytest.mark.parametrize("how", ["config", "by hand"])
+def synchronised(model):
+    """A copy whose normalisation layers were replaced, as for several processes."""
+    return average(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+
+
+@pytest.mark.parametrize("change", [average, frozen, frozen_again, pickled, synchronised])
+@pytest.mark.parametrize("how", ["config", *SEEN_BY])
 @pytest.mark.parametrize("route", ROUTES)
 def test_heads_are_saved_whatever_requires_grad_is(route, how, change, tmp_path):
     model = trained(how)
     want = model(X)
     assert torch.equal(route(change(model), tmp_path).eval()(X), want)
+
+
+@pytest.mark.parametrize("change", [average, frozen, pickled, synchronised])
+@pytest.mark.parametrize("save", [get_lora_state_dict, save_adapter, save_pretrained])
+def test_a_head_that_nothing_recorded_is_named(save, change, tmp_path):
+    """Unfrozen by hand, trained from another list of parameters, and frozen by hand."""
+    arguments = () if save is get_lora_state_dict else (tmp_path / "out",)
+    model = change(trained("by hand"))
+    with pytest.warns(FastLoRAWarning) as caught:
+        save(model, *arguments)
+    text = " ".join(str(w.message) for w in caught)
+    assert f"{save.__name__}: the running statistics of head.1, head.2 changed since" in text
+    assert f"{save.__name__}: head.0.weight, head.1.weight, head.1.bias, head.3.weight and 1" in text
+    assert "body" not in text and "norm" not in text.replace("normalisation", "")
+
+
+def test_freezing_again_keeps_what_was_unfrozen_and_says_so():
+    model = injected()
+    freeze_base_params(model)
+    model.head[0].bias.requires_grad_(True)
+    with pytest.warns(FastLoRAWarning, match="head.0.bias train since an earlier call and are"):
+        freeze_base_params(model)
+    assert model.head[0].bias.requires_grad
+    model.head[0].bias.requires_grad_(False)  # as the warning says
+    assert not any(p.requires_grad for p in model.head.parameters())
+
+
+def test_freezing_again_names_what_trained_with_the_whole_model():
+    model = injected()
+    freeze_base_params(model)
+    model.requires_grad_(True)
+    with torch.no_grad():
+        model.norm.weight.add_(0.1)
+    with pytest.warns(FastLoRAWarning, match="freeze_base_params: norm.weight changed since"):
+        freeze_base_params(model)
+    assert not any(p.requires_grad for p in (*model.head.parameters(), *model.norm.parameters()))
+    get_lora_state_dict(model)  # said once
+
+
+def test_a_head_that_was_replaced_after_freezing_is_named():
+    model = injected()
+    freeze_base_params(model)
+    model.head[0] = nn.Linear(8, 8).requires_grad_(False)
+    with pytest.warns(FastLoRAWarning, match="head.0.weight, head.0.bias changed since"):
+        get_lora_state_dict(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_conversions_and_averages_are_no_change(dtype):
+    model = injected()
+    freeze_base_params(model)
+    get_lora_state_dict(model.to(dtype))
+    get_lora_state_dict(model.float())
+    freeze_base_params(model)
+    mean = AveragedModel(model, avg_fn=lambda average, new, _: 0.999 * average + 0.001 * new)
+    for _ in range(2000):
+        mean.update_parameters(model)
+    assert not torch.equal(mean.module.head[0].weight, model.head[0].weight)  # it drifts
+    get_lora_state_dict(mean)
+
+
+def test_weights_loaded_into_a_part_are_no_change():
+    model, other = injected(), Segmenter()
+    freeze_base_params(model)
+    with torch.no_grad():
+        other.head[0].weight.add_(1.0)
+    model.head.load_state_dict(other.head.state_dict())
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    other(X)
+    model.head.load_state_dict(other.head.state_dict())
+    get_lora_state_dict(model)
+
+
+def test_a_base_that_was_frozen_in_part_before_injection_is_not_frozen():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.extractor, self.body, self.head = (nn.Linear(8, 8) for _ in range(3))
+            self.more = nn.Linear(8, 8)
+            self.extractor.requires_grad_(False)
+
+    model = Deep()
+    inject_lora(model, ["extractor", "body", "more"])
+    with pytest.raises(InjectionError, match="its base is not frozen"):
+        get_trainable_params(model)
+    get_lora_params(model)  # no heads are named
+    assert freeze_base_params(model)[1] == count_parameters(model)["lora"]
+
+
+def test_what_trained_before_the_first_freezing_is_no_head():
+    """In a model whose body was frozen before injection, counting does not turn the rest into heads."""
+    model = Segmenter()
+    model.body.requires_grad_(False)
+    inject_lora(model, ["body"])
+    count_parameters(model)
+    freeze_base_params(model)
+    assert not any(p.requires_grad for p in model.head.parameters())
 
 
 def test_output_layers_of_the_setup_are_saved_whatever_requires_grad_is(tmp_path):
@@ -273,37 +401,76 @@ def test_a_state_dict_does_not_follow_training():
     assert all(torch.equal(state[key], before[key]) for key in before)
 
 
-def test_a_tied_head_is_saved_once_and_loads(tmp_path):
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.table, self.body = nn.Embedding(6, 4), nn.Linear(4, 4)
-            self.head = nn.Linear(4, 6, bias=False)
+class Tied(nn.Module):
+    """A language model whose head shares the weight of its table, or not."""
+
+    def __init__(self, tie=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body = nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        if tie:
             self.head.weight = self.table.weight
 
-        def forward(self, ids):
-            return self.head(self.body(self.table(ids)))
+    def forward(self, ids):
+        return self.head(self.body(self.table(ids)))
 
-    def adapted():
-        model = Tied()
-        inject_lora(model, LoRAConfig(["body"], modules_to_save=["head"]))
-        freeze_base_params(model)
-        return model
 
-    model = adapted()
+IDS = torch.arange(6)
+
+
+def tied_and_trained(tie=True, heads=("head",)):
+    model = Tied(tie)
+    inject_lora(model, LoRAConfig(["body"], modules_to_save=heads))
+    freeze_base_params(model)
     with torch.no_grad():
         model.head.weight.add_(1.0)
+    randomise_adapters(model)
+    return model
+
+
+def test_a_tied_head_is_saved_under_all_its_names_and_stays_tied(tmp_path):
+    model = tied_and_trained()
     save_adapter(average(model), tmp_path / "a.safetensors")
-    twin = adapted()
-    load_adapter(twin, tmp_path / "a.safetensors")
-    ids = torch.arange(6)
-    assert torch.equal(twin(ids), model(ids)) and twin.head.weight is twin.table.weight
+    state = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(state["head.weight"], state["table.weight"])
+    save_file(get_lora_state_dict(model, include_trainable=True), tmp_path / "b.safetensors")
+    # One name is enough, as in files of earlier versions.
+    save_file({k: v for k, v in state.items() if k != "head.weight"}, tmp_path / "c.safetensors")
+    for name in "abc":
+        twin = tied_and_trained()
+        twin.head.weight.data.zero_()
+        load_adapter(twin, tmp_path / f"{name}.safetensors")
+        assert torch.equal(twin(IDS), model(IDS)) and twin.head.weight is twin.table.weight
+
+
+def test_heads_that_were_not_tied_do_not_load_into_tied_ones():
+    state = get_lora_state_dict(tied_and_trained(False, ("head", "table")), include_trainable=True)
+    model = tied_and_trained()
+    before = model(IDS)
+    with pytest.raises(CheckpointError, match=r"head.weight: differs from table.weight, which is"):
+        load_lora_state_dict(model, state)
+    assert torch.equal(model(IDS), before)
+
+
+def test_a_converted_tied_head_is_the_same_model_in_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tied_and_trained().eval()
+    save_adapter(model, tmp_path / "a.safetensors")
+    assert (
+        main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "f"), "--to", "peft"]) == 0
+    )
+    theirs = peft.PeftModel.from_pretrained(Tied(), tmp_path / "f").eval()
+    assert torch.equal(theirs(IDS), model(IDS))
+    mine = Tied()
+    from_pretrained(mine, tmp_path / "f")
+    assert torch.equal(mine(IDS), model(IDS)) and mine.head.weight is mine.table.weight
 
 
 def test_records_end_with_the_last_adapter_and_in_a_merged_model():
     model = trained("config")
     merged = merged_model(model)
+    assert b"fastlora" not in pickle.dumps(merged)  # the merged model needs no fastlora
     inject_lora(merged, ["body"])
     freeze_base_params(merged)
     assert not any(p.requires_grad for p in merged.head.parameters())
