@@ -60,8 +60,8 @@ examples:
   fastlora merge model.safetensors.index.json peft_folder merged_folder    (a sharded base: OUT is a folder)
   fastlora merge model.safetensors loralib.safetensors merged.safetensors --alpha 16
 
-Weights that config.json ties are refused. Without a config.json which weights a model ties is unknown: if an adapted one is,
-merge in Python (merged_model).
+An adapted weight that is tied to another is refused, if config.json or a file of fastlora's tells. A layer or head that its model has
+under several names is written under all of them that BASE has.
 """
 
 _CONVERT = """\

@@ -38,9 +38,10 @@ def merge_files(
     """Write a copy of the `base` weights with the adapter merged, one layer in memory at a time.
 
     W + ΔW is summed in float32 or wider and rounded once to the dtype of W. Heads saved with the adapter replace those of the
-    base. Everything else, metadata included, is copied byte by byte. Whether a matrix is stored transposed is determined by its
-    shape in the base, and by the adapter only if it is square. If no key fits, one leading name is removed from or added to the
-    adapter's keys, with a warning: transformers saves some models without it.
+    base. A layer or head that its model has under several names is written under all that the base has. Everything else, metadata
+    included, is copied byte by byte. Whether a matrix is stored transposed is determined by its shape in the base, and by the adapter
+    only if it is square. If no key fits, one leading name is removed from or added to the adapter's keys, with a warning: transformers
+    saves some models without it.
 
     base: a safetensors file; or the `*.index.json` of a sharded one, or a folder as transformers writes it (`find_base`): then
         `target` is a folder.
@@ -49,9 +50,9 @@ def merge_files(
     A killed merge leaves the target as it was, complete or missing, never mixed.
 
     Raises: CheckpointError if a layer or head is not in the base or does not fit, with the nearest key; if a weight is not
-    a float of 16 to 64 bits; if a weight is square and the shapes of other layers contradict the adapter; if config.json ties a
-    weight to another; if the target is or holds a file of the base, which a second merge would merge again; or if the target exists
-    without `force`. MergeError, naming the layer or head, if what would be written is not finite where the base is. Nothing is
+    a float of 16 to 64 bits; if a weight is square and the shapes of other layers contradict the adapter; if the adapter's file or
+    config.json ties a weight to another; if the target is or holds a file of the base, which a second merge would merge again; or if
+    the target exists without `force`. MergeError, naming the layer or head, if what would be written is not finite where the base is. Nothing is
     written then.
     """
     files = find_base(base)
@@ -59,8 +60,9 @@ def merge_files(
     sources = [*files.weights, *files.copied]
     _check_target(target, sources, files.is_folder, force)
     entries = {key: e for file in files.weights for key, e in read_header(file).items()}
-    state = _fit(_with_prefix_of(entries, adapter), entries)
-    _refuse_tied(state, entries, files.config)
+    named = _with_prefix_of(entries, adapter)
+    state = _fit(_at_all_places(named, entries), entries)
+    _refuse_tied(named, entries, files.config)
     try:
         if files.is_folder:
             with replaced_folder(target) as new:
@@ -121,7 +123,12 @@ def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterSt
     own = next(iter(state.layers)).partition(".")[0] + "."
     changes = [(own, ""), *(("", f"{n}.") for n in sorted({k.partition(".")[0] for k in base}))]
     for old, new in changes:
-        layers = {new + path.removeprefix(old): layer for path, layer in state.layers.items()}
+        layers = {
+            new + path.removeprefix(old): replace(
+                layer, shared_with=[new + p.removeprefix(old) for p in layer.shared_with]
+            )
+            for path, layer in state.layers.items()
+        }
         if len(layers) == len(state.layers) and all(_weight(path) in base for path in layers):
             renamed = {name: new + name.removeprefix(old) for name in state.others}
             others = {
@@ -135,20 +142,56 @@ def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterSt
     return state
 
 
+def _at_all_places(state: AdapterState, base: Mapping[str, Entry]) -> AdapterState:
+    """`state` with each shared layer, and each tied head, under those of its names that the base has, or under one if it has none."""
+    layers = {}
+    for path, layer in state.layers.items():
+        present = [p for p in (path, *layer.shared_with) if _weight(p) in base]
+        layers |= dict.fromkeys(present or [path], layer)
+    twins = _twins(state.others)
+    others = {
+        name: head
+        for name, head in state.others.items()
+        if name in base or not any(twin in base for twin in twins[name])
+    }
+    return replace(state, layers=layers, others=others)
+
+
+def _twins(heads: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Name → the names of other heads with equal values, as of one tied matrix; constant values may be equal by chance."""
+    matrices = {n: h for n, h in heads.items() if h.ndim == 2 and bool((h != h[0, 0]).any())}
+    return {
+        name: [
+            other
+            for other, twin in matrices.items()
+            if name in matrices and other != name and torch.equal(twin, head)
+        ]
+        for name, head in heads.items()
+    }
+
+
 def _refuse_tied(state: AdapterState, base: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
-    """Raises: CheckpointError if a changed weight has a row for each token and transformers ties it to another weight."""
+    """Raises: CheckpointError if a changed weight is tied to one that does not change with it, according to the adapter's file, or to
+    config.json for one with a row for each token.
+    """
     text = config.get("text_config")
     configs = [config, text] if isinstance(text, dict) else [config]
+    ties = [c.get("tie_word_embeddings") for c in configs]
+    untied = any(t is False for t in ties) and not any(t is True for t in ties)
     sizes = {c["vocab_size"] for c in configs if isinstance(c.get("vocab_size"), int)}
     words = {key for key, e in base.items() if len(e.shape) == 2 and e.shape[0] in sizes}
-    ties = [c.get("tie_word_embeddings") for c in configs]
+    adapted = {_weight(p): layer for p, layer in state.layers.items()}
+    changed = {key for key, layer in adapted.items() if layer.tied_to and not untied}
     # An older config.json leaves a default out; a single matrix then is the one that is tied.
-    tied = any(t is True for t in ties) or (all(t is not False for t in ties) and len(words) == 1)
-    changed = words & {*map(_weight, state.layers), *state.others}
-    if tied and changed:
+    if any(t is True for t in ties) or (not untied and len(words) == 1):
+        alone = (name for name, twins in _twins(state.others).items() if not twins)
+        changed |= words & {*adapted, *alone}
+    if changed:
+        key = min(changed)
+        others = adapted[key].tied_to if key in adapted else ()
         raise CheckpointError(
-            f"{min(changed)}: is tied to another weight of the model (tie_word_embeddings), which the merge would change too; "
-            "untie them, or merge in Python (merged_model)"
+            f"{key}: is tied to {others[0] if others else 'another weight of the model (tie_word_embeddings)'}, which the merge "
+            "would change too; untie them and save both"
         )
 
 

@@ -33,6 +33,7 @@ _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _SETTINGS = ("kind", "alpha", "use_rslora", "dropout")
 _CONV_SETTINGS = (*_SETTINGS, "dilation", "padding_mode")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+_PLACES = ("shared_with", "tied_to")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ class LayerState:
         under DoRA. initial_A, initial_B: A₀ and B₀ of PiSSA and OLoRA, shaped as lora_A and lora_B.
     alpha: None if the file does not store it. use_rslora, dropout: as in `LoRALinear`.
     dilation, padding_mode: of a convolution; None if the file does not store them.
+    shared_with: the other paths of the same layer in its model. tied_to: the names of other parameters that are its weight.
     """
 
     kind: str
@@ -54,6 +56,8 @@ class LayerState:
     dropout: float = 0.0
     dilation: Sequence[int] | None = None
     padding_mode: str | None = None
+    shared_with: Sequence[str] = ()
+    tied_to: Sequence[str] = ()
 
     @classmethod
     def of_layer(cls, layer: LoRALayer) -> LayerState:
@@ -74,7 +78,7 @@ class LayerState:
         Raises: CheckpointError or ConfigError if shapes, dtypes or settings do not fit together.
         """
         given = {"kind": "linear" if tensors["lora_A"].ndim == 2 else "conv"} | dict(settings or {})
-        stored = {name: given[name] for name in _CONV_SETTINGS if name in given}
+        stored = {name: given[name] for name in (*_CONV_SETTINGS, *_PLACES) if name in given}
         state = cls(tensors=tensors, **stored)
         state._check_tensors()
         if settings is not None:
@@ -127,7 +131,8 @@ class LayerState:
     def settings(self) -> dict[str, Any]:
         """The settings that a file must store in addition to the tensors, as JSON values."""
         names = _SETTINGS if self.dilation is None else _CONV_SETTINGS
-        return {name: getattr(self, name) for name in ("rank", "use_dora", *names)}
+        places = {name: list(paths) for name in _PLACES if (paths := getattr(self, name))}
+        return {name: getattr(self, name) for name in ("rank", "use_dora", *names)} | places
 
     def folded(self) -> LayerState:
         """The same update as one product: initial_A and initial_B become part of the factors, with rank 2R and the same scaling."""
@@ -225,6 +230,10 @@ class LayerState:
                 )
         if not isinstance(self.use_rslora, bool):
             raise CheckpointError(f"use_rslora: expected true or false, got {self.use_rslora!r}")
+        for name in _PLACES:
+            paths = getattr(self, name)
+            if not isinstance(paths, (list, tuple)) or not all(isinstance(p, str) for p in paths):
+                raise CheckpointError(f"{name}: expected a list of names, got {paths!r}")
         if self.dilation is None and self.padding_mode is None:
             return
         types = [int] * (self.lora_a.ndim - 2)
@@ -272,10 +281,18 @@ def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterS
 
     include_trainable: also the heads (`fastlora.model.heads`), a tied one under each of its names.
     """
-    plain = plain_names(model)
     record_unfrozen(model)
+    plain = plain_names(model)
     heads = head_tensors(model) if include_trainable else {}
-    return AdapterState(
-        {plain(path): LayerState.of_layer(layer) for path, layer in named_lora_layers(model)},
-        {plain(name): tensor.detach() for name, tensor in heads.items()},
-    )
+    paths: dict[LoRALayer, list[str]] = {}
+    for path, layer in named_lora_layers(model, remove_duplicate=False):
+        paths.setdefault(layer, []).append(plain(path))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain(name))
+    layers = {}
+    for layer, (path, *others) in paths.items():
+        own = {f"{place}.{layer.wrapped_name}.weight".lstrip(".") for place in (path, *others)}
+        tied = [name for name in names.get(id(layer.wrapped.weight), ()) if name not in own]
+        layers[path] = replace(LayerState.of_layer(layer), shared_with=others, tied_to=tied)
+    return AdapterState(layers, {plain(name): value.detach() for name, value in heads.items()})

@@ -166,6 +166,10 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
             "the model itself is the adapted layer; PEFT's format needs it to have a name"
         )
     for path, layer in layers.items():
+        if layer.shared_with:
+            raise CheckpointError(
+                f"{layer.shared_with[0]} and {path} are one module, which PEFT would adapt under one name only"
+            )
         if layer.kind == "conv":
             reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
             if reason is not None:

@@ -133,7 +133,10 @@ def test_a_weight_that_transformers_ties_is_not_merged_and_the_others_are(capsys
     model = llama(tie=True)
     with pytest.raises(fastlora.MergeError, match="is tied to lm_head.weight"):
         adapt(model, "embed_tokens", "q_proj")
-    code, err = merge(capsys)
+    assert "model.embed_tokens.weight: is tied to lm_head.weight" in merge(capsys)[1]
+    cli.main(["convert", "adapter.safetensors", "peft", "--to", "peft"])
+    cli.main(["convert", "peft", "adapter.safetensors", "--to", "fastlora", "--force"])
+    code, err = merge(capsys)  # from a file that does not tell
     assert code == 2 and "model.embed_tokens.weight: is tied to another weight" in err
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps(config | {"tie_word_embeddings": None}))
@@ -142,6 +145,32 @@ def test_a_weight_that_transformers_ties_is_not_merged_and_the_others_are(capsys
     code, err = merge(capsys, base="base/model.safetensors", out="m.safetensors")
     assert code == 2 and "model.embed_tokens.weight: is tied to another weight" in err
     expected = adapt(llama(tie=True), "q_proj")
+    assert merge(capsys) == (0, "")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained("merged")
+    assert torch.equal(loaded(IDS).logits, expected(IDS).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_a_tied_model_is_merged_into_an_untied_base(capsys, target):
+    save(llama())
+    expected = adapt(llama(), target, "q_proj")
+    tied = llama(tie=True)
+    tied.load_state_dict(llama().state_dict())
+    with pytest.raises(fastlora.MergeError, match="is tied to"):
+        adapt(tied, target, "q_proj")
+    assert merge(capsys) == (0, "")  # its config.json says that they are not tied
+    loaded = transformers.AutoModelForCausalLM.from_pretrained("merged")
+    assert torch.equal(loaded(IDS).logits, expected(IDS).logits)
+
+
+@pytest.mark.parametrize("format", ["fastlora", "peft"])
+def test_a_trained_tied_head_is_merged_where_the_base_has_it(capsys, format):
+    save(llama(tie=True))
+    expected = adapt(llama(tie=True), "q_proj", head="lm_head")
+    if format == "peft":
+        cli.main(["convert", "adapter.safetensors", "folder", "--to", "peft"])
+        cli.main(["convert", "folder", "adapter.safetensors", "--to", "fastlora", "--force"])
     assert merge(capsys) == (0, "")
     loaded = transformers.AutoModelForCausalLM.from_pretrained("merged")
     assert torch.equal(loaded(IDS).logits, expected(IDS).logits)

@@ -15,7 +15,9 @@ from fastlora import CheckpointError, LoRAConfig
 from fastlora.cli.commands import main
 from fastlora.cli.convert import difference_norm, read_adapter, update_norm
 from fastlora.config import KINDS
+from fastlora.io.adapter_state import LayerState
 from tests.support.hostile import Reader, fuzz
+from tests.support.models import randomise_adapters
 from tests.support.paths import ROOT
 from tests.support.tolerance import assert_close, assert_differs
 
@@ -463,3 +465,52 @@ def test_a_peft_folder_with_groups_is_refused(tmp_path, monkeypatch):
         CheckpointError, match=r"p: body.0: .*convolution with groups=2 is not an update"
     ):
         read_adapter(Path("p"))
+
+
+class Shared(nn.Module):
+    """Two layers that are one module."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.again = self.one
+
+    def forward(self, x):
+        return self.two(self.again(torch.relu(self.one(x))))
+
+
+def test_a_layer_under_two_names_is_merged_under_both_and_refused_for_peft(tmp_path, capsys):
+    model = Shared()
+    fastlora.inject_lora(model, ["one", "two"], rank=2)
+    fastlora.freeze_base_params(model)
+    randomise_adapters(model)
+    adapter, x = tmp_path / "adapter.safetensors", torch.randn(5, 6)
+    fastlora.save_adapter(nn.DataParallel(model), adapter)
+    plain = Shared().state_dict()
+    one_name = {key: value for key, value in plain.items() if not key.startswith("one.")}
+    prefixed = {f"model.{key}": value for key, value in plain.items()}
+    for name, held in (("both", plain), ("one", one_name), ("prefixed", prefixed)):
+        base, out = tmp_path / f"{name}.safetensors", tmp_path / f"{name}-out.safetensors"
+        save_file({key: value.clone() for key, value in held.items()}, base)
+        assert main(["merge", str(base), str(adapter), str(out)]) == 0
+        state = {key.removeprefix("model."): value for key, value in load_file(out).items()}
+        assert state.keys() == {key.removeprefix("model.") for key in held}
+        merged = Shared()
+        merged.load_state_dict(state, strict=name != "one")
+        assert torch.equal(merged(x), fastlora.merged_model(model)(x))
+    capsys.readouterr()
+    assert main(["convert", str(adapter), str(tmp_path / "folder"), "--to", "peft"]) == 2
+    assert "again and one are one module, which PEFT would adapt" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+    copy_of = tmp_path / "copy.safetensors"
+    assert main(["convert", str(adapter), str(copy_of), "--to", "fastlora"]) == 0
+    assert copy_of.read_bytes() == adapter.read_bytes()
+
+
+def test_names_of_a_shared_layer_are_checked():
+    tensors = {"lora_A": torch.ones(2, 6), "lora_B": torch.ones(6, 2)}
+    settings = {"rank": 2, "alpha": 4.0, "kind": "linear"}
+    for value in ("again", [1], 3):
+        with pytest.raises(CheckpointError, match="shared_with: expected a list of names, got"):
+            LayerState.from_file(tensors, settings | {"shared_with": value})

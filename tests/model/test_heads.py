@@ -178,7 +178,9 @@ def test_a_head_that_nothing_recorded_is_named(save, change, tmp_path):
         save(model, *arguments)
     text = " ".join(str(w.message) for w in caught)
     assert f"{save.__name__}: the running statistics of head.1, head.2 changed since" in text
-    assert f"{save.__name__}: head.0.weight, head.1.weight, head.1.bias, head.3.weight and 1" in text
+    assert (
+        f"{save.__name__}: head.0.weight, head.1.weight, head.1.bias, head.3.weight and 1" in text
+    )
     assert "body" not in text and "norm" not in text.replace("normalisation", "")
 
 
