@@ -17,7 +17,7 @@ from fastlora.cli.base_files import Entry, find_base, read_header
 from fastlora.cli.convert import refuse_existing
 from fastlora.errors import CheckpointError, FastLoRAWarning, MergeError, nearest
 from fastlora.files import move_into_place, replaced_folder
-from fastlora.io.adapter_state import AdapterState
+from fastlora.io.adapter_state import AdapterState, LayerState
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _DTYPES = _FLOATS | {"I64": torch.int64}  # of heads: BatchNorm counts its batches
@@ -144,7 +144,7 @@ def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterSt
 
 def _at_all_places(state: AdapterState, base: Mapping[str, Entry]) -> AdapterState:
     """`state` with each shared layer, and each tied head, under those of its names that the base has, or under one if it has none."""
-    layers = {}
+    layers: dict[str, LayerState] = {}
     for path, layer in state.layers.items():
         present = [p for p in (path, *layer.shared_with) if _weight(p) in base]
         layers |= dict.fromkeys(present or [path], layer)

@@ -24,6 +24,7 @@ from fastlora.model.adapter_registry import (
 from fastlora.model.heads import forget_heads
 from fastlora.model.inject import inject_lora
 from fastlora.model.selection import select_layers, suggest, to_config
+from fastlora.model.switch import disable_alike
 from fastlora.model.wrappers import unwrapped
 
 DEFAULT_NAME = "default"
@@ -124,7 +125,9 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     The switch belongs to the model, not to the thread. Of contexts that overlap without being nested, the one entered last decides
     until it ends, and the last to end restores the adapter from before the first.
 
-    Raises: as `set_adapter`, on entry and on exit.
+    If the adapters are disabled when it ends, by a context that overlaps, so is the one that it restores.
+
+    Raises: as `set_adapter`, on entry and, except for `disable_adapter`, on exit.
     """
     use = Use(active_adapter(model))
     set_adapter(model, name)
@@ -138,7 +141,10 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
         if later:
             later[0].before = use.before
         else:
-            set_adapter(model, use.before)
+            owner, registry = _registry(model)
+            before = None if use.before is None else _check_exists(registry, use.before)
+            _switch(owner, registry, before, disabled_too=True)
+            set_registry(owner, registry)
 
 
 def combine_adapters(
@@ -246,11 +252,17 @@ def _installed(model: nn.Module) -> dict[str, LoRALayer]:
     return dict(named_lora_layers(model, remove_duplicate=False))
 
 
-def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> None:
-    """Replace the wrappers of the active adapter by those of `name`. All paths are checked before the first changes."""
+def _switch(
+    owner: nn.Module, registry: AdapterRegistry, name: str | None, *, disabled_too: bool = False
+) -> None:
+    """Replace the wrappers of the active adapter by those of `name`. All paths are checked before the first changes.
+
+    disabled_too: if the active adapter is disabled, disable the other as well, instead of raising.
+    """
     if name == registry.active:
         return
-    _refuse_disabled(registry)
+    if not disabled_too:
+        _refuse_disabled(registry)
     old, new = registry.layers(registry.active), registry.layers(name)
     problems, swaps = [], []
     for path in old | new:
@@ -279,6 +291,7 @@ def _switch(owner: nn.Module, registry: AdapterRegistry, name: str | None) -> No
         )
     for layer in new.values():
         _match_base(layer)
+    disable_alike(old.values(), new.values())
     for parent, attribute, module in swaps:
         setattr(parent, attribute, module)
     registry.active = name

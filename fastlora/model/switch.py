@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.errors import InjectionError
-from fastlora.layers.base import named_lora_layers
+from fastlora.layers.base import LoRALayer, named_lora_layers
 
 
 @contextmanager
@@ -48,12 +48,34 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+def disable_alike(old: Iterable[LoRALayer], new: Iterable[LoRALayer]) -> None:
+    """Disable `new` layers until the contexts of `disable_adapter` end that disable the `old` ones, which they replace in a model.
+
+    A context that disables only some of the old layers disables the new ones around the same wrapped layers.
+    """
+    with _LOCK:
+        opened, old = _OPEN["disabled"], set(old)
+        contexts = {id(c): c for layer in old if layer in opened for c in opened[layer].contexts}
+        for context in contexts.values():
+            bases = {layer.wrapped for layer in old.intersection(context.held)}
+            whole = old.issubset(context.held)
+            alike = [layer for layer in set(new) if whole or layer.wrapped in bases]
+            _hold(context, alike, "disabled", True)
+
+
+@dataclass(eq=False)
+class _Context:
+    """An open context: the modules whose attribute it sets."""
+
+    held: list[nn.Module] = field(default_factory=list)
+
+
 @dataclass
 class _Open:
     """The open contexts that set an attribute of a module, and its value before the first of them."""
 
     before: Any
-    contexts: list[object] = field(default_factory=list)
+    contexts: list[_Context] = field(default_factory=list)
 
 
 # Re-entrant, because the garbage collector may close an unfinished context in the thread that holds the lock.
@@ -66,23 +88,27 @@ _OPEN: dict[str, weakref.WeakKeyDictionary[nn.Module, _Open]] = {
 @contextmanager
 def _attribute_set(modules: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
     """Contexts may overlap without nesting: the last one that ends restores the value."""
-    context, opened, held = object(), _OPEN[name], []
+    context, opened = _Context(), _OPEN[name]
     try:
         with _LOCK:
-            for module in modules:
-                state = opened.setdefault(module, _Open(getattr(module, name)))
-                state.contexts.append(context)
-                held.append((module, state))
-            for module, _ in held:
-                setattr(module, name, value)
+            _hold(context, modules, name, value)
         yield
     finally:
         with _LOCK:
-            for module, state in held:
+            for module in context.held:
+                state = opened[module]
                 state.contexts.remove(context)
                 if not state.contexts:
                     setattr(module, name, state.before)
-                    opened.pop(module, None)
+                    del opened[module]
+
+
+def _hold(context: _Context, modules: Iterable[nn.Module], name: str, value: bool) -> None:
+    """Let the context set the attribute of more modules."""
+    for module in modules:
+        _OPEN[name].setdefault(module, _Open(getattr(module, name))).contexts.append(context)
+        context.held.append(module)
+        setattr(module, name, value)
 
 
 @contextmanager

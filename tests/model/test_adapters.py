@@ -101,6 +101,41 @@ def test_overlapping_uses_restore_what_was_active_before_the_first(order):
     assert active_adapter(model) is None and torch.equal(model(X), expected[None])
 
 
+@pytest.mark.parametrize("before", ["a", "b", None])
+def test_a_use_that_ends_while_the_adapters_are_disabled_restores_the_one_before(before):
+    model = many()
+    plain = model(X)
+    expected = None if before is None else alone(model, before)(X)
+    set_adapter(model, before)
+    use, disabled, more = use_adapter(model, "a"), disable_adapter(model), disable_adapter(model)
+    use.__enter__()
+    disabled.__enter__()
+    more.__enter__()
+    use.__exit__(None, None, None)  # in another task
+    assert active_adapter(model) == before and torch.equal(model(X), plain)
+    disabled.__exit__(None, None, None)
+    assert torch.equal(model(X), plain)
+    more.__exit__(None, None, None)
+    assert torch.equal(model(X), plain if before is None else expected)
+    for name in TARGETS:
+        set_adapter(model, name)
+        assert not torch.equal(model(X), plain)  # no layer stays disabled
+
+
+def test_a_use_that_ends_while_a_part_is_disabled_leaves_that_part_disabled():
+    model = many({"a": ["to_out"], "b": ["to_out"]})
+    set_adapter(model, "a")
+    with disable_adapter(model.blocks[0]):
+        expected = model(X)
+    use, disabled = use_adapter(model, "b"), disable_adapter(model.blocks[0])
+    use.__enter__()
+    disabled.__enter__()
+    use.__exit__(None, None, None)
+    assert torch.equal(model(X), expected)
+    disabled.__exit__(None, None, None)
+    assert not torch.equal(model(X), expected)
+
+
 def test_without_an_active_adapter_the_model_is_plain():
     original = Decoder()
     model = copy.deepcopy(original)
