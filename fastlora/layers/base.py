@@ -19,7 +19,7 @@ from fastlora.errors import BackendError, ConfigError, FastLoRAWarning, Injectio
 from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.offload import execution_device, offload_hook
 from fastlora.layers.quantised import dequantised, quantisation, why_unreadable
-from fastlora.layers.usage import Usage
+from fastlora.layers.usage import Usage, note_compiled_read
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import no_autocast
 
@@ -145,7 +145,9 @@ class LoRALayer(nn.Module, ABC):
         weight = self.wrapped_weight()
         if self.disabled:
             return weight
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            note_compiled_read(self.lora_A)
+        else:
             own = self._parameters | self._buffers
             tensors = (weight, *own.values())
             # Replicas of DataParallel and layers with parametrised factors have them elsewhere.
@@ -155,6 +157,11 @@ class LoRALayer(nn.Module, ABC):
             self._note_weight_read()
         with no_autocast(weight):
             return self._merged_weight(weight).to(weight.dtype)
+
+    @property
+    def only_read(self) -> bool:
+        """Whether other code was seen to read `weight` and not to call the layer."""
+        return self.usage.with_compiled(self.lora_A).only_read
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -291,7 +298,7 @@ class LoRALayer(nn.Module, ABC):
         if not self.training:
             return
         # The first read may precede the first call, as in a penalty on the weight.
-        if usage.read_in_training and usage.only_read and self.dropout and not usage.dropout_warned:
+        if usage.read_in_training and self.only_read and self.dropout and not usage.dropout_warned:
             usage.dropout_warned = True
             warnings.warn(
                 f"dropout has no effect on a {type(self).__name__}({self.extra_repr()}): its weight is read in training "
@@ -318,6 +325,10 @@ class LoRALayer(nn.Module, ABC):
                     if tensor is not None:
                         tensor.fill_(math.nan)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.usage.with_compiled(self.lora_A)  # which is another tensor in a copy
+        return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

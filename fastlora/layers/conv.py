@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fastlora.errors import ConfigError
 from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 from fastlora.layers.quantised import why_not_computable
+from fastlora.layers.usage import note_compiled_call
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,7 +69,9 @@ class LoRAConv(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, *size) or without B. Returns (B, out_channels, *size after the convolution)."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            note_compiled_call(self.lora_A)
+        else:
             self.usage.called = True
         y = self.original_layer(x)
         if self.disabled:

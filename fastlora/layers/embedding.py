@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 from fastlora.layers.nested import on_rows
 from fastlora.layers.quantised import why_not_computable
+from fastlora.layers.usage import note_compiled_call
 
 
 class LoRAEmbedding(LoRALayer):
@@ -56,7 +57,9 @@ class LoRAEmbedding(LoRALayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: integers of any shape (...). Returns (..., embedding_dim)."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            note_compiled_call(self.lora_A)
+        else:
             self.usage.called = True
         embedding = self.original_layer
         y: Tensor = embedding(ids)

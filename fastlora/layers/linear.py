@@ -13,6 +13,7 @@ from fastlora.layers.base import LoRALayer, Shape, has_hooks, wrapped_attribute
 from fastlora.layers.nested import on_rows
 from fastlora.layers.offload import loaded
 from fastlora.layers.quantised import quantisation, why_not_computable
+from fastlora.layers.usage import note_compiled_call
 from fastlora.ops.dispatch import Choice, choose
 from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update, no_autocast
@@ -135,7 +136,9 @@ class LoRALinear(LoRALayer):
 
         args, kwargs: passed on to the custom forward of the wrapped layer.
         """
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            note_compiled_call(self.lora_A)
+        else:
             self.usage.called = True
         if args or kwargs:
             return self._forward_custom(input, args, kwargs)

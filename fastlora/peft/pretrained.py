@@ -305,7 +305,7 @@ def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[
 def _warn_of_reads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     """Warn of layers whose weight other code reads instead of calling them: in PEFT that weight is the base's."""
     known = attention_projections(model) | fast_path_layers(model)
-    read = [path for path, layer in layers.items() if layer in known or layer.usage.only_read]
+    read = [path for path, layer in layers.items() if layer in known or layer.only_read]
     if read:
         warnings.warn(
             f"save_pretrained: PEFT computes the base model at {first_few(read)}: other code reads the weight of these layers, "

@@ -136,7 +136,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         for path, call in calls.items():
             read = layers[path].usage.read
             findings[path] = _reason(path in no_gradient, path in ineffective, call, read)
-        read_only = {path for path, layer in layers.items() if layer.usage.only_read}
+        read_only = {path for path, layer in layers.items() if layer.only_read}
     return _report(layers, findings, read_only)
 
 

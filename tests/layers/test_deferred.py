@@ -32,6 +32,7 @@ from fastlora import (
 )
 from fastlora.layers.deferred import DeferredTensor
 from fastlora.layers.initialise import initialise
+from fastlora.layers.usage import Usage
 from tests.support.tolerance import assert_close, assert_differs
 from tests.support.versions import needs_torch
 
@@ -552,20 +553,50 @@ def test_compiled_autograd_keeps_the_gradients_of_a_weight_that_was_read_outside
         assert_close(parameter.grad, same, same)
 
 
+def checkpointed(run, x):
+    return checkpoint(run, x, use_reentrant=False)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_knows_whether_it_is_called_or_only_read(name):
     layer = adapted(name)
     assert layer.weight.dtype == torch.float64 and not layer.usage.read
     layer.weight.sum()
-    assert layer.usage.only_read
+    assert layer.only_read
     layer(
         layer.sample_input(2, torch.Generator()).to(
             torch.float64 if name != "embedding" else torch.int64
         )
     )
-    assert layer.usage.called and layer.usage.read and not layer.usage.only_read
+    assert layer.usage.called and layer.usage.read and not layer.only_read
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.usage.called and twin.usage.read  # a copy for a moving average is saved like it
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("region", [lambda run, x: run(x), checkpointed])
+def test_what_compiled_code_does_with_a_layer_is_known(name, region):
+    called, read = adapted(name), adapted(name)
+    read.load_state_dict(called.state_dict())
+    x = called.sample_input(2, torch.Generator())
+    x = x if name == "embedding" else x.double()
+
+    def run(x):
+        return called(x).sum() + read.weight.sum()
+
+    want = region(run, x)
+    for layer in (called, read):
+        layer.usage = Usage()
+    torch.compiler.reset()  # one lambda for all cases
+    compiled = torch.compile(lambda x: region(run, x), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), want, want)
+    called.weight.sum()  # as in a penalty, outside
+    assert called.usage.read and not called.usage.called  # not noted in the layer yet
+    for one, other in ((called, read), (copy.deepcopy(called), copy.deepcopy(read))):
+        assert not one.only_read and other.only_read
+    called, read = pickle.loads(pickle.dumps((called, read)))
+    assert not called.only_read and read.only_read
 
 
 def test_dropout_without_effect_warns_once_when_a_layer_is_only_read():
