@@ -375,5 +375,7 @@ def computes_linear(linear: nn.Module) -> bool:
 
 
 def _conv1d(kind: type) -> Any:
-    name = ("transformers.pytorch_utils", "Conv1D")
-    return next((c for c in kind.__mro__ if (c.__module__, c.__name__) == name), None)
+    for base in kind.__mro__:  # not in next(), whose default Dynamo of torch 2.6 does not know
+        if (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            return base
+    return None
