@@ -474,6 +474,12 @@ def test_every_writer_replaces_a_symbolic_link(name, tmp_path):
     assert outside.read_text() == "{}" and target.is_file() and not target.is_symlink()
 
 
+def test_a_model_card_with_a_value_that_json_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        save_base_model(load_base_model(), tmp_path / "base.safetensors", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_permissions_of_a_replaced_file_are_kept(tmp_path):
     path = tmp_path / "adapter.safetensors"
     fastlora.save_adapter(_adapted(), path)
