@@ -243,7 +243,8 @@ def _record_inputs(
     seen: dict[str, list[tuple[Tensor, int]]] = {}
 
     def note(path: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = inputs[0] if inputs else named["input"]
+        names = ("input", layers[path].input_name)
+        given = inputs[0] if inputs else next(named[name] for name in names if name in named)
         x = given if isinstance(given, Tensor) else given.feats
         seen.setdefault(path, []).append((x, x._version))
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from fastlora import (
     InjectionError,
@@ -426,6 +427,10 @@ def test_a_changed_bias_and_layers_called_by_name_are_detected():
         assert_differs(model.up(X), stale)
     model.forward = lambda x, memory: model.gate(input=x) * model.up(input=x)
     assert fuse(model, X, MEMORY).groups == (("gate", "up"),)
+    model = nn.ModuleDict({name: Conv1D(4, K) for name in ("q", "k")})  # calls its input x
+    inject_lora(model, ["q", "k"])
+    model.forward = lambda h: model.q(x=h) + model.k(x=h)
+    assert fuse(model, X).groups == (("q", "k"),)
 
 
 class Cross(nn.Module):
