@@ -206,7 +206,7 @@ class LoRALinear(LoRALayer):
 
     def _forward_tensor(self, x: Tensor) -> Tensor:
         if self._is_plain():
-            return on_rows(self._fused, x) if x.is_nested else self._fused(x)
+            return on_rows(lambda rows: self._fused(rows, x), x) if x.is_nested else self._fused(x)
         self._choose(x, False)  # raises if a backend is forced
         y = self.original_linear(x)
         return on_rows(self._update, y, x) if x.is_nested else self._update(y, x)
@@ -233,9 +233,10 @@ class LoRALinear(LoRALayer):
             f"{type(input).__name__}, got {type(y).__name__}"
         )
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, nested: Tensor | None = None) -> Tensor:
+        """The layer's output for x. nested: the nested tensor whose rows are x."""
         if self.group is not None and not torch.compiler.is_compiling():
-            shared: Tensor | None = self.group.output(self, x)
+            shared: Tensor | None = self.group.output(self, x, x if nested is None else nested)
             if shared is not None:
                 return shared
         linear = self.original_linear  # reading a module's attribute costs half a microsecond
