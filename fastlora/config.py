@@ -9,7 +9,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -28,13 +29,15 @@ Match = Literal["contains", "exact", "glob", "regex"]
 Kind = Literal["linear", "conv", "embedding"]
 Bias = Literal["none", "all", "lora_only"]
 Selector = Callable[[str, nn.Module], "bool | LoRAConfig"]
-Targets = str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | Selector
+Patterns = Sequence[str | re.Pattern[str]] | AbstractSet[str | re.Pattern[str]]
+Targets = str | re.Pattern[str] | Patterns | Selector
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _CHOICES = {"match": get_args(Match), "backend": BACKENDS, "bias": get_args(Bias)}
 _INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 _PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]{0,2}")
 PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
+_KEY = r"(.*\.)?({})$"  # how PEFT reads a key of its patterns
 _ALIASES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -51,12 +54,14 @@ class LoRAConfig:
         embeddings), or a callback `(path, module) -> bool | LoRAConfig`; a returned config sets that layer's rank, alpha and dropout.
     match: how a string pattern is compared with a layer's dotted path, such as `blocks.0.attn.to_qkv`:
         "contains"  it is contained in any component; a pattern with dots matches consecutive components in full
-        "exact"     it is the path, or a dotted suffix of it (PEFT's rule for a list)
+        "exact"     it is the path, or a dotted suffix of it (PEFT's rule for a list); the keys of rank_pattern, alpha_pattern and
+                    dropout_pattern are regexes of the path or of a dotted suffix (PEFT's rule for keys)
         "glob"      fnmatch on the full path (`*` also crosses dots)
-        "regex"     re.fullmatch on the full path (PEFT's rule for a string)
+        "regex"     re.fullmatch on the full path
         A compiled `re.Pattern` is always matched in full against the path.
-        Under the keyword, `LoRAConfig(target_modules=…)`, the default is PEFT's rule: "exact" for a list, "regex" for a string.
-    exclude: patterns of layers to skip, compared in the same way.
+        Under the keyword, `LoRAConfig(target_modules=…)`, the default is "exact", and a string instead of a list, also as exclude, is
+        compiled, so that all fields mean the same as in PEFT.
+    exclude: patterns of layers to skip, compared in the same way. Sets of patterns are accepted and sorted.
     rank_pattern, alpha_pattern, dropout_pattern: pattern → value for the layers that match; the first match wins.
     adapter_dtype, backend, use_rslora, use_dora: as in `LoRALinear`.
     kinds: the kinds of layers to consider: "linear" (`nn.Linear` and transformers' `Conv1D`), "conv" (`nn.Conv1d` to `Conv3d`)
@@ -88,7 +93,7 @@ class LoRAConfig:
     alpha: float = 8.0
     dropout: float = 0.0
     match: Match = "contains"
-    exclude: Sequence[str | re.Pattern[str]] = ()
+    exclude: Patterns = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     dropout_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -137,13 +142,13 @@ class LoRAConfig:
         if self.subtracts_init and self.alpha == 0:
             raise ConfigError(f"init_lora_weights: {method!r} needs an alpha other than 0")
         kinds = self.kinds
-        if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
+        if not _is_list(kinds) or not kinds or any(kind not in KINDS for kind in kinds):
             raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {kinds!r}")
-        object.__setattr__(self, "kinds", tuple(kinds))
+        object.__setattr__(self, "kinds", _ordered(kinds))
         names = () if self.modules_to_save is None else self.modules_to_save  # PEFT writes None
-        if isinstance(names, str) or not all(isinstance(n, str) and n for n in names):
+        if not _is_list(names) or not all(isinstance(n, str) and n for n in names):
             raise ConfigError(f"modules_to_save: expected a list of names, got {names!r}")
-        object.__setattr__(self, "modules_to_save", tuple(names))
+        object.__setattr__(self, "modules_to_save", _ordered(names))
 
     @property
     def subtracts_init(self) -> bool:
@@ -158,14 +163,16 @@ class LoRAConfig:
             return ()
         return (targets,) if isinstance(targets, (str, re.Pattern)) else tuple(targets)
 
-    def matches(self, pattern: str | re.Pattern[str], path: str) -> bool:
-        """Whether `pattern` matches the layer at `path` under this config's `match`."""
+    def matches(self, pattern: str | re.Pattern[str], path: str, *, key: bool = False) -> bool:
+        """Whether `pattern` matches the layer at `path` under this config's `match`. key: it is a key of rank_pattern or the like."""
         if isinstance(pattern, re.Pattern):
             return pattern.fullmatch(path) is not None
         if self.match == "regex":
             return re.fullmatch(pattern, path) is not None
         if self.match == "glob":
             return fnmatch.fnmatchcase(path, pattern)
+        if self.match == "exact" and key:
+            return re.match(_KEY.format(pattern), path) is not None
         if self.match == "exact":
             return path == pattern or path.endswith("." + pattern)
         if "." in pattern:
@@ -235,9 +242,9 @@ class LoRAConfig:
 
     def _freeze(self, name: str, value: Any) -> None:
         """Store the sequence as a tuple, so that the config does not change with the caller's list."""
-        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+        if not _is_list(value):
             raise ConfigError(f"{name}: expected a list of patterns, got {value!r}")
-        object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, name, _ordered(value))
 
     def _check_pattern_values(self, name: str) -> None:
         patterns = getattr(self, name)
@@ -266,7 +273,7 @@ class LoRAConfig:
             raise ConfigError(f"layers_to_transform: expected indices ≥ 0 or None, got {wanted!r}")
         object.__setattr__(self, "layers_to_transform", tuple(many))
 
-    def _check_patterns(self, name: str, patterns: Sequence[str | re.Pattern[str]]) -> None:
+    def _check_patterns(self, name: str, patterns: Patterns) -> None:
         if name == "target_modules" and not patterns:
             raise ConfigError("target_modules: expected at least one pattern, got none")
         for pattern in patterns:
@@ -276,12 +283,13 @@ class LoRAConfig:
                 raise ConfigError(
                     f"{name}: expected non-empty strings or patterns, got {pattern!r}"
                 )
-            if self.match == "regex":
+            key = self.match == "exact" and name in PATTERNS
+            if self.match == "regex" or key:
                 try:
-                    re.compile(pattern)
+                    re.compile(_KEY.format(pattern) if key else pattern)
                 except re.error as error:
                     raise ConfigError(f"{name}: {pattern!r} is not a regex: {error}") from None
-            if self.match in ("contains", "exact") and any(c in pattern for c in "*?["):
+            elif self.match != "glob" and any(c in pattern for c in "*?["):
                 raise ConfigError(
                     f'{name}: {pattern!r} looks like a glob or a regex; set match="glob" or "regex"'
                 )
@@ -302,18 +310,32 @@ def _with_aliases(init: Callable[..., None]) -> Callable[..., None]:
             if name in kwargs or position < len(args):
                 raise ConfigError(f"{alias}: is an alias of {name}; pass one of them")
             kwargs[name] = kwargs.pop(alias)
-        if "target_modules" in kwargs:
-            kwargs.setdefault("match", _pefts_match(kwargs["target_modules"]))
+        if "target_modules" in kwargs and "match" not in kwargs:
+            kwargs |= _pefts_meaning(kwargs)
         init(self, *args, **kwargs)
 
     return __init__
 
 
-def _pefts_match(targets: object) -> Match:
-    """The `match` under which the keyword target_modules means the same as in PEFT."""
-    if isinstance(targets, str):
-        return "contains" if targets.lower() == ALL_LINEAR else "regex"
-    return "exact" if isinstance(targets, Sequence) else "contains"
+def _pefts_meaning(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields under which target_modules and exclude mean the same as in PEFT, where a string is a regex."""
+    fields: dict[str, Any] = {"match": "exact"}
+    targets, exclude = given["target_modules"], given.get("exclude", ())
+    if isinstance(targets, str) and targets and targets.lower() != ALL_LINEAR:
+        fields["target_modules"] = _compiled("target_modules", {"regex": targets})
+    if isinstance(exclude, str) and exclude:
+        fields["exclude"] = (_compiled("exclude", {"regex": exclude}),)
+    return fields
+
+
+def _is_list(value: object) -> bool:
+    """Whether it is a list, tuple or set, and not a string or an iterator, which checking would exhaust."""
+    return isinstance(value, (Sequence, AbstractSet)) and not isinstance(value, (str, bytes))
+
+
+def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
+    """The values as a tuple; those of a set sorted, since their order differs from process to process."""
+    return tuple(sorted(values, key=str) if isinstance(values, AbstractSet) else values)
 
 
 LoRAConfig.__init__ = _with_aliases(LoRAConfig.__init__)  # type: ignore[method-assign]

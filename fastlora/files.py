@@ -312,8 +312,7 @@ def move_into_place(finished: Mapping[Path, Path]) -> None:
     """Rename files to their targets, once all are on the disk. finished: file → target, on one file system."""
     for file, place in finished.items():
         _sync(file)
-        if place.is_file() and not place.is_symlink():
-            shutil.copymode(place, file)
+        _keep_mode(place, file)
     for file, place in finished.items():
         os.replace(file, place)
     for folder in {place.parent for place in finished.values()}:
@@ -324,17 +323,20 @@ def move_into_place(finished: Mapping[Path, Path]) -> None:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Context manager: a new, empty folder, which replaces `folder` if the block ends without an error.
 
-    All files are on the disk before. A process killed while replacing leaves the old folder, the new one, or none, and then both
+    All files are on the disk before. The folder, and what it holds, has the permissions of what it replaces, and only its owner can
+    read it until then. A process killed while replacing leaves the old folder, the new one, or none, and then both
     in a folder that `LEFTOVERS` matches.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)
     new, old = temporary / "new", temporary / "old"
-    new.mkdir(parents=True)
+    temporary.mkdir(0o700)
+    new.mkdir()
     try:
         yield new
-        for path in (*new.rglob("*"), new):
+        for path in (*sorted(new.rglob("*"), reverse=True), new):  # what a folder holds first
             _sync(path)
+            _keep_mode(folder / path.relative_to(new), path)
         if os.path.lexists(folder):
             os.replace(folder, old)
         os.replace(new, folder)
@@ -343,6 +345,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         if os.path.lexists(old) and not os.path.lexists(folder):
             os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    """Give `new` the permissions of the file or folder `old` that it replaces; a symbolic link has none of its own."""
+    if (old.is_dir() if new.is_dir() else old.is_file()) and not old.is_symlink():
+        shutil.copymode(old, new)
 
 
 def _sync(path: Path) -> None:

@@ -33,6 +33,23 @@ def test_a_config_copies_its_arguments():
     assert config.targets == ("to_out",) and config.rank_pattern == {"to_out": 2}
 
 
+def test_sets_are_sorted_and_iterators_refused():
+    config = LoRAConfig(
+        {"b", "a", re.compile("c")}, exclude=frozenset("qp"), modules_to_save={"z", "y", "x"}
+    )
+    assert config.targets == ("a", "b", re.compile("c"))
+    assert (config.exclude, config.modules_to_save) == (("p", "q"), ("x", "y", "z"))
+    assert LoRAConfig(kinds={"linear", "embedding", "conv"}).kinds == (
+        "conv",
+        "embedding",
+        "linear",
+    )
+    assert LoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for name, value in (("target_modules", "a"), ("modules_to_save", "a"), ("kinds", "linear")):
+        with pytest.raises(ConfigError, match=f"{name}: expected "):
+            LoRAConfig(**{name: iter([value])})  # the check of its values would exhaust it
+
+
 @pytest.mark.parametrize("indices", [1, [1], (1,)])
 def test_layers_to_transform_uses_the_first_number_of_the_path(indices):
     model = Decoder()
@@ -103,6 +120,8 @@ CONFIGS = [
         backend="torch",
     ),
     LoRAConfig(re.compile("a|b"), match="exact", layers_to_transform=3),
+    LoRAConfig(target_modules="a|b", exclude_modules="b.*", rank_pattern={"a|c.[0-9]": 2}),
+    LoRAConfig(target_modules={"b", "a"}, exclude_modules={"d", "c"}),
 ]
 
 
@@ -173,6 +192,14 @@ def test_without_pyyaml_the_error_names_it(monkeypatch, tmp_path):
     [
         ({"target_modules": 5}, "target_modules: expected a list of patterns, got 5"),
         ({"exclude": 5}, "exclude: expected a list of patterns, got 5"),
+        ({"target_modules": "("}, r"target_modules: '\(' is not a regex"),
+        ({"target_modules": ""}, "target_modules: expected non-empty strings"),
+        ({"target_modules": ["a"], "exclude": "("}, r"exclude: '\(' is not a regex"),
+        ({"target_modules": ["a"], "exclude": ""}, "exclude: expected a list of patterns, got ''"),
+        (
+            {"target_modules": ["a"], "rank_pattern": {"*a": 1}},
+            r"rank_pattern: '\*a' is not a regex",
+        ),
         ({"match": "fuzzy"}, "match: expected one of"),
         ({"rank": 0}, "rank: expected an integer"),
         ({"alpha": "8"}, "alpha: expected a finite number"),

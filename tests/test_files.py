@@ -474,6 +474,12 @@ def test_every_writer_replaces_a_symbolic_link(name, tmp_path):
     assert outside.read_text() == "{}" and target.is_file() and not target.is_symlink()
 
 
+def test_a_model_card_with_a_value_that_json_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        save_base_model(load_base_model(), tmp_path / "base.safetensors", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_permissions_of_a_replaced_file_are_kept(tmp_path):
     path = tmp_path / "adapter.safetensors"
     fastlora.save_adapter(_adapted(), path)
@@ -553,14 +559,36 @@ def test_a_folder_is_replaced_as_a_whole_or_kept(tmp_path, monkeypatch, failing)
     assert (folder / "a").read_text() == "new" and list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_replaced_folder_keeps_the_permissions_of_all_it_replaces(tmp_path):
+    folder, modes = tmp_path / "folder", {".": 0o2750, "sub": 0o700, "sub/a": 0o600, "b": 0o664}
+
+    def write():
+        with files.replaced_folder(folder) as new:
+            assert new.parent.stat().st_mode & 0o077 == 0  # nobody else reads it meanwhile
+            (new / "sub").mkdir()
+            for name in ("sub/a", "b", "c"):
+                (new / name).write_text(name)
+
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write()
+    assert folder.stat().st_mode == plain.stat().st_mode  # the mode of a new folder under the umask
+    for name, mode in modes.items():
+        (folder / name).chmod(mode)
+    modes["c"] = (folder / "c").stat().st_mode & 0o7777
+    write()
+    assert {name: (folder / name).stat().st_mode & 0o7777 for name in modes} == modes
+
+
 def test_a_link_to_a_folder_is_replaced_and_not_followed(tmp_path):
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").mkdir(0o700)
     (tmp_path / "mine" / "a").write_text("mine")
     (tmp_path / "link").symlink_to("mine")
     with files.replaced_folder(tmp_path / "link") as new:
         (new / "a").write_text("new")
     assert (tmp_path / "mine" / "a").read_text() == "mine"
     assert not (tmp_path / "link").is_symlink() and (tmp_path / "link" / "a").read_text() == "new"
+    assert (tmp_path / "link").stat().st_mode & 0o777 != 0o700  # a link has no mode to keep
 
 
 def test_files_of_one_write_change_together_or_not_at_all(tmp_path):

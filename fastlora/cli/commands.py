@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -129,7 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         return parser
 
     inspect = command("inspect", _inspect, "Show the contents of an adapter", _INSPECT, "ADAPTER")
-    inspect.add_argument("--json", action="store_true", help="print JSON, for programs")
+    inspect.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON, for programs; null is what is unknown or not finite",
+    )
     about = "Merge an adapter into a file of base weights"
     merge = command("merge", _merge, about, _MERGE, "BASE", "ADAPTER", "OUT")
     about = "Write an adapter in another format"
@@ -154,7 +159,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for name, value in adapter.others.items()
     ]
     if arguments.json:
-        print(json.dumps({"format": adapter.format, "layers": rows, "others": others}, indent=1))
+        layers = [{name: _json_number(value) for name, value in row.items()} for row in rows]
+        shown = {"format": adapter.format, "layers": layers, "others": others}
+        print(json.dumps(shown, indent=1, allow_nan=False))
         return 0
     tensors = adapter.tensors().values()
     print(
@@ -185,6 +192,11 @@ def _row(path: str, layer: LayerState) -> dict[str, Any]:
         "variant": ", ".join(variants),
         **settings,
     }
+
+
+def _json_number(value: Any) -> Any:
+    """The value, or None for NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _merge(arguments: argparse.Namespace) -> int:

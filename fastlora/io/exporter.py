@@ -132,7 +132,7 @@ class _Plain(LoRALinear):
     def _forward_tensor(self, x: Tensor) -> Tensor:
         return self._update(self.original_linear(x), x)
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, nested: Tensor | None = None) -> Tensor:
         return self._update(F.linear(x, self.matrix, self.original_linear.bias), x)
 
     def _add_product(self, y: Tensor, x: Tensor) -> Tensor:

@@ -67,17 +67,17 @@ class LoRAConv(LoRALayer):
         inside = (rank, conv.in_channels // conv.groups, *conv.kernel_size)
         return inside, (conv.out_channels, rank // conv.groups, *ones)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, in_channels, *size) or without B. Returns (B, out_channels, *size after the convolution)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (B, in_channels, *size) or without B. Returns (B, out_channels, *size after the convolution)."""
         if torch.compiler.is_compiling():
             note_compiled_call(self.lora_A)
         else:
             self.usage.called = True
-        y = self.original_layer(x)
+        y = self.original_layer(input)
         if self.disabled:
             return cast(Tensor, y)
         conv = self.original_layer
-        x = x.to(y.device)  # accelerate's hooks may move the base layer's input
+        x = input.to(y.device)  # accelerate's hooks may move the base layer's input
         a, b = (factor.to(x.dtype) for factor in self.factors_on(y.device))
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)

@@ -55,17 +55,17 @@ class LoRAEmbedding(LoRALayer):
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: integers of any shape (...). Returns (..., embedding_dim)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input: integers of any shape (...). Returns (..., embedding_dim)."""
         if torch.compiler.is_compiling():
             note_compiled_call(self.lora_A)
         else:
             self.usage.called = True
         embedding = self.original_layer
-        y: Tensor = embedding(ids)
+        y: Tensor = embedding(input)
         if self.disabled:
             return y
-        ids = ids.to(y.device)  # accelerate's hooks may move the base layer's input
+        ids = input.to(y.device)  # accelerate's hooks may move the base layer's input
         return on_rows(self._update, y, ids) if ids.is_nested else self._update(y, ids)
 
     def _update(self, y: Tensor, ids: Tensor) -> Tensor:

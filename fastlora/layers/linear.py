@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import Parameter, signature
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -56,6 +57,7 @@ class LoRALinear(LoRALayer):
     original_linear: nn.Linear
     in_features = wrapped_attribute("in_features")
     out_features = wrapped_attribute("out_features")
+    input_name: str = "input"  # what the wrapped layer's forward calls its input
     group: Any = None  # set by `fastlora.fuse`: the layers that share this one's input
 
     def __init__(
@@ -80,6 +82,9 @@ class LoRALinear(LoRALayer):
             use_rslora=use_rslora,
             use_dora=use_dora,
         )
+        first = next(iter(signature(original_linear.forward).parameters.values()), None)
+        if first is not None and first.kind is Parameter.POSITIONAL_OR_KEYWORD:
+            self.input_name = first.name
         if use_dora:
             self.lora_magnitude = nn.Parameter(self._row_norms().to(self.lora_A.dtype))
 
@@ -131,17 +136,22 @@ class LoRALinear(LoRALayer):
         """The wrapped weight as (out_features, in_features), in floating point even if it is quantised."""
         return self._as_weight_layout(self.wrapped_weight())
 
-    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """input: a tensor (..., in_features), or a token object with `.feats` and `.replace`. Returns the same type.
 
-        args, kwargs: passed on to the custom forward of the wrapped layer.
+        args, kwargs: passed on to the custom forward of the wrapped layer. The input may have its name there.
+
+        Raises: TypeError for an input of another type or without either name.
         """
         if torch.compiler.is_compiling():
             note_compiled_call(self.lora_A)
         else:
             self.usage.called = True
         if args or kwargs:
-            return self._forward_custom(input, args, kwargs)
+            if input is None and not args:
+                input, kwargs = self._input_by_name(kwargs)
+            if args or kwargs:
+                return self._forward_custom(input, args, kwargs)
         if isinstance(input, Tensor):
             return self.original_linear(input) if self.disabled else self._forward_tensor(input)
         if not (hasattr(input, "feats") and hasattr(input, "replace")):
@@ -199,10 +209,18 @@ class LoRALinear(LoRALayer):
 
     def _forward_tensor(self, x: Tensor) -> Tensor:
         if self._is_plain():
-            return on_rows(self._fused, x) if x.is_nested else self._fused(x)
+            return on_rows(lambda rows: self._fused(rows, x), x) if x.is_nested else self._fused(x)
         self._choose(x, False)  # raises if a backend is forced
         y = self.original_linear(x)
         return on_rows(self._update, y, x) if x.is_nested else self._update(y, x)
+
+    def _input_by_name(self, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The input, given under the name of the wrapped layer's forward, and the other arguments."""
+        if self.input_name not in given:
+            names = " or ".join(dict.fromkeys(("input", self.input_name)))
+            raise TypeError(f"forward: expected the argument {names}, got {', '.join(given)}")
+        others = {name: value for name, value in given.items() if name != self.input_name}
+        return given[self.input_name], others
 
     def _forward_custom(self, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """forward with more arguments, which only the wrapped layer understands."""
@@ -218,9 +236,10 @@ class LoRALinear(LoRALayer):
             f"{type(input).__name__}, got {type(y).__name__}"
         )
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, nested: Tensor | None = None) -> Tensor:
+        """The layer's output for x. nested: the nested tensor whose rows are x."""
         if self.group is not None and not torch.compiler.is_compiling():
-            shared: Tensor | None = self.group.output(self, x)
+            shared: Tensor | None = self.group.output(self, x, x if nested is None else nested)
             if shared is not None:
                 return shared
         linear = self.original_linear  # reading a module's attribute costs half a microsecond

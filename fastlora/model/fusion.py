@@ -107,7 +107,7 @@ def unfuse(model: nn.Module) -> int:
 class _Cached:
     """Outputs computed for one input and not returned yet, by the id of their layer."""
 
-    x: Any  # a weak reference
+    source: Any  # a weak reference to the input
     state: tuple[Any, ...]
     outputs: dict[int, Tensor]
     freed: list[bool]  # not empty after the backward pass of the outputs' graph
@@ -136,13 +136,17 @@ class _Group:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """The output of `layer` for x (..., K); None if it must run separately."""
-        versionless = torch.is_inference_mode_enabled() or x.is_inference()
+    def output(self, layer: LoRALinear, x: Tensor, source: Tensor) -> Tensor | None:
+        """The output of `layer` for x (..., K); None if it must run separately.
+
+        source: x, or the nested tensor whose rows are x, since each call takes them anew.
+        """
+        versionless = torch.is_inference_mode_enabled() or source.is_inference()
         if versionless or torch._C._are_functorch_transforms_active():
             return None
-        state, cached = self._state(x), self._last.cached
-        if cached is not None and not cached.freed and cached.x() is x and cached.state == state:
+        state, cached = (source._version, *self._state(x)), self._last.cached
+        valid = cached is not None and not cached.freed and cached.state == state
+        if cached is not None and valid and cached.source() is source:
             y = cached.outputs.pop(id(layer), None)
             if not cached.outputs:
                 self._last.cached = None
@@ -160,11 +164,11 @@ class _Group:
         outputs = lora_linear_group(x, layers, freed, triton=backend == "triton")
         unused = {id(m): y for m, y in zip(self.layers, outputs, strict=True)}
         y = unused.pop(id(layer))
-        self._last.cached = _Cached(weakref.ref(x), state, unused, freed)
+        self._last.cached = _Cached(weakref.ref(source), state, unused, freed)
         return y
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:
-        """Everything besides the object x that the outputs depend on."""
+        """Everything besides the input that the outputs depend on."""
         versions = [
             (id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad)
             for m in self.layers
@@ -175,7 +179,7 @@ class _Group:
         modes = [(m.training, m.disabled, m.dropout, m.scaling) for m in self.layers]
         dtype = autocasts(x) and torch.get_autocast_dtype(x.device.type)
         region = _region(any(m.training and m.dropout for m in self.layers))
-        return x._version, torch.is_grad_enabled(), dtype, versions, modes, region
+        return torch.is_grad_enabled(), dtype, versions, modes, region
 
     def _backend(self, layer: LoRALinear, x: Tensor) -> str | None:
         """The backend of the group for x, "torch" or "triton"; None if `layer` must run separately."""
@@ -243,7 +247,8 @@ def _record_inputs(
     seen: dict[str, list[tuple[Tensor, int]]] = {}
 
     def note(path: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = inputs[0] if inputs else named["input"]
+        names = ("input", layers[path].input_name)
+        given = inputs[0] if inputs else next(named[name] for name in names if name in named)
         x = given if isinstance(given, Tensor) else given.feats
         seen.setdefault(path, []).append((x, x._version))
 

@@ -204,7 +204,10 @@ def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection)
     checked += [(name, getattr(config, name), taken) for name in PATTERNS]
     for name, patterns, paths in checked:
         for pattern in patterns:
-            if pattern != ALL_LINEAR and not any(config.matches(pattern, path) for path in paths):
+            key = name in PATTERNS
+            if pattern != ALL_LINEAR and not any(
+                config.matches(pattern, p, key=key) for p in paths
+            ):
                 shown = pattern_text(pattern)
                 return (
                     f"{name}: {shown!r} matches none of the {len(paths)} "
@@ -350,7 +353,7 @@ def _decide_layer(
 
     def by_pattern(name: str) -> Any:
         patterns = getattr(config, f"{name}_pattern").items()
-        found = (value for pattern, value in patterns if config.matches(pattern, path))
+        found = (value for pattern, value in patterns if config.matches(pattern, path, key=True))
         return next(found, getattr(config, name))
 
     own = replace(config, **{name: by_pattern(name) for name in ("rank", "alpha", "dropout")})

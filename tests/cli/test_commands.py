@@ -139,6 +139,35 @@ def test_inspect_a_file_without_alpha(folder, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "alpha"), [(float("nan"), 6.0), (float("inf"), 6.0), (1.0, 1e308)]
+)
+def test_inspect_prints_json_if_the_values_are_not_finite(folder, capsys, value, alpha):
+    model = adapted()
+    layers = dict(fastlora.named_lora_layers(model))
+    layer = layers["blocks.0.attn.to_out"]
+    with torch.no_grad():
+        layer.lora_A.fill_(value)
+        layer.lora_B.fill_(value)
+    layer.alpha = alpha
+    fastlora.save_adapter(model, "spoiled.safetensors")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    code, out, _ = run(capsys, "inspect", "spoiled.safetensors", "--json")
+    shown = {row["layer"]: row for row in json.loads(out, parse_constant=refuse)["layers"]}
+    assert code == 0 and shown["blocks.0.attn.to_out"]["|dW|"] is None
+    assert (shown["blocks.0.attn.to_out"]["|BA|"] is None) == (value != 1.0)
+    assert shown["blocks.1.attn.to_out"]["|dW|"] > 0
+    row = next(
+        r
+        for r in run(capsys, "inspect", "spoiled.safetensors")[1].splitlines()
+        if ".0.attn.to_out" in r
+    )
+    assert row.split()[-1] in ("nan", "inf")  # the table for people shows which
+
+
 # merge
 
 

@@ -1,6 +1,8 @@
 """An adapted layer's output behaves like that of the layer it replaces: in-place operations, autocast, forward-mode AD, nested tensors."""
 
 import copy
+import functools
+import pickle
 import warnings
 
 import peft
@@ -15,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from fastlora import (
     ConfigError,
     LoRAConfig,
+    LoRAConv,
+    LoRAEmbedding,
     LoRALinear,
     LoRATransposedLinear,
     accelerate,
@@ -255,6 +259,83 @@ def test_arguments_of_a_custom_forward_are_passed_on(dropout):
         assert torch.equal(layer(X, 3.0), layer.original_linear(X, 3.0))
     with pytest.raises(TypeError, match="positional argument"):
         LoRALinear(nn.Linear(8, 6))(X, 3.0)
+
+
+class Named(nn.Linear):
+    """Calls its input otherwise than `nn.Linear`."""
+
+    def forward(self, x, scale=1.0):
+        return scale * super().forward(x)
+
+
+class Caller(nn.Module):
+    """Calls its layer by the name of the argument, with another argument and without."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.fc = layer
+
+    def forward(self, h):
+        return self.fc(x=h) + self.fc(scale=2.0, x=h)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_input_has_the_name_of_the_wrapped_layers_forward(use_dora):
+    trained = LoRALinear(Named(8, 6), rank=2, dropout=0.5, use_dora=use_dora)
+    nn.init.normal_(trained.lora_B)
+
+    def run(layer, *args, run=lambda layer, *args, **named: layer(*args, **named), **named):
+        torch.manual_seed(0)
+        return run(layer, *args, **named)
+
+    recomputed = functools.partial(checkpoint, use_reentrant=False)
+    for layer in (trained, copy.deepcopy(trained).eval(), pickle.loads(pickle.dumps(trained))):
+        assert torch.equal(run(layer, x=X), run(layer, X))
+        assert torch.equal(run(layer, input=X), run(layer, X))
+        assert torch.equal(run(layer, scale=3.0, x=X), run(layer, X, 3.0))
+        assert torch.equal(run(layer, x=X, run=recomputed), run(layer, X))
+        with disable_adapter(layer):
+            assert torch.equal(layer(x=X), layer.original_linear(X))
+    with pytest.raises(TypeError, match="forward: expected the argument input or x, got hidden"):
+        layer(hidden=X)
+    with pytest.raises(TypeError, match="forward: expected the argument input, got x"):
+        LoRALinear(nn.Linear(8, 6))(x=X)
+    with pytest.raises(TypeError, match="multiple values for argument 'x'"):
+        layer(X, x=X)
+    with pytest.raises(TypeError, match="input: expected a tensor"):
+        layer()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
+def test_an_input_by_name_compiles_and_exports():
+    torch.compiler.reset()
+    model = Caller(LoRALinear(Named(8, 6), rank=2)).eval()
+    nn.init.normal_(model.fc.lora_B)
+    expected = model(X)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), expected)
+    torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), expected)
+
+
+def test_every_adapted_layer_takes_its_input_by_the_name_of_the_wrapped_one():
+    conv1d = Conv1D(6, 8)
+    decorated = nn.Linear(8, 6)
+    decorated.forward = functools.wraps(decorated.forward)(
+        lambda *args, **kwargs: nn.Linear.forward(decorated, *args, **kwargs)
+    )
+    ids = torch.arange(3)
+    for wrapped, layer, x, name in (
+        (decorated, LoRALinear(decorated), X, "input"),
+        (conv1d, LoRATransposedLinear(conv1d), X, "x"),
+        ((conv := nn.Conv1d(3, 4, 2)), LoRAConv(conv), X, "input"),
+        ((table := nn.Embedding(4, 6)), LoRAEmbedding(table), ids, "input"),
+    ):
+        nn.init.normal_(layer.lora_A)
+        nn.init.normal_(layer.lora_B)
+        assert torch.equal(layer(**{name: x}), layer(x))
+        assert layer(x).shape == wrapped(**{name: x}).shape
+        with pytest.raises(TypeError, match="hidden"):
+            layer(hidden=x)
 
 
 def test_an_output_of_another_type_is_refused_by_name():

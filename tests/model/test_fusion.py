@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from fastlora import (
     InjectionError,
@@ -297,6 +298,78 @@ def test_cached_outputs_are_used_only_for_the_same_call():
     assert len(calls) == before
 
 
+class Projections(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(K, K) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_group_is_computed_once_for_a_nested_tensor(layout, dropout):
+    torch.manual_seed(0)
+    model = Projections()
+    inject_lora(model, LoRAConfig(["q", "k", "v"], rank=3, dropout=dropout))
+    randomise_adapters(model)
+    parts = list(torch.randn(9, K).split([4, 0, 5]))
+
+    def run(model, x):
+        torch.manual_seed(1)
+        y = model(x)
+        rows = torch.cat(y.unbind()) if y.is_nested else y
+        return rows, *torch.autograd.grad(rows.sin().sum(), get_lora_params(model))
+
+    def nested(dtype=torch.float32, **options):
+        return torch.nested.nested_tensor(parts, layout=layout, dtype=dtype, **options)
+
+    rows = torch.cat(parts)
+    assert fuse(model, nested()).groups == (("q", "k", "v"),)
+    wide = copy.deepcopy(model).double()
+    calls = count_group_calls(model)
+    x = nested(requires_grad=True)
+    got = run(model, x)
+    assert len(calls) == 1
+    for value, same, want in zip(got, run(model, rows), run(wide, rows.double()), strict=True):
+        assert_close(value, same, want)  # of one mask, that of the plain rows
+    y = torch.cat(model.eval()(x).unbind())
+    (dx,) = torch.autograd.grad(y.sin().sum(), x)
+    leaf = rows.clone().requires_grad_()
+    unfuse(model)
+    unfuse(wide)
+    (want,) = torch.autograd.grad(model(leaf).sin().sum(), leaf)
+    wide_leaf = rows.double().requires_grad_()
+    (exact,) = torch.autograd.grad(wide.eval()(wide_leaf).sin().sum(), wide_leaf)
+    assert_close(torch.cat(dx.unbind()), want, exact)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_a_nested_tensor_that_changed_is_another_input(layout):
+    torch.manual_seed(0)
+    model = Projections()
+    inject_lora(model, LoRAConfig(["q", "k", "v"], rank=3))
+    x = torch.nested.nested_tensor(list(torch.randn(9, K).split([4, 5])), layout=layout)
+    fuse(model, x)
+    calls = count_group_calls(model)
+    with torch.no_grad():
+        model.q(x)
+        x.unbind()[1].zero_()
+        changed = torch.cat(model.k(x).unbind())
+        assert len(calls) == 2
+        assert torch.equal(changed[4:], model.k.bias.expand(5, -1))
+        model.k(x.clone())  # equal, but another tensor
+        assert len(calls) == 3
+    with torch.inference_mode():
+        inference = x.clone()
+        assert model.q(inference).is_nested
+    with torch.no_grad():
+        assert model.q(inference).is_nested and len(calls) == 3
+
+
 def test_outputs_are_freed_once_returned_or_after_the_next_input():
     model = net()
     fuse(model, X, MEMORY)
@@ -426,6 +499,10 @@ def test_a_changed_bias_and_layers_called_by_name_are_detected():
         assert_differs(model.up(X), stale)
     model.forward = lambda x, memory: model.gate(input=x) * model.up(input=x)
     assert fuse(model, X, MEMORY).groups == (("gate", "up"),)
+    model = nn.ModuleDict({name: Conv1D(4, K) for name in ("q", "k")})  # calls its input x
+    inject_lora(model, ["q", "k"])
+    model.forward = lambda h: model.q(x=h) + model.k(x=h)
+    assert fuse(model, X).groups == (("q", "k"),)
 
 
 class Cross(nn.Module):

@@ -1,8 +1,10 @@
 """Injection: which layers are selected or refused; freezing, counting, the medical set-up."""
 
+import json
 import logging
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -487,6 +489,47 @@ def test_the_keyword_target_modules_means_what_it_means_in_peft(targets):
     assert LoRAConfig(target_modules=["q"], match="contains").match == "contains"
 
 
+PEFTS_OPTIONS = [
+    {"target_modules": ".*(q|query)", "exclude_modules": ["attn.q"]},
+    {"target_modules": ".*(q|query)", "exclude_modules": "q"},
+    {"target_modules": ["q", "query"], "exclude_modules": "attn.*"},
+    {"target_modules": {"q", "query", "q_norm"}, "exclude_modules": {"query", "q_norm"}},
+    {"target_modules": "all-linear", "exclude_modules": ["q"]},
+    {"target_modules": "all-linear", "exclude_modules": "q.*"},
+    {"target_modules": ".*q", "rank_pattern": {"q": 3}, "alpha_pattern": {"attn.q": 5}},
+    {"target_modules": ".*q", "rank_pattern": {"attn..": 3}, "alpha_pattern": {"^q": 5}},
+    {"target_modules": ["q", "query"], "rank_pattern": {"q": 3}, "alpha_pattern": {"query": 5}},
+    {"target_modules": ["q", "query"], "rank_pattern": {"at+n.q|query": 3, "q": 2}},
+    {"target_modules": "all-linear", "alpha_pattern": {"q": 5}, "rank_pattern": {"q_.*": 6}},
+]
+
+
+@pytest.mark.parametrize("options", PEFTS_OPTIONS, ids=str)
+def test_names_excluded_and_patterns_mean_what_they_mean_in_peft(options, tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(Names(), peft.LoraConfig(**options, r=4, lora_alpha=8))
+    wanted = {
+        path.removeprefix("base_model.model."): (module.r["default"], module.lora_alpha["default"])
+        for path, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    config = LoRAConfig(**options, r=4, lora_alpha=8)
+    file = tmp_path / "config.json"
+    config.save(file)
+    by_hand = tmp_path / "by_hand.json"
+    lists = {k: sorted(v) if isinstance(v, set) else v for k, v in options.items()}
+    by_hand.write_text(json.dumps({**lists, "r": 4, "lora_alpha": 8}))
+    for one in (
+        config,
+        LoRAConfig.load(file),
+        LoRAConfig.load(by_hand),
+        replace(config, backend="torch"),
+    ):
+        model = Names()
+        inject_lora(model, one)
+        assert {path: (la.rank, la.alpha) for path, la in named_lora_layers(model)} == wanted
+
+
 def test_a_full_path_is_selected_whatever_its_index():
     model = Decoder()
     targets = ["blocks.1.attn.to_out", "to_qkv"]
@@ -501,6 +544,6 @@ def test_a_first_argument_of_the_wrong_kind_is_named():
             inject_lora(Names(), wrong)
     with pytest.raises(ConfigError, match="model: expected an nn.Module, got list"):
         inject_lora(["q"], ["q"])
-    for wrong in ({"q"}, b"q", (n for n in ["q"]), []):
+    for wrong in ({"q": 1}, b"q", (n for n in ["q"]), []):
         with pytest.raises(ConfigError, match="target_modules: expected"):
             inject_lora(Names(), wrong)

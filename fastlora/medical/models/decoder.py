@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fastlora import setup_lora_for_medical_finetuning
 from fastlora.errors import CheckpointError, ConfigError, DataError
-from fastlora.files import atomic_write_all
+from fastlora.files import atomic_write_all, json_bytes
 from fastlora.medical.data.batch import RegionBatch, SparseTokens
 from fastlora.medical.models.losses import LOSS_WEIGHTS, mesh_losses
 from fastlora.medical.models.trainee import ModelOptions, Trainee
@@ -290,7 +290,10 @@ class SparseMeshDecoder(Trainee):
 
 
 def save_base_model(model: SparseMeshDecoder, path: Path, provenance: Mapping[str, Any]) -> None:
-    """Writes `path` (safetensors, fp32) and its model card, a JSON file of the same name: sha256, configuration, provenance."""
+    """Writes `path` (safetensors, fp32) and its model card, a JSON file of the same name: sha256, configuration, provenance.
+
+    Raises: ValueError for NaN or infinity in the provenance; nothing is written then.
+    """
     data = save_safetensors(
         {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     )
@@ -300,8 +303,7 @@ def save_base_model(model: SparseMeshDecoder, path: Path, provenance: Mapping[st
         **provenance,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(card, indent=2) + "\n"
-    atomic_write_all({path: data, path.with_suffix(".json"): text.encode()})
+    atomic_write_all({path: data, path.with_suffix(".json"): json_bytes(card)})
 
 
 def load_base_model(path: str | Path | None = None) -> SparseMeshDecoder:
