@@ -19,8 +19,8 @@ from fastlora.layers.quantised import quantisation
 from fastlora.model.frozen import (
     changed_since_frozen,
     forget_frozen,
+    nearby_named,
     nearby_parameters,
-    nearby_tensor,
     remember_frozen,
     was_frozen,
 )
@@ -85,8 +85,7 @@ def recorded_parameters(model: nn.Module) -> set[int]:
         id(parameter)
         for module in model.modules()
         for name in module.__dict__.get(_RECORDED, ())
-        # It may have been replaced or parametrised since.
-        if (parameter := nearby_tensor(module, name)) is not None
+        for parameter in nearby_named(module, name)
     }
 
 
@@ -132,7 +131,7 @@ def remember_base(model: nn.Module) -> None:
 
 
 def warn_of_changed_base(model: nn.Module, caller: str, whole: Iterable[nn.Module] = ()) -> None:
-    """Warn if values changed since `remember_base` that are not saved with the adapter: running statistics, or parameters.
+    """Warn of values that changed or were added since `remember_base` and are not saved with the adapter: running statistics, or parameters.
 
     whole: modules that are saved in full.
     """
@@ -153,7 +152,7 @@ def warn_of_changed_base(model: nn.Module, caller: str, whole: Iterable[nn.Modul
         )
     if parameters:
         warnings.warn(
-            f"{caller}: {first_few(parameters)} changed since freeze_base_params, do not train now, and are not saved with the adapter; "
+            f"{caller}: {first_few(parameters)} changed or were added since freeze_base_params, do not train now, and are not saved; "
             "call get_trainable_params while they train, or name their modules in modules_to_save",
             FastLoRAWarning,
             stacklevel=3,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 from fastlora import (
@@ -201,7 +202,7 @@ def test_freezing_again_names_what_trained_with_the_whole_model():
     model.requires_grad_(True)
     with torch.no_grad():
         model.norm.weight.add_(0.1)
-    with pytest.warns(FastLoRAWarning, match="freeze_base_params: norm.weight changed since"):
+    with pytest.warns(FastLoRAWarning, match="freeze_base_params: norm.weight changed or were"):
         freeze_base_params(model)
     assert not any(p.requires_grad for p in (*model.head.parameters(), *model.norm.parameters()))
     get_lora_state_dict(model)  # said once
@@ -211,8 +212,58 @@ def test_a_head_that_was_replaced_after_freezing_is_named():
     model = injected()
     freeze_base_params(model)
     model.head[0] = nn.Linear(8, 8).requires_grad_(False)
-    with pytest.warns(FastLoRAWarning, match="head.0.weight, head.0.bias changed since"):
+    with pytest.warns(FastLoRAWarning, match="head.0.weight, head.0.bias changed or were"):
         get_lora_state_dict(model)
+
+
+def test_what_was_added_after_freezing_is_named():
+    model = injected()
+    freeze_base_params(model)
+    model.classes = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    outer = nn.ModuleDict({"model": copy.deepcopy(model), "other": nn.Linear(2, 2)})
+    with pytest.warns(
+        FastLoRAWarning, match="dict: model.classes.0.weight, .*, model.classes.1.bias changed or"
+    ):
+        get_lora_state_dict(outer.requires_grad_(False))
+    model.head[3] = nn.Linear(8, 4).requires_grad_(False)  # of another shape
+    with pytest.warns(FastLoRAWarning, match="dict: head.3.weight, head.3.bias changed or"):
+        state = get_lora_state_dict(model, include_trainable=True)
+    assert "classes.0.weight" in state  # it trains
+
+
+def test_values_that_cannot_be_sampled_are_no_change():
+    model = injected()
+    model.head[0].to("meta")
+    freeze_base_params(model)
+    model.head[0].to_empty(device="cpu").reset_parameters()
+    model.head[3].weight.data = torch.empty(0)  # as DeepSpeed partitions it
+    model.norm.weight._fsdp_flattened = True
+    model.norm.weight.data = torch.zeros(3)
+    get_lora_state_dict(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize(
+    "normalise", [nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.orthogonal]
+)
+def test_a_head_that_was_parametrised_is_saved_or_named(normalise, seen):
+    model = injected()
+    freeze_base_params(model)
+    model.head.requires_grad_(True)
+    if seen:
+        count_parameters(model)
+    normalise(model.head[0])
+    parameters = {n: p for n, p in model.named_parameters() if "head.0" in n}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1)
+    frozen(model)
+    if seen:
+        assert parameters.keys() <= get_lora_state_dict(model, include_trainable=True).keys()
+    else:
+        with pytest.warns(FastLoRAWarning, match=f"{min(parameters, key=len)}.* changed or were"):
+            get_lora_state_dict(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

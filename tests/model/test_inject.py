@@ -504,7 +504,7 @@ PEFTS_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", PEFTS_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", PEFTS_OPTIONS)
 def test_names_excluded_and_patterns_mean_what_they_mean_in_peft(options, tmp_path):
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(Names(), peft.LoraConfig(**options, r=4, lora_alpha=8))
