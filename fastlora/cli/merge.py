@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastlora.cli.base_files import Entry, find_base, read_header
 from fastlora.cli.convert import refuse_existing
-from fastlora.errors import CheckpointError, FastLoRAWarning, MergeError, nearest
+from fastlora.errors import CheckpointError, FastLoRAWarning, MergeError, first_few, nearest
 from fastlora.files import move_into_place, replaced_folder
 from fastlora.io.adapter_state import AdapterState, LayerState
 
@@ -47,6 +48,8 @@ def merge_files(
         `target` is a folder.
     force: replace an existing target. A folder is replaced as a whole, and only if it holds nothing but files that are written.
 
+    Without a config.json, warns if a weight that changes has the values of one that does not, as in a model that ties them.
+
     A killed merge leaves the target as it was, complete or missing, never mixed.
 
     Raises: CheckpointError if a layer or head is not in the base or does not fit, with the nearest key; if a weight is not
@@ -61,8 +64,10 @@ def merge_files(
     _check_target(target, sources, files.is_folder, force)
     entries = {key: e for file in files.weights for key, e in read_header(file).items()}
     named = _with_prefix_of(entries, adapter)
-    state = _fit(_at_all_places(named, entries), entries)
     _refuse_tied(named, entries, files.config)
+    state = _fit(_at_all_places(named, entries), entries)
+    if not files.config:
+        _warn_of_equal_weights(state, files.weights)
     try:
         if files.is_folder:
             with replaced_folder(target) as new:
@@ -193,6 +198,51 @@ def _refuse_tied(state: AdapterState, base: Mapping[str, Entry], config: Mapping
             f"{key}: is tied to {others[0] if others else 'another weight of the model (tie_word_embeddings)'}, which the merge "
             "would change too; untie them and save both"
         )
+
+
+def _warn_of_equal_weights(state: AdapterState, files: Iterable[Path]) -> None:
+    """Warn if a weight that changes has the values of one that does not: in a model that ties them, one of them would be lost."""
+    changed = {*map(_weight, state.layers), *state.others}
+    alike: dict[Any, list[tuple[str, Path, Entry]]] = {}  # by shape, dtype and first bytes
+    for file in files:
+        for key, entry in read_header(file).items():
+            if len(entry.shape) == 2:
+                start = _read(file, entry, 4096)
+                constant = len(set(start)) == 1  # equal by chance
+                if not constant:
+                    alike.setdefault((entry.shape, entry.dtype, start), []).append(
+                        (key, file, entry)
+                    )
+    pairs = []
+    for group in alike.values():
+        mine = [place for place in group if place[0] in changed]
+        others = [place for place in group if place not in mine] if mine else []
+        digests = {key: _digest(file, entry) for key, file, entry in (*mine, *others)}
+        pairs += [
+            f"{key} = {other}"
+            for key, *_ in mine
+            for other, *_ in others
+            if digests[key] == digests[other]
+        ]
+    if pairs:
+        warnings.warn(
+            f"these weights are equal in the base, and only one of them changes: {first_few(pairs)}; if the model ties them, the "
+            "merged file does not hold what it computes with the adapter",
+            FastLoRAWarning,
+            stacklevel=3,
+        )
+
+
+def _read(file: Path, entry: Entry, size: int | None = None) -> bytes:
+    """The first bytes of a tensor; all of them for None."""
+    with file.open("rb") as opened:
+        opened.seek(entry.begin)
+        whole = entry.end - entry.begin
+        return opened.read(whole if size is None else min(size, whole))
+
+
+def _digest(file: Path, entry: Entry) -> bytes:
+    return hashlib.sha256(_read(file, entry)).digest()
 
 
 def _fit(state: AdapterState, base: Mapping[str, Entry]) -> AdapterState:

@@ -33,7 +33,7 @@ _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _SETTINGS = ("kind", "alpha", "use_rslora", "dropout")
 _CONV_SETTINGS = (*_SETTINGS, "dilation", "padding_mode")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-_PLACES = ("shared_with", "tied_to")
+PLACES = ("shared_with", "tied_to")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class LayerState:
         Raises: CheckpointError or ConfigError if shapes, dtypes or settings do not fit together.
         """
         given = {"kind": "linear" if tensors["lora_A"].ndim == 2 else "conv"} | dict(settings or {})
-        stored = {name: given[name] for name in (*_CONV_SETTINGS, *_PLACES) if name in given}
+        stored = {name: given[name] for name in (*_CONV_SETTINGS, *PLACES) if name in given}
         state = cls(tensors=tensors, **stored)
         state._check_tensors()
         if settings is not None:
@@ -131,8 +131,12 @@ class LayerState:
     def settings(self) -> dict[str, Any]:
         """The settings that a file must store in addition to the tensors, as JSON values."""
         names = _SETTINGS if self.dilation is None else _CONV_SETTINGS
-        places = {name: list(paths) for name in _PLACES if (paths := getattr(self, name))}
-        return {name: getattr(self, name) for name in ("rank", "use_dora", *names)} | places
+        own = {name: getattr(self, name) for name in ("rank", "use_dora", *names)}
+        return own | self.places()
+
+    def places(self) -> dict[str, list[str]]:
+        """`shared_with` and `tied_to`, if there are any."""
+        return {name: list(paths) for name in PLACES if (paths := getattr(self, name))}
 
     def folded(self) -> LayerState:
         """The same update as one product: initial_A and initial_B become part of the factors, with rank 2R and the same scaling."""
@@ -230,7 +234,7 @@ class LayerState:
                 )
         if not isinstance(self.use_rslora, bool):
             raise CheckpointError(f"use_rslora: expected true or false, got {self.use_rslora!r}")
-        for name in _PLACES:
+        for name in PLACES:
             paths = getattr(self, name)
             if not isinstance(paths, (list, tuple)) or not all(isinstance(p, str) for p in paths):
                 raise CheckpointError(f"{name}: expected a list of names, got {paths!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mode
@@ -21,7 +22,7 @@ from torch import Tensor
 from fastlora.config import scaling_divisor
 from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.files import write_files
-from fastlora.io.adapter_state import AdapterState, LayerState
+from fastlora.io.adapter_state import PLACES, AdapterState, LayerState
 from fastlora.io.safetensors_format import (
     PEFT_PREFIX,
     group_tensors,
@@ -59,7 +60,7 @@ def read_folder(folder: Path) -> AdapterState:
     Raises: CheckpointError if a file is missing, damaged or not supported by fastlora, or config and weights do not fit
     together.
     """
-    config, tensors = read_tensors(folder)
+    config, tensors, places = read_tensors(folder)
     file = folder / WEIGHTS_FILE
     foreign = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
     if foreign:
@@ -77,7 +78,7 @@ def read_folder(folder: Path) -> AdapterState:
         )
     settings: dict[str, dict[str, Any]] = {}
     for path, found in layers.items():
-        settings[path], sizes = config.layer(path), found["lora_A"].ndim - 2
+        settings[path], sizes = config.layer(path) | places[path], found["lora_A"].ndim - 2
         if f"{path}.{_EMBEDDING['lora_A']}" in plain:
             settings[path] |= {"kind": "embedding", "dropout": 0.0}
         elif sizes:
@@ -107,8 +108,10 @@ def read_folder(folder: Path) -> AdapterState:
     return AdapterState(states, others, "peft")
 
 
-def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """The config and the weights under PEFT's keys.
+def read_tensors(
+    folder: Path,
+) -> tuple[PeftConfig, dict[str, Tensor], defaultdict[str, dict[str, Any]]]:
+    """The config, the weights under PEFT's keys, and by path `LayerState.places` of what fastlora saved.
 
     Raises: CheckpointError if a file is missing or damaged, or if fastlora saved the weights with another config.
     """
@@ -117,7 +120,9 @@ def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
         raise CheckpointError(f"folder: no such file: {file}; only safetensors are read")
     tensors, saved_with = read_safetensors(file)
     config.check_matching(saved_with)
+    places: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for path, settings in saved_with.items():
+        places[path] = {name: settings.pop(name) for name in PLACES if name in settings}
         now = _settings(config, path)
         changed = [n for n in now.keys() | settings.keys() if now.get(n) != settings.get(n)]
         if changed:
@@ -126,7 +131,7 @@ def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
                 f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are not of the same save: {path}: {name} is {now.get(name)!r} in "
                 f"the config, and the weights were saved with {settings.get(name)!r}; restore both files, or save again"
             )
-    return config, tensors
+    return config, tensors, places
 
 
 def _settings(config: PeftConfig, path: str) -> dict[str, Any]:
@@ -232,7 +237,9 @@ def write_folder(
         tensors[PEFT_PREFIX + key] = tensor
     text = json.dumps(as_json(config, base_name), indent=2, sort_keys=True) + "\n"
     # The weights are moved first: the new ones know whether the config is the old one.
-    metadata = settings_metadata({path: _settings(config, path) for path in state.layers})
+    metadata = settings_metadata(
+        {path: _settings(config, path) | layer.places() for path, layer in state.layers.items()}
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

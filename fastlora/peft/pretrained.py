@@ -124,7 +124,7 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
                 raise CheckpointError(
                     f"model: {where} is on the meta device and cannot store a value"
                 )
-    config, tensors = read_tensors(folder)
+    config, tensors, _ = read_tensors(folder)
     config.check_matching([path for path, _ in base_modules(model)])
     targets = config.targets(model)
     layer_configs = {path: LoRAConfig(**config.layer(path)) for path in targets}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora import LoRAConfig
@@ -70,6 +70,15 @@ def merge(capsys, *options, base="base", out="merged"):
     capsys.readouterr()  # the progress bars of transformers
     code = cli.main(["merge", base, "adapter.safetensors", out, *options])
     return code, capsys.readouterr().err
+
+
+def through_peft(written_by_peft=False):
+    """Convert adapter.safetensors to PEFT's format, and back."""
+    weights = Path("peft/adapter_model.safetensors")
+    cli.main(["convert", "adapter.safetensors", "peft", "--to", "peft", "--force"])
+    if written_by_peft:
+        save_file(load_file(weights), weights)
+    cli.main(["convert", "peft", "adapter.safetensors", "--to", "fastlora", "--force"])
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -134,9 +143,10 @@ def test_a_weight_that_transformers_ties_is_not_merged_and_the_others_are(capsys
     with pytest.raises(fastlora.MergeError, match="is tied to lm_head.weight"):
         adapt(model, "embed_tokens", "q_proj")
     assert "model.embed_tokens.weight: is tied to lm_head.weight" in merge(capsys)[1]
-    cli.main(["convert", "adapter.safetensors", "peft", "--to", "peft"])
-    cli.main(["convert", "peft", "adapter.safetensors", "--to", "fastlora", "--force"])
-    code, err = merge(capsys)  # from a file that does not tell
+    through_peft()
+    assert "model.embed_tokens.weight: is tied to lm_head.weight" in merge(capsys)[1]
+    through_peft(written_by_peft=True)  # which does not tell
+    code, err = merge(capsys)
     assert code == 2 and "model.embed_tokens.weight: is tied to another weight" in err
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps(config | {"tie_word_embeddings": None}))
@@ -149,6 +159,30 @@ def test_a_weight_that_transformers_ties_is_not_merged_and_the_others_are(capsys
     loaded = transformers.AutoModelForCausalLM.from_pretrained("merged")
     assert torch.equal(loaded(IDS).logits, expected(IDS).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_base_without_config_warns_of_weights_that_may_be_tied(capsys, target, tie):
+    state = llama(tie).state_dict()
+    save_file({key: value.clone() for key, value in state.items()}, "base.safetensors")
+    if tie:
+        with pytest.raises(fastlora.MergeError, match="is tied to"):
+            adapt(llama(tie), target, "q_proj")
+    else:
+        expected = adapt(llama(tie), target, "q_proj")
+    through_peft(written_by_peft=True)
+    code, err = merge(capsys, base="base.safetensors", out="merged.safetensors")
+    assert code == 0
+    if tie:
+        embed, head = "model.embed_tokens.weight", "lm_head.weight"
+        pair = f"{embed} = {head}" if target == "embed_tokens" else f"{head} = {embed}"
+        assert f"equal in the base, and only one of them changes: {pair}; if the model ties" in err
+    else:
+        assert not err
+        merged = llama()
+        merged.load_state_dict(load_file("merged.safetensors"))
+        assert torch.equal(merged(IDS).logits, expected(IDS).logits)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -169,8 +203,7 @@ def test_a_trained_tied_head_is_merged_where_the_base_has_it(capsys, format):
     save(llama(tie=True))
     expected = adapt(llama(tie=True), "q_proj", head="lm_head")
     if format == "peft":
-        cli.main(["convert", "adapter.safetensors", "folder", "--to", "peft"])
-        cli.main(["convert", "folder", "adapter.safetensors", "--to", "fastlora", "--force"])
+        through_peft(written_by_peft=True)
     assert merge(capsys) == (0, "")
     loaded = transformers.AutoModelForCausalLM.from_pretrained("merged")
     assert torch.equal(loaded(IDS).logits, expected(IDS).logits)
