@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -309,7 +310,13 @@ def temporary_name(path: Path) -> Path:
 
 
 def move_into_place(finished: Mapping[Path, Path]) -> None:
-    """Rename files to their targets, once all are on the disk. finished: file → target, on one file system."""
+    """Rename files to their targets, once all are on the disk. finished: file → target, on one file system.
+
+    Raises: OSError; FileExistsError for a device or a pipe, which a rename would remove. No file has changed then.
+    """
+    for place in finished.values():
+        if place.exists() and not place.is_file() and not place.is_dir():
+            raise FileExistsError(errno.EEXIST, "Not a file but a device or a pipe", str(place))
     for file, place in finished.items():
         _sync(file)
         _keep_mode(place, file)

@@ -474,6 +474,18 @@ def test_every_writer_replaces_a_symbolic_link(name, tmp_path):
     assert outside.read_text() == "{}" and target.is_file() and not target.is_symlink()
 
 
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    pipe, link, plain = (tmp_path / name for name in ("pipe", "link", "plain"))
+    os.mkfifo(pipe)
+    link.symlink_to("pipe")
+    for target in (pipe, link):
+        with pytest.raises(FileExistsError, match="a device or a pipe"):
+            atomic_write_all({plain: b"1", target: b"1"})
+        with pytest.raises(CheckpointError, match="cannot write .* a device or a pipe"):
+            fastlora.save_adapter(_adapted(), target)
+    assert sorted(tmp_path.iterdir()) == [link, pipe] and pipe.is_fifo() and link.is_symlink()
+
+
 def test_a_model_card_with_a_value_that_json_does_not_have_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         save_base_model(load_base_model(), tmp_path / "base.safetensors", {"loss": float("nan")})

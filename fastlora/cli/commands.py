@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlora.cli.convert import FORMATS, convert, difference_norm, read_adapter, update_norm
 from fastlora.cli.merge import merge_files
-from fastlora.errors import CheckpointError, FastLoRAError
+from fastlora.errors import CheckpointError, ConfigError, FastLoRAError
 from fastlora.io.adapter_state import AdapterState, LayerState
 
 _EPILOG = """\
@@ -221,6 +221,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
+    if not arguments.tolerance >= 0:
+        raise ConfigError(f"--tolerance: expected a number ≥ 0, got {arguments.tolerance:g}")
     a = read_adapter(arguments.a, arguments.alpha, prefer_own=True)
     b = read_adapter(arguments.b, arguments.alpha, prefer_own=True)
     comparisons: list[tuple[dict[str, Any], dict[str, Any], Any, Any]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 import warnings
@@ -59,6 +60,9 @@ def merge_files(
     written then.
     """
     files = find_base(base)
+    for file in files.weights:
+        if not file.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{file}: not a readable safetensors file: no such file")
     target = target.absolute()
     sources = [*files.weights, *files.copied]
     _check_target(target, sources, files.is_folder, force)
@@ -85,7 +89,7 @@ def _check_target(target: Path, sources: Iterable[Path], is_folder: bool, force:
     if target.exists() and target.is_dir() != is_folder:
         problem = "file; this base needs a folder" if is_folder else "folder; expected a file"
         raise CheckpointError(f"{target}: is a {problem} to write to")
-    real = target.resolve()
+    real = Path(os.path.realpath(target))  # Path.resolve may refuse a circle of links
     for source in sources:
         named = source.parent.resolve() / source.name  # a link, as in the cache of transformers
         held = {source.resolve(), *source.resolve().parents, named, *named.parents}

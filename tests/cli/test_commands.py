@@ -742,6 +742,45 @@ def test_a_base_that_is_damaged_or_missing(folder, capsys):
         assert not Path("out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "merge pipe.safetensors adapter.safetensors out",
+            "pipe.safetensors: not a readable safetensors file",
+        ),
+        ("merge circle adapter.safetensors out", "circle: not a readable safetensors file"),
+        ("merge pipe.index.json adapter.safetensors out", "pipe.safetensors: not a readable"),
+        (
+            "merge base.safetensors adapter.safetensors pipe.safetensors --force",
+            "a device or a pipe",
+        ),
+        (
+            "convert adapter.safetensors pipe.safetensors --to fastlora --force",
+            "a device or a pipe",
+        ),
+        ("inspect pipe.safetensors", "no such file or folder: pipe.safetensors"),
+        ("diff adapter.safetensors circle", "no such file or folder: circle"),
+        ("diff adapter.safetensors adapter.safetensors --tolerance nan", "number ≥ 0, got nan"),
+        ("diff adapter.safetensors adapter.safetensors --tolerance -1", "number ≥ 0, got -1"),
+    ],
+)
+def test_odd_paths_and_values_end_in_one_line(folder, capsys, command, message):
+    os.mkfifo("pipe.safetensors")
+    os.symlink("circle", "circle")
+    Path("pipe.index.json").write_text('{"weight_map": {"blocks": "pipe.safetensors"}}')
+    code, out, err = run(capsys, *command.split())
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert message in err
+    assert Path("pipe.safetensors").is_fifo() and not Path("out").exists()
+
+
+def test_a_target_that_is_a_circle_of_links_is_replaced(folder, capsys):
+    os.symlink("circle", "circle")
+    assert run(capsys, "merge", "base.safetensors", "adapter.safetensors", "circle")[0] == 0
+    assert "blocks.0.attn.to_out.weight" in load_file("circle")
+
+
 def test_pickles_are_not_read(folder, capsys):
     for name in ("evil.pt", "evil.bin"):
         Path(name).write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
