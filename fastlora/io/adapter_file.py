@@ -23,6 +23,7 @@ from fastlora.model.heads import (
     record_heads,
     warn_of_changed_base,
 )
+from fastlora.model.sharded import copy_whole
 from fastlora.model.wrappers import plain_key, plain_names
 
 
@@ -41,7 +42,9 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
     `<path>.initial_A` and `<path>.initial_B`, the subtracted initial product, without which the other two are not usable.
     include_trainable: also the heads, under all their own names: every other parameter that trains, or that is recorded because
         fastlora let it train, and the persistent buffers of their modules (running statistics). Otherwise their names are in a warning.
-    The dict is empty if the model has no adapters.
+    Under FSDP2 every process must call it, and gets full tensors. The dict is empty if the model has no adapters.
+
+    Raises: CheckpointError under FSDP1 outside of `summon_full_params`.
     """
     left_out = {} if include_trainable else head_parameters(model, known=True)
     if left_out:
@@ -51,7 +54,7 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
             stacklevel=2,
         )
     warn_of_changed_base(model, "get_lora_state_dict")
-    state = adapter_state(model, include_trainable).tensors()
+    state = adapter_state(model, include_trainable).whole().tensors()
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
@@ -106,9 +109,8 @@ def load_lora_state_dict(
             FastLoRAWarning,
             stacklevel=2,
         )
-    with torch.no_grad():
-        for key in result.loaded:
-            known[key].copy_(state[key])
+    for key in result.loaded:
+        copy_whole(known[key], state[key])
     heads_loaded = [others[key] for key in result.loaded if key in others]
     adapted = {id(layer.wrapped.weight) for _, layer in named_lora_layers(model)}
     if not any(id(head) in adapted for head in heads_loaded):  # else of a model that was not frozen
@@ -178,7 +180,8 @@ def save_adapter(
 ) -> None:
     """Write the adapter, and by default the heads as in `get_lora_state_dict`, to one safetensors file, atomically.
 
-    Kind, rank, alpha, dropout, use_rslora and use_dora of every layer are stored in the file's metadata.
+    Kind, rank, alpha, dropout, use_rslora and use_dora of every layer are stored in the file's metadata. FSDP as in
+    `get_lora_state_dict`.
 
     Raises: CheckpointError if the model has no adapters or the file cannot be written; an existing file is unchanged then.
     """
@@ -186,7 +189,7 @@ def save_adapter(
     if not state.layers:
         raise CheckpointError("model: has no adapters, so there is nothing to save")
     warn_of_changed_base(model, "save_adapter")
-    write_files({Path(path): fastlora_bytes(state)})
+    write_files({Path(path): fastlora_bytes(state.whole())})
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadResult:

@@ -24,7 +24,8 @@ from fastlora.layers.base import (
 )
 from fastlora.layers.conv import LoRAConv
 from fastlora.layers.kinds import wrap
-from fastlora.model.heads import head_tensors, record_unfrozen
+from fastlora.model.heads import adapter_parameters, head_tensors, record_unfrozen
+from fastlora.model.sharded import in_parts, whole
 from fastlora.model.wrappers import plain_names
 
 _MATRICES = ("linear", "transposed")
@@ -275,6 +276,15 @@ class AdapterState:
         inside = path in self.layers and wrapped in ("original_linear", "original_layer")
         return f"{path}.{leaf}" if inside else name
 
+    def whole(self) -> AdapterState:
+        """With full tensors instead of those that FSDP2 shards; every process must call it."""
+        layers = {
+            path: replace(layer, tensors={n: whole(tensor) for n, tensor in layer.tensors.items()})
+            for path, layer in self.layers.items()
+        }
+        others = {name: whole(tensor) for name, tensor in self.others.items()}
+        return replace(self, layers=layers, others=others)
+
     def folded(self) -> AdapterState:
         """Every layer folded."""
         return replace(self, layers={path: layer.folded() for path, layer in self.layers.items()})
@@ -284,10 +294,16 @@ def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterS
     """The active adapter of `model`, under names without wrappers; tensors are detached and share storage.
 
     include_trainable: also the heads (`fastlora.model.heads`), a tied one under each of its names.
+
+    Raises: CheckpointError if FSDP1 has left only parts of them in this process.
     """
     record_unfrozen(model)
     plain = plain_names(model)
     heads = head_tensors(model) if include_trainable else {}
+    if in_parts(model, (*adapter_parameters(model), *heads.values())):
+        raise CheckpointError(
+            "model: FSDP1 shards it, and this process holds only parts; save and load inside FullyShardedDataParallel.summon_full_params"
+        )
     paths: dict[LoRALayer, list[str]] = {}
     for path, layer in named_lora_layers(model, remove_duplicate=False):
         paths.setdefault(layer, []).append(plain(path))

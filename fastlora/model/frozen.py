@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastlora.model.sharded import is_flattened
+
 # Attribute of a module: name → sample, of the tensors of the module (`weight`) and of its direct children (`norm.weight`); None for one
 # without plain values. A conversion such as `SyncBatchNorm.convert_sync_batchnorm` replaces a child by one with the same tensors.
 _SAMPLES = "_fastlora_frozen"
@@ -139,7 +141,7 @@ class _Sample(NamedTuple):
 
 def _sample(tensor: Tensor) -> _Sample | None:
     """None for a tensor without plain values: on meta, quantised, or sharded, also by FSDP1."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and not hasattr(tensor, "_fsdp_flattened")
+    plain = type(tensor) in (Tensor, nn.Parameter) and not is_flattened(tensor)
     if not plain or tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() == 1:
         return None
     flat = tensor.detach().reshape(-1)
@@ -149,8 +151,8 @@ def _sample(tensor: Tensor) -> _Sample | None:
 
 
 def _renew(module: nn.Module, _: Any) -> None:
-    """A hook after `load_state_dict`, which may be called on this module alone."""
+    """A hook after `load_state_dict`, which may be called on this module alone. What trains is loaded as a part of training."""
     samples = module.__dict__.get(_SAMPLES, {})
     for name, tensor in _values(module):
-        if name in samples:
+        if name in samples and not tensor.requires_grad:
             samples[name] = _sample(tensor)

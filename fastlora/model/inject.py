@@ -38,6 +38,7 @@ from fastlora.model.selection import (
     to_config,
     unmatched_pattern,
 )
+from fastlora.model.sharded import is_dtensor
 
 DEFAULT_OUTPUT_LAYERS = ("out_layer", "output_layer", "head")
 _LARGE_SHARE = 0.1  # of the parameters, left out under "all-linear"
@@ -171,7 +172,7 @@ def reset_lora_parameters(model: nn.Module) -> int:
             )
         elif layer.initial_A is not None and layer.init_lora_weights == "kaiming":
             problems.append(f"{path}: how its initial_A and initial_B were computed is unknown")
-        elif hasattr(layer.lora_A, "full_tensor") and (  # a DTensor
+        elif is_dtensor(layer.lora_A) and (
             layer.lora_magnitude is not None
             or layer.init_lora_weights not in ("kaiming", "gaussian")
         ):

@@ -29,6 +29,7 @@ from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.heads import head_tensors, record_heads, warn_of_changed_base
 from fastlora.model.inject import freeze_base_params, inject_lora
 from fastlora.model.selection import attention_projections, fast_path_layers, nearest_names
+from fastlora.model.sharded import copy_whole
 from fastlora.model.wrappers import plain_names, unwrapped
 from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
 from fastlora.peft.folder_format import (
@@ -49,7 +50,7 @@ def save_pretrained(
     Layers may differ in rank, alpha and use_rslora. PEFT stores one dropout: if layers differ, the highest is written, with a
     warning. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
     folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
-    moved into place. Layers whose weight other code reads instead of calling them warn: in PEFT that weight is the base's.
+    moved into place. FSDP as in `get_lora_state_dict`. Layers whose weight other code reads instead of calling them warn: in PEFT that weight is the base's.
 
     model: with adapters. folder: created if missing.
     include_trainable: also save in full every module with a head, as in `get_lora_state_dict` (`modules_to_save`).
@@ -62,7 +63,7 @@ def save_pretrained(
     if not layers:
         raise CheckpointError("model: has no adapters, so there is nothing to save")
     _refuse_shared(model, layers.values())
-    state = adapter_state(model).folded()
+    state = adapter_state(model).whole().folded()
     heads: dict[str, Tensor] = {}
     try:
         trained = _trained_modules(model, layers) if include_trainable else []
@@ -78,7 +79,7 @@ def save_pretrained(
     _warn_of_reads(model, layers)
     name = getattr(unwrapped(model), "name_or_path", None)
     base_name = name if isinstance(name, str) and name else None
-    write_folder(Path(folder), replace(state, others=heads), config, base_name)
+    write_folder(Path(folder), replace(state, others=heads).whole(), config, base_name)
 
 
 def from_pretrained(
@@ -160,9 +161,8 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
     inject_lora(model, chosen)
     record_heads(model, [p for head in heads.values() for p in head.parameters()])
     now = base_state_dict(model) | adapter_state(model).tensors()
-    with torch.no_grad():
-        for key, value in tensors.items():
-            now[keys.get(key) or bases.get(key) or key.removeprefix(PEFT_PREFIX)].copy_(value)
+    for key, value in tensors.items():
+        copy_whole(now[keys.get(key) or bases.get(key) or key.removeprefix(PEFT_PREFIX)], value)
     if alone:
         freeze_base_params(model)
     return LoadResult(list(tensors), [], [])

@@ -185,6 +185,16 @@ def test_a_head_that_nothing_recorded_is_named(save, change, tmp_path):
     assert "body" not in text and "norm" not in text.replace("normalisation", "")
 
 
+def test_a_head_that_was_loaded_while_it_trained_is_named():
+    """A run is resumed, and frozen by hand before it is saved."""
+    model = injected()
+    freeze_base_params(model)
+    model.head.requires_grad_(True)
+    model.load_state_dict(trained("config").state_dict())
+    with pytest.warns(FastLoRAWarning, match=r"dict: head.0.weight, head.1.weight, .* changed or"):
+        get_lora_state_dict(model.requires_grad_(False))
+
+
 def test_freezing_again_keeps_what_was_unfrozen_and_says_so():
     model = injected()
     freeze_base_params(model)

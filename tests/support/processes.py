@@ -16,8 +16,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastlora.medical.training.distributed import lost_process_explained
-
 TIME_LIMIT_S = 60
 
 
@@ -62,9 +60,7 @@ def _rank(
 ) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     try:
-        with lost_process_explained():
-            result = function(*arguments)
-        end.send(result)
+        end.send(function(*arguments))
     except Exception as error:
         traceback.print_exc()
         end.send(error)

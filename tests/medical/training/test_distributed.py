@@ -21,7 +21,11 @@ from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training import checkpointing
-from fastlora.medical.training.distributed import Processes, local_device
+from fastlora.medical.training.distributed import (
+    Processes,
+    local_device,
+    lost_process_explained,
+)
 from fastlora.medical.training.finetuned import load_finetuned, trainable_parameters
 from fastlora.medical.training.progress import RunReport
 from fastlora.medical.training.run_folder import RunFolder
@@ -132,7 +136,8 @@ def train_and_die(folder: str, kind: str) -> None:
         return step(batch)
 
     trainer._step = die  # type: ignore[method-assign]
-    trainer.train()
+    with lost_process_explained():
+        trainer.train()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
