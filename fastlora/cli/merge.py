@@ -56,8 +56,8 @@ def merge_files(
     Raises: CheckpointError if a layer or head is not in the base or does not fit, with the nearest key; if a weight is not
     a float of 16 to 64 bits; if a weight is square and the shapes of other layers contradict the adapter; if the adapter's file or
     config.json ties a weight to another; if the target is or holds a file of the base, which a second merge would merge again; or if
-    the target exists without `force`. MergeError, naming the layer or head, if what would be written is not finite where the base is. Nothing is
-    written then.
+    the target exists without `force`. MergeError, naming the layer or head, if what would be written is not finite where the base is.
+    Nothing is written then.
     """
     files = find_base(base)
     for file in files.weights:
@@ -212,11 +212,9 @@ def _warn_of_equal_weights(state: AdapterState, files: Iterable[Path]) -> None:
         for key, entry in read_header(file).items():
             if len(entry.shape) == 2:
                 start = _read(file, entry, 4096)
-                constant = len(set(start)) == 1  # equal by chance
-                if not constant:
-                    alike.setdefault((entry.shape, entry.dtype, start), []).append(
-                        (key, file, entry)
-                    )
+                if len(set(start)) > 1:  # else zeros, equal by chance
+                    place = (key, file, entry)
+                    alike.setdefault((entry.shape, entry.dtype, start), []).append(place)
     pairs = []
     for group in alike.values():
         mine = [place for place in group if place[0] in changed]

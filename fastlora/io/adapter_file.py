@@ -64,7 +64,7 @@ def load_lora_state_dict(
     """Copy adapter tensors, and heads saved with them, into a model that already has its adapters.
 
     Keys are those of `get_lora_state_dict`. Values are cast to the dtype and moved to the device of the parameter. Loaded heads become
-    heads of the model: they are saved again, and `freeze_base_params` keeps them trainable.
+    heads of the model: they are saved again, and `freeze_base_params` keeps them trainable. Under FSDP2 every process must call it.
     strict: every adapter parameter must be present with the right shape, and no unknown key; if the state has any head, it must
         have every head of the model, a tied one under any of its names, with equal values. On failure nothing is changed.
         False loads what fits and warns about the other keys.

@@ -19,9 +19,8 @@ from fastlora.model.sharded import is_flattened
 # without plain values. A conversion such as `SyncBatchNorm.convert_sync_batchnorm` replaces a child by one with the same tensors.
 _SAMPLES = "_fastlora_frozen"
 _SIZE = 64  # values in a sample, at most
-_TOLERANCE = (
-    1e-3  # relative: a moving average of equal values drifts by 1e-4, training changes more
-)
+# Relative. A moving average of equal values drifts by 1e-4, and training changes more.
+_TOLERANCE = 1e-3
 
 
 def nearby_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -64,19 +64,21 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """Whether the base was frozen: most of the adapted weights do not train. Before, all parameters of a model usually train.
+    """Whether the base was frozen: by `freeze_base_params`, and an adapted weight still is, or otherwise most of the adapted weights.
 
-    Quantised weights never train. Where all adapted ones are, the base is frozen if any other parameter is.
+    Before, all parameters of a model usually train. Quantised weights never do: where all adapted ones are, another parameter counts.
     """
     layers = [layer.wrapped for _, layer in named_lora_layers(model)]
     weights = [cast(Tensor, layer.weight) for layer in layers if quantisation(layer) is None]
     if weights:
-        trains = sum(weight.numel() for weight in weights if weight.requires_grad)
-        return 2 * trains < sum(weight.numel() for weight in weights)
+        trains = [weight.numel() for weight in weights if weight.requires_grad]
+        if was_frozen(model):
+            return len(trains) < len(weights)
+        return 2 * sum(trains) < sum(weight.numel() for weight in weights)
     known = {id(layer.weight) for layer in layers} | recorded_parameters(model)
     known |= {id(parameter) for parameter in adapter_parameters(model)}
     others = [p.requires_grad for p in model.parameters() if id(p) not in known]
-    return was_frozen(model) or not all(others) or not others
+    return bool(layers) and (was_frozen(model) or not all(others) or not others)
 
 
 def recorded_parameters(model: nn.Module) -> set[int]:

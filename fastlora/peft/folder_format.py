@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mode
@@ -78,7 +77,8 @@ def read_folder(folder: Path) -> AdapterState:
         )
     settings: dict[str, dict[str, Any]] = {}
     for path, found in layers.items():
-        settings[path], sizes = config.layer(path) | places[path], found["lora_A"].ndim - 2
+        settings[path], sizes = config.layer(path), found["lora_A"].ndim - 2
+        settings[path] |= places.get(path, {})
         if f"{path}.{_EMBEDDING['lora_A']}" in plain:
             settings[path] |= {"kind": "embedding", "dropout": 0.0}
         elif sizes:
@@ -108,10 +108,8 @@ def read_folder(folder: Path) -> AdapterState:
     return AdapterState(states, others, "peft")
 
 
-def read_tensors(
-    folder: Path,
-) -> tuple[PeftConfig, dict[str, Tensor], defaultdict[str, dict[str, Any]]]:
-    """The config, the weights under PEFT's keys, and by path `LayerState.places` of what fastlora saved.
+def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The config, the weights under PEFT's keys, and `LayerState.places` by path, which only fastlora's folders have.
 
     Raises: CheckpointError if a file is missing or damaged, or if fastlora saved the weights with another config.
     """
@@ -120,7 +118,7 @@ def read_tensors(
         raise CheckpointError(f"folder: no such file: {file}; only safetensors are read")
     tensors, saved_with = read_safetensors(file)
     config.check_matching(saved_with)
-    places: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    places = {}
     for path, settings in saved_with.items():
         places[path] = {name: settings.pop(name) for name in PLACES if name in settings}
         now = _settings(config, path)

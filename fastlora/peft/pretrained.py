@@ -50,7 +50,8 @@ def save_pretrained(
     Layers may differ in rank, alpha and use_rslora. PEFT stores one dropout: if layers differ, the highest is written, with a
     warning. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
     folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
-    moved into place. FSDP as in `get_lora_state_dict`. Layers whose weight other code reads instead of calling them warn: in PEFT that weight is the base's.
+    moved into place. Layers whose weight other code reads instead of calling them warn: in PEFT that weight is the base's. FSDP as in
+    `get_lora_state_dict`.
 
     model: with adapters. folder: created if missing.
     include_trainable: also save in full every module with a head, as in `get_lora_state_dict` (`modules_to_save`).

@@ -318,6 +318,28 @@ def test_a_base_that_was_frozen_in_part_before_injection_is_not_frozen():
     assert freeze_base_params(model)[1] == count_parameters(model)["lora"]
 
 
+def test_an_adapted_weight_may_train_beside_its_adapter():
+    model = Segmenter()
+    inject_lora(model, ["body", "head.0"])
+    freeze_base_params(model)
+    model.body.original_linear.requires_grad_(True)  # half of the adapted weights
+    count_parameters(model)
+    state = get_lora_state_dict(average(model), include_trainable=True)
+    assert "body.original_linear.weight" in state and "head.0.original_linear.weight" not in state
+
+
+def test_a_model_without_an_active_adapter_has_no_heads():
+    model = injected()
+    freeze_base_params(model)
+    add_adapter(model, "other", ["head.3"])
+    set_adapter(model, None)
+    model.requires_grad_(True)
+    count_parameters(model)
+    set_adapter(model, "other")
+    freeze_base_params(model)
+    assert count_parameters(model)["trainable"] == count_parameters(model)["lora"]
+
+
 def test_what_trained_before_the_first_freezing_is_no_head():
     """In a model whose body was frozen before injection, counting does not turn the rest into heads."""
     model = Segmenter()
