@@ -516,7 +516,7 @@ def test_tracers_get_the_product(name):
 
 
 @pytest.mark.slow
-def test_compiled_models_read_the_product_in_one_graph_and_note_nothing():
+def test_compiled_models_read_the_product_in_one_graph():
     layer = adapted()
     model = Reader(layer)
     x = torch.randn(3, 7, dtype=torch.float64)
