@@ -16,6 +16,7 @@ from fastlora.files import read_torch, write_files
 from fastlora.io.adapter_state import AdapterState, adapter_state
 from fastlora.io.safetensors_format import fastlora_bytes, read_safetensors
 from fastlora.layers.base import named_lora_layers
+from fastlora.model.adapter_registry import inactive_adapters, none_active
 from fastlora.model.heads import (
     head_parameters,
     head_tensors,
@@ -42,7 +43,8 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
     `<path>.initial_A` and `<path>.initial_B`, the subtracted initial product, without which the other two are not usable.
     include_trainable: also the heads, under all their own names: every other parameter that trains, or that is recorded because
         fastlora let it train, and the persistent buffers of their modules (running statistics). Otherwise their names are in a warning.
-    Under FSDP2 every process must call it, and gets full tensors. The dict is empty if the model has no adapters.
+    Under FSDP2 every process must call it, and gets full tensors. The dict is empty if the model has no adapters,
+    with a warning if it has inactive ones.
 
     Raises: CheckpointError under FSDP1 outside of `summon_full_params`.
     """
@@ -55,6 +57,12 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
         )
     warn_of_changed_base(model, "get_lora_state_dict")
     state = adapter_state(model, include_trainable).whole().tensors()
+    if not state and inactive_adapters(model):
+        warnings.warn(
+            f"get_lora_state_dict: {none_active(model)}, so the dict is empty",
+            FastLoRAWarning,
+            stacklevel=2,
+        )
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
@@ -76,7 +84,7 @@ def load_lora_state_dict(
     """
     own = adapter_state(model)
     if not own.layers:
-        raise CheckpointError("model: has no adapters; call inject_lora with the saved rank first")
+        raise CheckpointError(f"{none_active(model)}; call inject_lora with the saved rank first")
     adapters = own.tensors()
     plain = plain_names(model)
     parameters = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
@@ -187,7 +195,7 @@ def save_adapter(
     """
     state = adapter_state(model, include_trainable)
     if not state.layers:
-        raise CheckpointError("model: has no adapters, so there is nothing to save")
+        raise CheckpointError(f"{none_active(model)}, so there is nothing to save")
     warn_of_changed_base(model, "save_adapter")
     write_files({Path(path): fastlora_bytes(state.whole())})
 

@@ -66,6 +66,14 @@ def inactive_adapters(model: nn.Module) -> list[str]:
     return [name for _, r in registries(model) for name in r.adapters if name != r.active]
 
 
+def none_active(model: nn.Module) -> str:
+    """The start of a message about a model without an active adapter: "model: has no adapters", or with the names of the inactive ones."""
+    inactive = inactive_adapters(model)
+    if not inactive:
+        return "model: has no adapters"
+    return f"model: has only the inactive adapters {', '.join(inactive)} (see set_adapter)"
+
+
 def drop_registries(model: nn.Module) -> None:
     """Remove all registries; the module tree does not change."""
     for module in model.modules():

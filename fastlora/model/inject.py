@@ -15,7 +15,7 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
 from fastlora.layers.offload import offload_hook
-from fastlora.model.adapter_registry import inactive_adapters
+from fastlora.model.adapter_registry import none_active
 from fastlora.model.heads import (
     adapter_parameters,
     head_parameters,
@@ -121,14 +121,8 @@ def freeze_base_params(model: nn.Module) -> tuple[int, int]:
     """
     adapters = {id(parameter) for parameter in adapter_parameters(model)}
     if not adapters:
-        inactive = inactive_adapters(model)
-        names = (
-            f"has only the inactive adapters {', '.join(inactive)}"
-            if inactive
-            else "has no adapters"
-        )
         raise InjectionError(
-            f"model: {names}, so everything would be frozen; inject or activate an adapter first"
+            f"{none_active(model)}, so everything would be frozen; inject or activate an adapter first"
         )
     unfrozen = record_unfrozen(model)
     if unfrozen:
@@ -161,7 +155,7 @@ def reset_lora_parameters(model: nn.Module) -> int:
     """
     layers = dict(named_lora_layers(model))
     if not layers:
-        raise InjectionError("model: has no adapters, so there is nothing to reset")
+        raise InjectionError(f"{none_active(model)}, so there is nothing to reset")
     problems = []
     for path, layer in layers.items():
         if layer.wrapped_device.type == "meta":

@@ -18,8 +18,9 @@ from fastlora.model.adapter_registry import (
     copy_active,
     drop_registries,
     inactive_adapters,
+    none_active,
 )
-from fastlora.model.heads import forget_heads
+from fastlora.model.heads import adapter_parameters, forget_heads
 from fastlora.model.inject import replace_modules
 from fastlora.model.switch import eval_mode
 
@@ -120,7 +121,13 @@ def merge_lora_weights(
 
 
 def merged_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """A deep copy of `model` with its active adapter merged; otherwise as `merge_lora_weights`."""
+    """A deep copy of `model` with its active adapter merged; otherwise as `merge_lora_weights`. Warns if all adapters are inactive."""
+    if inactive_adapters(model) and not adapter_parameters(model):
+        warnings.warn(
+            f"merged_model: {none_active(model)}, so the copy is the base model",
+            FastLoRAWarning,
+            stacklevel=2,
+        )
     _raise_or_warn(merge_report(model, dtype), "merged_model")
     return _merge(copy_active(model), dtype)
 

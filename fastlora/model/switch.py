@@ -14,6 +14,7 @@ from torch import nn
 
 from fastlora.errors import InjectionError
 from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.model.adapter_registry import none_active
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for _, layer in named_lora_layers(model)]
     if not layers:
-        raise InjectionError("model: has no adapters, so there is nothing to disable")
+        raise InjectionError(f"{none_active(model)}, so there is nothing to disable")
     # Compilers cannot trace a lock; a context within a graph nests.
     setting = _attribute_set_in_graph if torch.compiler.is_compiling() else _attribute_set
     with setting(layers, "disabled", True):

@@ -24,7 +24,7 @@ from fastlora.io.safetensors_format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.layers.offload import execution_device
-from fastlora.model.adapter_registry import inactive_adapters
+from fastlora.model.adapter_registry import inactive_adapters, none_active
 from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.heads import head_tensors, record_heads, warn_of_changed_base
 from fastlora.model.inject import freeze_base_params, inject_lora
@@ -62,7 +62,7 @@ def save_pretrained(
     plain = plain_names(model)
     layers = {plain(path): layer for path, layer in named_lora_layers(model)}
     if not layers:
-        raise CheckpointError("model: has no adapters, so there is nothing to save")
+        raise CheckpointError(f"{none_active(model)}, so there is nothing to save")
     _refuse_shared(model, layers.values())
     state = adapter_state(model).whole().folded()
     heads: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.offload import offload_hook
 from fastlora.layers.quantised import why_unreadable
 from fastlora.layers.usage import Usage
+from fastlora.model.adapter_registry import none_active
 from fastlora.model.switch import eval_mode
 
 Layers = Mapping[str, LoRALayer]
@@ -100,7 +101,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> CheckReport:
         raise InjectionError(f"model: is a {type(model).__name__}; pass model.module")
     layers = dict(named_lora_layers(model))
     if not layers:
-        raise InjectionError("model: has no adapters, so there is nothing to check")
+        raise InjectionError(f"{none_active(model)}, so there is nothing to check")
     modes = [(module, module.training) for module in model.modules()]
     with torch.inference_mode(False), eval_mode(model), _restored(model) as rewind:
 

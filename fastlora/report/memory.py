@@ -17,6 +17,7 @@ from fastlora.layers.base import default_adapter_dtype, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
+from fastlora.model.adapter_registry import none_active
 from fastlora.model.selection import (
     attention_projections,
     extra_trainable,
@@ -201,7 +202,7 @@ _Counted = tuple[int, list[LayerShape], list[int], set[nn.Parameter | None]]
 def _as_it_is(model: nn.Module) -> _Counted:
     layers = [layer for _, layer in named_lora_layers(model)]
     if not layers:
-        raise InjectionError("model: has no adapters; pass the config to inject")
+        raise InjectionError(f"{none_active(model)}; pass the config to inject")
     read = attention_projections(model)
     shapes = [shape_of(layer, layer in read) for layer in layers if isinstance(layer, LoRALinear)]
     return len(layers), shapes, [], {p for p in model.parameters() if p.requires_grad}

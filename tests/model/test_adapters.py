@@ -13,6 +13,7 @@ import fastlora
 from fastlora import (
     CheckpointError,
     ConfigError,
+    FastLoRAWarning,
     InjectionError,
     LoRAConfig,
     LoRALinear,
@@ -134,6 +135,32 @@ def test_a_use_that_ends_while_a_part_is_disabled_leaves_that_part_disabled():
     assert torch.equal(model(X), expected)
     disabled.__exit__(None, None, None)
     assert not torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, f: fastlora.save_adapter(m, f / "a.safetensors"),
+        lambda m, f: fastlora.save_pretrained(m, f / "a"),
+        lambda m, f: fastlora.load_lora_state_dict(m, {}),
+        lambda m, f: fastlora.freeze_base_params(m),
+        lambda m, f: fastlora.reset_lora_parameters(m),
+        lambda m, f: fastlora.check(m, X),
+        lambda m, f: fastlora.estimate(m, 4),
+        lambda m, f: disable_adapter(m).__enter__(),
+    ],
+)
+def test_inactive_adapters_are_named_where_an_active_one_is_missing(call, tmp_path):
+    model = many()
+    with pytest.raises(fastlora.FastLoRAError, match=r"has only the inactive adapters a, b \(see"):
+        call(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(FastLoRAWarning, match="inactive adapters a, b .* so the dict is empty"):
+        assert fastlora.get_lora_state_dict(model) == {}
+    with pytest.warns(FastLoRAWarning, match="inactive adapters a, b .* so the copy is the base"):
+        assert torch.equal(fastlora.merged_model(model)(X), model(X))
+    with pytest.raises(fastlora.FastLoRAError, match="has no adapters"):
+        call(Decoder(), tmp_path)
 
 
 def test_without_an_active_adapter_the_model_is_plain():
