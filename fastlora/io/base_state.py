@@ -12,6 +12,8 @@ from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.offload import loaded, offload_hook
+from fastlora.model.frozen import was_frozen
+from fastlora.model.heads import remember_base
 from fastlora.model.wrappers import plain_key, plain_names
 
 
@@ -74,6 +76,8 @@ def load_base_state_dict(
     model.load_state_dict({keys[key]: state[key] for key in result.loaded}, strict=False)
     for layer in fresh:
         layer.reset_magnitude()
+    if was_frozen(model):
+        remember_base(model)
     return result
 
 

@@ -19,15 +19,17 @@ from fastlora.layers.quantised import quantisation
 from fastlora.model.frozen import (
     changed_since_frozen,
     forget_frozen,
+    has_samples,
     nearby_named,
     nearby_parameters,
+    owner_of,
     remember_frozen,
     was_frozen,
 )
 from fastlora.model.wrappers import plain_names
 
-# Attribute of a module: the names of the recorded parameters of the module (`bias`) and of its direct children (`norm.bias`). A conversion
-# such as `SyncBatchNorm.convert_sync_batchnorm` replaces a child by one with the same parameters.
+# Attribute of a module: the names of the recorded parameters of the module (`bias`) and of its direct children (`norm.bias`), for a child
+# that has neither a record nor samples of its own, as after a conversion (`fastlora.model.frozen`).
 _RECORDED = "_fastlora_extra_trainable"
 
 
@@ -87,8 +89,16 @@ def recorded_parameters(model: nn.Module) -> set[int]:
         id(parameter)
         for module in model.modules()
         for name in module.__dict__.get(_RECORDED, ())
+        if not _has_own_record(module, name)
         for parameter in nearby_named(module, name)
     }
+
+
+def _has_own_record(module: nn.Module, name: str) -> bool:
+    owner = owner_of(module, name)
+    if owner is None or owner is module:
+        return False
+    return _RECORDED in owner.__dict__ or has_samples(owner)
 
 
 def head_parameters(
@@ -127,9 +137,12 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tenso
                 yield f"{path}.{name}".lstrip("."), module, buffer
 
 
-def remember_base(model: nn.Module) -> None:
-    """Remember what is not saved with the adapter, so that `warn_of_changed_base` can tell whether it changed."""
-    remember_frozen(model, _saved(model))
+def remember_base(model: nn.Module, *, unknown: bool = False) -> None:
+    """Remember what is not saved with the adapter, so that `warn_of_changed_base` can tell whether it changed.
+
+    unknown: as in `remember_frozen`.
+    """
+    remember_frozen(model, _saved(model), unknown=unknown)
 
 
 def warn_of_changed_base(model: nn.Module, caller: str, whole: Iterable[nn.Module] = ()) -> None:

@@ -183,6 +183,7 @@ def reset_lora_parameters(model: nn.Module) -> int:
         layer.reset_lora_parameters()
     for layer, method in methods.items():
         initialise(layer, method)
+    remember_base(model, unknown=True)
     return len(layers)
 
 

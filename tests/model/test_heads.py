@@ -32,6 +32,7 @@ from fastlora import (
     loraplus_groups,
     merged_model,
     print_trainable_parameters,
+    reset_lora_parameters,
     save_adapter,
     save_pretrained,
     set_adapter,
@@ -68,12 +69,13 @@ def without_warnings(function):
     return call
 
 
+get_lora_params_silently = without_warnings(get_lora_params)
 # What a user calls after unfreezing a head by hand.
 SEEN_BY = {
     "optimizer": get_trainable_params,
     "count": count_parameters,
     "print": print_trainable_parameters,
-    "adapters": without_warnings(get_lora_params),
+    "adapters": get_lora_params_silently,
     "saved": without_warnings(get_lora_state_dict),
     "frozen again": without_warnings(freeze_base_params),
 }
@@ -191,8 +193,11 @@ def test_a_head_that_was_loaded_while_it_trained_is_named():
     freeze_base_params(model)
     model.head.requires_grad_(True)
     model.load_state_dict(trained("config").state_dict())
-    with pytest.warns(FastLoRAWarning, match=r"dict: head.0.weight, head.1.weight, .* changed or"):
+    with pytest.warns(FastLoRAWarning) as caught:
         get_lora_state_dict(model.requires_grad_(False))
+    text = " ".join(str(w.message) for w in caught)
+    assert "dict: head.0.weight, head.1.weight, head.1.bias, head.3.weight and 1 more ch" in text
+    assert "the running statistics of head.1, head.2 changed" in text
 
 
 def test_freezing_again_keeps_what_was_unfrozen_and_says_so():
@@ -281,6 +286,7 @@ def test_conversions_and_averages_are_no_change(dtype):
     model = injected()
     freeze_base_params(model)
     get_lora_state_dict(model.to(dtype))
+    get_lora_state_dict(model.bfloat16())
     get_lora_state_dict(model.float())
     freeze_base_params(model)
     mean = AveragedModel(model, avg_fn=lambda average, new, _: 0.999 * average + 0.001 * new)
@@ -290,16 +296,96 @@ def test_conversions_and_averages_are_no_change(dtype):
     get_lora_state_dict(mean)
 
 
-def test_weights_loaded_into_a_part_are_no_change():
+def test_weights_loaded_after_freezing_are_named_except_those_of_the_base():
     model, other = injected(), Segmenter()
     freeze_base_params(model)
     with torch.no_grad():
         other.head[0].weight.add_(1.0)
-    model.head.load_state_dict(other.head.state_dict())
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    other(X)
-    model.head.load_state_dict(other.head.state_dict())
+    load_base_state_dict(model, other.state_dict())
     get_lora_state_dict(model)
+    with torch.no_grad():
+        other.head[0].weight.add_(1.0)
+    model.head.load_state_dict(other.head.state_dict())
+    with pytest.warns(FastLoRAWarning, match="dict: head.0.weight changed or were added since"):
+        get_lora_state_dict(model)
+
+
+def test_statistics_of_a_resumed_run_are_named():
+    """The checkpoint of the run holds them, but the adapter does not."""
+    run = injected()
+    freeze_base_params(run)
+    run.train()(X)
+    model = injected()
+    freeze_base_params(model)
+    model.load_state_dict(run.state_dict())
+    with pytest.warns(FastLoRAWarning, match="the running statistics of norm, head.1, head.2 chan"):
+        get_lora_state_dict(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_unusual_parameters_and_modules_are_frozen_and_saved():
+    model = injected()
+    model.sparse = nn.Parameter(torch.eye(4).to_sparse())
+    model.csr = nn.Parameter(torch.eye(4).to_sparse_csr())
+    model.integer = nn.Parameter(torch.arange(4), requires_grad=False)
+    model.complex = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    model.scripted = torch.jit.script(nn.Linear(8, 8))
+    model.register_buffer("running_mean", torch.zeros(()), persistent=False)  # a meter
+    freeze_base_params(model)
+    model.running_mean.add_(1.0)
+    get_lora_state_dict(model)
+    model.complex.data.add_(1.0)
+    with pytest.warns(FastLoRAWarning, match="dict: complex changed or were added since"):
+        get_lora_state_dict(model)
+
+
+def test_records_do_not_move_to_the_module_that_takes_the_place_of_another():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    inject_lora(model, LoRAConfig(["0"], modules_to_save=["2"]))
+    freeze_base_params(model)
+    head = model[2]
+    del model[1]
+    assert set(get_trainable_params(model)) == {
+        *get_lora_params_silently(model),
+        *head.parameters(),
+    }
+    state = get_lora_state_dict(model.requires_grad_(False), include_trainable=True)
+    assert "1.weight" in state and "2.weight" not in state
+    del model[1]
+    assert not any("weight" in key for key in get_lora_state_dict(model, include_trainable=True))
+
+
+def test_weights_that_were_on_meta_when_frozen_are_known_after_the_reset():
+    with torch.device("meta"):
+        model = injected()
+    freeze_base_params(model)
+    model.to_empty(device="cpu").load_state_dict(injected().state_dict())
+    reset_lora_parameters(model)
+    get_lora_state_dict(model)
+    model.head[0].bias.data.add_(1.0)
+    model.train()(X)
+    reset_lora_parameters(model)  # which keeps what is known
+    with pytest.warns(FastLoRAWarning) as caught:
+        get_lora_state_dict(model)
+    text = " ".join(str(w.message) for w in caught)
+    assert "dict: head.0.bias changed" in text and "norm, head.1, head.2 changed" in text
+
+
+def test_a_model_without_adapters_is_pickled_without_the_package():
+    model = injected()
+    freeze_base_params(model)
+    model.body = model.body.merge_weights()  # by hand
+    assert b"fastlora." not in pickle.dumps(model.head)
+
+
+def test_samples_are_not_of_one_column():
+    model = nn.ModuleList([nn.Linear(64, 64) for _ in range(2)])
+    inject_lora(model, ["0"])
+    freeze_base_params(model)
+    model[1].weight.data[:, 1:].add_(1.0)  # as if the first feature were always 0
+    with pytest.warns(FastLoRAWarning, match="dict: 1.weight changed or were added since"):
+        get_lora_state_dict(model)
 
 
 def test_a_base_that_was_frozen_in_part_before_injection_is_not_frozen():
@@ -667,14 +753,6 @@ def test_a_file_of_a_model_that_was_not_frozen_freezes_as_any_other(tmp_path):
     load_adapter(fresh, tmp_path / "a.safetensors")
     freeze_base_params(fresh)
     assert get_trainable_params(fresh) == get_lora_params(fresh)
-
-
-def test_loading_the_whole_model_is_no_change_of_its_statistics():
-    model, other = injected(), injected()
-    freeze_base_params(model)
-    other.train()(X)
-    model.load_state_dict(other.state_dict())
-    get_lora_state_dict(copy.deepcopy(model), include_trainable=True)
 
 
 @pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
