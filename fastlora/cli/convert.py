@@ -83,7 +83,13 @@ def convert(
             for name in state.others
             if not (name.endswith(".weight") and state.base_name(name) != name)
         ]
-        config = peft_config(folded, heads_of(outside, state.layers))
+        heads = heads_of(outside, state.layers)
+        if state.partial is not None:
+            raise CheckpointError(
+                f"{state.partial} is not in the file, but belongs to a module of which a part trained, and PEFT's format holds such "
+                "modules in full; save_pretrained writes it from the model"
+            )
+        config = peft_config(folded, heads)
         refuse_existing([target / WEIGHTS_FILE, target / CONFIG_FILE], force)
         write_folder(target, folded, config)
         return

@@ -167,16 +167,13 @@ def _at_all_places(state: AdapterState, base: Mapping[str, Entry]) -> AdapterSta
 
 
 def _twins(heads: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Name → the names of other heads with equal values, as of one tied matrix; constant values may be equal by chance."""
-    matrices = {n: h for n, h in heads.items() if h.ndim == 2 and bool((h != h[0, 0]).any())}
-    return {
-        name: [
-            other
-            for other, twin in matrices.items()
-            if name in matrices and other != name and torch.equal(twin, head)
-        ]
-        for name, head in heads.items()
-    }
+    """Name → the names of other heads with equal values, as of one tied tensor."""
+    groups: dict[Any, list[str]] = {}
+    for name, head in heads.items():
+        data = head.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        key = (head.shape, head.dtype, hashlib.sha256(data).digest())
+        groups.setdefault(key, []).append(name)
+    return {name: [n for n in group if n != name] for group in groups.values() for name in group}
 
 
 def _refuse_tied(state: AdapterState, base: Mapping[str, Entry], config: Mapping[str, Any]) -> None:

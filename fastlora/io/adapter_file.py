@@ -213,7 +213,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     if not file.is_file():
         raise CheckpointError(f"path: no such file: {file}")
     if file.suffix == ".safetensors":
-        state, layers = read_safetensors(file)
+        state, layers, _ = read_safetensors(file)
     else:
         state, layers = _read_torch(file), {}
     problems = []

@@ -6,7 +6,7 @@ that PiSSA and OLoRA subtract are defined by `LayerState`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -255,11 +255,13 @@ class AdapterState:
     """An adapter: its layers by path, and the tensors saved with them (trained heads) by name.
 
     format: the format it was read from, "fastlora", "peft" or "loralib".
+    partial: a tensor that is not in `others`, of a module of which others are; None if there is none, or if it is not known.
     """
 
     layers: dict[str, LayerState]
     others: dict[str, Tensor]
     format: str = "fastlora"
+    partial: str | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under the keys of `get_lora_state_dict`."""
@@ -311,8 +313,23 @@ def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterS
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(plain(name))
     layers = {}
-    for layer, (path, *others) in paths.items():
-        own = {f"{place}.{layer.wrapped_name}.weight".lstrip(".") for place in (path, *others)}
+    for layer, (path, *more) in paths.items():
+        own = {f"{place}.{layer.wrapped_name}.weight".lstrip(".") for place in (path, *more)}
         tied = [name for name in names.get(id(layer.wrapped.weight), ()) if name not in own]
-        layers[path] = replace(LayerState.of_layer(layer), shared_with=others, tied_to=tied)
-    return AdapterState(layers, {plain(name): value.detach() for name, value in heads.items()})
+        layers[path] = replace(LayerState.of_layer(layer), shared_with=more, tied_to=tied)
+    others = {plain(name): value.detach() for name, value in heads.items()}
+    return AdapterState(layers, others, partial=_first_left_out(model, heads, plain))
+
+
+def _first_left_out(
+    model: nn.Module, heads: Mapping[str, Tensor], plain: Callable[[str], str]
+) -> str | None:
+    """The name of a tensor that is no head, of a module (without adapters) that has one."""
+    owners = {name.rpartition(".")[0] for name in heads}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in owners and path:
+            state = [f"{path}.{name}" for name in module.state_dict(keep_vars=True)]
+            for name in state:
+                if name not in heads and name.rpartition(".")[2] not in ADAPTER_TENSORS:
+                    return plain(name)
+    return None

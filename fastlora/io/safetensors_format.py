@@ -1,8 +1,8 @@
 """Safetensors files ↔ `AdapterState`: fastlora's, whose metadata stores each layer's settings, and loralib's, without metadata.
 
 Keys are `<path>.lora_A`, `<path>.lora_B`, `<path>.lora_magnitude`, `<path>.initial_A`, `<path>.initial_B`, and the names of other tensors.
-The metadata `fastlora` is JSON: {"version": 1, "layers": {path: `LayerState.settings()`}}; settings missing from older files are
-None.
+The metadata `fastlora` is JSON: {"version": 1, "layers": {path: `LayerState.settings()`}, "partial": `AdapterState.partial`}; settings
+missing from older files are None.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -25,8 +25,16 @@ PEFT_PREFIX = "base_model.model."
 _METADATA_KEY = "fastlora"
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """(tensors, the settings of each layer in fastlora's metadata). Raises: CheckpointError if the file is damaged."""
+class Contents(NamedTuple):
+    """The tensors of a file, and what fastlora's metadata says: the settings of each layer, and `AdapterState.partial`."""
+
+    tensors: dict[str, Tensor]
+    layers: dict[str, dict[str, Any]]
+    partial: str | None = None
+
+
+def read_safetensors(file: Path) -> Contents:
+    """The contents of a file. Raises: CheckpointError if it is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -34,10 +42,12 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str,
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
     if _METADATA_KEY not in metadata:
-        return tensors, {}
+        return Contents(tensors, {})
     try:
-        layers = json.loads(metadata[_METADATA_KEY])["layers"]
-        return tensors, {path: dict(settings) for path, settings in layers.items()}
+        stored = json.loads(metadata[_METADATA_KEY])
+        layers = {path: dict(settings) for path, settings in stored["layers"].items()}
+        partial = stored.get("partial")
+        return Contents(tensors, layers, None if partial is None else str(partial))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
 
@@ -68,12 +78,15 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def fastlora_bytes(state: AdapterState) -> bytes:
     """fastlora's file of `state`."""
     layers = {path: layer.settings() for path, layer in state.layers.items()}
-    return safetensors_bytes(state.tensors(), settings_metadata(layers))
+    return safetensors_bytes(state.tensors(), settings_metadata(layers, state.partial))
 
 
-def settings_metadata(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The metadata of a file that stores the settings of each layer, by path; `read_safetensors` returns them."""
-    return {"format": "pt", _METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
+def settings_metadata(
+    layers: Mapping[str, Mapping[str, Any]], partial: str | None = None
+) -> dict[str, str]:
+    """The metadata of a file that stores the settings of each layer, by path, and `AdapterState.partial`, as `Contents` has them."""
+    stored = {"version": 1, "layers": layers} | ({} if partial is None else {"partial": partial})
+    return {"format": "pt", _METADATA_KEY: json.dumps(stored)}
 
 
 def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
@@ -81,7 +94,7 @@ def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
 
     Raises: CheckpointError if the file is damaged, has no adapter, or its tensors and settings do not fit together.
     """
-    tensors, settings = read_safetensors(file)
+    tensors, settings, partial = read_safetensors(file)
     if any(key.startswith(PEFT_PREFIX) and ".lora_" in key for key in tensors):
         raise CheckpointError(
             f"{file}: holds PEFT's weights, whose alpha is in adapter_config.json; pass the folder that holds both"
@@ -94,7 +107,7 @@ def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
         )
     if settings:
         described = {path: settings.get(path, {}) for path in layers}
-        return AdapterState(layer_states(file, layers, described), others, "fastlora")
+        return AdapterState(layer_states(file, layers, described), others, "fastlora", partial)
     known = None if alpha is None else {"alpha": alpha}
     states = layer_states(file, layers, dict.fromkeys(layers, known))
     square = [p for p, s in states.items() if s.kind == "linear" and len({*s.weight_shape}) == 1]
