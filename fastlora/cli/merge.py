@@ -126,7 +126,9 @@ def _write_merged(
 
 def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterState:
     """`state` with the names of the base, and with one leading name removed from or added to them, if only so every layer is in the base."""
-    state = replace(state, others={state.base_name(n): head for n, head in state.others.items()})
+    others = {state.base_name(n): head for n, head in state.others.items()}
+    ties = state.ties and {state.base_name(n): state.base_name(t) for n, t in state.ties.items()}
+    state = replace(state, others=others, ties=ties)
     if any(_weight(path) in base for path in state.layers):
         return state
     own = next(iter(state.layers)).partition(".")[0] + "."
@@ -140,14 +142,14 @@ def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterSt
         }
         if len(layers) == len(state.layers) and all(_weight(path) in base for path in layers):
             renamed = {name: new + name.removeprefix(old) for name in state.others}
-            others = {
-                renamed[n] if renamed[n] in base else n: head for n, head in state.others.items()
-            }
+            names = {n: renamed[n] if renamed[n] in base else n for n in state.others}
+            others = {names[n]: head for n, head in state.others.items()}
             change = f"without {old!r}" if old else f"with {new!r} in front"
             warnings.warn(
                 f"the keys of the adapter fit the base {change}", FastLoRAWarning, stacklevel=3
             )
-            return replace(state, layers=layers, others=others)
+            ties = state.ties and {names[n]: names[tie] for n, tie in state.ties.items()}
+            return replace(state, layers=layers, others=others, ties=ties)
     return state
 
 
@@ -157,19 +159,29 @@ def _at_all_places(state: AdapterState, base: Mapping[str, Entry]) -> AdapterSta
     for path, layer in state.layers.items():
         present = [p for p in (path, *layer.shared_with) if _weight(p) in base]
         layers |= dict.fromkeys(present or [path], layer)
-    twins = _twins(state.others)
-    others = {
-        name: head
-        for name, head in state.others.items()
-        if name in base or not any(twin in base for twin in twins[name])
-    }
+    twins = _twins(state)
+    absent = [
+        name
+        for name in state.others
+        if name not in base and any(twin in base for twin in twins[name])
+    ]
+    if absent and state.ties is None:
+        warnings.warn(
+            f"{first_few(absent)}: not in the base, and equal to other heads that are: taken for tied to them",
+            FastLoRAWarning,
+            stacklevel=3,
+        )
+    others = {name: head for name, head in state.others.items() if name not in absent}
     return replace(state, layers=layers, others=others)
 
 
-def _twins(heads: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Name → the names of other heads with equal values, as of one tied tensor."""
+def _twins(state: AdapterState) -> dict[str, list[str]]:
+    """Name → the names of the other heads that are the same tensor: as the file tells, or those with equal values if it does not."""
     groups: dict[Any, list[str]] = {}
-    for name, head in heads.items():
+    for name, head in state.others.items():
+        if state.ties is not None:
+            groups.setdefault(state.ties.get(name, name), []).append(name)
+            continue
         data = head.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         key = (head.shape, head.dtype, hashlib.sha256(data).digest())
         groups.setdefault(key, []).append(name)
@@ -190,7 +202,7 @@ def _refuse_tied(state: AdapterState, base: Mapping[str, Entry], config: Mapping
     changed = {key for key, layer in adapted.items() if layer.tied_to and not untied}
     # An older config.json leaves a default out; a single matrix then is the one that is tied.
     if any(t is True for t in ties) or (not untied and len(words) == 1):
-        alone = (name for name, twins in _twins(state.others).items() if not twins)
+        alone = (name for name, twins in _twins(state).items() if not twins)
         changed |= words & {*adapted, *alone}
     if changed:
         key = min(changed)

@@ -46,7 +46,7 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
     Under FSDP2 every process must call it, and gets full tensors. The dict is empty if the model has no adapters,
     with a warning if it has inactive ones.
 
-    Raises: CheckpointError under FSDP1 outside of `summon_full_params`.
+    Raises: CheckpointError under FSDP1 outside of `summon_full_params`, or if a tensor is on the meta device.
     """
     left_out = {} if include_trainable else head_parameters(model, known=True)
     if left_out:
@@ -63,6 +63,9 @@ def get_lora_state_dict(model: nn.Module, include_trainable: bool = False) -> di
             FastLoRAWarning,
             stacklevel=2,
         )
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{name}: is on the meta device (as offloaded), without a value")
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
@@ -121,7 +124,7 @@ def load_lora_state_dict(
         copy_whole(known[key], state[key])
     heads_loaded = [others[key] for key in result.loaded if key in others]
     adapted = {id(layer.wrapped.weight) for _, layer in named_lora_layers(model)}
-    if not any(id(head) in adapted for head in heads_loaded):  # else of a model that was not frozen
+    if not adapted.issubset(map(id, heads_loaded)):  # else of a model that was not frozen
         record_heads(model, heads_loaded)
     return result
 
@@ -213,7 +216,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     if not file.is_file():
         raise CheckpointError(f"path: no such file: {file}")
     if file.suffix == ".safetensors":
-        state, layers, _ = read_safetensors(file)
+        state, layers, *_ = read_safetensors(file)
     else:
         state, layers = _read_torch(file), {}
     problems = []

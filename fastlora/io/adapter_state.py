@@ -255,12 +255,14 @@ class AdapterState:
     """An adapter: its layers by path, and the tensors saved with them (trained heads) by name.
 
     format: the format it was read from, "fastlora", "peft" or "loralib".
+    ties: name in `others` → the first name of the same tensor, for its other names; None if it is not known.
     partial: a tensor that is not in `others`, of a module of which others are; None if there is none, or if it is not known.
     """
 
     layers: dict[str, LayerState]
     others: dict[str, Tensor]
     format: str = "fastlora"
+    ties: Mapping[str, str] | None = None
     partial: str | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -317,8 +319,14 @@ def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterS
         own = {f"{place}.{layer.wrapped_name}.weight".lstrip(".") for place in (path, *more)}
         tied = [name for name in names.get(id(layer.wrapped.weight), ()) if name not in own]
         layers[path] = replace(LayerState.of_layer(layer), shared_with=more, tied_to=tied)
-    others = {plain(name): value.detach() for name, value in heads.items()}
-    return AdapterState(layers, others, partial=_first_left_out(model, heads, plain))
+    first: dict[int, str] = {}
+    ties = {n: tie for n, value in heads.items() if (tie := first.setdefault(id(value), n)) != n}
+    return AdapterState(
+        layers,
+        {plain(name): value.detach() for name, value in heads.items()},
+        ties={plain(name): plain(tie) for name, tie in ties.items()},
+        partial=_first_left_out(model, heads, plain),
+    )
 
 
 def _first_left_out(

@@ -1,8 +1,8 @@
 """Safetensors files ↔ `AdapterState`: fastlora's, whose metadata stores each layer's settings, and loralib's, without metadata.
 
 Keys are `<path>.lora_A`, `<path>.lora_B`, `<path>.lora_magnitude`, `<path>.initial_A`, `<path>.initial_B`, and the names of other tensors.
-The metadata `fastlora` is JSON: {"version": 1, "layers": {path: `LayerState.settings()`}, "partial": `AdapterState.partial`}; settings
-missing from older files are None.
+The metadata `fastlora` is JSON: {"version": 1, "layers": {path: `LayerState.settings()`}, "ties": `AdapterState.ties`,
+"partial": `AdapterState.partial`}; settings missing from older files are None.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _METADATA_KEY = "fastlora"
 
 
 class Contents(NamedTuple):
-    """The tensors of a file, and what fastlora's metadata says: the settings of each layer, and `AdapterState.partial`."""
+    """The tensors of a file, and what fastlora's metadata says: the settings of each layer, `AdapterState.ties` and `.partial`."""
 
     tensors: dict[str, Tensor]
     layers: dict[str, dict[str, Any]]
+    ties: dict[str, str] | None = None
     partial: str | None = None
 
 
@@ -46,8 +47,13 @@ def read_safetensors(file: Path) -> Contents:
     try:
         stored = json.loads(metadata[_METADATA_KEY])
         layers = {path: dict(settings) for path, settings in stored["layers"].items()}
-        partial = stored.get("partial")
-        return Contents(tensors, layers, None if partial is None else str(partial))
+        ties, partial = stored.get("ties"), stored.get("partial")
+        return Contents(
+            tensors,
+            layers,
+            None if ties is None else {str(name): str(tie) for name, tie in ties.items()},
+            None if partial is None else str(partial),
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
 
@@ -78,14 +84,14 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def fastlora_bytes(state: AdapterState) -> bytes:
     """fastlora's file of `state`."""
     layers = {path: layer.settings() for path, layer in state.layers.items()}
-    return safetensors_bytes(state.tensors(), settings_metadata(layers, state.partial))
+    known = {"ties": state.ties, "partial": state.partial}
+    return safetensors_bytes(state.tensors(), settings_metadata(layers, **known))
 
 
-def settings_metadata(
-    layers: Mapping[str, Mapping[str, Any]], partial: str | None = None
-) -> dict[str, str]:
-    """The metadata of a file that stores the settings of each layer, by path, and `AdapterState.partial`, as `Contents` has them."""
-    stored = {"version": 1, "layers": layers} | ({} if partial is None else {"partial": partial})
+def settings_metadata(layers: Mapping[str, Mapping[str, Any]], **known: Any) -> dict[str, str]:
+    """The metadata of a file that stores the settings of each layer, by path, and the other fields of `Contents` unless they are None."""
+    stored = {"version": 1, "layers": layers}
+    stored |= {name: value for name, value in known.items() if value is not None}
     return {"format": "pt", _METADATA_KEY: json.dumps(stored)}
 
 
@@ -94,7 +100,7 @@ def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
 
     Raises: CheckpointError if the file is damaged, has no adapter, or its tensors and settings do not fit together.
     """
-    tensors, settings, partial = read_safetensors(file)
+    tensors, settings, ties, partial = read_safetensors(file)
     if any(key.startswith(PEFT_PREFIX) and ".lora_" in key for key in tensors):
         raise CheckpointError(
             f"{file}: holds PEFT's weights, whose alpha is in adapter_config.json; pass the folder that holds both"
@@ -107,7 +113,8 @@ def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
         )
     if settings:
         described = {path: settings.get(path, {}) for path in layers}
-        return AdapterState(layer_states(file, layers, described), others, "fastlora", partial)
+        states = layer_states(file, layers, described)
+        return AdapterState(states, others, "fastlora", ties, partial)
     known = None if alpha is None else {"alpha": alpha}
     states = layer_states(file, layers, dict.fromkeys(layers, known))
     square = [p for p, s in states.items() if s.kind == "linear" and len({*s.weight_shape}) == 1]

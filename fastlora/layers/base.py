@@ -302,7 +302,7 @@ class LoRALayer(nn.Module, ABC):
             usage.dropout_warned = True
             warnings.warn(
                 f"dropout has no effect on a {type(self).__name__}({self.extra_repr()}): its weight is read in training "
-                "mode and its forward is not called",
+                "mode and its forward was not seen to be called",
                 FastLoRAWarning,
                 stacklevel=2,
             )

@@ -116,7 +116,7 @@ def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str,
     config, file = read_config(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     if not file.is_file():
         raise CheckpointError(f"folder: no such file: {file}; only safetensors are read")
-    tensors, saved_with, _ = read_safetensors(file)
+    tensors, saved_with, *_ = read_safetensors(file)
     config.check_matching(saved_with)
     places = {}
     for path, settings in saved_with.items():

@@ -259,7 +259,8 @@ def _check_ties(
     for name in (f"{path}.{key}" for path, head in heads.items() for key in head.state_dict()):
         tied = [key for key, tensor in own.items() if tensor is own[name] and key != name]
         for other in tied:
-            value = tensors.get(PEFT_PREFIX + other)
+            inside = ".base_layer.".join(other.rsplit(".", 1))  # of an adapted layer
+            value = tensors.get(PEFT_PREFIX + other, tensors.get(PEFT_PREFIX + inside))
             if value is None or not torch.equal(value, tensors[PEFT_PREFIX + name]):
                 raise CheckpointError(
                     f"modules_to_save: {name} is tied to {other}, which has a different value "
@@ -310,7 +311,7 @@ def _warn_of_reads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     if read:
         warnings.warn(
             f"save_pretrained: PEFT computes the base model at {first_few(read)}: other code reads the weight of these layers, "
-            "in PEFT the base's, and does not call them (as nn.MultiheadAttention, and in eval mode nn.TransformerEncoderLayer). "
+            "in PEFT the base's, and was not seen to call them (as nn.MultiheadAttention, and in eval mode nn.TransformerEncoderLayer). "
             "fastlora.from_pretrained loads the folder correctly; for PEFT, merge the adapters and save the model",
             FastLoRAWarning,
             stacklevel=3,

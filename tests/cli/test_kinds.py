@@ -514,3 +514,88 @@ def test_names_of_a_shared_layer_are_checked():
     for value in ("again", [1], 3):
         with pytest.raises(CheckpointError, match="shared_with: expected a list of names, got"):
             LayerState.from_file(tensors, settings | {"shared_with": value})
+
+
+class Twice(nn.Module):
+    """Heads that share tensors of several kinds, and one that only starts with the values of another."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(6, 6)
+        self.conv, self.same_conv = nn.Conv1d(6, 6, 1), nn.Conv1d(6, 6, 1)
+        self.norm, self.same_norm = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        self.head = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))
+        self.same_head = self.head
+        self.equal = copy.deepcopy(self.head)
+        self.same_conv.weight = self.conv.weight
+        self.same_norm.weight, self.same_norm.bias = self.norm.weight, self.norm.bias
+
+    def forward(self, x):
+        y = self.same_conv(self.conv(self.body(x)[..., None]))[..., 0]
+        y = self.same_norm(self.norm(y))
+        return self.head(y) + self.same_head(2 * y) + self.equal(y)
+
+
+HEADS = ["conv", "same_conv", "norm", "same_norm", "head", "equal"]
+
+
+def trained_twice(heads=HEADS):
+    model = Twice()
+    fastlora.inject_lora(model, LoRAConfig(["body"], rank=2, modules_to_save=heads))
+    fastlora.freeze_base_params(model)
+    randomise_adapters(model)
+    model.train()(torch.randn(5, 6))  # the running statistics change
+    with torch.no_grad():
+        for parameter in fastlora.get_trainable_params(model):
+            if parameter.ndim > 1:
+                parameter.add_(0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_tied_heads_of_every_shape_are_merged_into_a_base_that_has_them_once(
+    tmp_path, capsys, told
+):
+    from safetensors.torch import load_model, save_model
+
+    model, x = trained_twice(), torch.randn(5, 6)
+    adapter, base, out = (str(tmp_path / f"{n}.safetensors") for n in ("adapter", "base", "out"))
+    fastlora.save_adapter(model, adapter)
+    if not told:  # as PEFT's folders
+        assert main(["convert", adapter, str(tmp_path / "folder"), "--to", "peft"]) == 0
+        adapter = str(tmp_path / "folder")
+    save_model(Twice(), base)
+    assert main(["merge", base, adapter, out]) == 0
+    err = capsys.readouterr().err
+    assert ("equal to other heads that are: taken for tied to them" in err) == (not told)
+    merged = Twice()
+    load_model(merged, out)
+    assert torch.equal(merged.eval()(x), fastlora.merged_model(model)(x))
+
+
+def test_a_head_that_is_only_equal_to_another_is_not_dropped(tmp_path, capsys):
+    model = trained_twice()
+    adapter, base, out = (str(tmp_path / f"{n}.safetensors") for n in ("adapter", "base", "out"))
+    fastlora.save_adapter(model, adapter)
+    state = Twice().state_dict()
+    save_file({k: v.clone() for k, v in state.items() if not k.startswith("equal")}, base)
+    assert main(["merge", base, adapter, out]) == 2
+    assert "the base does not fit the adapter: no equal." in capsys.readouterr().err
+
+
+def test_a_module_that_trains_in_part_is_not_converted(tmp_path, capsys):
+    # Whose weight is that of same_conv, too.
+    model = trained_twice(["conv", "norm", "same_norm"])
+    adapter, folder = tmp_path / "adapter.safetensors", tmp_path / "folder"
+    fastlora.save_adapter(model, adapter)
+    assert main(["convert", str(adapter), str(folder), "--to", "peft"]) == 2
+    assert (
+        "same_conv.bias is not in the file, but belongs to a module of" in capsys.readouterr().err
+    )
+    assert not folder.exists()
+    fastlora.save_pretrained(model, folder)
+    fresh = Twice()
+    fastlora.from_pretrained(fresh, folder)
+    assert torch.equal(fresh.conv.weight, model.conv.weight)
+    assert fresh.same_conv.weight is fresh.conv.weight

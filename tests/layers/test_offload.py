@@ -231,6 +231,8 @@ def test_values_are_not_loaded_into_offloaded_parameters(offload, tmp_path):
     model.head.requires_grad_(True)
     with pytest.raises(CheckpointError, match=r"head.weight: is on the meta device"):
         save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"head.weight: is on the meta device"):
+        get_lora_state_dict(model, include_trainable=True)
 
 
 def test_a_hook_that_loads_submodules_by_name_is_refused():

@@ -414,6 +414,22 @@ def test_an_adapted_weight_may_train_beside_its_adapter():
     assert "body.original_linear.weight" in state and "head.0.original_linear.weight" not in state
 
 
+def test_an_adapted_weight_that_was_loaded_is_saved_again(tmp_path):
+    model = Segmenter()
+    inject_lora(model, LoRAConfig(["body", "head.0"], modules_to_save=["head.3"]))
+    freeze_base_params(model)
+    model.body.original_linear.requires_grad_(True)
+    model.body.original_linear.weight.data.add_(1.0)
+    save_adapter(model, tmp_path / "a.safetensors")
+    fresh = Segmenter()
+    inject_lora(fresh, ["body", "head.0"])
+    load_adapter(fresh, tmp_path / "a.safetensors")
+    freeze_base_params(fresh)
+    save_adapter(fresh, tmp_path / "b.safetensors")
+    first, again = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert first.keys() == again.keys() and "body.original_linear.weight" in again
+
+
 def test_a_model_without_an_active_adapter_has_no_heads():
     model = injected()
     freeze_base_params(model)
@@ -613,6 +629,22 @@ def test_a_tied_head_is_saved_under_all_its_names_and_stays_tied(tmp_path):
         twin.head.weight.data.zero_()
         load_adapter(twin, tmp_path / f"{name}.safetensors")
         assert torch.equal(twin(IDS), model(IDS)) and twin.head.weight is twin.table.weight
+
+
+def test_a_folder_with_an_adapted_tied_head_loads(tmp_path):
+    """PEFT holds the trained table, and the head's weight inside its adapted layer."""
+    model = Tied()
+    inject_lora(model, LoRAConfig(["body", "head"], modules_to_save=["table"]))
+    freeze_base_params(model)
+    model.table.weight.data.add_(1.0)
+    randomise_adapters(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    assert (
+        main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "f"), "--to", "peft"]) == 0
+    )
+    mine = Tied()
+    from_pretrained(mine, tmp_path / "f")
+    assert torch.equal(mine(IDS), model(IDS))
 
 
 def test_heads_that_were_not_tied_do_not_load_into_tied_ones():
