@@ -19,9 +19,7 @@ from fastlora.model.sharded import is_flattened
 # without plain values. The parent's is for a child that has none of its own: a conversion such as `SyncBatchNorm.convert_sync_batchnorm`
 # replaces a child by one with the same tensors. Only plain types, so that a pickle without adapters does not need this package.
 _SAMPLES = "_fastlora_frozen"
-_Sample = tuple[
-    tuple[int, ...], Tensor
-]  # the shape of a tensor; evenly spaced values of it, on the CPU
+_Sample = tuple[tuple[int, ...], Tensor]  # shape; evenly spaced values, on the CPU
 _SIZE = 64  # values in a sample, at most
 _TOLERANCE = 1e-4  # relative; a moving average of equal values drifts by less
 
@@ -97,12 +95,9 @@ def changed_since_frozen(model: nn.Module, without: Container[int]) -> list[str]
             if now is None:
                 continue
             names.setdefault(id(tensor), place + name)
-            if (
-                samples is not None
-                and name in samples
-                and (owner is module or not has_samples(owner))
-            ):
-                before = samples[name]
+            known = samples if owner is module or not has_samples(owner) else None
+            if known is not None and name in known:
+                before = known[name]
                 if before is None or _equal(now, before):
                     same.add(id(tensor))
     return [name for tensor, name in names.items() if tensor not in same]
