@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import TrainConfig
+from fastlora.medical.training.distributed import lost_process_explained
 from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
@@ -50,7 +51,7 @@ def train(home, folder, run, changes, death=None):
             return step(batch)
 
         trainer._step = die
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), lost_process_explained():
         return trainer.train()
 
 
