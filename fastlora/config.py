@@ -37,7 +37,7 @@ _CHOICES = {"match": get_args(Match), "backend": BACKENDS, "bias": get_args(Bias
 _INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 _PISSA_STEPS = re.compile(r"pissa_niter_[1-9][0-9]{0,2}")
 PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
-_KEY = r"(.*\.)?({})$"  # how PEFT reads a key of its patterns
+PEFT_KEY = r"(.*\.)?({})$"  # how PEFT reads a key of its patterns
 _ALIASES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -172,7 +172,7 @@ class LoRAConfig:
         if self.match == "glob":
             return fnmatch.fnmatchcase(path, pattern)
         if self.match == "exact" and key:
-            return re.match(_KEY.format(pattern), path) is not None
+            return re.match(PEFT_KEY.format(pattern), path) is not None
         if self.match == "exact":
             return path == pattern or path.endswith("." + pattern)
         if "." in pattern:
@@ -286,7 +286,7 @@ class LoRAConfig:
             key = self.match == "exact" and name in PATTERNS
             if self.match == "regex" or key:
                 try:
-                    re.compile(_KEY.format(pattern) if key else pattern)
+                    re.compile(PEFT_KEY.format(pattern) if key else pattern)
                 except re.error as error:
                     raise ConfigError(f"{name}: {pattern!r} is not a regex: {error}") from None
             elif self.match != "glob" and any(c in pattern for c in "*?["):

@@ -227,8 +227,10 @@ def _warn_of_equal_weights(state: AdapterState, files: Iterable[Path]) -> None:
     pairs = []
     for group in alike.values():
         mine = [place for place in group if place[0] in changed]
-        others = [place for place in group if place not in mine] if mine else []
-        digests = {key: _digest(file, entry) for key, file, entry in (*mine, *others)}
+        others = [place for place in group if place[0] not in changed]
+        if not (mine and others):
+            continue
+        digests = {key: _digest(file, entry) for key, file, entry in group}
         pairs += [
             f"{key} = {other}"
             for key, *_ in mine

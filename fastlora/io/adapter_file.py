@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,10 @@ def load_lora_state_dict(
     if any(key in others for key in state):
         wanted += [name for name in absent if name in others]
     result, problems = match_keys(state, wanted, known)
-    problems += _conflicts({key: state[key] for key in result.loaded}, known)
+    names: dict[int, list[str]] = {}
+    for name, tensor in {**others, **buffers}.items():
+        names.setdefault(id(tensor), []).append(name)
+    problems += conflicts({key: state[key] for key in result.loaded}, names.values())
     for path, layer in own.layers.items():
         keys = AdapterState({path: layer}, {}).tensors().keys()
         # With DoRA or a subtracted initial product, a part of the tensors is not usable without the others.
@@ -129,16 +132,17 @@ def load_lora_state_dict(
     return result
 
 
-def _conflicts(state: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> list[str]:
-    """A line for each key whose value differs from that of another key of the same tensor in `known`."""
-    first: dict[int, str] = {}
+def conflicts(state: Mapping[str, Tensor], groups: Iterable[Iterable[str]]) -> list[str]:
+    """A line for each two keys of the state that differ, of one tensor in the model. groups: the keys of each tensor."""
     lines = []
-    for key, value in state.items():
-        other = first.setdefault(id(known[key]), key)
-        if other != key and not torch.equal(value, state[other].to(value)):
-            lines.append(
-                f"{key}: differs from {other}, which is the same tensor in the model (tied)"
-            )
+    for group in groups:
+        keys = sorted(key for key in group if key in state)
+        for other in keys[1:]:
+            a, b = state[keys[0]], state[other]
+            if not (a is b or a.is_meta or b.is_meta or torch.equal(a, b.to(a))):
+                lines.append(
+                    f"{keys[0]}: differs from {other}, which is the same tensor in the model"
+                )
     return lines
 
 

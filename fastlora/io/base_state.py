@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
+from fastlora.io.adapter_file import LoadResult, conflicts, match_keys, raise_or_warn
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.offload import loaded, offload_hook
@@ -61,14 +60,10 @@ def load_base_state_dict(
     result, problems = match_keys(
         {key: value for key, value in state.items() if key not in extras}, wanted, known
     )
-    conflicts = [
-        f"{key}: differs from {other}, which is the same tensor in the model"
-        for key in result.loaded
-        for other in names.get(key, ())
-        if key < other and other in result.loaded and not _equal(state[key], state[other])
-    ]
+    groups = {id(group): group for group in names.values()}.values()
+    problems += conflicts({key: state[key] for key in result.loaded}, groups)
     absent = [key for key in extras if key not in state]
-    problems += conflicts + [f"missing {key}" for key in absent]
+    problems += [f"missing {key}" for key in absent]
     result.missing.extend(absent)
     result.loaded.extend(key for key in extras if key in state)
     raise_or_warn("state", problems, result.loaded, strict)
@@ -108,7 +103,3 @@ def _names_of_one_tensor(model: nn.Module, keys: Mapping[str, str]) -> dict[str,
             if key in before:
                 owners.setdefault(id(tensor), []).append(before[key])
     return {key: group for group in owners.values() if len(group) > 1 for key in group}
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or a.is_meta or b.is_meta or torch.equal(a, b.to(a))

@@ -84,9 +84,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     Raises: ConfigError if there is no such adapter. InjectionError inside `disable_adapter`, or naming each path whose module was
     replaced (merged, quantised, assigned) since the adapter was installed. The model is unchanged then.
     """
-    owner, registry = _registry(model)
-    _switch(owner, registry, None if name is None else _check_exists(registry, name))
-    set_registry(owner, registry)
+    _activate(model, name)
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -141,10 +139,7 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
         if later:
             later[0].before = use.before
         else:
-            owner, registry = _registry(model)
-            before = None if use.before is None else _check_exists(registry, use.before)
-            _switch(owner, registry, before, disabled_too=True)
-            set_registry(owner, registry)
+            _activate(model, use.before, disabled_too=True)
 
 
 def combine_adapters(
@@ -250,6 +245,13 @@ def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
 def _installed(model: nn.Module) -> dict[str, LoRALayer]:
     """Every wrapper in the module tree by path, under all its paths."""
     return dict(named_lora_layers(model, remove_duplicate=False))
+
+
+def _activate(model: nn.Module, name: str | None, *, disabled_too: bool = False) -> None:
+    owner, registry = _registry(model)
+    existing = None if name is None else _check_exists(registry, name)
+    _switch(owner, registry, existing, disabled_too=disabled_too)
+    set_registry(owner, registry)
 
 
 def _switch(

@@ -26,9 +26,9 @@ _TOLERANCE = 1e-4  # relative; a moving average of equal values drifts by less
 
 def nearby_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the module and of its direct children."""
-    for prefix, owner in _nearby(module):
-        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            yield prefix + name, parameter
+    for _, name, tensor in _values(module):
+        if isinstance(tensor, nn.Parameter):
+            yield name, tensor
 
 
 def nearby_named(module: nn.Module, name: str) -> list[nn.Parameter]:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from fastlora.config import ALL_LINEAR, check_hyperparameters
+from fastlora.config import ALL_LINEAR, PEFT_KEY, check_hyperparameters
 from fastlora.errors import CheckpointError
 from fastlora.files import check_regexes, read_json_object
 from fastlora.layers.base import LoRALayer
@@ -37,7 +37,6 @@ _IGNORED = {
     "task_type",
 }
 # PEFT's regexes around a key of a pattern, a name in modules_to_save, and an entry of layers_pattern.
-_KEY = r"(.*\.)?({})$"
 _HEAD = r"(^|.*\.){}($|\..*)"
 _INDEX = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
 _ANY_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."
@@ -122,7 +121,9 @@ class PeftConfig:
         for value in (self.target_modules, self.exclude_modules):
             if isinstance(value, str):
                 yield value, value
-        yield from ((key, _KEY.format(key)) for key in (*self.rank_pattern, *self.alpha_pattern))
+        yield from (
+            (key, PEFT_KEY.format(key)) for key in (*self.rank_pattern, *self.alpha_pattern)
+        )
         yield from ((head, _HEAD.format(head)) for head in self.modules_to_save or ())
         yield from ((pattern, _INDEX.format(pattern)) for pattern in self._layer_patterns())
 
@@ -197,7 +198,7 @@ def _matches(names: str | list[str], path: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    return next((v for key, v in patterns.items() if re.match(_KEY.format(key), path)), default)
+    return next((v for key, v in patterns.items() if re.match(PEFT_KEY.format(key), path)), default)
 
 
 def read_config(file: Path) -> PeftConfig:
