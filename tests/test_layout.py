@@ -39,6 +39,7 @@ MEDICAL_MAY_IMPORT = {
     "sam3d": {"data", "models"},
     "training": {"data", "models", "sam3d"},
     "evaluation": {"data", "models", "training"},
+    "commands": {"console", "data", "models", "training", "evaluation"},
 }
 
 MAX_MODULE_LINES = 420

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,20 +12,7 @@ from fastlora.medical.evaluation.evaluate import Evaluation, Run, compare_runs
 from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.trainer import MedicalTrainer
-from tests.support.paths import ROOT
 from tests.support.tiny_run import tiny_model
-
-
-@lru_cache(maxsize=1)
-def eval_main() -> Callable[[list[str]], int]:
-    """`main` of scripts/eval_medical.py."""
-    path = ROOT / "scripts" / "eval_medical.py"
-    spec = importlib.util.spec_from_file_location("eval_medical", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    main: Callable[[list[str]], int] = module.main
-    return main
 
 
 def train_tiny(folder: Path, finetune: str, **changes: object) -> Path:

@@ -17,6 +17,7 @@ import pytest
 import trimesh
 
 from fastlora.errors import DataError
+from fastlora.medical.commands import evaluate, predict, preprocess, train
 from fastlora.medical.data import dicom
 from fastlora.medical.data.geometry import voxelise
 from fastlora.medical.data.layouts import find_cases, structure_name
@@ -24,21 +25,10 @@ from fastlora.medical.data.manifest import read_manifest
 from fastlora.medical.data.volumes import Source, load_mask, load_volume, save_volume
 from fastlora.medical.evaluation.metrics import overlap
 from tests.support.layouts import FLAGS, WRITERS, Scan, scans, write_dicom_scan
-from tests.support.paths import ROOT
 
-SCRIPTS = ROOT / "scripts"
 HAS_DICOM = importlib.util.find_spec("highdicom") is not None
 NEEDS_DICOM = pytest.mark.skipif(not HAS_DICOM, reason="needs the extra dicom (highdicom)")
 LAYOUTS = [pytest.param(name, marks=NEEDS_DICOM if name == "DICOM" else ()) for name in WRITERS]
-
-
-def command(name: str) -> Callable[[list[str]], int]:
-    """`main` of a script."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +88,14 @@ def test_a_folder_goes_from_files_to_meshes(layout, roots, found, tmp_path, caps
     root, flags = str(roots(layout)), FLAGS.get(layout, [])
     cache = ["--cache_dir", "cache"]
     data = ["--data_root", root, *flags]
-    train = ["--checkpoint_dir", "run", "--epochs", "1", "--samples_per_region", "1"]
-    assert command("preprocess_medical")([*data, *cache, "--skip_invalid"]) == 0
-    assert command("train_medical")([*data, *cache, *train, "--no-progress"]) == 0
-    assert command("eval_medical")(["--checkpoint", "run", "--output_dir", "eval"]) == 0
+    training = ["--checkpoint_dir", "run", "--epochs", "1", "--samples_per_region", "1"]
+    assert preprocess.main([*data, *cache, "--skip_invalid"]) == 0
+    assert train.main([*data, *cache, *training, "--no-progress"]) == 0
+    assert evaluate.main(["--checkpoint", "run", "--output_dir", "eval"]) == 0
     out = ["--output_dir", "predicted", "--mesh_format", "ply", "--skip_invalid"]
     pictures = layout == "TotalSegmentator"  # one layout is enough
     out += [] if pictures else ["--no-picture"]
-    assert command("predict_medical")(["--checkpoint", "run", *data, *out]) == 0
+    assert predict.main(["--checkpoint", "run", *data, *out]) == 0
     printed = capsys.readouterr().out
     assert printed.count(f"layout {layout} (2 cases)") == 4
     manifest = read_manifest(Path("cache"))

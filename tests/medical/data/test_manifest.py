@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastlora.errors import DataError
+from fastlora.medical.commands.preprocess import main
 from fastlora.medical.data import grids, manifest
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import (
@@ -25,9 +26,6 @@ from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.volumes import load_volume, save_volume
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_splits
-from tests.medical.data.test_layouts import command
-
-main = command("preprocess_medical")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 import trimesh
 
 from fastlora.errors import ConfigError, DataError, FastLoRAWarning
+from fastlora.medical.commands.preprocess import main
 from fastlora.medical.data import grids, manifest
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import read_manifest, verify
@@ -28,15 +29,6 @@ from fastlora.medical.training.data import load_train_data
 from tests.support.paths import ROOT
 
 SCRIPT = ROOT / "scripts" / "preprocess_medical.py"
-
-
-def load_main():
-    namespace: dict = {"__name__": "preprocess_medical"}
-    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec"), namespace)
-    return namespace["main"]
-
-
-main = load_main()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""scripts/eval_medical.py and the modules it uses, end to end on tiny runs over phantom volumes."""
+"""`eval_medical.py` and the modules it uses, end to end on tiny runs over phantom volumes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import trimesh
 import yaml
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
+from fastlora.medical.commands.evaluate import main
+from fastlora.medical.commands.preprocess import main as preprocess_main
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.evaluation.evaluate import (
@@ -45,8 +47,7 @@ from fastlora.medical.evaluation.results import (
 )
 from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training.finetuned import load_finetuned
-from tests.medical.data.test_layouts import command
-from tests.support.eval_run import eval_main, evaluate_home, read_runs, shared_home, train_tiny
+from tests.support.eval_run import evaluate_home, read_runs, shared_home, train_tiny
 from tests.support.tiny_run import TinyRegions, tiny_model
 from tests.support.tolerance import assert_same_distances
 
@@ -66,7 +67,7 @@ def output(home: Path) -> Path:
     flags = ["--checkpoint", str(home / "lora"), "--full", str(home / "full/checkpoints/last.pt")]
     flags += ["--output_dir", str(out), "--save_predictions", "--visualize", "--device", "cpu"]
     flags += ["--record", str(home / "records" / "medical.json")]
-    assert eval_main()(flags) == 0
+    assert main(flags) == 0
     return out
 
 
@@ -163,7 +164,7 @@ def test_record_is_compact_and_complete(content, home):
 
 def test_without_flags_only_the_figures_are_written(home, tmp_path, capsys):
     flags = ["--checkpoint", str(home / "lora" / "checkpoints" / "last.pt")]
-    assert eval_main()([*flags, "--output_dir", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert main([*flags, "--output_dir", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["eval.csv", "eval.json"]
     found = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert list(found["methods"]) == METHODS[:-1]
@@ -179,7 +180,7 @@ def test_moved_data_png_images_and_another_mesh_format(home, tmp_path):
     flags = ["--checkpoint", str(home / "lora"), "--data_root", str(tmp_path / "moved")]
     flags += ["--output_dir", str(tmp_path / "out"), "--device", "cpu"]
     flags += ["--visualize", "--visualize_format", "png"]
-    assert eval_main()([*flags, "--save_predictions", "--mesh_format", "stl"]) == 0
+    assert main([*flags, "--save_predictions", "--mesh_format", "stl"]) == 0
     pictures = list((tmp_path / "out" / "slices").iterdir())
     assert pictures and all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
     assert {p.suffix for p in (tmp_path / "out" / "meshes").iterdir()} == {".stl"}
@@ -190,14 +191,14 @@ def test_only_what_a_cache_lists_is_evaluated(home, tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     shutil.copytree(home / "volumes", "moved")
     data = ["--data_root", "moved", "--cache_dir", "cache"]
-    assert command("preprocess_medical")([*data, "--classes", "blob", "tube"]) == 0
+    assert preprocess_main([*data, "--classes", "blob", "tube"]) == 0
     flags = ["--checkpoint", str(home / "lora"), "--device", "cpu", "--output_dir"]
-    assert eval_main()([*flags, "out", *data]) == 0
+    assert main([*flags, "out", *data]) == 0
     found = json.loads(Path("out/eval.json").read_text())
     assert sorted({r["structure"] for r in found["records"]}) == ["blob", "tube"]
     capsys.readouterr()
     shutil.copytree(home / "volumes", "other")
-    assert eval_main()([*flags, "no", "--data_root", "other", "--cache_dir", "nix"]) == 2
+    assert main([*flags, "no", "--data_root", "other", "--cache_dir", "nix"]) == 2
     assert "nix" in capsys.readouterr().err and not Path("no").exists()
 
 
@@ -221,7 +222,7 @@ def test_invalid_input_gets_one_line(home, tmp_path, capsys, monkeypatch, change
     monkeypatch.chdir(home)
     values = {"checkpoint": "lora", "output_dir": str(tmp_path / "out"), **changes}
     flags = [text for name, value in values.items() for text in (f"--{name}", value)]
-    assert eval_main()(flags) == 2
+    assert main(flags) == 2
     captured = capsys.readouterr()
     assert all("layout TotalSegmentator" in line for line in captured.out.splitlines())
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
@@ -230,7 +231,7 @@ def test_invalid_input_gets_one_line(home, tmp_path, capsys, monkeypatch, change
 
 
 def test_a_missing_flag_gets_one_line(capsys):
-    assert eval_main()([]) == 2
+    assert main([]) == 2
     assert capsys.readouterr().err.startswith("error: the following arguments are required")
 
 
@@ -243,7 +244,7 @@ def test_a_checkpoint_of_another_base_is_refused(home, tmp_path, capsys):
     content["config"]["base_weights"] = config["base_weights"] = str(tmp_path / "other.safetensors")
     torch.save(content, run / "checkpoints" / "best.pt")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    assert eval_main()(["--checkpoint", str(run), "--output_dir", str(tmp_path / "out")]) == 2
+    assert main(["--checkpoint", str(run), "--output_dir", str(tmp_path / "out")]) == 2
     assert "another base model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -251,7 +252,7 @@ def test_a_checkpoint_of_another_base_is_refused(home, tmp_path, capsys):
 def test_runs_on_different_data_are_not_compared(home, tmp_path, capsys):
     other = train_tiny(home, "full", classes=("blob",), checkpoint_dir=str(tmp_path / "other"))
     flags = ["--checkpoint", str(home / "lora"), "--full", str(other)]
-    assert eval_main()([*flags, "--output_dir", str(tmp_path / "out")]) == 2
+    assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 2
     assert "full: expected a run with classes None, got ['blob']" in capsys.readouterr().err
 
 
@@ -261,7 +262,7 @@ def test_an_interrupted_evaluation_leaves_nothing(home, tmp_path, monkeypatch, c
         lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     flags = ["--checkpoint", str(home / "lora"), "--output_dir", str(tmp_path / "out")]
-    assert eval_main()(flags) == 130
+    assert main(flags) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert not (tmp_path / "out").exists()
 

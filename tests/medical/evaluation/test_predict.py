@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical.commands.predict import main
 from fastlora.medical.data.geometry import voxelise
 from fastlora.medical.data.grids import StructureGrid
 from fastlora.medical.data.volumes import Volume, load_png, load_volume, save_volume
@@ -27,10 +28,7 @@ from fastlora.medical.evaluation.predict import (
     write_mesh,
 )
 from fastlora.medical.models.decoder import load_base_model
-from tests.medical.data.test_layouts import command
 from tests.support.eval_run import shared_home
-
-main = command("predict_medical")
 
 
 def ball_subject(

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.errors import ConfigError, DataError
+from fastlora.medical.commands.evaluate import main as evaluate_main
+from fastlora.medical.commands.predict import main as predict_main
 from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset, base_distance, coarse_segmentation
@@ -32,13 +34,10 @@ from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_cases
 from fastlora.medical.training.finetuned import load_finetuned, predict
 from fastlora.medical.training.trainer import MedicalTrainer
-from tests.medical.data.test_layouts import command
-from tests.support.eval_run import eval_main
 from tests.support.tiny_run import TinyRegions, assert_same_run
 from tests.support.tolerance import assert_same_distances
 
 pytest_plugins = "tests.support.sam3d_fixtures"
-predict_main = command("predict_medical")
 
 
 # --------------------------------------------------------------------------- geometry and encoder
@@ -444,7 +443,7 @@ def test_evaluation_and_prediction_of_a_run(folder, volumes, tmp_path):
     out = tmp_path / "eval"
     arguments = ["--checkpoint", str(tmp_path / "run"), "--full", str(tmp_path / "full")]
     with contextlib.redirect_stdout(io.StringIO()):
-        assert eval_main()([*arguments, "--output_dir", str(out)]) == 0
+        assert evaluate_main([*arguments, "--output_dir", str(out)]) == 0
     content = json.loads((out / "eval.json").read_text())
     assert content["merged_difference_vox"] < 1e-3
     assert set(content["summary"]) == {"baseline", "base", "lora", "merged", "full"}
@@ -507,7 +506,7 @@ def test_cached_latents_replace_the_encoder(folder, volumes, tmp_path):
         predict(trainer.model, batch)
     with contextlib.redirect_stdout(io.StringIO()):
         arguments = ["--checkpoint", str(tmp_path / "run"), "--output_dir", str(tmp_path / "eval")]
-        assert eval_main()(arguments) == 0
+        assert evaluate_main(arguments) == 0
     path = sorted(latents.iterdir())[0]
     path.unlink()
     again = config_for(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from fastlora.medical.commands.train import main
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.models.decoder import save_base_model
 from fastlora.medical.training import checkpointing
@@ -24,18 +24,6 @@ from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.paths import ROOT
 from tests.support.tiny_run import tiny_model, tiny_trainer
-
-
-@pytest.fixture(scope="module")
-def main() -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location(
-        "train_medical", ROOT / "scripts" / "train_medical.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[[list[str]], int] = module.main
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +51,7 @@ def flags(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
-def test_help_groups_every_flag_with_its_default(
-    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_groups_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
@@ -79,9 +65,7 @@ def test_help_groups_every_flag_with_its_default(
     assert "--batch_size N regions per micro-batch, summed over all processes (default: 8)" in text
 
 
-def test_run_resume_and_use(
-    main: Callable[[list[str]], int], flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_resume_and_use(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags, "--use_dataset", "--lora_rank", "2"]) == 0
     out = capsys.readouterr().out
     assert "lora fine-tuning of" in out and out.count("\nepoch ") == 3 and "best.pt" in out
@@ -96,7 +80,7 @@ def test_run_resume_and_use(
 
 
 @pytest.mark.slow
-def test_demo_and_yaml(main: Callable[[list[str]], int], flags: list[str], home: Path) -> None:
+def test_demo_and_yaml(flags: list[str], home: Path) -> None:
     """The file's values apply unless a flag overrides them."""
     Path("config.yaml").write_text(
         f"demo: synthetic\nfinetune: full\nepochs: 5\nlr: 1e-4\nbase_weights: {home / 'base.safetensors'}\n"
@@ -108,7 +92,6 @@ def test_demo_and_yaml(main: Callable[[list[str]], int], flags: list[str], home:
 
 
 def test_interrupt_keeps_the_last_epoch(
-    main: Callable[[list[str]], int],
     flags: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -197,7 +180,6 @@ def unknown_key(folder: Path) -> list[str]:
 def test_invalid_input(
     prepare: Callable[[Path], list[str]],
     message: str,
-    main: Callable[[list[str]], int],
     flags: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -213,9 +195,7 @@ def test_invalid_input(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite(
-    main: Callable[[list[str]], int], flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_that_is_not_finite(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags, "--lr", "1e30", "--clip_norm", "0", "--warmup", "0"]) == 2
     err = capsys.readouterr().err
     assert (

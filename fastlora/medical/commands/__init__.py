@@ -1,0 +1,1 @@
+"""The command `fastlora-medical`: preprocess, train, eval and predict."""
