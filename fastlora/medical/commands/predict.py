@@ -5,33 +5,37 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import trimesh
+from tqdm import tqdm
 
 from fastlora.errors import ConfigError, DataError, FastLoRAError
 from fastlora.files import atomic_write
 from fastlora.medical.console import Parser, show_log
 from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.scan import Scan
+from fastlora.medical.data.single import open_files, read_label_names
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import Volume, tissue_of, window
+from fastlora.medical.data.volumes import Case, tissue_of
+from fastlora.medical.evaluation.mesh_files import SPACES, check_free, write_mesh, write_scene
 from fastlora.medical.evaluation.pictures import overlay_picture
-from fastlora.medical.evaluation.predict import (
-    SPACES,
-    Subject,
-    predict_mesh,
-    read_subject,
-    stem,
-    write_mesh,
-)
+from fastlora.medical.evaluation.predict import Surface, predict_structures
 from fastlora.medical.evaluation.results import MESH_FORMATS
+from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.distributed import resolve_device
 from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.run_folder import RunFolder
 
-COLUMNS = ["subject", "structure", "mesh", "volume_ml", "dice_with_mask", "watertight", "problem"]
+COLUMNS = [
+    *("subject", "structure", "label", "mesh", "volume_ml", "mask_volume_ml", "surface_cm2"),
+    *("dice_with_mask", "watertight", "warning", "problem"),
+]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,6 +107,22 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="MM",
         help="for PNG: distance between columns, rows and slices (the thickness of a single slice)",
     )
+    one.add_argument(
+        "--all",
+        action="store_true",
+        help="predict every label of the mask, and write a scene and a table of them",
+    )
+    one.add_argument(
+        "--label_names",
+        type=Path,
+        metavar="FILE",
+        help='names of the labels: JSON ({"liver": 1}, or nnU-Net\'s dataset.json) or lines of value and name (3D Slicer, ITK-SNAP)',
+    )
+    one.add_argument(
+        "--subject",
+        metavar="NAME",
+        help="first part of the files' names (default: the image's file name)",
+    )
     many = parser.add_argument_group("a data set, in any layout of docs/quickstart_training.md")
     many.add_argument("--data_root", type=Path, metavar="DIR", help="folder of the data set")
     many.add_argument(
@@ -111,14 +131,13 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="structures, or kinds of structures such as vertebra (default: all)",
     )
-    many.add_argument(
+    parser.add_argument(
         "--channel",
         type=int,
-        default=0,
         metavar="N",
-        help="channel number in dataset.json (default: %(default)s)",
+        help="number of the image's channel: in dataset.json, or of a 4-D image (default: 0, or the only one)",
     )
-    many.add_argument(
+    parser.add_argument(
         "--skip_invalid",
         action="store_true",
         help="skip unusable cases and structures, and list them in predictions.csv",
@@ -148,6 +167,17 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="coordinate system of the mesh: ras (NIfTI) or lps (DICOM, ITK); written into the files (default: %(default)s)",
     )
     output.add_argument(
+        "--scene",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also write a GLB of all structures of an image, if there are several (default: on)",
+    )
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of the same names that show another image",
+    )
+    output.add_argument(
         "--picture",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -155,88 +185,188 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def subjects(
-    args: argparse.Namespace, problems: list[str]
-) -> Iterator[tuple[str, str, Subject | DataError]]:
-    """Subject name, structure name, and the `Subject` or the error that prevents reading it."""
+def open_scans(args: argparse.Namespace, problems: list[str]) -> list[Scan]:
+    """The cases to predict. problems: receives one line for each case that cannot be used, with `--skip_invalid`."""
     if args.data_root is None:
-        keys = ("modality", "structure", "label", "spacing")
-        subject = read_subject(args.image, args.mask, **{key: getattr(args, key) for key in keys})
-        yield stem(args.image), subject.structure, subject
-        return
+        keys = ("modality", "structure", "label", "spacing", "channel", "subject")
+        options = {key: getattr(args, key) for key in keys}
+        names = read_label_names(args.label_names) if args.label_names else None
+        return [open_files(args.image, args.mask, every_label=args.all, names=names, **options)]
     cases = find_cases(
-        args.data_root, args.modality or "ct", problems if args.skip_invalid else None, args.channel
+        args.data_root,
+        args.modality or "ct",
+        problems if args.skip_invalid else None,
+        args.channel or 0,
     )
-    for case in select_structures(cases, args.classes):
-        image: Volume | None = None
-        for structure in case.structures:
-            try:
-                image = image or case.load_image()
-                mask = case.load_mask(structure, image)
-                yield case.subject, structure, Subject(image, mask, case.modality, structure)
-            except DataError as error:
-                yield case.subject, structure, error
+    return [Scan(case) for case in select_structures(cases, args.classes)]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Predicts and writes, one structure after the other; prints a line for each."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises: ConfigError if flags contradict each other."""
     if (args.data_root is None) == (args.image is None) or (args.image is None) != (
         args.mask is None
     ):
         raise ConfigError("expected either --image and --mask, or --data_root")
-    if args.data_root is not None:
-        for name in ("label", "structure", "spacing"):
-            if getattr(args, name) is not None:
-                raise ConfigError(f"{name}: expected only with --image, got it with --data_root")
+    for name in ("label", "structure", "spacing", "label_names", "subject"):
+        if args.data_root is not None and getattr(args, name) is not None:
+            raise ConfigError(f"{name}: expected only with --image, got it with --data_root")
+    if args.data_root is None and args.classes is not None:
+        raise ConfigError("classes: expected only with --data_root, got it with --image")
+    if args.label_names is not None and not args.all and args.label is None:
+        raise ConfigError("label_names: expected it with --all or --label, got neither")
     if args.batch_size < 1:
         raise ConfigError(f"batch_size: expected >= 1, got {args.batch_size}")
-    device = resolve_device(TrainConfig(device=args.device))
-    folder, which = RunFolder.split(args.checkpoint)
-    model = load_finetuned(folder, args.merged, which).to(device)
-    about = {"run": str(folder), "checkpoint": which, "merged": args.merged}
 
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for subject, structure, item in subjects(args, problems):
-        row: dict[str, Any] = {"subject": subject, "structure": structure}
-        try:
-            if isinstance(item, DataError):
-                raise item
-            mesh, facts = predict_mesh(model, item, args.batch_size)
-        except DataError as error:
-            if not args.skip_invalid:
-                raise
-            rows.append({**row, "problem": str(error)})
-            print(f"{subject} {structure}: skipped: {error}")
-            continue
-        if item.modality == "ct":
+
+class Output:
+    """The files of a prediction: meshes, pictures, a scene for each case, and a table.
+
+    Raises: ConfigError if a file would replace one that shows another image.
+    """
+
+    def __init__(self, args: argparse.Namespace, scans: Sequence[Scan], about: Mapping[str, Any]):
+        self.args, self.about = args, about
+        self.rows: list[dict[str, Any]] = []
+        taken: set[str] = set()
+        self.paths: dict[tuple[str, str], Path] = {}
+        self.scenes: dict[str, Path] = {}
+        for scan in scans:
+            case = scan.case
+            for structure in case.structures:
+                name = _free_name(f"{case.subject}_{structure}", taken)
+                self.paths[case.subject, structure] = args.output_dir / f"{name}.{args.mesh_format}"
+            if args.scene and len(case.structures) > 1:
+                name = _free_name(f"{case.subject}_scene", taken)
+                self.scenes[case.subject] = args.output_dir / f"{name}.glb"
+            mine = [p for (subject, _), p in self.paths.items() if subject == case.subject]
+            mine += [path for path in (self.scenes.get(case.subject),) if path]
+            check_free(mine, self._source(case), args.overwrite)
+
+    def _source(self, case: Case) -> dict[str, Any]:
+        return {"subject": case.subject, "image": str(case.image_path.absolute())}
+
+    def write(self, scan: Scan, structure: str, found: Surface) -> None:
+        """Writes a structure's mesh and picture, and prints a line."""
+        case, args, path = scan.case, self.args, self.paths[scan.case.subject, structure]
+        source = case.structures[structure]
+        facts = {"structure": structure, "modality": case.modality, **found.facts}
+        if case.modality == "ct":
             facts["ct_window"] = tissue_of(structure)
-        path = args.output_dir / f"{subject}_{structure}.{args.mesh_format}"
-        write_mesh(mesh, path, args.coordinates, {"subject": subject, **facts, **about})
-        if args.picture:
-            grey = window(item.image.array, item.modality, structure)
-            png = overlay_picture(item.image, grey, item.mask, mesh)
-            atomic_write(path.with_suffix(".png"), png)
-        rows.append({**row, "mesh": path.name, **facts})
-        print(
-            f"{path}: {facts['volume_ml']:.2f} ml, {facts['faces']} triangles, "
-            f"Dice with the mask {facts['dice_with_mask']:.3f}, mm in {args.coordinates.upper()}",
-            flush=True,
+        mask = {"mask": str(source.path.absolute()), "label": source.label}
+        write_mesh(
+            found.mesh,
+            path,
+            args.coordinates,
+            {**self._source(case), **mask, **facts, **self.about},
         )
-    for problem in problems:
-        rows.append({"problem": problem})
-        print(f"skipped: {problem}")
-    done = sum("mesh" in row for row in rows)
-    if not done:
-        raise DataError("expected at least one usable structure, got none")
-    if args.data_root is not None:
+        if args.picture:
+            limits = scan.limits(structure)
+            atomic_write(
+                path.with_suffix(".png"),
+                overlay_picture(scan.image, limits, found.part, found.mesh),
+            )
+        self.rows.append(
+            {"subject": case.subject, "mesh": path.name, "label": source.label, **facts}
+        )
+        show(
+            f"{path}: {facts['volume_ml']:.2f} ml, {facts['faces']} triangles, "
+            f"Dice with the mask {facts['dice_with_mask']:.3f}, mm in {args.coordinates.upper()}"
+        )
+        if "warning" in facts:
+            show(f"warning: {path.name}: {facts['warning']}")
+
+    def write_scene(self, scan: Scan, meshes: Mapping[str, trimesh.Trimesh]) -> None:
+        """Writes a case's scene, if it has several structures."""
+        path = self.scenes.get(scan.case.subject)
+        if path is not None and meshes:
+            write_scene(
+                meshes, path, self.args.coordinates, {**self._source(scan.case), **self.about}
+            )
+            show(f"{path}: {len(meshes)} structures in one scene")
+
+    def write_table(self) -> None:
+        """Writes the table, in the order of the structures."""
+        args = self.args
+        if args.data_root is None and not args.all:
+            return
+        places = {key: n for n, key in enumerate(self.paths)}
+        self.rows.sort(key=lambda row: places.get(_key(row), len(places)))
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
-        atomic_write(args.output_dir / "predictions.csv", text.getvalue().encode())
-        print(f"{done} surfaces, {len(rows) - done} skipped: {args.output_dir / 'predictions.csv'}")
+        table.writerows(self.rows)
+        one = None if args.data_root else next(iter(self.paths))[0]
+        path = args.output_dir / f"{f'{one}_' if one else ''}predictions.csv"
+        atomic_write(path, text.getvalue().encode())
+        done = sum("mesh" in row for row in self.rows)
+        show(f"{done} surfaces, {len(self.rows) - done} skipped: {path}")
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """The name, or with a number if another file has it, also where upper and lower case are one."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    free = next(n for n in names if n.lower() not in taken)
+    taken.add(free.lower())
+    return free
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row.get("subject", ""), row.get("structure", "")
+
+
+def show(line: str) -> None:
+    """Prints above the progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predicts and writes, one structure after the other; prints a line for each."""
+    check_arguments(args)
+    device = resolve_device(TrainConfig(device=args.device))
+    folder, which = RunFolder.split(args.checkpoint)
+    model = load_finetuned(folder, args.merged, which).to(device)
+    problems: list[str] = []
+    scans = open_scans(args, problems)
+    about = {"run": str(folder), "checkpoint": which, "merged": args.merged}
+    output = Output(args, scans, about)
+    total = sum(len(scan.case.structures) for scan in scans)
+    try:
+        with tqdm(total=total, desc="predicted", unit="structure", disable=None) as progress:
+            while scans:
+                predict_case(model, scans.pop(0), args, output, progress)
+        output.rows += [{"problem": problem} for problem in problems]
+        for problem in problems:
+            show(f"skipped: {problem}")
+    finally:
+        if any("mesh" in row for row in output.rows):
+            output.write_table()
+    if not any("mesh" in row for row in output.rows):
+        raise DataError("expected at least one usable structure, got none")
     return 0
+
+
+def predict_case(
+    model: Trainee, scan: Scan, args: argparse.Namespace, output: Output, progress: Any
+) -> None:
+    """Predicts and writes the structures of a case. Raises: DataError at the first that cannot be used, without `--skip_invalid`."""
+    meshes = {}
+    subject, structures = scan.case.subject, scan.case.structures
+    for structure, found in predict_structures(model, scan, structures, args.batch_size):
+        if isinstance(found, Surface):
+            with scan.watch.step("files"):
+                output.write(scan, structure, found)
+            meshes[structure] = found.mesh
+        elif args.skip_invalid:
+            output.rows.append({"subject": subject, "structure": structure, "problem": str(found)})
+            show(f"{subject} {structure}: skipped: {found}")
+        else:
+            raise found
+        progress.update()
+    with scan.watch.step("files"):
+        output.write_scene(scan, {name: meshes[name] for name in structures if name in meshes})
+    if len(structures) > 1:
+        show(f"{subject}: {scan.watch}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

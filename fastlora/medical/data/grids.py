@@ -22,7 +22,8 @@ from fastlora.medical.data.geometry import (
     shifted,
 )
 from fastlora.medical.data.manifest import Layout, load_entry
-from fastlora.medical.data.volumes import Case, Volume, window
+from fastlora.medical.data.scan import Part, Scan
+from fastlora.medical.data.volumes import Case, Limits, Volume, windowed
 
 SPACING_MM = 1.5
 COARSE = 8
@@ -47,6 +48,52 @@ def truncated_sdf(mask: Mask) -> Array:
 
 
 @dataclass(frozen=True, eq=False)
+class FineGrid:
+    """Image and mask of one structure on the subject's fine grid; the other fields as in `StructureGrid`.
+
+    image: (X, Y, Z) in [0, 1]. mask: (X, Y, Z) bool.
+    """
+
+    image: Array
+    mask: Mask
+    affine: FloatArray
+    offset: NDArray[np.int64]
+    box: NDArray[np.int64]
+
+
+def fine_grid(image: Volume, part: Part, limits: Limits) -> FineGrid:
+    """Window and resample an image around a structure, and resample the structure's mask.
+
+    Only the voxels around the structure are read. limits: of the window.
+    Raises: DataError if the mask vanishes on the fine grid.
+    """
+    whole, shape = regrid(image.affine, image.shape, SPACING_MM)
+    scale = image.spacing / SPACING_MM
+    first, size = np.array(part.start), np.array(part.mask.shape)
+    box = np.stack([np.floor(first * scale), np.ceil((first + size) * scale)]).astype(np.int64)
+    low = np.maximum(box[0] - MARGIN, 0)
+    high = np.maximum(np.minimum(box[1] + MARGIN, shape), low + FINE)
+    fine = tuple((high - low).tolist())
+    affine = shifted(whole, low)
+    # The voxels between which the fine grid interpolates; beyond the image its border is repeated.
+    ends = (np.stack([low, high - 1]) + 0.5) / scale - 0.5
+    begin = np.clip(np.floor(ends[0]).astype(np.int64) - 1, 0, np.array(image.shape) - 1)
+    end = np.clip(np.ceil(ends[1]).astype(np.int64) + 2, begin + 1, image.shape)
+    crop = image.array[tuple(map(slice, begin, end))]
+    pixels = resample(windowed(crop, limits), shifted(image.affine, begin), affine, fine)
+    # Zero-padded, the mask ends at the faces of its outer voxels, not at their centres.
+    inside = np.zeros(size + 2, dtype=np.float32)
+    inside[1:-1, 1:-1, 1:-1] = part.mask
+    mask = resample(inside, shifted(image.affine, first - 1), affine, fine, cval=0.0) >= 0.5
+    if not mask.any():
+        raise DataError(
+            f"mask: vanishes on the {SPACING_MM} mm grid, expected a structure of more than "
+            f"{np.count_nonzero(part.mask)} voxels of {image.spacing.round(4).tolist()} mm"
+        )
+    return FineGrid(pixels, mask, affine, low, box)
+
+
+@dataclass(frozen=True, eq=False)
 class StructureGrid:
     """One structure of one case on the subject's fine grid, cropped to its surroundings.
 
@@ -61,56 +108,31 @@ class StructureGrid:
     box: NDArray[np.int64]
 
     @classmethod
-    def make(cls, image: Volume, mask: Mask, modality: str, structure: str = "") -> StructureGrid:
-        """Window and resample the image, and compute the signed distances.
-
-        mask: (X, Y, Z) on the image's grid. modality, structure: see `window`.
-        Raises: DataError if the mask is empty, or vanishes on the fine grid.
-        """
-        filled = np.argwhere(mask)
-        if not len(filled):
-            raise DataError("mask: expected at least one voxel, got an empty mask")
-        whole, shape = regrid(image.affine, image.shape, SPACING_MM)
-        scale = image.spacing / SPACING_MM
-        box = np.stack(
-            [np.floor(filled.min(0) * scale), np.ceil((filled.max(0) + 1) * scale)]
-        ).astype(np.int64)
-        low = np.maximum(box[0] - MARGIN, 0)
-        high = np.maximum(np.minimum(box[1] + MARGIN, shape), low + FINE)
-        size = tuple((high - low).tolist())
-        affine = shifted(whole, low)
-        fine = resample(window(image.array, modality, structure), image.affine, affine, size)
-        # Zero-padded, the mask ends at the faces of its outer voxels, not at their centres.
-        around = shifted(image.affine, (-1, -1, -1))
-        fine_mask = resample(np.pad(mask, 1), around, affine, size, cval=0.0) >= 0.5
-        if not fine_mask.any():
-            raise DataError(
-                f"mask: vanishes on the {SPACING_MM} mm grid, "
-                f"expected a structure of more than {len(filled)} voxels of {image.spacing} mm"
-            )
-        return cls(fine, truncated_sdf(fine_mask), affine, low, box)
-
-    @classmethod
-    def read(cls, case: Case, structure: str, image: Volume | None = None) -> StructureGrid:
-        """`make` from a case's files; image: if it has been read already. Raises: DataError as `make`."""
-        image = case.load_image() if image is None else image
-        mask = case.load_mask(structure, image)
+    def read(cls, scan: Scan, structure: str) -> StructureGrid:
+        """The grid of a case's structure. Raises: DataError as `Scan.image`, `Scan.part` and `fine_grid`."""
+        part = scan.part(structure)
         try:
-            return cls.make(image, mask, case.modality, structure)
+            fine = fine_grid(scan.image, part, scan.limits(structure))
         except DataError as error:
-            raise DataError(f"{case.subject}: {structure}: {error}") from error
+            raise DataError(f"{scan.case.subject}: {structure}: {error}") from error
+        return cls(fine.image, truncated_sdf(fine.mask), fine.affine, fine.offset, fine.box)
 
     @classmethod
     def load(
-        cls, case: Case, structure: str, cache_dir: Path | None = None, image: Volume | None = None
+        cls,
+        case: Case,
+        structure: str,
+        cache_dir: Path | None = None,
+        scan: Scan | None = None,
+        keep: bool = True,
     ) -> StructureGrid:
         """`read`, cached in memory and, if `cache_dir` is given, on disk by a key of the files and the grid.
 
-        A damaged file is logged and recomputed. Raises: DataError as `read`.
+        scan: of the case, if it is open. keep: in memory. A damaged file is logged and recomputed. Raises: DataError as `read`.
         """
         path = grid_path(case, structure, cache_dir or Path())
-        compute = partial(cls.read, case, structure, image)
-        return load_entry(path, STORED, cls, compute, on_disk=cache_dir is not None)
+        compute = partial(cls.read, scan or Scan(case), structure)
+        return load_entry(path, STORED, cls, compute, on_disk=cache_dir is not None, keep=keep)
 
     def crop(self, start: Sequence[int]) -> tuple[Array, Array]:
         """Image and SDF of the 32³ region that starts at index `start` of the subject's fine grid."""

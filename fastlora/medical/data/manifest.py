@@ -49,11 +49,12 @@ def load_entry(
     make: Callable[..., Entry],
     compute: Callable[[], Entry],
     on_disk: bool = True,
+    keep: bool = True,
 ) -> Entry:
     """An entry from memory or its file; if it is in neither, or the file is damaged, computed.
 
     Then it is written if it has no usable file. A damaged file is logged. make: makes an entry from
-    the arrays of `layout` by name. on_disk: False neither reads nor writes the file.
+    the arrays of `layout` by name. on_disk: False neither reads nor writes the file. keep: in memory.
     """
     entry: Entry | None = MEMORY.pop(path.name, None)
     unwritten = on_disk and not path.is_file()
@@ -69,7 +70,8 @@ def load_entry(
         path.parent.mkdir(parents=True, exist_ok=True)
         # Atomic, because another process may be reading or writing the same entry.
         atomic_write(path, lambda file: np.savez(file, **vars(entry)))
-    MEMORY[path.name] = entry
+    if keep:
+        MEMORY[path.name] = entry
     while len(MEMORY) > 1 and _memory_bytes() > MEMORY_BYTES:
         del MEMORY[next(iter(MEMORY))]
     return entry

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import logging
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,13 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data.grids import SPACING_MM, StructureGrid, grid_path
 from fastlora.medical.data.manifest import Outcome, digest
+from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.slice_source import SliceConfig, cache_path, load_prepared
 from fastlora.medical.data.slices import slice_indices
-from fastlora.medical.data.splits import region_specs
-from fastlora.medical.data.volumes import Case, Volume
+from fastlora.medical.data.splits import regions_of
+from fastlora.medical.data.volumes import Case
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,55 +49,92 @@ class PreprocessConfig:
 def preprocess(
     cases: Sequence[Case], config: PreprocessConfig, num_workers: int = 0
 ) -> Iterator[Outcome]:
-    """Prepare all structures of the cases and yield an outcome for each; a case's image is read once.
+    """Prepare all structures of the cases and yield an outcome for each as soon as it is known.
 
-    Entries already in the cache are not recomputed, so an interrupted run can be continued; meshes
-    are recomputed unless slices are cached too.
+    A case's image and label maps are read once each, and not at all if the cache is complete, so an interrupted run can be
+    continued; meshes are recomputed unless slices are cached too. The log has a line with the times of each case.
 
     num_workers: processes, each working on one case at a time; 0 uses the calling process.
     Raises: ConfigError if it is negative; DataError at the first structure that cannot be used,
-    unless the config skips those.
+    unless the config skips those, or if a worker process dies.
     """
     if num_workers < 0:
         raise ConfigError(f"num_workers: expected 0 or more processes, got {num_workers}")
-    work = partial(_case_outcomes, config)
     if num_workers == 0:
         for case in cases:
-            yield from work(case)
+            yield from _outcomes(config, case, log.info)
         return
-    with ProcessPoolExecutor(num_workers) as pool:
-        for outcomes in pool.map(work, cases):
-            yield from outcomes
+    context = multiprocessing.get_context()
+    queue, stop = context.SimpleQueue(), context.Event()
+    with ProcessPoolExecutor(
+        num_workers, context, initializer=_start_worker, initargs=(queue, stop)
+    ) as pool:
+        waiting = {pool.submit(_work, config, case) for case in cases}
+        try:
+            while waiting or not queue.empty():
+                done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+                while not queue.empty():
+                    item = queue.get()
+                    if isinstance(item, Outcome):
+                        yield item
+                    else:
+                        log.info(item)
+                for future in done:
+                    future.result()  # raises what the worker raised
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"num_workers: a worker process of {num_workers} died, expected enough memory for a case in each (a smaller number needs less)"
+            ) from error
+        finally:
+            stop.set()  # the workers end after the current structure
+            pool.shutdown(cancel_futures=True)
 
 
-def _case_outcomes(config: PreprocessConfig, case: Case) -> list[Outcome]:
+_worker: dict[str, Any] = {}
+"""In a worker process: the queue to the parent, and the event that stops the work."""
+
+
+def _start_worker(queue: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets `stop`
+    _worker.update(queue=queue, stop=stop)
+
+
+def _work(config: PreprocessConfig, case: Case) -> None:
+    for outcome in _outcomes(config, case, _worker["queue"].put):
+        _worker["queue"].put(outcome)
+        if _worker["stop"].is_set():
+            return
+
+
+def _outcomes(
+    config: PreprocessConfig, case: Case, tell: Callable[[str], None]
+) -> Iterator[Outcome]:
     skipped = (DataError,) if config.skip_invalid else ()
-    try:
-        image = case.load_image()
-        image_digest = digest(case.image_path)
-    except skipped as error:
-        return [Outcome(case.subject, structure, str(error)) for structure in case.structures]
-    outcomes = []
+    scan, hashed = Scan(case), cache(digest)
     for structure in case.structures:
         try:
-            outcomes.append(_outcome(config, case, structure, image, image_digest))
+            with scan.watch.step("cache"):
+                outcome = _outcome(config, scan, structure, hashed)
         except skipped as error:
-            outcomes.append(Outcome(case.subject, structure, str(error)))
-    return outcomes
+            outcome = Outcome(case.subject, structure, str(error))
+        yield outcome
+    tell(f"{case.subject}: {scan.watch}")
 
 
 def _outcome(
-    config: PreprocessConfig, case: Case, structure: str, image: Volume, image_digest: str
+    config: PreprocessConfig, scan: Scan, structure: str, hashed: Callable[[Path], str]
 ) -> Outcome:
-    cache_dir = config.cache_dir
+    case, cache_dir = scan.case, config.cache_dir
     facts: dict[str, Any] = {}
-    grid = StructureGrid.load(case, structure, cache_dir, image)
-    regions = region_specs(case, structure, cache_dir=cache_dir)
+    with scan.watch.step("grids"):
+        grid = StructureGrid.load(case, structure, cache_dir, scan, keep=False)
+        regions = regions_of(grid, case, structure)
     files = [grid_path(case, structure, cache_dir)]
     mask_path = case.structures[structure].path
     if config.slices or config.meshes:
         entries = cache_dir if config.slices else None
-        prepared = load_prepared(case, structure, config.slice_config, entries, image)
+        with scan.watch.step("slices"):
+            prepared = load_prepared(case, structure, config.slice_config, entries, scan, False)
         if config.slices:
             files.append(cache_path(case, structure, config.slice_config, cache_dir))
             least = config.slice_config.min_area_px
@@ -104,12 +148,15 @@ def _outcome(
             files[-1].parent.mkdir(exist_ok=True)
             mesh = trimesh.Trimesh(prepared.vertices, prepared.faces, process=False)
             atomic_write(files[-1], mesh.export(file_type="ply"))
+    with scan.watch.step("checksums"):
+        sources = {str(path): hashed(path) for path in (case.image_path, mask_path)}
+        written = {str(file.relative_to(cache_dir)): digest(file) for file in files}
     return Outcome(
         case.subject,
         structure,
         volume_ml=float((grid.sdf_vox < 0).sum() * SPACING_MM**3 / 1000),
         regions=len(regions),
-        sources={str(case.image_path): image_digest, str(mask_path): digest(mask_path)},
-        files={str(file.relative_to(cache_dir)): digest(file) for file in files},
+        sources=sources,
+        files=written,
         **facts,
     )

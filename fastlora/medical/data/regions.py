@@ -76,7 +76,7 @@ def token_features(image: Array, coarse: Array, cells: NDArray[np.int64]) -> Arr
     padded = np.pad(image, CONTEXT, mode="edge")
     patches = np.lib.stride_tricks.sliding_window_view(padded, (PATCH, PATCH, PATCH))
     i, j, k = cells.T
-    patch = patches[i * CELL, j * CELL, k * CELL].reshape(len(cells), -1)
+    patch = patches[i * CELL, j * CELL, k * CELL].reshape(len(cells), PATCH**3)
     around = _neighbourhoods(coarse)[i, j, k]
     return np.concatenate([4 * (patch - 0.5), 2 * (around - 0.5)], axis=1).astype(np.float32)
 

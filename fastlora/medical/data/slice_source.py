@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from nibabel.affines import from_matvec, voxel_sizes
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.geometry import (
@@ -29,7 +28,8 @@ from fastlora.medical.data.geometry import (
     shifted,
 )
 from fastlora.medical.data.manifest import Layout, load_entry
-from fastlora.medical.data.volumes import Case, Volume, window
+from fastlora.medical.data.scan import Part, Scan
+from fastlora.medical.data.volumes import Case, Volume, windowed
 
 CACHE_VERSION = 2  # raise it when what `prepare` computes changes
 STORED: Layout = {
@@ -83,19 +83,18 @@ class Prepared:
     canonical_to_mm: FloatArray
 
 
-def prepare(
-    case: Case, structure: str, config: SliceConfig, image: Volume | None = None
-) -> Prepared:
+def prepare(case: Case, structure: str, config: SliceConfig, scan: Scan | None = None) -> Prepared:
     """Compute a structure's volumes and mesh from its files.
 
-    image: the case's image if it has been read already. Raises: DataError as `Case.load_image` and
-    `Case.load_mask`, or if the mask is empty at the config's spacing.
+    scan: of the case, if it is open. Raises: DataError as `Scan.image` and `Scan.part`, or if the mask is empty at the
+    config's spacing.
     """
-    image = case.load_image() if image is None else image
-    mask = case.load_mask(structure, image)
-    box = _box_around(mask, image.spacing, config)
-    pixels = window(image.array, case.modality, structure)[box]
-    mask = mask[box]
+    scan = Scan(case) if scan is None else scan
+    image, part = scan.image, scan.part(structure)
+    box = _box_around(part, image, config)
+    pixels = windowed(image.array[box], scan.limits(structure))
+    around = [(p.start - b.start, b.stop - p.stop) for p, b in zip(part.box, box, strict=True)]
+    mask = np.pad(part.mask, around)
     affine = shifted(image.affine, [side.start for side in box])
     if config.spacing is not None:
         target, shape = regrid(affine, pixels.shape, config.spacing)
@@ -115,14 +114,14 @@ def prepare(
     return Prepared(pixels, mask, sdf, affine, vertices, mesh.faces.astype(np.int64), cube, to_mm)
 
 
-def _box_around(mask: Mask, spacing: FloatArray, config: SliceConfig) -> tuple[slice, ...]:
-    """The mask's bounding box with its margin, at least crop_size wide, clipped to the image."""
+def _box_around(part: Part, image: Volume, config: SliceConfig) -> tuple[slice, ...]:
+    """The part's bounding box with its margin, at least crop_size wide, clipped to the image."""
     sides = []
-    for axis, extent in enumerate(ndimage.find_objects(mask.astype(np.uint8))[0]):
-        wanted = config.crop_size * (config.spacing or spacing[axis]) / spacing[axis]
-        grow = max(config.margin_mm / spacing[axis], (wanted - (extent.stop - extent.start)) / 2)
+    for extent, spacing, size in zip(part.box, image.spacing, image.shape, strict=True):
+        wanted = config.crop_size * (config.spacing or spacing) / spacing
+        grow = max(config.margin_mm / spacing, (wanted - (extent.stop - extent.start)) / 2)
         grow = int(np.ceil(grow))
-        sides.append(slice(max(extent.start - grow, 0), min(extent.stop + grow, mask.shape[axis])))
+        sides.append(slice(max(extent.start - grow, 0), min(extent.stop + grow, size)))
     return tuple(sides)
 
 
@@ -138,12 +137,13 @@ def load_prepared(
     structure: str,
     config: SliceConfig,
     cache_dir: Path | None = None,
-    image: Volume | None = None,
+    scan: Scan | None = None,
+    keep: bool = True,
 ) -> Prepared:
     """`prepare`, cached in memory and, if `cache_dir` is given, on disk; see `load_entry`."""
     path = cache_path(case, structure, config, cache_dir or Path())
-    compute = partial(prepare, case, structure, config, image)
-    return load_entry(path, STORED, Prepared, compute, on_disk=cache_dir is not None)
+    compute = partial(prepare, case, structure, config, scan)
+    return load_entry(path, STORED, Prepared, compute, on_disk=cache_dir is not None, keep=keep)
 
 
 def to_canonical(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError, nearest
 from fastlora.medical.data.grids import FINE, SPACING_MM, StructureGrid
+from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.volumes import Case, with_structures
 
 Index = tuple[int, ...]
@@ -113,14 +114,25 @@ class RegionSpec:
 
 
 def region_specs(
-    case: Case, structure: str, box_mm: Box | None = None, cache_dir: Path | None = None
+    case: Case,
+    structure: str,
+    box_mm: Box | None = None,
+    cache_dir: Path | None = None,
+    scan: Scan | None = None,
 ) -> list[RegionSpec]:
     """Evenly spaced regions that cover a structure, or what of it lies within `box_mm`.
 
-    Raises: DataError if no region contains enough of the structure, or if a box is given and the
-    volume is oblique.
+    cache_dir, scan: as in `StructureGrid.load`. Raises: DataError as it, if no region contains enough of the structure, or if a
+    box is given and the volume is oblique.
     """
-    grid = StructureGrid.load(case, structure, cache_dir)
+    grid = StructureGrid.load(case, structure, cache_dir, scan)
+    return regions_of(grid, case, structure, box_mm)
+
+
+def regions_of(
+    grid: StructureGrid, case: Case, structure: str, box_mm: Box | None = None
+) -> list[RegionSpec]:
+    """`region_specs` of a structure whose grid is at hand."""
     low, high = grid.offset.copy(), grid.offset + grid.image.shape  # regions lie in [low, high)
     box = grid.box.copy()
     if box_mm is not None:
@@ -204,9 +216,10 @@ def make_splits(
     else:
         raise ConfigError(f"split: expected one of {sorted(SPLIT_NOTES)}, got {split!r}")
     for case in cases:
+        scan = Scan(case)
         for structure in sorted(case.structures):
             for subset, box in assign(case, structure).items():
-                subsets[subset] += region_specs(case, structure, box, cache)
+                subsets[subset] += region_specs(case, structure, box, cache, scan)
     if split == "file" and not subsets["test"]:
         del subsets["test"]
     for name, specs in subsets.items():

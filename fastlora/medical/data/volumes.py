@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -48,6 +48,10 @@ _UNREADABLE = (
 )
 
 Modality = Literal["ct", "mr", "grey"]
+Limits = tuple[float, float]
+"""The values that a window maps to 0 and 1."""
+
+Found = TypeVar("Found")
 
 # Hounsfield windows by tissue; words in a structure's name select the tissue, by default soft.
 CT_WINDOWS = {"soft": (-160.0, 240.0), "bone": (-500.0, 1300.0), "lung": (-1350.0, 150.0)}
@@ -97,7 +101,7 @@ class Case:
     """One image of one subject with its structures' masks, as paths; nothing is read yet.
 
     image_path: a NIfTI file, or a folder with a DICOM series. component: the channel of a 4-D file, or
-    the UID of a series in the folder; None if there is only one.
+    the UID of a series in the folder; None if there is only one. spacing: three mm, only for PNG (see `load_png`).
     """
 
     subject: str
@@ -106,9 +110,12 @@ class Case:
     structures: dict[str, Source]
     split: str | None = None
     component: int | str | None = None
+    spacing: Sequence[float] | None = None
 
     def load_image(self) -> Volume:
         """The image, float32. Raises: DataError as `load_volume`."""
+        if self.spacing is not None:
+            return load_png(self.image_path, self.spacing)
         return load_volume(self.image_path, self.component)
 
     def source(self, structure: str) -> Source:
@@ -157,19 +164,33 @@ def load_mask(source: Source, image: Volume, name: str = "the image") -> Mask:
             raise DataError(f"{source.path}: expected a segment's number, got {source.label}")
         mask = dicom.read_segment(source.path, source.label, image.affine, image.shape)
     else:
-        spacing = source.spacing
-        labels = load_png(source.path, spacing) if spacing else load_labels(source.path)
-        if labels.shape != image.shape:
-            raise DataError(
-                f"{source.path}: expected the shape of {name}, {image.shape}, got {labels.shape}"
-            )
-        if not same_grid(labels.affine, image.affine, image.shape):
-            raise DataError(
-                f"{source.path}: expected the affine of {name}, "
-                f"{image.affine.round(4).tolist()}, got {labels.affine.round(4).tolist()}"
-            )
-        mask = labels.array != 0 if source.label is None else np.isin(labels.array, source.label)
-    if not mask.any():
+        labels = load_on_grid(source, image, name)
+        mask = labels != 0 if source.label is None else np.isin(labels, source.label)
+    return check_not_empty(mask if mask.any() else None, source)
+
+
+def load_on_grid(source: Source, image: Volume, name: str) -> NDArray[Any]:
+    """The values (X, Y, Z) of a mask's file other than DICOM. name: of the image, for errors.
+
+    Raises: DataError if the file is unreadable or not on the image's grid.
+    """
+    spacing = source.spacing
+    labels = load_png(source.path, spacing) if spacing else load_labels(source.path)
+    if labels.shape != image.shape:
+        raise DataError(
+            f"{source.path}: expected the shape of {name}, {image.shape}, got {labels.shape}"
+        )
+    if not same_grid(labels.affine, image.affine, image.shape):
+        raise DataError(
+            f"{source.path}: expected the affine of {name}, "
+            f"{image.affine.round(4).tolist()}, got {labels.affine.round(4).tolist()}"
+        )
+    return labels.array
+
+
+def check_not_empty(mask: Found | None, source: Source) -> Found:
+    """The mask itself. Raises: DataError if there is none."""
+    if mask is None:
         of_label = "" if source.label is None else f" of label {source.label}"
         raise DataError(f"{source.path}: expected at least one voxel{of_label}, got an empty mask")
     return mask
@@ -349,23 +370,36 @@ def save_volume(
 def window(image: NDArray[np.floating], modality: str, structure: str = "") -> Array:
     """Intensities clipped to a window and scaled to [0, 1], float32.
 
+    image, modality, structure, raises: as `window_limits`.
+    """
+    return windowed(image, window_limits(image, modality, structure))
+
+
+def window_limits(image: NDArray[np.floating], modality: str, structure: str = "") -> Limits:
+    """The values that a window maps to 0 and 1.
+
     image: the complete volume, since the window of MR is its 0.5 and 99.5 percentiles. modality:
     "ct" (Hounsfield units; the window is that of the structure's `tissue_of`), "mr", or "grey" (in
     [0, 1] already).
     Raises: ConfigError if the modality is unknown; DataError if an MR image has no contrast.
     """
     if modality == "ct":
-        low, high = CT_WINDOWS[tissue_of(structure)]
-    elif modality == "mr":
-        low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
-        if not high > low:
-            raise DataError(
-                f"image: expected an MR image with contrast, got {low:g} at both percentiles"
-            )
-    elif modality == "grey":
-        low, high = 0.0, 1.0
-    else:
+        return CT_WINDOWS[tissue_of(structure)]
+    if modality == "grey":
+        return 0.0, 1.0
+    if modality != "mr":
         raise ConfigError(f"modality: expected 'ct', 'mr' or 'grey', got {modality!r}")
+    low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
+    if not high > low:
+        raise DataError(
+            f"image: expected an MR image with contrast, got {low:g} at both percentiles"
+        )
+    return low, high
+
+
+def windowed(image: NDArray[np.floating], limits: Limits) -> Array:
+    """Intensities of any part of an image, clipped to the limits and scaled to [0, 1], float32."""
+    low, high = limits
     scaled = (np.asarray(image, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     clipped: Array = np.clip(scaled, 0.0, 1.0)
     return clipped

@@ -25,7 +25,8 @@ from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
 
 from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes, zero_level
-from fastlora.medical.data.volumes import Volume
+from fastlora.medical.data.scan import Part
+from fastlora.medical.data.volumes import Limits, Volume, windowed
 from fastlora.medical.evaluation.evaluate import LABELS, Run
 from fastlora.medical.evaluation.results import distance_to_truth
 from fastlora.medical.evaluation.tables import Content, words
@@ -158,21 +159,26 @@ def slice_picture(image: Array, fields: Mapping[str, Array], affine: FloatArray)
     return png_bytes(figure)
 
 
-def overlay_picture(image: Volume, grey: Array, mask: Mask, mesh: trimesh.Trimesh) -> bytes:
+def overlay_picture(image: Volume, limits: Limits, part: Part, mesh: trimesh.Trimesh) -> bytes:
     """PNG: outlines of the mask and of the mesh on three slices of the image, then the mesh in 3-D.
 
-    image: defines the grid. grey: (X, Y, Z) its windowed voxels in [0, 1]. mask: (X, Y, Z). mesh:
+    image: defines the grid. limits: of its window. part: the mask. mesh:
     RAS mm; it is mapped by the image's affine, so that a misplaced mesh is visible.
     """
     figure = Figure(figsize=(13.0, 3.6), dpi=100, layout="constrained")
     in_index = apply_affine(np.linalg.inv(image.affine), mesh.vertices)
     in_mm = trimesh.Trimesh(in_index * image.spacing, mesh.faces, process=False)
-    signed = np.where(mask, np.int8(-1), np.int8(1))  # like distances: zero half way between voxels
     for n, (plane, (axis, across, up)) in enumerate(PLANES.items(), 1):
         ax = figure.add_subplot(1, 4, n)
-        index = largest_slice(mask, axis)
-        draw_grey(ax, grey, image.affine, plane, index)
-        draw_outline(ax, signed, image.affine, plane, index, MASK)
+        row = largest_slice(part.mask, axis)
+        index = part.start[axis] + row
+        slab = tuple(slice(index, index + 1) if a == axis else slice(None) for a in range(3))
+        grey = windowed(image.array[slab], limits)
+        signed = np.ones(grey.shape, np.int8)  # like distances: zero half way between voxels
+        inside = tuple(slice(0, 1) if a == axis else part.box[a] for a in range(3))
+        signed[inside][part.mask.take([row], axis)] = -1
+        draw_grey(ax, grey, image.affine, plane, 0)
+        draw_outline(ax, signed, image.affine, plane, 0, MASK)
         normal = np.eye(3)[axis]
         origin = normal * image.spacing * index + 1e-6  # so that no vertex lies in the plane
         cut = trimesh.intersections.mesh_plane(in_mm, normal, origin)[:, :, [across, up]]

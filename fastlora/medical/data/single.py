@@ -1,0 +1,147 @@
+"""A case that is named by its files: one image, and a mask or a label map of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fastlora.errors import ConfigError, DataError
+from fastlora.files import read_json
+from fastlora.medical.data import dicom
+from fastlora.medical.data.layouts import (
+    DICOM_MODALITIES,
+    IMAGE_NAMES,
+    NIFTI_ENDINGS,
+    structure_name,
+)
+from fastlora.medical.data.scan import Scan
+from fastlora.medical.data.volumes import Case, Modality, Source
+
+
+def open_files(
+    image_path: Path,
+    mask_path: Path,
+    *,
+    modality: Modality | None = None,
+    structure: str | None = None,
+    label: int | None = None,
+    every_label: bool = False,
+    names: Mapping[int, str] | None = None,
+    spacing: Sequence[float] | None = None,
+    channel: int | None = None,
+    subject: str | None = None,
+) -> Scan:
+    """The case of an image and its mask, each PNG (one, or a folder as a stack), NIfTI or DICOM.
+
+    modality: needed for a NIfTI file whose name does not state it. structure: its name, which selects the
+    CT intensity window; default: that of the label, or the mask's file name. label: of a label map with several values, or
+    of a SEG with several segments. every_label: all of them, each a structure. names: of labels, as `read_label_names`;
+    default: those of a SEG, otherwise `label_1`, …. spacing: three mm, for PNG (see `load_png`). channel: of a 4-D image.
+    subject: its name; default: the image's file name.
+
+    Raises: DataError if a file cannot be used or they are not on one grid; ConfigError if an argument
+        is needed and missing, or has no effect.
+    """
+    pngs = [path for path in (image_path, mask_path) if _is_png(path)]
+    if bool(pngs) != (spacing is not None):
+        raise ConfigError(
+            "spacing: expected three lengths in mm for PNG, and none for other formats; "
+            f"got {spacing} with {image_path.name} and {mask_path.name}"
+        )
+    if every_label and (label is not None or structure is not None):
+        raise ConfigError("all: expected neither label nor structure with it, got one")
+    if _is_png(mask_path) and (label is not None or every_label):
+        raise ConfigError(
+            f"label: expected none, since {mask_path} is PNG, whose pixels above 0 are the structure, got {label}"
+        )
+    grey = _is_png(image_path)
+    if grey and modality is not None:
+        raise ConfigError(f"modality: expected none, since {image_path} is PNG, got {modality}")
+    kind: Modality = "grey" if grey else modality or _modality(image_path)
+    case = Case(subject or stem(image_path), kind, image_path, {}, None, channel)
+    scan = Scan(replace(case, spacing=spacing) if grey else case)
+    source = Source(mask_path, label, spacing if _is_png(mask_path) else None)
+    found = _names_of(scan, source)
+    if not every_label and label is None and len(found) > 1:
+        raise ConfigError(
+            f"label: expected one of the values of {mask_path}, {list(found)}, or --all for each of them, got none"
+        )
+    titles = {n: (names or {}).get(n) or found[n] or f"label_{n}" for n in found}
+    if every_label:
+        structures = {name: replace(source, label=n) for n, name in _distinct(titles).items()}
+    else:
+        only = label if label is not None else next(iter(found), None)
+        named = (names or {}).get(only or 0) or found.get(only or 0)
+        name = structure or (structure_name(named) if named else structure_name(stem(mask_path)))
+        structures = {name: replace(source, label=only) if dicom.is_dicom(mask_path) else source}
+    scan.case = replace(scan.case, structures=structures)
+    return scan
+
+
+def _names_of(scan: Scan, source: Source) -> dict[int, str | None]:
+    """The labels of a mask's file, with their names if it has some; none for PNG."""
+    if source.spacing is not None:
+        return {}
+    if dicom.is_dicom(source.path):
+        return dict(dicom.read_segmentation(source.path).segments)
+    return dict.fromkeys(scan.labels(source).boxes)
+
+
+def _distinct(titles: Mapping[int, str]) -> dict[int, str]:
+    """The structure's name of each label; names that are equal get the label's number."""
+    plain = {n: structure_name(title) or f"label_{n}" for n, title in titles.items()}
+    count = list(plain.values())
+    return {n: name if count.count(name) == 1 else f"{name}_{n}" for n, name in plain.items()}
+
+
+def read_label_names(path: Path) -> dict[int, str]:
+    """Value → name of the labels in a file.
+
+    JSON: an object of values and names, either way round, or with one under `labels` (nnU-Net's dataset.json). Text: a line for each
+    label that begins with its value, then its name, as 3D Slicer and FreeSurfer write them, or ends with its name in quotes, as
+    ITK-SNAP does; other lines are ignored.
+    Raises: DataError if the file is unreadable, or names no label.
+    """
+    try:
+        if path.suffix.lower() == ".json":
+            content = read_json(path)
+            table = content.get("labels", content) if isinstance(content, dict) else {}
+            pairs = [(n, name) if isinstance(name, str) else (name, n) for n, name in table.items()]
+            found = {int(n): str(name) for n, name in pairs}
+        else:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            matches = filter(None, (_LABEL_LINE.match(line) for line in lines))
+            found = {int(m["value"]): m["quoted"] or m["name"] for m in matches}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: expected the names of labels, got {error}") from error
+    found.pop(0, None)
+    if not found:
+        raise DataError(f"{path}: expected lines of a label's value and its name, got none")
+    return found
+
+
+_LABEL_LINE = re.compile(
+    r'\s*(?P<value>\d+)(?:[\s,]+[\d.]+)*[\s,]+(?:"(?P<quoted>[^"]+)"|(?P<name>[^\s\d",][^\s",]*))'
+)
+
+
+def stem(path: Path) -> str:
+    """A file's name without its extension; `.nii.gz` counts as one."""
+    ending = path.suffix if path.is_file() else ""
+    return path.name.removesuffix(next(filter(path.name.endswith, NIFTI_ENDINGS), ending))
+
+
+def _is_png(path: Path) -> bool:
+    return any(path.glob("*.png")) if path.is_dir() else path.suffix.lower() == ".png"
+
+
+def _modality(path: Path) -> Modality:
+    if path.is_dir() or dicom.is_dicom(path):
+        kinds = {s.modality for s in dicom.list_series(path) if s.modality in DICOM_MODALITIES}
+        if len(kinds) == 1:
+            return DICOM_MODALITIES[kinds.pop()]
+    elif path.name in IMAGE_NAMES:
+        return IMAGE_NAMES[path.name]
+    raise ConfigError(f"modality: expected ct or mr, since {path} does not state it, got none")
