@@ -70,12 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="regions per batch (default: %(default)s)",
     )
-    _add_inputs(parser)
+    _add_files(parser)
+    _add_data_set(parser)
     _add_output(parser)
     return parser
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
+def _add_files(parser: argparse.ArgumentParser) -> None:
     one = parser.add_argument_group("one image")
     one.add_argument(
         "--image",
@@ -123,6 +124,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="first part of the files' names (default: the image's file name)",
     )
+
+
+def _add_data_set(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group("a data set, in any layout of docs/quickstart_training.md")
     many.add_argument("--data_root", type=Path, metavar="DIR", help="folder of the data set")
     many.add_argument(

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
@@ -49,7 +49,7 @@ class PreprocessConfig:
 def preprocess(
     cases: Sequence[Case], config: PreprocessConfig, num_workers: int = 0
 ) -> Iterator[Outcome]:
-    """Prepare all structures of the cases and yield an outcome for each as soon as it is known.
+    """Prepare all structures of the cases and yield an outcome for each, in order and as soon as it is known.
 
     A case's image and label maps are read once each, and not at all if the cache is complete, so an interrupted run can be
     continued; meshes are recomputed unless slices are cached too. The log has a line with the times of each case.
@@ -66,28 +66,40 @@ def preprocess(
         return
     context = multiprocessing.get_context()
     queue, stop = context.SimpleQueue(), context.Event()
+    ready: dict[int, list[Outcome | str]] = {number: [] for number in range(len(cases))}
     with ProcessPoolExecutor(
         num_workers, context, initializer=_start_worker, initargs=(queue, stop)
     ) as pool:
-        waiting = {pool.submit(_work, config, case) for case in cases}
+        futures = [pool.submit(_work, config, number, case) for number, case in enumerate(cases)]
         try:
-            while waiting or not queue.empty():
-                done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
-                while not queue.empty():
-                    item = queue.get()
-                    if isinstance(item, Outcome):
-                        yield item
-                    else:
-                        log.info(item)
-                for future in done:
-                    future.result()  # raises what the worker raised
+            for number, future in enumerate(futures):
+                finished = False
+                while not finished:
+                    finished = bool(wait([future], timeout=0.1).done)
+                    while not queue.empty():
+                        of, item = queue.get()
+                        ready[of].append(item)
+                    yield from _told(ready[number])
+                future.result()  # raises what the worker raised
         except BrokenProcessPool as error:
             raise DataError(
-                f"num_workers: a worker process of {num_workers} died, expected enough memory for a case in each (a smaller number needs less)"
+                f"num_workers: one of {num_workers} processes died; expected enough memory for a case in each (fewer need less)"
             ) from error
         finally:
             stop.set()  # the workers end after the current structure
+            while not queue.empty():
+                queue.get()
             pool.shutdown(cancel_futures=True)
+
+
+def _told(items: list[Outcome | str]) -> Iterator[Outcome]:
+    """Removes the items, logs the lines, and yields the outcomes."""
+    while items:
+        item = items.pop(0)
+        if isinstance(item, Outcome):
+            yield item
+        else:
+            log.info(item)
 
 
 _worker: dict[str, Any] = {}
@@ -99,10 +111,11 @@ def _start_worker(queue: Any, stop: Any) -> None:
     _worker.update(queue=queue, stop=stop)
 
 
-def _work(config: PreprocessConfig, case: Case) -> None:
-    for outcome in _outcomes(config, case, _worker["queue"].put):
-        _worker["queue"].put(outcome)
-        if _worker["stop"].is_set():
+def _work(config: PreprocessConfig, number: int, case: Case) -> None:
+    queue, stop = _worker["queue"], _worker["stop"]
+    for outcome in _outcomes(config, case, lambda line: queue.put((number, line))):
+        queue.put((number, outcome))
+        if stop.is_set():
             return
 
 

@@ -27,6 +27,7 @@ from fastlora.medical.data.regions import (
     token_features,
     upsample_coarse,
 )
+from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.splits import (
     SPLIT_NOTES,
     check_no_leak,
@@ -231,7 +232,7 @@ def test_collate_joins_tokens_and_stacks_the_rest(ball: Case) -> None:
 
 def test_the_disk_cache_gives_the_same_and_follows_the_files(ball: Case, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    fresh = grids.StructureGrid.read(ball, "liver")
+    fresh = grids.StructureGrid.read(Scan(ball), "liver")
     manifest.MEMORY.clear()
     grids.StructureGrid.load(ball, "liver", cache)
     assert len(list(cache.glob("*.npz"))) == 1
