@@ -44,6 +44,9 @@ def open_files(
     Raises: DataError if a file cannot be used or they are not on one grid; ConfigError if an argument
         is needed and missing, or has no effect.
     """
+    for path in (image_path, mask_path):
+        if not path.exists():
+            raise DataError(f"{path}: expected a file or a folder, got nothing at that path")
     pngs = [path for path in (image_path, mask_path) if _is_png(path)]
     if bool(pngs) != (spacing is not None):
         raise ConfigError(
@@ -108,7 +111,7 @@ def read_label_names(path: Path) -> dict[int, str]:
         if path.suffix.lower() == ".json":
             content = read_json(path)
             table = content.get("labels", content) if isinstance(content, dict) else {}
-            pairs = [(n, name) if isinstance(name, str) else (name, n) for n, name in table.items()]
+            pairs = [(a, b) if str(a).isdecimal() else (b, a) for a, b in table.items()]
             found = {int(n): str(name) for n, name in pairs}
         else:
             lines = path.read_text(encoding="utf-8-sig").splitlines()

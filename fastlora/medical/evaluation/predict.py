@@ -30,6 +30,8 @@ from fastlora.medical.training.finetuned import predict
 STRIDE = FINE // 2  # so that neighbouring regions overlap by at least half
 LOW_DICE = 0.7
 """A prediction whose overlap with its mask is smaller gets a warning."""
+SMALLEST_MM = (9, 6)
+"""Diameters of a ball and of a tube that the packaged base still predicts at a Dice of 0.8; sheets may be 3 mm thin."""
 
 Key = TypeVar("Key")
 _TENT = np.minimum(np.arange(FINE) + 0.5, FINE - np.arange(FINE) - 0.5).astype(np.float32)
@@ -93,17 +95,18 @@ def _surface(field: Array, grid: FineGrid) -> trimesh.Trimesh:
         )
     if not (field < 0).any():
         raise DataError(
-            f"prediction: expected a surface, got an empty one: {too_thin()} (the mask has "
-            f"{np.count_nonzero(grid.mask) * SPACING_MM**3 / 1000:.3g} ml)"
+            "prediction: expected a surface, got an empty one of a mask of "
+            f"{np.count_nonzero(grid.mask) * SPACING_MM**3 / 1000:.2g} ml: {too_small()}"
         )
     return mesh_from_sdf(field, grid.affine)
 
 
-def too_thin() -> str:
-    """What a small or thin structure suffers from, as the second half of a sentence."""
+def too_small() -> str:
+    """What a small structure suffers from, as the second half of a sentence."""
+    ball, tube = SMALLEST_MM
     return (
-        f"structures less than about {2 * CELL * SPACING_MM:g} mm thick vanish in part or whole, since "
-        f"the input is averaged over cells of {CELL * SPACING_MM:g} mm"
+        f"the input is averaged over cells of {CELL * SPACING_MM:g} mm, so compact structures below about {ball} mm and tubes below "
+        f"about {tube} mm in diameter shrink or vanish"
     )
 
 
@@ -137,7 +140,7 @@ def surface_facts(mesh: trimesh.Trimesh, image: Volume, part: Part) -> dict[str,
     if dice < LOW_DICE:
         share = facts["volume_ml"] / facts["mask_volume_ml"]
         facts["warning"] = (
-            f"Dice with the mask {dice:.2f}, {share:.0%} of its volume: {too_thin()}; or the mask is not one of this structure"
+            f"Dice with the mask {dice:.2f}, {share:.0%} of its volume: {too_small()}"
         )
     return facts
 
