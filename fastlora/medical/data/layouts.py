@@ -16,11 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastlora.errors import DataError
 from fastlora.files import read_json
 from fastlora.medical.data import dicom
+from fastlora.medical.data.scan import LabelMap
 from fastlora.medical.data.volumes import Case, Modality, Source, load_labels
 
 log = logging.getLogger(__name__)
@@ -115,8 +114,8 @@ def _pair_case(folder: Path, modality: Modality, split: str | None) -> Case:
             f"{folder}: expected one *-image.nii.gz and one *-label.nii.gz, "
             f"got {len(images)} and {len(labels)}"
         )
-    values = np.unique(load_labels(labels[0]).array)
-    structures = {f"label_{value}": Source(labels[0], int(value)) for value in values if value != 0}
+    values = sorted(LabelMap(load_labels(labels[0]).array).boxes)
+    structures = {f"label_{value}": Source(labels[0], value) for value in values}
     if not structures:
         raise DataError(f"{labels[0]}: expected at least one label, got an empty label map")
     return Case(folder.name, modality, images[0], structures, split)

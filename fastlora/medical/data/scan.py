@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,10 +41,10 @@ class Part:
     @classmethod
     def of(cls, mask: Mask) -> Part:
         """The part of a mask (X, Y, Z) on the complete image. Raises: DataError if the mask is empty."""
-        found = ndimage.find_objects(mask.view(np.uint8))
-        if not found:
+        extent = _extent(mask)
+        if not mask[extent].size:
             raise DataError("mask: expected at least one voxel, got an empty mask")
-        return cls(mask[found[0]], tuple(side.start for side in found[0]))
+        return cls(mask[extent], tuple(side.start for side in extent))
 
     @property
     def box(self) -> Box:
@@ -52,20 +53,26 @@ class Part:
 
 
 class LabelMap:
-    """The labels (X, Y, Z) of an image's voxels, and the bounding box of each value other than 0."""
+    """The labels (X, Y, Z) of an image's voxels; `boxes` has each value other than 0."""
 
     def __init__(self, labels: NDArray[np.integer] | Mask) -> None:
-        high = int(labels.max())
-        if labels.min() < 0 or high > np.iinfo(np.uint16).max:
-            known, numbers = np.unique(labels, return_inverse=True)
-            found = ndimage.find_objects(numbers.reshape(labels.shape).astype(np.int32) + 1)
-            boxes = dict(zip(known.tolist(), found, strict=True))
-            boxes.pop(0, None)
-        else:
-            labels = labels.astype(np.min_scalar_type(high), copy=False)  # a quarter of the memory
-            boxes = {n: box for n, box in enumerate(ndimage.find_objects(labels), 1) if box}
-        self._labels = labels
-        self.boxes: dict[int, Box] = boxes
+        extent = _extent(labels)
+        filled = labels[extent]
+        boxes: dict[int, Box] = {}
+        if filled.size:
+            low, high = int(filled.min()), int(filled.max())
+            if low < 0 or high > np.iinfo(np.uint16).max:
+                known, numbers = np.unique(filled, return_inverse=True)
+                found = ndimage.find_objects(numbers.reshape(filled.shape).astype(np.int32) + 1)
+                boxes = dict(zip(known.tolist(), found, strict=True))
+                boxes.pop(0, None)
+            else:
+                # The smallest type takes the least memory, and C order makes the search fast.
+                filled = np.ascontiguousarray(filled, dtype=np.min_scalar_type(high))
+                boxes = {n: box for n, box in enumerate(ndimage.find_objects(filled), 1) if box}
+        self._labels = filled
+        self._first = tuple(side.start for side in extent)
+        self.boxes = boxes  # in the array of the labelled part
 
     def part(self, label: int | tuple[int, ...] | None) -> Part | None:
         """The voxels of a label, of one of several labels, or (None) of all; None if there are none."""
@@ -84,7 +91,17 @@ class LabelMap:
             mask = cut == wanted.pop()
         else:
             mask = np.isin(cut, list(wanted))
-        return Part(mask, tuple(side.start for side in box))
+        first = zip(self._first, box, strict=True)
+        return Part(mask, tuple(start + side.start for start, side in first))
+
+
+def _extent(values: NDArray[Any]) -> Box:
+    """The bounding box of the values other than 0; empty if there are none."""
+    sides = []
+    for axis in range(3):
+        found = np.flatnonzero(values.any(axis=tuple(a for a in range(3) if a != axis)))
+        sides.append(slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0))
+    return tuple(sides)
 
 
 class Scan:

@@ -66,7 +66,7 @@ MR_PERCENTILES = (0.5, 99.5)
 class Volume:
     """An image or a label map.
 
-    array: (X, Y, Z) in RAS order, float32 (image) or int32 (label map). affine: (4, 4) index to mm.
+    array: (X, Y, Z) in RAS order, float32 (image) or integers up to int32 (label map). affine: (4, 4) index to mm.
     """
 
     array: NDArray[Any]
@@ -241,13 +241,15 @@ def load_volume(path: str | os.PathLike[str], component: int | str | None = None
 
 
 def load_labels(path: str | os.PathLike[str]) -> Volume:
-    """Read a 3-D label map as int32 in RAS order.
+    """Read a 3-D label map as integers in RAS order: int32, or a smaller type of the file.
 
     Raises: DataError as `load_volume`, or if a value is not an integer.
     """
     path = Path(path)
     data, affine = _read(path)
     limits = np.iinfo(np.int32)
+    if np.can_cast(data.dtype, np.int32):
+        return Volume(data, affine)
     fits = np.isfinite(data).all() and limits.min <= data.min() and data.max() <= limits.max
     array = data.astype(np.int32) if fits else None
     if array is None or (array != data).any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
 from fastlora.medical.data.slice_source import SliceConfig
 from fastlora.medical.data.slices import TS_SAM3D_Dataset
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import load_volume, save_volume
+from fastlora.medical.data.volumes import Case, load_volume, save_volume
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_train_data
 from tests.support.paths import ROOT
@@ -322,3 +323,39 @@ def test_preprocess_yields_outcomes_and_raises(copy_of_data, tmp_path):
     usable, invalid = preprocess(selected, replace(config, skip_invalid=True))
     assert usable.problem is None and len(usable.slices) == 2 and usable.volume_ml > 0
     assert "empty mask" in invalid.problem and invalid.slices == ()
+
+
+def test_a_complete_cache_is_not_read_again(phantom, tmp_path, capsys, monkeypatch):
+    flags = ["--data_root", phantom, "--cache_dir", tmp_path / "c"]
+    code, first, _ = run(capsys, *flags)
+    assert (
+        code == 0 and "image " in first and "grids " in first
+    )  # a line with the times of each case
+    monkeypatch.setattr(Case, "load_image", lambda case: pytest.fail("read again"))
+    code, again, _ = run(capsys, *flags)
+    assert code == 0 and "image " not in again
+    rows = [[line for line in out.splitlines() if ":" not in line] for out in (first, again)]
+    assert rows[0] == rows[1]
+
+
+def _die(config, number, case):
+    os._exit(1)
+
+
+def test_a_worker_that_dies_is_one_line(phantom, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlora.medical.data.preprocess._work", _die)
+    with pytest.raises(
+        DataError, match="num_workers: one of 2 processes died; expected enough memory"
+    ):
+        list(preprocess(find_cases(phantom), PreprocessConfig(tmp_path / "c"), 2))
+
+
+def test_workers_stop_after_the_current_structure(phantom, tmp_path):
+    """A consumer that stops early, as after Ctrl-C, leaves no process and only complete entries."""
+    outcomes = preprocess(find_cases(phantom), PreprocessConfig(tmp_path / "c"), 2)
+    next(outcomes)
+    outcomes.close()
+    assert not multiprocessing.active_children()
+    for path in (tmp_path / "c").iterdir():
+        assert path.suffix == ".npz" and not path.name.startswith(".")
+        np.load(path).close()

@@ -261,7 +261,10 @@ def test_batch_mode_lists_what_it_skipped(home, tmp_path, capsys):
         (["--data_root", "x", "--label", "1"], "label: expected only with --image"),
         (["--data_root", "x", "--batch_size", "0"], "batch_size: expected >= 1, got 0"),
         (["--data_root", "nix"], "nix: expected a folder of cases"),
-        (["--image", "nix.nii.gz", "--mask", "m.nii.gz"], "nix.nii.gz: expected a file or a folder"),
+        (
+            ["--image", "nix.nii.gz", "--mask", "m.nii.gz"],
+            "nix.nii.gz: expected a file or a folder",
+        ),
         (["--data_root", "x", "--coordinates", "world"], "invalid choice: 'world'"),
         (["--checkpoint", "no", "--data_root", "x"], "no: no checkpoint 'best'"),
     ],
