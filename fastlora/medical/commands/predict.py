@@ -21,7 +21,8 @@ from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.single import open_files, read_label_names
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import Case, tissue_of
+from fastlora.medical.data.volumes import Case
+from fastlora.medical.data.windows import tissue_of
 from fastlora.medical.evaluation.mesh_files import SPACES, check_free, write_mesh, write_scene
 from fastlora.medical.evaluation.pictures import overlay_picture
 from fastlora.medical.evaluation.predict import Surface, predict_structures

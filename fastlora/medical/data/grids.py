@@ -23,7 +23,8 @@ from fastlora.medical.data.geometry import (
 )
 from fastlora.medical.data.manifest import Layout, load_entry
 from fastlora.medical.data.scan import Part, Scan
-from fastlora.medical.data.volumes import Case, Limits, Volume, windowed
+from fastlora.medical.data.volumes import Case, Volume
+from fastlora.medical.data.windows import Limits, windowed
 
 SPACING_MM = 1.5
 COARSE = 8

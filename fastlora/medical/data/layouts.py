@@ -20,7 +20,8 @@ from fastlora.errors import DataError
 from fastlora.files import read_json
 from fastlora.medical.data import dicom
 from fastlora.medical.data.scan import LabelMap
-from fastlora.medical.data.volumes import Case, Modality, Source, load_labels
+from fastlora.medical.data.volumes import Case, Source, load_labels
+from fastlora.medical.data.windows import Modality
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,13 @@ from fastlora.medical.data.geometry import Mask
 from fastlora.medical.data.stopwatch import Stopwatch
 from fastlora.medical.data.volumes import (
     Case,
-    Limits,
     Source,
     Volume,
     check_not_empty,
     load_mask,
     load_on_grid,
-    window_limits,
 )
+from fastlora.medical.data.windows import Limits, window_limits
 
 Box = tuple[slice, ...]
 

@@ -17,7 +17,8 @@ from fastlora.medical.data.layouts import (
     structure_name,
 )
 from fastlora.medical.data.scan import Scan
-from fastlora.medical.data.volumes import Case, Modality, Source
+from fastlora.medical.data.volumes import Case, Source
+from fastlora.medical.data.windows import Modality
 
 
 def open_files(

@@ -29,7 +29,8 @@ from fastlora.medical.data.geometry import (
 )
 from fastlora.medical.data.manifest import Layout, load_entry
 from fastlora.medical.data.scan import Part, Scan
-from fastlora.medical.data.volumes import Case, Volume, windowed
+from fastlora.medical.data.volumes import Case, Volume
+from fastlora.medical.data.windows import windowed
 
 CACHE_VERSION = 2  # raise it when what `prepare` computes changes
 STORED: Layout = {

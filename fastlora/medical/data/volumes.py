@@ -8,58 +8,29 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import math
 import os
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
-from nibabel.filebasedimages import ImageFileError
-from nibabel.orientations import OrientationError
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
-from fastlora.errors import ConfigError, DataError
+from fastlora.errors import DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data import dicom
-from fastlora.medical.data.dicom import reading
+from fastlora.medical.data.formats import from_array, read_nifti, read_png
 from fastlora.medical.data.geometry import (
-    MAX_VOXELS,
-    Array,
     FloatArray,
     Mask,
-    check_affine,
     check_spacing,
 )
-
-DEFLATE_RATIO = 1032  # the largest possible of a gzip file
-_UNREADABLE = (
-    *(ImageFileError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error),
-    *(OverflowError, MemoryError, SyntaxError, struct.error, Image.DecompressionBombError),
-    *(WrapStructError, HeaderDataError, OrientationError),
-)
-
-Modality = Literal["ct", "mr", "grey"]
-Limits = tuple[float, float]
-"""The values that a window maps to 0 and 1."""
+from fastlora.medical.data.windows import Modality
 
 Found = TypeVar("Found")
-
-# Hounsfield windows by tissue; words in a structure's name select the tissue, by default soft.
-CT_WINDOWS = {"soft": (-160.0, 240.0), "bone": (-500.0, 1300.0), "lung": (-1350.0, 150.0)}
-CT_WORDS = {
-    "bone": "vertebra rib bone skull sternum sacrum hip femur humerus scapula clavicula clavicle mandible",
-    "lung": "lung trachea airway bronchus",
-}
-MR_PERCENTILES = (0.5, 99.5)
 
 
 @dataclass(frozen=True)
@@ -228,9 +199,9 @@ def load_volume(path: str | os.PathLike[str], component: int | str | None = None
     path = Path(path)
     if path.is_dir() or dicom.is_dicom(path):
         stored, matrix = dicom.read_series(path, None if component is None else str(component))
-        data, affine = _from_array(stored, matrix, path)
+        data, affine = from_array(stored, matrix, path)
     else:
-        data, affine = _read(path, component)
+        data, affine = read_nifti(path, component)
     with np.errstate(over="ignore"):
         array = data.astype(np.float32)
     if bad := np.count_nonzero(~np.isfinite(array)):
@@ -246,7 +217,7 @@ def load_labels(path: str | os.PathLike[str]) -> Volume:
     Raises: DataError as `load_volume`, or if a value is not an integer.
     """
     path = Path(path)
-    data, affine = _read(path)
+    data, affine = read_nifti(path)
     limits = np.iinfo(np.int32)
     if np.can_cast(data.dtype, np.int32):
         return Volume(data, affine)
@@ -273,88 +244,13 @@ def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
     files = sorted(path.glob("*.png")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path}: expected PNG files, got none")
-    slices = [_read_png(file, len(files)) for file in files]
+    slices = [read_png(file, len(files)) for file in files]
     for file, grey in zip(files, slices, strict=True):
         if grey.shape != slices[0].shape:
             raise DataError(f"{file}: expected {slices[0].shape} pixels, got {grey.shape}")
     stack = np.stack([grey.T for grey in slices], axis=2)  # (columns, rows, slices)
     affine = np.diag([-steps[0], -steps[1], steps[2], 1.0])
-    return Volume(*_from_array(stack, affine, path))
-
-
-def _from_array(
-    array: NDArray[Any], affine: FloatArray, path: Path
-) -> tuple[NDArray[Any], FloatArray]:
-    """Voxels and affine of another format, reoriented to RAS. path: for errors."""
-    with reading(path, "a usable affine", _UNREADABLE):
-        return _canonical(nib.Nifti1Image(array, affine), path)
-
-
-def _read_png(path: Path, slices: int) -> Array:
-    """(rows, columns) in [0, 1]. slices: the number of files in the stack, for the size limit."""
-    # Unrestricted, Pillow opens any format, some of them through external programs.
-    opened = reading(path, "a readable PNG", _UNREADABLE)
-    with opened, Image.open(path, formats=("PNG",)) as picture:
-        if math.prod(picture.size) * slices > MAX_VOXELS:
-            raise ValueError(
-                f"{slices} of {picture.size} pixels; expected at most {MAX_VOXELS:,} in total"
-            )
-        pixels = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
-    if pixels.ndim == 3:
-        colours = pixels[..., :3] if pixels.shape[2] in (3, 4) else pixels[..., :1]
-        if (colours != colours[..., :1]).any():
-            raise DataError(f"{path}: expected a greyscale image, got a colour image")
-        pixels = colours[..., 0]
-    most = 1 if pixels.dtype == np.bool_ else 255 if pixels.dtype == np.uint8 else 65535
-    return pixels.astype(np.float32) / np.float32(most)
-
-
-def _read(path: Path, component: int | str | None = None) -> tuple[NDArray[np.generic], FloatArray]:
-    if not path.is_file():
-        raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
-    with reading(path, "a readable NIfTI file", _UNREADABLE):
-        stored = nib.load(path)
-        _check_size(path, stored)
-        return _canonical(stored, path, component)
-
-
-def _canonical(
-    image: Any, path: Path, component: int | str | None = None
-) -> tuple[NDArray[Any], FloatArray]:
-    """The voxels and the affine of a nibabel image in RAS order. path: for errors."""
-    if component is not None and len(image.shape) == 4:
-        if not (isinstance(component, int) and 0 <= component < image.shape[3]):
-            raise DataError(f"{path}: expected a channel below {image.shape[3]}, got {component}")
-        image = image.slicer[..., component]
-    image = nib.as_closest_canonical(image)
-    data = np.asanyarray(image.dataobj)
-    if data.ndim == 4 and data.shape[3] == 1:
-        data = data[..., 0]
-    if data.ndim != 3 or data.size == 0 or data.dtype.kind not in "iuf":
-        raise DataError(
-            f"{path}: expected a volume (X, Y, Z) of numbers, got {data.shape} {data.dtype}"
-        )
-    return data, check_affine(image.affine, f"affine of {path}")
-
-
-def _check_size(path: Path, image: Any) -> None:
-    """Check the size that the header declares, before anything is allocated.
-
-    Raises: ValueError if it exceeds the limit of a volume, or what the file can contain.
-    """
-    if not isinstance(image, nib.Nifti1Pair):  # base class of NIfTI-2 and of single files too
-        raise ValueError(f"the file holds a {type(image).__name__}")
-    shape = tuple(int(n) for n in image.shape)
-    voxels = math.prod(shape)
-    if min(shape, default=0) < 0 or voxels > MAX_VOXELS:
-        raise ValueError(f"expected at most {MAX_VOXELS:,} voxels, the header declares {shape}")
-    offset = image.dataobj.offset
-    declared = offset + voxels * image.get_data_dtype().itemsize
-    most = path.stat().st_size * (DEFLATE_RATIO if path.suffix.lower() == ".gz" else 1)
-    if offset < 0 or declared > most:
-        raise ValueError(
-            f"the header declares {declared:,} bytes, and the file holds at most {most:,}"
-        )
+    return Volume(*from_array(stack, affine, path))
 
 
 def save_volume(
@@ -367,50 +263,3 @@ def save_volume(
     data = nib.Nifti1Image(array, np.asarray(affine, dtype=np.float64)).to_bytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, gzip.compress(data, 1, mtime=0) if path.suffix == ".gz" else data)
-
-
-def window(image: NDArray[np.floating], modality: str, structure: str = "") -> Array:
-    """Intensities clipped to a window and scaled to [0, 1], float32.
-
-    image, modality, structure, raises: as `window_limits`.
-    """
-    return windowed(image, window_limits(image, modality, structure))
-
-
-def window_limits(image: NDArray[np.floating], modality: str, structure: str = "") -> Limits:
-    """The values that a window maps to 0 and 1.
-
-    image: the complete volume, since the window of MR is its 0.5 and 99.5 percentiles. modality:
-    "ct" (Hounsfield units; the window is that of the structure's `tissue_of`), "mr", or "grey" (in
-    [0, 1] already).
-    Raises: ConfigError if the modality is unknown; DataError if an MR image has no contrast.
-    """
-    if modality == "ct":
-        return CT_WINDOWS[tissue_of(structure)]
-    if modality == "grey":
-        return 0.0, 1.0
-    if modality != "mr":
-        raise ConfigError(f"modality: expected 'ct', 'mr' or 'grey', got {modality!r}")
-    low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
-    if not high > low:
-        raise DataError(
-            f"image: expected an MR image with contrast, got {low:g} at both percentiles"
-        )
-    return low, high
-
-
-def windowed(image: NDArray[np.floating], limits: Limits) -> Array:
-    """Intensities of any part of an image, clipped to the limits and scaled to [0, 1], float32."""
-    low, high = limits
-    scaled = (np.asarray(image, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
-    clipped: Array = np.clip(scaled, 0.0, 1.0)
-    return clipped
-
-
-def tissue_of(structure: str) -> str:
-    """The tissue whose CT window suits a structure: bone, lung or soft, by the words in its name.
-
-    Only whole words match (`rib_left_3`, `ribs`, `vertebrae_L1`): `hip` is not in `hippocampus`.
-    """
-    words = {word for part in structure.lower().split("_") for word in (part, part[:-1])}
-    return next((t for t, known in CT_WORDS.items() if words & set(known.split())), "soft")

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes, zero_level
 from fastlora.medical.data.scan import Part
-from fastlora.medical.data.volumes import Limits, Volume, windowed
+from fastlora.medical.data.volumes import Volume
+from fastlora.medical.data.windows import Limits, windowed
 from fastlora.medical.evaluation.evaluate import LABELS, Run
 from fastlora.medical.evaluation.results import distance_to_truth
 from fastlora.medical.evaluation.tables import Content, words

@@ -17,7 +17,8 @@ from fastlora.medical.data.manifest import usable_cases
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import RegionSpec, make_splits, select_structures
-from fastlora.medical.data.volumes import Case, Modality
+from fastlora.medical.data.volumes import Case
+from fastlora.medical.data.windows import Modality
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.distributed import Processes
 from fastlora.medical.training.faults import ignore_interrupts

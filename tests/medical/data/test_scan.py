@@ -16,7 +16,8 @@ from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.scan import LabelMap, Part, Scan
 from fastlora.medical.data.splits import make_splits
 from fastlora.medical.data.stopwatch import Stopwatch
-from fastlora.medical.data.volumes import Volume, save_volume, window, window_limits, windowed
+from fastlora.medical.data.volumes import Volume, save_volume
+from fastlora.medical.data.windows import window, window_limits, windowed
 
 
 def test_a_label_map_gives_the_voxels_of_each_label():

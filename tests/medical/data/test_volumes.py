@@ -19,8 +19,8 @@ from fastlora.medical.data.volumes import (
     load_volume,
     same_grid,
     save_volume,
-    window,
 )
+from fastlora.medical.data.windows import window
 from tests.medical.data.test_geometry import oblique
 
 

@@ -1,0 +1,71 @@
+"""Intensity windows: what values of an image become 0 and 1."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastlora.errors import ConfigError, DataError
+from fastlora.medical.data.geometry import Array
+
+Modality = Literal["ct", "mr", "grey"]
+Limits = tuple[float, float]
+"""The values that a window maps to 0 and 1."""
+
+
+# Hounsfield windows by tissue; words in a structure's name select the tissue, by default soft.
+CT_WINDOWS = {"soft": (-160.0, 240.0), "bone": (-500.0, 1300.0), "lung": (-1350.0, 150.0)}
+CT_WORDS = {
+    "bone": "vertebra rib bone skull sternum sacrum hip femur humerus scapula clavicula clavicle mandible",
+    "lung": "lung trachea airway bronchus",
+}
+MR_PERCENTILES = (0.5, 99.5)
+
+
+def window(image: NDArray[np.floating], modality: str, structure: str = "") -> Array:
+    """Intensities clipped to a window and scaled to [0, 1], float32.
+
+    image, modality, structure, raises: as `window_limits`.
+    """
+    return windowed(image, window_limits(image, modality, structure))
+
+
+def window_limits(image: NDArray[np.floating], modality: str, structure: str = "") -> Limits:
+    """The values that a window maps to 0 and 1.
+
+    image: the complete volume, since the window of MR is its 0.5 and 99.5 percentiles. modality:
+    "ct" (Hounsfield units; the window is that of the structure's `tissue_of`), "mr", or "grey" (in
+    [0, 1] already).
+    Raises: ConfigError if the modality is unknown; DataError if an MR image has no contrast.
+    """
+    if modality == "ct":
+        return CT_WINDOWS[tissue_of(structure)]
+    if modality == "grey":
+        return 0.0, 1.0
+    if modality != "mr":
+        raise ConfigError(f"modality: expected 'ct', 'mr' or 'grey', got {modality!r}")
+    low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
+    if not high > low:
+        raise DataError(
+            f"image: expected an MR image with contrast, got {low:g} at both percentiles"
+        )
+    return low, high
+
+
+def windowed(image: NDArray[np.floating], limits: Limits) -> Array:
+    """Intensities of any part of an image, clipped to the limits and scaled to [0, 1], float32."""
+    low, high = limits
+    scaled = (np.asarray(image, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    clipped: Array = np.clip(scaled, 0.0, 1.0)
+    return clipped
+
+
+def tissue_of(structure: str) -> str:
+    """The tissue whose CT window suits a structure: bone, lung or soft, by the words in its name.
+
+    Only whole words match (`rib_left_3`, `ribs`, `vertebrae_L1`): `hip` is not in `hippocampus`.
+    """
+    words = {word for part in structure.lower().split("_") for word in (part, part[:-1])}
+    return next((t for t, known in CT_WORDS.items() if words & set(known.split())), "soft")
