@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -25,6 +25,22 @@ class LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+
+
+def add_reading(group: Any) -> None:
+    """Add the flags that change how images and masks are read, as `TrainConfig` has them."""
+    group.add_argument(
+        "--intercept",
+        type=float,
+        metavar="X",
+        help="added to the values of CT images, if their files lack it, such as -1024; 0 takes values that are no Hounsfield units as they are",
+    )
+    group.add_argument(
+        "--grid_tolerance",
+        type=float,
+        metavar="MM",
+        help="largest distance in mm between a voxel of a mask and the image's (default: half a voxel)",
+    )
 
 
 def show_log() -> None:

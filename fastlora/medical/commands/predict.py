@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fastlora.errors import ConfigError, DataError, FastLoRAError
 from fastlora.files import atomic_write
-from fastlora.medical.console import Parser, show_log
+from fastlora.medical.console import Parser, add_reading, show_log
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.single import open_files, read_label_names
@@ -136,6 +136,7 @@ def _add_data_set(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="structures, or kinds of structures such as vertebra (default: all)",
     )
+    add_reading(parser)
     parser.add_argument(
         "--channel",
         type=int,
@@ -193,15 +194,18 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def open_scans(args: argparse.Namespace, problems: list[str]) -> list[Scan]:
     """The cases to predict. problems: receives one line for each case that cannot be used, with `--skip_invalid`."""
     if args.data_root is None:
-        keys = ("modality", "structure", "label", "spacing", "channel", "subject")
+        keys = ("modality", "structure", "label", "spacing", "channel", "subject", "intercept")
         options = {key: getattr(args, key) for key in keys}
         names = read_label_names(args.label_names) if args.label_names else None
-        return [open_files(args.image, args.mask, every_label=args.all, names=names, **options)]
+        options |= {"names": names, "tolerance_mm": args.grid_tolerance, "every_label": args.all}
+        return [open_files(args.image, args.mask, **options)]
     cases = find_cases(
         args.data_root,
         args.modality or "ct",
         problems if args.skip_invalid else None,
         args.channel or 0,
+        intercept=args.intercept,
+        tolerance_mm=args.grid_tolerance,
     )
     return [Scan(case) for case in select_structures(cases, args.classes)]
 
@@ -255,6 +259,10 @@ class Output:
         case, args, path = scan.case, self.args, self.paths[scan.case.subject, structure]
         source = case.structures[structure]
         facts = {"structure": structure, "modality": case.modality, **found.facts}
+        unit = f"mm in {args.coordinates.upper()}"
+        if not scan.image.oriented:
+            facts["orientation"] = "assumed, since the image's header states none"
+            unit += f", orientation {facts['orientation']}"
         if case.modality == "ct":
             facts["ct_window"] = tissue_of(structure)
         mask = {"mask": str(source.path.absolute()), "label": source.label}
@@ -275,7 +283,7 @@ class Output:
         )
         show(
             f"{path}: {facts['volume_ml']:.2f} ml, {facts['faces']} triangles, "
-            f"Dice with the mask {facts['dice_with_mask']:.3f}, mm in {args.coordinates.upper()}"
+            f"Dice with the mask {facts['dice_with_mask']:.3f}, {unit}"
         )
         if "warning" in facts:
             show(f"warning: {path.name}: {facts['warning']}")

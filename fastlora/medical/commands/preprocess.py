@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastlora.errors import FastLoRAError, FastLoRAWarning
-from fastlora.medical.console import show_log
+from fastlora.medical.console import add_reading, show_log
 from fastlora.medical.data.bundled import build_bundled
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import (
@@ -78,6 +78,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="number of the image channel, if dataset.json lists several (default: %(default)s)",
     )
+    add_reading(what)
     what.add_argument(
         "--classes",
         nargs="+",
@@ -158,7 +159,9 @@ def load_cases(args: argparse.Namespace, problems: list[str]) -> list[Case]:
     if args.data_root is None:
         return build_bundled(BUNDLED)
     return find_cases(
-        args.data_root, args.modality, problems if args.skip_invalid else None, args.channel
+        *(args.data_root, args.modality, problems if args.skip_invalid else None, args.channel),
+        intercept=args.intercept,
+        tolerance_mm=args.grid_tolerance,
     )
 
 

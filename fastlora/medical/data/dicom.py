@@ -6,6 +6,8 @@ DICOM's LPS to RAS.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import sqlite3
 import struct
 import zlib
@@ -21,8 +23,16 @@ import numpy as np
 from fastlora.errors import DataError
 from fastlora.medical.data.geometry import MAX_VOXELS, Array, FloatArray, Mask
 
+log = logging.getLogger(__name__)
+
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription")
+
+# Scanners and converters round orientation and position of each slice; both are far below a voxel.
+ORIENTATION_TOLERANCE = 1e-4
+"""Largest difference of a direction cosine between slices of one series."""
+POSITION_TOLERANCE_MM = 0.1
+"""Largest difference in mm of a slice's position from that of a regular series, in an image and in a SEG alike."""
 
 
 def unusable() -> tuple[type[Exception], ...]:
@@ -70,11 +80,22 @@ class Segmentation:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's magic bytes (after a preamble of 128 bytes)."""
+    """Whether a file has DICOM's magic bytes after a preamble of 128 bytes, or begins with an element of its first group."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        head = file.read(132)
+    return head[128:] == b"DICM" or _lacks_preamble(head)
+
+
+def _lacks_preamble(head: bytes) -> bool:
+    """Whether a file begins, without a preamble, with a plausible element of group 0002 or 0008, in little endian."""
+    group, element, length = head[:2], head[2:4], head[4:8]
+    if group not in (b"\x02\x00", b"\x08\x00") or len(head) < 132:
+        return False
+    explicit = length[:2].isalpha() and length[:2].isupper()
+    implicit = int.from_bytes(length, "little") <= 64
+    return int.from_bytes(element, "little") <= 0x70 and (explicit or implicit)
 
 
 def holds_dicom(folder: Path) -> bool:
@@ -89,12 +110,25 @@ def list_series(folder: Path) -> list[Series]:
     """
     _packages(folder)
     found: dict[str, Series] = {}
-    for path in filter(is_dicom, [folder] if folder.is_file() else sorted(folder.rglob("*"))):
+    others = []
+    for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
+        if not is_dicom(path):
+            if (
+                path.is_file()
+                and path.suffix.lower() in ("", ".dcm", ".ima")
+                and path.name[0] != "."
+            ):
+                others.append(path.name)
+            continue
         with reading(path, "a readable DICOM file", unusable()):
             header = _header(path, specific_tags=list(HEADER))
             uid, modality, description = (str(header.get(name, "")) for name in HEADER)
         if uid:  # a DICOMDIR has no series
             found.setdefault(uid, Series(uid, modality, description)).files.append(path)
+    if others and found:
+        log.warning(
+            "%s: %d files are not DICOM and are ignored, such as %s", folder, len(others), others[0]
+        )
     return [found[uid] for uid in sorted(found)]
 
 
@@ -116,14 +150,24 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[Array, FloatArray
     with reading(folder, expected, unusable()):
         for path in files:
             _check_size(_header(path), len(files))
+        datasets = [_read(path) for path in files]
+        # Without the presentation, which inverts MONOCHROME1: modality values, such as Hounsfield units.
+        options = {
+            "dtype": np.float32,
+            "apply_presentation_lut": False,
+            "atol": POSITION_TOLERANCE_MM,
+        }
         if len(files) == 1:
-            volume = highdicom.imread(files[0]).get_volume(dtype=np.float32)
+            volume = highdicom.Image.from_dataset(datasets[0], copy=False).get_volume(**options)
         else:
-            datasets = [pydicom.dcmread(path) for path in files]
-            volume = highdicom.get_volume_from_series(datasets, dtype=np.float32)
+            volume = highdicom.get_volume_from_series(
+                datasets, orientation_tol=ORIENTATION_TOLERANCE, **options
+            )
     if volume.array.ndim != 3:
         raise DataError(f"{folder}: expected grey values, got an array {volume.array.shape}")
-    return volume.array, LPS_TO_RAS @ volume.affine
+    # In MR only the contrast has a meaning, and in MONOCHROME1 the lowest value is the brightest.
+    inverted = datasets[0].PhotometricInterpretation == "MONOCHROME1" and series[0].modality != "CT"
+    return -volume.array if inverted else volume.array, LPS_TO_RAS @ volume.affine
 
 
 def read_segmentation(path: Path) -> Segmentation:
@@ -139,10 +183,13 @@ def read_segmentation(path: Path) -> Segmentation:
     return Segmentation(path, segments, refers_to)
 
 
-def read_segment(path: Path, number: int, affine: FloatArray, shape: Sequence[int]) -> Mask:
+def read_segment(
+    path: Path, number: int, affine: FloatArray, shape: Sequence[int], tolerance_mm: float
+) -> Mask:
     """One segment of a DICOM SEG on an image's grid, (X, Y, Z) bool; False where it has no voxels.
 
-    affine: (4, 4) index to RAS mm, of the image. A fractional segmentation is thresholded at ½.
+    affine: (4, 4) index to RAS mm, of the image. tolerance_mm: largest distance between a voxel of the segment and the image's
+    voxel. A fractional segmentation is thresholded at ½.
     Raises: DataError if there is no such segment, if its voxels do not coincide with the image's,
     or if part of it lies outside the image.
     """
@@ -154,29 +201,61 @@ def read_segment(path: Path, number: int, affine: FloatArray, shape: Sequence[in
     with reading(path, expected, unusable()):
         _check_size(_header(path), 1)
         # Segments may overlap: only one is read.
-        volume = highdicom.seg.segread(path).get_volume(
-            segment_numbers=[number], skip_overlap_checks=True, dtype=np.float32
+        dataset = _read(path)
+        volume = highdicom.seg.Segmentation.from_dataset(dataset, copy=False).get_volume(
+            segment_numbers=[number],
+            skip_overlap_checks=True,
+            dtype=np.float32,
+            atol=POSITION_TOLERANCE_MM,
         )
-        volume = volume.with_array(volume.array[..., 0])
-        like = highdicom.VolumeGeometry(LPS_TO_RAS @ affine, list(shape), "PATIENT")
-        placed: Mask = volume.match_geometry(like, tol=1e-3).array >= 0.5
-    lost = int((volume.array >= 0.5).sum()) - int(placed.sum())
-    if lost:
+        inside = volume.array[..., 0] >= 0.5
+        to_index = (
+            np.linalg.inv(affine) @ LPS_TO_RAS @ volume.affine
+        )  # of the segment → of the image
+        nearest = np.rint(to_index)
+        corners = np.array(
+            list(itertools.product(*((0, n - 1) for n in inside.shape))), dtype=float
+        )
+        off = corners @ (to_index - nearest)[:3, :3].T + (to_index - nearest)[:3, 3]
+        apart = float(np.linalg.norm(off @ affine[:3, :3].T, axis=1).max())
+        turn = np.abs(nearest[:3, :3])
+        if not (turn.sum(0) == 1).all() or not (turn.sum(1) == 1).all() or apart > tolerance_mm:
+            raise ValueError(f"its voxels lie up to {apart:.3g} mm from those of the image")
+    filled = np.argwhere(inside) @ nearest[:3, :3].T.astype(np.int64) + nearest[:3, 3].astype(
+        np.int64
+    )
+    within = ((filled >= 0) & (filled < shape)).all(axis=1)
+    if lost := int(np.count_nonzero(~within)):
         raise DataError(
             f"{path}: expected segment {number} within the image, got {lost} voxels outside it"
         )
+    placed: Mask = np.zeros(shape, dtype=bool)
+    placed[tuple(filled.T)] = True
     return placed
+
+
+def _read(path: Path) -> Any:
+    """A file with its pixels."""
+    pydicom, _ = _packages(path)
+    dataset = pydicom.dcmread(path, force=True)
+    if "TransferSyntaxUID" not in dataset.file_meta:  # a file without preamble has no meta group
+        explicit = not dataset.original_encoding[0]
+        syntaxes = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = syntaxes[explicit]
+    return dataset
 
 
 def _header(path: Path, **options: Any) -> Any:
     """The header. Raises: ValueError if it is compressed too, which hides the size of the file."""
     pydicom, _ = _packages(path)
-    meta = pydicom.filereader.read_file_meta_info(path)
-    if str(meta.get("TransferSyntaxUID", "")) == "1.2.840.10008.1.2.1.99":
-        raise ValueError(
-            "expected a transfer syntax other than Deflated Explicit VR, which hides its size"
-        )
-    return pydicom.dcmread(path, stop_before_pixels=True, **options)
+    with path.open("rb") as file:
+        if file.read(132)[128:] == b"DICM":
+            meta = pydicom.filereader.read_file_meta_info(path)
+            if str(meta.get("TransferSyntaxUID", "")) == "1.2.840.10008.1.2.1.99":
+                raise ValueError(
+                    "expected a transfer syntax other than Deflated Explicit VR, which hides its size"
+                )
+    return pydicom.dcmread(path, stop_before_pixels=True, force=True, **options)
 
 
 def _check_size(header: Any, files: int) -> None:

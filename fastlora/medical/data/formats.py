@@ -29,9 +29,14 @@ UNREADABLE = (
 )
 
 
-def from_array(
-    array: NDArray[Any], affine: FloatArray, path: Path
-) -> tuple[NDArray[Any], FloatArray]:
+Read = tuple[NDArray[Any], FloatArray, bool]
+"""Voxels (X, Y, Z), affine (4, 4) to mm, and whether the file states it."""
+
+UNIT_MM = {"meter": 1000.0, "micron": 0.001}
+"""Length in mm of the units that a NIfTI header may state; any other is mm."""
+
+
+def from_array(array: NDArray[Any], affine: FloatArray, path: Path) -> Read:
     """Voxels and affine of another format, reoriented to RAS. path: for errors."""
     with reading(path, "a usable affine", UNREADABLE):
         return canonical(nib.Nifti1Image(array, affine), path)
@@ -56,9 +61,8 @@ def read_png(path: Path, slices: int) -> Array:
     return pixels.astype(np.float32) / np.float32(most)
 
 
-def read_nifti(
-    path: Path, component: int | str | None = None
-) -> tuple[NDArray[np.generic], FloatArray]:
+def read_nifti(path: Path, component: int | str | None = None) -> Read:
+    """A NIfTI file. component: see `Case`. Raises: DataError if it cannot be read."""
     if not path.is_file():
         raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
     with reading(path, "a readable NIfTI file", UNREADABLE):
@@ -67,14 +71,17 @@ def read_nifti(
         return canonical(stored, path, component)
 
 
-def canonical(
-    image: Any, path: Path, component: int | str | None = None
-) -> tuple[NDArray[Any], FloatArray]:
+def canonical(image: Any, path: Path, component: int | str | None = None) -> Read:
     """The voxels and the affine of a nibabel image in RAS order. path: for errors."""
     if component is not None and len(image.shape) == 4:
         if not (isinstance(component, int) and 0 <= component < image.shape[3]):
             raise DataError(f"{path}: expected a channel below {image.shape[3]}, got {component}")
         image = image.slicer[..., component]
+    header = image.header
+    oriented, factor = True, 1.0
+    if isinstance(image, nib.Nifti1Pair):  # base class of NIfTI-2 and of single files too
+        oriented = bool(header["qform_code"] or header["sform_code"])
+        factor = UNIT_MM.get(header.get_xyzt_units()[0], 1.0)
     image = nib.as_closest_canonical(image)
     data = np.asanyarray(image.dataobj)
     if data.ndim == 4 and data.shape[3] == 1:
@@ -83,7 +90,9 @@ def canonical(
         raise DataError(
             f"{path}: expected a volume (X, Y, Z) of numbers, got {data.shape} {data.dtype}"
         )
-    return data, check_affine(image.affine, f"affine of {path}")
+    affine = image.affine.copy()
+    affine[:3] *= factor
+    return data, check_affine(affine, f"affine of {path}"), oriented
 
 
 def check_size(path: Path, image: Any) -> None:

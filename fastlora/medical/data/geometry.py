@@ -8,6 +8,8 @@ because distances are computed per axis.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import trimesh
 from nibabel.affines import apply_affine, from_matvec, voxel_sizes
@@ -198,7 +200,15 @@ def resample(
 
     volume: (X, Y, Z). order: 0 nearest, 1 linear, 3 cubic. cval: value outside the volume; None
     repeats the nearest border voxel.
+    Raises: DataError if the grid is too large for any volume.
     """
+    if math.prod(target_shape) > MAX_VOXELS:
+        sides = ", ".join(
+            f"{n * s:.3g}" for n, s in zip(target_shape, voxel_sizes(target_affine), strict=True)
+        )
+        raise DataError(
+            f"grid: expected at most {MAX_VOXELS:,} voxels, got {target_shape} of {sides} mm: does the affine map to mm?"
+        )
     to_source = np.linalg.inv(check_affine(affine)) @ check_affine(target_affine, "target_affine")
     sampled: Array = ndimage.affine_transform(
         np.asarray(volume, dtype=np.float32),

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ def find_cases(
     modality: Modality = "ct",
     problems: list[str] | None = None,
     channel: int = 0,
+    intercept: float | None = None,
+    tolerance_mm: float | None = None,
 ) -> list[Case]:
     """All cases below a folder, sorted by subject; its layout is logged.
 
     modality: of image/label pairs, whose names do not state it. channel: for images with several, its
-    number in `dataset.json`. problems: if given, a case that cannot be used is skipped and
+    number in `dataset.json`. intercept, tolerance_mm: see `Case`. problems: if given, a case that cannot be used is skipped and
     described there instead of raising.
     Raises: DataError if the folder is missing, has no case or an unreadable table, or if a case
     lacks image or masks.
@@ -61,7 +64,7 @@ def find_cases(
                 raise
             problems.append(str(error))
         else:
-            cases.append(case)
+            cases.append(replace(case, intercept=intercept, tolerance_mm=tolerance_mm))
             layouts[layout] += 1
     if not cases:
         raise DataError(

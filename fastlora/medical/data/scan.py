@@ -19,7 +19,6 @@ from fastlora.medical.data.volumes import (
     Source,
     Volume,
     check_not_empty,
-    load_mask,
     load_on_grid,
 )
 from fastlora.medical.data.windows import Limits, window_limits
@@ -148,7 +147,7 @@ class Scan:
             try:
                 image, name = self.image, self.case.image_path.name
                 with self.watch.step("masks"):
-                    values = load_on_grid(source, image, name)
+                    values = load_on_grid(source, image, name, self.case.tolerance_mm)
                     found = LabelMap(values != 0 if source.spacing else values)
             except DataError as error:
                 found = error
@@ -164,5 +163,5 @@ class Scan:
         if dicom.is_dicom(source.path):
             image = self.image
             with self.watch.step("masks"):
-                return Part.of(load_mask(source, image, self.case.image_path.name))
+                return Part.of(self.case.load_mask(structure, image))
         return check_not_empty(self.labels(source).part(source.label), source)

@@ -17,7 +17,7 @@ from fastlora.medical.data.layouts import (
     structure_name,
 )
 from fastlora.medical.data.scan import Scan
-from fastlora.medical.data.volumes import Case, Source
+from fastlora.medical.data.volumes import Case, Source, png_files, slice_numbers
 from fastlora.medical.data.windows import Modality
 
 
@@ -33,6 +33,8 @@ def open_files(
     spacing: Sequence[float] | None = None,
     channel: int | None = None,
     subject: str | None = None,
+    intercept: float | None = None,
+    tolerance_mm: float | None = None,
 ) -> Scan:
     """The case of an image and its mask, each PNG (one, or a folder as a stack), NIfTI or DICOM.
 
@@ -40,7 +42,7 @@ def open_files(
     CT intensity window; default: that of the label, or the mask's file name. label: of a label map with several values, or
     of a SEG with several segments. every_label: all of them, each a structure. names: of labels, as `read_label_names`;
     default: those of a SEG, otherwise `label_1`, …. spacing: three mm, for PNG (see `load_png`). channel: of a 4-D image.
-    subject: its name; default: the image's file name.
+    subject: its name; default: the image's file name. intercept, tolerance_mm: see `Case`.
 
     Raises: DataError if a file cannot be used or they are not on one grid; ConfigError if an argument
         is needed and missing, or has no effect.
@@ -64,24 +66,41 @@ def open_files(
     if grey and modality is not None:
         raise ConfigError(f"modality: expected none, since {image_path} is PNG, got {modality}")
     kind: Modality = "grey" if grey else modality or _modality(image_path)
-    case = Case(subject or stem(image_path), kind, image_path, {}, None, channel)
-    scan = Scan(replace(case, spacing=spacing) if grey else case)
-    source = Source(mask_path, label, spacing if _is_png(mask_path) else None)
-    found = _names_of(scan, source)
-    if not every_label and label is None and len(found) > 1:
-        raise ConfigError(
-            f"label: expected one of the values of {mask_path}, {list(found)}, or --all for each of them, got none"
+    scan = Scan(
+        Case(
+            *(subject or stem(image_path), kind, image_path, {}, None, channel),
+            spacing=spacing if grey else None,
+            intercept=intercept,
+            tolerance_mm=tolerance_mm,
         )
-    titles = {n: (names or {}).get(n) or found[n] or f"label_{n}" for n in found}
+    )
+    source = Source(mask_path, label, spacing if _is_png(mask_path) else None)
+    if grey and image_path.is_dir() and mask_path.is_dir():
+        _check_slices(image_path, mask_path)
+    found = {n: (names or {}).get(n) or title for n, title in _names_of(scan, source).items()}
     if every_label:
-        structures = {name: replace(source, label=n) for n, name in _distinct(titles).items()}
+        named = _distinct(found)
+        structures = {name: replace(source, label=n) for n, name in named.items()}
     else:
+        if label is None and len(found) > 1:
+            raise ConfigError(
+                f"label: expected one of the values of {mask_path}, {list(found)}, or --all for each of them, got none"
+            )
         only = label if label is not None else next(iter(found), None)
-        named = (names or {}).get(only or 0) or found.get(only or 0)
-        name = structure or (structure_name(named) if named else structure_name(stem(mask_path)))
-        structures = {name: replace(source, label=only) if dicom.is_dicom(mask_path) else source}
+        title = structure or structure_name(found.get(only or 0) or stem(mask_path))
+        structures = {title: replace(source, label=only) if dicom.is_dicom(mask_path) else source}
     scan.case = replace(scan.case, structures=structures)
     return scan
+
+
+def _check_slices(image_path: Path, mask_path: Path) -> None:
+    """Raises: DataError if the files of two stacks have different numbers."""
+    images, masks = png_files(image_path), png_files(mask_path)
+    wanted, got = slice_numbers(images), slice_numbers(masks)
+    if wanted and got and wanted != got and len(wanted) == len(got):
+        raise DataError(
+            f"{masks[0]}: expected the slices of {image_path}, {wanted[0]} to {wanted[-1]}, got {got[0]} to {got[-1]}"
+        )
 
 
 def _names_of(scan: Scan, source: Source) -> dict[int, str | None]:
@@ -93,9 +112,9 @@ def _names_of(scan: Scan, source: Source) -> dict[int, str | None]:
     return dict.fromkeys(scan.labels(source).boxes)
 
 
-def _distinct(titles: Mapping[int, str]) -> dict[int, str]:
+def _distinct(titles: Mapping[int, str | None]) -> dict[int, str]:
     """The structure's name of each label; names that are equal get the label's number."""
-    plain = {n: structure_name(title) or f"label_{n}" for n, title in titles.items()}
+    plain = {n: structure_name(title or "") or f"label_{n}" for n, title in titles.items()}
     count = list(plain.values())
     return {n: name if count.count(name) == 1 else f"{name}_{n}" for n, name in plain.items()}
 

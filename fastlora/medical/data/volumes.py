@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +30,11 @@ from fastlora.medical.data.geometry import (
     Mask,
     check_spacing,
 )
-from fastlora.medical.data.windows import Modality
+from fastlora.medical.data.windows import Modality, check_hounsfield
+
+log = logging.getLogger(__name__)
+
+LABEL_TOLERANCE = 1e-3
 
 Found = TypeVar("Found")
 
@@ -38,10 +44,12 @@ class Volume:
     """An image or a label map.
 
     array: (X, Y, Z) in RAS order, float32 (image) or integers up to int32 (label map). affine: (4, 4) index to mm.
+    oriented: False if the file states no orientation, so that the affine is an assumption.
     """
 
     array: NDArray[Any]
     affine: FloatArray
+    oriented: bool = True
 
     @property
     def spacing(self) -> FloatArray:
@@ -73,6 +81,8 @@ class Case:
 
     image_path: a NIfTI file, or a folder with a DICOM series. component: the channel of a 4-D file, or
     the UID of a series in the folder; None if there is only one. spacing: three mm, only for PNG (see `load_png`).
+    intercept: added to the values of a CT that was stored without it; then they are not checked to be Hounsfield units.
+    tolerance_mm: largest distance between a voxel of a mask and of the image; None: half the smallest edge of a voxel.
     """
 
     subject: str
@@ -82,12 +92,19 @@ class Case:
     split: str | None = None
     component: int | str | None = None
     spacing: Sequence[float] | None = None
+    intercept: float | None = None
+    tolerance_mm: float | None = None
 
     def load_image(self) -> Volume:
-        """The image, float32. Raises: DataError as `load_volume`."""
+        """The image, float32. Raises: DataError as `load_volume`, or if a CT has no Hounsfield units."""
         if self.spacing is not None:
             return load_png(self.image_path, self.spacing)
-        return load_volume(self.image_path, self.component)
+        image = load_volume(self.image_path, self.component)
+        if self.modality == "ct" and self.intercept is None:
+            check_hounsfield(image.array, str(self.image_path))
+        elif self.modality == "ct" and self.intercept:
+            image = replace(image, array=image.array + np.float32(self.intercept))
+        return image
 
     def source(self, structure: str) -> Source:
         """The structure's mask. Raises: DataError if the case has no such structure."""
@@ -105,14 +122,15 @@ class Case:
         """
         source = self.source(structure)
         files = file_stamps(self.image_path), file_stamps(source.path)
-        return (self.modality, self.component, structure, source.label, *files)
+        changed = () if self.intercept is None else (self.intercept,)
+        return (self.modality, self.component, structure, source.label, *changed, *files)
 
     def load_mask(self, structure: str, image: Volume) -> Mask:
         """The structure's mask on the image's grid, (X, Y, Z) bool.
 
         Raises: DataError as `source`, or as the function `load_mask`.
         """
-        return load_mask(self.source(structure), image, self.image_path.name)
+        return load_mask(self.source(structure), image, self.image_path.name, self.tolerance_mm)
 
 
 def with_structures(cases: Sequence[Case], keep: Callable[[Case, str], bool]) -> list[Case]:
@@ -124,8 +142,10 @@ def with_structures(cases: Sequence[Case], keep: Callable[[Case, str], bool]) ->
     return [case for case in reduced if case.structures]
 
 
-def load_mask(source: Source, image: Volume, name: str = "the image") -> Mask:
-    """A mask on an image's grid, (X, Y, Z) bool. name: of the image, for errors.
+def load_mask(
+    source: Source, image: Volume, name: str = "the image", tolerance_mm: float | None = None
+) -> Mask:
+    """A mask on an image's grid, (X, Y, Z) bool. name: of the image, for errors. tolerance_mm: see `Case`.
 
     A DICOM SEG may have other slices than the image, but its voxels must coincide with the image's.
     Raises: DataError if the mask is unreadable, empty, or not on the image's grid.
@@ -133,17 +153,22 @@ def load_mask(source: Source, image: Volume, name: str = "the image") -> Mask:
     if dicom.is_dicom(source.path):
         if not isinstance(source.label, int):
             raise DataError(f"{source.path}: expected a segment's number, got {source.label}")
-        mask = dicom.read_segment(source.path, source.label, image.affine, image.shape)
+        where = image.affine, image.shape
+        mask = dicom.read_segment(
+            source.path, source.label, *where, largest_offset(image, tolerance_mm)
+        )
     else:
-        labels = load_on_grid(source, image, name)
+        labels = load_on_grid(source, image, name, tolerance_mm)
         mask = labels != 0 if source.label is None else np.isin(labels, source.label)
     return check_not_empty(mask if mask.any() else None, source)
 
 
-def load_on_grid(source: Source, image: Volume, name: str) -> NDArray[Any]:
-    """The values (X, Y, Z) of a mask's file other than DICOM. name: of the image, for errors.
+def load_on_grid(
+    source: Source, image: Volume, name: str, tolerance_mm: float | None = None
+) -> NDArray[Any]:
+    """The values (X, Y, Z) of a mask's file other than DICOM. name: of the image, for errors. tolerance_mm: see `Case`.
 
-    Raises: DataError if the file is unreadable or not on the image's grid.
+    An affine that differs noticeably is logged. Raises: DataError if the file is unreadable or not on the image's grid.
     """
     spacing = source.spacing
     labels = load_png(source.path, spacing) if spacing else load_labels(source.path)
@@ -151,12 +176,26 @@ def load_on_grid(source: Source, image: Volume, name: str) -> NDArray[Any]:
         raise DataError(
             f"{source.path}: expected the shape of {name}, {image.shape}, got {labels.shape}"
         )
-    if not same_grid(labels.affine, image.affine, image.shape):
+    apart, most = (
+        grids_apart(labels.affine, image.affine, image.shape),
+        largest_offset(image, tolerance_mm),
+    )
+    if apart > most:
         raise DataError(
-            f"{source.path}: expected the affine of {name}, "
-            f"{image.affine.round(4).tolist()}, got {labels.affine.round(4).tolist()}"
+            f"{source.path}: expected the affine of {name}, {image.affine.round(4).tolist()}, got "
+            f"{labels.affine.round(4).tolist()}: up to {apart:.3g} mm apart, more than --grid_tolerance {most:.3g}"
+        )
+    if apart > 0.01 * image.spacing.min():
+        log.warning(
+            "%s: its affine differs from that of %s, by %.2g mm in the farthest corner; that of the image is used",
+            *(source.path, name, apart),
         )
     return labels.array
+
+
+def largest_offset(image: Volume, tolerance_mm: float | None) -> float:
+    """The largest distance in mm between a voxel of a mask and that of the image: by default, half the smallest edge of a voxel."""
+    return 0.5 * float(image.spacing.min()) if tolerance_mm is None else tolerance_mm
 
 
 def check_not_empty(mask: Found | None, source: Source) -> Found:
@@ -180,13 +219,10 @@ def file_stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def same_grid(
-    a: ArrayLike, b: ArrayLike, shape: Sequence[int], tolerance_vox: float = 0.01
-) -> bool:
-    """Whether two affines map every voxel of a volume to the same position, within a tolerance."""
+def grids_apart(a: ArrayLike, b: ArrayLike, shape: Sequence[int]) -> float:
+    """The largest distance in mm between the positions of a voxel of a volume by two affines: that in a corner."""
     corners = list(itertools.product(*((0, n - 1) for n in shape)))
-    apart = np.linalg.norm(apply_affine(np.subtract(a, b), corners), axis=1).max()
-    return bool(apart <= tolerance_vox * voxel_sizes(np.asarray(b)).min())
+    return float(np.linalg.norm(apply_affine(np.subtract(a, b), corners), axis=1).max())
 
 
 def load_volume(path: str | os.PathLike[str], component: int | str | None = None) -> Volume:
@@ -199,51 +235,66 @@ def load_volume(path: str | os.PathLike[str], component: int | str | None = None
     path = Path(path)
     if path.is_dir() or dicom.is_dicom(path):
         stored, matrix = dicom.read_series(path, None if component is None else str(component))
-        data, affine = from_array(stored, matrix, path)
+        data, affine, oriented = from_array(stored, matrix, path)
     else:
-        data, affine = read_nifti(path, component)
+        data, affine, oriented = read_nifti(path, component)
+    if not oriented:
+        log.warning(
+            "%s: the header states no orientation (qform_code and sform_code are 0), so left and right, front and back, and the origin "
+            "are assumed",
+            path,
+        )
     with np.errstate(over="ignore"):
         array = data.astype(np.float32)
     if bad := np.count_nonzero(~np.isfinite(array)):
         raise DataError(
             f"{path}: expected finite values, got NaN or infinity in {bad} of {array.size} voxels"
         )
-    return Volume(array, affine)
+    return Volume(array, affine, oriented)
 
 
 def load_labels(path: str | os.PathLike[str]) -> Volume:
     """Read a 3-D label map as integers in RAS order: int32, or a smaller type of the file.
 
-    Raises: DataError as `load_volume`, or if a value is not an integer.
+    Values within LABEL_TOLERANCE of an integer are rounded: a file's scaling changes them so. Two values, 0 and any other, are
+    those of a mask, and become 0 and 1.
+    Raises: DataError as `load_volume`, or if other values are not 32-bit integers.
     """
     path = Path(path)
-    data, affine = read_nifti(path)
-    limits = np.iinfo(np.int32)
+    data, affine, oriented = read_nifti(path)
     if np.can_cast(data.dtype, np.int32):
-        return Volume(data, affine)
-    fits = np.isfinite(data).all() and limits.min <= data.min() and data.max() <= limits.max
-    array = data.astype(np.int32) if fits else None
-    if array is None or (array != data).any():
+        return Volume(data, affine, oriented)
+    limits = np.iinfo(np.int32)
+    if np.isfinite(data).all() and limits.min <= data.min() and data.max() <= limits.max:
+        array = np.rint(data).astype(np.int32)
+        wrong = np.abs(data - array) > LABEL_TOLERANCE
+        if not wrong.any():
+            return Volume(array, affine, oriented)
+        values, first = np.unique(data[data != 0]), np.unique(data[wrong])
+        if len(values) == 1 and not data.all():
+            return Volume((data != 0).astype(np.uint8), affine, oriented)
+        some = ", ".join(f"{value:g}" for value in first[:5])
         raise DataError(
-            f"{path}: expected 32-bit integer labels, got other values (stored as {data.dtype})"
+            f"{path}: expected integer labels, got {np.count_nonzero(wrong)} voxels of {len(first)} other values ({some}"
+            f"{', …' if len(first) > 5 else ''}); probabilities have to be thresholded first"
         )
-    return Volume(array, affine)
+    raise DataError(
+        f"{path}: expected 32-bit integer labels, got other values (stored as {data.dtype})"
+    )
 
 
 def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
     """Read a greyscale PNG, or a folder of them as a stack, as float32, [0, 1] over its type's range.
 
     A PNG has no patient coordinates: columns are assumed to run to the patient's left, rows to the
-    back, and the stack, sorted by name, to the head; the first pixel of the first slice is the
+    back, and the stack, in the order of `png_files`, to the head; the first pixel of the first slice is the
     origin.
 
     spacing: mm between columns, rows and slices (for a single slice its thickness).
     Raises: DataError if a file cannot be read, is in colour, or differs in size from the first.
     """
     path, steps = Path(path), check_spacing(spacing)
-    files = sorted(path.glob("*.png")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path}: expected PNG files, got none")
+    files = png_files(path)
     slices = [read_png(file, len(files)) for file in files]
     for file, grey in zip(files, slices, strict=True):
         if grey.shape != slices[0].shape:
@@ -251,6 +302,44 @@ def load_png(path: str | os.PathLike[str], spacing: Sequence[float]) -> Volume:
     stack = np.stack([grey.T for grey in slices], axis=2)  # (columns, rows, slices)
     affine = np.diag([-steps[0], -steps[1], steps[2], 1.0])
     return Volume(*from_array(stack, affine, path))
+
+
+def png_files(path: Path) -> list[Path]:
+    """A PNG file, or those of a folder in the order of their numbers: `slice2.png` before `slice10.png`. A gap in the numbers is logged.
+
+    Raises: DataError if there are none.
+    """
+    if not path.is_dir():
+        return [path]
+    files = [
+        file for file in path.iterdir() if file.suffix.lower() == ".png" and file.name[0] != "."
+    ]
+    if not files:
+        raise DataError(f"{path}: expected PNG files, got none")
+    files.sort(key=lambda file: (_numbered(file.name), file.name))
+    numbers = slice_numbers(files)
+    steps = np.diff(numbers) if numbers else np.array([], dtype=np.int64)
+    if len(set(steps.tolist())) > 1:
+        gap = int(np.argmax(steps != np.bincount(steps[steps >= 0]).argmax()))
+        log.warning(
+            "%s: expected numbers at equal steps, got %s after %s; the slices are taken as neighbours",
+            *(path, files[gap + 1].name, files[gap].name),
+        )
+    return files
+
+
+def slice_numbers(files: Sequence[Path]) -> list[int] | None:
+    """The last number in each name; None if a name has none, or two names the same."""
+    found = [re.findall(r"\d+", file.stem) for file in files]
+    numbers = [int(digits[-1]) for digits in found if digits]
+    return numbers if len(set(numbers)) == len(files) else None
+
+
+def _numbered(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers within names by value."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def save_volume(

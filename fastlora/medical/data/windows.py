@@ -22,6 +22,10 @@ CT_WORDS = {
     "lung": "lung trachea airway bronchus",
 }
 MR_PERCENTILES = (0.5, 99.5)
+MR_FILLED = 0.1
+"""If fewer voxels are above the lowest value, the image is mostly an empty margin, and the percentiles are those of the rest."""
+CT_PADDING = -1500.0
+"""CT values below this are padding outside the scanner's circle, not tissue."""
 
 
 def window(image: NDArray[np.floating], modality: str, structure: str = "") -> Array:
@@ -35,7 +39,8 @@ def window(image: NDArray[np.floating], modality: str, structure: str = "") -> A
 def window_limits(image: NDArray[np.floating], modality: str, structure: str = "") -> Limits:
     """The values that a window maps to 0 and 1.
 
-    image: the complete volume, since the window of MR is its 0.5 and 99.5 percentiles. modality:
+    image: the complete volume, since the window of MR is its 0.5 and 99.5 percentiles (without
+    an empty margin that is larger than nine tenths of it). modality:
     "ct" (Hounsfield units; the window is that of the structure's `tissue_of`), "mr", or "grey" (in
     [0, 1] already).
     Raises: ConfigError if the modality is unknown; DataError if an MR image has no contrast.
@@ -46,7 +51,12 @@ def window_limits(image: NDArray[np.floating], modality: str, structure: str = "
         return 0.0, 1.0
     if modality != "mr":
         raise ConfigError(f"modality: expected 'ct', 'mr' or 'grey', got {modality!r}")
-    low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
+    lowest = image.min()
+    filled = np.count_nonzero(image > lowest)
+    if 0 < filled < MR_FILLED * image.size:
+        low, high = float(lowest), float(np.percentile(image[image > lowest], MR_PERCENTILES[1]))
+    else:
+        low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
     if not high > low:
         raise DataError(
             f"image: expected an MR image with contrast, got {low:g} at both percentiles"
@@ -69,3 +79,16 @@ def tissue_of(structure: str) -> str:
     """
     words = {word for part in structure.lower().split("_") for word in (part, part[:-1])}
     return next((t for t, known in CT_WORDS.items() if words & set(known.split())), "soft")
+
+
+def check_hounsfield(image: NDArray[np.floating], name: str) -> None:
+    """Refuses a CT without values below 0: every CT in Hounsfield units has air, fat, or noise around water.
+
+    name: of the image. Raises: DataError.
+    """
+    lowest = float(np.min(image, where=image > CT_PADDING, initial=np.inf))
+    if lowest >= 0 and image.size:
+        raise DataError(
+            f"{name}: expected Hounsfield units in a CT, got values from {lowest:g} to {float(image.max()):g}: give the intercept that the "
+            "file lacks, such as --intercept -1024, or --intercept 0 to use the values as they are"
+        )

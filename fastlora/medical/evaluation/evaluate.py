@@ -48,7 +48,7 @@ LABELS = {
 """The methods, in the order of every table."""
 
 SAME_IN_BOTH_RUNS = (
-    *("data_root", "demo", "classes", "modality", "channel", "split"),
+    *("data_root", "demo", "classes", "modality", "channel", "intercept", "split"),
     *("model", "base_weights"),
 )
 

@@ -30,6 +30,7 @@ class Rule:
 
 
 POSITIVE = Rule("> 0", lambda value: value > 0)
+FINITE = Rule("a finite number", math.isfinite)
 NOT_NEGATIVE = Rule(">= 0", lambda value: value >= 0)
 AT_LEAST_ONE = Rule(">= 1", lambda value: value >= 1)
 PROBABILITY = Rule(">= 0 and < 1", lambda value: 0 <= value < 1)

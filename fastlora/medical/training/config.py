@@ -16,6 +16,7 @@ from fastlora.medical.models.decoder import DecoderOptions
 from fastlora.medical.models.losses import LOSS_WEIGHTS
 from fastlora.medical.models.options import (
     AT_LEAST_ONE,
+    FINITE,
     NOT_EMPTY,
     NOT_NEGATIVE,
     POSITIVE,
@@ -72,6 +73,17 @@ class TrainConfig:
     modality: str = _data("ct", "modality of images named *-image.nii.gz", one_of("ct", "mr"))
     channel: int = _data(
         0, "number of the image channel, if dataset.json lists several", NOT_NEGATIVE
+    )
+    intercept: float | None = _data(
+        None,
+        "added to the values of CT images, if their files lack it, such as -1024; 0 takes values that are no Hounsfield units as they are",
+        FINITE,
+    )
+    grid_tolerance: float | None = _data(
+        None,
+        "largest distance in mm between a voxel of a mask and the image's (default: half a voxel)",
+        NOT_NEGATIVE,
+        resumable=True,
     )
     split: str = _data(
         "auto",

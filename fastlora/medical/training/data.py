@@ -46,7 +46,11 @@ def load_cases(config: TrainConfig) -> list[Case]:
         # With a cache, only the cases of its manifest are used, so unusable cases that it leaves out are not errors.
         problems: list[str] | None = None if config.cache_dir is None else []
         modality = cast(Modality, config.modality)
-        cases = find_cases(config.data_root, modality, problems, config.channel)
+        cases = find_cases(
+            *(config.data_root, modality, problems, config.channel),
+            intercept=config.intercept,
+            tolerance_mm=config.grid_tolerance,
+        )
     else:
         cases = build_bundled(BUNDLED)
     if config.cache_dir is not None:

@@ -205,12 +205,12 @@ def test_an_error_of_highdicoms_database_is_a_damaged_file(
     grid = np.zeros(mask.shape, np.int16)
     write_dicom_scan(tmp_path / "s1", Scan("s1", "ct", grid, np.eye(4), {"liver": mask}))
 
-    def broken(path):
+    def broken(*_, **__):
         raise sqlite3.OperationalError("no such column: FrameLUT.ReferencedSegmentNumber")
 
-    monkeypatch.setattr(highdicom.seg, "segread", broken)
+    monkeypatch.setattr(highdicom.seg.Segmentation, "from_dataset", broken)
     with pytest.raises(DataError, match="expected segment 1 on the voxels .*no such column"):
-        dicom.read_segment(tmp_path / "s1" / "segmentation.dcm", 1, np.eye(4), mask.shape)
+        dicom.read_segment(tmp_path / "s1" / "segmentation.dcm", 1, np.eye(4), mask.shape, 0.5)
 
 
 def test_decathlon_lists_what_is_missing_and_reads_the_channel(roots, tmp_path, caplog):
@@ -252,7 +252,9 @@ def test_nnunet_regions_ignore_and_folds(tmp_path):
     labels = np.zeros((4, 4, 4), np.uint8)
     labels[0], labels[1], labels[2] = 1, 2, 3
     for subject in ("a", "b", "c"):
-        save_volume(tmp_path / f"imagesTr/{subject}_0000.nii.gz", labels, np.eye(4))
+        save_volume(
+            tmp_path / f"imagesTr/{subject}_0000.nii.gz", labels.astype(np.int16) - 2, np.eye(4)
+        )
         save_volume(tmp_path / f"labelsTr/{subject}.nii.gz", labels, np.eye(4))
     content = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     channels = {"0": "CT"}
@@ -295,9 +297,9 @@ def test_a_seg_of_some_slices_is_placed_on_them_and_errors_are_named(found, tmp_
     with pytest.raises(DataError, match="expected a segment's number, got None"):
         load_mask(Source(seg), image)
     with pytest.raises(DataError, match="expected segment 1 on the voxels of the image"):
-        dicom.read_segment(seg, 1, image.affine @ np.diag([1.1, 1, 1, 1]), image.shape)
+        dicom.read_segment(seg, 1, image.affine @ np.diag([1.1, 1, 1, 1]), image.shape, 0.5)
     with pytest.raises(DataError, match="within the image, got .* voxels outside it"):
-        dicom.read_segment(seg, 1, image.affine, (20, 20, 20))
+        dicom.read_segment(seg, 1, image.affine, (20, 20, 20), 0.5)
     with pytest.raises(DataError, match="expected one image series, got none"):
         dicom.read_series(seg)
     with pytest.raises(DataError, match="expected the series 1.2.3, got none"):

@@ -356,7 +356,7 @@ def test_invalid_requests_and_data_are_named(tmp_path: Path, ball: Case) -> None
     mask = np.zeros((60, 60, 60), np.uint8)
     mask[30, 30, 30] = 1
     save_volume(tmp_path / "s2" / "segmentations" / "nodule.nii.gz", mask, affine)
-    save_volume(tmp_path / "s2" / "ct.nii.gz", mask.astype(np.float32), affine)
+    save_volume(tmp_path / "s2" / "ct.nii.gz", mask.astype(np.float32) - 1, affine)
     tiny = next(c for c in find_cases(tmp_path) if c.subject == "s2")
     with pytest.raises(
         DataError, match=r"s2: nodule: (mask: vanishes on the 1\.5 mm grid|no region)"

@@ -263,7 +263,7 @@ def test_preparation_can_resample(root):
 def test_a_structure_cut_by_the_image_has_a_closed_surface(tmp_path):
     mask = np.zeros((12, 12, 12), dtype=np.uint8)
     mask[0:6, 3:9, 3:9] = 1
-    save_volume(tmp_path / "s" / "ct.nii.gz", mask.astype(np.int16), np.eye(4))
+    save_volume(tmp_path / "s" / "ct.nii.gz", mask.astype(np.int16) - 1, np.eye(4))
     save_volume(tmp_path / "s" / "segmentations" / "x.nii.gz", mask, np.eye(4))
     item = prepare(find_cases(tmp_path)[0], "x", SMALL)
     mesh = trimesh.Trimesh(item.vertices, item.faces, process=False)

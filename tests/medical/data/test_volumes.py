@@ -15,9 +15,9 @@ from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.volumes import (
     Case,
     Source,
+    grids_apart,
     load_labels,
     load_volume,
-    same_grid,
     save_volume,
 )
 from fastlora.medical.data.windows import window
@@ -30,7 +30,7 @@ def blank(value=0, dtype=np.uint8, shape=(4, 5, 6)):
 
 def write_case(folder, image=None, masks=None, affine=None, name="ct.nii.gz"):
     affine = np.eye(4) if affine is None else affine
-    save_volume(folder / name, blank(7, np.int16) if image is None else image, affine)
+    save_volume(folder / name, blank(-7, np.int16) if image is None else image, affine)
     mask = blank()
     mask[1:3, 1:3, 1:3] = 1
     for structure, array in ({"liver": mask} if masks is None else masks).items():
@@ -80,7 +80,7 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path):
     with pytest.raises(DataError, match="bad.nii.gz: expected 32-bit integer labels"):
         load_labels(path)
     save_volume(path, blank(0.5, np.float32), np.eye(4))
-    with pytest.raises(DataError, match="expected 32-bit integer labels"):
+    with pytest.raises(DataError, match=r"expected integer labels, got 120 voxels .* \(0.5\)"):
         load_labels(path)
     sheared = np.eye(4)
     sheared[0, 2] = 0.3
@@ -127,7 +127,7 @@ def test_masks_must_fit_their_image(tmp_path):
     empty, other = blank(), blank(1, shape=(4, 5, 7))
     write_case(tmp_path / "s1", masks={"liver": blank(1), "spleen": empty, "aorta": other})
     moved = np.eye(4)
-    moved[2, 3] = 0.5
+    moved[2, 3] = 0.6
     save_volume(tmp_path / "s1" / "segmentations" / "heart.nii.gz", blank(1), moved)
     (case,) = find_cases(tmp_path)
     image = case.load_image()
@@ -143,12 +143,13 @@ def test_masks_must_fit_their_image(tmp_path):
         case.load_mask("brain", image)
 
 
-def test_same_grid_measures_in_voxels_at_the_corners():
+def test_the_distance_of_two_grids_is_that_in_the_farthest_corner():
     affine = oblique((1.0, 1.0, 2.0))
     turned = affine.copy()
-    turned[:3, :3] *= 1.0001  # 0.03 voxels off in the far corner of 300 voxels
-    assert same_grid(turned, affine, (10, 10, 10))
-    assert not same_grid(turned, affine, (300, 10, 10))
+    turned[:3, :3] *= 1.001
+    assert grids_apart(turned, affine, (301, 1, 1)) == pytest.approx(0.3)
+    assert grids_apart(turned, affine, (1, 1, 301)) == pytest.approx(0.6)
+    assert grids_apart(affine, affine, (9, 9, 9)) == 0
 
 
 def test_totalsegmentator_layout_with_splits(tmp_path):

@@ -608,3 +608,22 @@ def test_colours_differ():
     assert len(set(distinct_colours(120))) == 120
     near = distinct_colours(20)
     assert all(np.abs(np.subtract(a, b)).sum() > 100 for a, b in itertools.pairwise(near))
+
+
+def test_an_assumed_orientation_is_in_the_output(home, tmp_path, capsys):
+    subject = ball_subject(AFFINES["isotropic"])
+    files = write_pair(tmp_path, subject)
+    for path in files:
+        image = nib.load(path)
+        plain = nib.Nifti1Image(np.asarray(image.dataobj), None, image.header)
+        plain.set_qform(None, 0)
+        plain.set_sform(None, 0)
+        nib.save(plain, path)
+    flags = ["--checkpoint", home / "lora", "--image", files[0], "--mask", files[1]]
+    flags += ["--modality", "mr", "--output_dir", tmp_path / "out"]
+    assert main([str(flag) for flag in flags]) == 0
+    about = json.loads((tmp_path / "out" / "image_mask.json").read_text())
+    assert about["orientation"].startswith("assumed")
+    out = capsys.readouterr().out
+    assert "image.nii.gz: the header states no orientation" in out
+    assert "mm in RAS, orientation assumed, since the image's header states none" in out
