@@ -87,8 +87,9 @@ def canonical(image: Any, path: Path, component: int | str | None = None) -> Rea
     if data.ndim == 4 and data.shape[3] == 1:
         data = data[..., 0]
     if data.ndim != 3 or data.size == 0 or data.dtype.kind not in "iuf":
+        several = f": {data.shape[3]} channels, choose one with --channel" if data.ndim == 4 else ""
         raise DataError(
-            f"{path}: expected a volume (X, Y, Z) of numbers, got {data.shape} {data.dtype}"
+            f"{path}: expected a volume (X, Y, Z) of numbers, got {data.shape} {data.dtype}{several}"
         )
     affine = image.affine.copy()
     affine[:3] *= factor
@@ -108,7 +109,8 @@ def check_size(path: Path, image: Any) -> None:
         raise ValueError(f"expected at most {MAX_VOXELS:,} voxels, the header declares {shape}")
     offset = image.dataobj.offset
     declared = offset + voxels * image.get_data_dtype().itemsize
-    most = path.stat().st_size * (DEFLATE_RATIO if path.suffix.lower() == ".gz" else 1)
+    stored = Path(image.file_map["image"].filename)  # of a pair .hdr and .img, the latter
+    most = stored.stat().st_size * (DEFLATE_RATIO if stored.suffix.lower() == ".gz" else 1)
     if offset < 0 or declared > most:
         raise ValueError(
             f"the header declares {declared:,} bytes, and the file holds at most {most:,}"

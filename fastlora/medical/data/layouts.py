@@ -1,7 +1,7 @@
 """Data sets on disk: detects the layout of a folder and lists its cases.
 
-docs/quickstart_training.md shows each layout. Structure names are converted to lower case with `_`
-for anything but letters and digits, except in TotalSegmentator's layout, where they are file names.
+docs/quickstart_training.md shows each layout. Structure names are those of `structure_name`, except in TotalSegmentator's
+layout, where they are file names. Hidden files, such as `._x` of macOS, are ignored in every layout.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import logging
 import os
-import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,17 @@ from fastlora.medical.data.windows import Modality
 
 log = logging.getLogger(__name__)
 
-IMAGE_NAMES: dict[str, Modality] = {"ct.nii.gz": "ct", "mri.nii.gz": "mr"}
+IMAGE_NAMES: dict[str, Modality] = {
+    "ct.nii.gz": "ct",
+    "ct.nii": "ct",
+    "mri.nii.gz": "mr",
+    "mri.nii": "mr",
+}
 DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DICOM")
 
+Files = tuple[str, Path, Path]  # subject, image and label map
 Found = tuple[str, Callable[[], Case]]  # a layout, and a function that reads the case and may raise
 
 
@@ -78,8 +85,27 @@ def find_cases(
 
 
 def structure_name(label: str) -> str:
-    """The name of a structure from its label: `Left Kidney` → `left_kidney`."""
-    return re.sub(r"[^0-9a-z]+", "_", label.lower()).strip("_")
+    """The name of a structure from its label, with letters and digits of any script: `Left Kidney` → `left_kidney`, `Größe` → `größe`."""
+    label = unicodedata.normalize("NFC", unicodedata.normalize("NFC", label).lower())
+    kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in label)
+    return "_".join("".join(kept).split())
+
+
+def distinct_names(labels: Sequence[tuple[str, object]], where: Path) -> list[str]:
+    """The names of structures from their labels; if several are equal, as of `T1` and `T1+`, each gets its number.
+
+    labels: text and number of each. where: for errors. Raises: DataError if names are equal even so.
+    """
+    plain = [structure_name(text) or "label" for text, _ in labels]
+    count = Counter(plain)
+    names = [
+        name if count[name] == 1 and structure_name(text) else f"{name}_{number}"
+        for name, (text, number) in zip(plain, labels, strict=True)
+    ]
+    twice = [text for name, (text, _) in zip(names, labels, strict=True) if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{where}: expected labels with different names, got {twice[0]!r} twice")
+    return names
 
 
 def _subject_folders(root: Path, modality: Modality) -> list[Found]:
@@ -89,7 +115,7 @@ def _subject_folders(root: Path, modality: Modality) -> list[Found]:
         split = splits.get(folder.name)
         if (folder / "segmentations").is_dir() or any((folder / n).is_file() for n in IMAGE_NAMES):
             found.append(("TotalSegmentator", partial(_totalsegmentator_case, folder, split)))
-        elif any(folder.glob("*-image.nii.gz")) or any(folder.glob("*-label.nii.gz")):
+        elif _volumes(folder, "*-image") or _volumes(folder, "*-label"):
             found.append(("image/label pairs", partial(_pair_case, folder, modality, split)))
         elif dicom.holds_dicom(folder):
             found.append(("DICOM", partial(_dicom_case, folder, split)))
@@ -97,22 +123,35 @@ def _subject_folders(root: Path, modality: Modality) -> list[Found]:
 
 
 def _totalsegmentator_case(folder: Path, split: str | None) -> Case:
-    images = [name for name in IMAGE_NAMES if (folder / name).is_file()]
+    images = _volumes(folder, "ct") | _volumes(folder, "mri")
     if len(images) != 1:
         raise DataError(
-            f"{folder}: expected one of {', '.join(IMAGE_NAMES)}, got {', '.join(images) or 'none'}"
+            f"{folder}: expected one of ct.nii.gz, mri.nii.gz, got {', '.join(images) or 'none'}"
         )
-    masks = sorted((folder / "segmentations").glob("*.nii.gz"))
-    structures = {
-        p.name.removesuffix(".nii.gz"): Source(p) for p in masks if not p.name.startswith(".")
-    }
+    (image,) = images.values()
+    structures = {n: Source(p) for n, p in _volumes(folder / "segmentations", "*").items()}
     if not structures:
         raise DataError(f"{folder}: expected masks in segmentations/<structure>.nii.gz, got none")
-    return Case(folder.name, IMAGE_NAMES[images[0]], folder / images[0], structures, split)
+    return Case(folder.name, IMAGE_NAMES[image.name.lower()], image, structures, split)
+
+
+def _volumes(folder: Path, pattern: str) -> dict[str, Path]:
+    """Name without extension → file, of a folder's NIfTI files whose name fits a pattern. Of `x.nii.gz` and `x.nii` the former, with a line."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = path.name.removesuffix(_ending(path))
+        if name == path.name or name[:1] == "." or not fnmatchcase(name, pattern):
+            continue
+        other = found.setdefault(name, path)
+        if other != path:
+            found[name], unused = sorted((other, path), key=lambda p: p.suffix.lower() != ".gz")
+            log.warning("%s: there is also %s, which is not used", found[name], unused.name)
+    return found
 
 
 def _pair_case(folder: Path, modality: Modality, split: str | None) -> Case:
-    images, labels = sorted(folder.glob("*-image.nii.gz")), sorted(folder.glob("*-label.nii.gz"))
+    images = list(_volumes(folder, "*-image").values())
+    labels = list(_volumes(folder, "*-label").values())
     if len(images) != 1 or len(labels) != 1:
         raise DataError(
             f"{folder}: expected one *-image.nii.gz and one *-label.nii.gz, "
@@ -141,26 +180,18 @@ def _dicom_case(folder: Path, split: str | None) -> Case:
     kind = series[uid].modality
     if kind not in DICOM_MODALITIES:
         raise DataError(f"{folder}: expected a series of CT or MR, got {kind}")
-    structures: dict[str, Source] = {}
-    for seg in segmentations:
-        if uid not in seg.refers_to:
-            continue
-        for number, label in seg.segments.items():
-            structures[_new_name(structures, label, seg.path)] = Source(seg.path, number)
+    segments = [
+        (label, Source(seg.path, number, title=label))
+        for seg in segmentations
+        if uid in seg.refers_to
+        for number, label in seg.segments.items()
+    ]
+    names = distinct_names([(label, n) for n, (label, _) in enumerate(segments, 1)], folder)
+    structures = dict(zip(names, (source for _, source in segments), strict=True))
     # The cache key follows the files of this folder: other series should not invalidate it.
     parents = {path.parent for path in series[uid].files}
     image = parents.pop() if len(parents) == 1 else folder
     return Case(folder.name, DICOM_MODALITIES[kind], image, structures, split, component=uid)
-
-
-def _new_name(known: Collection[str], label: str, where: Path) -> str:
-    name = structure_name(label)
-    if not name or name in known:
-        raise DataError(
-            f"{where}: expected labels whose names differ in letters and digits, got {label!r}"
-            + (" twice" if name else "")
-        )
-    return name
 
 
 def _read_splits(path: Path) -> dict[str, str]:
@@ -198,9 +229,14 @@ def _listed_cases(root: Path, channel: int) -> list[Found]:
             "%s: channel %s (%s) of %s", root, number, name, ", ".join(map(str, channels.values()))
         )
     modality: Modality = "ct" if name.upper() == "CT" else "mr"
-    labels = _labels(content["labels"], path)
+    structures_of = _labels(content["labels"], path)
     splits = _folds(root / "splits_final.json")
-    listed = _nnunet_files(root, content, channel) if nnunet else _decathlon_files(root, content)
+    if not nnunet:
+        listed = _decathlon_files(root, content)
+    elif "dataset" in content:
+        listed = _nnunet_listed(root, content, channel)
+    else:
+        listed = _nnunet_files(root, content, channel)
 
     def make(subject: str, image: Path, label: Path) -> Case:
         if not image.is_file() and not nnunet:  # nnU-Net 1 lists images without the channel number
@@ -209,20 +245,40 @@ def _listed_cases(root: Path, channel: int) -> list[Found]:
         for needed in (image, label):
             if not needed.is_file():
                 raise DataError(f"{subject}: expected {needed}, got nothing at that path")
-        structures = {n: Source(label, value) for n, value in labels.items()}
+        structures = {n: Source(label, v, title=t) for n, (t, v) in structures_of.items()}
         return Case(subject, modality, image, structures, splits.get(subject), channel)
 
     layout = "nnU-Net" if nnunet else "Decathlon"
-    return [(layout, partial(make, *files)) for files in sorted(listed)]
+    return [(layout, partial(make, *files)) for files in sorted(_distinct_subjects(root, listed))]
 
 
 def _ending(path: Path) -> str:
-    return next((ending for ending in NIFTI_ENDINGS if path.name.endswith(ending)), "")
+    """The extension of a volume's file as it is written; empty for another file."""
+    lower = path.name.lower()
+    length = next((len(ending) for ending in NIFTI_ENDINGS if lower.endswith(ending)), 0)
+    return path.name[len(path.name) - length :]
 
 
-def _nnunet_files(
-    root: Path, content: Mapping[str, Any], channel: int
-) -> list[tuple[str, Path, Path]]:
+def _distinct_subjects(root: Path, listed: Sequence[Files]) -> list[Files]:
+    """The files with subjects that differ: where base names are equal, the path in the data set is the name.
+
+    Raises: DataError if a label file is listed twice.
+    """
+    count = Counter(subject.lower() for subject, _, _ in listed)
+    found = []
+    for subject, image, label in listed:
+        if count[subject.lower()] > 1:
+            subject = "_".join(label.relative_to(root).parts).removesuffix(_ending(label))
+        found.append((subject, image, label))
+    again = [name for name, n in Counter(s.lower() for s, _, _ in found).items() if n > 1]
+    if again:
+        raise DataError(
+            f"{root / 'dataset.json'}: expected every label file once, got {again[0]} twice"
+        )
+    return found
+
+
+def _nnunet_files(root: Path, content: Mapping[str, Any], channel: int) -> list[Files]:
     ending = content.get("file_ending", NIFTI_ENDINGS[0])
     if ending not in NIFTI_ENDINGS:
         raise DataError(
@@ -233,7 +289,23 @@ def _nnunet_files(
     return [(subject, images / f"{subject}{number}", label) for subject, label in labels.items()]
 
 
-def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[tuple[str, Path, Path]]:
+def _nnunet_listed(root: Path, content: Mapping[str, Any], channel: int) -> list[Files]:
+    """The files under `dataset`: case → images by channel, and label."""
+    path, found = root / "dataset.json", []
+    entries = content["dataset"]
+    for subject, entry in entries.items() if isinstance(entries, dict) else ():
+        images = entry.get("images") if isinstance(entry, dict) else None
+        label = entry.get("label") if isinstance(entry, dict) else None
+        names = [*(images if isinstance(images, list) else []), label]
+        if len(names) < channel + 2 or not all(isinstance(name, str) and name for name in names):
+            raise DataError(
+                f"{path}: expected 'images' with channel {channel} and 'label' for each case of 'dataset', got {entry} for {subject}"
+            )
+        found.append((subject, _below(root, names[channel], path), _below(root, names[-1], path)))
+    return found
+
+
+def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[Files]:
     path, found = root / "dataset.json", []
     listed = content.get("training", ())
     if not isinstance(listed, (list, tuple)):
@@ -261,12 +333,12 @@ def _below(root: Path, name: str, path: Path) -> Path:
     return root / name
 
 
-def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int, ...]]:
-    """Structure → value or values, from `{value: name}` or `{name: value}`.
+def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, tuple[str, int | tuple[int, ...]]]:
+    """Structure → its name in the file, and value or values, from `{value: name}` or `{name: value}`.
 
     Without the background, and without `ignore`, which marks unlabelled voxels in nnU-Net.
     """
-    found: dict[str, int | tuple[int, ...]] = {}
+    found: list[tuple[str, int | tuple[int, ...]]] = []
     for key, entry in labels.items():
         label, value = (entry, key) if isinstance(entry, str) else (key, entry)
         several = isinstance(value, (list, tuple))
@@ -274,12 +346,13 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int | tuple[int,
             values = tuple(int(v) for v in (value if several else [value]))
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: expected integer labels, got {key!r}: {entry!r}") from error
-        if label.lower() in ("background", "ignore") or values == (0,):
-            continue
-        found[_new_name(found, label, path)] = values if several else values[0]
+        if label.lower() not in ("background", "ignore") and values != (0,):
+            found.append((label, values if several else values[0]))
     if not found:
         raise DataError(f"{path}: expected a label other than the background, got none")
-    return found
+    numbers = ["_".join(map(str, v)) if isinstance(v, tuple) else v for _, v in found]
+    names = distinct_names([(t, n) for (t, _), n in zip(found, numbers, strict=True)], path)
+    return dict(zip(names, found, strict=True))
 
 
 def _folds(path: Path) -> dict[str, str]:

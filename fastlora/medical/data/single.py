@@ -14,6 +14,7 @@ from fastlora.medical.data.layouts import (
     DICOM_MODALITIES,
     IMAGE_NAMES,
     NIFTI_ENDINGS,
+    distinct_names,
     structure_name,
 )
 from fastlora.medical.data.scan import Scan
@@ -47,9 +48,7 @@ def open_files(
     Raises: DataError if a file cannot be used or they are not on one grid; ConfigError if an argument
         is needed and missing, or has no effect.
     """
-    for path in (image_path, mask_path):
-        if not path.exists():
-            raise DataError(f"{path}: expected a file or a folder, got nothing at that path")
+    _check_files(image_path, mask_path)
     pngs = [path for path in (image_path, mask_path) if _is_png(path)]
     if bool(pngs) != (spacing is not None):
         raise ConfigError(
@@ -75,12 +74,11 @@ def open_files(
         )
     )
     source = Source(mask_path, label, spacing if _is_png(mask_path) else None)
-    if grey and image_path.is_dir() and mask_path.is_dir():
-        _check_slices(image_path, mask_path)
     found = {n: (names or {}).get(n) or title for n, title in _names_of(scan, source).items()}
     if every_label:
-        named = _distinct(found)
-        structures = {name: replace(source, label=n) for n, name in named.items()}
+        labels = [(title or f"label {n}", n) for n, title in found.items()]
+        named = zip(distinct_names(labels, mask_path), labels, strict=True)
+        structures = {name: replace(source, label=n, title=text) for name, (text, n) in named}
     else:
         if label is None and len(found) > 1:
             raise ConfigError(
@@ -93,8 +91,13 @@ def open_files(
     return scan
 
 
-def _check_slices(image_path: Path, mask_path: Path) -> None:
-    """Raises: DataError if the files of two stacks have different numbers."""
+def _check_files(image_path: Path, mask_path: Path) -> None:
+    """Raises: DataError if a path does not exist, or the files of two stacks have different numbers."""
+    for path in (image_path, mask_path):
+        if not path.exists():
+            raise DataError(f"{path}: expected a file or a folder, got nothing at that path")
+    if not all(path.is_dir() and _is_png(path) for path in (image_path, mask_path)):
+        return
     images, masks = png_files(image_path), png_files(mask_path)
     wanted, got = slice_numbers(images), slice_numbers(masks)
     if wanted and got and wanted != got and len(wanted) == len(got):
@@ -110,13 +113,6 @@ def _names_of(scan: Scan, source: Source) -> dict[int, str | None]:
     if dicom.is_dicom(source.path):
         return dict(dicom.read_segmentation(source.path).segments)
     return dict.fromkeys(scan.labels(source).boxes)
-
-
-def _distinct(titles: Mapping[int, str | None]) -> dict[int, str]:
-    """The structure's name of each label; names that are equal get the label's number."""
-    plain = {n: structure_name(title or "") or f"label_{n}" for n, title in titles.items()}
-    count = list(plain.values())
-    return {n: name if count.count(name) == 1 else f"{name}_{n}" for n, name in plain.items()}
 
 
 def read_label_names(path: Path) -> dict[int, str]:

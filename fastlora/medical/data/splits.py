@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError, nearest
 from fastlora.medical.data.grids import FINE, SPACING_MM, StructureGrid
+from fastlora.medical.data.layouts import structure_name
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.volumes import Case, with_structures
 
@@ -77,19 +78,29 @@ def kind_of(structure: str) -> str:
 def select_structures(cases: Sequence[Case], classes: Sequence[str] | None) -> list[Case]:
     """The cases that have structures of the classes, reduced to these structures.
 
-    classes: names, or kinds of structures (`vertebra` for `vertebra_22`); None for all.
+    classes: names, also as in the data set's files, or kinds of structures (`vertebra` for `vertebra_22`); None for all.
     Raises: DataError if no case has one of the classes.
     """
     if classes is None:
         return list(cases)
-    names = sorted({name for case in cases for name in case.structures})
-    known = {*names, *map(kind_of, names)}
+    wanted = set()
+    all_names = [_names(case, name) for case in cases for name in case.structures]
+    known = {name for names in all_names for name in names}
     for name in classes:
-        if name not in known:
+        found = name if name in known else structure_name(name)
+        if found not in known:
+            there = ", ".join(sorted({name for case in cases for name in case.structures}))
             raise DataError(
-                f"classes: no case has {name!r}{nearest(name, known)}; there are: {', '.join(names)}"
+                f"classes: no case has {name!r}{nearest(name, known)}; there are: {there}"
             )
-    return with_structures(cases, lambda _, name: not {name, kind_of(name)}.isdisjoint(classes))
+        wanted.add(found)
+    return with_structures(cases, lambda case, name: not wanted.isdisjoint(_names(case, name)))
+
+
+def _names(case: Case, structure: str) -> set[str]:
+    """What `--classes` may call a structure: its name, its kind, and its name in the file."""
+    title = case.structures[structure].title
+    return {structure, kind_of(structure)} | ({title} if title else set())
 
 
 def group_of(structure: str) -> str:

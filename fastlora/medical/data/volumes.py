@@ -67,12 +67,13 @@ class Source:
     """A structure's mask: the voxels of `path` whose value is `label`, or one of several labels.
 
     None: all nonzero voxels. In a DICOM SEG the label is a segment's number. spacing: three
-    mm, only for PNG (see `load_png`).
+    mm, only for PNG (see `load_png`). title: the structure's name in the file, if it has one.
     """
 
     path: Path
     label: int | tuple[int, ...] | None = None
     spacing: Sequence[float] | None = None
+    title: str | None = None
 
 
 @dataclass(frozen=True)

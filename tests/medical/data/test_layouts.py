@@ -238,7 +238,7 @@ def test_decathlon_lists_what_is_missing_and_reads_the_channel(roots, tmp_path, 
         ('{"labels": {"a": 1}}', "expected 'channel_names' or 'modality'"),
         ('{"labels": {"a": "x", "1": "x"}, "modality": {"0": "CT"}}', "expected integer labels"),
         ('{"labels": {"background": 0}, "channel_names": {"0": "CT"}}', "a label other than the"),
-        ('{"labels": {"A b": 1, "a_b": 2}, "channel_names": {"0": "CT"}}', "'a_b' twice"),
+        ('{"labels": {"A b": 1, "a_b": 1}, "channel_names": {"0": "CT"}}', "'A b' twice"),
         ('{"labels": {"a": 1}, "channel_names": {"0": "CT"}, "file_ending": ".mha"}', "got '.mha'"),
     ],
 )

@@ -16,9 +16,10 @@ from PIL import Image
 from fastlora.errors import DataError
 from fastlora.medical.data import dicom
 from fastlora.medical.data.geometry import MAX_VOXELS, resample
-from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.layouts import find_cases, structure_name
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.single import open_files
+from fastlora.medical.data.splits import select_structures
 from fastlora.medical.data.volumes import (
     Case,
     Source,
@@ -413,3 +414,138 @@ def test_label_stamps_and_json_stay_as_they_were(tmp_path):
     assert Case("s", "ct", case.image_path, {"x": Source(case.source("x").path)}).stamp(
         "x"
     ) == case.stamp("x")
+
+
+# ------------------------------------------------------------------------------ names of subjects and structures
+
+
+def listed(root: Path, labels: dict, training: list[tuple[str, str]], **more) -> Path:
+    """A Decathlon folder; each case has its own constant image and one block of each label."""
+    for n, (image, label) in enumerate(training):
+        save_volume(root / image, np.full((40, 40, 40), -100 * n - 1, np.int16), np.eye(4))
+        array = np.zeros((40, 40, 40), np.uint8)
+        for value in range(1, 6):
+            array[6 * value : 6 * value + 5, 10:30, 10 : 20 + n] = value
+        save_volume(root / label, array, np.eye(4))
+    entries = [{"image": image, "label": label} for image, label in training]
+    content = {"labels": labels, "modality": {"0": "CT"}, "training": entries, **more}
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    return root
+
+
+def test_equal_file_names_in_other_folders_are_other_subjects(tmp_path):
+    pairs = [(f"{p}/image.nii.gz", f"{p}/label.nii.gz") for p in ("p0", "p1")]
+    pairs.append(("imagesTr/p7.nii.gz", "labelsTr/p7.nii.gz"))
+    root = listed(tmp_path, {"1": "liver"}, pairs)
+    cases = find_cases(root)
+    assert [case.subject for case in cases] == ["p0_label", "p1_label", "p7"]
+    for n, case in enumerate(cases):
+        assert case.load_image().array[0, 0, 0] == -100 * n - 1
+        assert Scan(case).part("liver").mask.shape == (5, 20, 10 + n)
+    listed(root, {"1": "liver"}, [*pairs, pairs[0]])
+    with pytest.raises(DataError, match="expected every label file once, got p0_label twice"):
+        find_cases(root)
+
+
+def test_labels_of_any_script_and_with_signs_are_structures(tmp_path):
+    names = {"1": "肝脏", "2": "Gro\u0308ße", "3": "T1", "4": "T1+", "5": "Left Kidney (L)"}
+    root = listed(tmp_path, names, [("i/a.nii.gz", "l/a.nii.gz")])
+    (case,) = find_cases(root)
+    assert {n: s.label for n, s in case.structures.items()} == {
+        "肝脏": 1, "größe": 2, "t1_3": 3, "t1_4": 4, "left_kidney_l": 5
+    }  # fmt: skip
+    for asked, name in (
+        *(("肝脏", "肝脏"), ("Größe", "größe"), ("T1+", "t1_4"), ("T1", "t1_3")),
+        *(
+            ("Left Kidney (L)", "left_kidney_l"),
+            ("LEFT kidney l", "left_kidney_l"),
+            ("t1_3", "t1_3"),
+        ),
+    ):
+        (chosen,) = select_structures([case], [asked])
+        assert list(chosen.structures) == [name], asked
+    with pytest.raises(DataError, match="classes: no case has 'T9'"):
+        select_structures([case], ["T9"])
+    assert (
+        structure_name("हिन्दी नाम") == "हिन्दी_नाम"
+        and structure_name("Vertebrae L1") == "vertebrae_l1"
+    )
+
+
+def test_files_of_other_programs_are_ignored_in_every_layout(tmp_path, caplog):
+    image, mask = ct_with_air(), (ct_with_air() > 0).astype(np.uint8)
+    eye = np.eye(4)
+    save_volume(tmp_path / "ts" / "s1" / "ct.nii.gz", image, eye)
+    save_volume(tmp_path / "ts" / "s1" / "segmentations" / "liver.nii.gz", mask, eye)
+    save_volume(tmp_path / "ts" / "s2" / "ct.nii", image, eye)
+    save_volume(tmp_path / "ts" / "s2" / "segmentations" / "liver.nii", mask, eye)
+    save_volume(tmp_path / "ts" / "s2" / "segmentations" / "liver.nii.gz", mask, eye)
+    save_volume(tmp_path / "pairs" / "s1" / "a-image.nii.gz", image, eye)
+    save_volume(tmp_path / "pairs" / "s1" / "a-label.nii", mask, eye)
+    for name in ("ct.nii.gz", "liver.nii.gz", "a-image.nii.gz", "a-label.nii.gz"):
+        for folder in ("ts/s1", "ts/s1/segmentations", "pairs/s1"):
+            (tmp_path / folder / f"._{name}").write_bytes(b"of macOS")
+    for folder in ("ts/__MACOSX/s1", "pairs/__MACOSX/s1"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "._ct.nii.gz").write_bytes(b"of macOS")
+    with caplog.at_level(logging.WARNING, LOG):
+        first, second = find_cases(tmp_path / "ts")
+    assert caplog.text.count("which is not used") == 1
+    assert "liver.nii.gz: there is also liver.nii, which is not used" in caplog.text
+    for case in (first, second):
+        assert list(case.structures) == ["liver"] and case.modality == "ct"
+        assert Scan(case).part("liver").mask.sum() == mask.sum()
+    assert second.source("liver").path.name == "liver.nii.gz" and second.image_path.name == "ct.nii"
+    (pair,) = find_cases(tmp_path / "pairs")
+    assert Scan(pair).part("label_1").mask.sum() == mask.sum()
+    save_volume(tmp_path / "ts" / "s1" / "mri.nii", image, eye)
+    with pytest.raises(DataError, match="s1: expected one of ct.nii.gz, .*got ct, mri"):
+        find_cases(tmp_path / "ts")
+
+
+def test_nnunets_dataset_key_lists_files_of_any_name(tmp_path):
+    root = listed(
+        tmp_path,
+        {"1": "liver"},
+        [("x/one.nii.gz", "y/one.nii.gz"), ("x/two.nii.gz", "y/two.nii.gz")],
+    )
+    entries = {
+        f"case_{n}": {"images": ["x/other.nii.gz", f"x/{n}.nii.gz"], "label": f"y/{n}.nii.gz"}
+        for n in ("two", "one")
+    }
+    content = {
+        "labels": {"background": 0, "liver": 1},
+        "channel_names": {"0": "MR", "1": "CT"},
+        "file_ending": ".nii.gz",
+    }
+    (root / "dataset.json").write_text(json.dumps({**content, "dataset": entries}))
+    one, two = find_cases(root, channel=1)
+    assert (one.subject, two.subject, one.modality) == ("case_one", "case_two", "ct")
+    assert two.load_image().array[0, 0, 0] == -101
+    entries["case_one"]["label"] = "../y/one.nii.gz"
+    (root / "dataset.json").write_text(json.dumps({**content, "dataset": entries}))
+    with pytest.raises(DataError, match="expected paths within"):
+        find_cases(root, channel=1)
+    entries["case_one"] = {"images": ["x/one.nii.gz"], "label": "y/one.nii.gz"}
+    (root / "dataset.json").write_text(json.dumps({**content, "dataset": entries}))
+    with pytest.raises(DataError, match="expected 'images' with channel 1 and 'label'"):
+        find_cases(root, channel=1)
+
+
+def test_a_pair_of_header_and_voxels_is_read(tmp_path):
+    nib.save(nib.Nifti1Pair(ct_with_air(), np.diag([2.0, 2.0, 2.0, 1.0])), tmp_path / "v.hdr")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.hdr", "v.img"]
+    for name in ("v.hdr", "v.img"):
+        volume = load_volume(tmp_path / name)
+        np.testing.assert_array_equal(volume.array, ct_with_air())
+    nib.save(nib.AnalyzeImage(ct_with_air(), np.eye(4)), tmp_path / "old.hdr")
+    with pytest.raises(DataError, match="old.hdr: expected a readable .*the file holds a"):
+        load_volume(tmp_path / "old.hdr")
+
+
+def test_a_4d_image_without_a_channel_says_how_to_choose(tmp_path):
+    save_volume(tmp_path / "v.nii.gz", np.zeros((4, 5, 6, 2), np.int16), np.eye(4))
+    with pytest.raises(
+        DataError, match=r"got \(4, 5, 6, 2\) int16: 2 channels, choose one with --channel"
+    ):
+        load_volume(tmp_path / "v.nii.gz")
