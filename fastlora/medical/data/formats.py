@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -18,14 +19,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastlora.errors import DataError
-from fastlora.medical.data.dicom import reading
+from fastlora.medical.data.dicom import LPS_TO_RAS, reading
 from fastlora.medical.data.geometry import MAX_VOXELS, Array, FloatArray, check_affine
+
+ENDINGS = (".nii.gz", ".nii", ".hdr", ".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".nhdr")
+"""The extensions of volumes. A `.hdr` has its voxels in an `.img`, a `.mhd` and a `.nhdr` in the file that they name."""
+
+KINDS = {
+    **dict.fromkeys((".mgz", ".mgh"), "MGH"),
+    **dict.fromkeys((".mha", ".mhd"), "MetaImage"),
+    **dict.fromkeys((".nrrd", ".nhdr"), "NRRD"),
+}
+ITK_READERS = {"MetaImage": "MetaImageIO", "NRRD": "NrrdImageIO"}
+HEADER_BYTES = 2**16
 
 DEFLATE_RATIO = 1032  # the largest possible of a gzip file
 UNREADABLE = (
     *(ImageFileError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error),
     *(OverflowError, MemoryError, SyntaxError, struct.error, Image.DecompressionBombError),
-    *(WrapStructError, HeaderDataError, OrientationError),
+    *(WrapStructError, HeaderDataError, OrientationError, RuntimeError),  # the last: of ITK
 )
 
 
@@ -61,14 +73,85 @@ def read_png(path: Path, slices: int) -> Array:
     return pixels.astype(np.float32) / np.float32(most)
 
 
-def read_nifti(path: Path, component: int | str | None = None) -> Read:
-    """A NIfTI file. component: see `Case`. Raises: DataError if it cannot be read."""
+def ending(path: Path) -> str:
+    """The extension of a volume's file as it is written, one of ENDINGS; empty for another file."""
+    lower = path.name.lower()
+    length = next((len(known) for known in ENDINGS if lower.endswith(known)), 0)
+    return path.name[len(path.name) - length :]
+
+
+def read_volume(path: Path, component: int | str | None = None) -> Read:
+    """A file with one of ENDINGS. component: see `Case`. Raises: DataError if it cannot be read."""
     if not path.is_file():
-        raise DataError(f"{path}: expected a NIfTI file, got nothing at that path")
-    with reading(path, "a readable NIfTI file", UNREADABLE):
-        stored = nib.load(path)
-        check_size(path, stored)
+        raise DataError(f"{path}: expected a file, got nothing at that path")
+    suffix = ending(path).lower()
+    kind = KINDS.get(suffix, "NIfTI")
+    itk = ITK_READERS.get(kind)
+    with reading(path, f"a readable {kind} file", UNREADABLE):
+        if itk:
+            stored = _read_itk(path, itk)
+        else:
+            stored = nib.load(path)
+            check_size(path, stored)
         return canonical(stored, path, component)
+
+
+def _read_itk(path: Path, reader: str) -> nib.Nifti1Image:
+    """A MetaImage or NRRD file, whose coordinates are LPS, as a NIfTI image. reader: ITK's class that reads the format."""
+    itk = _simpleitk(path)
+    for line in _header(path).splitlines():
+        name, _, value = line.partition(b"=" if reader.startswith("Meta") else b":")
+        if name.strip().lower() in (b"elementdatafile", b"data file", b"datafile"):
+            data = value.strip().decode(errors="replace")
+            if data.upper() not in ("LOCAL", "INTERNAL") and Path(data).name != data:
+                raise ValueError(
+                    f"expected voxels in a file of the same folder, the header names {data}"
+                )
+    source = itk.ImageFileReader()
+    source.SetImageIO(reader)
+    source.SetFileName(str(path))
+    source.ReadImageInformation()
+    size, channels = source.GetSize(), source.GetNumberOfComponents()
+    if math.prod(size) * channels > MAX_VOXELS:
+        raise ValueError(f"expected at most {MAX_VOXELS:,} voxels, the header declares {size}")
+    image = source.Execute()
+    array = itk.GetArrayFromImage(image).T  # (X, Y, Z), with channels first
+    array = np.moveaxis(array, 0, -1) if channels > 1 else array
+    dimensions = image.GetDimension()
+    affine = np.eye(4)
+    direction = np.reshape(image.GetDirection(), (dimensions, dimensions))[:3, :3]
+    affine[:3, :3] = direction * image.GetSpacing()[:3]
+    affine[:3, 3] = image.GetOrigin()[:3]
+    return nib.Nifti1Image(array, LPS_TO_RAS @ affine, dtype=array.dtype)
+
+
+def _header(path: Path) -> bytes:
+    """The lines of a text header, up to the first empty one."""
+    with path.open("rb") as file:
+        return file.read(HEADER_BYTES).replace(b"\r\n", b"\n").split(b"\n\n")[0]
+
+
+def label_names(path: Path) -> dict[int, str]:
+    """Value → name of the segments that 3D Slicer writes into the header of a NRRD file; empty for any other file."""
+    if ending(path).lower() != ".nrrd":
+        return {}
+    header = _header(path).decode(errors="replace")
+    fields = dict(re.findall(r"^Segment(\d+_(?:Name|LabelValue)):=(.*)$", header, re.MULTILINE))
+    numbers = {name.partition("_")[0] for name in fields}
+    known = ((fields.get(f"{n}_LabelValue", ""), fields.get(f"{n}_Name")) for n in numbers)
+    return {int(value): name.strip() for value, name in known if name and value.strip().isdecimal()}
+
+
+def _simpleitk(path: Path) -> Any:
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise DataError(
+            f"{path}: MetaImage and NRRD are read by SimpleITK, expected it, got: {error} (pip install SimpleITK)"
+        ) from error
+    quiet: Any = SimpleITK.ProcessObject.SetGlobalWarningDisplay
+    quiet(False)  # its warnings go to stderr
+    return SimpleITK
 
 
 def canonical(image: Any, path: Path, component: int | str | None = None) -> Read:
@@ -101,7 +184,9 @@ def check_size(path: Path, image: Any) -> None:
 
     Raises: ValueError if it exceeds the limit of a volume, or what the file can contain.
     """
-    if not isinstance(image, nib.Nifti1Pair):  # base class of NIfTI-2 and of single files too
+    if not isinstance(
+        image, (nib.Nifti1Pair, nib.MGHImage)
+    ):  # the former: also NIfTI-2 and single files
         raise ValueError(f"the file holds a {type(image).__name__}")
     shape = tuple(int(n) for n in image.shape)
     voxels = math.prod(shape)
@@ -110,7 +195,9 @@ def check_size(path: Path, image: Any) -> None:
     offset = image.dataobj.offset
     declared = offset + voxels * image.get_data_dtype().itemsize
     stored = Path(image.file_map["image"].filename)  # of a pair .hdr and .img, the latter
-    most = stored.stat().st_size * (DEFLATE_RATIO if stored.suffix.lower() == ".gz" else 1)
+    most = stored.stat().st_size * (
+        DEFLATE_RATIO if stored.suffix.lower() in (".gz", ".mgz") else 1
+    )
     if offset < 0 or declared > most:
         raise ValueError(
             f"the header declares {declared:,} bytes, and the file holds at most {most:,}"

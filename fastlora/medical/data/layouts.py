@@ -20,21 +20,15 @@ from typing import Any
 
 from fastlora.errors import DataError
 from fastlora.files import read_json
-from fastlora.medical.data import dicom
+from fastlora.medical.data import dicom, formats
 from fastlora.medical.data.scan import LabelMap
 from fastlora.medical.data.volumes import Case, Source, load_labels
 from fastlora.medical.data.windows import Modality
 
 log = logging.getLogger(__name__)
 
-IMAGE_NAMES: dict[str, Modality] = {
-    "ct.nii.gz": "ct",
-    "ct.nii": "ct",
-    "mri.nii.gz": "mr",
-    "mri.nii": "mr",
-}
+IMAGE_NAMES: dict[str, Modality] = {"ct": "ct", "mri": "mr"}  # without the extension
 DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
-NIFTI_ENDINGS = (".nii.gz", ".nii")
 LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DICOM")
 
 Files = tuple[str, Path, Path]  # subject, image and label map
@@ -113,7 +107,9 @@ def _subject_folders(root: Path, modality: Modality) -> list[Found]:
     found: list[Found] = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
         split = splits.get(folder.name)
-        if (folder / "segmentations").is_dir() or any((folder / n).is_file() for n in IMAGE_NAMES):
+        if (folder / "segmentations").is_dir() or any(
+            _volumes(folder, name) for name in IMAGE_NAMES
+        ):
             found.append(("TotalSegmentator", partial(_totalsegmentator_case, folder, split)))
         elif _volumes(folder, "*-image") or _volumes(folder, "*-label"):
             found.append(("image/label pairs", partial(_pair_case, folder, modality, split)))
@@ -128,23 +124,25 @@ def _totalsegmentator_case(folder: Path, split: str | None) -> Case:
         raise DataError(
             f"{folder}: expected one of ct.nii.gz, mri.nii.gz, got {', '.join(images) or 'none'}"
         )
-    (image,) = images.values()
+    ((name, image),) = images.items()
     structures = {n: Source(p) for n, p in _volumes(folder / "segmentations", "*").items()}
     if not structures:
         raise DataError(f"{folder}: expected masks in segmentations/<structure>.nii.gz, got none")
-    return Case(folder.name, IMAGE_NAMES[image.name.lower()], image, structures, split)
+    return Case(folder.name, IMAGE_NAMES[name], image, structures, split)
 
 
 def _volumes(folder: Path, pattern: str) -> dict[str, Path]:
-    """Name without extension → file, of a folder's NIfTI files whose name fits a pattern. Of `x.nii.gz` and `x.nii` the former, with a line."""
+    """Name without extension → file, of a folder's volumes whose name fits a pattern. Of `x.nii.gz` and `x.nii` the former, with a line."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        name = path.name.removesuffix(_ending(path))
+        name = path.name.removesuffix(formats.ending(path))
         if name == path.name or name[:1] == "." or not fnmatchcase(name, pattern):
             continue
         other = found.setdefault(name, path)
         if other != path:
-            found[name], unused = sorted((other, path), key=lambda p: p.suffix.lower() != ".gz")
+            found[name], unused = sorted(
+                (other, path), key=lambda p: formats.ENDINGS.index(formats.ending(p).lower())
+            )
             log.warning("%s: there is also %s, which is not used", found[name], unused.name)
     return found
 
@@ -240,7 +238,7 @@ def _listed_cases(root: Path, channel: int) -> list[Found]:
 
     def make(subject: str, image: Path, label: Path) -> Case:
         if not image.is_file() and not nnunet:  # nnU-Net 1 lists images without the channel number
-            end = _ending(image)
+            end = formats.ending(image)
             image = image.with_name(f"{image.name.removesuffix(end)}_{channel:04d}{end}")
         for needed in (image, label):
             if not needed.is_file():
@@ -252,13 +250,6 @@ def _listed_cases(root: Path, channel: int) -> list[Found]:
     return [(layout, partial(make, *files)) for files in sorted(_distinct_subjects(root, listed))]
 
 
-def _ending(path: Path) -> str:
-    """The extension of a volume's file as it is written; empty for another file."""
-    lower = path.name.lower()
-    length = next((len(ending) for ending in NIFTI_ENDINGS if lower.endswith(ending)), 0)
-    return path.name[len(path.name) - length :]
-
-
 def _distinct_subjects(root: Path, listed: Sequence[Files]) -> list[Files]:
     """The files with subjects that differ: where base names are equal, the path in the data set is the name.
 
@@ -268,7 +259,7 @@ def _distinct_subjects(root: Path, listed: Sequence[Files]) -> list[Files]:
     found = []
     for subject, image, label in listed:
         if count[subject.lower()] > 1:
-            subject = "_".join(label.relative_to(root).parts).removesuffix(_ending(label))
+            subject = "_".join(label.relative_to(root).parts).removesuffix(formats.ending(label))
         found.append((subject, image, label))
     again = [name for name, n in Counter(s.lower() for s, _, _ in found).items() if n > 1]
     if again:
@@ -279,10 +270,10 @@ def _distinct_subjects(root: Path, listed: Sequence[Files]) -> list[Files]:
 
 
 def _nnunet_files(root: Path, content: Mapping[str, Any], channel: int) -> list[Files]:
-    ending = content.get("file_ending", NIFTI_ENDINGS[0])
-    if ending not in NIFTI_ENDINGS:
+    ending = content.get("file_ending", formats.ENDINGS[0])
+    if ending not in formats.ENDINGS:
         raise DataError(
-            f"{root / 'dataset.json'}: expected file_ending {' or '.join(NIFTI_ENDINGS)}, got {ending!r}"
+            f"{root / 'dataset.json'}: expected file_ending among {', '.join(formats.ENDINGS)}, got {ending!r}"
         )
     labels = {p.name.removesuffix(ending): p for p in (root / "labelsTr").glob(f"[!.]*{ending}")}
     images, number = root / "imagesTr", f"_{channel:04d}{ending}"
@@ -318,7 +309,7 @@ def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[Files]:
                 f"{path}: expected the paths 'image' and 'label' in each of 'training', got {entry}"
             )
         image, label = (_below(root, name, path) for name in names)
-        found.append((label.name.removesuffix(_ending(label)), image, label))
+        found.append((label.name.removesuffix(formats.ending(label)), image, label))
     return found
 
 

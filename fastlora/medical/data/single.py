@@ -9,11 +9,10 @@ from pathlib import Path
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import read_json
-from fastlora.medical.data import dicom
+from fastlora.medical.data import dicom, formats
 from fastlora.medical.data.layouts import (
     DICOM_MODALITIES,
     IMAGE_NAMES,
-    NIFTI_ENDINGS,
     distinct_names,
     structure_name,
 )
@@ -37,12 +36,12 @@ def open_files(
     intercept: float | None = None,
     tolerance_mm: float | None = None,
 ) -> Scan:
-    """The case of an image and its mask, each PNG (one, or a folder as a stack), NIfTI or DICOM.
+    """The case of an image and its mask, each a volume, PNG (one, or a folder as a stack) or DICOM.
 
     modality: needed for a NIfTI file whose name does not state it. structure: its name, which selects the
     CT intensity window; default: that of the label, or the mask's file name. label: of a label map with several values, or
     of a SEG with several segments. every_label: all of them, each a structure. names: of labels, as `read_label_names`;
-    default: those of a SEG, otherwise `label_1`, …. spacing: three mm, for PNG (see `load_png`). channel: of a 4-D image.
+    default: those of a DICOM SEG or of 3D Slicer's `.seg.nrrd`, otherwise `label_1`, …. spacing: three mm, for PNG (see `load_png`). channel: of a 4-D image.
     subject: its name; default: the image's file name. intercept, tolerance_mm: see `Case`.
 
     Raises: DataError if a file cannot be used or they are not on one grid; ConfigError if an argument
@@ -112,7 +111,8 @@ def _names_of(scan: Scan, source: Source) -> dict[int, str | None]:
         return {}
     if dicom.is_dicom(source.path):
         return dict(dicom.read_segmentation(source.path).segments)
-    return dict.fromkeys(scan.labels(source).boxes)
+    names = formats.label_names(source.path)
+    return {n: names.get(n) for n in scan.labels(source).boxes}
 
 
 def read_label_names(path: Path) -> dict[int, str]:
@@ -148,8 +148,7 @@ _LABEL_LINE = re.compile(
 
 def stem(path: Path) -> str:
     """A file's name without its extension; `.nii.gz` counts as one."""
-    ending = path.suffix if path.is_file() else ""
-    return path.name.removesuffix(next(filter(path.name.endswith, NIFTI_ENDINGS), ending))
+    return path.name.removesuffix(formats.ending(path) or (path.suffix if path.is_file() else ""))
 
 
 def _is_png(path: Path) -> bool:
@@ -161,6 +160,6 @@ def _modality(path: Path) -> Modality:
         kinds = {s.modality for s in dicom.list_series(path) if s.modality in DICOM_MODALITIES}
         if len(kinds) == 1:
             return DICOM_MODALITIES[kinds.pop()]
-    elif path.name in IMAGE_NAMES:
-        return IMAGE_NAMES[path.name]
+    elif stem(path) in IMAGE_NAMES:
+        return IMAGE_NAMES[stem(path)]
     raise ConfigError(f"modality: expected ct or mr, since {path} does not state it, got none")

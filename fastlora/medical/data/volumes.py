@@ -1,7 +1,7 @@
 """Cases and volumes: reading, checking and windowing.
 
 Every volume is reoriented to the closest RAS orientation, with its affine. Images are read from
-NIfTI, from a folder of one DICOM series, and from PNG; masks from NIfTI and DICOM SEG.
+NIfTI, MGH, MetaImage, NRRD, a folder of one DICOM series, and PNG; masks from these and DICOM SEG.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastlora.errors import DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data import dicom
-from fastlora.medical.data.formats import from_array, read_nifti, read_png
+from fastlora.medical.data.formats import from_array, read_png, read_volume
 from fastlora.medical.data.geometry import (
     FloatArray,
     Mask,
@@ -80,7 +80,7 @@ class Source:
 class Case:
     """One image of one subject with its structures' masks, as paths; nothing is read yet.
 
-    image_path: a NIfTI file, or a folder with a DICOM series. component: the channel of a 4-D file, or
+    image_path: a file with one of `formats.ENDINGS`, or a folder with a DICOM series. component: the channel of a 4-D file, or
     the UID of a series in the folder; None if there is only one. spacing: three mm, only for PNG (see `load_png`).
     intercept: added to the values of a CT that was stored without it; then they are not checked to be Hounsfield units.
     tolerance_mm: largest distance between a voxel of a mask and of the image; None: half the smallest edge of a voxel.
@@ -229,7 +229,7 @@ def grids_apart(a: ArrayLike, b: ArrayLike, shape: Sequence[int]) -> float:
 def load_volume(path: str | os.PathLike[str], component: int | str | None = None) -> Volume:
     """Read a 3-D image as float32 in RAS order.
 
-    path: a NIfTI file, a folder with a DICOM series, or a multi-frame DICOM file. component: see `Case`.
+    path: a file with one of `formats.ENDINGS`, a folder with a DICOM series, or a multi-frame DICOM file. component: see `Case`.
     Raises: DataError, naming the file, if it cannot be read, is not 3-D, holds NaN or infinity, or
     has a singular or sheared affine.
     """
@@ -238,7 +238,7 @@ def load_volume(path: str | os.PathLike[str], component: int | str | None = None
         stored, matrix = dicom.read_series(path, None if component is None else str(component))
         data, affine, oriented = from_array(stored, matrix, path)
     else:
-        data, affine, oriented = read_nifti(path, component)
+        data, affine, oriented = read_volume(path, component)
     if not oriented:
         log.warning(
             "%s: the header states no orientation (qform_code and sform_code are 0), so left and right, front and back, and the origin "
@@ -262,7 +262,7 @@ def load_labels(path: str | os.PathLike[str]) -> Volume:
     Raises: DataError as `load_volume`, or if other values are not 32-bit integers.
     """
     path = Path(path)
-    data, affine, oriented = read_nifti(path)
+    data, affine, oriented = read_volume(path)
     if np.can_cast(data.dtype, np.int32):
         return Volume(data, affine, oriented)
     limits = np.iinfo(np.int32)

@@ -239,7 +239,7 @@ def test_decathlon_lists_what_is_missing_and_reads_the_channel(roots, tmp_path, 
         ('{"labels": {"a": "x", "1": "x"}, "modality": {"0": "CT"}}', "expected integer labels"),
         ('{"labels": {"background": 0}, "channel_names": {"0": "CT"}}', "a label other than the"),
         ('{"labels": {"A b": 1, "a_b": 1}, "channel_names": {"0": "CT"}}', "'A b' twice"),
-        ('{"labels": {"a": 1}, "channel_names": {"0": "CT"}, "file_ending": ".mha"}', "got '.mha'"),
+        ('{"labels": {"a": 1}, "channel_names": {"0": "CT"}, "file_ending": ".tif"}', "got '.tif'"),
     ],
 )
 def test_an_invalid_dataset_json_is_named(tmp_path, content, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from fastlora.errors import DataError
-from fastlora.medical.data import dicom
+from fastlora.medical.data import dicom, formats
 from fastlora.medical.data.geometry import MAX_VOXELS, resample
 from fastlora.medical.data.layouts import find_cases, structure_name
 from fastlora.medical.data.scan import Scan
@@ -226,6 +228,165 @@ def test_values_that_are_no_labels_are_named(tmp_path):
         DataError, match=r"got 3 voxels of 3 other values \(0.25, 0.5, 0.75\); probabilities"
     ):
         load_labels(tmp_path / "p.nii.gz")
+
+
+# ------------------------------------------------------------------------------ other formats
+
+
+def oblique_affine() -> np.ndarray:
+    affine = np.eye(4)
+    turn = Rotation.from_euler("xyz", (10, -15, 25), degrees=True).as_matrix()
+    affine[:3, :3] = turn @ np.diag([0.8, -1.5, 2.5])
+    affine[:3, 3] = (12, -34, 56)
+    return affine
+
+
+def write_as(path: Path, array: np.ndarray, affine: np.ndarray, compress: bool = True) -> Path:
+    """A volume in the format of the path's extension; affine: index to RAS mm."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".mgz", ".mgh"):
+        nib.save(nib.MGHImage(array, affine), path)
+    elif formats.ending(path) in (".nii", ".nii.gz", ".hdr"):
+        nib.save(
+            (nib.Nifti1Pair if path.suffix == ".hdr" else nib.Nifti1Image)(array, affine), path
+        )
+    else:
+        import SimpleITK
+
+        lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+        spacing = np.linalg.norm(lps[:3, :3], axis=0)
+        image = SimpleITK.GetImageFromArray(array.T)
+        image.SetSpacing(spacing.tolist())
+        image.SetOrigin(lps[:3, 3].tolist())
+        image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+        SimpleITK.WriteImage(image, str(path), compress)
+    return path
+
+
+NEEDS_ITK = pytest.mark.skipif(
+    importlib.util.find_spec("SimpleITK") is None, reason="needs SimpleITK"
+)
+OTHERS = [
+    *(".mgz", ".mgh", ".hdr", ".nii"),
+    *(pytest.param(e, marks=NEEDS_ITK) for e in (".mha", ".mhd", ".nrrd", ".nhdr")),
+]
+
+
+NIBABELS_MGH = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""nibabel leaves a `.mgh` file open until it is collected."""
+
+
+@NIBABELS_MGH
+@pytest.mark.parametrize("ending", OTHERS)
+def test_every_format_gives_the_voxels_and_positions_of_nifti(ending, tmp_path):
+    rng = np.random.default_rng(0)
+    image, affine = rng.integers(-900, 900, (5, 6, 7)).astype(np.int16), oblique_affine()
+    expected = load_volume(write_as(tmp_path / "a.nii.gz", image, affine))
+    for compress in (True, False):
+        found = load_volume(write_as(tmp_path / f"b{ending}", image, affine, compress))
+        np.testing.assert_array_equal(found.array, expected.array)
+        np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)  # mm; MGH has float32
+    labels = load_labels(write_as(tmp_path / f"l{ending}", np.abs(image) // 300, affine))
+    np.testing.assert_array_equal(labels.array, np.abs(expected.array) // 300)
+
+
+@NIBABELS_MGH
+@pytest.mark.parametrize("ending", OTHERS)
+def test_layouts_and_single_files_take_every_format(ending, tmp_path):
+    image, affine = ct_with_air(), oblique_affine()
+    mask = (image > 0).astype(np.uint8)
+    write_as(tmp_path / "ts" / "s1" / f"ct{ending}", image, affine)
+    write_as(tmp_path / "ts" / "s1" / "segmentations" / f"liver{ending}", mask, affine)
+    write_as(tmp_path / "nn" / "imagesTr" / f"a_0000{ending}", image, affine)
+    write_as(tmp_path / "nn" / "labelsTr" / f"a{ending}", mask, affine)
+    content = {"labels": {"liver": 1}, "channel_names": {"0": "CT"}, "file_ending": ending}
+    (tmp_path / "nn" / "dataset.json").write_text(json.dumps(content))
+    write_as(tmp_path / "pairs" / "s1" / f"x-image{ending}", image, affine)
+    write_as(tmp_path / "pairs" / "s1" / f"x-label{ending}", mask, affine)
+    for layout in ("ts", "nn", "pairs"):
+        (case,) = find_cases(tmp_path / layout)
+        ((name, _),) = case.structures.items()
+        assert name == ("label_1" if layout == "pairs" else "liver") and case.modality == "ct"
+        assert Scan(case).part(name).mask.sum() == mask.sum()
+        assert case.subject in ("s1", "a")
+    folder = tmp_path / "ts" / "s1"
+    scan = open_files(folder / f"ct{ending}", folder / "segmentations" / f"liver{ending}")
+    assert list(scan.case.structures) == ["liver"] and scan.case.subject == "ct"
+    assert scan.part("liver").mask.sum() == mask.sum()
+
+
+@NEEDS_ITK
+def test_the_segments_of_a_slicer_file_name_its_labels(tmp_path):
+    import SimpleITK
+
+    labels = np.zeros((20, 20, 20), np.uint8)
+    labels[2:8, 2:8, 2:8], labels[10:18, 10:18, 10:18] = 1, 4
+    image = SimpleITK.GetImageFromArray(labels)
+    for n, (name, value) in enumerate((("Left Kidney", 1), ("Leber", 4))):
+        image.SetMetaData(f"Segment{n}_Name", name)
+        image.SetMetaData(f"Segment{n}_LabelValue", str(value))
+    SimpleITK.WriteImage(image, str(tmp_path / "x.seg.nrrd"), True)
+    image = SimpleITK.GetImageFromArray(labels.astype(np.int16) - 1)
+    SimpleITK.WriteImage(image, str(tmp_path / "ct.nrrd"))
+    scan = open_files(tmp_path / "ct.nrrd", tmp_path / "x.seg.nrrd", every_label=True)
+    assert {n: s.label for n, s in scan.case.structures.items()} == {"left_kidney": 1, "leber": 4}
+
+
+@NEEDS_ITK
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_a_header_never_reads_a_file_of_another_folder(ending, tmp_path):
+    path = write_as(tmp_path / "in" / f"v{ending}", ct_with_air(), np.eye(4), compress=False)
+    (raw,) = (p for p in path.parent.iterdir() if p != path)
+    raw.rename(tmp_path / raw.name)
+    path.write_text(path.read_text().replace(raw.name, f"../{raw.name}"))
+    with pytest.raises(
+        DataError, match="expected voxels in a file of the same folder, the header names"
+    ):
+        load_volume(path)
+
+
+@NEEDS_ITK
+def test_damaged_and_huge_headers_are_one_line(tmp_path):
+    path = write_as(tmp_path / "v.mha", ct_with_air(), np.eye(4), compress=False)
+    whole = path.read_bytes()
+    for data in (
+        whole[:200],
+        whole.replace(b"DimSize = 20 20 20", b"DimSize = 9999 9999 9999"),
+        b"no",
+        whole[:-2000],
+    ):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="v.mha: expected a readable MetaImage file"):
+            load_volume(path)
+    path = tmp_path / "v.nrrd"
+    path.write_bytes(
+        b"NRRD0004\ntype: int16\ndimension: 3\nsizes: 9999 9999 9999\nencoding: raw\n\n12"
+    )
+    with pytest.raises(DataError, match="v.nrrd: expected a readable NRRD file"):
+        load_volume(path)
+    (tmp_path / "v.mgz").write_bytes(b"no")
+    with pytest.raises(DataError, match="v.mgz: expected a readable MGH file"):
+        load_volume(tmp_path / "v.mgz")
+
+
+@NEEDS_ITK
+def test_a_channel_of_a_multichannel_file(tmp_path):
+    import SimpleITK
+
+    first, second = ct_with_air(), ct_with_air() - 7
+    image = SimpleITK.GetImageFromArray(np.stack([first.T, second.T], axis=-1), isVector=True)
+    SimpleITK.WriteImage(image, str(tmp_path / "v.mha"))
+    lps = nib.as_closest_canonical(nib.Nifti1Image(second, np.diag([-1.0, -1.0, 1.0, 1.0])))
+    np.testing.assert_array_equal(load_volume(tmp_path / "v.mha", 1).array, np.asarray(lps.dataobj))
+    with pytest.raises(DataError, match="2 channels, choose one with --channel"):
+        load_volume(tmp_path / "v.mha")
+
+
+def test_a_missing_simpleitk_is_named_with_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    (tmp_path / "v.mha").write_bytes(b"ObjectType = Image")
+    with pytest.raises(DataError, match="v.mha: .*read by SimpleITK.*pip install SimpleITK"):
+        load_volume(tmp_path / "v.mha")
 
 
 # ------------------------------------------------------------------------------ stacks of PNG
@@ -549,3 +710,57 @@ def test_a_4d_image_without_a_channel_says_how_to_choose(tmp_path):
         DataError, match=r"got \(4, 5, 6, 2\) int16: 2 channels, choose one with --channel"
     ):
         load_volume(tmp_path / "v.nii.gz")
+
+
+@NEEDS_DICOM
+def test_an_enhanced_multi_frame_file_is_a_volume(series):
+    import highdicom
+    import pydicom
+
+    root, written = series
+    slices = [pydicom.dcmread(path) for path in sorted((root / "s1" / "images").iterdir())]
+    for item in slices:
+        item.AcquisitionNumber = 1
+    enhanced = highdicom.legacy.LegacyConvertedEnhancedCTImage(
+        legacy_datasets=slices,
+        series_instance_uid=pydicom.uid.generate_uid(),
+        series_number=2,
+        sop_instance_uid=pydicom.uid.generate_uid(),
+        instance_number=1,
+    )
+    enhanced.save_as(root / "frames.dcm")
+    volume = load_volume(root / "frames.dcm")
+    np.testing.assert_array_equal(volume.array, expected_in_ras(written))
+    (case,) = find_cases(root)
+    np.testing.assert_allclose(volume.affine, case.load_image().affine, atol=1e-4)
+
+
+@NEEDS_DICOM
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MR_small_RLE.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+        "CT_small.dcm",
+    ],
+)
+def test_compressed_files_have_the_voxels_of_pydicom_or_name_the_missing_package(name):
+    import pydicom
+    from pydicom.data import get_testdata_file
+
+    path = Path(str(get_testdata_file(name, download=False)))
+    try:
+        volume = load_volume(path)
+    except DataError as error:
+        assert "jpeg_ls" in name and "pylibjpeg" in str(error) and "\n" not in str(error)
+        return
+    item = pydicom.dcmread(path)
+    plain = pydicom.dcmread(str(get_testdata_file("MR_small.dcm"))) if "MR" in name else item
+    pixels = plain.pixel_array.astype(np.float32)
+    pixels = pixels * float(item.get("RescaleSlope", 1)) + float(item.get("RescaleIntercept", 0))
+    axes = np.array(item.ImageOrientationPatient, float).reshape(2, 3)
+    assert (
+        axes == [[1, 0, 0], [0, 1, 0]]
+    ).all()  # columns to the left, rows to the back: both reversed in RAS
+    np.testing.assert_array_equal(volume.array[:, :, 0], pixels.T[::-1, ::-1])
