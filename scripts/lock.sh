@@ -8,7 +8,7 @@ lock=(uv pip compile --quiet --universal --python-version 3.11 --generate-hashes
 unhashed='^(torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z-]*)=='
 for which in demo test; do
     extras=(--extra medical)
-    [ "$which" = test ] && extras+=(--extra dicom --extra dev)
+    [ "$which" = test ] && extras+=(--extra dicom --extra itk --extra dev)
     echo 'setuptools>=77' | "${lock[@]}" pyproject.toml "${extras[@]}" - --output-file ".ci/locks/$which.txt"
 done
 # Only the data of these packages is used, so their dependencies are not installed.
