@@ -404,3 +404,13 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whe
     ]
     if problems:
         raise CheckpointError(f"{where}: does not fit the model: {'; '.join(sorted(problems))}")
+
+
+def drop_output() -> None:
+    """Discard what stdout has buffered, after writing to it failed: the interpreter would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

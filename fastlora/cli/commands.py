@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import math
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastlora.cli.convert import FORMATS, convert, difference_norm, read_adapter, update_norm
 from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, ConfigError, FastLoRAError
+from fastlora.files import drop_output
 from fastlora.io.adapter_state import AdapterState, LayerState
 
 _EPILOG = """\
@@ -103,12 +105,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. argv: the arguments, default those of the process. Returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a layer's name may have any characters
-    arguments = _parser().parse_args(argv)
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         try:
-            code: int = arguments.run(arguments)
+            try:
+                arguments = _parser().parse_args(argv)
+                code: int = arguments.run(arguments)
+            finally:
+                sys.stdout.flush()  # here an error can still be reported
+        except BrokenPipeError:
+            drop_output()
+            return 128 + signal.SIGPIPE
         except (FastLoRAError, OSError) as error:
+            drop_output()
             print(f"fastlora: error: {_cell(error)}", file=sys.stderr)
             code = 2
     for note in notes:

@@ -1,15 +1,89 @@
-"""Shared by the scripts: errors of the command line, and the log on the terminal."""
+"""Shared by the commands: how they run and end, errors of the command line, and the log on the terminal."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from fastlora.errors import ConfigError
+from fastlora.errors import ConfigError, FastLoRAError
+from fastlora.files import drop_output
+
+PROGRAM = "fastlora-medical"
+
+
+def run_command(work: Callable[[], int], interrupted: str = "interrupted", where: str = "") -> int:
+    """Run a command and return its exit code; what stops it becomes one line on stderr.
+
+    An error of ours or of a file gives 2, Ctrl-C 130, SIGTERM 143, both with the line `interrupted`, and a closed pipe on stdout
+    141 without a line. Names that stdout cannot encode are escaped. where: written before an error.
+    """
+    _usable_streams()
+    code = 2
+    try:
+        with _sigterm_interrupts():
+            try:
+                code = work()
+            finally:
+                sys.stdout.flush()  # here an error can still be reported
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+        drop_output()
+    except (FastLoRAError, OSError) as error:
+        code = 2
+        drop_output()
+        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        print(interrupted, file=sys.stderr)
+    return code
+
+
+def _usable_streams() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Within this context SIGTERM, which clusters send before they kill, ends the process like Ctrl-C.
+
+    It is left alone under torchrun, which sends it to processes that wait for another one, and where it has a handler.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    main_thread = threading.current_thread() is threading.main_thread()
+    if several or not main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def command_line(script: str, name: str) -> list[str]:
+    """How this process was called: as a script of the repository, or as a command of the installed package."""
+    installed = Path(sys.argv[0]).name.startswith(PROGRAM)
+    return [PROGRAM, name] if installed else ["python", f"scripts/{script}"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,8 +97,13 @@ class LogLines(logging.Handler):
     """Writes messages to stdout as plain lines, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        show(self.format(record))
+
+
+def show(line: str) -> None:
+    """Print a line, above a progress bar if there is one."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def add_reading(group: Any) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from fastlora.errors import FastLoRAError
-from fastlora.medical.console import show_log
+from fastlora.medical.console import run_command, show_log
 from fastlora.medical.models.decoder import SparseMeshDecoder
 from tests.support.tiny_run import TinyRegions, tiny_trainer
 
@@ -70,7 +69,8 @@ def main(folder: str, fault: str, value: str = "") -> int:
         options["num_workers"] = 1
     elif fault == "halve":
         options |= {"halve_batch": True, "batch_size": 4, "grad_accum": 1}
-    try:
+
+    def work() -> int:
         trainer = tiny_trainer(folder, **options)
         if fault == "full disk":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -96,12 +96,9 @@ def main(folder: str, fault: str, value: str = "") -> int:
 
             trainer._step = wait  # type: ignore[method-assign]
         trainer.train()
-    except FastLoRAError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return 0
+
+    return run_command(work)
 
 
 def inject(folder: str, run: str, fault: str, value: str) -> None:

@@ -1,1 +1,1 @@
-"""The command `fastlora-medical`: preprocess, train, eval and predict."""
+"""The commands of `fastlora-medical`."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlora.errors import ConfigError, FastLoRAError
+from fastlora.errors import ConfigError
 from fastlora.files import atomic_write, write_json
-from fastlora.medical.console import Parser, show_log
+from fastlora.medical.console import Parser, command_line, run_command, show_log
 from fastlora.medical.evaluation.evaluate import LABELS, Run, compare_runs
 from fastlora.medical.evaluation.metrics import TOLERANCE_MM
 from fastlora.medical.evaluation.report import examples, render, slices_png
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     runs.add_argument(
         "--cache_dir",
         metavar="DIR",
-        help="cache written by preprocess_medical.py for these cases; restricts the evaluation to the structures that it found usable "
+        help="cache written by `fastlora-medical preprocess` for these cases; restricts the evaluation to the structures that it found usable "
         "(default: that of the training run, or none with --data_root)",
     )
     metrics = parser.add_argument_group("evaluation")
@@ -194,17 +194,14 @@ def ascii_number(key: str, value: float | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
+    """Evaluates; returns the exit code, as `run_command`."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def work() -> int:
         args = build_parser().parse_args(arguments)
         show_log()
-        lines = run(args, shlex.join(["python", "scripts/eval_medical.py", *arguments]))
-    except (FastLoRAError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print("\n".join(lines))
-    return 0
+        command = [*command_line("eval_medical.py", "eval"), *arguments]
+        print("\n".join(run(args, shlex.join(command))))
+        return 0
+
+    return run_command(work)

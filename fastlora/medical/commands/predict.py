@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import trimesh
 from tqdm import tqdm
 
-from fastlora.errors import ConfigError, DataError, FastLoRAError
+from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
-from fastlora.medical.console import Parser, add_reading, show_log
+from fastlora.medical.console import Parser, add_reading, run_command, show, show_log
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.single import open_files, read_label_names
@@ -327,12 +326,6 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str]:
     return row.get("subject", ""), row.get("structure", "")
 
 
-def show(line: str) -> None:
-    """Prints above the progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
-
-
 def run(args: argparse.Namespace) -> int:
     """Predicts and writes, one structure after the other; prints a line for each."""
     check_arguments(args)
@@ -383,14 +376,11 @@ def predict_case(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Predicts; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
-    try:
+    """Predicts; returns the exit code, as `run_command`."""
+
+    def work() -> int:
         args = build_parser().parse_args(argv)
         show_log()
         return run(args)
-    except (FastLoRAError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the files written so far are complete", file=sys.stderr)
-        return 130
+
+    return run_command(work, "interrupted: the files written so far are complete")

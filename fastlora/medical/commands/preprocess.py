@@ -12,7 +12,6 @@ stopped. If a case or structure cannot be used, the exit code is 2 with one line
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastlora.errors import FastLoRAError, FastLoRAWarning
-from fastlora.medical.console import add_reading, show_log
+from fastlora.errors import DataError, FastLoRAWarning
+from fastlora.medical.console import Parser, add_reading, run_command, show, show_log
 from fastlora.medical.data.bundled import build_bundled
 from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import (
@@ -47,7 +46,7 @@ SLICE_OPTIONS = ("axes", "spacing", "preprocess_crop_size")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command-line parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     source = parser.add_argument_group("data").add_mutually_exclusive_group()
     source.add_argument(
         "--data_root",
@@ -212,35 +211,39 @@ def configure(args: argparse.Namespace) -> PreprocessConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    show_log()
-    try:
-        if args.verify:
-            return check(args.cache_dir)
-        config = configure(args)
-        problems: list[str] = []
-        selected = select_structures(load_cases(args, problems), args.classes)
-        names = "/".join(name for name, axis in AXES.items() if axis in config.axes)
-        print(HEADER + (SLICE_HEADER + names if config.slices else ""))
-        outcomes = []
-        total = sum(len(case.structures) for case in selected)
-        progress = tqdm(total=total, desc="prepared", unit="structure", disable=None)
-        with progress:
-            for outcome in preprocess(selected, config, args.num_workers):
-                tqdm.write(row(outcome), file=sys.stdout)
-                outcomes.append(outcome)
-                progress.update()
-        args.cache_dir.mkdir(parents=True, exist_ok=True)
-        write_manifest(args.cache_dir, settings(args), outcomes, problems)
-    except (FastLoRAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Preprocesses; returns the exit code, as `run_command`."""
+
+    def work() -> int:
+        args = build_parser().parse_args(argv)
+        show_log()
+        return check(args.cache_dir) if args.verify else run(args)
+
+    return run_command(
+        work, "interrupted: the cache is complete so far, and the same command continues"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepares all structures, with a line for each, and writes the manifest."""
+    config = configure(args)
+    problems: list[str] = []
+    selected = select_structures(load_cases(args, problems), args.classes)
+    names = "/".join(name for name, axis in AXES.items() if axis in config.axes)
+    print(HEADER + (SLICE_HEADER + names if config.slices else ""))
+    outcomes = []
+    total = sum(len(case.structures) for case in selected)
+    with tqdm(total=total, desc="prepared", unit="structure", disable=None) as progress:
+        for outcome in preprocess(selected, config, args.num_workers):
+            show(row(outcome))
+            outcomes.append(outcome)
+            progress.update()
+    args.cache_dir.mkdir(parents=True, exist_ok=True)
+    write_manifest(args.cache_dir, settings(args), outcomes, problems)
     for problem in problems:
         print(f"skipped: {problem}")
     ready = [outcome for outcome in outcomes if outcome.problem is None]
     if not ready:
-        print("error: expected at least one usable structure, got none", file=sys.stderr)
-        return 2
+        raise DataError("expected at least one usable structure, got none")
     subjects = {outcome.subject for outcome in ready}
     left_out = len(outcomes) - len(ready) + len(problems)
     print(f"{len(ready)} structures of {len(subjects)} subjects ready, {left_out} skipped")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlora.errors import ConfigError, FastLoRAError, nearest
-from fastlora.medical.console import Parser, show_log
+from fastlora.errors import ConfigError, nearest
+from fastlora.medical.console import Parser, run_command, show_log
 from fastlora.medical.models.options import declared, value_type
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig, option_owners, read_yaml
@@ -113,19 +112,16 @@ def train(config: TrainConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
-    try:
+    """Trains; returns the exit code, as `run_command`."""
+    rank = os.environ.get("RANK", "0")
+
+    def work() -> int:
         config = read_config(argv)
-        if os.environ.get("RANK", "0") == "0":  # only the first process prints
+        if rank == "0":  # only the first process prints
             show_log()
         with process_group(local_device(resolve_device(config))):
             train(config)
-    except FastLoRAError as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"process {rank}: "
-        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: continue with --resume", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    where = "" if rank == "0" else f"process {rank}: "
+    return run_command(work, "interrupted: continue with --resume", where)

@@ -146,7 +146,7 @@ def read_manifest(cache_dir: Path) -> dict[str, Any]:
         content = read_json(path)
     except FileNotFoundError as error:
         raise DataError(
-            f"cache_dir: expected {path}, which scripts/preprocess_medical.py writes, got nothing there"
+            f"cache_dir: expected {path}, which `fastlora-medical preprocess` writes, got nothing there"
         ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected a manifest, got {error}") from error

@@ -107,7 +107,8 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(queue: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets `stop`
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the parent, which sets `stop`
+        signal.signal(number, signal.SIG_IGN)
     _worker.update(queue=queue, stop=stop)
 
 

@@ -47,7 +47,7 @@ class TS_SAM3D_Dataset(Dataset[dict[str, Any]]):
     """Slices of the structures of some cases.
 
     What is not in the cache yet is prepared when the data set is built, and written there;
-    `preprocess_medical.py --slices` does so in advance.
+    `fastlora-medical preprocess --slices` does so in advance.
 
     cases: from `find_cases`; split them by subject first (`split_by_subject`). classes: names or
     kinds of structures, None for all. axes: among sagittal, coronal, axial or 0, 1, 2.

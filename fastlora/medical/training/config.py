@@ -61,7 +61,7 @@ class TrainConfig:
     )
     cache_dir: str | None = _data(
         None,
-        "cache written by preprocess_medical.py; restricts the data to the structures that it found usable (default: no cache)",
+        "cache written by `fastlora-medical preprocess`; restricts the data to the structures that it found usable (default: no cache)",
         resumable=True,
     )
     demo: str | None = _data(None, "train on generated synthetic data", one_of("synthetic"))

@@ -67,7 +67,7 @@ def load_splits(config: TrainConfig) -> dict[str, list[RegionSpec]]:
         if config.data_root is None or config.cache_dir is not None:
             raise
         raise DataError(
-            f"{error} (preprocess_medical.py --skip_invalid lists the usable structures, and --cache_dir "
+            f"{error} (`fastlora-medical preprocess --skip_invalid` lists the usable structures, and --cache_dir "
             "restricts training to them)"
         ) from error
 

@@ -60,24 +60,38 @@ def memory_text(model: nn.Module, rows: int) -> str:
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Context manager: the first Ctrl-C sets a flag, so that the run stops where it can save; the second stops it at once.
 
-    Yields a function that returns the flag. With several processes, and outside the main thread, Ctrl-C is unchanged.
+    So does SIGTERM if it interrupts the process, as in the commands; the KeyboardInterrupt that leaves the context holds its number. A
+    signal that is ignored, or that ends the process at once, is unchanged; so are both with several processes, and outside the
+    main thread. Yields a function that returns the flag.
     """
-    requested = threading.Event()
+    received: list[int] = []
     if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
-        yield requested.is_set
+        yield lambda: False
         return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in numbers if callable(signal.getsignal(n))}
 
-    def note(_: int, frame: FrameType | None) -> None:
-        requested.set()
-        signal.signal(signal.SIGINT, before)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    before = signal.signal(signal.SIGINT, note)
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield requested.is_set
+        yield lambda: bool(received)
+    except KeyboardInterrupt as stop:
+        if received and not stop.args:
+            raise KeyboardInterrupt(received[0]) from None
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def ignore_interrupts(_: int) -> None:
-    """Makes a data loader process ignore Ctrl-C, which a terminal sends to it too: the run still needs its batches."""
+    """Makes a data loader process ignore Ctrl-C and SIGTERM, which terminals and clusters send to it too: the run still needs its batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

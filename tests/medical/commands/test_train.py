@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import TrainConfig, option_owners, read_yaml
 from fastlora.medical.training.finetuned import load_finetuned
 from fastlora.medical.training.trainer import MedicalTrainer
-from tests.support.paths import ROOT
 from tests.support.tiny_run import tiny_model, tiny_trainer
 
 
@@ -204,55 +201,3 @@ def test_a_loss_that_is_not_finite(flags: list[str], capsys: pytest.CaptureFixtu
         and re.search(r"phantom_00[01]/blob", err)
     )
     assert checkpointing.read_checkpoint("run/checkpoints/last.pt")["epoch"] == 0
-
-
-# -- the pipeline
-
-
-def pipeline(arguments: list[str], folder: Path, fail_at: str = "") -> tuple[int, list[str], str]:
-    """Runs it with an interpreter that only logs its commands; returns exit code, commands and the last line."""
-    python = folder / "python"
-    python.write_text(
-        f'#!/bin/sh\nshift 0\necho "$(basename "$1") $(shift; echo "$*")" >> "{folder}/calls"\n'
-        f'case "$*" in *"{fail_at or "never"}"*) exit 2;; esac\n'
-    )
-    python.chmod(0o755)
-    script = str(ROOT / "scripts" / "run_medical_pipeline.sh")
-    done = subprocess.run(
-        ["bash", script, *arguments],
-        env={**os.environ, "PYTHON": str(python)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    calls = folder / "calls"
-    last = (done.stdout + done.stderr).strip().splitlines()[-1]
-    return done.returncode, calls.read_text().splitlines() if calls.exists() else [], last
-
-
-def test_pipeline_runs_all_steps_in_order(tmp_path: Path) -> None:
-    code, calls, last = pipeline(["--out", "my run", "--seed", "3", "--epochs", "2"], tmp_path)
-    assert code == 0 and last == "report: my run/eval/report.html"
-    assert calls == [
-        "preprocess_medical.py --seed 3 --cache_dir my run/cache",
-        "train_medical.py --epochs 2 --resume auto --seed 3 --cache_dir my run/cache --finetune lora --checkpoint_dir my run/lora",
-        "train_medical.py --epochs 2 --resume auto --seed 3 --cache_dir my run/cache --finetune full --checkpoint_dir my run/full",
-        "eval_medical.py --checkpoint my run/lora --full my run/full --output_dir my run/eval "
-        "--save_predictions --visualize",
-    ]
-
-
-def test_pipeline_passes_flags_where_they_belong(tmp_path: Path) -> None:
-    flags = ["--data_root", "d", "--classes", "a", "b", "--device", "cpu", "--overwrite"]
-    flags += ["--channel", "1", "--skip_invalid"]
-    code, calls, _ = pipeline(flags, tmp_path)
-    assert code == 0
-    assert calls[0].endswith("--data_root d --classes a b --channel 1 --skip_invalid")
-    assert "--data_root d --classes a b --device cpu --overwrite --channel 1 --seed 0" in calls[1]
-    assert calls[3].endswith("--visualize --device cpu")
-
-
-def test_pipeline_stops_at_the_first_failure(tmp_path: Path) -> None:
-    code, calls, last = pipeline([], tmp_path, fail_at="--finetune lora")
-    assert code == 2 and len(calls) == 2 and last == "== 2/4 train lora"
-    assert pipeline(["--out"], tmp_path)[2] == "error: --out: expected a value"

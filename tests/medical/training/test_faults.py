@@ -95,13 +95,14 @@ def test_kills_at_random_moments(tmp_path):
     assert ended >= 1 and lost == []
 
 
-def test_ctrl_c_saves_the_step_and_exits_130(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_the_step_and_exit_130_or_143(whole, tmp_path, number):
     run, sign = tmp_path / "run", tmp_path / "sign"
     fault = start(run, "slow", sign)
     wait_for(sign, fault)
-    os.kill(fault.process.pid, signal.SIGINT)
+    os.kill(fault.process.pid, number)
     code, _, err = fault.end()
-    assert code == 130, err
+    assert code == 128 + number, err
     content = checkpointing.read_checkpoint(RunFolder(run).find("last"))
     assert content["epoch"] == 1 and 0 < content["within"]["seen"] < 7
     assert_it_continues(run, whole)
@@ -123,6 +124,17 @@ def test_the_second_ctrl_c_stops_at_once():
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # the previous handler is active again
+
+
+def test_a_signal_that_is_ignored_or_ends_the_process_is_left_alone():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
+    try:
+        with faults.deferred_interrupt() as requested:
+            signal.raise_signal(signal.SIGINT)
+            assert not requested() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_outside_the_main_thread_ctrl_c_is_left_alone():
