@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,8 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.console import Parser, add_reading, run_command, show, show_log
 from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.manifest import csv_bytes
+from fastlora.medical.data.names import file_stem
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.single import open_files, read_label_names
 from fastlora.medical.data.splits import select_structures
@@ -241,10 +241,10 @@ class Output:
         for scan in scans:
             case = scan.case
             for structure in case.structures:
-                name = _free_name(f"{case.subject}_{structure}", taken)
+                name = _free_name(file_stem(f"{case.subject}_{structure}"), taken)
                 self.paths[case.subject, structure] = args.output_dir / f"{name}.{args.mesh_format}"
             if args.scene and len(case.structures) > 1:
-                name = _free_name(f"{case.subject}_scene", taken)
+                name = _free_name(file_stem(f"{case.subject}_scene"), taken)
                 self.scenes[case.subject] = args.output_dir / f"{name}.glb"
             mine = [p for (subject, _), p in self.paths.items() if subject == case.subject]
             mine += [path for path in (self.scenes.get(case.subject),) if path]
@@ -303,13 +303,10 @@ class Output:
             return
         places = {key: n for n, key in enumerate(self.paths)}
         self.rows.sort(key=lambda row: places.get(_key(row), len(places)))
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        table.writeheader()
-        table.writerows(self.rows)
+        cells = ([row.get(name) for name in COLUMNS] for row in self.rows)
         one = None if args.data_root else next(iter(self.paths))[0]
-        path = args.output_dir / f"{f'{one}_' if one else ''}predictions.csv"
-        atomic_write(path, text.getvalue().encode())
+        path = args.output_dir / f"{f'{file_stem(one)}_' if one else ''}predictions.csv"
+        atomic_write(path, csv_bytes([COLUMNS, *cells]))
         done = sum("mesh" in row for row in self.rows)
         show(f"{done} surfaces, {len(self.rows) - done} skipped: {path}")
 

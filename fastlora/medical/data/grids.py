@@ -22,6 +22,7 @@ from fastlora.medical.data.geometry import (
     shifted,
 )
 from fastlora.medical.data.manifest import Layout, load_entry
+from fastlora.medical.data.names import file_stem
 from fastlora.medical.data.scan import Part, Scan
 from fastlora.medical.data.volumes import Case, Volume
 from fastlora.medical.data.windows import Limits, windowed
@@ -145,4 +146,4 @@ def grid_path(case: Case, structure: str, cache_dir: Path) -> Path:
     """The cache file of a structure's grid; its name changes with the source files and the spacing."""
     key = repr((_CACHE_VERSION, case.stamp(structure), SPACING_MM))
     digest = hashlib.sha256(key.encode()).hexdigest()
-    return cache_dir / f"{case.subject}-{structure}-grid-{digest[:16]}.npz"
+    return cache_dir / f"{file_stem(case.subject, structure)}-grid-{digest[:16]}.npz"

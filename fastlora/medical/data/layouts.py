@@ -7,20 +7,21 @@ layout, where they are file names. Hidden files, such as `._x` of macOS, are ign
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import os
-import unicodedata
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastlora.errors import DataError
-from fastlora.files import read_json
 from fastlora.medical.data import dicom, formats
+from fastlora.medical.data.dataset_json import Found, listed_cases
+from fastlora.medical.data.names import distinct_names
 from fastlora.medical.data.scan import LabelMap
 from fastlora.medical.data.volumes import Case, Source, load_labels
 from fastlora.medical.data.windows import Modality
@@ -28,11 +29,13 @@ from fastlora.medical.data.windows import Modality
 log = logging.getLogger(__name__)
 
 IMAGE_NAMES: dict[str, Modality] = {"ct": "ct", "mri": "mr"}  # without the extension
+_IMAGE = re.compile(r"(?:.*[-_.])?(?:image|img)", re.IGNORECASE)
+_LABELS = re.compile(r"(?:(?P<name>.*)[-_.])?(?:labels?|seg|segmentation|mask)", re.IGNORECASE)
 DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
 LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DICOM")
 
-Files = tuple[str, Path, Path]  # subject, image and label map
-Found = tuple[str, Callable[[], Case]]  # a layout, and a function that reads the case and may raise
+Placed = tuple[str, Path, Callable[[str], Case]]
+"""A layout, the path that names the case, and a function that reads the case of a subject and may raise."""
 
 
 def find_cases(
@@ -55,7 +58,7 @@ def find_cases(
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder of cases, got nothing at that path")
     listed = (root / "dataset.json").is_file()
-    found = _listed_cases(root, channel) if listed else _subject_folders(root, modality)
+    found = listed_cases(root, channel) if listed else _subject_folders(root, modality)
     cases, layouts = [], Counter[str]()
     for layout, make in found:
         try:
@@ -70,7 +73,7 @@ def find_cases(
     if not cases:
         raise DataError(
             f"{root}: expected a data set in one of the layouts {', '.join(LAYOUTS)} "
-            "(docs/quickstart_training.md shows each), got none"
+            f"(docs/quickstart_training.md shows each), got none{_seen(root)}"
             + "".join(f"; {problem}" for problem in problems or ())
         )
     named = ", ".join(f"{name} ({count} cases)" for name, count in layouts.items())
@@ -78,47 +81,114 @@ def find_cases(
     return cases
 
 
-def structure_name(label: str) -> str:
-    """The name of a structure from its label, with letters and digits of any script: `Left Kidney` → `left_kidney`, `Größe` → `größe`."""
-    label = unicodedata.normalize("NFC", unicodedata.normalize("NFC", label).lower())
-    kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in label)
-    return "_".join("".join(kept).split())
-
-
-def distinct_names(labels: Sequence[tuple[str, object]], where: Path) -> list[str]:
-    """The names of structures from their labels; if several are equal, as of `T1` and `T1+`, each gets its number.
-
-    labels: text and number of each. where: for errors. Raises: DataError if names are equal even so.
-    """
-    plain = [structure_name(text) or "label" for text, _ in labels]
-    count = Counter(plain)
-    names = [
-        name if count[name] == 1 and structure_name(text) else f"{name}_{number}"
-        for name, (text, number) in zip(plain, labels, strict=True)
-    ]
-    twice = [text for name, (text, _) in zip(names, labels, strict=True) if names.count(name) > 1]
-    if twice:
-        raise DataError(f"{where}: expected labels with different names, got {twice[0]!r} twice")
-    return names
+def _seen(root: Path) -> str:
+    """What a folder without cases has instead, for the error."""
+    inner = [str(path) for path in _folders(root) if (path / "dataset.json").is_file()]
+    if inner:
+        return f"; pass the folder of a dataset.json: {', '.join(inner)}"
+    some = itertools.islice(root.rglob("*"), 100_000)  # it may be a whole disk
+    count = sum(bool(formats.ending(path)) and path.name[0] != "." for path in some)
+    return f"; it has {count} volumes" if count else ""
 
 
 def _subject_folders(root: Path, modality: Modality) -> list[Found]:
+    """The cases of a folder that has a folder, or an image and a label map, for each."""
     splits = _read_splits(root / "meta.csv")
-    found: list[Found] = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
-        split = splits.get(folder.name)
-        if (folder / "segmentations").is_dir() or any(
-            _volumes(folder, name) for name in IMAGE_NAMES
-        ):
-            found.append(("TotalSegmentator", partial(_totalsegmentator_case, folder, split)))
-        elif _volumes(folder, "*-image") or _volumes(folder, "*-label"):
-            found.append(("image/label pairs", partial(_pair_case, folder, modality, split)))
-        elif dicom.holds_dicom(folder):
-            found.append(("DICOM", partial(_dicom_case, folder, split)))
-    return found
+    found = _side_by_side(root, modality, splits)
+    for folder in _folders(root):
+        case = _case_of(folder, modality, splits)
+        if case is None:
+            inner = splits | _read_splits(folder / "meta.csv")
+            deeper = (_case_of(path, modality, inner) for path in _folders(folder))
+            nested = [f for f in deeper if f is not None] + _side_by_side(folder, modality, inner)
+            if not nested and dicom.holds_dicom(folder):
+                split = splits.get(folder.name)
+                nested = [("DICOM", folder, partial(_dicom_case, folder, split))]
+            found += nested
+        else:
+            found.append(case)
+    count = Counter(place.name.lower() for _, place, _ in found)
+    return [
+        (layout, partial(make, _subject(root, place, count[place.name.lower()])))
+        for layout, place, make in sorted(found, key=lambda item: item[1])
+    ]
 
 
-def _totalsegmentator_case(folder: Path, split: str | None) -> Case:
+def _subject(root: Path, place: Path, count: int) -> str:
+    """The name of a case; if several have it, its path in the data set."""
+    return place.name if count == 1 else "_".join(place.relative_to(root).parts)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(
+        p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name != "__MACOSX"
+    )
+
+
+def _case_of(folder: Path, modality: Modality, splits: Mapping[str, str]) -> Placed | None:
+    """The case that a folder is, if it has an image or masks that are named as such."""
+    split, images, labels = splits.get(folder.name), _images(folder), _labelled(folder)
+    stated = any(_volumes(folder, name) for name in IMAGE_NAMES)
+    if (folder / "segmentations").is_dir() or (stated and not labels):
+        return "TotalSegmentator", folder, partial(_totalsegmentator_case, folder, split)
+    if len({name for name, _ in labels}) <= 1 and (labels or images):
+        return "image/label pairs", folder, partial(_pair_case, folder, modality, split)
+    return None
+
+
+def _images(folder: Path) -> list[Path]:
+    """The volumes that are named as images: `image.nii.gz`, `x-image.nii.gz`."""
+    return [p for n, p in _volumes(folder, "*").items() if _IMAGE.fullmatch(n)]
+
+
+def _labelled(folder: Path) -> list[tuple[str, Path]]:
+    """The label maps, with what is before the word: `x_seg.nii.gz`, `label.nii.gz`."""
+    matches = ((_LABELS.fullmatch(n), p) for n, p in _volumes(folder, "*").items())
+    return [(match["name"] or "", path) for match, path in matches if match]
+
+
+def _side_by_side(folder: Path, modality: Modality, splits: Mapping[str, str]) -> list[Placed]:
+    """The cases of a folder that has a label map for each image: `x.nii.gz` and `x_seg.nii.gz`."""
+    labels = _labelled(folder)
+    if not labels:
+        return []
+    maps: dict[str, list[Path]] = {name: [] for name in _volumes(folder, "*")}
+    for _, path in labels:
+        del maps[path.name.removesuffix(formats.ending(path))]
+    for name, path in labels:
+        maps.setdefault(
+            next((n for n in (f"{name}-image", f"{name}_image") if n in maps), name), []
+        ).append(path)
+    images = _volumes(folder, "*")
+    return [
+        (
+            "image/label pairs",
+            folder / name,
+            partial(
+                _listed_pair, folder / name, images.get(name), found, modality, splits.get(name)
+            ),
+        )
+        for name, found in maps.items()
+    ]
+
+
+def _listed_pair(
+    place: Path,
+    image: Path | None,
+    labels: Sequence[Path],
+    modality: Modality,
+    split: str | None,
+    subject: str,
+) -> Case:
+    if image is None or len(labels) != 1:
+        got = ", ".join(path.name for path in ([image] if image else []) + list(labels))
+        raise DataError(
+            f"{place.parent}: expected {place.name}.nii.gz and one label map such as {place.name}_seg.nii.gz, got {got}"
+        )
+    return _label_map_case(subject, modality, image, labels[0], split)
+
+
+def _totalsegmentator_case(folder: Path, split: str | None, subject: str) -> Case:
     images = _volumes(folder, "ct") | _volumes(folder, "mri")
     if len(images) != 1:
         raise DataError(
@@ -128,7 +198,7 @@ def _totalsegmentator_case(folder: Path, split: str | None) -> Case:
     structures = {n: Source(p) for n, p in _volumes(folder / "segmentations", "*").items()}
     if not structures:
         raise DataError(f"{folder}: expected masks in segmentations/<structure>.nii.gz, got none")
-    return Case(folder.name, IMAGE_NAMES[name], image, structures, split)
+    return Case(subject, IMAGE_NAMES[name], image, structures, split)
 
 
 def _volumes(folder: Path, pattern: str) -> dict[str, Path]:
@@ -147,22 +217,31 @@ def _volumes(folder: Path, pattern: str) -> dict[str, Path]:
     return found
 
 
-def _pair_case(folder: Path, modality: Modality, split: str | None) -> Case:
-    images = list(_volumes(folder, "*-image").values())
-    labels = list(_volumes(folder, "*-label").values())
+def _pair_case(folder: Path, modality: Modality, split: str | None, subject: str) -> Case:
+    labels = [path for _, path in _labelled(folder)]
+    others = [path for path in _volumes(folder, "*").values() if path not in labels]
+    images = _images(folder) or others
     if len(images) != 1 or len(labels) != 1:
+        got = ", ".join(path.name for path in [*images, *labels])
         raise DataError(
             f"{folder}: expected one *-image.nii.gz and one *-label.nii.gz, "
-            f"got {len(images)} and {len(labels)}"
+            f"got {len(images)} and {len(labels)}: {got}"
         )
-    values = sorted(LabelMap(load_labels(labels[0]).array).boxes)
-    structures = {f"label_{value}": Source(labels[0], value) for value in values}
+    return _label_map_case(subject, modality, images[0], labels[0], split)
+
+
+def _label_map_case(
+    subject: str, modality: Modality, image: Path, label: Path, split: str | None
+) -> Case:
+    values = sorted(LabelMap(load_labels(label).array).boxes)
+    structures = {f"label_{value}": Source(label, value) for value in values}
     if not structures:
-        raise DataError(f"{labels[0]}: expected at least one label, got an empty label map")
-    return Case(folder.name, modality, images[0], structures, split)
+        raise DataError(f"{label}: expected at least one label, got an empty label map")
+    stated = IMAGE_NAMES.get(image.name.removesuffix(formats.ending(image)), modality)
+    return Case(subject, stated, image, structures, split)
 
 
-def _dicom_case(folder: Path, split: str | None) -> Case:
+def _dicom_case(folder: Path, split: str | None, subject: str) -> Case:
     series = {s.uid: s for s in dicom.list_series(folder)}
     files = [path for s in series.values() if s.modality == "SEG" for path in s.files]
     segmentations = [dicom.read_segmentation(path) for path in files]
@@ -189,7 +268,7 @@ def _dicom_case(folder: Path, split: str | None) -> Case:
     # The cache key follows the files of this folder: other series should not invalidate it.
     parents = {path.parent for path in series[uid].files}
     image = parents.pop() if len(parents) == 1 else folder
-    return Case(folder.name, DICOM_MODALITIES[kind], image, structures, split, component=uid)
+    return Case(subject, DICOM_MODALITIES[kind], image, structures, split, component=uid)
 
 
 def _read_splits(path: Path) -> dict[str, str]:
@@ -206,161 +285,3 @@ def _read_splits(path: Path) -> dict[str, str]:
             f"{path}: expected a column image_id (separator ';'), got {', '.join(rows[0])}"
         )
     return {row["image_id"]: row["split"] for row in rows if row.get("split")}
-
-
-def _listed_cases(root: Path, channel: int) -> list[Found]:
-    """The cases of a Decathlon or nnU-Net folder."""
-    path = root / "dataset.json"
-    content = _read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
-        raise DataError(f"{path}: expected an object with 'labels', got none")
-    nnunet = "channel_names" in content
-    channels = content.get("channel_names" if nnunet else "modality")
-    if not isinstance(channels, dict) or not channels:
-        raise DataError(f"{path}: expected 'channel_names' or 'modality', got neither")
-    number = str(channel)
-    if number not in channels:
-        raise DataError(f"channel: {path} has {channels}, expected one of them, got {number}")
-    name = str(channels[number])
-    if len(channels) > 1:
-        log.info(
-            "%s: channel %s (%s) of %s", root, number, name, ", ".join(map(str, channels.values()))
-        )
-    modality: Modality = "ct" if name.upper() == "CT" else "mr"
-    structures_of = _labels(content["labels"], path)
-    splits = _folds(root / "splits_final.json")
-    if not nnunet:
-        listed = _decathlon_files(root, content)
-    elif "dataset" in content:
-        listed = _nnunet_listed(root, content, channel)
-    else:
-        listed = _nnunet_files(root, content, channel)
-
-    def make(subject: str, image: Path, label: Path) -> Case:
-        if not image.is_file() and not nnunet:  # nnU-Net 1 lists images without the channel number
-            end = formats.ending(image)
-            image = image.with_name(f"{image.name.removesuffix(end)}_{channel:04d}{end}")
-        for needed in (image, label):
-            if not needed.is_file():
-                raise DataError(f"{subject}: expected {needed}, got nothing at that path")
-        structures = {n: Source(label, v, title=t) for n, (t, v) in structures_of.items()}
-        return Case(subject, modality, image, structures, splits.get(subject), channel)
-
-    layout = "nnU-Net" if nnunet else "Decathlon"
-    return [(layout, partial(make, *files)) for files in sorted(_distinct_subjects(root, listed))]
-
-
-def _distinct_subjects(root: Path, listed: Sequence[Files]) -> list[Files]:
-    """The files with subjects that differ: where base names are equal, the path in the data set is the name.
-
-    Raises: DataError if a label file is listed twice.
-    """
-    count = Counter(subject.lower() for subject, _, _ in listed)
-    found = []
-    for subject, image, label in listed:
-        if count[subject.lower()] > 1:
-            subject = "_".join(label.relative_to(root).parts).removesuffix(formats.ending(label))
-        found.append((subject, image, label))
-    again = [name for name, n in Counter(s.lower() for s, _, _ in found).items() if n > 1]
-    if again:
-        raise DataError(
-            f"{root / 'dataset.json'}: expected every label file once, got {again[0]} twice"
-        )
-    return found
-
-
-def _nnunet_files(root: Path, content: Mapping[str, Any], channel: int) -> list[Files]:
-    ending = content.get("file_ending", formats.ENDINGS[0])
-    if ending not in formats.ENDINGS:
-        raise DataError(
-            f"{root / 'dataset.json'}: expected file_ending among {', '.join(formats.ENDINGS)}, got {ending!r}"
-        )
-    labels = {p.name.removesuffix(ending): p for p in (root / "labelsTr").glob(f"[!.]*{ending}")}
-    images, number = root / "imagesTr", f"_{channel:04d}{ending}"
-    return [(subject, images / f"{subject}{number}", label) for subject, label in labels.items()]
-
-
-def _nnunet_listed(root: Path, content: Mapping[str, Any], channel: int) -> list[Files]:
-    """The files under `dataset`: case → images by channel, and label."""
-    path, found = root / "dataset.json", []
-    entries = content["dataset"]
-    for subject, entry in entries.items() if isinstance(entries, dict) else ():
-        images = entry.get("images") if isinstance(entry, dict) else None
-        label = entry.get("label") if isinstance(entry, dict) else None
-        names = [*(images if isinstance(images, list) else []), label]
-        if len(names) < channel + 2 or not all(isinstance(name, str) and name for name in names):
-            raise DataError(
-                f"{path}: expected 'images' with channel {channel} and 'label' for each case of 'dataset', got {entry} for {subject}"
-            )
-        found.append((subject, _below(root, names[channel], path), _below(root, names[-1], path)))
-    return found
-
-
-def _decathlon_files(root: Path, content: Mapping[str, Any]) -> list[Files]:
-    path, found = root / "dataset.json", []
-    listed = content.get("training", ())
-    if not isinstance(listed, (list, tuple)):
-        raise DataError(f"{path}: expected a list in 'training', got {type(listed).__name__}")
-    for entry in listed:
-        pair = [entry.get(key) for key in ("image", "label")] if isinstance(entry, dict) else []
-        names = [name for name in pair if isinstance(name, str) and name]
-        if len(names) != 2:
-            raise DataError(
-                f"{path}: expected the paths 'image' and 'label' in each of 'training', got {entry}"
-            )
-        image, label = (_below(root, name, path) for name in names)
-        found.append((label.name.removesuffix(formats.ending(label)), image, label))
-    return found
-
-
-def _below(root: Path, name: str, path: Path) -> Path:
-    """The file `name` of the data set. Raises: DataError if it lies outside its folder."""
-    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{path}: expected paths within {root}, got {name!r}")
-    try:
-        (root / name).is_file()
-    except OSError as error:  # such as a name too long
-        raise DataError(f"{path}: expected paths within {root}, got {name!r}: {error}") from error
-    return root / name
-
-
-def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, tuple[str, int | tuple[int, ...]]]:
-    """Structure → its name in the file, and value or values, from `{value: name}` or `{name: value}`.
-
-    Without the background, and without `ignore`, which marks unlabelled voxels in nnU-Net.
-    """
-    found: list[tuple[str, int | tuple[int, ...]]] = []
-    for key, entry in labels.items():
-        label, value = (entry, key) if isinstance(entry, str) else (key, entry)
-        several = isinstance(value, (list, tuple))
-        try:
-            values = tuple(int(v) for v in (value if several else [value]))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"{path}: expected integer labels, got {key!r}: {entry!r}") from error
-        if label.lower() not in ("background", "ignore") and values != (0,):
-            found.append((label, values if several else values[0]))
-    if not found:
-        raise DataError(f"{path}: expected a label other than the background, got none")
-    numbers = ["_".join(map(str, v)) if isinstance(v, tuple) else v for _, v in found]
-    names = distinct_names([(t, n) for (t, _), n in zip(found, numbers, strict=True)], path)
-    return dict(zip(names, found, strict=True))
-
-
-def _folds(path: Path) -> dict[str, str]:
-    """Subject → `train` or `val` in the first fold of nnU-Net's splits_final.json; empty without it."""
-    if not path.is_file():
-        return {}
-    content = _read_json(path)
-    try:
-        return {str(s): subset for subset in ("train", "val") for s in content[0][subset]}
-    except (KeyError, IndexError, TypeError) as error:
-        raise DataError(
-            f"{path}: expected a list of folds with 'train' and 'val', got none"
-        ) from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected readable JSON, got {error}") from error

@@ -13,7 +13,7 @@ import csv
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -129,11 +129,26 @@ def write_manifest(
     rows = [(o.subject, o.structure, o.problem) for o in outcomes if o.problem is not None]
     table = [columns, *rows, *((None, None, problem) for problem in problems)]
     skipped = [dict(zip(columns, row, strict=True)) for row in table[1:]]
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(table)
-    atomic_write(cache_dir / SKIPPED, text.getvalue().encode())
+    atomic_write(cache_dir / SKIPPED, csv_bytes(table))
     content = {"format": FORMAT, "settings": settings, "structures": ready, "skipped": skipped}
     write_json(cache_dir / NAME, content)
+
+
+def csv_bytes(table: Iterable[Iterable[object]]) -> bytes:
+    """Rows as CSV in UTF-8. Text that a spreadsheet would take for a formula (`=…`, `+…`, `-…`, `@…`) begins with an apostrophe."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_safe(cell) for cell in row] for row in table)
+    return text.getvalue().encode(errors="backslashreplace")  # a file's name may not be UTF-8
+
+
+def _safe(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    quote = "'" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else ""
+    return quote + cell.replace(
+        "\r", " "
+    )  # the writer does not quote it, and readers end the row there
 
 
 def read_manifest(cache_dir: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data.grids import SPACING_MM, StructureGrid, grid_path
 from fastlora.medical.data.manifest import Outcome, digest
+from fastlora.medical.data.names import file_stem
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.slice_source import SliceConfig, cache_path, load_prepared
 from fastlora.medical.data.slices import slice_indices
@@ -158,7 +159,7 @@ def _outcome(
                 "slices": tuple(len(slice_indices(prepared.mask, a, least)) for a in config.axes),
             }
         if config.meshes:
-            files.append(cache_dir / "meshes" / f"{case.subject}-{structure}.ply")
+            files.append(cache_dir / "meshes" / f"{file_stem(case.subject, structure)}.ply")
             files[-1].parent.mkdir(exist_ok=True)
             mesh = trimesh.Trimesh(prepared.vertices, prepared.faces, process=False)
             atomic_write(files[-1], mesh.export(file_type="ply"))

@@ -13,9 +13,8 @@ from fastlora.medical.data import dicom, formats
 from fastlora.medical.data.layouts import (
     DICOM_MODALITIES,
     IMAGE_NAMES,
-    distinct_names,
-    structure_name,
 )
+from fastlora.medical.data.names import distinct_names, structure_name
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.volumes import Case, Source, png_files, slice_numbers
 from fastlora.medical.data.windows import Modality

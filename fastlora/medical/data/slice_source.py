@@ -28,6 +28,7 @@ from fastlora.medical.data.geometry import (
     shifted,
 )
 from fastlora.medical.data.manifest import Layout, load_entry
+from fastlora.medical.data.names import file_stem
 from fastlora.medical.data.scan import Part, Scan
 from fastlora.medical.data.volumes import Case, Volume
 from fastlora.medical.data.windows import windowed
@@ -130,7 +131,7 @@ def cache_path(case: Case, structure: str, config: SliceConfig, cache_dir: Path)
     """The cache file of a structure; its name changes with the source files and the settings."""
     key = {"version": CACHE_VERSION, "files": case.stamp(structure), **asdict(config)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_dir / f"{case.subject}-{structure}-{digest[:16]}.npz"
+    return cache_dir / f"{file_stem(case.subject, structure)}-{digest[:16]}.npz"
 
 
 def load_prepared(

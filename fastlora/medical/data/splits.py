@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError, nearest
 from fastlora.medical.data.grids import FINE, SPACING_MM, StructureGrid
-from fastlora.medical.data.layouts import structure_name
+from fastlora.medical.data.names import structure_name
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.volumes import Case, with_structures
 

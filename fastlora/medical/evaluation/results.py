@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
 import platform
 import subprocess
 from collections import Counter
@@ -26,6 +24,8 @@ from scipy.ndimage import map_coordinates
 from fastlora.errors import ConfigError
 from fastlora.files import atomic_write, replaced_folder
 from fastlora.medical.data.geometry import Array, mesh_from_sdf
+from fastlora.medical.data.manifest import csv_bytes
+from fastlora.medical.data.names import file_stem
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Row, Run
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
 from fastlora.medical.evaluation.statistics import COMPARED, statistics
@@ -198,10 +198,8 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One row per region and method; an undefined metric is an empty cell."""
     columns = ["group", "subject", "modality", "structure", "region", "spacing_mm"]
     columns += ["method", "status", *METRIC_KEYS]
-    text = io.StringIO(newline="")
     cells = ([row.get(name) for name in columns] for row in rows)
-    csv.writer(text, lineterminator="\n").writerows([columns, *cells])
-    atomic_write(path, text.getvalue().encode())
+    atomic_write(path, csv_bytes([columns, *cells]))
 
 
 def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply") -> int:
@@ -222,7 +220,8 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
             for method, field in {"truth": sample["sdf_vox"], **fields}.items():
                 if not (field < 0).any():
                     continue
-                name = f"{sample['meta']['subject']}_{sample['meta']['region']}_{method}"
+                meta = sample["meta"]
+                name = file_stem(f"{meta['subject']}_{meta['region']}_{method}")
                 mesh = mesh_from_sdf(field, sample["affine"])
                 if method != "truth" and mesh_format == "ply":
                     mesh.vertex_attributes["distance_mm"] = distance_to_truth(mesh, sample)

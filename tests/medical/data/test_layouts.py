@@ -20,8 +20,9 @@ from fastlora.errors import DataError
 from fastlora.medical.commands import evaluate, predict, preprocess, train
 from fastlora.medical.data import dicom
 from fastlora.medical.data.geometry import voxelise
-from fastlora.medical.data.layouts import find_cases, structure_name
+from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import read_manifest
+from fastlora.medical.data.names import structure_name
 from fastlora.medical.data.volumes import Source, load_mask, load_volume, save_volume
 from fastlora.medical.evaluation.metrics import overlap
 from tests.support.layouts import FLAGS, WRITERS, Scan, scans, write_dicom_scan

@@ -18,7 +18,8 @@ from scipy.spatial.transform import Rotation
 from fastlora.errors import DataError
 from fastlora.medical.data import dicom, formats
 from fastlora.medical.data.geometry import MAX_VOXELS, resample
-from fastlora.medical.data.layouts import find_cases, structure_name
+from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.names import structure_name
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.single import open_files
 from fastlora.medical.data.splits import select_structures

@@ -409,6 +409,14 @@ def test_csv_writes_undefined_as_empty(tmp_path):
     assert row["dice"] == "" and row["status"] == "empty_truth" and row["spacing_mm"] == "1.5"
 
 
+def test_a_name_is_no_formula_in_the_csv(tmp_path):
+    row = row_of("lora", -0.5, spacing_mm=1.5)
+    write_csv(tmp_path / "t.csv", [{**row, "structure": "=1+1"}])
+    with (tmp_path / "t.csv").open(newline="") as file:
+        (read,) = csv.DictReader(file)
+    assert read["structure"] == "'=1+1" and "-0.5" in read.values()
+
+
 def test_meshes_replace_those_of_an_earlier_evaluation(tmp_path):
     regions = TinyRegions(1, seed=0)
     methods = {
