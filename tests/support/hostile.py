@@ -25,6 +25,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -36,6 +37,7 @@ from fastlora.errors import DataError, FastLoRAError
 from fastlora.medical.data import grids, manifest, slice_source
 from fastlora.medical.data.grids import StructureGrid
 from fastlora.medical.data.layouts import find_cases
+from fastlora.medical.data.single import read_label_names
 from fastlora.medical.data.volumes import load_labels, load_png, load_volume
 from fastlora.medical.sam3d.latents import read_latents
 from fastlora.medical.sam3d.loading import PartSettings, latent_scale, read_settings
@@ -112,8 +114,8 @@ def readers(folder: Path) -> dict[str, Reader]:
     trainer.train()
     last = folder / "run" / "checkpoints" / "last.pt"
     (folder / "cases" / "s1" / "segmentations").mkdir(parents=True)
-    for name in ("ct.nii.gz", "segmentations/liver.nii.gz"):
-        nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "cases" / "s1" / name)
+    for name, array in (("ct.nii.gz", volume - 9), ("segmentations/liver.nii.gz", volume)):
+        nib.save(nib.Nifti1Image(array, np.eye(4)), folder / "cases" / "s1" / name)
     table = b"image_id;age;split\ns1;30;train\ns2;40;test\n"
     base = {k: v.clone() for k, v in Decoder().state_dict().items()}
     save_file(base, folder / "base-1.safetensors")
@@ -182,11 +184,12 @@ def _run_readers(folder: Path) -> dict[str, Reader]:
 
 def _dataset_readers(folder: Path) -> dict[str, Reader]:
     """Lists of cases, and images."""
-    volume = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5) % 3, np.eye(4))
+    labels = np.arange(60, dtype=np.int16).reshape(3, 4, 5) % 3
     for root in ("decathlon", "nnunet"):
         for kind, name in (("imagesTr", "a_0000"), ("labelsTr", "a"), ("imagesTr", "a")):
             (folder / root / kind).mkdir(parents=True, exist_ok=True)
-            nib.save(volume, folder / root / kind / f"{name}.nii.gz")
+            array = labels if kind == "labelsTr" else labels - 1
+            nib.save(nib.Nifti1Image(array, np.eye(4)), folder / root / kind / f"{name}.nii.gz")
     decathlon = {
         "modality": {"0": "CT", "1": "MRI"},
         "labels": {"0": "background", "1": "liver", "2": "left kidney"},
@@ -201,6 +204,7 @@ def _dataset_readers(folder: Path) -> dict[str, Reader]:
     (folder / "decathlon" / "dataset.json").write_text(json.dumps(decathlon))
     folds = [{"train": ["a"], "val": ["b"]}]
     (folder / "nnunet" / "splits_final.json").write_text(json.dumps(folds))
+    nib.save(nib.MGHImage(labels, np.eye(4)), folder / "v.mgz")
     picture = io.BytesIO()
     Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5).save(picture, "PNG")
 
@@ -220,10 +224,28 @@ def _dataset_readers(folder: Path) -> dict[str, Reader]:
         "find_cases splits_final.json": Reader(
             json.dumps(folds).encode(), cases, "nnunet/splits_final.json"
         ),
+        "load_volume .mgz": Reader((folder / "v.mgz").read_bytes(), load_volume, "v.mgz"),
+        **dict(_itk_readers(folder, labels)),
+        "read_label_names": Reader(b"1 a\n", read_label_names, "n.txt"),
+        "read_label_names .json": Reader(
+            b'{"labels": {"a": 1, "2": "b"}}', read_label_names, "n.json"
+        ),
         "load_png": Reader(
             picture.getvalue(), lambda path: load_png(path, (1.0, 1.0, 2.0)), "x.png"
         ),
     }
+
+
+def _itk_readers(folder: Path, array: NDArray[np.int16]) -> Iterator[tuple[str, Reader]]:
+    """MetaImage and NRRD, if SimpleITK is installed."""
+    if find_spec("SimpleITK") is None:
+        return
+    import SimpleITK
+
+    for ending in (".mha", ".nrrd"):
+        path = folder / f"v{ending}"
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(path), True)
+        yield f"load_volume {ending}", Reader(path.read_bytes(), load_volume, path.name)
 
 
 def _cache_readers(folder: Path) -> dict[str, Reader]:
@@ -232,7 +254,7 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
     (root / "s1" / "segmentations").mkdir(parents=True)
     mask = np.zeros((12, 12, 12), np.uint8)
     mask[3:9, 3:9, 3:9] = 1
-    for name, array in (("ct", mask * 100), ("segmentations/liver", mask)):
+    for name, array in (("ct", mask.astype(np.int16) - 1), ("segmentations/liver", mask)):
         nib.save(nib.Nifti1Image(array, np.diag([2, 2, 2, 1])), root / "s1" / f"{name}.nii.gz")
     (case,) = find_cases(root)
     cache = folder / "cache"
@@ -315,7 +337,7 @@ def _cache_readers(folder: Path) -> dict[str, Reader]:
 
 def _dicom_readers(folder: Path) -> dict[str, Reader]:
     """One slice of a series, and a SEG in the same folder."""
-    grid = np.arange(6 * 5 * 3, dtype=np.int16).reshape(6, 5, 3)
+    grid = np.arange(6 * 5 * 3, dtype=np.int16).reshape(6, 5, 3) - 9
     mask = np.zeros(grid.shape, bool)
     mask[1:4, 1:4] = True
     write_dicom_scan(folder / "dicom" / "s1", Scan("s1", "ct", grid, np.eye(4), {"liver": mask}))

@@ -18,6 +18,7 @@ from fastlora.medical.evaluation.report import examples, render, slices_png
 from fastlora.medical.evaluation.results import (
     EVERYTHING,
     MESH_FORMATS,
+    check_output,
     compact_record,
     document,
     write_csv,
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace, command: str) -> list[str]:
             )
     if args.batch_size < 1:
         raise ConfigError(f"batch_size: expected >= 1, got {args.batch_size}")
+    check_output(output)
     runs = {"lora": Run.read(args.checkpoint, "lora")}
     if args.full is not None:
         runs["full"] = Run.read(args.full, "full")

@@ -87,8 +87,13 @@ def read_config(argv: Sequence[str] | None) -> TrainConfig:
     if resume is None:
         return TrainConfig.from_dict(given)
     saved = read_checkpoint(resume)["config"]
+    del saved["checkpoint_dir"]  # a path in a file never says where to write
     if resume.parent.name == "checkpoints":
         saved["checkpoint_dir"] = str(resume.parent.parent)
+    elif "checkpoint_dir" not in given:
+        raise ConfigError(
+            f"checkpoint_dir: expected the folder to write to, since {resume} is not in the folder of a run, got none"
+        )
     return TrainConfig.from_dict({**saved, **given})
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,13 @@ from fastlora.medical.evaluation.statistics import COMPARED, statistics
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "trimesh", "monai", "nibabel", "plotly")
 MESH_FORMATS = ("ply", "stl", "obj", "glb")
+CSV_COLUMNS = (
+    *("group", "subject", "modality", "structure", "region", "spacing_mm"),
+    *("method", "status", *METRIC_KEYS),
+)
+"""The first line of eval.csv, which is written first and by which the files of an evaluation are recognised."""
+
+_MESH_NAME = re.compile(rf".+_(truth|{'|'.join(LABELS)})\.({'|'.join(MESH_FORMATS)})")
 EVERYTHING = "all"
 """The group that every region belongs to."""
 
@@ -196,10 +204,32 @@ def _git_state() -> dict[str, Any] | None:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One row per region and method; an undefined metric is an empty cell."""
-    columns = ["group", "subject", "modality", "structure", "region", "spacing_mm"]
-    columns += ["method", "status", *METRIC_KEYS]
-    cells = ([row.get(name) for name in columns] for row in rows)
-    atomic_write(path, csv_bytes([columns, *cells]))
+    cells = ([row.get(name) for name in CSV_COLUMNS] for row in rows)
+    atomic_write(path, csv_bytes([CSV_COLUMNS, *cells]))
+
+
+def check_output(folder: Path) -> None:
+    """Refuses to replace files that no evaluation wrote. Raises: ConfigError, naming the first one."""
+    ours = _first_line(folder / "eval.csv").split(",")[:8] == list(CSV_COLUMNS[:8])
+    for name in ("eval.json", "eval.csv", "report.html", "meshes", "slices"):
+        if not ours and (folder / name).exists():
+            raise ConfigError(
+                f"output_dir: {folder / name} exists and was not written by an evaluation; choose another folder"
+            )
+    if (folder / "meshes").is_dir():
+        for path in sorted((folder / "meshes").iterdir()):
+            if not _MESH_NAME.fullmatch(path.name):
+                raise ConfigError(
+                    f"output_dir: {path} was not written by an evaluation, which replaces the folder; choose another folder"
+                )
+
+
+def _first_line(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply") -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -25,6 +26,15 @@ from fastlora.files import (
     write_json,
 )
 from fastlora.medical.training.checkpointing import check_history, read_checkpoint, write_checkpoint
+from fastlora.medical.training.config import read_yaml
+
+LOCK = ".lock"
+MARK = b"fastlora-medical run"
+"""The content of the lock, by which a run's folder is recognised."""
+
+_CHECKPOINT = re.compile(r"(last|previous|best|epoch_\d+)\.pt")
+_HELD: set[Path] = set()
+"""The folders that this process has locked."""
 
 
 class RunFolder:
@@ -86,40 +96,92 @@ class RunFolder:
         return dict(history)
 
     def resume_from(self, resume: str | None) -> Path | None:
-        """The checkpoint that `--resume` names: a file, a run folder's `last`, or with 'auto' this run's `last` if any.
+        """The checkpoint that `--resume` names: a file, the latest of a run folder, or with 'auto' that of this run, if it has one.
 
-        If `last` is damaged, it is `previous`, with a warning. Raises: CheckpointError if `previous` cannot be read either.
+        The latest is `last`; if that is missing or damaged `previous`, then `best`, with a warning.
+        Raises: CheckpointError if none of them can be read, but something of a run is there.
         """
-        if resume is None or (resume == "auto" and not self.checkpoint("last").is_file()):
+        if resume is None:
             return None
         folder = self if resume == "auto" else RunFolder(resume)
-        if not folder.path.is_dir():
+        if resume != "auto" and not folder.path.is_dir():
             return folder.path
-        last, previous = folder.find("last"), folder.checkpoint("previous")
-        try:
-            read_checkpoint(last)
-        except CheckpointError as error:
-            if not previous.is_file():
-                raise
-            epoch = read_checkpoint(previous)["epoch"]
-            warnings.warn(
-                f"{error}; resuming from {previous}, epoch {epoch}", FastLoRAWarning, stacklevel=2
-            )
-            return previous
-        return last
+        problems: list[str] = []
+        for which in ("last", "previous", "best"):
+            path = folder.checkpoint(which)
+            if not path.is_file():
+                problems.append(f"there is no {which}.pt")
+                continue
+            try:
+                epoch = read_checkpoint(path)["epoch"]
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                text = f"{'; '.join(problems)}; resuming from {path}, epoch {epoch}"
+                warnings.warn(text, FastLoRAWarning, stacklevel=2)
+            return path
+        left = [*folder.checkpoints.glob("*.pt"), *filter(Path.is_file, [folder.history])]
+        if resume == "auto" and not left:
+            return None
+        there = ", ".join(sorted(path.name for path in left)) or "none"
+        raise CheckpointError(
+            f"{folder.path}: no checkpoint to continue from ({'; '.join(problems)}); there are: {there}; name one with --resume FILE, "
+            "or start again with --overwrite"
+        )
 
     def check_free(self, resume: Path | None, auto: bool, overwrite: bool) -> None:
-        """Refuses to mix two runs. Raises: ConfigError if the folder is not empty, and the run neither continues nor may overwrite it."""
+        """Refuses to mix two runs, or a run and files of others.
+
+        Raises: ConfigError if the folder is not empty, and the run neither continues nor may overwrite it, or if a file that the
+            run would write is there and not of a run.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"checkpoint_dir: expected a folder, got the file {self.path}")
-        continued = auto or (
-            resume is not None and resume.resolve().parent == self.checkpoints.resolve()
-        )
-        if self.path.is_dir() and any(self.path.iterdir()) and not (continued or overwrite):
+        continued = resume is not None and resume.resolve().parent == self.checkpoints.resolve()
+        if self.path.is_dir() and any(self.path.iterdir()) and not (continued or auto or overwrite):
             raise ConfigError(
                 f"checkpoint_dir: {self.path} is not empty; continue its run with --resume, replace it with "
                 "--overwrite, or choose another folder"
             )
+        foreign = [path for path in self._own_paths() if path.exists()]
+        if foreign and not continued and not self._is_run():
+            raise ConfigError(
+                f"checkpoint_dir: {foreign[0]} exists and is not of a training run; choose another folder"
+            )
+
+    def _own_paths(self) -> tuple[Path, ...]:
+        """What a run writes in its folder, apart from the lock."""
+        return (self.config, self.history, self.adapter, self.board, self.checkpoints)
+
+    def _is_run(self) -> bool:
+        """Whether the folder was written by a run: its lock says so, or config.yaml has a run's options."""
+        try:
+            if (self.path / LOCK).read_bytes().startswith(MARK):
+                return True
+            config = read_yaml(self.config)
+        except (OSError, ConfigError):
+            return False
+        return {"checkpoint_dir", "finetune", "lora_rank"} <= config.keys()
+
+    def _remove_run(self) -> None:
+        """Removes the files of a run, and nothing else; folders that are then empty."""
+        epochs = [p for p in self.checkpoints.glob("*.pt") if _CHECKPOINT.fullmatch(p.name)]
+        events = self.board.glob("events.out.tfevents.*")
+        for file in (self.config, self.history, self.adapter, *epochs, *events):
+            file.unlink(missing_ok=True)
+        for folder in (self.board, self.checkpoints):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _remove_leftovers(self) -> None:
+        """Removes the temporary files of a run that was killed while writing."""
+        names = {path.name for path in self._own_paths()}
+        for folder in (self.path, self.checkpoints):
+            for leftover in folder.glob(LEFTOVERS):
+                written = leftover.name[1:].rsplit(".", 3)[0]  # see `temporary_name`
+                if leftover.is_file() and (written in names or _CHECKPOINT.fullmatch(written)):
+                    leftover.unlink()
 
     def open(self, config: Mapping[str, Any], overwrite: bool) -> None:
         """Creates and locks the folder, removes the files of a run to be overwritten, and writes config.yaml.
@@ -129,24 +191,20 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path / ".lock")
+            self._lock = _locked(self.path / LOCK)
             if not overwrite and self._state_of_last() != self._last:
                 self.close()
                 raise TrainingError(
                     f"checkpoint_dir: another run wrote to {self.path} since this one was set up; restart this one to continue from there"
                 )
             if overwrite:
-                for file in (self.config, self.history, self.adapter):
-                    file.unlink(missing_ok=True)
-                for folder in (self.board, self.checkpoints):
-                    shutil.rmtree(folder, ignore_errors=not folder.exists())
+                self._remove_run()
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"checkpoint_dir: cannot write to {self.path}: {error.strerror or error}"
             ) from error
-        for leftover in self.path.rglob(LEFTOVERS):
-            leftover.unlink()
+        self._remove_leftovers()
         text = yaml.safe_dump(dict(config), sort_keys=False)
         atomic_write(self.config, text.encode())
 
@@ -161,6 +219,7 @@ class RunFolder:
     def close(self) -> None:
         """Releases the lock."""
         if self._lock is not None:
+            _HELD.discard(self.path.resolve())
             self._lock.close()
             self._lock = None
 
@@ -182,25 +241,32 @@ class RunFolder:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """Opens and locks a file, until it is closed or the process ends."""
+    """Opens, locks and marks a file, until it is closed or the process ends."""
+    busy = f"checkpoint_dir: another run is writing to {path.parent}; wait for it or choose another folder"
+    folder = path.parent.resolve()
+    if (
+        folder in _HELD
+    ):  # the lock is the process's, which loses it when any file object of it is closed
+        raise TrainingError(busy)
     file = path.open("a+b")
-    if os.name != "posix":
-        return file
-    import fcntl
+    if os.name == "posix":
+        import fcntl
 
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise TrainingError(
-                f"checkpoint_dir: another run is writing to {path.parent}; wait for it or choose another folder"
-            ) from None
-        warnings.warn(
-            f"{path}: this file system does not support locks ({error}); do not start a second run in this folder",
-            FastLoRAWarning,
-            stacklevel=3,
-        )
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise TrainingError(busy) from None
+            warnings.warn(
+                f"{path}: this file system does not support locks ({error}); do not start a second run in this folder",
+                FastLoRAWarning,
+                stacklevel=3,
+            )
+    _HELD.add(folder)
+    if not file.tell():
+        file.write(MARK)
+        file.flush()
     return file
 
 

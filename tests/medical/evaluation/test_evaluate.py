@@ -185,6 +185,25 @@ def test_moved_data_png_images_and_another_mesh_format(home, tmp_path):
     assert pictures and all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
     assert {p.suffix for p in (tmp_path / "out" / "meshes").iterdir()} == {".stl"}
     assert not (tmp_path / "out" / "report.html").exists()
+    assert main([*flags, "--save_predictions"]) == 0  # the same again, in another format
+    assert {p.suffix for p in (tmp_path / "out" / "meshes").iterdir()} == {".ply"}
+    (tmp_path / "out" / "meshes" / "my liver.ply").write_text("mine")
+    assert main([*flags, "--save_predictions"]) == 2
+    assert (tmp_path / "out" / "meshes" / "my liver.ply").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["eval.json", "eval.csv", "report.html", "meshes/liver_truth.ply", "slices/a.png"]
+)
+def test_files_of_others_are_never_replaced(name, home, tmp_path, capsys):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine, not yours")
+    flags = ["--checkpoint", str(home / "lora"), "--output_dir", str(tmp_path / "out")]
+    assert main([*flags, "--save_predictions", "--visualize"]) == 2
+    assert "exists and was not written by an evaluation" in capsys.readouterr().err
+    assert path.read_text() == "mine, not yours"
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
 
 
 def test_only_what_a_cache_lists_is_evaluated(home, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastlora.errors import CheckpointError, ConfigError, TrainingError
+from fastlora.errors import ConfigError, TrainingError
 from fastlora.medical.training import checkpointing, faults
 from fastlora.medical.training.run_folder import RunFolder
 from tests.support.endurance import kill_runs, repeated_runs
@@ -197,10 +197,38 @@ def test_a_truncated_checkpoint_warns_and_the_previous_epoch_is_used(whole, tmp_
     assert_same_run(run, whole)
     (run / "checkpoints" / "previous.pt").write_bytes(b"")
     last.write_bytes(b"")
-    assert "previous.pt: cannot be read" in refused(run, "none")
-    (run / "checkpoints" / "previous.pt").unlink()
-    with pytest.raises(CheckpointError, match="last.pt: cannot be read"):
-        RunFolder(run).resume_from("auto")
+    best = (run / "checkpoints" / "best.pt").read_bytes()
+    code, _, err = faulty(run, "none")
+    assert code == 0 and "previous.pt: cannot be read" in err and "best.pt, epoch" in err
+    assert_same_run(run, whole)
+    for name in ("last", "previous"):
+        (run / "checkpoints" / f"{name}.pt").unlink()
+    (run / "checkpoints" / "best.pt").write_bytes(best[:900])
+    err = refused(run, "none")
+    assert (
+        "there is no last.pt; there is no previous.pt; " in err and "best.pt: cannot be read" in err
+    )
+    assert "--overwrite" in err
+
+
+@pytest.mark.parametrize("kept", ["previous", "best", "epoch_002"])
+def test_a_run_without_its_last_checkpoint_never_starts_again_over_the_others(
+    whole, tmp_path, kept
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for path in (run / "checkpoints").iterdir():
+        if path.stem != kept:
+            path.unlink()
+    if kept == "epoch_002":
+        (run / "checkpoints" / "epoch_002.pt").write_bytes(b"kept")
+        err = refused(run, "none")
+        assert "there are: epoch_002.pt, history.json" in err and "--resume FILE" in err
+        assert (run / "checkpoints" / "epoch_002.pt").read_bytes() == b"kept"
+        return
+    code, _, err = faulty(run, "none")
+    assert code == 0 and "there is no last.pt" in err and f"{kept}.pt, epoch" in err
+    assert_same_run(run, whole)
 
 
 def test_previous_without_hard_links(monkeypatch, tmp_path):

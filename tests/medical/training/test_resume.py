@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.errors import CheckpointError, ConfigError
+from fastlora.errors import CheckpointError, ConfigError, TrainingError
 from fastlora.files import atomic_write
+from fastlora.medical.commands.train import read_config
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
@@ -214,3 +215,97 @@ def test_resume_finds_its_checkpoint(whole_lora: MedicalTrainer, tmp_path: Path)
         match="no checkpoint 'epoch_009'; there are: best, epoch_001, epoch_002, epoch_003, epoch_004, last, previous",
     ):
         folder.find("epoch_009")
+
+
+# ------------------------------------------------------------------------------ files of others
+
+
+OWN_NAMES = ("config.yaml", "history.json", "adapter.safetensors", "checkpoints/last.pt", "tb/x")
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+@pytest.mark.parametrize("options", [{"resume": "auto"}, {"overwrite": True}], ids=str)
+def test_a_folder_with_files_of_others_is_refused(name: str, options: dict, tmp_path: Path) -> None:
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    with pytest.raises((ConfigError, CheckpointError), match="mine"):
+        tiny_trainer(tmp_path / "mine", **options)
+    assert path.read_bytes() == b"mine"
+    assert [p for p in (tmp_path / "mine").rglob("*") if p.is_file()] == [path]
+
+
+def test_other_files_beside_a_run_are_kept(whole_lora: MedicalTrainer, tmp_path: Path) -> None:
+    """A job script may write its log into the folder before the run begins, and the user notes later."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_lora.folder.path, run)
+    others = [
+        *("log.txt", ".a.tmp", ".x.fastlora.tmp", "sub/.y.0123abcd.fastlora.tmp"),
+        *("tb/notes.txt", "checkpoints/mine.pt", "checkpoints/best_of_all.pt"),
+    ]
+    for name in others:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("mine")
+    ours = run / "checkpoints" / ".last.pt.0123abcd.fastlora.tmp"
+    ours.write_text("of a run that was killed")
+    tiny_trainer(run, epochs=1, overwrite=True).train()
+    assert all((run / name).read_text() == "mine" for name in others) and not ours.exists()
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"last.pt", "previous.pt", "best.pt", "mine.pt", "best_of_all.pt"}
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "log.txt").write_text("mine")
+    tiny_trainer(tmp_path / "new", epochs=1, resume="auto").train()
+    assert (tmp_path / "new" / "log.txt").read_text() == "mine"
+
+
+def test_a_run_of_an_earlier_version_is_recognised(
+    whole_lora: MedicalTrainer, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_lora.folder.path, run)
+    (run / ".lock").write_bytes(b"")
+    tiny_trainer(run, epochs=1, overwrite=True).train()
+    assert (run / ".lock").read_bytes() == b"fastlora-medical run"
+
+
+def test_a_folder_is_opened_once_and_the_lock_lasts(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.open({}, False)
+    code = (
+        "from fastlora.medical.training.run_folder import RunFolder\n"
+        f"RunFolder({str(tmp_path / 'run')!r}).open({{}}, False)"
+    )
+
+    def other_process() -> int:
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, cwd=ROOT
+        ).returncode
+
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="another run is writing to"):
+            second.open({}, False)
+        second.close()
+        assert other_process() == 1  # the lock is still held
+    first.close()
+    assert other_process() == 0
+    third = RunFolder(tmp_path / "run")
+    third.open({}, False)
+    third.close()
+
+
+def test_a_checkpoint_never_says_where_to_write(
+    whole_lora: MedicalTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = checkpointing.read_checkpoint(whole_lora.folder.find("last"))
+    content["config"]["checkpoint_dir"] = str(tmp_path / "elsewhere")
+    checkpointing.write_checkpoint(Path("stranger.pt"), content)
+    with pytest.raises(ConfigError, match="checkpoint_dir: expected the folder to write to"):
+        read_config(["--resume", "stranger.pt"])
+    config = read_config(["--resume", "stranger.pt", "--checkpoint_dir", "mine"])
+    assert config.checkpoint_dir == "mine"
+    Path("run/checkpoints").mkdir(parents=True)
+    shutil.copy("stranger.pt", "run/checkpoints/last.pt")
+    assert read_config(["--resume", "run/checkpoints/last.pt"]).checkpoint_dir == "run"
+    assert read_config(["--resume", "run"]).checkpoint_dir == "run"
+    assert not Path("elsewhere").exists()
