@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,11 +42,16 @@ def run_command(work: Callable[[], int], interrupted: str = "interrupted", where
     except (FastLoRAError, OSError) as error:
         code = 2
         drop_output()
-        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"error: {where}{' '.join(str(error).split())}")
     except KeyboardInterrupt as stop:
         code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-        print(interrupted, file=sys.stderr)
+        _tell(interrupted)
     return code
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # stderr may be a full device too
+        print(line, file=sys.stderr, flush=True)
 
 
 def _usable_streams() -> None:
@@ -91,6 +96,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists all flags)")
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints all flags; argparse's own method ignores that a device is full."""
+        print(self.format_help(), end="", file=file)
 
 
 class LogLines(logging.Handler):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,7 +73,8 @@ def preprocess(
     with ProcessPoolExecutor(
         num_workers, context, initializer=_start_worker, initargs=(queue, stop)
     ) as pool:
-        futures = [pool.submit(_work, config, number, case) for number, case in enumerate(cases)]
+        with _signals_held():  # an exception of a handler during a fork would be lost
+            futures = [pool.submit(_work, config, n, case) for n, case in enumerate(cases)]
         try:
             for number, future in enumerate(futures):
                 finished = False
@@ -91,6 +94,19 @@ def preprocess(
             while not queue.empty():
                 queue.get()
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Context manager: Ctrl-C and SIGTERM are delivered at its end."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _told(items: list[Outcome | str]) -> Iterator[Outcome]:

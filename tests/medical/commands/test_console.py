@@ -126,7 +126,8 @@ def test_a_closed_pipe_and_a_full_device_give_no_traceback(phantom, tmp_path) ->
     for line, codes in (
         (f"{preprocess} | head -c 1 > /dev/null", {141, 0}),
         (f"{preprocess} > /dev/full", {2}),
-        (f"{python} -m fastlora.medical.commands train --help > /dev/full", {0, 2}),
+        (f"{preprocess} > /dev/full 2> /dev/full", {2}),
+        (f"{python} -m fastlora.medical.commands train --help > /dev/full", {2}),
         (f"{python} -m fastlora.medical.commands predict --help | true", {141, 0}),
         (f"{python} -m fastlora check > /dev/full", {2}),
         (f"{python} -m fastlora --help > /dev/full", {0, 2}),
