@@ -38,7 +38,7 @@ MEDICAL_MAY_IMPORT = {
     "models": {"data"},
     "sam3d": {"data", "models"},
     "training": {"data", "models", "sam3d"},
-    "evaluation": {"data", "models", "training"},
+    "evaluation": {"console", "data", "models", "training"},
     "commands": {"console", "data", "models", "training", "evaluation"},
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from fastlora.medical.console import command_line
 from fastlora.medical.evaluation import pictures, tables
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Run
 from fastlora.medical.evaluation.results import EVERYTHING
@@ -192,7 +193,7 @@ def _slices(evaluation: Evaluation, index: int, why: str) -> str:
 def train_command(config: TrainConfig) -> str:
     """The command that repeats this run, with every setting that is not a default."""
     defaults = TrainConfig().to_dict()
-    parts = ["python", "scripts/train_medical.py"]
+    parts = command_line("train_medical.py", "train")
     for name, value in config.to_dict().items():
         if value == defaults[name]:
             continue
