@@ -55,7 +55,7 @@ def listed_cases(root: Path, channel: int) -> list[Found]:
             "%s: numTraining is %d, but there are %d label maps", path, expected, len(listed)
         )
 
-    def make(subject: str, image: Path, label: Path) -> Case:
+    def make(subject: str, image: Path, label: Path, subset: str | None) -> Case:
         if not image.is_file() and not nnunet:  # nnU-Net 1 lists images without the channel number
             end = formats.ending(image)
             image = image.with_name(f"{image.name.removesuffix(end)}_{channel:04d}{end}")
@@ -63,29 +63,41 @@ def listed_cases(root: Path, channel: int) -> list[Found]:
             if not needed.is_file():
                 raise DataError(f"{subject}: expected {needed}, got nothing at that path")
         structures = {n: Source(label, v, title=t) for n, (t, v) in structures_of.items()}
-        return Case(subject, modality, image, structures, splits.get(subject), channel)
+        return Case(subject, modality, image, structures, subset, channel)
 
     layout = "nnU-Net" if nnunet else "Decathlon"
-    return [(layout, partial(make, *files)) for files in sorted(_distinct_subjects(root, listed))]
+    count = Counter(subject for subject, _, _ in set(listed))
+    found: dict[Files, Found] = {}
+    again: list[Found] = []
+    for (name, *_), files in zip(listed, _distinct_subjects(root, listed), strict=True):
+        subset = splits.get(name if count[name] == 1 else files[0])
+        if files in found:
+            again.append((layout, partial(_listed_twice, path, files[2])))
+        found[files] = layout, partial(make, *files, subset)
+    return [found[files] for files in sorted(found)] + again
 
 
 def _distinct_subjects(root: Path, listed: Sequence[Files]) -> list[Files]:
-    """The files with subjects that differ: where base names are equal, the path in the data set is the name.
+    """The files with subjects that differ, in upper and lower case too: where base names are equal, the path in the data set is the name.
 
-    Raises: DataError if a label file is listed twice.
+    A case that is listed twice keeps one subject.
     """
-    count = Counter(subject.lower() for subject, _, _ in listed)
-    found = []
-    for subject, image, label in listed:
+    once = sorted(set(listed))
+    count = Counter(subject.lower() for subject, _, _ in once)
+    taken: set[str] = set()
+    names: dict[Files, str] = {}
+    for files in once:
+        subject, _, label = files
         if count[subject.lower()] > 1:
             subject = "_".join(label.relative_to(root).parts).removesuffix(formats.ending(label))
-        found.append((subject, image, label))
-    again = [name for name, n in Counter(s.lower() for s, _, _ in found).items() if n > 1]
-    if again:
-        raise DataError(
-            f"{root / 'dataset.json'}: expected every label file once, got {again[0]} twice"
-        )
-    return found
+        numbered = (subject, *(f"{subject}-{n}" for n in range(2, len(once) + 2)))
+        names[files] = next(name for name in numbered if name.lower() not in taken)
+        taken.add(names[files].lower())
+    return [(names[files], *files[1:]) for files in listed]
+
+
+def _listed_twice(path: Path, label: Path) -> Case:
+    raise DataError(f"{path}: expected every case once, got {label} twice")
 
 
 def _nnunet_files(root: Path, content: Mapping[str, Any], channel: int) -> list[Files]:

@@ -605,8 +605,26 @@ def test_equal_file_names_in_other_folders_are_other_subjects(tmp_path):
         assert case.load_image().array[0, 0, 0] == -100 * n - 1
         assert Scan(case).part("liver").mask.shape == (5, 20, 10 + n)
     listed(root, {"1": "liver"}, [*pairs, pairs[0]])
-    with pytest.raises(DataError, match="expected every label file once, got p0_label twice"):
+    with pytest.raises(DataError, match="expected every case once, got .*p0/label.nii.gz twice"):
         find_cases(root)
+    problems: list[str] = []
+    assert len(find_cases(root, problems=problems)) == 3 and len(problems) == 1
+
+
+def test_names_that_differ_in_case_or_meet_a_path_are_other_subjects(tmp_path):
+    """`splits_final.json` names a case as the files do, if no other has the name."""
+    pairs = [(f"i/{n}.nii.gz", f"l/{n}.nii.gz") for n in ("P0", "p0", "l_p0", "q")]
+    root = listed(tmp_path, {"1": "liver"}, pairs)
+    (root / "splits_final.json").write_text(
+        json.dumps([{"train": ["P0", "q"], "val": ["p0", "l_p0"]}])
+    )
+    cases = find_cases(root)
+    assert len({case.subject.lower() for case in cases}) == 4
+    by_file = {case.source("liver").path.name: (case.subject, case.split) for case in cases}
+    assert by_file["q.nii.gz"] == ("q", "train")
+    assert {name: split for name, (_, split) in by_file.items()} == {
+        "P0.nii.gz": "train", "p0.nii.gz": "val", "l_p0.nii.gz": "val", "q.nii.gz": "train"
+    }  # fmt: skip
 
 
 def test_labels_of_any_script_and_with_signs_are_structures(tmp_path):
