@@ -24,6 +24,7 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data.geometry import Array, FloatArray, Mask, shifted
 from fastlora.medical.data.grids import CELL, COARSE, FINE, SPACING_MM, StructureGrid
 from fastlora.medical.data.splits import RegionSpec, group_of, is_region
+from fastlora.medical.data.volumes import file_stamps
 
 CONTEXT = 2  # image voxels around a cell that its token includes
 PATCH = CELL + 2 * CONTEXT
@@ -133,6 +134,16 @@ class RegionDataset(Dataset[dict[str, Any]]):
         """A hash of the regions' subjects, structures and positions, not of their voxels."""
         names = sorted(repr((s.case.subject, s.structure, s.name)) for s in self.specs)
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+    def sources(self) -> str:
+        """A hash of the names, sizes and times of the files that the regions are read from.
+
+        Raises: DataError if a file is missing.
+        """
+        paths = {s.case.image_path for s in self.specs}
+        paths |= {s.case.structures[s.structure].path for s in self.specs}
+        stamps = sorted((Path(n).name, *rest) for path in paths for n, *rest in file_stamps(path))
+        return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the augmentations."""

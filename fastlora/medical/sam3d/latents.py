@@ -153,6 +153,10 @@ class CachedRegions:
         """As `RegionDataset.identity`."""
         return self.regions.identity()
 
+    def sources(self) -> str:
+        """As `RegionDataset.sources`."""
+        return self.regions.sources()
+
     def set_epoch(self, epoch: int) -> None:
         """As `RegionDataset.set_epoch`."""
         self.regions.set_epoch(epoch)

@@ -42,6 +42,7 @@ KEYS: Mapping[str, Any] = {
     "history": list,
     "seconds": list,
     "regions": [str, ...],
+    "sources": [str, ...],
     "within": dict | None,
     "best": dict | None,
 }
@@ -68,7 +69,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
-    older: dict[str, Any] = {"regions": [], "within": None}  # files of older versions have neither
+    # What files of older versions lack.
+    older: dict[str, Any] = {"regions": [], "sources": [], "within": None}
     content = {**older, **content}
     _check_content(content, str(path))
     if content["best"] is not None:

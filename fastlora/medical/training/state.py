@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.files import check_tensors
 from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training import checkpointing, distributed
@@ -25,7 +26,7 @@ class RunState:
     """Weights, optimizer, schedule, random generators, history and position of a run.
 
     model: with its trainable parameters set, on its device. steps_per_epoch: optimizer steps. facts: `base_sha256`, `samples` and
-    `regions`, which a run and its continuation must share.
+    `regions`, which a run and its continuation must share, and `sources`, of whose change a continuation warns.
 
     epoch: finished epochs. within: the progress of an interrupted epoch. best: the snapshot of the best epoch. rng: the
     generators' state from which training continues.
@@ -117,6 +118,9 @@ class RunState:
             check_tensors(state["model"], trainable_parameters(self.model), where)
             checkpointing.check_history(state["history"], state["seconds"], where, chosen_by)
         self._check_same_run(content, where)
+        if content["sources"] not in (self.facts["sources"], []):  # [] in files of older versions
+            text = f"{where}: the images or masks have changed since (names, sizes or times of their files); training goes on with those of now"
+            warnings.warn(text, FastLoRAWarning, stacklevel=2)
         checkpointing.check_optimizer(content["optimizer"], self.optimizer, f"{where}: optimizer")
         for name in ("scheduler", "scaler"):
             wanted = getattr(self, name).state_dict()

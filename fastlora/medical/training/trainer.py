@@ -91,7 +91,9 @@ class MedicalTrainer:
         self._call = distributed.parallelize(self.model, config.parallel, self.device)
         steps = math.ceil(math.ceil(len(train_data) / config.batch_size) / config.grad_accum)
         regions = [data.identity() for data in (train_data, val_data) if hasattr(data, "identity")]
-        facts = {"base_sha256": base_sha256, "samples": len(train_data), "regions": regions}
+        sources = [data.sources() for data in (train_data, val_data) if hasattr(data, "sources")]
+        facts = {"base_sha256": base_sha256, "samples": len(train_data)}
+        facts |= {"regions": regions, "sources": sources}
         self.state = RunState(config, self.model, steps, facts)
         self.interrupted: Callable[[], bool] = lambda: False
         self.micro_batch = config.batch_size  # smaller after memory ran out with `halve_batch`

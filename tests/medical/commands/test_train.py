@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from fastlora.errors import FastLoRAWarning
 from fastlora.medical.commands.train import main
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.models.decoder import save_base_model
@@ -201,3 +204,18 @@ def test_a_loss_that_is_not_finite(flags: list[str], capsys: pytest.CaptureFixtu
         and re.search(r"phantom_00[01]/blob", err)
     )
     assert checkpointing.read_checkpoint("run/checkpoints/last.pt")["epoch"] == 0
+
+
+def test_images_that_changed_since_are_said_on_resuming(
+    flags: list[str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "volumes"
+    shutil.copytree(home / "volumes", data)
+    flags[flags.index("--data_root") + 1] = str(data)
+    assert main([*flags, "--epochs", "1", "--checkpoint_dir", "run"]) == 0
+    assert main([*flags, "--epochs", "2", "--checkpoint_dir", "run", "--resume"]) == 0
+    path = next(data.glob("*/ct.nii.gz"))
+    os.utime(path, ns=(1, 1))
+    with pytest.warns(FastLoRAWarning, match="last.pt: the images or masks have changed since"):
+        assert main([*flags, "--epochs", "3", "--checkpoint_dir", "run", "--resume"]) == 0
+    assert main([*flags, "--epochs", "3", "--checkpoint_dir", "run", "--resume"]) == 0
