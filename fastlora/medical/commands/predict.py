@@ -242,21 +242,26 @@ class Output:
             case = scan.case
             for structure in case.structures:
                 name = _free_name(file_stem(f"{case.subject}_{structure}"), taken)
-                self.paths[case.subject, structure] = args.output_dir / f"{name}.{args.mesh_format}"
+                path = args.output_dir / f"{name}.{args.mesh_format}"
+                self.paths[case.subject, structure] = path
+                check_free(path, self._source(case, structure), args.overwrite)
             if args.scene and len(case.structures) > 1:
                 name = _free_name(file_stem(f"{case.subject}_scene"), taken)
                 self.scenes[case.subject] = args.output_dir / f"{name}.glb"
-            mine = [p for (subject, _), p in self.paths.items() if subject == case.subject]
-            mine += [path for path in (self.scenes.get(case.subject),) if path]
-            check_free(mine, self._source(case), args.overwrite)
+                check_free(self.scenes[case.subject], self._source(case), args.overwrite)
 
-    def _source(self, case: Case) -> dict[str, Any]:
-        return {"subject": case.subject, "image": str(case.image_path.absolute())}
+    def _source(self, case: Case, structure: str | None = None) -> dict[str, Any]:
+        """What a file shows: of a case, or of one structure. JSON-serialisable."""
+        found: dict[str, Any] = {"subject": case.subject, "image": str(case.image_path.absolute())}
+        if structure is not None:
+            source = case.structures[structure]
+            label = list(source.label) if isinstance(source.label, tuple) else source.label
+            found |= {"mask": str(source.path.absolute()), "label": label}
+        return found
 
     def write(self, scan: Scan, structure: str, found: Surface) -> None:
         """Writes a structure's mesh and picture, and prints a line."""
         case, args, path = scan.case, self.args, self.paths[scan.case.subject, structure]
-        source = case.structures[structure]
         facts = {"structure": structure, "modality": case.modality, **found.facts}
         unit = f"mm in {args.coordinates.upper()}"
         if not scan.image.oriented:
@@ -264,13 +269,8 @@ class Output:
             unit += f", orientation {facts['orientation']}"
         if case.modality == "ct":
             facts["ct_window"] = tissue_of(structure)
-        mask = {"mask": str(source.path.absolute()), "label": source.label}
-        write_mesh(
-            found.mesh,
-            path,
-            args.coordinates,
-            {**self._source(case), **mask, **facts, **self.about},
-        )
+        about = {**self._source(case, structure), **facts, **self.about}
+        write_mesh(found.mesh, path, args.coordinates, about)
         if args.picture:
             limits = scan.limits(structure)
             atomic_write(
@@ -278,7 +278,7 @@ class Output:
                 overlay_picture(scan.image, limits, found.part, found.mesh),
             )
         self.rows.append(
-            {"subject": case.subject, "mesh": path.name, "label": source.label, **facts}
+            {"subject": case.subject, "mesh": path.name, "label": about["label"], **facts}
         )
         show(
             f"{path}: {facts['volume_ml']:.2f} ml, {facts['faces']} triangles, "

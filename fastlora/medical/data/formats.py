@@ -112,6 +112,8 @@ def _read_itk(path: Path, reader: str) -> nib.Nifti1Image:
     source.SetFileName(str(path))
     source.ReadImageInformation()
     size, channels = source.GetSize(), source.GetNumberOfComponents()
+    if len(size) < 3:
+        raise ValueError(f"expected three dimensions, the header declares {size}")
     if math.prod(size) * channels > MAX_VOXELS:
         raise ValueError(f"expected at most {MAX_VOXELS:,} voxels, the header declares {size}")
     image = source.Execute()

@@ -38,7 +38,7 @@ def open_files(
     """The case of an image and its mask, each a volume, PNG (one, or a folder as a stack) or DICOM.
 
     modality: needed for a NIfTI file whose name does not state it. structure: its name, which selects the
-    CT intensity window; default: that of the label, or the mask's file name. label: of a label map with several values, or
+    CT intensity window; default: that of the label, or the mask's file name if it has one label. label: of a label map with several values, or
     of a SEG with several segments. every_label: all of them, each a structure. names: of labels, as `read_label_names`;
     default: those of a DICOM SEG or of 3D Slicer's `.seg.nrrd`, otherwise `label_1`, …. spacing: three mm, for PNG (see `load_png`). channel: of a 4-D image.
     subject: its name; default: the image's file name. intercept, tolerance_mm: see `Case`.
@@ -83,7 +83,8 @@ def open_files(
                 f"label: expected one of the values of {mask_path}, {list(found)}, or --all for each of them, got none"
             )
         only = label if label is not None else next(iter(found), None)
-        title = structure or structure_name(found.get(only or 0) or stem(mask_path))
+        own = found.get(only or 0) or (f"label {label}" if len(found) > 1 else stem(mask_path))
+        title = structure or structure_name(own)
         structures = {title: replace(source, label=only) if dicom.is_dicom(mask_path) else source}
     scan.case = replace(scan.case, structures=structures)
     return scan

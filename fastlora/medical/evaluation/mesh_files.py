@@ -7,7 +7,7 @@ and ITK's).
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,30 +77,28 @@ def distinct_colours(count: int) -> list[tuple[int, int, int]]:
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours]
 
 
-def check_free(paths: Sequence[Path], source: Mapping[str, Any], overwrite: bool) -> None:
-    """Refuses to replace files that are not ours, or that show another image.
+def check_free(path: Path, source: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuses to replace a file that is not ours, or that shows something else.
 
-    paths: of meshes and scenes, each with a JSON file. source: entries of the JSON file that name the input.
-    Raises: ConfigError, naming the first such file; nothing with `overwrite`.
+    path: of a mesh or scene, which has a JSON file. source: entries of the JSON file that name the input.
+    Raises: ConfigError; not with `overwrite`.
     """
-    for path in paths if not overwrite else ():
-        about = path.with_suffix(".json")
-        if not path.exists() and not about.exists():
-            continue
-        try:
-            found = read_json(about)
-        except (OSError, ValueError):
-            found = None
-        if not isinstance(found, dict) or found.get("made_by") != PROGRAM:
+    about = path.with_suffix(".json")
+    if overwrite or not (path.exists() or about.exists()):
+        return
+    try:
+        found = read_json(about)
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("made_by") != PROGRAM:
+        raise ConfigError(
+            f"output_dir: {path} exists and was not written by this command; choose another folder, or --overwrite"
+        )
+    for name, value in source.items():
+        if found.get(name) != value:
             raise ConfigError(
-                f"output_dir: {path} exists and was not written by this command; choose another folder, or --overwrite"
-            )
-        other = {n: found.get(n) for n, value in source.items() if found.get(n) != value}
-        if other:
-            name, value = next(iter(other.items()))
-            raise ConfigError(
-                f"output_dir: {path} exists and has the {name} {value}, not {source[name]}; choose another folder, "
-                "name the subject with --subject, or --overwrite"
+                f"output_dir: {path} exists and has the {name} {found.get(name)}, not {value}; choose another folder, "
+                "name the files with --subject or --structure, or --overwrite"
             )
 
 

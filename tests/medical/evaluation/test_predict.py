@@ -543,6 +543,24 @@ def test_another_image_never_replaces_a_mesh(home, tmp_path, capsys, monkeypatch
     assert Path("out/q_mask.ply").read_text() == "mine"
 
 
+def test_other_labels_and_masks_of_an_image_make_other_files(home, organs, tmp_path, capsys):
+    flags = ["--checkpoint", home / "lora", "--image", organs / "ct.nii.gz", "--no-picture"]
+    flags = [*map(str, flags), "--output_dir", str(tmp_path / "out")]
+    labels = load_volume(organs / "labels.nii.gz")
+    for value in (2, 5):
+        assert main([*flags, "--mask", str(organs / "labels.nii.gz"), "--label", str(value)]) == 0
+        about = json.loads((tmp_path / "out" / f"ct_label_{value}.json").read_text())
+        assert about["label"] == value
+        voxels = np.count_nonzero(labels.array == value)
+        assert about["mask_volume_ml"] == pytest.approx(voxels * 4.5 / 1000, abs=1e-3)
+    other = tmp_path / "other" / "label_2.nii.gz"
+    save_volume(other, (labels.array == 5).astype(np.uint8), labels.affine)
+    assert main([*flags, "--mask", str(other)]) == 2
+    err = capsys.readouterr().err
+    assert "ct_label_2.ply exists and has the mask" in err and "--structure" in err
+    assert main([*flags, "--mask", str(other), "--structure", "better"]) == 0
+
+
 def test_names_of_subject_and_structure_never_make_one_file(home, tmp_path):
     """`a` with `b_c`, `a_b` with `c`, and `A_B` with `c`: three meshes."""
     subject = ball_subject(AFFINES["isotropic"])
