@@ -249,6 +249,14 @@ class Output:
                 name = _free_name(file_stem(f"{case.subject}_scene"), taken)
                 self.scenes[case.subject] = args.output_dir / f"{name}.glb"
                 check_free(self.scenes[case.subject], self._source(case), args.overwrite)
+        one = "" if args.data_root else f"{file_stem(scans[0].case.subject)}_"
+        self.table = args.output_dir / f"{one}predictions.csv"
+        if self.table.exists() and not args.overwrite:
+            with self.table.open("rb") as file:
+                if not file.readline().startswith(",".join(COLUMNS[:4]).encode()):
+                    raise ConfigError(
+                        f"output_dir: {self.table} exists and was not written by this command; choose another folder, or --overwrite"
+                    )
 
     def _source(self, case: Case, structure: str | None = None) -> dict[str, Any]:
         """What a file shows: of a case, or of one structure. JSON-serialisable."""
@@ -304,11 +312,9 @@ class Output:
         places = {key: n for n, key in enumerate(self.paths)}
         self.rows.sort(key=lambda row: places.get(_key(row), len(places)))
         cells = ([row.get(name) for name in COLUMNS] for row in self.rows)
-        one = None if args.data_root else next(iter(self.paths))[0]
-        path = args.output_dir / f"{f'{file_stem(one)}_' if one else ''}predictions.csv"
-        atomic_write(path, csv_bytes([COLUMNS, *cells]))
+        atomic_write(self.table, csv_bytes([COLUMNS, *cells]))
         done = sum("mesh" in row for row in self.rows)
-        show(f"{done} surfaces, {len(self.rows) - done} skipped: {path}")
+        show(f"{done} surfaces, {len(self.rows) - done} skipped: {self.table}")
 
 
 def _free_name(name: str, taken: set[str]) -> str:

@@ -103,9 +103,9 @@ def _read_itk(path: Path, reader: str) -> nib.Nifti1Image:
         name, _, value = line.partition(b"=" if reader.startswith("Meta") else b":")
         if name.strip().lower() in (b"elementdatafile", b"data file", b"datafile"):
             data = value.strip().decode(errors="replace")
-            if data.upper() not in ("LOCAL", "INTERNAL") and Path(data).name != data:
+            if Path(data).name != data or data.upper().startswith("LIST"):  # whose paths follow
                 raise ValueError(
-                    f"expected voxels in a file of the same folder, the header names {data}"
+                    f"expected voxels in one file of the same folder, the header names {data}"
                 )
     source = itk.ImageFileReader()
     source.SetImageIO(reader)

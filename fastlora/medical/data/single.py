@@ -10,10 +10,7 @@ from pathlib import Path
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import read_json
 from fastlora.medical.data import dicom, formats
-from fastlora.medical.data.layouts import (
-    DICOM_MODALITIES,
-    IMAGE_NAMES,
-)
+from fastlora.medical.data.layouts import DICOM_MODALITIES, IMAGE_NAMES
 from fastlora.medical.data.names import distinct_names, structure_name
 from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.volumes import Case, Source, png_files, slice_numbers
@@ -152,7 +149,8 @@ def stem(path: Path) -> str:
 
 
 def _is_png(path: Path) -> bool:
-    return any(path.glob("*.png")) if path.is_dir() else path.suffix.lower() == ".png"
+    files = path.iterdir() if path.is_dir() else [path]
+    return any(file.suffix.lower() == ".png" for file in files)
 
 
 def _modality(path: Path) -> Modality:

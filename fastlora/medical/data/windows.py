@@ -14,7 +14,6 @@ Modality = Literal["ct", "mr", "grey"]
 Limits = tuple[float, float]
 """The values that a window maps to 0 and 1."""
 
-
 # Hounsfield windows by tissue; words in a structure's name select the tissue, by default soft.
 CT_WINDOWS = {"soft": (-160.0, 240.0), "bone": (-500.0, 1300.0), "lung": (-1350.0, 150.0)}
 CT_WORDS = {

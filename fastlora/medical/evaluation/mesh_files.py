@@ -80,11 +80,12 @@ def distinct_colours(count: int) -> list[tuple[int, int, int]]:
 def check_free(path: Path, source: Mapping[str, Any], overwrite: bool) -> None:
     """Refuses to replace a file that is not ours, or that shows something else.
 
-    path: of a mesh or scene, which has a JSON file. source: entries of the JSON file that name the input.
+    path: of a mesh or scene, with a JSON file and perhaps a picture of the same name. source: entries of the JSON file that name the input.
     Raises: ConfigError; not with `overwrite`.
     """
     about = path.with_suffix(".json")
-    if overwrite or not (path.exists() or about.exists()):
+    there = [p for p in (path, about, path.with_suffix(".png")) if p.exists()]
+    if overwrite or not there:
         return
     try:
         found = read_json(about)
@@ -92,7 +93,7 @@ def check_free(path: Path, source: Mapping[str, Any], overwrite: bool) -> None:
         found = None
     if not isinstance(found, dict) or found.get("made_by") != PROGRAM:
         raise ConfigError(
-            f"output_dir: {path} exists and was not written by this command; choose another folder, or --overwrite"
+            f"output_dir: {there[0]} exists and was not written by this command; choose another folder, or --overwrite"
         )
     for name, value in source.items():
         if found.get(name) != value:

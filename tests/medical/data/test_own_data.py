@@ -339,11 +339,11 @@ def test_a_header_never_reads_a_file_of_another_folder(ending, tmp_path):
     path = write_as(tmp_path / "in" / f"v{ending}", ct_with_air(), np.eye(4), compress=False)
     (raw,) = (p for p in path.parent.iterdir() if p != path)
     raw.rename(tmp_path / raw.name)
-    path.write_text(path.read_text().replace(raw.name, f"../{raw.name}"))
-    with pytest.raises(
-        DataError, match="expected voxels in a file of the same folder, the header names"
-    ):
-        load_volume(path)
+    plain = path.read_text()
+    for named in (f"../{raw.name}", str(tmp_path / raw.name), f"LIST\n{tmp_path / raw.name}"):
+        path.write_text(plain.replace(raw.name, named))
+        with pytest.raises(DataError, match="expected voxels in one file of the same folder"):
+            load_volume(path)
 
 
 @NEEDS_ITK

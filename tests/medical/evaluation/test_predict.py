@@ -444,6 +444,11 @@ def test_all_labels_of_an_image_in_one_call(home, organs, tmp_path, capsys, monk
     assert "ct label_7: skipped:" in out and "3 surfaces, 1 skipped" in out
     assert "ct: image " in out and "decoder " in out  # the time of each step
 
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "ct_predictions.csv").write_text("a,b\n1,2\n")
+    assert predict_all(home, organs, tmp_path / "table", *names) == 2
+    assert [p.name for p in (tmp_path / "table").iterdir()] == ["ct_predictions.csv"]
+
     labels = load_volume(organs / "labels.nii.gz")
     scene = trimesh.load(tmp_path / "ct_scene.glb")
     assert set(scene.graph.nodes_geometry) == {"liver", "left_kidney", "label_300"}
@@ -541,6 +546,12 @@ def test_another_image_never_replaces_a_mesh(home, tmp_path, capsys, monkeypatch
     assert predict("p1", "--subject", "q") == 2
     assert "q_mask.ply exists and was not written by this command" in capsys.readouterr().err
     assert Path("out/q_mask.ply").read_text() == "mine"
+    for name in ("r_mask.png", "r_mask.json"):
+        Path("out", name).write_text("mine")
+        assert predict("p1", "--subject", "r") == 2
+        assert "was not written by this command" in capsys.readouterr().err
+        assert Path("out", name).read_text() == "mine"
+        Path("out", name).unlink()
 
 
 def test_other_labels_and_masks_of_an_image_make_other_files(home, organs, tmp_path, capsys):
