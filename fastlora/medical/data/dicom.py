@@ -26,6 +26,7 @@ from fastlora.medical.data.geometry import MAX_VOXELS, Array, FloatArray, Mask
 log = logging.getLogger(__name__)
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+DEFLATED = "1.2.840.10008.1.2.1.99"
 HEADER = ("SeriesInstanceUID", "Modality", "SeriesDescription")
 
 # Scanners and converters round orientation and position of each slice; both are far below a voxel.
@@ -113,11 +114,8 @@ def list_series(folder: Path) -> list[Series]:
     others = []
     for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
         if not is_dicom(path):
-            if (
-                path.is_file()
-                and path.suffix.lower() in ("", ".dcm", ".ima")
-                and path.name[0] != "."
-            ):
+            similar = path.suffix.lower() in ("", ".dcm", ".ima") and path.name[0] != "."
+            if similar and path.is_file():
                 others.append(path.name)
             continue
         with reading(path, "a readable DICOM file", unusable()):
@@ -209,9 +207,8 @@ def read_segment(
             atol=POSITION_TOLERANCE_MM,
         )
         inside = volume.array[..., 0] >= 0.5
-        to_index = (
-            np.linalg.inv(affine) @ LPS_TO_RAS @ volume.affine
-        )  # of the segment → of the image
+        # From an index of the segment to one of the image.
+        to_index = np.linalg.inv(affine) @ LPS_TO_RAS @ volume.affine
         nearest = np.rint(to_index)
         corners = np.array(
             list(itertools.product(*((0, n - 1) for n in inside.shape))), dtype=float
@@ -221,9 +218,8 @@ def read_segment(
         turn = np.abs(nearest[:3, :3])
         if not (turn.sum(0) == 1).all() or not (turn.sum(1) == 1).all() or apart > tolerance_mm:
             raise ValueError(f"its voxels lie up to {apart:.3g} mm from those of the image")
-    filled = np.argwhere(inside) @ nearest[:3, :3].T.astype(np.int64) + nearest[:3, 3].astype(
-        np.int64
-    )
+    whole = nearest.astype(np.int64)
+    filled = np.argwhere(inside) @ whole[:3, :3].T + whole[:3, 3]
     within = ((filled >= 0) & (filled < shape)).all(axis=1)
     if lost := int(np.count_nonzero(~within)):
         raise DataError(
@@ -249,12 +245,16 @@ def _header(path: Path, **options: Any) -> Any:
     """The header. Raises: ValueError if it is compressed too, which hides the size of the file."""
     pydicom, _ = _packages(path)
     with path.open("rb") as file:
-        if file.read(132)[128:] == b"DICM":
-            meta = pydicom.filereader.read_file_meta_info(path)
-            if str(meta.get("TransferSyntaxUID", "")) == "1.2.840.10008.1.2.1.99":
-                raise ValueError(
-                    "expected a transfer syntax other than Deflated Explicit VR, which hides its size"
-                )
+        head = file.read(4096)
+    if head[128:132] == b"DICM":
+        meta = pydicom.filereader.read_file_meta_info(path)
+        deflated = str(meta.get("TransferSyntaxUID", "")) == DEFLATED
+    else:
+        deflated = DEFLATED.encode() in head
+    if deflated:
+        raise ValueError(
+            "expected a transfer syntax other than Deflated Explicit VR, which hides its size"
+        )
     return pydicom.dcmread(path, stop_before_pixels=True, force=True, **options)
 
 

@@ -175,6 +175,9 @@ def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
     item.save_as(path, enforce_file_format=True)
     with pytest.raises(DataError, match="expected a transfer syntax other than Deflated"):
         dicom.list_series(tmp_path / "s1")
+    path.write_bytes(path.read_bytes()[132:])  # also without the preamble
+    with pytest.raises(DataError, match="expected a transfer syntax other than Deflated"):
+        dicom.list_series(tmp_path / "s1")
     segmentation = tmp_path / "s1" / "segmentation.dcm"
     item = pydicom.dcmread(segmentation)
     item.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
