@@ -1,6 +1,11 @@
 """Set-up for all tests."""
 
 import os
+import signal
+
+# A job that a shell runs in the background, or under nohup, ignores Ctrl-C, and so would the processes that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread per process: sums then have a fixed order, which the tests of bit-for-bit equality need, and the workers of
 # pytest-xdist and the ranks of distributed tests share the cores. OpenMP reads it when torch is imported.
