@@ -31,7 +31,17 @@ KINDS = {
     **dict.fromkeys((".nrrd", ".nhdr"), "NRRD"),
 }
 ITK_READERS = {"MetaImage": "MetaImageIO", "NRRD": "NrrdImageIO"}
-HEADER_BYTES = 2**16
+DATA_FILE = {
+    # MetaIO accepts both separators, and a field anywhere in a line.
+    "MetaImageIO": re.compile(r"ElementDataFile\s*[=:]\s*([^\r\n]*)", re.IGNORECASE),
+    "NrrdImageIO": re.compile(r"^\s*data ?file\s*:\s*([^\r\n]*)", re.IGNORECASE | re.MULTILINE),
+}
+"""The field of a header that names the file of the voxels, by ITK's reader."""
+HEADER_END = {
+    "MetaImageIO": re.compile(r"^ElementDataFile\s*[=:]\s*LOCAL", re.MULTILINE),
+    "NrrdImageIO": re.compile(r"\n\r?\n"),
+}
+HEADER_BYTES = 2**20
 
 DEFLATE_RATIO = 1032  # the largest possible of a gzip file
 UNREADABLE = (
@@ -99,14 +109,7 @@ def read_volume(path: Path, component: int | str | None = None) -> Read:
 def _read_itk(path: Path, reader: str) -> nib.Nifti1Image:
     """A MetaImage or NRRD file, whose coordinates are LPS, as a NIfTI image. reader: ITK's class that reads the format."""
     itk = _simpleitk(path)
-    for line in _header(path).splitlines():
-        name, _, value = line.partition(b"=" if reader.startswith("Meta") else b":")
-        if name.strip().lower() in (b"elementdatafile", b"data file", b"datafile"):
-            data = value.strip().decode(errors="replace")
-            if Path(data).name != data or data.upper().startswith("LIST"):  # whose paths follow
-                raise ValueError(
-                    f"expected voxels in one file of the same folder, the header names {data}"
-                )
+    _check_data_file(path, reader)
     source = itk.ImageFileReader()
     source.SetImageIO(reader)
     source.SetFileName(str(path))
@@ -125,6 +128,20 @@ def _read_itk(path: Path, reader: str) -> nib.Nifti1Image:
     affine[:3, :3] = direction * image.GetSpacing()[:3]
     affine[:3, 3] = image.GetOrigin()[:3]
     return nib.Nifti1Image(array, LPS_TO_RAS @ affine, dtype=array.dtype)
+
+
+def _check_data_file(path: Path, reader: str) -> None:
+    """Check that the voxels are in the file itself, or in one of the same folder. Raises: ValueError."""
+    with path.open("rb") as file:
+        start = file.read(HEADER_BYTES).decode("latin-1")
+    names = [name.strip() for name in DATA_FILE[reader].findall(start)]
+    if len(start) == HEADER_BYTES and not HEADER_END[reader].search(start):
+        raise ValueError(f"expected a header of at most {HEADER_BYTES:,} bytes")
+    for name in names:
+        if Path(name).name != name or name.upper().startswith("LIST"):  # whose paths follow
+            raise ValueError(
+                f"expected voxels in one file of the same folder, the header names {name[:200]}"
+            )
 
 
 def _header(path: Path) -> bytes:

@@ -59,6 +59,8 @@ def open_files(
     grey = _is_png(image_path)
     if grey and modality is not None:
         raise ConfigError(f"modality: expected none, since {image_path} is PNG, got {modality}")
+    if intercept is not None and (grey or modality == "mr"):
+        raise ConfigError(f"intercept: expected it with a CT only, got {intercept:g}")
     kind: Modality = "grey" if grey else modality or _modality(image_path)
     scan = Scan(
         Case(
@@ -80,8 +82,8 @@ def open_files(
                 f"label: expected one of the values of {mask_path}, {list(found)}, or --all for each of them, got none"
             )
         only = label if label is not None else next(iter(found), None)
-        own = found.get(only or 0) or (f"label {label}" if len(found) > 1 else stem(mask_path))
-        title = structure or structure_name(own)
+        own = structure_name(found.get(only or 0) or ("" if len(found) > 1 else stem(mask_path)))
+        title = structure or own or f"label_{label}"
         structures = {title: replace(source, label=only) if dicom.is_dicom(mask_path) else source}
     scan.case = replace(scan.case, structures=structures)
     return scan
@@ -116,8 +118,8 @@ def read_label_names(path: Path) -> dict[int, str]:
     """Value → name of the labels in a file.
 
     JSON: an object of values and names, either way round, or with one under `labels` (nnU-Net's dataset.json). Text: a line for each
-    label that begins with its value, then its name, as 3D Slicer and FreeSurfer write them, or ends with its name in quotes, as
-    ITK-SNAP does; other lines are ignored.
+    label that begins with its value, then its name, which may have blanks, and perhaps a colour of three or more numbers, as 3D Slicer and
+    FreeSurfer write them; or with its name in quotes, as ITK-SNAP does. Other lines are ignored.
     Raises: DataError if the file is unreadable, or names no label.
     """
     try:
@@ -128,8 +130,7 @@ def read_label_names(path: Path) -> dict[int, str]:
             found = {int(n): str(name) for n, name in pairs}
         else:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-            matches = filter(None, (_LABEL_LINE.match(line) for line in lines))
-            found = {int(m["value"]): m["quoted"] or m["name"] for m in matches}
+            found = dict(filter(None, map(_label_line, lines)))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: expected the names of labels, got {error}") from error
     found.pop(0, None)
@@ -138,9 +139,14 @@ def read_label_names(path: Path) -> dict[int, str]:
     return found
 
 
-_LABEL_LINE = re.compile(
-    r'\s*(?P<value>\d+)(?:[\s,]+[\d.]+)*[\s,]+(?:"(?P<quoted>[^"]+)"|(?P<name>[^\s\d",][^\s",]*))'
-)
+def _label_line(line: str) -> tuple[int, str] | None:
+    match = re.fullmatch(r"\s*(\d+)[\s,]+(\S.*?)\s*", line)
+    if match is None:
+        return None
+    value, rest = match.groups()
+    quoted = re.search(r'"([^"]+)"', rest)
+    name = quoted[1] if quoted else re.sub(r"([\s,]+[\d.]+){3,}$", "", rest).rstrip(" ,")
+    return None if re.fullmatch(r"[\d.,\s]*", name) else (int(value), name)
 
 
 def stem(path: Path) -> str:

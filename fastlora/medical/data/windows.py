@@ -22,7 +22,9 @@ CT_WORDS = {
 }
 MR_PERCENTILES = (0.5, 99.5)
 MR_FILLED = 0.1
-"""If fewer voxels are above the lowest value, the image is mostly an empty margin, and the percentiles are those of the rest."""
+"""If fewer voxels differ from the median, the image is mostly an empty margin, and the percentiles are those of the rest."""
+MR_NOISE = 1e-3
+"""Share of an image's range by which the margin may vary, as after an interpolation."""
 CT_PADDING = -1500.0
 """CT values below this are padding outside the scanner's circle, not tissue."""
 
@@ -50,12 +52,12 @@ def window_limits(image: NDArray[np.floating], modality: str, structure: str = "
         return 0.0, 1.0
     if modality != "mr":
         raise ConfigError(f"modality: expected 'ct', 'mr' or 'grey', got {modality!r}")
-    lowest = image.min()
-    filled = np.count_nonzero(image > lowest)
-    if 0 < filled < MR_FILLED * image.size:
-        low, high = float(lowest), float(np.percentile(image[image > lowest], MR_PERCENTILES[1]))
-    else:
-        low, high = (float(p) for p in np.percentile(image, MR_PERCENTILES))
+    at = (0.01, MR_PERCENTILES[0], 50.0, MR_PERCENTILES[1], 99.99)
+    bottom, low, margin, high, top = (float(p) for p in np.percentile(image, at))
+    filled = image[np.abs(image - np.float32(margin)) > MR_NOISE * (top - bottom)]
+    if 0 < filled.size < MR_FILLED * image.size:
+        inside = np.percentile(filled, MR_PERCENTILES)
+        low, high = min(margin, float(inside[0])), float(inside[1])
     if not high > low:
         raise DataError(
             f"image: expected an MR image with contrast, got {low:g} at both percentiles"

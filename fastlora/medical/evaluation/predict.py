@@ -66,7 +66,8 @@ def predict_structures(
                 with scan.watch.step("grids"):
                     grid = fine_grid(scan.image, part, scan.limits(structure))
             except DataError as error:
-                failed.append((structure, error))
+                where = f"{scan.case.subject}: {structure}: {error}"
+                failed.append((structure, DataError(where)))
             else:
                 yield (structure, part), grid
 

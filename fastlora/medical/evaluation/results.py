@@ -251,7 +251,8 @@ def write_meshes(folder: Path, evaluation: Evaluation, mesh_format: str = "ply")
                 if not (field < 0).any():
                     continue
                 meta = sample["meta"]
-                name = file_stem(f"{meta['subject']}_{meta['region']}_{method}")
+                region = file_stem(f"{meta['subject']}_{meta['region']}")
+                name = f"{region}_{method}"
                 mesh = mesh_from_sdf(field, sample["affine"])
                 if method != "truth" and mesh_format == "ply":
                     mesh.vertex_attributes["distance_mm"] = distance_to_truth(mesh, sample)

@@ -127,7 +127,11 @@ class RunFolder:
         there = ", ".join(sorted(path.name for path in left)) or "none"
         raise CheckpointError(
             f"{folder.path}: no checkpoint to continue from ({'; '.join(problems)}); there are: {there}; name one with --resume FILE, "
-            "or start again with --overwrite"
+            + (
+                "or start again with --overwrite"
+                if folder._is_run()
+                else "or choose another folder"
+            )
         )
 
     def check_free(self, resume: Path | None, auto: bool, overwrite: bool) -> None:
@@ -156,6 +160,8 @@ class RunFolder:
 
     def _is_run(self) -> bool:
         """Whether the folder was written by a run: its lock says so, or config.yaml has a run's options."""
+        if self.path.resolve() in _HELD:  # closing the lock's file would release the lock
+            return True
         try:
             if (self.path / LOCK).read_bytes().startswith(MARK):
                 return True
@@ -201,6 +207,7 @@ class RunFolder:
                 self._remove_run()
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
+            self.close()
             raise ConfigError(
                 f"checkpoint_dir: cannot write to {self.path}: {error.strerror or error}"
             ) from error

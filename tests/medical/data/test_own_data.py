@@ -109,6 +109,12 @@ def test_an_mr_image_in_a_large_empty_margin_keeps_its_contrast():
     low, high = window_limits(image, "mr")
     assert low == 0 and high == pytest.approx(np.percentile(tissue, 99.5))
     assert np.ptp(window(image, "mr")[50:70, 50:70, 50:70]) > 0.7
+    undershoot = image.copy()
+    undershoot[:40] = -0.001  # as after an interpolation
+    assert window_limits(undershoot, "mr") == pytest.approx((0, high), abs=0.01)
+    undershoot[0, 0, 0] = -1
+    undershoot[119, 0, 0] = 1e6
+    assert window_limits(undershoot, "mr") == pytest.approx((0, high), rel=0.01, abs=0.01)
     ordinary = np.zeros((40, 40, 40), np.float32)
     ordinary[10:30, 10:30, 10:30] = tissue  # 12.5 %: as before
     expected = tuple(np.percentile(ordinary, (0.5, 99.5)))
@@ -344,6 +350,32 @@ def test_a_header_never_reads_a_file_of_another_folder(ending, tmp_path):
         path.write_text(plain.replace(raw.name, named))
         with pytest.raises(DataError, match="expected voxels in one file of the same folder"):
             load_volume(path)
+    first, _, rest = plain.replace(raw.name, f"../{raw.name}").partition("\n")
+    if ending == ".mhd":  # MetaIO also accepts colons, empty lines, and several fields in a line
+        whole = f"{first}\n{rest}"
+        field = "ElementDataFile = "
+        others = [
+            whole.replace(field, "ElementDataFile: "),
+            f"{first}\n\n{rest}",
+            whole.replace(f"\n{field}", f" {field}"),
+        ]
+    else:
+        others = ["\n".join([first, *["# " + 900 * "x"] * 80, rest])]
+    for header in others:
+        path.write_text(header)
+        with pytest.raises(DataError, match="expected voxels in one file of the same folder"):
+            load_volume(path)
+
+
+@NEEDS_ITK
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_a_header_whose_end_is_too_far_is_refused(ending, tmp_path):
+    path = write_as(tmp_path / f"v{ending}", ct_with_air(), np.eye(4), compress=False)
+    first, _, rest = path.read_text().partition("\n")
+    line = f"Note = {900 * 'x'}" if ending == ".mhd" else "# " + 900 * "x"
+    path.write_text("\n".join([first, *[line] * 1300, rest]))
+    with pytest.raises(DataError, match="expected a header of at most 1,048,576 bytes"):
+        load_volume(path)
 
 
 @NEEDS_ITK

@@ -611,6 +611,7 @@ def test_label_names_are_read_from_every_common_file(tmp_path):
         "snap.txt": '1   255    0    0        1  1  1    "liver"\n2 0 0 0 1.0 1 1 "Linke_Niere"\n',
         "FreeSurferColorLUT.txt": "\n#No. Label\n0   Unknown 0 0 0 0\n1  liver  2 3 4 0\n2 Linke_Niere 0 0 0 0\n",
         "plain.txt": "1 liver\n2, Linke_Niere\n",
+        "tabs.txt": "1\tliver\n2\tLinke_Niere\t1\t2\t3\n",
         "a.json": '{"1": "liver", "2": "Linke_Niere"}',
         "b.json": '{"liver": 1, "Linke_Niere": 2, "background": 0}',
         "dataset.json": '{"labels": {"background": 0, "liver": 1, "Linke_Niere": "2"}}',
@@ -618,6 +619,12 @@ def test_label_names_are_read_from_every_common_file(tmp_path):
     for name, text in lines.items():
         (tmp_path / name).write_text(text)
         assert read_label_names(tmp_path / name) == {1: "liver", 2: "Linke_Niere"}, name
+    (tmp_path / "blanks.txt").write_text(
+        "1,Left Lung\n2 L5 vertebra\n3 Rib 5\n14 3rd-Ventricle 204 182 142 0\n5 255 0 0\n6 Left Kidney  1 2 3 255\n"
+    )
+    assert read_label_names(tmp_path / "blanks.txt") == {
+        1: "Left Lung", 2: "L5 vertebra", 3: "Rib 5", 14: "3rd-Ventricle", 6: "Left Kidney"
+    }  # fmt: skip
     for name, text in (("x.json", "[1]"), ("y.json", "{"), ("z.txt", "no number"), ("w.txt", "")):
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=name):
@@ -656,3 +663,17 @@ def test_an_assumed_orientation_is_in_the_output(home, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "image.nii.gz: the header states no orientation" in out
     assert "mm in RAS, orientation assumed, since the image's header states none" in out
+
+
+def test_an_error_names_the_structure_and_flags_without_effect_are_refused(
+    home, organs, tmp_path, capsys
+):
+    assert predict_all(home, organs, tmp_path) == 2
+    assert "error: ct: label_7: " in capsys.readouterr().err
+    files = organs / "ct.nii.gz", organs / "labels.nii.gz"
+    with pytest.raises(ConfigError, match="intercept: expected it with a CT only, got -1024"):
+        open_files(*files, modality="mr", label=2, intercept=-1024.0)
+    scan = open_files(*files, label=-2)
+    assert list(scan.case.structures) == ["label_-2"]
+    with pytest.raises(DataError, match="expected at least one voxel of label -2"):
+        scan.part("label_-2")

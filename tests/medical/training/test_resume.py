@@ -285,12 +285,24 @@ def test_a_folder_is_opened_once_and_the_lock_lasts(tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="another run is writing to"):
             second.open({}, False)
         second.close()
+        second.check_free(None, auto=False, overwrite=True)  # reads the lock's file
         assert other_process() == 1  # the lock is still held
     first.close()
     assert other_process() == 0
     third = RunFolder(tmp_path / "run")
     third.open({}, False)
     third.close()
+
+
+def test_a_folder_that_cannot_be_opened_is_not_locked(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_bytes(b"a file")
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with pytest.raises(ConfigError, match="cannot write"):
+        first.open({}, False)
+    (tmp_path / "run" / "checkpoints").unlink()
+    second.open({}, False)
+    second.close()
 
 
 def test_a_checkpoint_never_says_where_to_write(
@@ -309,3 +321,17 @@ def test_a_checkpoint_never_says_where_to_write(
     assert read_config(["--resume", "run/checkpoints/last.pt"]).checkpoint_dir == "run"
     assert read_config(["--resume", "run"]).checkpoint_dir == "run"
     assert not Path("elsewhere").exists()
+
+
+def test_the_advice_for_a_folder_without_a_checkpoint_can_be_followed(
+    whole_lora: MedicalTrainer, tmp_path: Path
+) -> None:
+    (tmp_path / "history.json").write_text("mine")
+    with pytest.raises(CheckpointError, match="or choose another folder"):
+        RunFolder(tmp_path).resume_from("auto")
+    run = tmp_path / "run"
+    shutil.copytree(whole_lora.folder.path, run)
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match="or start again with --overwrite"):
+        RunFolder(run).resume_from("auto")
