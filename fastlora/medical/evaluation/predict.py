@@ -59,6 +59,9 @@ def predict_structures(
     """
     failed: deque[tuple[str, DataError]] = deque()
 
+    def named(structure: str, error: DataError) -> DataError:
+        return DataError(f"{scan.case.subject}: {structure}: {error}")
+
     def grids() -> Iterator[tuple[tuple[str, Part], FineGrid]]:
         for structure in structures:
             try:
@@ -66,8 +69,7 @@ def predict_structures(
                 with scan.watch.step("grids"):
                     grid = fine_grid(scan.image, part, scan.limits(structure))
             except DataError as error:
-                where = f"{scan.case.subject}: {structure}: {error}"
-                failed.append((structure, DataError(where)))
+                failed.append((structure, named(structure, error)))
             else:
                 yield (structure, part), grid
 
@@ -84,7 +86,7 @@ def predict_structures(
                     mesh = _surface(field, grid)
                     found = Surface(part, mesh, surface_facts(mesh, scan.image, part))
             except DataError as error:
-                found = error
+                found = named(structure, error)
             yield structure, found
     yield from problems()
 
