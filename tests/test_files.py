@@ -26,9 +26,9 @@ from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.files import atomic_write, atomic_write_all
 from fastlora.kernels.config import Problem, architecture, tiles
-from fastlora.medical.data import volumes
 from fastlora.medical.evaluation.mesh_files import write_mesh
 from fastlora.medical.models.decoder import load_base_model, save_base_model
+from fastlora.medical.scans import volumes
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import read_yaml
 from fastlora.ops import tuning_file

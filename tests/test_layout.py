@@ -34,12 +34,13 @@ MAY_IMPORT = {
 }
 MEDICAL_MAY_IMPORT = {
     "console": set(),
-    "data": set(),
-    "models": {"data"},
-    "sam3d": {"data", "models"},
-    "training": {"data", "models", "sam3d"},
-    "evaluation": {"console", "data", "models", "training"},
-    "commands": {"console", "data", "models", "training", "evaluation"},
+    "scans": set(),
+    "data": {"scans"},
+    "models": {"scans", "data"},
+    "sam3d": {"scans", "data", "models"},
+    "training": {"scans", "data", "models", "sam3d"},
+    "evaluation": {"console", "scans", "data", "models", "training"},
+    "commands": {"console", "scans", "data", "models", "training", "evaluation"},
 }
 
 MAX_MODULE_LINES = 420

@@ -36,11 +36,11 @@ from fastlora.cli.merge import merge_files
 from fastlora.errors import DataError, FastLoRAError
 from fastlora.medical.data import grids, manifest, slice_source
 from fastlora.medical.data.grids import StructureGrid
-from fastlora.medical.data.layouts import find_cases
-from fastlora.medical.data.single import read_label_names
-from fastlora.medical.data.volumes import load_labels, load_png, load_volume
 from fastlora.medical.sam3d.latents import read_latents
 from fastlora.medical.sam3d.loading import PartSettings, latent_scale, read_settings
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.single import read_label_names
+from fastlora.medical.scans.volumes import load_labels, load_png, load_volume
 from fastlora.medical.training import checkpointing
 from fastlora.medical.training.config import TrainConfig, read_yaml
 from fastlora.medical.training.run_folder import RunFolder

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from fastlora.medical.data.bundled import build_bundled
-from fastlora.medical.data.volumes import save_volume
+from fastlora.medical.scans.volumes import save_volume
 
 STRUCTURES = {
     "spine_ct": ("vertebra_21_corpus", "vertebra_22_corpus"),

@@ -14,19 +14,19 @@ from tqdm import tqdm
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.console import Parser, add_reading, run_command, show, show_log
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import csv_bytes
-from fastlora.medical.data.names import file_stem
-from fastlora.medical.data.scan import Scan
-from fastlora.medical.data.single import open_files, read_label_names
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import Case
-from fastlora.medical.data.windows import tissue_of
 from fastlora.medical.evaluation.mesh_files import SPACES, check_free, write_mesh, write_scene
 from fastlora.medical.evaluation.pictures import overlay_picture
 from fastlora.medical.evaluation.predict import Surface, predict_structures
 from fastlora.medical.evaluation.results import MESH_FORMATS
 from fastlora.medical.models.trainee import Trainee
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.names import file_stem
+from fastlora.medical.scans.scan import Scan
+from fastlora.medical.scans.single import open_files, read_label_names
+from fastlora.medical.scans.volumes import Case
+from fastlora.medical.scans.windows import tissue_of
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.distributed import resolve_device
 from fastlora.medical.training.finetuned import load_finetuned

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from fastlora.errors import DataError, FastLoRAWarning
 from fastlora.medical.console import Parser, add_reading, run_command, show, show_log
 from fastlora.medical.data.bundled import build_bundled
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import (
     NAME,
     SKIPPED,
@@ -36,7 +35,8 @@ from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
 from fastlora.medical.data.slice_source import SliceConfig
 from fastlora.medical.data.slices import AXES, parse_axes
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import Case
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.volumes import Case
 from fastlora.medical.training.data import BUNDLED, SYNTHETIC
 
 HEADER = f"{'subject':16} {'structure':34} {'volume ml':>10} {'regions':>7}"

@@ -1,1 +1,1 @@
-"""Volumes, masks and the samples made of them."""
+"""Samples made of scans: grids, regions and slices, their splits, and the cache."""

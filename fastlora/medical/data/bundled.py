@@ -24,9 +24,9 @@ import numpy as np
 
 from fastlora.errors import DataError
 from fastlora.medical.data.generated import generate_folder, sha256
-from fastlora.medical.data.geometry import FloatArray, Mask
-from fastlora.medical.data.layouts import find_cases
-from fastlora.medical.data.volumes import Case, save_volume
+from fastlora.medical.scans.geometry import FloatArray, Mask
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.volumes import Case, save_volume
 
 LAYOUT_VERSION = 1  # raise it when the written files change, so that older folders are rebuilt
 REQUIREMENTS = {"TPTBox": "TPTBox==1.1.0", "nilearn": "nilearn==0.14.1"}

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlora.errors import DataError
-from fastlora.medical.data.geometry import (
+from fastlora.medical.data.manifest import Layout, load_entry
+from fastlora.medical.scans.geometry import (
     Array,
     FloatArray,
     Mask,
@@ -21,11 +22,10 @@ from fastlora.medical.data.geometry import (
     sdf_from_mask,
     shifted,
 )
-from fastlora.medical.data.manifest import Layout, load_entry
-from fastlora.medical.data.names import file_stem
-from fastlora.medical.data.scan import Part, Scan
-from fastlora.medical.data.volumes import Case, Volume
-from fastlora.medical.data.windows import Limits, windowed
+from fastlora.medical.scans.names import file_stem
+from fastlora.medical.scans.scan import Part, Scan
+from fastlora.medical.scans.volumes import Case, Volume
+from fastlora.medical.scans.windows import Limits, windowed
 
 SPACING_MM = 1.5
 COARSE = 8

@@ -23,7 +23,7 @@ import numpy as np
 from fastlora.errors import DataError
 from fastlora.files import atomic_write, read_json, read_npz, write_json
 from fastlora.medical.data.generated import digests, sha256
-from fastlora.medical.data.volumes import Case, with_structures
+from fastlora.medical.scans.volumes import Case, with_structures
 
 FORMAT = "fastlora-medical-manifest-1"
 NAME = "manifest.json"

@@ -23,9 +23,9 @@ from scipy.spatial.transform import Rotation
 
 from fastlora.errors import ConfigError
 from fastlora.medical.data.generated import generate_folder
-from fastlora.medical.data.geometry import Array, FloatArray, Mask
-from fastlora.medical.data.layouts import find_cases
-from fastlora.medical.data.volumes import Case, save_volume
+from fastlora.medical.scans.geometry import Array, FloatArray, Mask
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.volumes import Case, save_volume
 
 Branch = tuple[FloatArray, FloatArray, float, float]  # start, end, their radii
 LAYOUT_VERSION = 1  # raise it when the output of write_phantom_dataset changes

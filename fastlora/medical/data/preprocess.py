@@ -22,12 +22,12 @@ from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
 from fastlora.medical.data.grids import SPACING_MM, StructureGrid, grid_path
 from fastlora.medical.data.manifest import Outcome, digest
-from fastlora.medical.data.names import file_stem
-from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.slice_source import SliceConfig, cache_path, load_prepared
 from fastlora.medical.data.slices import slice_indices
 from fastlora.medical.data.splits import regions_of
-from fastlora.medical.data.volumes import Case
+from fastlora.medical.scans.names import file_stem
+from fastlora.medical.scans.scan import Scan
+from fastlora.medical.scans.volumes import Case
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import Array, FloatArray, Mask, shifted
 from fastlora.medical.data.grids import CELL, COARSE, FINE, SPACING_MM, StructureGrid
 from fastlora.medical.data.splits import RegionSpec, group_of, is_region
-from fastlora.medical.data.volumes import file_stamps
+from fastlora.medical.scans.geometry import Array, FloatArray, Mask, shifted
+from fastlora.medical.scans.volumes import file_stamps
 
 CONTEXT = 2  # image voxels around a cell that its token includes
 PATCH = CELL + 2 * CONTEXT

@@ -17,7 +17,8 @@ from nibabel.affines import from_matvec, voxel_sizes
 from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import (
+from fastlora.medical.data.manifest import Layout, load_entry
+from fastlora.medical.scans.geometry import (
     Array,
     FloatArray,
     Mask,
@@ -27,11 +28,10 @@ from fastlora.medical.data.geometry import (
     sdf_from_mask,
     shifted,
 )
-from fastlora.medical.data.manifest import Layout, load_entry
-from fastlora.medical.data.names import file_stem
-from fastlora.medical.data.scan import Part, Scan
-from fastlora.medical.data.volumes import Case, Volume
-from fastlora.medical.data.windows import windowed
+from fastlora.medical.scans.names import file_stem
+from fastlora.medical.scans.scan import Part, Scan
+from fastlora.medical.scans.volumes import Case, Volume
+from fastlora.medical.scans.windows import windowed
 
 CACHE_VERSION = 2  # raise it when what `prepare` computes changes
 STORED: Layout = {

@@ -20,14 +20,6 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset, default_collate
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import (
-    Array,
-    FloatArray,
-    Mask,
-    other_axes,
-    plane_points,
-    pointmap,
-)
 from fastlora.medical.data.slice_source import (
     Prepared,
     SliceConfig,
@@ -36,7 +28,15 @@ from fastlora.medical.data.slice_source import (
     to_canonical,
 )
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import Case
+from fastlora.medical.scans.geometry import (
+    Array,
+    FloatArray,
+    Mask,
+    other_axes,
+    plane_points,
+    pointmap,
+)
+from fastlora.medical.scans.volumes import Case
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError, nearest
 from fastlora.medical.data.grids import FINE, SPACING_MM, StructureGrid
-from fastlora.medical.data.names import structure_name
-from fastlora.medical.data.scan import Scan
-from fastlora.medical.data.volumes import Case, with_structures
+from fastlora.medical.scans.names import structure_name
+from fastlora.medical.scans.scan import Scan
+from fastlora.medical.scans.volumes import Case, with_structures
 
 Index = tuple[int, ...]
 

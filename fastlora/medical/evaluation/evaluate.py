@@ -16,7 +16,6 @@ import torch
 
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, collate_regions
-from fastlora.medical.data.geometry import Array
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import SPLIT_NOTES
 from fastlora.medical.evaluation.metrics import (
@@ -27,6 +26,7 @@ from fastlora.medical.evaluation.metrics import (
     tune_threshold,
 )
 from fastlora.medical.models.trainee import Trainee
+from fastlora.medical.scans.geometry import Array
 from fastlora.medical.training.checkpointing import read_checkpoint
 from fastlora.medical.training.config import TrainConfig, read_yaml
 from fastlora.medical.training.data import load_splits

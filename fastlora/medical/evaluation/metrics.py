@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike
 from scipy.spatial import KDTree
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import Array, FloatArray, Mask, zero_level
 from fastlora.medical.data.regions import RegionDataset, upsample_coarse
+from fastlora.medical.scans.geometry import Array, FloatArray, Mask, zero_level
 
 CHAMFER_POINTS = 4000
 CHAMFER_SEED = 0

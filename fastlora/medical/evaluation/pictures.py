@@ -24,13 +24,13 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
 
-from fastlora.medical.data.geometry import Array, FloatArray, Mask, other_axes, zero_level
-from fastlora.medical.data.scan import Part
-from fastlora.medical.data.volumes import Volume
-from fastlora.medical.data.windows import Limits, windowed
 from fastlora.medical.evaluation.evaluate import LABELS, Run
 from fastlora.medical.evaluation.results import distance_to_truth
 from fastlora.medical.evaluation.tables import Content, words
+from fastlora.medical.scans.geometry import Array, FloatArray, Mask, other_axes, zero_level
+from fastlora.medical.scans.scan import Part
+from fastlora.medical.scans.volumes import Volume
+from fastlora.medical.scans.windows import Limits, windowed
 
 MARKS = {
     "baseline": ("#767676", "circle-open"),

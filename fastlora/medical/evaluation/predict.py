@@ -18,13 +18,13 @@ import trimesh
 
 from fastlora.errors import DataError
 from fastlora.medical.data.batch import collate_regions
-from fastlora.medical.data.geometry import Array, mesh_from_sdf, shifted, voxelise
 from fastlora.medical.data.grids import CELL, FINE, SPACING_MM, TRUNCATION_VOX, FineGrid, fine_grid
 from fastlora.medical.data.regions import region_arrays
-from fastlora.medical.data.scan import Part, Scan
 from fastlora.medical.data.splits import region_starts
-from fastlora.medical.data.volumes import Volume
 from fastlora.medical.models.trainee import Trainee
+from fastlora.medical.scans.geometry import Array, mesh_from_sdf, shifted, voxelise
+from fastlora.medical.scans.scan import Part, Scan
+from fastlora.medical.scans.volumes import Volume
 from fastlora.medical.training.finetuned import predict
 
 STRIDE = FINE // 2  # so that neighbouring regions overlap by at least half

@@ -24,12 +24,12 @@ from scipy.ndimage import map_coordinates
 
 from fastlora.errors import ConfigError
 from fastlora.files import atomic_write, replaced_folder
-from fastlora.medical.data.geometry import Array, mesh_from_sdf
 from fastlora.medical.data.manifest import csv_bytes
-from fastlora.medical.data.names import file_stem
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation, Row, Run
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRIC_OF, METRICS, mean_defined
 from fastlora.medical.evaluation.statistics import COMPARED, statistics
+from fastlora.medical.scans.geometry import Array, mesh_from_sdf
+from fastlora.medical.scans.names import file_stem
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "trimesh", "monai", "nibabel", "plotly")
 MESH_FORMATS = ("ply", "stl", "obj", "glb")

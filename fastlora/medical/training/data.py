@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 from fastlora.errors import DataError
 from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.bundled import build_bundled
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import usable_cases
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.data.splits import RegionSpec, make_splits, select_structures
-from fastlora.medical.data.volumes import Case
-from fastlora.medical.data.windows import Modality
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.volumes import Case
+from fastlora.medical.scans.windows import Modality
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.distributed import Processes
 from fastlora.medical.training.faults import ignore_interrupts

@@ -103,7 +103,7 @@ def test_an_interrupted_preprocessing_leaves_complete_files_and_continues(
 
 def write_large(root: Path) -> Path:
     """Two cases of 12 structures each: enough that the first is ready long before the last."""
-    from fastlora.medical.data.volumes import save_volume
+    from fastlora.medical.scans.volumes import save_volume
 
     for subject in ("s0", "s1"):
         image = np.full((150, 150, 90), -500, np.int16)

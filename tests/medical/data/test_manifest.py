@@ -12,7 +12,6 @@ import pytest
 from fastlora.errors import DataError
 from fastlora.medical.commands.preprocess import main
 from fastlora.medical.data import grids, manifest
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import (
     FORMAT,
     Outcome,
@@ -23,7 +22,8 @@ from fastlora.medical.data.manifest import (
     write_manifest,
 )
 from fastlora.medical.data.phantom import write_phantom_dataset
-from fastlora.medical.data.volumes import load_volume, save_volume
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.volumes import load_volume, save_volume
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_splits
 

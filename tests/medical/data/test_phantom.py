@@ -11,8 +11,8 @@ from nibabel.affines import voxel_sizes
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data import phantom
-from fastlora.medical.data.geometry import mesh_from_sdf, sdf_from_mask
 from fastlora.medical.data.phantom import SHAPES, make_phantom, smooth_noise, write_phantom_dataset
+from fastlora.medical.scans.geometry import mesh_from_sdf, sdf_from_mask
 
 MASK_MEANS = (0.3216, 0.107, 0.1099, 0.1251, 0.0931, 0.2775)  # of the first six samples of seed 0
 IMAGE_MEANS = (0.4673, 0.4423, 0.4794, 0.2276, 0.5134, 0.4062)

@@ -18,14 +18,14 @@ import trimesh
 from fastlora.errors import ConfigError, DataError, FastLoRAWarning
 from fastlora.medical.commands.preprocess import main
 from fastlora.medical.data import grids, manifest
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import read_manifest, verify
 from fastlora.medical.data.phantom import write_phantom_dataset
 from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
 from fastlora.medical.data.slice_source import SliceConfig
 from fastlora.medical.data.slices import TS_SAM3D_Dataset
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import Case, load_volume, save_volume
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.volumes import Case, load_volume, save_volume
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_train_data
 from tests.support.paths import ROOT

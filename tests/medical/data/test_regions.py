@@ -18,7 +18,6 @@ from fastlora.medical.data import grids, manifest
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.data.bundled import build_bundled
 from fastlora.medical.data.grids import FINE, SPACING_MM, TRUNCATION_VOX
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.regions import (
     TOKEN_CHANNELS,
     RegionDataset,
@@ -27,7 +26,6 @@ from fastlora.medical.data.regions import (
     token_features,
     upsample_coarse,
 )
-from fastlora.medical.data.scan import Scan
 from fastlora.medical.data.splits import (
     SPLIT_NOTES,
     check_no_leak,
@@ -37,7 +35,9 @@ from fastlora.medical.data.splits import (
     region_specs,
     region_starts,
 )
-from fastlora.medical.data.volumes import Case, save_volume
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.scan import Scan
+from fastlora.medical.scans.volumes import Case, save_volume
 
 CENTRE_MM = np.array([7.0, -5.0, 11.0])
 RADIUS_MM = 17.0

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.data import manifest, slice_source
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.slice_source import (
     SliceConfig,
     cache_path,
@@ -34,8 +33,9 @@ from fastlora.medical.data.slices import (
     split_by_subject,
 )
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import save_volume
-from tests.medical.data.test_geometry import oblique
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.volumes import save_volume
+from tests.medical.scans.test_geometry import oblique
 
 RADII = np.array((17.0, 12.0, 9.0))  # mm, along the volume's axes
 SHAPE = (44, 40, 20)

@@ -17,11 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.medical.commands.predict import main
-from fastlora.medical.data.geometry import mesh_from_sdf, voxelise
 from fastlora.medical.data.grids import FineGrid, fine_grid, truncated_sdf
-from fastlora.medical.data.scan import Part, Scan
-from fastlora.medical.data.single import open_files, read_label_names, stem
-from fastlora.medical.data.volumes import Case, Source, Volume, load_png, load_volume, save_volume
 from fastlora.medical.evaluation.mesh_files import distinct_colours, write_mesh
 from fastlora.medical.evaluation.pictures import overlay_picture
 from fastlora.medical.evaluation.predict import (
@@ -32,6 +28,10 @@ from fastlora.medical.evaluation.predict import (
     surface_facts,
 )
 from fastlora.medical.models.decoder import load_base_model
+from fastlora.medical.scans.geometry import mesh_from_sdf, voxelise
+from fastlora.medical.scans.scan import Part, Scan
+from fastlora.medical.scans.single import open_files, read_label_names, stem
+from fastlora.medical.scans.volumes import Case, Source, Volume, load_png, load_volume, save_volume
 from tests.support.eval_run import shared_home
 
 

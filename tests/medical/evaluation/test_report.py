@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import trimesh
 
-from fastlora.medical.data.geometry import mesh_from_sdf, zero_level
 from fastlora.medical.evaluation.evaluate import LABELS, Evaluation
 from fastlora.medical.evaluation.metrics import METRIC_KEYS, METRICS
 from fastlora.medical.evaluation.pictures import (
@@ -67,6 +66,7 @@ from fastlora.medical.evaluation.tables import (
     words,
     worse,
 )
+from fastlora.medical.scans.geometry import mesh_from_sdf, zero_level
 from fastlora.medical.training.config import TrainConfig
 from tests.support.eval_run import evaluate_home, read_runs, shared_home
 

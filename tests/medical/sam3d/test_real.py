@@ -13,11 +13,11 @@ import torch
 import fastlora
 from fastlora.config import DEFAULT_TARGETS
 from fastlora.medical.data.batch import collate_regions
-from fastlora.medical.data.geometry import mesh_from_sdf
 from fastlora.medical.sam3d.generator import flow_matching_loss
 from fastlora.medical.sam3d.loading import FlowSettings, load_part, sparse_tensor
 from fastlora.medical.sam3d.options import Sam3dOptions
 from fastlora.medical.sam3d.surface import surface_losses
+from fastlora.medical.scans.geometry import mesh_from_sdf
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.finetuned import load_finetuned, predict
 from fastlora.medical.training.trainer import MedicalTrainer

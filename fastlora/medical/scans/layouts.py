@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 
 from fastlora.errors import DataError
-from fastlora.medical.data import dicom, formats
-from fastlora.medical.data.dataset_json import Found, listed_cases
-from fastlora.medical.data.names import distinct_names
-from fastlora.medical.data.scan import LabelMap
-from fastlora.medical.data.volumes import Case, Source, load_labels
-from fastlora.medical.data.windows import Modality
+from fastlora.medical.scans import dicom, formats
+from fastlora.medical.scans.dataset_json import Found, listed_cases
+from fastlora.medical.scans.names import distinct_names
+from fastlora.medical.scans.scan import LabelMap
+from fastlora.medical.scans.volumes import Case, Source, load_labels
+from fastlora.medical.scans.windows import Modality
 
 log = logging.getLogger(__name__)
 

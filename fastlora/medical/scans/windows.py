@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import Array
+from fastlora.medical.scans.geometry import Array
 
 Modality = Literal["ct", "mr", "grey"]
 Limits = tuple[float, float]

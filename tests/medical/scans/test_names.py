@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from fastlora.errors import DataError
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import SKIPPED, Outcome, csv_bytes, write_manifest
-from fastlora.medical.data.names import (
+from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.names import (
     MAX_STEM_BYTES,
     distinct_names,
     file_stem,
 )
-from fastlora.medical.data.preprocess import PreprocessConfig, preprocess
-from fastlora.medical.data.volumes import Case, save_volume
+from fastlora.medical.scans.volumes import Case, save_volume
 
 
 def write(path: Path, value: int = 1, labels: int = 1) -> None:

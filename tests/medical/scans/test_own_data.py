@@ -16,14 +16,14 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from fastlora.errors import DataError
-from fastlora.medical.data import dicom, formats
-from fastlora.medical.data.geometry import MAX_VOXELS, resample
-from fastlora.medical.data.layouts import find_cases
-from fastlora.medical.data.names import structure_name
-from fastlora.medical.data.scan import Scan
-from fastlora.medical.data.single import open_files
 from fastlora.medical.data.splits import select_structures
-from fastlora.medical.data.volumes import (
+from fastlora.medical.scans import dicom, formats
+from fastlora.medical.scans.geometry import MAX_VOXELS, resample
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.names import structure_name
+from fastlora.medical.scans.scan import Scan
+from fastlora.medical.scans.single import open_files
+from fastlora.medical.scans.volumes import (
     Case,
     Source,
     load_labels,
@@ -31,7 +31,7 @@ from fastlora.medical.data.volumes import (
     load_volume,
     save_volume,
 )
-from fastlora.medical.data.windows import check_hounsfield, window, window_limits
+from fastlora.medical.scans.windows import check_hounsfield, window, window_limits
 from tests.support.layouts import Scan as Written
 from tests.support.layouts import write_dicom_scan
 

@@ -10,7 +10,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.geometry import (
+from fastlora.medical.scans.geometry import (
     check_affine,
     mesh_from_sdf,
     pointmap,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import read_json
-from fastlora.medical.data import dicom, formats
-from fastlora.medical.data.layouts import DICOM_MODALITIES, IMAGE_NAMES
-from fastlora.medical.data.names import distinct_names, structure_name
-from fastlora.medical.data.scan import Scan
-from fastlora.medical.data.volumes import Case, Source, png_files, slice_numbers
-from fastlora.medical.data.windows import Modality
+from fastlora.medical.scans import dicom, formats
+from fastlora.medical.scans.layouts import DICOM_MODALITIES, IMAGE_NAMES
+from fastlora.medical.scans.names import distinct_names, structure_name
+from fastlora.medical.scans.scan import Scan
+from fastlora.medical.scans.volumes import Case, Source, png_files, slice_numbers
+from fastlora.medical.scans.windows import Modality
 
 
 def open_files(

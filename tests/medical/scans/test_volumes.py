@@ -11,8 +11,8 @@ from nibabel.affines import apply_affine
 
 from fastlora import files
 from fastlora.errors import ConfigError, DataError
-from fastlora.medical.data.layouts import find_cases
-from fastlora.medical.data.volumes import (
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.volumes import (
     Case,
     Source,
     grids_apart,
@@ -20,8 +20,8 @@ from fastlora.medical.data.volumes import (
     load_volume,
     save_volume,
 )
-from fastlora.medical.data.windows import window
-from tests.medical.data.test_geometry import oblique
+from fastlora.medical.scans.windows import window
+from tests.medical.scans.test_geometry import oblique
 
 
 def blank(value=0, dtype=np.uint8, shape=(4, 5, 6)):

@@ -18,13 +18,13 @@ import trimesh
 
 from fastlora.errors import DataError
 from fastlora.medical.commands import evaluate, predict, preprocess, train
-from fastlora.medical.data import dicom
-from fastlora.medical.data.geometry import voxelise
-from fastlora.medical.data.layouts import find_cases
 from fastlora.medical.data.manifest import read_manifest
-from fastlora.medical.data.names import structure_name
-from fastlora.medical.data.volumes import Source, load_mask, load_volume, save_volume
 from fastlora.medical.evaluation.metrics import overlap
+from fastlora.medical.scans import dicom
+from fastlora.medical.scans.geometry import voxelise
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.names import structure_name
+from fastlora.medical.scans.volumes import Source, load_mask, load_volume, save_volume
 from tests.support.layouts import FLAGS, WRITERS, Scan, scans, write_dicom_scan
 
 HAS_DICOM = importlib.util.find_spec("highdicom") is not None
@@ -328,7 +328,7 @@ def test_a_seg_of_some_slices_is_placed_on_them_and_errors_are_named(found, tmp_
 def test_a_dicom_header_that_declares_too_much_is_refused_before_it_is_read():
     from types import SimpleNamespace
 
-    from fastlora.medical.data import dicom
+    from fastlora.medical.scans import dicom
 
     def header(rows, frames, positions=()):
         groups = [

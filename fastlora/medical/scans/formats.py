@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastlora.errors import DataError
-from fastlora.medical.data.dicom import LPS_TO_RAS, reading
-from fastlora.medical.data.geometry import MAX_VOXELS, Array, FloatArray, check_affine
+from fastlora.medical.scans.dicom import LPS_TO_RAS, reading
+from fastlora.medical.scans.geometry import MAX_VOXELS, Array, FloatArray, check_affine
 
 ENDINGS = (".nii.gz", ".nii", ".hdr", ".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".nhdr")
 """The extensions of volumes. A `.hdr` has its voxels in an `.img`, a `.mhd` and a `.nhdr` in the file that they name."""

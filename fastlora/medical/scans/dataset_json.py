@@ -11,10 +11,10 @@ from typing import Any
 
 from fastlora.errors import DataError
 from fastlora.files import read_json
-from fastlora.medical.data import formats
-from fastlora.medical.data.names import distinct_names
-from fastlora.medical.data.volumes import Case, Source
-from fastlora.medical.data.windows import Modality
+from fastlora.medical.scans import formats
+from fastlora.medical.scans.names import distinct_names
+from fastlora.medical.scans.volumes import Case, Source
+from fastlora.medical.scans.windows import Modality
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fastlora.errors import DataError
-from fastlora.medical.data import dicom
-from fastlora.medical.data.geometry import Mask
-from fastlora.medical.data.stopwatch import Stopwatch
-from fastlora.medical.data.volumes import Case, Source, Volume, check_not_empty, load_on_grid
-from fastlora.medical.data.windows import Limits, window_limits
+from fastlora.medical.scans import dicom
+from fastlora.medical.scans.geometry import Mask
+from fastlora.medical.scans.stopwatch import Stopwatch
+from fastlora.medical.scans.volumes import Case, Source, Volume, check_not_empty, load_on_grid
+from fastlora.medical.scans.windows import Limits, window_limits
 
 Box = tuple[slice, ...]
 

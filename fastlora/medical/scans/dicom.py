@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastlora.errors import DataError
-from fastlora.medical.data.geometry import MAX_VOXELS, Array, FloatArray, Mask
+from fastlora.medical.scans.geometry import MAX_VOXELS, Array, FloatArray, Mask
 
 log = logging.getLogger(__name__)
 

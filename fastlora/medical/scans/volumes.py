@@ -23,14 +23,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastlora.errors import DataError
 from fastlora.files import atomic_write
-from fastlora.medical.data import dicom
-from fastlora.medical.data.formats import from_array, read_png, read_volume
-from fastlora.medical.data.geometry import (
+from fastlora.medical.scans import dicom
+from fastlora.medical.scans.formats import from_array, read_png, read_volume
+from fastlora.medical.scans.geometry import (
     FloatArray,
     Mask,
     check_spacing,
 )
-from fastlora.medical.data.windows import Modality, check_hounsfield
+from fastlora.medical.scans.windows import Modality, check_hounsfield
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from fastlora.errors import DataError
-from fastlora.medical.data.geometry import regrid, resample, shifted
 from fastlora.medical.data.grids import FINE, MARGIN, SPACING_MM, fine_grid
-from fastlora.medical.data.layouts import find_cases
-from fastlora.medical.data.scan import LabelMap, Part, Scan
 from fastlora.medical.data.splits import make_splits
-from fastlora.medical.data.stopwatch import Stopwatch
-from fastlora.medical.data.volumes import Volume, save_volume
-from fastlora.medical.data.windows import window, window_limits, windowed
+from fastlora.medical.scans.geometry import regrid, resample, shifted
+from fastlora.medical.scans.layouts import find_cases
+from fastlora.medical.scans.scan import LabelMap, Part, Scan
+from fastlora.medical.scans.stopwatch import Stopwatch
+from fastlora.medical.scans.volumes import Volume, save_volume
+from fastlora.medical.scans.windows import window, window_limits, windowed
 
 
 def test_a_label_map_gives_the_voxels_of_each_label():
