@@ -115,8 +115,31 @@ def show(line: str) -> None:
     sys.stdout.flush()
 
 
+def add_model_call(group: Any) -> None:
+    """Add the flags of a model's call."""
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="device: auto, cpu, cuda or cuda:N (default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="regions per batch (default: %(default)s)",
+    )
+
+
 def add_reading(group: Any) -> None:
-    """Add the flags that change how images and masks are read, as `TrainConfig` has them."""
+    """Add the flags that choose structures and change how images and masks are read, as `TrainConfig` has them."""
+    group.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="structures, or kinds of structures such as vertebra (default: all)",
+    )
     group.add_argument(
         "--intercept",
         type=float,

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastlora.errors import ConfigError
 from fastlora.files import atomic_write, write_json
-from fastlora.medical.console import Parser, command_line, run_command, show_log
+from fastlora.medical.console import Parser, add_model_call, command_line, run_command, show_log
 from fastlora.medical.evaluation.evaluate import LABELS, Run, compare_runs
 from fastlora.medical.evaluation.metrics import TOLERANCE_MM
 from fastlora.medical.evaluation.report import examples, render, slices_png
@@ -65,19 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="largest distance in mm at which surfaces still match in NSD (default: %(default)g)",
     )
-    metrics.add_argument(
-        "--batch_size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="regions per batch (default: %(default)d)",
-    )
-    metrics.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="device: auto, cpu, cuda or cuda:N (default: %(default)s)",
-    )
+    add_model_call(metrics)
     _add_output(parser)
     return parser
 

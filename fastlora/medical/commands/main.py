@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if str(error.name).startswith("fastlora"):
             raise
         print(
-            f"error: {error.name} is not installed; the application needs it: pip install 'fastlora[medical]'",
+            f"error: {error.name} is not installed; install fastlora with its extra 'medical' (pip install '.[medical]' in its folder)",
             file=sys.stderr,
         )
         return 2

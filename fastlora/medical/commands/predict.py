@@ -13,7 +13,14 @@ from tqdm import tqdm
 
 from fastlora.errors import ConfigError, DataError
 from fastlora.files import atomic_write
-from fastlora.medical.console import Parser, add_reading, run_command, show, show_log
+from fastlora.medical.console import (
+    Parser,
+    add_model_call,
+    add_reading,
+    run_command,
+    show,
+    show_log,
+)
 from fastlora.medical.data.manifest import csv_bytes
 from fastlora.medical.data.splits import select_structures
 from fastlora.medical.evaluation.mesh_files import SPACES, check_free, write_mesh, write_scene
@@ -57,19 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="merge LoRA into the base weights first; changes the surface only by rounding",
     )
-    model.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="device: auto, cpu, cuda or cuda:N (default: %(default)s)",
-    )
-    model.add_argument(
-        "--batch_size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="regions per batch (default: %(default)s)",
-    )
+    add_model_call(model)
     _add_files(parser)
     _add_data_set(parser)
     _add_output(parser)
@@ -82,13 +77,13 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--image",
         type=Path,
         metavar="PATH",
-        help="image: NIfTI, a folder of one DICOM series, or PNG",
+        help="image: NIfTI, MGH, MetaImage, NRRD, DICOM (a file or a folder of one series), or PNG",
     )
     one.add_argument(
         "--mask",
         type=Path,
         metavar="PATH",
-        help="coarse segmentation of the image: NIfTI, DICOM SEG, or PNG",
+        help="coarse segmentation of the image, in the same formats or DICOM SEG",
     )
     one.add_argument(
         "--label",
@@ -99,7 +94,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--structure",
         metavar="NAME",
-        help="name of the structure; it selects the CT intensity window (default: the mask's file name, or the segment's label)",
+        help="name of the structure; it selects the CT intensity window (default: that of the label, or the mask's file name)",
     )
     one.add_argument(
         "--spacing",
@@ -129,28 +124,23 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def _add_data_set(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group("a data set, in any layout of docs/quickstart_training.md")
     many.add_argument("--data_root", type=Path, metavar="DIR", help="folder of the data set")
-    many.add_argument(
-        "--classes",
-        nargs="+",
-        metavar="NAME",
-        help="structures, or kinds of structures such as vertebra (default: all)",
-    )
-    add_reading(parser)
-    parser.add_argument(
+    both = parser.add_argument_group("reading")
+    add_reading(both)
+    both.add_argument(
         "--channel",
         type=int,
         metavar="N",
         help="number of the image's channel: in dataset.json, or of a 4-D image (default: 0, or the only one)",
     )
-    parser.add_argument(
+    both.add_argument(
         "--skip_invalid",
         action="store_true",
         help="skip unusable cases and structures, and list them in predictions.csv",
     )
-    parser.add_argument(
+    both.add_argument(
         "--modality",
         choices=("ct", "mr"),
-        help="modality of a NIfTI image, if neither its file name nor dataset.json states it",
+        help="modality of the image, if neither its file name nor dataset.json states it",
     )
 
 

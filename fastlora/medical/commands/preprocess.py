@@ -79,12 +79,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     add_reading(what)
     what.add_argument(
-        "--classes",
-        nargs="+",
-        metavar="NAME",
-        help="structures, or kinds of structures such as vertebra (default: all)",
-    )
-    what.add_argument(
         "--slices",
         action="store_true",
         help="also cache 2-D slices for TS_SAM3D_Dataset (otherwise prepared on first use)",

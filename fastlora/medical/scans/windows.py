@@ -29,14 +29,6 @@ CT_PADDING = -1500.0
 """CT values below this are padding outside the scanner's circle, not tissue."""
 
 
-def window(image: NDArray[np.floating], modality: str, structure: str = "") -> Array:
-    """Intensities clipped to a window and scaled to [0, 1], float32.
-
-    image, modality, structure, raises: as `window_limits`.
-    """
-    return windowed(image, window_limits(image, modality, structure))
-
-
 def window_limits(image: NDArray[np.floating], modality: str, structure: str = "") -> Limits:
     """The values that a window maps to 0 and 1.
 

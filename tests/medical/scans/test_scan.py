@@ -17,7 +17,7 @@ from fastlora.medical.scans.layouts import find_cases
 from fastlora.medical.scans.scan import LabelMap, Part, Scan
 from fastlora.medical.scans.stopwatch import Stopwatch
 from fastlora.medical.scans.volumes import Volume, save_volume
-from fastlora.medical.scans.windows import window, window_limits, windowed
+from fastlora.medical.scans.windows import window_limits, windowed
 
 
 def test_a_label_map_gives_the_voxels_of_each_label():
@@ -64,7 +64,12 @@ def test_a_part_gives_the_fine_grid_of_the_whole_volume(spacing, place):
     np.testing.assert_array_equal(grid.offset, low)
     np.testing.assert_array_equal(grid.affine, shifted(whole, low))
     assert grid.mask.shape == tuple(high - low)
-    fine = resample(window(image.array, "ct"), affine, grid.affine, grid.mask.shape)
+    fine = resample(
+        windowed(image.array, window_limits(image.array, "ct")),
+        affine,
+        grid.affine,
+        grid.mask.shape,
+    )
     np.testing.assert_allclose(grid.image, fine, rtol=0, atol=np.finfo(np.float32).eps)
     padded = resample(
         np.pad(mask, 1), shifted(affine, (-1, -1, -1)), grid.affine, grid.mask.shape, cval=0.0
@@ -76,7 +81,9 @@ def test_a_window_of_a_part_is_that_of_the_whole():
     image = np.random.default_rng(0).normal(0, 50, (9, 9, 9)).astype(np.float32)
     for modality in ("ct", "mr", "grey"):
         part = windowed(image[2:5], window_limits(image, modality, "liver"))
-        np.testing.assert_array_equal(part, window(image, modality, "liver")[2:5])
+        np.testing.assert_array_equal(
+            part, windowed(image, window_limits(image, modality, "liver"))[2:5]
+        )
 
 
 @pytest.fixture

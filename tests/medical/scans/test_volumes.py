@@ -20,7 +20,7 @@ from fastlora.medical.scans.volumes import (
     load_volume,
     save_volume,
 )
-from fastlora.medical.scans.windows import window
+from fastlora.medical.scans.windows import window_limits, windowed
 from tests.medical.scans.test_geometry import oblique
 
 
@@ -208,16 +208,20 @@ def test_folders_that_hold_no_cases_are_refused(tmp_path):
 def test_window_by_tissue_and_percentile():
     hu = np.array([[[-2000.0, -500, -160, 40, 240, 1300, 3000]]], dtype=np.float32)
     np.testing.assert_allclose(
-        window(hu, "ct", "vertebra_L3"), ((hu + 500) / 1800).clip(0, 1), atol=1e-6
+        windowed(hu, window_limits(hu, "ct", "vertebra_L3")),
+        ((hu + 500) / 1800).clip(0, 1),
+        atol=1e-6,
     )
-    np.testing.assert_allclose(window(hu, "ct", "liver"), ((hu + 160) / 400).clip(0, 1), atol=1e-6)
-    assert window(hu, "ct", "lung_upper_lobe_left")[0, 0, 2] > 0.5
+    np.testing.assert_allclose(
+        windowed(hu, window_limits(hu, "ct", "liver")), ((hu + 160) / 400).clip(0, 1), atol=1e-6
+    )
+    assert windowed(hu, window_limits(hu, "ct", "lung_upper_lobe_left"))[0, 0, 2] > 0.5
     mr = np.arange(1001, dtype=np.float32).reshape(7, 11, 13)
-    scaled = window(mr, "mr")
+    scaled = windowed(mr, window_limits(mr, "mr"))
     assert scaled.dtype == np.float32 and scaled.min() == 0 and scaled.max() == 1
     assert scaled.ravel()[500] == pytest.approx(0.5, abs=1e-3)
     assert (scaled == 0).sum() == 6 and (scaled == 1).sum() == 6  # half a per cent on each side
     with pytest.raises(ConfigError, match="modality: expected 'ct', 'mr' or 'grey', got 'pet'"):
-        window(mr, "pet")
+        window_limits(mr, "pet")
     with pytest.raises(DataError, match="MR image with contrast"):
-        window(np.zeros((3, 3, 3)), "mr")
+        window_limits(np.zeros((3, 3, 3)), "mr")
