@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +33,8 @@ _LABELS = re.compile(r"(?:(?P<name>.*)[-_.])?(?:labels?|seg|segmentation|mask)",
 DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
 LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DICOM")
 
+Volumes = dict[str, Path]
+"""Name without extension → file."""
 Placed = tuple[str, Path, Callable[[str], Case]]
 """A layout, the path that names the case, and a function that reads the case of a subject and may raise."""
 
@@ -127,45 +128,43 @@ def _folders(folder: Path) -> list[Path]:
 
 def _case_of(folder: Path, modality: Modality, splits: Mapping[str, str]) -> Placed | None:
     """The case that a folder is, if it has an image or masks that are named as such."""
-    split, images, labels = splits.get(folder.name), _images(folder), _labelled(folder)
-    stated = any(_volumes(folder, name) for name in IMAGE_NAMES)
+    split, volumes = splits.get(folder.name), _volumes(folder)
+    images, labels = _images(volumes), _labelled(volumes)
+    stated = not volumes.keys().isdisjoint(IMAGE_NAMES)
     if (folder / "segmentations").is_dir() or (stated and not labels):
-        return "TotalSegmentator", folder, partial(_totalsegmentator_case, folder, split)
-    if len({name for name, _ in labels}) <= 1 and (labels or images):
-        return "image/label pairs", folder, partial(_pair_case, folder, modality, split)
+        return "TotalSegmentator", folder, partial(_totalsegmentator_case, folder, volumes, split)
+    if len(set(labels.values())) <= 1 and (labels or images):
+        return "image/label pairs", folder, partial(_pair_case, folder, volumes, modality, split)
     return None
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(volumes: Volumes) -> list[Path]:
     """The volumes that are named as images: `image.nii.gz`, `x-image.nii.gz`."""
-    return [p for n, p in _volumes(folder, "*").items() if _IMAGE.fullmatch(n)]
+    return [path for name, path in volumes.items() if _IMAGE.fullmatch(name)]
 
 
-def _labelled(folder: Path) -> list[tuple[str, Path]]:
-    """The label maps, with what is before the word: `x_seg.nii.gz`, `label.nii.gz`."""
-    matches = ((_LABELS.fullmatch(n), p) for n, p in _volumes(folder, "*").items())
-    return [(match["name"] or "", path) for match, path in matches if match]
+def _labelled(volumes: Volumes) -> dict[str, str]:
+    """The names of the label maps, with what is before the word: `x_seg` → `x`, `label` → empty."""
+    matches = ((name, _LABELS.fullmatch(name)) for name in volumes)
+    return {name: match["name"] or "" for name, match in matches if match}
 
 
 def _side_by_side(folder: Path, modality: Modality, splits: Mapping[str, str]) -> list[Placed]:
     """The cases of a folder that has a label map for each image: `x.nii.gz` and `x_seg.nii.gz`."""
-    labels = _labelled(folder)
+    volumes = _volumes(folder)
+    labels = _labelled(volumes)
     if not labels:
         return []
-    maps: dict[str, list[Path]] = {name: [] for name in _volumes(folder, "*")}
-    for _, path in labels:
-        del maps[path.name.removesuffix(formats.ending(path))]
-    for name, path in labels:
-        maps.setdefault(
-            next((n for n in (f"{name}-image", f"{name}_image") if n in maps), name), []
-        ).append(path)
-    images = _volumes(folder, "*")
+    maps: dict[str, list[Path]] = {name: [] for name in volumes if name not in labels}
+    for label, name in labels.items():
+        image = next((n for n in (f"{name}-image", f"{name}_image") if n in maps), name)
+        maps.setdefault(image, []).append(volumes[label])
     return [
         (
             "image/label pairs",
             folder / name,
             partial(
-                _listed_pair, folder / name, images.get(name), found, modality, splits.get(name)
+                _listed_pair, folder / name, volumes.get(name), found, modality, splits.get(name)
             ),
         )
         for name, found in maps.items()
@@ -188,25 +187,25 @@ def _listed_pair(
     return _label_map_case(subject, modality, image, labels[0], split)
 
 
-def _totalsegmentator_case(folder: Path, split: str | None, subject: str) -> Case:
-    images = _volumes(folder, "ct") | _volumes(folder, "mri")
+def _totalsegmentator_case(folder: Path, volumes: Volumes, split: str | None, subject: str) -> Case:
+    images = {name: volumes[name] for name in IMAGE_NAMES if name in volumes}
     if len(images) != 1:
         raise DataError(
             f"{folder}: expected one of ct.nii.gz, mri.nii.gz, got {', '.join(images) or 'none'}"
         )
     ((name, image),) = images.items()
-    structures = {n: Source(p) for n, p in _volumes(folder / "segmentations", "*").items()}
+    structures = {n: Source(p) for n, p in _volumes(folder / "segmentations").items()}
     if not structures:
         raise DataError(f"{folder}: expected masks in segmentations/<structure>.nii.gz, got none")
     return Case(subject, IMAGE_NAMES[name], image, structures, split)
 
 
-def _volumes(folder: Path, pattern: str) -> dict[str, Path]:
-    """Name without extension → file, of a folder's volumes whose name fits a pattern. Of `x.nii.gz` and `x.nii` the former, with a line."""
+def _volumes(folder: Path) -> Volumes:
+    """A folder's volumes. Of `x.nii.gz` and `x.nii` the former, with a line in the log."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = path.name.removesuffix(formats.ending(path))
-        if name == path.name or name[:1] == "." or not fnmatchcase(name, pattern):
+        if name == path.name or name[:1] == ".":
             continue
         other = found.setdefault(name, path)
         if other != path:
@@ -217,10 +216,11 @@ def _volumes(folder: Path, pattern: str) -> dict[str, Path]:
     return found
 
 
-def _pair_case(folder: Path, modality: Modality, split: str | None, subject: str) -> Case:
-    labels = [path for _, path in _labelled(folder)]
-    others = [path for path in _volumes(folder, "*").values() if path not in labels]
-    images = _images(folder) or others
+def _pair_case(
+    folder: Path, volumes: Volumes, modality: Modality, split: str | None, subject: str
+) -> Case:
+    labels = [volumes[name] for name in _labelled(volumes)]
+    images = _images(volumes) or [path for path in volumes.values() if path not in labels]
     if len(images) != 1 or len(labels) != 1:
         got = ", ".join(path.name for path in [*images, *labels])
         raise DataError(

@@ -177,10 +177,8 @@ def load_on_grid(
         raise DataError(
             f"{source.path}: expected the shape of {name}, {image.shape}, got {labels.shape}"
         )
-    apart, most = (
-        grids_apart(labels.affine, image.affine, image.shape),
-        largest_offset(image, tolerance_mm),
-    )
+    apart = grids_apart(labels.affine, image.affine, image.shape)
+    most = largest_offset(image, tolerance_mm)
     if apart > most:
         raise DataError(
             f"{source.path}: expected the affine of {name}, {image.affine.round(4).tolist()}, got "

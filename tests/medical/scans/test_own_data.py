@@ -690,6 +690,7 @@ def test_files_of_other_programs_are_ignored_in_every_layout(tmp_path, caplog):
     eye = np.eye(4)
     save_volume(tmp_path / "ts" / "s1" / "ct.nii.gz", image, eye)
     save_volume(tmp_path / "ts" / "s1" / "segmentations" / "liver.nii.gz", mask, eye)
+    save_volume(tmp_path / "ts" / "s1" / "ct.nii", image, eye)
     save_volume(tmp_path / "ts" / "s2" / "ct.nii", image, eye)
     save_volume(tmp_path / "ts" / "s2" / "segmentations" / "liver.nii", mask, eye)
     save_volume(tmp_path / "ts" / "s2" / "segmentations" / "liver.nii.gz", mask, eye)
@@ -703,7 +704,8 @@ def test_files_of_other_programs_are_ignored_in_every_layout(tmp_path, caplog):
         (tmp_path / folder / "._ct.nii.gz").write_bytes(b"of macOS")
     with caplog.at_level(logging.WARNING, LOG):
         first, second = find_cases(tmp_path / "ts")
-    assert caplog.text.count("which is not used") == 1
+    assert caplog.text.count("which is not used") == 2  # each once
+    assert "ct.nii.gz: there is also ct.nii, which is not used" in caplog.text
     assert "liver.nii.gz: there is also liver.nii, which is not used" in caplog.text
     for case in (first, second):
         assert list(case.structures) == ["liver"] and case.modality == "ct"
