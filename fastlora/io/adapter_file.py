@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import CheckpointError, FastLoRAWarning, first_few, nearest
+from fastlora.errors import CheckpointError, ConfigError, FastLoRAWarning, first_few, nearest
 from fastlora.files import read_torch, write_files
 from fastlora.io.adapter_state import AdapterState, adapter_state
 from fastlora.io.safetensors_format import fastlora_bytes, read_safetensors
@@ -191,20 +191,35 @@ def raise_or_warn(what: str, problems: list[str], loadable: list[str], strict: b
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], include_trainable: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    include_trainable: bool = True,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the adapter, and by default the heads as in `get_lora_state_dict`, to one safetensors file, atomically.
 
     Kind, rank, alpha, dropout, use_rslora and use_dora of every layer are stored in the file's metadata. FSDP as in
     `get_lora_state_dict`.
 
+    metadata: further entries of the file's metadata, text by name, for the caller's own use.
+
     Raises: CheckpointError if the model has no adapters or the file cannot be written; an existing file is unchanged then.
+        ConfigError if `metadata` is not text by name, or uses the names `fastlora` or `format`.
     """
+    _check_metadata(metadata or {})
     state = adapter_state(model, include_trainable)
     if not state.layers:
         raise CheckpointError(f"{none_active(model)}, so there is nothing to save")
     warn_of_changed_base(model, "save_adapter")
-    write_files({Path(path): fastlora_bytes(state.whole())})
+    write_files({Path(path): fastlora_bytes(state.whole(), metadata)})
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    for name, text in metadata.items():
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise ConfigError(f"metadata: expected text by name, got {name!r}: {text!r}")
+        if name in ("fastlora", "format"):
+            raise ConfigError(f"metadata: expected another name than {name!r}, which is in use")
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> LoadResult:

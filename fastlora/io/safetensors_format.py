@@ -39,9 +39,9 @@ def read_safetensors(file: Path) -> Contents:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+    metadata = read_metadata(file)
     if _METADATA_KEY not in metadata:
         return Contents(tensors, {})
     try:
@@ -56,6 +56,15 @@ def read_safetensors(file: Path) -> Contents:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a file, without its tensors. Raises: CheckpointError if it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -81,11 +90,12 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def fastlora_bytes(state: AdapterState) -> bytes:
-    """fastlora's file of `state`."""
+def fastlora_bytes(state: AdapterState, metadata: Mapping[str, str] | None = None) -> bytes:
+    """fastlora's file of `state`. metadata: further entries."""
     layers = {path: layer.settings() for path, layer in state.layers.items()}
     known = {"ties": state.ties, "partial": state.partial}
-    return safetensors_bytes(state.tensors(), settings_metadata(layers, **known))
+    own = settings_metadata(layers, **known)
+    return safetensors_bytes(state.tensors(), {**(metadata or {}), **own})
 
 
 def settings_metadata(layers: Mapping[str, Mapping[str, Any]], **known: Any) -> dict[str, str]:

@@ -130,6 +130,16 @@ def add_model_call(group: Any) -> None:
         metavar="N",
         help="regions per batch (default: %(default)s)",
     )
+    group.add_argument(
+        "--base_weights",
+        metavar="FILE",
+        help="base model that the run started from (default: as the run says)",
+    )
+    group.add_argument(
+        "--sam3d_dir",
+        metavar="DIR",
+        help="model folder of SAM 3D Objects, for a run of it (default: as the run says)",
+    )
 
 
 def add_reading(group: Any) -> None:

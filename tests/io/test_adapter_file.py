@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from fastlora import (
     CheckpointError,
+    ConfigError,
     FastLoRAWarning,
     LoRAConfig,
     get_lora_state_dict,
@@ -22,6 +23,7 @@ from fastlora import (
     save_adapter,
     setup_lora_for_medical_finetuning,
 )
+from fastlora.io.safetensors_format import read_metadata
 from tests.support.models import Decoder, randomise_adapters
 
 
@@ -239,6 +241,19 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="not a readable state dict"):
             load_adapter(adapted(), tmp_path / name)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_further_metadata_is_kept_beside_our_own(tmp_path):
+    model = adapted()
+    save_adapter(model, tmp_path / "a.safetensors", metadata={"note": "Größe", "b": "2"})
+    found = read_metadata(tmp_path / "a.safetensors")
+    assert (found["note"], found["b"], found["format"]) == ("Größe", "2", "pt")
+    assert load_adapter(adapted(), tmp_path / "a.safetensors").loaded
+    before = (tmp_path / "a.safetensors").read_bytes()
+    for wrong in ({"fastlora": "{}"}, {"format": "np"}, {"n": 1}, {1: "n"}):
+        with pytest.raises(ConfigError, match="metadata: expected"):
+            save_adapter(model, tmp_path / "a.safetensors", metadata=wrong)
+    assert (tmp_path / "a.safetensors").read_bytes() == before
 
 
 def test_saving_without_adapters_or_to_a_missing_folder_leaves_nothing(tmp_path):

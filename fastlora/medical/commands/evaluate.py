@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         metavar="RUN",
         required=True,
-        help="run folder of LoRA fine-tuning (its best checkpoint is used), or one of its checkpoints/*.pt",
+        help="run folder of LoRA fine-tuning (its best checkpoint is used), one of its checkpoints/*.pt, or its adapter.safetensors",
     )
     runs.add_argument(
         "--full",
@@ -113,9 +113,10 @@ def run(args: argparse.Namespace, command: str) -> list[str]:
     if args.batch_size < 1:
         raise ConfigError(f"batch_size: expected >= 1, got {args.batch_size}")
     check_output(output)
-    runs = {"lora": Run.read(args.checkpoint, "lora")}
+    paths = {"base_weights": args.base_weights, "sam3d_dir": args.sam3d_dir}
+    runs = {"lora": Run.read(args.checkpoint, "lora", **paths)}
     if args.full is not None:
-        runs["full"] = Run.read(args.full, "full")
+        runs["full"] = Run.read(args.full, "full", **paths)
     evaluation, facts = compare_runs(
         runs["lora"],
         runs.get("full"),

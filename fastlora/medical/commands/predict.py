@@ -36,8 +36,7 @@ from fastlora.medical.scans.volumes import Case
 from fastlora.medical.scans.windows import tissue_of
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.distributed import resolve_device
-from fastlora.medical.training.finetuned import load_finetuned
-from fastlora.medical.training.run_folder import RunFolder
+from fastlora.medical.training.finetuned import Finetuned
 
 COLUMNS = [
     *("subject", "structure", "label", "mesh", "volume_ml", "mask_volume_ml", "surface_cm2"),
@@ -57,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         metavar="RUN",
         required=True,
-        help="run folder (its best checkpoint is used), or one of its checkpoints/*.pt",
+        help="run folder (its best checkpoint is used), one of its checkpoints/*.pt, or its adapter.safetensors",
     )
     model.add_argument(
         "--merged",
@@ -323,11 +322,14 @@ def run(args: argparse.Namespace) -> int:
     """Predicts and writes, one structure after the other; prints a line for each."""
     check_arguments(args)
     device = resolve_device(TrainConfig(device=args.device))
-    folder, which = RunFolder.split(args.checkpoint)
-    model = load_finetuned(folder, args.merged, which).to(device)
+    trained = Finetuned.read(
+        args.checkpoint, base_weights=args.base_weights, sam3d_dir=args.sam3d_dir
+    )
+    model = trained.model(args.merged).to(device)
     problems: list[str] = []
     scans = open_scans(args, problems)
-    about = {"run": str(folder), "checkpoint": which, "merged": args.merged}
+    folder = trained.folder or trained.file.parent
+    about = {"run": str(folder), "checkpoint": trained.name, "merged": args.merged}
     output = Output(args, scans, about)
     total = sum(len(scan.case.structures) for scan in scans)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from fastlora.errors import ConfigError, nearest
 from fastlora.medical.console import Parser, run_command, show_log
 from fastlora.medical.models.options import declared, value_type
 from fastlora.medical.training.checkpointing import read_checkpoint
-from fastlora.medical.training.config import TrainConfig, option_owners, read_yaml
+from fastlora.medical.training.config import PATHS, TrainConfig, option_owners, read_yaml
 from fastlora.medical.training.distributed import local_device, process_group, resolve_device
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
+
+logger = logging.getLogger(__name__)
 
 # Arguments for argparse that do not follow from the type of an option.
 EXTRAS: dict[str, dict[str, Any]] = {
@@ -88,6 +91,10 @@ def read_config(argv: Sequence[str] | None) -> TrainConfig:
         return TrainConfig.from_dict(given)
     saved = read_checkpoint(resume)["config"]
     del saved["checkpoint_dir"]  # a path in a file never says where to write
+    named = {n: saved[n] for n in PATHS if saved.get(n) is not None and n not in given}
+    if named:
+        paths = ", ".join(f"{name} {value}" for name, value in named.items())
+        logger.info("from the checkpoint %s: %s", resume, paths)
     if resume.parent.name == "checkpoints":
         saved["checkpoint_dir"] = str(resume.parent.parent)
     elif "checkpoint_dir" not in given:
@@ -121,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = os.environ.get("RANK", "0")
 
     def work() -> int:
-        config = read_config(argv)
         if rank == "0":  # only the first process prints
             show_log()
+        config = read_config(argv)
         with process_group(local_device(resolve_device(config))):
             train(config)
         return 0

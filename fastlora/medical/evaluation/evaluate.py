@@ -1,19 +1,19 @@
 """Held-out evaluation: every method on the same regions, with a row of metrics for each.
 
-`compare_runs` evaluates run folders; `results` summarises the `Evaluation`.
+`compare_runs` evaluates runs; `results` summarises the `Evaluation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastlora import count_parameters
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.medical.data.batch import RegionBatch, collate_regions
 from fastlora.medical.data.regions import RegionDataset
@@ -27,11 +27,11 @@ from fastlora.medical.evaluation.metrics import (
 )
 from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.scans.geometry import Array
-from fastlora.medical.training.checkpointing import read_checkpoint
-from fastlora.medical.training.config import TrainConfig, read_yaml
+from fastlora.medical.training.checkpointing import check_history
+from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import load_splits
 from fastlora.medical.training.distributed import resolve_device
-from fastlora.medical.training.finetuned import load_base, load_finetuned, predict
+from fastlora.medical.training.finetuned import Finetuned, load_base, predict
 from fastlora.medical.training.run_folder import RunFolder
 
 Row = dict[str, Any]
@@ -71,55 +71,57 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run folder: its configuration and history, and the checkpoint to use.
+    """A fine-tuned model that is compared. history: an entry for each epoch, as far as known. facts: configuration, cost and size; None where unknown."""
 
-    regions: fingerprints of the regions of training and validation; none in runs of older versions. facts: the run's configuration,
-    cost and size.
-    """
-
-    folder: Path
-    config: TrainConfig
-    history: dict[str, Any]
-    which: str
-    regions: list[str]
+    trained: Finetuned
+    history: list[dict[str, Any]]
     facts: dict[str, Any]
 
-    @classmethod
-    def read(cls, path: str | Path, finetune: str) -> Run:
-        """Reads a run folder, whose best checkpoint is used, or `<run>/checkpoints/<which>.pt`.
+    @property
+    def config(self) -> TrainConfig:
+        """The run's configuration."""
+        return self.trained.config
 
-        Raises: CheckpointError if it is not a run folder, not of that kind of fine-tuning, or its model makes no mesh. ConfigError if its
-            config.yaml cannot be used.
+    @property
+    def regions(self) -> list[str]:
+        """Fingerprints of the regions of training and validation; none in files of older versions."""
+        return list(self.trained.content["regions"])
+
+    @classmethod
+    def read(cls, path: str | Path, finetune: str, **paths: str | None) -> Run:
+        """Reads a run folder, whose best checkpoint is used, a checkpoint or an adapter file. paths: as in `Finetuned.read`.
+
+        Raises: CheckpointError if it cannot be read, is not of that kind of fine-tuning, or its model makes no mesh. ConfigError if its
+            configuration cannot be used.
         """
-        folder, which = RunFolder.split(path)
-        files = RunFolder(folder)
-        if not files.config.is_file() or not files.history.is_file():
-            raise CheckpointError(
-                f"{path}: expected a run folder with config.yaml and history.json, got none"
-            )
-        config = TrainConfig.from_dict(read_yaml(files.config))
+        trained = Finetuned.read(path, "best", **paths)
+        config, content = trained.config, trained.content
         if config.finetune != finetune:
             raise CheckpointError(
                 f"{path}: expected a run with finetune {finetune!r}, got {config.finetune!r}"
             )
         config.options.check_makes_mesh(path)
-        checkpoint = files.find(which)
-        content, history = read_checkpoint(checkpoint), files.read_history()
-        counts = history["counts"]
+        if trained.folder is not None:
+            about = RunFolder(trained.folder).read_history()
+        else:
+            about = {"epochs": content["history"], "seconds": content.get("seconds")}
+            check_history(about["epochs"], [], str(path), "dice")
+        seconds = about["seconds"]
+        counts = about.get("counts") or content.get("counts") or count_parameters(trained.model())
         base_parameters = counts["total"] - counts["lora"]
         facts = {
             "config": config.to_dict(),
-            "checkpoint": which,
+            "checkpoint": trained.name,
             "used_epoch": content["epoch"],
-            "epochs": len(history["epochs"]) - 1,
-            "seconds": round(sum(history["seconds"]), 1),
+            "epochs": len(about["epochs"]) - 1 if about["epochs"] else None,
+            "seconds": None if seconds is None else round(sum(seconds), 1),
             "base_parameters": base_parameters,
             "trainable": counts["trainable"],
             "trainable_share": counts["trainable"] / base_parameters,
-            "weights_bytes": sum(tensor.nbytes for tensor in content["model"].values()),
-            "checkpoint_bytes": checkpoint.stat().st_size,
+            "weights_bytes": sum(tensor.nbytes for tensor in trained.weights.values()),
+            "checkpoint_bytes": None if trained.is_adapter else trained.file.stat().st_size,
         }
-        return cls(folder, config, history, which, content["regions"], facts)
+        return cls(trained, about["epochs"], facts)
 
 
 def baseline_method(threshold: float) -> Method:
@@ -197,6 +199,10 @@ def compare_runs(
                 raise ConfigError(
                     f"full: expected a run with {name} {mine[name]!r}, got {others[name]!r}"
                 )
+    if data_root is None and "data_root" in lora.trained.content.get("paths", ()):
+        raise ConfigError(
+            f"data_root: {lora.trained.file} was trained on a data set that it does not name; expected its folder, got none"
+        )
     if data_root is not None:
         config = replace(config, data_root=data_root, demo=None, cache_dir=None)
     if cache_dir is not None:
@@ -211,7 +217,7 @@ def compare_runs(
         for run in filter(None, (lora, full)):
             if run.regions and run.regions != now:
                 raise DataError(
-                    f"{run.folder}: was trained on regions that differ from those of its data now, so a training region could be in "
+                    f"{run.trained.file}: was trained on regions that differ from those of its data now, so a training region could be in "
                     "the test set; restore the data, or train again"
                 )
     threshold = tune_threshold(training)
@@ -237,7 +243,7 @@ def compare_runs(
 
 def _load_models(config: TrainConfig, lora: Run, full: Run | None) -> dict[str, Trainee]:
     """The models by method; the base alone, or within the rest of the LoRA run if it cannot predict alone."""
-    trained = partial(load_finetuned, lora.folder, which=lora.which)
+    trained = lora.trained.model
     alone = config.options.standalone_base
     models = {
         "base": load_base(config) if alone else trained(adapters=False),
@@ -245,7 +251,7 @@ def _load_models(config: TrainConfig, lora: Run, full: Run | None) -> dict[str, 
         "merged": trained(merged=True),
     }
     if full is not None:
-        models["full"] = load_finetuned(full.folder, which=full.which)
+        models["full"] = full.trained.model()
     return models
 
 

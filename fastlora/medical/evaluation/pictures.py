@@ -114,7 +114,7 @@ def training_charts(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """Loss, and Dice of the validation regions, by epoch."""
     loss, validation = [], []
     for key, run in runs.items():
-        epochs = run.history["epochs"]
+        epochs = run.history
         color = MARKS[key][0]
         for subset, dash in (("train", "solid"), ("val", "dash")):
             points = [(e["epoch"], e[subset]["total"]) for e in epochs if subset in e]

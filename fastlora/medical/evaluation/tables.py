@@ -153,14 +153,20 @@ def undefined_note(content: Content) -> str:
 
 def cost(content: Content) -> str:
     """Parameters, storage and time of each kind of fine-tuning."""
+
+    def text(value: float | None, scale: float, unit: str) -> str:
+        return "–" if value is None else f"{value / scale:.{2 if scale > 1 else 0}f} {unit}"
+
     rows = [
         [
             LABELS[key],
             f"{run['trainable']:,} <small>({100 * run['trainable_share']:.1f} %)</small>",
-            f"{run['weights_bytes'] / 1e6:.2f} MB",
-            f"{run['checkpoint_bytes'] / 1e6:.2f} MB",
-            f"{run['seconds']:.0f} s",
-            f"{run['epochs']} <small>(used: {run['used_epoch']})</small>",
+            text(run["weights_bytes"], 1e6, "MB"),
+            text(run["checkpoint_bytes"], 1e6, "MB"),
+            text(run["seconds"], 1, "s"),
+            "–"
+            if run["epochs"] is None
+            else f"{run['epochs']} <small>(used: {run['used_epoch']})</small>",
         ]
         for key, run in content["runs"].items()
     ]

@@ -31,14 +31,14 @@ def score(val: Mapping[str, float]) -> float:
     return val["dice"] if "dice" in val else -val["total"]
 
 
-_PLAIN = bool | int | float | str | None
+PLAIN = bool | int | float | str | None
 
 KEYS: Mapping[str, Any] = {
     **dict.fromkeys(("optimizer", "scheduler", "scaler", "rng"), dict),
     **dict.fromkeys(("format", "base_sha256"), str),
     **dict.fromkeys(("epoch", "samples"), int),
     "model": {str: Tensor},
-    "config": {str: _PLAIN | list},
+    "config": {str: PLAIN | list},
     "history": list,
     "seconds": list,
     "regions": [str, ...],
@@ -52,10 +52,20 @@ _PROGRESS = {"seen": int, "lr": float, "sums": {str: float}, "norms": [float, ..
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Saves a checkpoint with the entries of KEYS."""
+    """Saves a checkpoint with the entries of KEYS; in the file of a LoRA run `model` is called `lora_state_dict`."""
+    content = _renamed(content, "model", "lora_state_dict")
     data = io.BytesIO()  # on a full disk torch.save to a file raises other errors than OSError
-    torch.save(dict(content), data)
+    torch.save(content, data)
     atomic_write(path, data.getbuffer())
+
+
+def _renamed(content: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The content of a LoRA run, and the best one in it, with another name for its weights; that of another run as it is."""
+    config, best = content.get("config"), content.get("best")
+    if not isinstance(config, dict) or config.get("finetune") != "lora":
+        return dict(content)
+    renamed = {new if name == old else name: value for name, value in content.items()}
+    return renamed | {"best": _renamed(best, old, new)} if isinstance(best, dict) else renamed
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -69,6 +79,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
+    content = _renamed(content, "lora_state_dict", "model")  # older files call it `model`
     # What files of older versions lack.
     older: dict[str, Any] = {"regions": [], "sources": [], "within": None}
     content = {**older, **content}
@@ -85,7 +96,7 @@ def _check_content(content: Mapping[str, Any], where: str) -> None:
         check_like(content[name], wanted, f"{where}: {name}")
     for name, value in content["config"].items():
         check_like(
-            value if isinstance(value, list) else [], [_PLAIN, ...], f"{where}: config.{name}"
+            value if isinstance(value, list) else [], [PLAIN, ...], f"{where}: config.{name}"
         )
     if content["epoch"] < 0 or len(content["history"]) != content["epoch"] + 1:
         raise CheckpointError(

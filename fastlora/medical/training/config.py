@@ -32,6 +32,9 @@ from fastlora.medical.sam3d.options import Sam3dOptions
 MODELS: Mapping[str, type[Any]] = {"compact": DecoderOptions, "sam3d": Sam3dOptions}
 """The `ModelOptions` of each value of `--model`: this is the only module of training and evaluation that imports SAM 3D."""
 
+PATHS = ("checkpoint_dir", "data_root", "cache_dir", "base_weights", "sam3d_dir", "latents_dir")
+"""The options that name a place on the machine; an adapter file, which may be passed on, does not hold them."""
+
 _data, _model = partial(option, "data"), partial(option, "model")
 _optim = partial(option, "optimisation")
 _run = partial(option, "run", resumable=True)

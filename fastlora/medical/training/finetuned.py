@@ -1,21 +1,28 @@
-"""The fine-tuned model: the base of a run, its trainable weights, and the model of a run loaded back."""
+"""The fine-tuned model: the base of a run, its trainable weights, and the model of a run or of a file loaded back."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fastlora import merged_model, named_lora_layers
+from fastlora import load_adapter, merged_model, named_lora_layers
 from fastlora.errors import CheckpointError
 from fastlora.files import check_tensors
+from fastlora.io.safetensors_format import read_safetensors
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.models.trainee import Trainee
+from fastlora.medical.training.adapter_run import read_adapter_run
 from fastlora.medical.training.checkpointing import model_sha256, read_checkpoint
-from fastlora.medical.training.config import TrainConfig
+from fastlora.medical.training.config import TrainConfig, read_yaml
 from fastlora.medical.training.run_folder import RunFolder
+
+ADAPTER = ".safetensors"
+"""The ending of an adapter file; any other file is a checkpoint."""
 
 
 def load_base(config: TrainConfig) -> Trainee:
@@ -52,37 +59,100 @@ def without_values(model: Trainee) -> Trainee:
     return copy.deepcopy(model, memo)
 
 
+@dataclass(frozen=True, eq=False)
+class Finetuned:
+    """What a file holds of a fine-tuned model: a checkpoint of a run, or an adapter file.
+
+    file: the one that was read. folder: the run folder that it lies in, if it does. config: of the run.
+    content: of a checkpoint, or of `read_adapter_run`.
+    """
+
+    file: Path
+    folder: Path | None
+    config: TrainConfig
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path, which: str = "best", **paths: str | None) -> Finetuned:
+        """Reads a run folder, a checkpoint of any place, or an adapter file.
+
+        which: the checkpoint of a run folder, `best`, `last` or `epoch_NNN`. paths: options such as `base_weights` that replace
+        those of the run; None keeps them. In a run folder the configuration is that of config.yaml, otherwise that in the file.
+
+        Raises: CheckpointError if there is no such file, or it cannot be read. ConfigError if its configuration cannot be used.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: expected a run folder, a checkpoint (.pt) or an adapter file (.safetensors), got no such path"
+            )
+        file = path if path.is_file() else RunFolder(path).find(which)
+        home = RunFolder.of(file)
+        content = read_adapter_run(file) if file.suffix == ADAPTER else read_checkpoint(file)
+        config = content["config"] if home is None else read_yaml(home.config)
+        given = {name: value for name, value in paths.items() if value is not None}
+        if home is None and "latents_dir" in content.get("paths", ()):
+            raise CheckpointError(
+                f"{file}: was trained on cached latents, whose folder it does not name; expected it in its run folder"
+            )
+        config = TrainConfig.from_dict({**config, **given})
+        return cls(file, None if home is None else home.path, config, content)
+
+    @property
+    def name(self) -> str:
+        """`best`, `last` or `epoch_NNN` of a run folder, otherwise the name of the file."""
+        return self.file.name if self.is_adapter or self.folder is None else self.file.stem
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the file holds only the trained weights, and not what resuming needs."""
+        return self.file.suffix == ADAPTER
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The trained weights by name."""
+        weights: Mapping[str, Tensor] = self.content.get("model", {})
+        return read_safetensors(self.file).tensors if self.is_adapter else weights
+
+    def model(
+        self, merged: bool = False, base: Trainee | None = None, adapters: bool = True
+    ) -> Trainee:
+        """The model on the CPU in eval mode; arguments and errors as in `load_finetuned`."""
+        self.config.options.check_makes_mesh(self.file)
+        model = load_base(self.config) if base is None else base
+        if self.content["base_sha256"] not in (None, model_sha256(model.base)):
+            raise CheckpointError(
+                f"{self.file}: was trained on another base model (its weights differ); --base_weights names it"
+            )
+        make_trainable(model, self.config)
+        if self.is_adapter:
+            load_adapter(model.exported, self.file)
+        else:
+            check_tensors(self.weights, trainable_parameters(model), str(self.file))
+            model.load_state_dict(self.weights, strict=False)
+        if not adapters:
+            for _, layer in named_lora_layers(model):
+                layer.reset_lora_parameters()
+        model.eval()
+        if merged and self.config.finetune == "lora":
+            return cast(Trainee, merged_model(model))
+        return model
+
+
 def load_finetuned(
-    run_dir: str | Path,
+    path: str | Path,
     merged: bool = False,
     which: str = "best",
     model: Trainee | None = None,
     adapters: bool = True,
 ) -> Trainee:
-    """The fine-tuned model of a run, on the CPU and in eval mode.
+    """The fine-tuned model of a run or of a file, on the CPU and in eval mode.
 
-    run_dir: a run folder.
+    path, which: as in `Finetuned.read`.
     merged: fold the LoRA weights into plain layers.
-    which: `best`, `last` or `epoch_NNN`.
     model: the base that the run started from, adapted in place; default: that of the run's configuration.
     adapters: False disables them and keeps the other trained weights.
 
     Raises: CheckpointError if there is no such checkpoint, it does not fit the base, or its model makes no mesh.
     """
-    path = RunFolder(run_dir).find(which)
-    content = read_checkpoint(path)
-    config = TrainConfig.from_dict(content["config"])
-    config.options.check_makes_mesh(path)
-    model = load_base(config) if model is None else model
-    if model_sha256(model.base) != content["base_sha256"]:
-        raise CheckpointError(f"{path}: was trained on another base model (its weights differ)")
-    make_trainable(model, config)
-    check_tensors(content["model"], trainable_parameters(model), str(path))
-    model.load_state_dict(content["model"], strict=False)
-    if not adapters:
-        for _, layer in named_lora_layers(model):
-            layer.reset_lora_parameters()
-    model.eval()
-    if merged and config.finetune == "lora":
-        return cast(Trainee, merged_model(model))
-    return model
+    return Finetuned.read(path, which).model(merged, model, adapters)

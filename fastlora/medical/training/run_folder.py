@@ -51,13 +51,13 @@ class RunFolder:
         self._epoch: int | None = None  # of the `last` written by this object
         self._last = self._state_of_last()  # as found or written by this object
 
-    @staticmethod
-    def split(path: str | Path) -> tuple[Path, str]:
-        """A run folder and the name of a checkpoint: `best`, unless the path is `<run>/checkpoints/<which>.pt`."""
-        path = Path(path)
-        if path.is_file() and path.parent.name == "checkpoints":
-            return path.parent.parent, path.stem
-        return path, "best"
+    @classmethod
+    def of(cls, file: Path) -> RunFolder | None:
+        """The run folder that a checkpoint or an adapter file lies in; None for a file elsewhere."""
+        file = file.resolve()
+        in_run = file.name == "adapter.safetensors" or file.parent.name == "checkpoints"
+        run = cls(file.parent if file.name == "adapter.safetensors" else file.parent.parent)
+        return run if in_run and run.config.is_file() and run._is_run() else None
 
     def checkpoint(self, which: str) -> Path:
         """The file of `last`, `previous` (the epoch before it), `best` or `epoch_NNN`."""

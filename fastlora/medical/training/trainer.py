@@ -23,6 +23,7 @@ from fastlora.errors import ConfigError, DataError, TrainingError
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training import checkpointing, distributed, faults
+from fastlora.medical.training.adapter_run import adapter_metadata
 from fastlora.medical.training.config import TrainConfig
 from fastlora.medical.training.data import (
     RegionData,
@@ -308,7 +309,8 @@ class MedicalTrainer:
         self.folder.write(content, best and {**best, "best": None}, history)
         if best is not None and self.config.finetune == "lora":
             self._adapted.load_state_dict(best["model"], strict=False, assign=True)
-            save_adapter(self._adapted.exported, self.folder.adapter)
+            about = adapter_metadata(best, self.counts)
+            save_adapter(self._adapted.exported, self.folder.adapter, metadata=about)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Saves the run's state atomically: only trainable weights, and all that resuming needs.

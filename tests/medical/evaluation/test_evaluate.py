@@ -224,7 +224,10 @@ def test_only_what_a_cache_lists_is_evaluated(home, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": "nowhere"}, "nowhere: expected a run folder with config.yaml"),
+        (
+            {"checkpoint": "nowhere"},
+            "nowhere: expected a run folder, a checkpoint (.pt) or an adapter file",
+        ),
         ({"checkpoint": "full"}, "full: expected a run with finetune 'lora', got 'full'"),
         ({"full": "lora"}, "lora: expected a run with finetune 'full', got 'lora'"),
         ({"data_root": "nowhere"}, "nowhere"),
@@ -291,9 +294,9 @@ def test_an_interrupted_evaluation_leaves_nothing(home, tmp_path, monkeypatch, c
 
 def test_run_reads_its_folder_or_a_checkpoint_in_it(home):
     run = Run.read(home / "lora", "lora")
-    assert run.which == "best" and run.config.finetune == "lora"
+    assert run.trained.name == "best" and run.config.finetune == "lora"
     last = Run.read(home / "lora" / "checkpoints" / "last.pt", "lora")
-    assert (last.folder, last.which) == (run.folder, "last")
+    assert (last.trained.folder, last.trained.name) == (run.trained.folder, "last")
     assert last.facts["used_epoch"] == last.facts["epochs"]
     with pytest.raises(CheckpointError, match="expected a run folder"):
         Run.read(home / "lora" / "checkpoints" / "epoch_007.pt", "lora")

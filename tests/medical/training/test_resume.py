@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -306,10 +307,16 @@ def test_a_folder_that_cannot_be_opened_is_not_locked(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_never_says_where_to_write(
-    whole_lora: MedicalTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole_lora: MedicalTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """What it says of where to read is printed, unless another place is given."""
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "fastlora.medical")
     content = checkpointing.read_checkpoint(whole_lora.folder.find("last"))
+    content["config"]["data_root"] = "theirs"
     content["config"]["checkpoint_dir"] = str(tmp_path / "elsewhere")
     checkpointing.write_checkpoint(Path("stranger.pt"), content)
     with pytest.raises(ConfigError, match="checkpoint_dir: expected the folder to write to"):
@@ -321,6 +328,10 @@ def test_a_checkpoint_never_says_where_to_write(
     assert read_config(["--resume", "run/checkpoints/last.pt"]).checkpoint_dir == "run"
     assert read_config(["--resume", "run"]).checkpoint_dir == "run"
     assert not Path("elsewhere").exists()
+    named = "from the checkpoint run/checkpoints/last.pt: data_root theirs"
+    assert caplog.messages.count(named) == 2
+    assert read_config(["--resume", "run", "--data_root", "mine"]).data_root == "mine"
+    assert caplog.messages.count(named) == 2
 
 
 def test_the_advice_for_a_folder_without_a_checkpoint_can_be_followed(
