@@ -8,8 +8,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread per process: sums then have a fixed order, which the tests of bit-for-bit equality need, and the workers of
-# pytest-xdist and the ranks of distributed tests share the cores. OpenMP reads it when torch is imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pytest-xdist and the ranks of distributed tests share the cores. OpenMP reads it when torch is imported. An inherited value is replaced.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

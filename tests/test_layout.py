@@ -14,6 +14,7 @@ import tomllib
 
 import fastlora
 from tests.support.paths import ROOT
+from tests.support.processes import TIME_LIMIT_S
 
 # package or module of fastlora -> what it may import of fastlora besides itself; "medical" may also use the public names
 MAY_IMPORT = {
@@ -302,7 +303,7 @@ for name in ("triton", "scipy", "nibabel", "matplotlib", "yaml", "peft", "transf
     sys.modules[name] = None
 import fastlora
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=TIME_LIMIT_S)
 
 
 def test_transformers_imports_from_the_projects_root():
@@ -311,7 +312,7 @@ def test_transformers_imports_from_the_projects_root():
         [sys.executable, "-W", "ignore", "-c", "import transformers"],
         check=True,
         cwd=ROOT,
-        timeout=120,
+        timeout=TIME_LIMIT_S,
     )
 
 
@@ -333,7 +334,7 @@ def build_wheel(folder, moment):
     subprocess.run(
         [*pip, "-w", str(folder), str(copy)],
         check=True,
-        timeout=300,
+        timeout=TIME_LIMIT_S,
         capture_output=True,
         env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"},
     )
@@ -355,10 +356,10 @@ def test_a_wheel_is_reproducible_byte_for_byte(wheel, tmp_path):
 def test_the_wheel_works_in_a_bare_venv(wheel, tmp_path):
     """Installed without the source tree; torch, numpy, safetensors and triton come from this interpreter."""
     venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=TIME_LIMIT_S)
     python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, timeout=120, capture_output=True)
+    subprocess.run(install, check=True, timeout=TIME_LIMIT_S, capture_output=True)
     lent = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     program = """
 import site, sys
@@ -376,7 +377,7 @@ print(fastlora.__file__)
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIME_LIMIT_S,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
     assert done.returncode == 0, done.stderr

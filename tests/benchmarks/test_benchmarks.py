@@ -11,6 +11,7 @@ from torch import nn
 
 import fastlora
 from tests.support.paths import ROOT
+from tests.support.processes import TIME_LIMIT_S
 
 pytest_plugins = "tests.support.bench_fixtures"
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def test_the_record_of_a_cpu_run_is_complete(tmp_path):
     output = tmp_path / "record.json"
     command = [sys.executable, "-W", "error", "benchmarks/run.py"]
     command += ["--device", "cpu", "--reps", "1", "--output", str(output)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S)
     assert run.returncode == 0, run.stderr
     record = json.loads(output.read_text())
     facts = "cpu threads torch triton peft python git_sha dirty date reps baseline command"

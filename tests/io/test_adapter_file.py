@@ -25,6 +25,7 @@ from fastlora import (
 )
 from fastlora.io.safetensors_format import read_metadata
 from tests.support.models import Decoder, randomise_adapters
+from tests.support.processes import TIME_LIMIT_S
 
 
 def adapted(rank=4, alpha=8.0, seed=1, use_rslora=False):
@@ -295,7 +296,7 @@ setup_lora_for_medical_finetuning(model, rank=2, include_ffn=True)
 load_adapter(model, sys.argv[1] + "/adapter.safetensors")
 torch.save(merged_model(model.eval())(inputs["x"]).detach(), sys.argv[1] + "/out.pt")
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=TIME_LIMIT_S)
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     torch.testing.assert_close(out, model.eval()(x).detach())
     torch.testing.assert_close(out, merged_model(model)(x).detach())

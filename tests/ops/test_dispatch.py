@@ -16,6 +16,7 @@ from fastlora.ops import cost, dispatch, triton_ops, tuning_file
 from fastlora.ops.reference import LowRank
 from tests.support.cases import CASES, Case, make
 from tests.support.paths import ROOT
+from tests.support.processes import TIME_LIMIT_S
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -211,7 +212,7 @@ except fastlora.FastLoRAError as error:
         env={"PATH": "", "FASTLORA_BACKEND": value, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIME_LIMIT_S,
     )
     assert run.stdout.startswith(expected), run.stdout + run.stderr
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.processes import TIME_LIMIT_S
 
 TESTS = ROOT / "tests" / "support"
 
@@ -40,7 +41,7 @@ def run(folder, *options):
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIME_LIMIT_S,
     )
 
 

@@ -10,7 +10,8 @@ import hashlib
 import io
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -200,6 +201,29 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def fixed_order_of_sums(device: torch.device) -> Iterator[None]:
+    """On a CPU, sums of one tensor's rows at repeated indices have one order, whatever threads there are; elsewhere nothing changes.
+
+    Otherwise the gradient of `x[index]` is added up by several threads in the order in which they come. Sets torch's deterministic
+    algorithms for the block, in the whole process; an operation without one warns.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=not enabled or warn_only)
+    memory.fill_uninitialized_memory = enabled and fill  # costs time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
 
 
 def rng_state() -> dict[str, Any]:

@@ -132,7 +132,12 @@ class MedicalTrainer:
             KeyboardInterrupt after Ctrl-C, when the step is finished and saved; after a second Ctrl-C at once.
         """
         last = self.folder.checkpoint("last")
-        with faults.explained(last, self._memory), faults.deferred_interrupt() as self.interrupted:
+        order = checkpointing.fixed_order_of_sums(self.device)
+        with (
+            faults.explained(last, self._memory),
+            faults.deferred_interrupt() as self.interrupted,
+            order,
+        ):
             try:
                 return self._train()
             finally:

@@ -76,10 +76,10 @@ def test_a_sample_takes_milliseconds():
     rng = np.random.default_rng(0)
     times = []
     for _ in range(40):
-        start = time.perf_counter()
+        start = time.process_time()
         make_phantom(rng, 32)
-        times.append(time.perf_counter() - start)
-    assert np.median(times) < 0.05  # about 6 ms on an idle core
+        times.append(time.process_time() - start)
+    assert np.median(times) < 0.05  # seconds of this process; about 6 ms
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

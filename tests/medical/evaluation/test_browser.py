@@ -24,6 +24,7 @@ from PIL import Image
 from fastlora.medical.evaluation.report import render
 from fastlora.medical.evaluation.results import document
 from tests.support.eval_run import evaluate_home, read_runs, shared_home
+from tests.support.processes import TIME_LIMIT_S
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -90,7 +91,7 @@ def browse(page: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess
         *flags,
         page.as_uri(),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=True)
 
 
 @pytest.fixture(scope="module")

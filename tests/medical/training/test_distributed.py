@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from fastlora.medical.training.progress import RunReport
 from fastlora.medical.training.run_folder import RunFolder
 from fastlora.medical.training.trainer import MedicalTrainer
 from tests.support.paths import ROOT
-from tests.support.processes import run_processes
+from tests.support.processes import TIME_LIMIT_S, run_processes
 from tests.support.tiny_run import TinyRegions, flatten, tiny_model, tiny_trainer
 from tests.support.tolerance import assert_same_training
 
@@ -145,9 +144,8 @@ def test_a_killed_process_ends_the_run_and_a_resume_continues(
     kind: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    start = time.monotonic()
     survivor, dead = run_processes(2, train_and_die, str(run), kind)
-    assert dead == -signal.SIGKILL and time.monotonic() - start < 30
+    assert dead == -signal.SIGKILL  # and the other one did not hang
     assert isinstance(survivor, TrainingError)
     assert "another process ended unexpectedly" in str(survivor) and "--resume" in str(survivor)
     assert checkpointing.read_checkpoint(run / "checkpoints" / "last.pt")["epoch"] == 2
@@ -271,7 +269,7 @@ def test_torchrun(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(script).parent.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIME_LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nepoch ") == 2 and "on cpu and 1 more (fsdp)" in done.stdout

@@ -24,6 +24,7 @@ from fastlora.medical.training.run_folder import RunFolder
 from tests.support.endurance import kill_runs, repeated_runs
 from tests.support.faulty_run import inject
 from tests.support.paths import ROOT
+from tests.support.processes import TIME_LIMIT_S
 from tests.support.tiny_run import assert_same_run, tiny_trainer
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,7 @@ class Fault(NamedTuple):
 
     def end(self) -> tuple[int, str, str]:
         """Its exit code, stdout and stderr."""
-        self.process.join(120)
+        self.process.join(TIME_LIMIT_S)
         assert self.process.exitcode is not None, "it did not end"
         return self.process.exitcode, *((self.folder / n).read_text() for n in ("out", "err"))
 
@@ -177,7 +178,9 @@ def test_a_read_only_folder(tmp_path):
         command = ["setpriv", "--bounding-set=-dac_override", *command]
     run.chmod(0o555)
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S
+        )
     finally:
         run.chmod(0o755)
     line = the_line(done.returncode, done.stderr)

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -291,6 +293,58 @@ def test_adapter_file_is_the_best_epoch(tmp_path: Path) -> None:
     best = load_finetuned(tmp_path / "run", model=tiny_model())
     assert torch.equal(predict(model), predict(best))
     assert not torch.equal(predict(best), predict(run.model))
+
+
+# -- the same bits
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_gradients_of_repeated_rows_are_added_in_one_order(two_threads: None) -> None:
+    """Two threads would add them up in the order in which they come: in 40 tries there were 10 different sums."""
+    rows, values = torch.randint(0, 3, (300_000,)), torch.randn(300_000)
+    wanted = np.zeros(3, np.float32)
+    np.add.at(wanted, rows.numpy(), values.numpy())  # one after the other
+    with checkpointing.fixed_order_of_sums(torch.device("cpu")):
+        for _ in range(10):
+            x = torch.zeros(3, requires_grad=True)
+            (x[rows] * values).sum().backward()
+            assert np.array_equal(x.grad, wanted)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_adds_in_one_order_and_leaves_the_setting_as_it_was(
+    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory: Any = torch.utils.deterministic
+    seen = []
+
+    class Watched(TinyRegions):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            enabled = torch.are_deterministic_algorithms_enabled()
+            seen.append((enabled, memory.fill_uninitialized_memory))
+            if self.epoch == 2:
+                raise RuntimeError("stop")
+            return super().__getitem__(index)
+
+    trainer = tiny_trainer(tmp_path / "run")
+    trainer.train_data = Watched(7, 0)
+    torch.use_deterministic_algorithms(before)
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            trainer.train()
+        assert len(seen) == 8 and set(seen) == {(True, before)}
+        assert torch.are_deterministic_algorithms_enabled() is before
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert memory.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # -- what stops a run
