@@ -129,7 +129,7 @@ def _add_data_set(parser: argparse.ArgumentParser) -> None:
         "--channel",
         type=int,
         metavar="N",
-        help="number of the image's channel: in dataset.json, or of a 4-D image (default: 0, or the only one)",
+        help="number of the image's channel: in dataset.json (default there: 0), or of a 4-D file",
     )
     both.add_argument(
         "--skip_invalid",
@@ -191,7 +191,7 @@ def open_scans(args: argparse.Namespace, problems: list[str]) -> list[Scan]:
         args.data_root,
         args.modality or "ct",
         problems if args.skip_invalid else None,
-        args.channel or 0,
+        args.channel,
         intercept=args.intercept,
         tolerance_mm=args.grid_tolerance,
     )

@@ -74,8 +74,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--channel",
         type=int,
         metavar="N",
-        default=0,
-        help="number of the image channel, if dataset.json lists several (default: %(default)s)",
+        help="number of the image's channel: in dataset.json (default there: 0), or of 4-D files",
     )
     add_reading(what)
     what.add_argument(

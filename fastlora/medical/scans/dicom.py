@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import sqlite3
 import struct
 import zlib
@@ -57,8 +58,10 @@ def reading(path: Path, expected: str, unusable: tuple[type[Exception], ...]) ->
     except DataError:
         raise
     except unusable as error:
-        kind = type(error).__name__
-        raise DataError(f"{path}: expected {expected}, got {kind}: {error}") from error
+        kind, text = type(error).__name__, " ".join(str(error).split())
+        missing = re.search(r"missing dependencies:.*?(pylibjpeg|gdcm)", text)
+        advice = " (pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg)" if missing else ""
+        raise DataError(f"{path}: expected {expected}, got {kind}: {text}{advice}") from error
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,10 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[Array, FloatArray
     expected = f"a series of parallel slices at equal distances in {len(files)} files of {kind}"
     with reading(folder, expected, unusable()):
         for path in files:
-            _check_size(_header(path), len(files))
+            header = _header(path)
+            if "Rows" not in header or series[0].modality == "RTDOSE":
+                raise DataError(f"{path}: expected an image, got {kind}")
+            _check_size(header, len(files))
         datasets = [_read(path) for path in files]
         # Without the presentation, which inverts MONOCHROME1: modality values, such as Hounsfield units.
         options = {
@@ -174,7 +180,10 @@ def read_segmentation(path: Path) -> Segmentation:
     with reading(path, "a readable DICOM file", unusable()):
         header = _header(path)
         if header.Modality != "SEG":
-            raise DataError(f"{path}: expected a DICOM SEG, got {header.Modality}")
+            contours = ", whose contours have to be exported as a SEG or a label map first"
+            raise DataError(
+                f"{path}: expected a DICOM SEG, got {header.Modality}{contours if header.Modality == 'RTSTRUCT' else ''}"
+            )
         segments = {int(s.SegmentNumber): str(s.SegmentLabel) for s in header.SegmentSequence}
         references = header.get("ReferencedSeriesSequence", [])
         refers_to = frozenset(str(item.SeriesInstanceUID) for item in references)

@@ -90,8 +90,11 @@ def ending(path: Path) -> str:
     return path.name[len(path.name) - length :]
 
 
-def read_volume(path: Path, component: int | str | None = None) -> Read:
-    """A file with one of ENDINGS. component: see `Case`. Raises: DataError if it cannot be read."""
+CHANNELS = "channels, choose one with --channel"
+
+
+def read_volume(path: Path, component: int | str | None = None, several: str = CHANNELS) -> Read:
+    """A file with one of ENDINGS. component: see `Case`. several: what the error says of a fourth axis. Raises: DataError if it cannot be read."""
     if not path.is_file():
         raise DataError(f"{path}: expected a file, got nothing at that path")
     suffix = ending(path).lower()
@@ -103,7 +106,7 @@ def read_volume(path: Path, component: int | str | None = None) -> Read:
         else:
             stored = nib.load(path)
             check_size(path, stored)
-        return canonical(stored, path, component)
+        return canonical(stored, path, component, several)
 
 
 def _read_itk(path: Path, reader: str) -> nib.Nifti1Image:
@@ -173,8 +176,10 @@ def _simpleitk(path: Path) -> Any:
     return SimpleITK
 
 
-def canonical(image: Any, path: Path, component: int | str | None = None) -> Read:
-    """The voxels and the affine of a nibabel image in RAS order. path: for errors."""
+def canonical(
+    image: Any, path: Path, component: int | str | None = None, several: str = CHANNELS
+) -> Read:
+    """The voxels and the affine of a nibabel image in RAS order. path, several: for errors."""
     if component is not None and len(image.shape) == 4:
         if not (isinstance(component, int) and 0 <= component < image.shape[3]):
             raise DataError(f"{path}: expected a channel below {image.shape[3]}, got {component}")
@@ -189,9 +194,9 @@ def canonical(image: Any, path: Path, component: int | str | None = None) -> Rea
     if data.ndim == 4 and data.shape[3] == 1:
         data = data[..., 0]
     if data.ndim != 3 or data.size == 0 or data.dtype.kind not in "iuf":
-        several = f": {data.shape[3]} channels, choose one with --channel" if data.ndim == 4 else ""
+        fourth = f": {data.shape[3]} {several}" if data.ndim == 4 else ""
         raise DataError(
-            f"{path}: expected a volume (X, Y, Z) of numbers, got {data.shape} {data.dtype}{several}"
+            f"{path}: expected a volume (X, Y, Z) of numbers, got {data.shape} {data.dtype}{fourth}"
         )
     affine = image.affine.copy()
     affine[:3] *= factor

@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 IMAGE_NAMES: dict[str, Modality] = {"ct": "ct", "mri": "mr"}  # without the extension
 _IMAGE = re.compile(r"(?:.*[-_.])?(?:image|img)", re.IGNORECASE)
 _LABELS = re.compile(r"(?:(?P<name>.*)[-_.])?(?:labels?|seg|segmentation|mask)", re.IGNORECASE)
+IMAGE_FOLDERS = ("images", "image", "imgs", "imagestr", "scans")
+LABEL_FOLDERS = ("labels", "label", "masks", "mask", "segmentations", "labelstr")
+"""Names of folders, in any case, of which one holds all images and one the label map of each."""
+MASK_FOLDERS = ("segmentations", "masks")
+"""Names of the folder with one mask for each structure, in the folder of a case."""
 DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
 LAYOUTS = ("TotalSegmentator", "Decathlon", "nnU-Net", "image/label pairs", "DICOM")
 
@@ -43,14 +48,14 @@ def find_cases(
     root: str | os.PathLike[str],
     modality: Modality = "ct",
     problems: list[str] | None = None,
-    channel: int = 0,
+    channel: int | None = None,
     intercept: float | None = None,
     tolerance_mm: float | None = None,
 ) -> list[Case]:
     """All cases below a folder, sorted by subject; its layout is logged.
 
     modality: of image/label pairs, whose names do not state it. channel: for images with several, its
-    number in `dataset.json`. intercept, tolerance_mm: see `Case`. problems: if given, a case that cannot be used is skipped and
+    number in `dataset.json` (default: 0) or in a 4-D file. intercept, tolerance_mm: see `Case`. problems: if given, a case that cannot be used is skipped and
     described there instead of raising.
     Raises: DataError if the folder is missing, has no case or an unreadable table, or if a case
     lacks image or masks.
@@ -59,7 +64,7 @@ def find_cases(
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder of cases, got nothing at that path")
     listed = (root / "dataset.json").is_file()
-    found = listed_cases(root, channel) if listed else _subject_folders(root, modality)
+    found = listed_cases(root, channel or 0) if listed else _subject_folders(root, modality)
     cases, layouts = [], Counter[str]()
     for layout, make in found:
         try:
@@ -69,7 +74,9 @@ def find_cases(
                 raise
             problems.append(str(error))
         else:
-            cases.append(replace(case, intercept=intercept, tolerance_mm=tolerance_mm))
+            component = channel if case.component is None else case.component
+            case = replace(case, component=component, intercept=intercept)
+            cases.append(replace(case, tolerance_mm=tolerance_mm))
             layouts[layout] += 1
     if not cases:
         raise DataError(
@@ -96,7 +103,12 @@ def _subject_folders(root: Path, modality: Modality) -> list[Found]:
     """The cases of a folder that has a folder, or an image and a label map, for each."""
     splits = _read_splits(root / "meta.csv")
     found = _side_by_side(root, modality, splits)
+    pair = _image_and_label_folder(root)
+    if pair is not None:
+        found += _two_folders(*pair, modality, splits)
     for folder in _folders(root):
+        if pair is not None and folder in pair:
+            continue
         case = _case_of(folder, modality, splits)
         if case is None:
             inner = splits | _read_splits(folder / "meta.csv")
@@ -131,11 +143,52 @@ def _case_of(folder: Path, modality: Modality, splits: Mapping[str, str]) -> Pla
     split, volumes = splits.get(folder.name), _volumes(folder)
     images, labels = _images(volumes), _labelled(volumes)
     stated = not volumes.keys().isdisjoint(IMAGE_NAMES)
-    if (folder / "segmentations").is_dir() or (stated and not labels):
-        return "TotalSegmentator", folder, partial(_totalsegmentator_case, folder, volumes, split)
+    if _mask_folder(folder) is not None or (stated and not labels):
+        make = partial(_totalsegmentator_case, folder, volumes, modality, split)
+        return "TotalSegmentator", folder, make
     if len(set(labels.values())) <= 1 and (labels or images):
         return "image/label pairs", folder, partial(_pair_case, folder, volumes, modality, split)
     return None
+
+
+def _mask_folder(folder: Path) -> Path | None:
+    """The folder of a case with a mask for each structure, if there is one."""
+    return next((folder / n for n in MASK_FOLDERS if (folder / n).is_dir()), None)
+
+
+def _image_and_label_folder(root: Path) -> tuple[Path, Path] | None:
+    """The folder of all images and that of their label maps, if there is exactly one of each."""
+    named = {path.name.lower(): path for path in _folders(root)}
+    images, labels = (
+        [named[name] for name in names if name in named] for names in (IMAGE_FOLDERS, LABEL_FOLDERS)
+    )
+    if len(images) != 1 or len(labels) != 1:
+        return None
+    volumes = _volumes(images[0])
+    paired = volumes and not _labelled(volumes) and _volumes(labels[0])
+    return (images[0], labels[0]) if paired else None
+
+
+def _two_folders(
+    images: Path, labels: Path, modality: Modality, splits: Mapping[str, str]
+) -> list[Placed]:
+    """The cases of a folder of images and one of label maps with the same names: `images/x.nii.gz` and `labels/x.nii.gz`, or `x_seg.nii.gz`."""
+    files, maps = _volumes(images), _volumes(labels)
+    suffixes = ("", "-image", "_image", "_0000")
+    found: dict[str, list[Path]] = {name: [] for name in files}
+    for name, path in maps.items():
+        match = _LABELS.fullmatch(name)
+        stems = [name, *([match["name"]] if match and match["name"] else [])]
+        image = next((s + end for s in stems for end in suffixes if s + end in files), name)
+        found.setdefault(image, []).append(path)
+    return [
+        (
+            "image/label pairs",
+            images / name,
+            partial(_listed_pair, images / name, files.get(name), mine, modality, splits.get(name)),
+        )
+        for name, mine in found.items()
+    ]
 
 
 def _images(volumes: Volumes) -> list[Path]:
@@ -187,17 +240,22 @@ def _listed_pair(
     return _label_map_case(subject, modality, image, labels[0], split)
 
 
-def _totalsegmentator_case(folder: Path, volumes: Volumes, split: str | None, subject: str) -> Case:
+def _totalsegmentator_case(
+    folder: Path, volumes: Volumes, modality: Modality, split: str | None, subject: str
+) -> Case:
     images = {name: volumes[name] for name in IMAGE_NAMES if name in volumes}
+    if not images and len(volumes) == 1:
+        images = dict(volumes)  # any name, if it is the only one
     if len(images) != 1:
         raise DataError(
-            f"{folder}: expected one of ct.nii.gz, mri.nii.gz, got {', '.join(images) or 'none'}"
+            f"{folder}: expected one of ct.nii.gz, mri.nii.gz, or one other image, got {', '.join(images or volumes) or 'none'}"
         )
     ((name, image),) = images.items()
-    structures = {n: Source(p) for n, p in _volumes(folder / "segmentations").items()}
+    masks = _mask_folder(folder) or folder / MASK_FOLDERS[0]
+    structures = {n: Source(p) for n, p in _volumes(masks).items()}
     if not structures:
-        raise DataError(f"{folder}: expected masks in segmentations/<structure>.nii.gz, got none")
-    return Case(subject, IMAGE_NAMES[name], image, structures, split)
+        raise DataError(f"{folder}: expected masks in {masks.name}/<structure>.nii.gz, got none")
+    return Case(subject, IMAGE_NAMES.get(name, modality), image, structures, split)
 
 
 def _volumes(folder: Path) -> Volumes:

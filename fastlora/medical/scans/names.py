@@ -43,8 +43,13 @@ def distinct_names(labels: Sequence[tuple[str, object]], where: Path) -> list[st
 
 
 def file_stem(*names: str) -> str:
-    """The names joined by `-`, for a file's name; one that is too long for a file system ends in a digest."""
+    """The names joined by `-`, for a file's name.
+
+    It ends in a digest if it is too long for a file system, or if a later name has a `-`, so that others could give the same.
+    """
     stem = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", "-".join(names))
+    if "-" in "".join(names[1:]):
+        stem += f"-{hashlib.sha256(repr(names).encode()).hexdigest()[:8]}"
     data = stem.encode(errors="surrogateescape")
     if len(data) <= MAX_STEM_BYTES:
         return stem

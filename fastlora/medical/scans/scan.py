@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from fastlora.medical.scans.geometry import Mask
 from fastlora.medical.scans.stopwatch import Stopwatch
 from fastlora.medical.scans.volumes import Case, Source, Volume, check_not_empty, load_on_grid
 from fastlora.medical.scans.windows import Limits, window_limits
+
+log = logging.getLogger(__name__)
 
 Box = tuple[slice, ...]
 
@@ -158,4 +161,11 @@ class Scan:
             image = self.image
             with self.watch.step("masks"):
                 return Part.of(self.case.load_mask(structure, image))
-        return check_not_empty(self.labels(source).part(source.label), source)
+        labels = self.labels(source)
+        if source.label is None and len(labels.boxes) > 1:
+            values = ", ".join(map(str, list(labels.boxes)[:5]))
+            log.warning(
+                "%s: expected a mask of one structure, got %d values (%s, …); all of them are taken as %s",
+                *(source.path, len(labels.boxes), values, structure),
+            )
+        return check_not_empty(labels.part(source.label), source)

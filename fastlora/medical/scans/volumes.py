@@ -123,7 +123,9 @@ class Case:
         """
         source = self.source(structure)
         files = file_stamps(self.image_path), file_stamps(source.path)
-        changed = () if self.intercept is None else (self.intercept,)
+        changed: tuple[object, ...] = () if self.intercept is None else (self.intercept,)
+        if self.tolerance_mm is not None:
+            changed += (("tolerance_mm", self.tolerance_mm),)
         return (self.modality, self.component, structure, source.label, *changed, *files)
 
     def load_mask(self, structure: str, image: Volume) -> Mask:
@@ -260,7 +262,8 @@ def load_labels(path: str | os.PathLike[str]) -> Volume:
     Raises: DataError as `load_volume`, or if other values are not 32-bit integers.
     """
     path = Path(path)
-    data, affine, oriented = read_volume(path)
+    layers = "layers, expected one: segments that overlap have to be exported as a label map first"
+    data, affine, oriented = read_volume(path, several=layers)
     if np.can_cast(data.dtype, np.int32):
         return Volume(data, affine, oriented)
     limits = np.iinfo(np.int32)

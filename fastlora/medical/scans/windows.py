@@ -27,6 +27,12 @@ MR_NOISE = 1e-3
 """Share of an image's range by which the margin may vary, as after an interpolation."""
 CT_PADDING = -1500.0
 """CT values below this are padding outside the scanner's circle, not tissue."""
+CT_LEAST_RANGE = 50.0
+"""Range in HU that any CT exceeds by its noise alone: about 10 HU of standard deviation."""
+CT_DENSE, CT_MOST_DENSE = 800.0, 0.1
+"""Above this there are only dense bone, teeth, contrast agent and metal, at most in this share of the voxels."""
+CT_AIR, CT_LEAST_AIR = -200.0, 0.01
+"""Below this there is only air and lung; a smaller share counts as none."""
 
 
 def window_limits(image: NDArray[np.floating], modality: str, structure: str = "") -> Limits:
@@ -75,13 +81,25 @@ def tissue_of(structure: str) -> str:
 
 
 def check_hounsfield(image: NDArray[np.floating], name: str) -> None:
-    """Refuses a CT without values below 0: every CT in Hounsfield units has air, fat, or noise around water.
+    """Refuses a CT whose values cannot be Hounsfield units.
 
-    name: of the image. Raises: DataError.
+    In Hounsfield units there are values below 0 (air, fat, or noise around water), they are integers or span more than CT_LEAST_RANGE,
+    and dense bone and metal, above CT_DENSE, do not fill CT_MOST_DENSE of an image in which there is no air: where they do, the values are those of water
+    and tissue with 1024 added. name: of the image. Raises: DataError.
     """
-    lowest = float(np.min(image, where=image > CT_PADDING, initial=np.inf))
-    if lowest >= 0 and image.size:
-        raise DataError(
-            f"{name}: expected Hounsfield units in a CT, got values from {lowest:g} to {float(image.max()):g}: give the intercept that the "
-            "file lacks, such as --intercept -1024, or --intercept 0 to use the values as they are"
-        )
+    tissue = np.count_nonzero(image > CT_PADDING)
+    if not tissue:
+        return
+    low = float(np.min(image, where=image > CT_PADDING, initial=np.inf))
+    high = float(image.max())
+    dense = np.count_nonzero(image > CT_DENSE) / tissue
+    air = np.count_nonzero((image < CT_AIR) & (image > CT_PADDING)) / tissue
+    if low >= 0 or (dense > CT_MOST_DENSE and air < CT_LEAST_AIR):
+        why = "give the intercept that the file lacks, such as --intercept -1024, or"
+    elif high - low <= CT_LEAST_RANGE and (image != np.rint(image)).any():
+        why = "the image seems to be normalised; give the original, or"
+    else:
+        return
+    raise DataError(
+        f"{name}: expected Hounsfield units in a CT, got values from {low:g} to {high:g}: {why} --intercept 0 to use the values as they are"
+    )

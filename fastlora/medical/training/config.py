@@ -74,8 +74,10 @@ class TrainConfig:
         NOT_EMPTY,
     )
     modality: str = _data("ct", "modality of images named *-image.nii.gz", one_of("ct", "mr"))
-    channel: int = _data(
-        0, "number of the image channel, if dataset.json lists several", NOT_NEGATIVE
+    channel: int | None = _data(
+        None,
+        "number of the image's channel: in dataset.json (default there: 0), or of 4-D files",
+        NOT_NEGATIVE,
     )
     intercept: float | None = _data(
         None,

@@ -220,7 +220,7 @@ def corrupt_file(root, mask):
 
 CORRUPTIONS = {
     corrupt_missing: "data: expected a folder of cases, got nothing at that path",
-    corrupt_no_image: "phantom_001: expected one of ct.nii.gz, mri.nii.gz, got none",
+    corrupt_no_image: "phantom_001: expected one of ct.nii.gz, mri.nii.gz, or one other image, got none",
     corrupt_empty: "tube.nii.gz: expected at least one voxel, got an empty mask",
     corrupt_shape: "tube.nii.gz: expected the shape of ct.nii.gz",
     corrupt_affine: "tube.nii.gz: expected the affine of ct.nii.gz",

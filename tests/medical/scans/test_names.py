@@ -21,7 +21,8 @@ from fastlora.medical.scans.names import (
     distinct_names,
     file_stem,
 )
-from fastlora.medical.scans.volumes import Case, save_volume
+from fastlora.medical.scans.scan import Scan
+from fastlora.medical.scans.volumes import Case, load_labels, save_volume
 
 
 def write(path: Path, value: int = 1, labels: int = 1) -> None:
@@ -71,6 +72,7 @@ def test_folders_of_one_name_one_level_deeper_and_through_links(tmp_path):
 def test_file_names_fit_a_file_system():
     assert file_stem("s0001", "liver") == "s0001-liver"
     assert file_stem("a/b", "c") == "a_b-c"
+    assert file_stem("a-b", "c") == "a-b-c" != file_stem("a", "b-c")
     first, second = (file_stem("s", "肝" * 100 + end) for end in "ab")
     assert first != second
     assert all(len(stem.encode()) <= MAX_STEM_BYTES for stem in (first, second))
@@ -129,6 +131,83 @@ def test_pairs_one_folder_deeper_are_found(tmp_path):
         "south_c1": 1,
         "south_c2": 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"), [("images", "labels"), ("imagesTr", "labelsTr"), ("Images", "masks")]
+)
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [("{}", "{}"), ("{}", "{}_seg"), ("{}_0000", "{}"), ("{}_image", "{}_label")],
+)
+def test_a_folder_of_images_and_one_of_label_maps(tmp_path, images, labels, image, label, caplog):
+    for n in (1, 2):
+        write(tmp_path / images / f"{image.format(f'c{n}')}.nii.gz", n, labels=0)
+        write(tmp_path / labels / f"{label.format(f'c{n}')}.nii.gz", 3, labels=2)
+    caplog.set_level(logging.INFO)
+    cases = find_cases(tmp_path, "mr")
+    assert "layout image/label pairs (2 cases)" in caplog.text
+    assert values(cases) == {image.format("c1"): 1, image.format("c2"): 2}
+    assert [list(case.structures) for case in cases] == [["label_3", "label_4"]] * 2
+    write(tmp_path / images / "c9.nii.gz", labels=0)
+    write(tmp_path / labels / "c8.nii.gz")
+    problems: list[str] = []
+    assert len(find_cases(tmp_path, "mr", problems)) == 2
+    assert "one label map such as c8_seg.nii.gz, got c8.nii.gz" in problems[0]
+    assert "one label map such as c9_seg.nii.gz, got c9.nii.gz" in problems[1]
+
+
+def test_subject_folders_of_these_names_stay_subjects(tmp_path):
+    for n, name in enumerate(("images", "labels")):
+        write(tmp_path / name / "image.nii.gz", n, labels=0)
+        write(tmp_path / name / "label.nii.gz")
+    assert values(find_cases(tmp_path)) == {"images": 0, "labels": 1}
+
+
+@pytest.mark.parametrize("folder", ["segmentations", "masks"])
+@pytest.mark.parametrize(("image", "modality"), [("ct", "ct"), ("t2 flair", "mr")])
+def test_a_folder_of_masks_in_the_folder_of_a_case(tmp_path, folder, image, modality):
+    write(tmp_path / "s1" / f"{image}.nii.gz", 5, labels=0)
+    for name in ("liver", "left-lung"):
+        write(tmp_path / "s1" / folder / f"{name}.nii.gz")
+    (case,) = find_cases(tmp_path, "mr")
+    assert (case.modality, sorted(case.structures)) == (modality, ["left-lung", "liver"])
+    assert values([case]) == {"s1": 5}
+    write(tmp_path / "s1" / "other.nii.gz", labels=0)
+    if image == "ct":
+        assert values(find_cases(tmp_path)) == {"s1": 5}
+    else:
+        with pytest.raises(DataError, match=r"or one other image, got other, t2 flair"):
+            find_cases(tmp_path)
+
+
+def test_a_mask_of_several_values_is_said(tmp_path, caplog):
+    write(tmp_path / "s1" / "ct.nii.gz", labels=0)
+    write(tmp_path / "s1" / "masks" / "organs.nii.gz", 3, labels=2)
+    (case,) = find_cases(tmp_path)
+    assert Scan(case).part("organs").mask.sum() == 216
+    assert "got 2 values (3, 4, …); all of them are taken as organs" in caplog.text
+
+
+def test_the_channel_of_a_4d_file_in_every_layout(tmp_path):
+    """Without --channel none is chosen silently."""
+    several = np.stack([np.full((12, 12, 12), value, np.int16) for value in (-7, 8)], axis=3)
+    for folder, name in (("ts", "mri"), ("pairs", "image")):
+        save_volume(tmp_path / folder / "s1" / f"{name}.nii.gz", several, np.eye(4))
+    write(tmp_path / "ts" / "s1" / "segmentations" / "liver.nii.gz")
+    write(tmp_path / "pairs" / "s1" / "label.nii.gz")
+    for folder in ("ts", "pairs"):
+        for channel, value in enumerate((-7, 8)):
+            assert values(find_cases(tmp_path / folder, "mr", channel=channel)) == {"s1": value}
+        (case,) = find_cases(tmp_path / folder, "mr")
+        with pytest.raises(DataError, match="2 channels, choose one with --channel"):
+            case.load_image()
+        (case,) = find_cases(tmp_path / folder, "mr", channel=2)
+        with pytest.raises(DataError, match="expected a channel below 2, got 2"):
+            case.load_image()
+    save_volume(tmp_path / "label.nii.gz", several, np.eye(4))
+    with pytest.raises(DataError, match="2 layers, expected one: segments that overlap"):
+        load_labels(tmp_path / "label.nii.gz")
 
 
 def test_several_images_of_one_label_map_are_named(tmp_path):

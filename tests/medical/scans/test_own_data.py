@@ -50,6 +50,10 @@ def ct_with_air() -> np.ndarray:
     return np.where(np.linalg.norm(places, axis=-1) < 7, 40, -1000).astype(np.int16)
 
 
+def noisy(image: np.ndarray, sd: float) -> np.ndarray:
+    return image + np.random.default_rng(0).normal(0, sd, image.shape).astype(np.float32)
+
+
 def write_pair(folder: Path, image: np.ndarray, affine: np.ndarray | None = None) -> Path:
     affine = np.diag([2.0, 2.0, 2.0, 1.0]) if affine is None else affine
     save_volume(folder / "s" / "ct.nii.gz", image, affine)
@@ -65,8 +69,11 @@ def write_pair(folder: Path, image: np.ndarray, affine: np.ndarray | None = None
         ct_with_air() + 1024,
         (ct_with_air() + 1024).astype(np.float32) / 4095,
         np.maximum(ct_with_air(), 0),
+        noisy(ct_with_air() + 1024, 15.0),
+        (ct_with_air() - 300.0) / 400.0,
+        ct_with_air() / 1024.0,
     ],
-    ids=["+1024", "0 to 1", "clipped"],
+    ids=["+1024", "0 to 1", "clipped", "+1024 with noise below 0", "z-scored", "-1 to 1"],
 )
 def test_a_ct_without_hounsfield_units_is_refused_and_the_intercept_mends_it(stored, tmp_path):
     write_pair(tmp_path, stored)
@@ -90,10 +97,25 @@ def test_an_intercept_is_added_and_is_part_of_the_cache_key(tmp_path):
     np.testing.assert_array_equal(grey.array, ct_with_air())
 
 
+def test_a_tolerance_is_part_of_the_cache_key(tmp_path):
+    """A mask that a loose tolerance accepted is not taken from the cache under a strict one."""
+    write_pair(tmp_path, ct_with_air())
+    keys = {find_cases(tmp_path, tolerance_mm=mm)[0].stamp("x") for mm in (None, 0.1, 5.0)}
+    assert len(keys) == 3
+
+
 def test_crops_and_padding_of_a_ct_are_accepted_or_not_by_their_tissue():
     check_hounsfield(ct_with_air().astype(np.float32), "a")
-    fat = np.full((4, 4, 4), -90.0, np.float32)
-    check_hounsfield(fat, "a crop without air")
+    check_hounsfield(noisy(np.full((20, 20, 20), -90.0), 10.0), "a crop of fat")
+    soft = np.clip(noisy(np.full((20, 20, 20), 45.0), 30.0), -160, 240)
+    check_hounsfield(soft, "a crop of soft tissue, clipped to its window")
+    bone = noisy(np.full((20, 20, 20), 30.0), 40.0)
+    bone[:, :, :1] = 1400  # 5 %
+    check_hounsfield(bone, "a crop with cortical bone, without air")
+    metal = ct_with_air().astype(np.float32)
+    metal[5:15, 5:15, 5:15] = 3000  # an eighth
+    check_hounsfield(metal, "metal, and air around it")
+    check_hounsfield(np.full((4, 4, 4), -2000.0, np.float32), "padding alone")
     padded = np.full((4, 4, 4), -2000.0, np.float32)  # outside the circle of the scanner
     padded[1:3] = 1024
     with pytest.raises(
@@ -479,6 +501,46 @@ def edit(folder: Path, change) -> None:
         item = pydicom.dcmread(path)
         change(item, number)
         item.save_as(path)
+
+
+@NEEDS_DICOM
+def test_files_of_dicom_without_an_image_are_named(tmp_path):
+    import pydicom.data
+
+    for name, kind in (
+        ("rtstruct.dcm", "RTSTRUCT"),
+        ("rtdose.dcm", "RTDOSE"),
+        ("test-SR.dcm", "SR"),
+    ):
+        file = Path(pydicom.data.get_testdata_file(name))
+        with pytest.raises(DataError, match=f"{name}: expected an image, got {kind} '"):
+            load_volume(file)
+        if kind == "RTDOSE":  # highdicom's SEG readers need no packages for the header
+            continue
+        with pytest.raises(DataError, match=f"expected a DICOM SEG, got {kind}") as caught:
+            dicom.read_segmentation(file)
+        assert ("contours" in str(caught.value)) == (kind == "RTSTRUCT")
+
+
+@NEEDS_DICOM
+def test_a_missing_decoder_is_one_line_that_says_what_to_install(series):
+    """JPEG lossless, whose decoders are not among the packages of the tests."""
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEGLosslessSV1
+
+    if importlib.util.find_spec("pylibjpeg") or importlib.util.find_spec("gdcm"):
+        pytest.skip("a decoder is installed")
+    root, _ = series
+
+    def compress(item, number):
+        item.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+        item.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+        item["PixelData"].VR = "OB"
+
+    edit(root, compress)
+    with pytest.raises(DataError, match="pip install pylibjpeg pylibjpeg-libjpeg") as caught:
+        load_volume(root / "s1" / "images")
+    assert "\n" not in str(caught.value)
 
 
 @NEEDS_DICOM
