@@ -39,9 +39,9 @@ def read_safetensors(file: Path) -> Contents:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
-    metadata = read_metadata(file)
     if _METADATA_KEY not in metadata:
         return Contents(tensors, {})
     try:
@@ -56,15 +56,6 @@ def read_safetensors(file: Path) -> Contents:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a file, without its tensors. Raises: CheckpointError if it is damaged."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

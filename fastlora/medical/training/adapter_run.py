@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from fastlora.errors import CheckpointError
-from fastlora.io.safetensors_format import read_metadata, read_safetensors
 from fastlora.medical.training.checkpointing import PLAIN, check_history, check_like
 from fastlora.medical.training.config import PATHS
 
@@ -43,17 +44,27 @@ def adapter_metadata(content: Mapping[str, Any], counts: Mapping[str, int]) -> d
     return {ENTRY: json.dumps(about, allow_nan=False)}
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises: CheckpointError if the file is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+
+
 def read_adapter_run(file: Path) -> dict[str, Any]:
     """The entry of an untrusted adapter file, checked; in a file without it, only the ranks and the scaling are known.
 
     Then `base_sha256`, `epoch` and `counts` are None, and `history`, `regions` and `paths` are empty.
     Raises: CheckpointError if the file or the entry is damaged, or the file has no settings of its layers either.
     """
-    text = read_metadata(file).get(ENTRY)
+    metadata = read_metadata(file)
+    text = metadata.get(ENTRY)
     if text is None:
         unknown: dict[str, Any] = dict.fromkeys(("base_sha256", "epoch", "counts"))
         none: dict[str, Any] = {"history": [], "regions": [], "paths": []}
-        return {"config": _settings(file), **unknown, **none}
+        return {"config": _settings(file, metadata), **unknown, **none}
     where = f"{file}: {ENTRY}"
     try:
         about = json.loads(text)
@@ -70,14 +81,14 @@ def read_adapter_run(file: Path) -> dict[str, Any]:
     return {name: about[name] for name in _KEYS}
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    """The options that give the packaged decoder the layers of an adapter file."""
-    layers = read_safetensors(file).layers
+def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The options that give the packaged decoder the layers of an adapter file, which `save_adapter` states in the metadata."""
     try:
+        layers = json.loads(metadata.get("fastlora", '{"layers": {}}'))["layers"]
         ranks = {path: int(layer["rank"]) for path, layer in layers.items()}
         scalings = {float(layer["alpha"]) / ranks[path] for path, layer in layers.items()}
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: damaged settings of its layers: {error!r}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise CheckpointError(f"{file}: damaged settings of its layers: {e!r}") from None
     if len(scalings) != 1:
         found = ", ".join(f"{scaling:g}" for scaling in sorted(scalings)) or "none"
         raise CheckpointError(

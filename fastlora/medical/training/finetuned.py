@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastlora import load_adapter, merged_model, named_lora_layers
 from fastlora.errors import CheckpointError
 from fastlora.files import check_tensors
-from fastlora.io.safetensors_format import read_safetensors
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training.adapter_run import read_adapter_run
@@ -111,8 +111,9 @@ class Finetuned:
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """The trained weights by name."""
-        weights: Mapping[str, Tensor] = self.content.get("model", {})
-        return read_safetensors(self.file).tensors if self.is_adapter else weights
+        weights: Mapping[str, Tensor]
+        weights = load_file(self.file) if self.is_adapter else self.content["model"]
+        return weights
 
     def model(
         self, merged: bool = False, base: Trainee | None = None, adapters: bool = True

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastlora import load_lora_state_dict, save_adapter
 from fastlora.errors import CheckpointError, ConfigError
 from fastlora.files import write_json
-from fastlora.io.safetensors_format import read_metadata
 from fastlora.medical.commands.evaluate import main as evaluate_main
 from fastlora.medical.commands.predict import main as predict_main
 from fastlora.medical.data.batch import collate_regions
 from fastlora.medical.evaluation.evaluate import Run
-from fastlora.medical.training.adapter_run import ENTRY, read_adapter_run
+from fastlora.medical.training.adapter_run import ENTRY, read_adapter_run, read_metadata
 from fastlora.medical.training.config import PATHS
 from fastlora.medical.training.finetuned import (
     Finetuned,
@@ -245,6 +245,13 @@ def test_adapters_of_other_settings_are_refused(run: MedicalTrainer, tmp_path: P
         distances(path)
     with pytest.raises(CheckpointError, match="was trained on another base model.*--base_weights"):
         load_finetuned(run.folder.adapter, model=tiny_model(seed=2))
+    for text in ("{", "[]", '{"layers": {"a": {"rank": 0, "alpha": 1}}}', '{"layers": {"a": 4}}'):
+        save_file({"a": torch.zeros(1)}, path, {"fastlora": text})
+        with pytest.raises(CheckpointError, match="damaged settings of its layers"):
+            Finetuned.read(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="one alpha / rank for all layers.*, got none"):
+        Finetuned.read(path)
     (tmp_path / "loralib.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         Finetuned.read(tmp_path / "loralib.safetensors")
