@@ -128,7 +128,7 @@ def document(
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "summary": summarise(rows),
-        "statistics": statistics(structures),
+        "statistics": statistics(structures, rows),
         "worse": {
             reference: {
                 "structures": worse_than(structures, "lora", reference),

@@ -1,7 +1,7 @@
 """Uncertainty of means and of differences between methods: bootstrap intervals and paired tests.
 
 The unit is a structure of a subject (the mean of its regions): regions of one structure are not
-independent and would make an interval too narrow. Structures of one subject share patient and
+independent and would make an interval too narrow. Only in a group of fewer than LEAST structures it is the region. Structures of one subject share patient and
 scanner, so an interval is valid for structures like these, not for new patients.
 """
 
@@ -56,33 +56,62 @@ def paired_difference(one: Sequence[float | None], other: Sequence[float | None]
     return {**result, "p": p}
 
 
-def statistics(structures: Sequence[Row]) -> dict[str, Any]:
-    """Means with intervals and paired tests over structures, and each subject's means.
+def statistics(structures: Sequence[Row], regions: Sequence[Row]) -> dict[str, Any]:
+    """Means with intervals and paired tests over structures, the paired tests of each group, and each subject's means.
 
-    structures: from `results.structure_means`. Returns: `methods` (method → metric), `pairs` (a list
-    of one, other and the metrics), `subjects` (subject → method → metric).
+    structures: from `results.structure_means`. regions: the rows that they are the means of. Returns: `methods` (method → metric),
+    `pairs` (a list of one, other and the metrics), `groups` (group → unit, and pairs of the group), `subjects` (subject → method → metric).
     """
-    ordered = sorted(structures, key=lambda row: (row["subject"], row["structure"]))
     names = list(dict.fromkeys(row["method"] for row in structures))
-
-    def column(method: str, key: str, subject: str | None = None) -> list[float | None]:
-        mine = (row for row in ordered if row["method"] == method)
-        return [row[key] for row in mine if subject in (None, row["subject"])]
-
-    def means(subject: str | None = None) -> dict[str, Any]:
-        return {m: {k: mean_with_interval(column(m, k, subject)) for k in COMPARED} for m in names}
-
+    subjects = sorted({row["subject"] for row in structures})
     return {
         "unit": "a structure of a subject",
         "resamples": RESAMPLES,
-        "methods": means(),
-        "pairs": [
-            {"one": a, "other": b}
-            | {k: paired_difference(column(a, k), column(b, k)) for k in COMPARED}
-            for a, b in PAIRS
-            if a in names and b in names
-        ],
-        "subjects": {
-            subject: means(subject) for subject in sorted({r["subject"] for r in ordered})
+        "methods": _means(structures, names),
+        "pairs": _pairs(structures, names),
+        "groups": {
+            group: _group(
+                [row for row in structures if row["group"] == group],
+                [row for row in regions if row["group"] == group],
+                names,
+            )
+            for group in sorted({row["group"] for row in structures})
         },
+        "subjects": {
+            subject: _means([row for row in structures if row["subject"] == subject], names)
+            for subject in subjects
+        },
+    }
+
+
+def _column(rows: Sequence[Row], method: str, key: str) -> list[float | None]:
+    """A metric of a method, in an order that is the same for all methods."""
+    place = ("subject", "structure", "region")
+    ordered = sorted(rows, key=lambda row: tuple(row.get(name, "") for name in place))
+    return [row[key] for row in ordered if row["method"] == method]
+
+
+def _means(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, Any]:
+    return {m: {k: mean_with_interval(_column(rows, m, k)) for k in COMPARED} for m in methods}
+
+
+def _pairs(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"one": a, "other": b}
+        | {k: paired_difference(_column(rows, a, k), _column(rows, b, k)) for k in COMPARED}
+        for a, b in PAIRS
+        if a in methods and b in methods
+    ]
+
+
+def _group(
+    structures: Sequence[Row], regions: Sequence[Row], methods: Sequence[str]
+) -> dict[str, Any]:
+    """The paired tests of one group, over its structures if they are enough, otherwise over its regions."""
+    count = len({(row["subject"], row["structure"]) for row in structures})
+    enough = count >= LEAST
+    return {
+        "unit": "structure" if enough else "region",
+        "structures": count,
+        "pairs": _pairs(structures if enough else regions, methods),
     }

@@ -127,9 +127,24 @@ def intervals(content: Content) -> str:
 
 
 def paired(content: Content) -> str:
-    """The differences between methods on the same structures, with p-values."""
+    """The differences between methods on the same structures, with p-values: over all, then in each group."""
+    stats = content["statistics"]
+    parts = [_differences(stats["pairs"], content)]
+    for name, group in stats["groups"].items() if len(stats["groups"]) > 1 else ():
+        count = group["structures"]
+        unit = f"{count} structures"
+        if group["unit"] == "region":
+            regions = max(pair["dice"]["n"] for pair in group["pairs"])
+            unit = f"{regions} regions of {unit}: regions of one structure depend on each other, so the interval is too narrow"
+        title = html.escape(words(name).capitalize())
+        parts.append(f"<h3>{title} <small class=soft>({unit})</small></h3>")
+        parts.append(_differences(group["pairs"], content))
+    return "".join(parts)
+
+
+def _differences(pairs: Sequence[Content], content: Content) -> str:
     rows = []
-    for pair in content["statistics"]["pairs"]:
+    for pair in pairs:
         row = [html.escape(f"{LABELS[pair['one']]} minus {LABELS[pair['other']].lower()}")]
         for key in COMPARED:
             p = pair[key]["p"]

@@ -486,6 +486,6 @@ def test_a_run_whose_regions_differ_from_its_data_is_not_compared(home, monkeypa
     assert len(runs["lora"].regions) == 2
     monkeypatch.setattr(RegionDataset, "identity", lambda _: "another set")
     with pytest.raises(
-        DataError, match="lora: was trained on regions that differ from those of its data"
+        DataError, match="best.pt: was trained on regions that differ from those of its data"
     ):
         compare_runs(runs["lora"], runs["full"], device="cpu")

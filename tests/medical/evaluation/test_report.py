@@ -249,7 +249,7 @@ def small_content() -> dict:
         "split": {"held_out_regions": 2},
         "summary": summarise(records),
         "structures": structures,
-        "statistics": statistics(structures),
+        "statistics": statistics(structures, records),
         "records": records,
         "worse": {
             reference: {
@@ -328,6 +328,37 @@ def test_paired_differences_leave_out_what_is_undefined():
     assert 0.02 < result["low"] < 0.056 < result["high"] < 0.1
     assert paired_difference(one[:3], one[:3])["p"] == 1.0
     assert paired_difference([1.0], [0.5])["p"] is None
+
+
+def rows_of(group: str, gains: list[list[float]]) -> list[dict]:
+    """Base and LoRA in the regions of each structure; gains: LoRA minus base."""
+    return [
+        {"group": group, "subject": "s", "modality": "ct", "structure": f"{group}_{n}"}
+        | {"region": f"{group}_{n}@{m}", "method": method}
+        | dict.fromkeys(METRIC_KEYS, 0.5 + gain * (method == "lora"))
+        for n, regions in enumerate(gains)
+        for m, gain in enumerate(regions)
+        for method in ("base", "lora")
+    ]
+
+
+def test_differences_of_a_group_are_over_its_structures_or_over_the_regions_of_few():
+    many = rows_of("spine", [[0.1, 0.3], [0.2], [0.6]])
+    few = rows_of("brain", [[0.1, 0.2, 0.3], [0.4]])
+    rows = many + few
+    groups = statistics(structure_means(rows), rows)["groups"]
+    assert list(groups) == ["brain", "spine"]
+    (spine,), (brain,) = groups["spine"]["pairs"], groups["brain"]["pairs"]
+    assert (groups["spine"]["unit"], groups["spine"]["structures"]) == ("structure", 3)
+    assert (spine["one"], spine["other"], spine["dice"]["n"]) == ("lora", "base", 3)
+    assert spine["dice"]["mean"] == pytest.approx((0.2 + 0.2 + 0.6) / 3)
+    assert 0.2 - 1e-9 <= spine["dice"]["low"] < spine["dice"]["mean"]
+    assert spine["dice"]["mean"] < spine["dice"]["high"] <= 0.6 + 1e-9
+    assert (groups["brain"]["unit"], groups["brain"]["structures"]) == ("region", 2)
+    assert brain["dice"]["n"] == 4 and brain["dice"]["mean"] == pytest.approx(0.25)
+    page = paired({"statistics": statistics(structure_means(rows), rows), "tolerance_mm": 2.0})
+    assert "(3 structures)" in page and "(4 regions of 2 structures: regions of one" in page
+    assert page.count("<table>") == 3
 
 
 def test_statistics_are_over_structures_and_by_subject():
