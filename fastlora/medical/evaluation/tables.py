@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -63,13 +64,15 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], text_columns: int 
     def kind(column: int) -> str:
         return " class=text" if column < text_columns else ""
 
+    head = list(head)
     titles = "".join(f"<th scope=col{kind(n)}>{title}</th>" for n, title in enumerate(head))
+    plain = [re.sub(r"<[^>]*>", "", title) or "name" for title in head]
     body = ""
     for row in rows:
         cells = (c if c.startswith("<td") else f"<td{kind(n)}>{c}</td>" for n, c in enumerate(row))
         body += f"<tr>{''.join(cells)}</tr>"
     return (
-        f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {", ".join(plain)}"><table><thead><tr>{titles}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -263,7 +266,7 @@ def detail(rows: Sequence[Content], content: Content, name: str) -> str:
             body.append(cells)
         note = f"<p class=note>{title}: {html.escape(METRIC_OF[key].definition)}</p>"
         panels.append(f'<div class="panel">{note}{table(titles, body, 3)}</div>')
-    return f'<div class="tabs">{"".join(tabs + panels)}</div>'
+    return f'<div class="tabs" role="group" aria-label="Metric">{"".join(tabs + panels)}</div>'
 
 
 def definitions(content: Content) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -60,8 +61,26 @@ const pause = (ms) => new Promise((done) => setTimeout(done, ms));
     slices: [...document.querySelectorAll("#slices img")].map((img) => [img.complete, img.naturalWidth]),
     triangles: viewer.data.map((trace) => (trace.i || []).length),
     cameras: ["scene", "scene2", "scene3"].map((name) => viewer._fullLayout[name].camera.eye.x),
-    before, after, problems: [...problems],
+    before, after,
   };
+  const select = document.getElementById("region");
+  select.value = "1";
+  select.dispatchEvent(new Event("change"));
+  await pause(500);
+  const cameras = () => ["scene", "scene2", "scene3"].map((name) => viewer._fullLayout[name].camera.eye.x);
+  found.kept = cameras();
+  await Plotly.relayout("viewer", {"scene3.camera": {eye: {x: 0.5, y: -2.2, z: 0.7}}});
+  await pause(300);
+  found.turned = cameras();
+  const boxes = (query) => [...viewer.querySelectorAll(query)].map((each) => {
+    const box = each.getBoundingClientRect();
+    return [box.left, box.top, box.right, box.bottom];
+  });
+  found.boxes = [...boxes(".annotation-text"), ...boxes(".modebar-group"), ...boxes(".colorbar")];
+  found.widths = [document.documentElement.scrollWidth, window.innerWidth];
+  found.unnamed = [...document.querySelectorAll(".chart, #viewer, .scroll, .tabs, nav, img")]
+    .filter((each) => !each.getAttribute("aria-label") && !each.alt).map((each) => each.outerHTML.slice(0, 80));
+  found.problems = [...problems];
   console.error("on purpose");  // checks that the listener works
   found.heard = problems.slice(found.problems.length);
   const out = document.createElement("pre");
@@ -107,12 +126,13 @@ def pixels(url: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
-def look(page: str, folder: Path) -> dict:
+def look(page: str, folder: Path, width: int = 1200) -> dict:
     file = folder / "report.html"
     file.write_text(
         page.replace("<head>", "<head>" + LISTEN, 1).replace("</body>", LOOK + "</body>", 1)
     )
-    done = browse(file, folder, "--virtual-time-budget=60000", "--dump-dom")
+    size = f"--window-size={width},900"  # the last one counts
+    done = browse(file, folder, size, "--virtual-time-budget=60000", "--dump-dom")
     seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, flags=re.S)
     assert seen, done.stderr[-2000:]
     return json.loads(unescape(seen[1]))
@@ -131,6 +151,20 @@ def test_the_report_works_in_a_browser(page, tmp_path):
     before, after = pixels(seen["before"]), pixels(seen["after"])
     assert (np.abs(before - 255).sum(-1) > 60).mean() > 0.02  # something is drawn
     assert (np.abs(before - after).sum(-1) > 60).mean() > 0.02  # and it was rotated
+
+
+@pytest.mark.parametrize("width", [500, 1000, 1280])
+def test_the_report_on_a_narrow_and_a_wide_page(page, tmp_path, width):
+    """The three views move together after a change of region, and keep their camera; no two titles overlap; everything has a name."""
+    seen = look(page, tmp_path, width)
+    assert "failed" not in seen, seen
+    assert seen["kept"] == [-1.9] * 3 and seen["turned"] == [0.5] * 3
+    assert seen["widths"][0] <= seen["widths"][1]  # only tables scroll sideways
+    assert seen["unnamed"] == []
+    assert len(seen["boxes"]) >= 5
+    for a, b in itertools.combinations(seen["boxes"], 2):
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, (a, b)
 
 
 def test_the_report_prints(page, tmp_path):
