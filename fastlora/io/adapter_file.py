@@ -215,9 +215,17 @@ def save_adapter(
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
+    if not isinstance(metadata, Mapping):
+        raise ConfigError(f"metadata: expected text by name, got {type(metadata).__name__}")
     for name, text in metadata.items():
         if not (isinstance(name, str) and isinstance(text, str)):
             raise ConfigError(f"metadata: expected text by name, got {name!r}: {text!r}")
+        try:
+            (name + text).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"metadata: expected text that UTF-8 can hold, got {name!r}: {error}"
+            ) from None
         if name in ("fastlora", "format"):
             raise ConfigError(f"metadata: expected another name than {name!r}, which is in use")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from fastlora.medical.training.data import load_splits
 from fastlora.medical.training.distributed import resolve_device
 from fastlora.medical.training.finetuned import Finetuned, load_base, predict
 from fastlora.medical.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Method = Callable[[RegionBatch], torch.Tensor]
@@ -104,17 +107,17 @@ class Run:
         if trained.folder is not None:
             about = RunFolder(trained.folder).read_history()
         else:
-            about = {"epochs": content["history"], "seconds": content.get("seconds")}
+            about = {"epochs": content["history"]}  # up to the checkpoint
             check_history(about["epochs"], [], str(path), "dice")
-        seconds = about["seconds"]
+        whole = trained.folder is not None
         counts = about.get("counts") or content.get("counts") or count_parameters(trained.model())
         base_parameters = counts["total"] - counts["lora"]
         facts = {
             "config": config.to_dict(),
             "checkpoint": trained.name,
             "used_epoch": content["epoch"],
-            "epochs": len(about["epochs"]) - 1 if about["epochs"] else None,
-            "seconds": None if seconds is None else round(sum(seconds), 1),
+            "epochs": len(about["epochs"]) - 1 if whole else None,
+            "seconds": round(sum(about["seconds"]), 1) if whole else None,
             "base_parameters": base_parameters,
             "trainable": counts["trainable"],
             "trainable_share": counts["trainable"] / base_parameters,
@@ -193,18 +196,15 @@ def compare_runs(
     """
     config = replace(lora.config, device=device, amp="off")
     if full is not None:
-        mine, others = lora.config.to_dict(), full.config.to_dict()
-        for name in (*SAME_IN_BOTH_RUNS, *config.options.same_to_compare):
-            if mine[name] != others[name]:
-                raise ConfigError(
-                    f"full: expected a run with {name} {mine[name]!r}, got {others[name]!r}"
-                )
-    if data_root is None and "data_root" in lora.trained.content.get("paths", ()):
+        _check_same(lora, full, data_root)
+    unnamed = "data_root" in lora.trained.content.get("paths", ()) and config.data_root is None
+    if data_root is None and unnamed:
         raise ConfigError(
             f"data_root: {lora.trained.file} was trained on a data set that it does not name; expected its folder, got none"
         )
     if data_root is not None:
-        config = replace(config, data_root=data_root, demo=None, cache_dir=None)
+        split = config.split if lora.regions else "auto"  # of a file that states none
+        config = replace(config, data_root=data_root, demo=None, cache_dir=None, split=split)
     if cache_dir is not None:
         config = replace(config, cache_dir=cache_dir)
     models = _load_models(config, lora, full)
@@ -212,14 +212,16 @@ def compare_runs(
     splits = load_splits(config)
     subset = "test" if "test" in splits else "val"
     training = RegionDataset(splits["train"], cache_dir=config.cache_dir)
-    if data_root is None:
-        now = [training.identity(), RegionDataset(splits["val"]).identity()]
-        for run in filter(None, (lora, full)):
-            if run.regions and run.regions != now:
+    now = [training.identity(), RegionDataset(splits["val"]).identity()]
+    for run in filter(None, (lora, full)):
+        if run.regions and run.regions != now:
+            text = f"{run.trained.file}: was trained on regions that differ from those of its data now, so a training region could be in the test set"
+            if data_root is None or unnamed:
+                cached = "cache_dir" in run.trained.content.get("paths", ()) and cache_dir is None
                 raise DataError(
-                    f"{run.trained.file}: was trained on regions that differ from those of its data now, so a training region could be in "
-                    "the test set; restore the data, or train again"
+                    f"{text}; restore the data, or train again{', or name its cache with --cache_dir' if cached else ''}"
                 )
+            log.warning("%s, unless no patient of %s was trained on", text, data_root)
     threshold = tune_threshold(training)
     where = resolve_device(config)
     methods = {"baseline": baseline_method(threshold)}
@@ -239,6 +241,24 @@ def compare_runs(
         "device": str(where),
     }
     return evaluation, facts
+
+
+def _check_same(lora: Run, full: Run, data_root: str | None) -> None:
+    """Refuses runs that differ in what makes them comparable. data_root: if given, it is used for both. Raises: ConfigError."""
+    mine, others = lora.config.to_dict(), full.config.to_dict()
+    unnamed = {*lora.trained.content.get("paths", ()), *full.trained.content.get("paths", ())}
+    skipped = {"data_root", "demo"} if data_root is not None else set()
+    for name in (*SAME_IN_BOTH_RUNS, *lora.config.options.same_to_compare):
+        # The channel was 0 by default in older versions.
+        same = mine[name] == others[name] or (
+            name == "channel" and not (mine[name] or others[name])
+        )
+        if not same and name not in skipped | unnamed:
+            raise ConfigError(
+                f"full: expected a run with {name} {mine[name]!r}, got {others[name]!r}"
+            )
+    if lora.regions and full.regions and lora.regions != full.regions:
+        raise ConfigError("full: expected a run on the same regions, got one on others")
 
 
 def _load_models(config: TrainConfig, lora: Run, full: Run | None) -> dict[str, Trainee]:

@@ -172,6 +172,9 @@ def undefined_note(content: Content) -> str:
 def cost(content: Content) -> str:
     """Parameters, storage and time of each kind of fine-tuning."""
 
+    def unknown(value: int | None) -> str:
+        return "–" if value is None else str(value)
+
     def text(value: float | None, scale: float, unit: str) -> str:
         return "–" if value is None else f"{value / scale:.{2 if scale > 1 else 0}f} {unit}"
 
@@ -182,9 +185,7 @@ def cost(content: Content) -> str:
             text(run["weights_bytes"], 1e6, "MB"),
             text(run["checkpoint_bytes"], 1e6, "MB"),
             text(run["seconds"], 1, "s"),
-            "–"
-            if run["epochs"] is None
-            else f"{run['epochs']} <small>(used: {run['used_epoch']})</small>",
+            f"{unknown(run['epochs'])} <small>(used: {unknown(run['used_epoch'])})</small>",
         ]
         for key, run in content["runs"].items()
     ]

@@ -4,6 +4,7 @@
       → input_layer → N × (attention, MLP), pre-norm → out_layer
       → per token a 4³ patch of distance residuals and a transfer curve (grey value → distance) for its voxels
       → both added to the upsampled coarse segmentation (32³)
+      → the surface is moved until each cell is filled to its fraction of the coarse segmentation
 
 The curve lets a token express "brighter than this is inside" for its whole cell: one function of the grey
 value, which is learned much faster than 64 separate outputs.
@@ -35,6 +36,13 @@ from fastlora.medical.data.batch import RegionBatch, SparseTokens
 from fastlora.medical.models.losses import LOSS_WEIGHTS, mesh_losses
 from fastlora.medical.models.trainee import ModelOptions, Trainee
 
+FRACTION_WIDTH_VOX = 0.2
+"""Width (fine voxels) of the sigmoid by which a cell's filled fraction is differentiable; much smaller than a voxel, since the coarse
+segmentation is a fraction of voxels."""
+
+MIN_SLOPE = 0.02
+"""Added to the change of a cell's fraction with the distance (per fine voxel), which is 0 in a cell without surface."""
+
 BASE_WEIGHTS = Path(__file__).with_name("weights") / "base.safetensors"
 """The packaged base, pretrained on procedural shapes without anatomy; its model card `base.json` states how."""
 
@@ -58,7 +66,8 @@ class DecoderConfig:
     """Shape of a `SparseMeshDecoder`.
 
     in_channels: of a token (`regions.TOKEN_CHANNELS`); the first `(cell_size + 2·context)³` are its image patch, grey values
-        in [-2, 2]. knots: of the transfer curve, evenly spaced over that range.
+        in [-2, 2], the last 3³ the coarse values around it in [-1, 1]. knots: of the transfer curve, evenly spaced over that range.
+    fraction_steps: how often the surface is moved towards the fractions of the coarse segmentation.
 
     Raises: ConfigError if a number is out of range, or `heads` does not divide `channels`.
     """
@@ -72,19 +81,24 @@ class DecoderConfig:
     cell_size: int = 4
     context: int = 2
     knots: int = 8
+    fraction_steps: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = {"context": 0, "channels": 6, "knots": 2}.get(field.name, 1)
+            least = {"context": 0, "channels": 6, "knots": 2, "fraction_steps": 0}.get(
+                field.name, 1
+            )
             if type(value) is not int or value < least:
                 raise ConfigError(
                     f"DecoderConfig.{field.name}: expected an int >= {least}, got {value!r}"
                 )
-        if self.in_channels < self.patch_size**3:
+        needed = self.patch_size**3 + (3**3 if self.fraction_steps else 0)
+        if self.in_channels < needed:
+            coarse = " and 3³ coarse values" if self.fraction_steps else ""
             raise ConfigError(
-                f"DecoderConfig.in_channels: expected at least the image patch's {self.patch_size}³ = "
-                f"{self.patch_size**3}, got {self.in_channels}"
+                f"DecoderConfig.in_channels: expected at least the image patch's {self.patch_size}³ voxels{coarse}, {needed}, "
+                f"got {self.in_channels}"
             )
         if self.channels % self.heads:
             raise ConfigError(
@@ -245,7 +259,30 @@ class SparseMeshDecoder(Trainee):
         out = self.out_layer(hidden.replace(self.norm(hidden.feats)))
         residual, curve = out.feats.split([self.config.cell_size**3, self.config.knots], dim=1)
         residual = residual + (self._grey_weights(tokens) * curve[:, None]).sum(-1)
-        return base_vox + self._scatter(tokens.replace(residual), batch).to(base_vox.dtype)
+        field = base_vox + self._scatter(tokens.replace(residual), batch).to(base_vox.dtype)
+        return self._match_fractions(field, tokens) if self.config.fraction_steps else field
+
+    def _match_fractions(self, field: Tensor, tokens: SparseTokens) -> Tensor:
+        """Moves the surface so that each cell is filled to its coarse fraction: Newton steps on the cells, interpolated between their centres.
+
+        Cells that are empty or full in the coarse segmentation are not changed by themselves.
+        """
+        size = self.config.cell_size
+        fraction = (
+            tokens.feats[:, -(3**3) // 2, None].to(field.dtype) / 2 + 0.5
+        )  # of the cell itself
+        n = self.config.coarse_size
+        wanted = field.new_zeros(len(field), n, n, n, 1)
+        wanted = wanted.index_put(tuple(tokens.coords.unbind(1)), fraction).permute(0, 4, 1, 2, 3)
+        partly = ((wanted > 0) & (wanted < 1)).to(field.dtype)
+        field = field[:, None]
+        for _ in range(self.config.fraction_steps):
+            inside = torch.sigmoid(-field / FRACTION_WIDTH_VOX)
+            filled = F.avg_pool3d(inside, size)
+            slope = F.avg_pool3d(inside * (1 - inside), size) / FRACTION_WIDTH_VOX
+            shift = ((filled - wanted) / (slope + MIN_SLOPE)).clamp(-1, 1) * partly
+            field = field + F.interpolate(shift, scale_factor=size, mode="trilinear")
+        return field[:, 0]
 
     def _grey_weights(self, tokens: SparseTokens) -> Tensor:
         """Weight of each knot of the curve at each voxel of the cells: (T, cell³, knots), linear between two knots."""

@@ -64,7 +64,11 @@ def find_cases(
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder of cases, got nothing at that path")
     listed = (root / "dataset.json").is_file()
-    found = listed_cases(root, channel or 0) if listed else _subject_folders(root, modality)
+    found = (
+        listed_cases(root, channel or 0)
+        if listed
+        else _subject_folders(root, modality, channel or 0)
+    )
     cases, layouts = [], Counter[str]()
     for layout, make in found:
         try:
@@ -74,7 +78,8 @@ def find_cases(
                 raise
             problems.append(str(error))
         else:
-            component = channel if case.component is None else case.component
+            dicom_series = case.image_path.is_dir()
+            component = case.component if dicom_series or listed else channel
             case = replace(case, component=component, intercept=intercept)
             cases.append(replace(case, tolerance_mm=tolerance_mm))
             layouts[layout] += 1
@@ -99,13 +104,13 @@ def _seen(root: Path) -> str:
     return f"; it has {count} volumes" if count else ""
 
 
-def _subject_folders(root: Path, modality: Modality) -> list[Found]:
+def _subject_folders(root: Path, modality: Modality, channel: int) -> list[Found]:
     """The cases of a folder that has a folder, or an image and a label map, for each."""
     splits = _read_splits(root / "meta.csv")
     found = _side_by_side(root, modality, splits)
     pair = _image_and_label_folder(root)
     if pair is not None:
-        found += _two_folders(*pair, modality, splits)
+        found += _two_folders(*pair, modality, splits, channel)
     for folder in _folders(root):
         if pair is not None and folder in pair:
             continue
@@ -143,7 +148,8 @@ def _case_of(folder: Path, modality: Modality, splits: Mapping[str, str]) -> Pla
     split, volumes = splits.get(folder.name), _volumes(folder)
     images, labels = _images(volumes), _labelled(volumes)
     stated = not volumes.keys().isdisjoint(IMAGE_NAMES)
-    if _mask_folder(folder) is not None or (stated and not labels):
+    masks = _mask_folder(folder)
+    if masks == folder / "segmentations" or ((masks or stated) and not labels):
         make = partial(_totalsegmentator_case, folder, volumes, modality, split)
         return "TotalSegmentator", folder, make
     if len(set(labels.values())) <= 1 and (labels or images):
@@ -152,43 +158,78 @@ def _case_of(folder: Path, modality: Modality, splits: Mapping[str, str]) -> Pla
 
 
 def _mask_folder(folder: Path) -> Path | None:
-    """The folder of a case with a mask for each structure, if there is one."""
-    return next((folder / n for n in MASK_FOLDERS if (folder / n).is_dir()), None)
+    """The folder of a case with a mask for each structure, if there is one; `masks` only with volumes in it."""
+    found = [folder / name for name in MASK_FOLDERS if (folder / name).is_dir()]
+    filled = [path for path in found if _volume_names(path)]
+    return next(iter(filled + [path for path in found if path.name == "segmentations"]), None)
 
 
 def _image_and_label_folder(root: Path) -> tuple[Path, Path] | None:
-    """The folder of all images and that of their label maps, if there is exactly one of each."""
+    """The folder of all images and that of their label maps, if there is one of each. Raises: DataError if there are several."""
     named = {path.name.lower(): path for path in _folders(root)}
     images, labels = (
-        [named[name] for name in names if name in named] for names in (IMAGE_FOLDERS, LABEL_FOLDERS)
+        [named[name] for name in names if name in named and _volume_names(named[name])]
+        for names in (IMAGE_FOLDERS, LABEL_FOLDERS)
     )
-    if len(images) != 1 or len(labels) != 1:
+    if not images or not labels:
         return None
-    volumes = _volumes(images[0])
-    paired = volumes and not _labelled(volumes) and _volumes(labels[0])
-    return (images[0], labels[0]) if paired else None
+    if len(images) + len(labels) > 2:
+        names = ", ".join(path.name for path in images + labels)
+        raise DataError(f"{root}: expected one folder of images and one of label maps, got {names}")
+    if labelled := [name for name in _volume_names(images[0]) if _LABELS.fullmatch(name)]:
+        if all(len(_volume_names(path)) == 2 for path in (images[0], labels[0])):
+            return None  # two subjects, of an image and a label map each
+        raise DataError(f"{images[0]}: expected images, got a label map by its name, {labelled[0]}")
+    for folder in (images[0], labels[0]):
+        if inner := _folders(folder):
+            log.warning("%s: has folders, which are not read, such as %s", folder, inner[0].name)
+    return images[0], labels[0]
 
 
 def _two_folders(
-    images: Path, labels: Path, modality: Modality, splits: Mapping[str, str]
+    images: Path, labels: Path, modality: Modality, splits: Mapping[str, str], channel: int
 ) -> list[Placed]:
-    """The cases of a folder of images and one of label maps with the same names: `images/x.nii.gz` and `labels/x.nii.gz`, or `x_seg.nii.gz`."""
+    """The cases of a folder of images and one of label maps with the same names: `images/x.nii.gz` and `labels/x.nii.gz`, or `x_seg.nii.gz`.
+
+    channel: of images whose names end in its number, `x_0000.nii.gz`; those of other channels are left out.
+    """
     files, maps = _volumes(images), _volumes(labels)
-    suffixes = ("", "-image", "_image", "_0000")
     found: dict[str, list[Path]] = {name: [] for name in files}
     for name, path in maps.items():
         match = _LABELS.fullmatch(name)
         stems = [name, *([match["name"]] if match and match["name"] else [])]
+        suffixes = ("", "-image", "_image", f"_{channel:04d}")
         image = next((s + end for s in stems for end in suffixes if s + end in files), name)
         found.setdefault(image, []).append(path)
+        for stem in stems:
+            for other in [n for n in found if re.fullmatch(re.escape(stem) + r"_\d{4}", n)]:
+                if not found[other]:
+                    del found[other]  # another channel
     return [
         (
             "image/label pairs",
             images / name,
-            partial(_listed_pair, images / name, files.get(name), mine, modality, splits.get(name)),
+            partial(_same_name, images, labels, files.get(name), mine, modality, splits.get(name)),
         )
         for name, mine in found.items()
     ]
+
+
+def _same_name(
+    images: Path,
+    labels: Path,
+    image: Path | None,
+    maps: Sequence[Path],
+    modality: Modality,
+    split: str | None,
+    subject: str,
+) -> Case:
+    if image is None:
+        raise DataError(f"{images}: expected the image of {maps[0]}, got none of that name")
+    if len(maps) != 1:
+        got = ", ".join(path.name for path in maps) or "none"
+        raise DataError(f"{labels}: expected one label map of {image}, got {got}")
+    return _label_map_case(subject, modality, image, maps[0], split)
 
 
 def _images(volumes: Volumes) -> list[Path]:
@@ -244,11 +285,12 @@ def _totalsegmentator_case(
     folder: Path, volumes: Volumes, modality: Modality, split: str | None, subject: str
 ) -> Case:
     images = {name: volumes[name] for name in IMAGE_NAMES if name in volumes}
-    if not images and len(volumes) == 1:
-        images = dict(volumes)  # any name, if it is the only one
+    others = {name: path for name, path in volumes.items() if name not in _labelled(volumes)}
+    if not images and len(others) == 1:
+        images = others  # any name, if it is the only one
     if len(images) != 1:
         raise DataError(
-            f"{folder}: expected one of ct.nii.gz, mri.nii.gz, or one other image, got {', '.join(images or volumes) or 'none'}"
+            f"{folder}: expected one of ct.nii.gz, mri.nii.gz, or one other image, got {', '.join(images or others) or 'none'}"
         )
     ((name, image),) = images.items()
     masks = _mask_folder(folder) or folder / MASK_FOLDERS[0]
@@ -256,6 +298,12 @@ def _totalsegmentator_case(
     if not structures:
         raise DataError(f"{folder}: expected masks in {masks.name}/<structure>.nii.gz, got none")
     return Case(subject, IMAGE_NAMES.get(name, modality), image, structures, split)
+
+
+def _volume_names(folder: Path) -> set[str]:
+    """The names of a folder's volumes, without extensions."""
+    names = {p.name: p.name.removesuffix(formats.ending(p)) for p in folder.iterdir()}
+    return {name for whole, name in names.items() if name != whole and name[:1] != "."}
 
 
 def _volumes(folder: Path) -> Volumes:
@@ -304,7 +352,15 @@ def _dicom_case(folder: Path, split: str | None, subject: str) -> Case:
     files = [path for s in series.values() if s.modality == "SEG" for path in s.files]
     segmentations = [dicom.read_segmentation(path) for path in files]
     if not segmentations:
-        raise DataError(f"{folder}: expected a DICOM SEG in the folder of the images, got none")
+        contours = any(s.modality == "RTSTRUCT" for s in series.values())
+        raise DataError(
+            f"{folder}: expected a DICOM SEG in the folder of the images, got "
+            + (
+                "an RTSTRUCT, whose contours have to be exported as a SEG first"
+                if contours
+                else "none"
+            )
+        )
     images = {uid for seg in segmentations for uid in seg.refers_to if uid in series}
     if len(images) != 1:
         raise DataError(

@@ -235,7 +235,8 @@ def load_volume(path: str | os.PathLike[str], component: int | str | None = None
     """
     path = Path(path)
     if path.is_dir() or dicom.is_dicom(path):
-        stored, matrix = dicom.read_series(path, None if component is None else str(component))
+        uid = component if isinstance(component, str) else None  # a channel is of a 4-D file
+        stored, matrix = dicom.read_series(path, uid)
         data, affine, oriented = from_array(stored, matrix, path)
     else:
         data, affine, oriented = read_volume(path, component)

@@ -29,10 +29,10 @@ CT_PADDING = -1500.0
 """CT values below this are padding outside the scanner's circle, not tissue."""
 CT_LEAST_RANGE = 50.0
 """Range in HU that any CT exceeds by its noise alone: about 10 HU of standard deviation."""
-CT_DENSE, CT_MOST_DENSE = 800.0, 0.1
-"""Above this there are only dense bone, teeth, contrast agent and metal, at most in this share of the voxels."""
 CT_AIR, CT_LEAST_AIR = -200.0, 0.01
 """Below this there is only air and lung; a smaller share counts as none."""
+CT_SHIFTED, CT_LEAST_TISSUE = (874.0, 1174.0), 0.1
+"""Fat, water and soft tissue (-150 to 150 HU) with 1024 added, and the least share of voxels that are tissue."""
 
 
 def window_limits(image: NDArray[np.floating], modality: str, structure: str = "") -> Limits:
@@ -83,23 +83,32 @@ def tissue_of(structure: str) -> str:
 def check_hounsfield(image: NDArray[np.floating], name: str) -> None:
     """Refuses a CT whose values cannot be Hounsfield units.
 
-    In Hounsfield units there are values below 0 (air, fat, or noise around water), they are integers or span more than CT_LEAST_RANGE,
-    and dense bone and metal, above CT_DENSE, do not fill CT_MOST_DENSE of an image in which there is no air: where they do, the values are those of water
-    and tissue with 1024 added. name: of the image. Raises: DataError.
+    In Hounsfield units there are values below 0 (air, fat, or noise around water); they are integers or span more than CT_LEAST_RANGE; and
+    most of what is not air is not within CT_SHIFTED, where fat, water and soft tissue are if 1024 was added. name: of the image.
+    Raises: DataError.
     """
     tissue = np.count_nonzero(image > CT_PADDING)
     if not tissue:
         return
     low = float(np.min(image, where=image > CT_PADDING, initial=np.inf))
     high = float(image.max())
-    dense = np.count_nonzero(image > CT_DENSE) / tissue
-    air = np.count_nonzero((image < CT_AIR) & (image > CT_PADDING)) / tissue
-    if low >= 0 or (dense > CT_MOST_DENSE and air < CT_LEAST_AIR):
-        why = "give the intercept that the file lacks, such as --intercept -1024, or"
+    if low >= 0 or _is_shifted(image):
+        why = "if the file lacks the intercept, give it, such as --intercept -1024;"
     elif high - low <= CT_LEAST_RANGE and (image != np.rint(image)).any():
-        why = "the image seems to be normalised; give the original, or"
+        why = "the image seems to be normalised: give the original;"
     else:
         return
     raise DataError(
-        f"{name}: expected Hounsfield units in a CT, got values from {low:g} to {high:g}: {why} --intercept 0 to use the values as they are"
+        f"{name}: expected Hounsfield units in a CT, got values from {low:g} to {high:g}: {why} if these are Hounsfield units all the same, "
+        "--intercept 0; if it is an MR image, --modality mr"
     )
+
+
+def _is_shifted(image: NDArray[np.floating]) -> bool:
+    """Whether there is no air below CT_AIR, and most voxels above CT_AIR + 1024 are within CT_SHIFTED."""
+    tissue = np.count_nonzero(image > CT_AIR + 1024)
+    if np.count_nonzero((image < CT_AIR) & (image > CT_PADDING)) >= CT_LEAST_AIR * image.size:
+        return False
+    low, high = CT_SHIFTED
+    soft = np.count_nonzero((image > low) & (image < high))
+    return bool(2 * soft > tissue > CT_LEAST_TISSUE * image.size)

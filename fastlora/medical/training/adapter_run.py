@@ -19,6 +19,7 @@ from fastlora.medical.training.config import PATHS
 
 ENTRY = "fastlora_medical"
 
+MOST_PARAMETERS = 2**50
 _COUNTS = dict.fromkeys(("total", "trainable", "lora"), int)
 _KEYS: Mapping[str, Any] = {
     "config": {str: PLAIN | list},
@@ -77,7 +78,17 @@ def read_adapter_run(file: Path) -> dict[str, Any]:
         check_like(about[name], wanted, f"{where}: {name}")
     if named := sorted(about["config"].keys() & set(PATHS)):
         raise CheckpointError(f"{where}: config: expected no paths, got {', '.join(named)}")
+    counts = about["counts"]
+    if (
+        not 0 <= counts["lora"] < counts["total"] <= MOST_PARAMETERS
+        or not 0 <= counts["trainable"] <= counts["total"]
+    ):
+        raise CheckpointError(f"{where}: counts: expected numbers of parameters, got {counts}")
     check_history(about["history"], [], where)
+    if len(about["history"]) != about["epoch"] + 1:
+        raise CheckpointError(
+            f"{where}: expected a history of epoch 0 to {about['epoch']}, got {len(about['history'])} entries"
+        )
     return {name: about[name] for name in _KEYS}
 
 

@@ -65,6 +65,8 @@ def _renamed(content: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     config, best = content.get("config"), content.get("best")
     if not isinstance(config, dict) or config.get("finetune") != "lora":
         return dict(content)
+    if old in content and new in content:
+        raise CheckpointError(f"checkpoint: expected {old} or {new}, got both")
     renamed = {new if name == old else name: value for name, value in content.items()}
     return renamed | {"best": _renamed(best, old, new)} if isinstance(best, dict) else renamed
 
@@ -124,6 +126,13 @@ def check_history(
         if chosen_by not in entry["val"]:
             raise CheckpointError(
                 f"{where}: history: expected {chosen_by!r} among the validation values of every epoch"
+            )
+        for name in ("train", "val"):
+            if name in entry and "total" not in entry[name]:
+                raise CheckpointError(f"{where}: history.{epoch}.{name}: expected the loss 'total'")
+        if entry.get("epoch") != epoch:
+            raise CheckpointError(
+                f"{where}: history.{epoch}: expected epoch {epoch}, got {entry.get('epoch')!r}"
             )
     if not all(map(math.isfinite, figures)):
         raise CheckpointError(f"{where}: history, seconds: expected finite numbers")

@@ -32,7 +32,10 @@ from fastlora.medical.sam3d.options import Sam3dOptions
 MODELS: Mapping[str, type[Any]] = {"compact": DecoderOptions, "sam3d": Sam3dOptions}
 """The `ModelOptions` of each value of `--model`: this is the only module of training and evaluation that imports SAM 3D."""
 
-PATHS = ("checkpoint_dir", "data_root", "cache_dir", "base_weights", "sam3d_dir", "latents_dir")
+PATHS = (
+    *("checkpoint_dir", "resume", "data_root", "cache_dir"),
+    *("base_weights", "sam3d_dir", "latents_dir"),
+)
 """The options that name a place on the machine; an adapter file, which may be passed on, does not hold them."""
 
 _data, _model = partial(option, "data"), partial(option, "model")
@@ -292,6 +295,11 @@ def is_resumable(name: str) -> bool:
     """Whether a resumed run may change this option."""
     owner = option_owners().get(name)
     return owner is not None and bool(declared(owner)[name].metadata["resumable"])
+
+
+def only_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of PATHS in a configuration."""
+    return {name: values[name] for name in PATHS if name in values}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastlora import load_adapter, merged_model, named_lora_layers
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, ConfigError
 from fastlora.files import check_tensors
 from fastlora.medical.data.batch import RegionBatch
 from fastlora.medical.models.trainee import Trainee
 from fastlora.medical.training.adapter_run import read_adapter_run
 from fastlora.medical.training.checkpointing import model_sha256, read_checkpoint
-from fastlora.medical.training.config import TrainConfig, read_yaml
+from fastlora.medical.training.config import TrainConfig, only_paths, read_yaml
 from fastlora.medical.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 ADAPTER = ".safetensors"
 """The ending of an adapter file; any other file is a checkpoint."""
@@ -77,7 +80,7 @@ class Finetuned:
         """Reads a run folder, a checkpoint of any place, or an adapter file.
 
         which: the checkpoint of a run folder, `best`, `last` or `epoch_NNN`. paths: options such as `base_weights` that replace
-        those of the run; None keeps them. In a run folder the configuration is that of config.yaml, otherwise that in the file.
+        those of the run; None keeps them. The configuration is that in the file; in a run folder its paths are those of config.yaml.
 
         Raises: CheckpointError if there is no such file, or it cannot be read. ConfigError if its configuration cannot be used.
         """
@@ -89,14 +92,30 @@ class Finetuned:
         file = path if path.is_file() else RunFolder(path).find(which)
         home = RunFolder.of(file)
         content = read_adapter_run(file) if file.suffix == ADAPTER else read_checkpoint(file)
-        config = content["config"] if home is None else read_yaml(home.config)
-        given = {name: value for name, value in paths.items() if value is not None}
-        if home is None and "latents_dir" in content.get("paths", ()):
+        config = dict(content["config"])
+        undescribed = (
+            content["base_sha256"] is None
+        )  # an adapter file that is not of a run, or of an older version
+        if home is not None:
+            stored = read_yaml(home.config)
+            config = stored if undescribed else config | only_paths(stored)
+        elif undescribed:
+            log.warning(
+                "%s: does not say which base, data and split it was trained on; assumed are the packaged base, or --base_weights, and the "
+                "defaults, so a training region may be in the test set",
+                file,
+            )
+        elif "latents_dir" in content.get("paths", ()) and paths.get("latents_dir") is None:
             raise CheckpointError(
                 f"{file}: was trained on cached latents, whose folder it does not name; expected it in its run folder"
             )
-        config = TrainConfig.from_dict({**config, **given})
-        return cls(file, None if home is None else home.path, config, content)
+        config |= {name: value for name, value in paths.items() if value is not None}
+        try:
+            return cls(
+                file, None if home is None else home.path, TrainConfig.from_dict(config), content
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
 
     @property
     def name(self) -> str:
@@ -115,6 +134,18 @@ class Finetuned:
         weights = load_file(self.file) if self.is_adapter else self.content["model"]
         return weights
 
+    def _check_ranks(self) -> None:
+        """Refuses ranks that no stored tensor has, before adapters of that rank take memory. Raises: CheckpointError."""
+        if self.config.finetune != "lora":
+            return
+        stored = [t.shape[0] for n, t in self.weights.items() if n.endswith("lora_A") and t.ndim]
+        adapters = self.config.adapters
+        named = max(adapters["rank"], *adapters["rank_pattern"].values(), 0)
+        if named > max(stored, default=0):
+            raise CheckpointError(
+                f"{self.file}: its settings name LoRA rank {named}, but its largest lora_A has {max(stored, default=0)}"
+            )
+
     def model(
         self, merged: bool = False, base: Trainee | None = None, adapters: bool = True
     ) -> Trainee:
@@ -123,11 +154,15 @@ class Finetuned:
         model = load_base(self.config) if base is None else base
         if self.content["base_sha256"] not in (None, model_sha256(model.base)):
             raise CheckpointError(
-                f"{self.file}: was trained on another base model (its weights differ); --base_weights names it"
+                f"{self.file}: was trained on another base model (its weights differ); expected the right one, which --base_weights names"
             )
+        self._check_ranks()
         make_trainable(model, self.config)
         if self.is_adapter:
-            load_adapter(model.exported, self.file)
+            try:
+                load_adapter(model.exported, self.file)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.file}: {error}") from error
         else:
             check_tensors(self.weights, trainable_parameters(model), str(self.file))
             model.load_state_dict(self.weights, strict=False)

@@ -54,7 +54,7 @@ class RunFolder:
     @classmethod
     def of(cls, file: Path) -> RunFolder | None:
         """The run folder that a checkpoint or an adapter file lies in; None for a file elsewhere."""
-        file = file.resolve()
+        file = file.absolute()
         in_run = file.name == "adapter.safetensors" or file.parent.name == "checkpoints"
         run = cls(file.parent if file.name == "adapter.safetensors" else file.parent.parent)
         return run if in_run and run.config.is_file() and run._is_run() else None
@@ -66,6 +66,11 @@ class RunFolder:
     def find(self, which: str) -> Path:
         """The file of a checkpoint that exists. Raises: CheckpointError, naming the existing ones."""
         path = self.checkpoint(which)
+        if not self.checkpoints.is_dir():
+            kept = f"; name its {self.adapter.name} instead" if self.adapter.is_file() else ""
+            raise CheckpointError(
+                f"{self.path}: expected a run folder, got one without checkpoints/{kept}"
+            )
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in self.checkpoints.glob("*.pt"))) or "none"
             raise CheckpointError(f"{self.path}: no checkpoint {which!r}; there are: {there}")

@@ -157,7 +157,8 @@ class RunState:
                 raise CheckpointError(f"{where}: was trained on {words}")
         now = self.config.to_dict()
         for name, value in content["config"].items():
-            if now.get(name) != value and not is_resumable(name):
+            unchanged = now.get(name) == value or (name == "channel" and not (now[name] or value))
+            if not unchanged and not is_resumable(name):
                 raise CheckpointError(
                     f"{where}: {name} was {value!r} in this run, got {now.get(name)!r}"
                 )

@@ -266,7 +266,10 @@ def test_batch_mode_lists_what_it_skipped(home, tmp_path, capsys):
             "nix.nii.gz: expected a file or a folder",
         ),
         (["--data_root", "x", "--coordinates", "world"], "invalid choice: 'world'"),
-        (["--checkpoint", "no", "--data_root", "x"], "no: no checkpoint 'best'"),
+        (
+            ["--checkpoint", "no", "--data_root", "x"],
+            "no: expected a run folder, a checkpoint (.pt) or an adapter file",
+        ),
     ],
 )
 def test_invalid_input_is_one_line_and_exit_code_2(

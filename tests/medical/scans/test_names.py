@@ -153,8 +153,10 @@ def test_a_folder_of_images_and_one_of_label_maps(tmp_path, images, labels, imag
     write(tmp_path / labels / "c8.nii.gz")
     problems: list[str] = []
     assert len(find_cases(tmp_path, "mr", problems)) == 2
-    assert "one label map such as c8_seg.nii.gz, got c8.nii.gz" in problems[0]
-    assert "one label map such as c9_seg.nii.gz, got c9.nii.gz" in problems[1]
+    assert problems[0].endswith(f"{labels}/c8.nii.gz, got none of that name")
+    assert problems[1].endswith(
+        f"expected one label map of {tmp_path / images / 'c9.nii.gz'}, got none"
+    )
 
 
 def test_subject_folders_of_these_names_stay_subjects(tmp_path):
@@ -162,6 +164,40 @@ def test_subject_folders_of_these_names_stay_subjects(tmp_path):
         write(tmp_path / name / "image.nii.gz", n, labels=0)
         write(tmp_path / name / "label.nii.gz")
     assert values(find_cases(tmp_path)) == {"images": 0, "labels": 1}
+    write(tmp_path / "images" / "b.nii.gz", labels=0)
+    with pytest.raises(
+        DataError, match="images: expected images, got a label map by its name, label"
+    ):
+        find_cases(tmp_path)
+    for name in ("images", "labels", "masks"):
+        write(tmp_path / "three" / name / "a.nii.gz", labels=0)
+    with pytest.raises(DataError, match="one folder of images and .*, got images, labels, masks"):
+        find_cases(tmp_path / "three")
+
+
+def test_numbered_channels_of_a_folder_of_images_follow_channel(tmp_path, caplog):
+    for n in (0, 1):
+        write(tmp_path / "imagesTr" / f"a_{n:04d}.nii.gz", 5 + n, labels=0)
+    write(tmp_path / "labelsTr" / "a.nii.gz")
+    write(tmp_path / "imagesTr" / "more" / "b.nii.gz", labels=0)
+    assert values(find_cases(tmp_path)) == {"a_0000": 5}
+    assert values(find_cases(tmp_path, channel=1)) == {"a_0001": 6}
+    assert "imagesTr: has folders, which are not read, such as more" in caplog.text
+    with pytest.raises(DataError, match="expected the image of .*labelsTr/a.nii.gz, got none"):
+        find_cases(tmp_path, channel=2)
+
+
+def test_a_case_with_a_label_map_keeps_it_beside_a_folder_of_masks(tmp_path):
+    """The folder may be a body mask of another tool."""
+    write(tmp_path / "pairs" / "c1" / "image.nii.gz", labels=0)
+    write(tmp_path / "pairs" / "c1" / "seg.nii.gz", 2, labels=2)
+    write(tmp_path / "pairs" / "c1" / "masks" / "body.nii.gz")
+    (case,) = find_cases(tmp_path / "pairs")
+    assert list(case.structures) == ["label_2", "label_3"]
+    write(tmp_path / "ts" / "s1" / "label.nii.gz")
+    write(tmp_path / "ts" / "s1" / "segmentations" / "liver.nii.gz")
+    with pytest.raises(DataError, match="or one other image, got none"):
+        find_cases(tmp_path / "ts", "mr")
 
 
 @pytest.mark.parametrize("folder", ["segmentations", "masks"])

@@ -109,9 +109,15 @@ def test_crops_and_padding_of_a_ct_are_accepted_or_not_by_their_tissue():
     check_hounsfield(noisy(np.full((20, 20, 20), -90.0), 10.0), "a crop of fat")
     soft = np.clip(noisy(np.full((20, 20, 20), 45.0), 30.0), -160, 240)
     check_hounsfield(soft, "a crop of soft tissue, clipped to its window")
-    bone = noisy(np.full((20, 20, 20), 30.0), 40.0)
-    bone[:, :, :1] = 1400  # 5 %
-    check_hounsfield(bone, "a crop with cortical bone, without air")
+    for dense in (1300, 1500):
+        bone = noisy(np.full((20, 20, 20), 30.0), 40.0)
+        bone[:, :, :8] = dense  # 40 %
+        check_hounsfield(bone, "a crop of dense bone or metal, without air")
+    shifted = noisy(ct_with_air() + 1024, 15.0)
+    with pytest.raises(
+        DataError, match="such as --intercept -1024; .*, --intercept 0; .* --modality mr"
+    ):
+        check_hounsfield(shifted, "a")
     metal = ct_with_air().astype(np.float32)
     metal[5:15, 5:15, 5:15] = 3000  # an eighth
     check_hounsfield(metal, "metal, and air around it")
@@ -515,11 +521,25 @@ def test_files_of_dicom_without_an_image_are_named(tmp_path):
         file = Path(pydicom.data.get_testdata_file(name))
         with pytest.raises(DataError, match=f"{name}: expected an image, got {kind} '"):
             load_volume(file)
-        if kind == "RTDOSE":  # highdicom's SEG readers need no packages for the header
-            continue
         with pytest.raises(DataError, match=f"expected a DICOM SEG, got {kind}") as caught:
             dicom.read_segmentation(file)
         assert ("contours" in str(caught.value)) == (kind == "RTSTRUCT")
+
+
+@NEEDS_DICOM
+def test_a_data_set_with_contours_only_is_told_so_and_a_channel_is_no_series(series):
+    import pydicom.data
+
+    root, written = series
+    seg = next(p for p in (root / "s1").rglob("*.dcm") if p.parent.name != "images")
+    image = open_files(root / "s1" / "images", seg, label=1, channel=0).image
+    assert image.array.shape == written.array.shape
+    seg.unlink()
+    (root / "s1" / "rt.dcm").write_bytes(
+        Path(pydicom.data.get_testdata_file("rtstruct.dcm")).read_bytes()
+    )
+    with pytest.raises(DataError, match="got an RTSTRUCT, whose contours"):
+        find_cases(root)
 
 
 @NEEDS_DICOM

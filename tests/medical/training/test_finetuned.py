@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from fastlora import load_lora_state_dict, save_adapter
@@ -17,6 +18,7 @@ from fastlora.files import write_json
 from fastlora.medical.commands.evaluate import main as evaluate_main
 from fastlora.medical.commands.predict import main as predict_main
 from fastlora.medical.data.batch import collate_regions
+from fastlora.medical.data.regions import RegionDataset
 from fastlora.medical.evaluation.evaluate import Run
 from fastlora.medical.training.adapter_run import ENTRY, read_adapter_run, read_metadata
 from fastlora.medical.training.config import PATHS
@@ -72,7 +74,7 @@ def test_a_file_at_any_place_gives_the_model_of_its_run(
     "changes", [{}, {"lora_rank": None, "lora_alpha": None}], ids=["head", "adapted"]
 )
 def test_an_adapter_file_that_says_nothing_of_its_run_is_loaded_by_its_layers(
-    tmp_path: Path, changes: dict[str, None]
+    tmp_path: Path, changes: dict[str, None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As written by earlier versions, or by `save_adapter`. The second has several ranks, also in the output layer."""
     trainer = tiny_trainer(tmp_path / "run", epochs=1, lora_dropout=0.0, **changes)
@@ -82,6 +84,7 @@ def test_an_adapter_file_that_says_nothing_of_its_run_is_loaded_by_its_layers(
     assert ENTRY not in read_metadata(path)
     with torch.no_grad():
         assert torch.equal(distances(path), predict(trainer.model.eval(), BATCH))
+    assert "does not say which base, data and split it was trained on" in caplog.text
     content = Finetuned.read(path).content
     assert content["epoch"] is None and content["history"] == content["regions"] == []
 
@@ -103,7 +106,7 @@ def test_equal_runs_give_equal_adapter_files(run: MedicalTrainer, tmp_path: Path
 # -- the checkpoint
 
 
-def test_lora_state_dict_of_a_checkpoint(run: MedicalTrainer) -> None:
+def test_lora_state_dict_of_a_checkpoint(run: MedicalTrainer, tmp_path: Path) -> None:
     content = torch.load(run.folder.find("best"), weights_only=True)
     model = tiny_model()
     make_trainable(model, run.config)
@@ -112,6 +115,9 @@ def test_lora_state_dict_of_a_checkpoint(run: MedicalTrainer) -> None:
     with torch.no_grad():
         assert torch.equal(predict(model.eval(), BATCH), distances(run.folder.path))
     assert "model" not in content  # the weights are there once
+    torch.save({**content, "model": content["lora_state_dict"]}, tmp_path / "both.pt")
+    with pytest.raises(CheckpointError, match="expected lora_state_dict or model, got both"):
+        load_finetuned(tmp_path / "both.pt")
     last = torch.load(run.folder.find("last"), weights_only=True)
     assert last["best"] is None or "lora_state_dict" in last["best"]
 
@@ -176,7 +182,7 @@ def test_eval_of_an_adapter_file_equals_that_of_its_run(
 
 
 def test_eval_of_a_checkpoint_elsewhere(home: Path, tmp_path: Path) -> None:
-    """The checkpoint states its times, but not the parameters of its base, which are counted."""
+    """The checkpoint does not state the parameters of its base, which are counted."""
     for kind in ("lora", "full"):
         shutil.copy(home / kind / "checkpoints" / "last.pt", tmp_path / f"{kind}.pt")
         moved, inside = (
@@ -184,7 +190,9 @@ def test_eval_of_a_checkpoint_elsewhere(home: Path, tmp_path: Path) -> None:
             for path in (tmp_path / f"{kind}.pt", home / kind / "checkpoints" / "last.pt")
         )
         assert moved.history == inside.history
-        assert {**moved.facts, "checkpoint": "last"} == inside.facts
+        # How long the run went on after the checkpoint is not known.
+        unknown = {"epochs": None, "seconds": None}
+        assert {**moved.facts, "checkpoint": "last"} == {**inside.facts, **unknown}
 
 
 def test_predict_takes_an_adapter_file(home: Path, tmp_path: Path) -> None:
@@ -201,6 +209,54 @@ def test_predict_takes_an_adapter_file(home: Path, tmp_path: Path) -> None:
         assert predict_main([*flags, "--mask", str(mask), "--output_dir", str(out)]) == 0
         meshes.append(next(out.glob("*.ply")).read_bytes().split(b"end_header")[1])
     assert meshes[0] == meshes[1]
+
+
+def test_an_adapter_file_is_compared_with_a_full_run(home: Path, tmp_path: Path) -> None:
+    alone = shutil.copy(home / "lora" / "adapter.safetensors", tmp_path / "a.safetensors")
+    flags = ["--full", str(home / "full"), "--output_dir", str(tmp_path / "out")]
+    data = ["--data_root", str(home / "volumes"), "--base_weights", str(home / "base.safetensors")]
+    assert evaluate_main(["--checkpoint", str(alone), *flags, *data]) == 0
+    assert {row["method"] for row in rows(tmp_path / "out")} >= {"lora", "merged", "full"}
+    # In its run folder it needs nothing.
+    inside = str(home / "lora" / "adapter.safetensors")
+    assert evaluate_main(["--checkpoint", inside, *flags]) == 0
+
+
+def test_an_adapter_file_is_not_tested_on_regions_that_it_may_have_been_trained_on(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = shutil.copy(home / "lora" / "adapter.safetensors", tmp_path / "a.safetensors")
+    data = ["--data_root", str(home / "volumes"), "--base_weights", str(home / "base.safetensors")]
+    out = ["--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(RegionDataset, "identity", lambda _: "another set")
+    assert evaluate_main(["--checkpoint", str(alone), *data, *out]) == 2
+    assert "so a training region could be in the test set" in capsys.readouterr().err
+    # The data of a run folder may be replaced by those of other patients; that is said.
+    assert evaluate_main(["--checkpoint", str(home / "lora"), *data, *out]) == 0
+    assert "could be in the test set, unless no patient of" in capsys.readouterr().out
+
+
+def test_what_was_trained_is_stated_by_the_file_and_where_by_its_run_folder(
+    home: Path, tmp_path: Path
+) -> None:
+    """An edited config.yaml, or a checkpoint of another run, changes no prediction."""
+    wanted = Finetuned.read(home / "lora").weights
+    run = shutil.copytree(home / "lora", tmp_path / "run")
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    scaling = Finetuned.read(run).config.lora_alpha
+    moved = shutil.copy(home / "base.safetensors", tmp_path / "moved.safetensors")
+    shutil.copy(home / "base.json", tmp_path / "moved.json")
+    values |= {"lora_alpha": 40.0, "base_weights": str(moved)}
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    for file in (run, run / "adapter.safetensors"):
+        found = Finetuned.read(file)
+        assert found.config.lora_alpha == scaling != 40.0
+        assert found.config.base_weights == str(moved)
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.weights.items())
+        with torch.no_grad():
+            assert torch.equal(
+                predict(found.model(), BATCH), predict(load_finetuned(home / "lora"), BATCH)
+            )
 
 
 # -- what is refused
@@ -228,8 +284,12 @@ def test_damaged_entries_are_named(run: MedicalTrainer, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=rf"a\.safetensors: {ENTRY}: .*{message}"):
             read_adapter_run(path)
     save_adapter(model, path, metadata={ENTRY: json.dumps({**about, "config": {"lr": -1}})})
-    with pytest.raises(ConfigError, match="lr: expected > 0"):
+    with pytest.raises(ConfigError, match="a.safetensors: lr: expected > 0"):
         Finetuned.read(path)
+    huge = {**about, "config": {**about["config"], "lora_rank": 20_000_000}}
+    save_adapter(model, path, metadata={ENTRY: json.dumps(huge)})
+    with pytest.raises(CheckpointError, match="LoRA rank 20000000, but its largest lora_A has"):
+        distances(path)
 
 
 def test_adapters_of_other_settings_are_refused(run: MedicalTrainer, tmp_path: Path) -> None:
