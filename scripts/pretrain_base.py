@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from fastlora.medical.models.decoder import (
     save_base_model,
 )
 from fastlora.medical.models.losses import mesh_losses
+
+WEIGHTS = {"sdf": 1.0, "occupancy": 0.2, "normal": 0.05}
+FRACTION_STEPS = 2
+"""Of the saved model. They have no weights, and are not used in pretraining."""
 
 
 class PhantomRegions(Dataset[dict[str, Any]]):
@@ -75,7 +80,7 @@ def pretrain(
     mean: dict[str, float] = {}
     bar = tqdm(loader, desc="pretrain", unit="step")
     for batch in bar:
-        losses = mesh_losses(model(batch.tokens, batch.base_vox), batch)
+        losses = mesh_losses(model(batch.tokens, batch.base_vox), batch, WEIGHTS)
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -146,9 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = DecoderConfig(TOKEN_CHANNELS, channels=args.channels, blocks=args.blocks)
         start = time.monotonic()
         model = pretrain(config, args.steps, args.batch_size, args.lr, args.seed)
+        model.config = replace(config, fraction_steps=FRACTION_STEPS)
         flags = {k: v for k, v in vars(args).items() if k != "output"}
         provenance = {
-            "trained_on": "procedural shapes (fastlora.medical.data.phantom), no anatomy",
+            "trained_on": "procedural shapes (fastlora.medical.data.phantom), no anatomy; fraction_steps, which have no weights, were added after "
+            "training",
             "command": "python scripts/pretrain_base.py "
             + " ".join(f"--{k} {v}" for k, v in flags.items()),
             "seconds": round(time.monotonic() - start),

@@ -32,6 +32,7 @@ TOKEN_CHANNELS = PATCH**3 + 3**3
 """A token is its cell's image patch with context, and the coarse values of the 3³ cells around it."""
 
 SHIFT_VOX = 8  # the largest shift of a region along each axis in augmentation
+GAMMA = 0.3  # the largest |log| of the exponent of grey values in augmentation
 
 
 def upsample_coarse(coarse: Array) -> Array:
@@ -105,8 +106,8 @@ class RegionDataset(Dataset[dict[str, Any]]):
     and of the ground truth; image (32, 32, 32) float32 in [0, 1]; affine (4, 4) float64, index to mm; spacing, mm
     per fine voxel; meta: subject, structure, region, modality, group.
 
-    augment: shift and mirror the region, and vary brightness, contrast and noise slightly (the image
-    may then leave [0, 1]). Image and SDF are mirrored alike and not resampled, so the SDF stays exact. cache_dir: of preprocessing.
+    augment: shift the region, mirror and exchange its axes, and vary gamma, contrast, brightness and noise (the image
+    may then leave [0, 1]). Image and SDF are moved alike and not resampled, so the SDF stays exact. cache_dir: of preprocessing.
     Raises: DataError if `specs` is empty; ConfigError if `samples_per_region` < 1.
     """
 
@@ -192,14 +193,17 @@ def _moved(spec: RegionSpec, grid: StructureGrid, rng: np.random.Generator) -> N
 def _augmented(
     image: Array, sdf: Array, affine: FloatArray, rng: np.random.Generator
 ) -> tuple[Array, Array, FloatArray]:
-    """Mirror image, SDF and affine along random axes, then vary brightness, contrast and noise."""
+    """Exchange and mirror the axes of image, SDF and affine at random, then vary gamma, contrast, brightness and noise."""
+    order = rng.permutation(3)
+    image, sdf = np.transpose(image, order), np.transpose(sdf, order)
+    affine = affine[:, [*order, 3]]
     for axis in np.flatnonzero(rng.random(3) < 0.5).tolist():
         image, sdf = np.flip(image, axis), np.flip(sdf, axis)
-        affine = affine.copy()
         affine[:3, 3] += affine[:3, axis] * (FINE - 1)
         affine[:3, axis] *= -1
+    gamma = np.exp(rng.uniform(-GAMMA, GAMMA))
     gain, bias = rng.uniform(0.95, 1.05), rng.uniform(-0.03, 0.03)
     noise = rng.normal(0, rng.uniform(0, 0.02), image.shape)
     # Not clipped to [0, 1], which would remove the contrast between bright tissues.
-    changed = ((image - 0.5) * gain + 0.5 + bias + noise).astype(np.float32)
+    changed = ((image**gamma - 0.5) * gain + 0.5 + bias + noise).astype(np.float32)
     return changed, np.ascontiguousarray(sdf), affine

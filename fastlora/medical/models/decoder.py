@@ -97,7 +97,7 @@ class DecoderConfig:
         if self.in_channels < needed:
             coarse = " and 3³ coarse values" if self.fraction_steps else ""
             raise ConfigError(
-                f"DecoderConfig.in_channels: expected at least the image patch's {self.patch_size}³ voxels{coarse}, {needed}, "
+                f"DecoderConfig.in_channels: expected at least the image patch's {self.patch_size}³{coarse} = {needed}, "
                 f"got {self.in_channels}"
             )
         if self.channels % self.heads:
@@ -212,6 +212,12 @@ class SparseMeshDecoder(Trainee):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.out_layer.weight)
+
+    @property
+    def fingerprint(self) -> str:
+        """What distinguishes models of equal weights; empty for those of versions without `fraction_steps`."""
+        steps = self.config.fraction_steps
+        return f"fraction_steps {steps}" if steps else ""
 
     @property
     def shard_units(self) -> list[nn.Module]:

@@ -27,7 +27,7 @@ OCCUPANCY_WIDTH_VOX = 0.5
 """Width `w` (fine voxels) of the sigmoid that turns a distance into an occupancy."""
 
 
-LOSS_WEIGHTS: Mapping[str, float] = {"sdf": 1.0, "occupancy": 0.2, "normal": 0.05}
+LOSS_WEIGHTS: Mapping[str, float] = {"sdf": 1.0, "occupancy": 1.0, "normal": 0.05}
 """The default weights of `mesh_losses`."""
 
 

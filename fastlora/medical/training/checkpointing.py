@@ -195,13 +195,14 @@ def check_rng_state(state: Mapping[str, Any], where: str) -> None:
 
 
 def model_sha256(model: nn.Module) -> str:
-    """A fingerprint of the names, types, shapes and values of a model's parameters and buffers."""
+    """A fingerprint of the names, types, shapes and values of a model's parameters and buffers, and of its `fingerprint`, if it has one."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(
             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         )
+    digest.update(getattr(model, "fingerprint", "").encode())
     return digest.hexdigest()
 
 

@@ -99,7 +99,8 @@ class TrainConfig:
         one_of("auto", "structure", "patient", "file"),
     )
     augment: bool = _data(
-        True, "shift and mirror the training regions at random, and vary their intensities slightly"
+        True,
+        "shift the training regions, mirror and exchange their axes, and vary their intensities, all at random",
     )
     samples_per_region: int = _data(4, "samples of each training region per epoch", AT_LEAST_ONE)
     num_workers: int = _data(

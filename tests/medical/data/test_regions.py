@@ -198,13 +198,14 @@ def test_samples_depend_on_seed_epoch_and_index_alone(ball: Case) -> None:
     assert not torch.equal(reference[0], reference[1])
 
 
-def test_augmentation_moves_and_mirrors_but_keeps_distances(ball: Case) -> None:
+def test_augmentation_moves_turns_and_mirrors_but_keeps_distances(ball: Case) -> None:
     specs = region_specs(ball, "liver")
     plain = RegionDataset(specs)[0]
     dataset = RegionDataset(specs, augment=True, samples_per_region=16)
     samples = [dataset[i] for i in range(16)]
-    signs = {tuple(np.sign(np.diag(s["affine"])[:3])) for s in samples}
-    assert len(signs) > 3
+    turns = {np.sign(s["affine"][:3, :3]).tobytes() for s in samples}
+    orders = {tuple(np.argmax(np.abs(s["affine"][:3, :3]), axis=0)) for s in samples}
+    assert len(turns) > 8 and len(orders) > 3
     assert len({s["affine"][:3, 3].tobytes() for s in samples}) > 8
     for sample in samples:
         assert set(np.unique(sample["sdf_vox"])) <= set(np.unique(plain["sdf_vox"]))

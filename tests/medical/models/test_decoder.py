@@ -16,7 +16,12 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.errors import CheckpointError, ConfigError, DataError
 from fastlora.medical.data.batch import SparseTokens
-from fastlora.medical.data.regions import TOKEN_CHANNELS
+from fastlora.medical.data.regions import (
+    TOKEN_CHANNELS,
+    active_cells,
+    coarse_segmentation,
+    token_features,
+)
 from fastlora.medical.models.decoder import (
     BASE_WEIGHTS,
     DecoderConfig,
@@ -26,6 +31,7 @@ from fastlora.medical.models.decoder import (
     position_embedding,
     save_base_model,
 )
+from fastlora.medical.training.checkpointing import model_sha256
 from tests.support.paths import ROOT
 from tests.support.tolerance import assert_close, assert_same_distances
 
@@ -99,6 +105,79 @@ def test_a_fresh_decoder_gives_the_base_and_only_its_head_has_gradient() -> None
     assert model.out_layer.weight.grad.abs().sum() > 0
     assert model.input_layer.weight.grad is not None
     assert model.input_layer.weight.grad.abs().sum() == 0
+
+
+MATCHING = replace(CONFIG, in_channels=64 + 27, fraction_steps=2)
+
+
+def ball_tokens(radius: float, base_radius: float) -> tuple[SparseTokens, Tensor, Tensor]:
+    """Tokens that state the cell fractions of a ball, distances to a ball of another radius, and the fractions (1, 8, 8, 8)."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(32.0)] * 3, indexing="ij"), -1)
+    away = (grid - torch.tensor([15.0, 16.2, 14.1])).norm(dim=-1)
+    inside = (away < radius).numpy()
+    coarse = coarse_segmentation(inside)
+    cells = active_cells(coarse)
+    feats = token_features(np.full((32, 32, 32), 0.5, np.float32), coarse, cells)
+    feats = np.concatenate([np.zeros((len(cells), 64), np.float32), feats[:, -27:]], axis=1)
+    coords = torch.cat([torch.zeros(len(cells), 1, dtype=torch.int64), torch.tensor(cells)], 1)
+    tokens = SparseTokens(torch.tensor(feats), coords)
+    return tokens, (away - base_radius).clamp(-4, 4)[None], torch.tensor(coarse)[None]
+
+
+def fractions(field: Tensor) -> Tensor:
+    return torch.nn.functional.avg_pool3d((field < 0).float()[:, None], 4)[:, 0]
+
+
+@pytest.mark.parametrize("wrong", [-1.0, -0.4, 0.3, 0.8])
+def test_the_surface_moves_to_the_fractions_of_the_coarse_segmentation(wrong: float) -> None:
+    tokens, base, coarse = ball_tokens(9.0, 9.0 + wrong)
+    model = SparseMeshDecoder(MATCHING)  # its out_layer is zero: without steps it returns the base
+    with torch.no_grad():
+        matched = model(tokens, base)
+    partly = (coarse > 0) & (coarse < 1)
+    before, after = ((fractions(d) - coarse)[partly].abs().mean() for d in (base, matched))
+    assert before > 0.05 and after < 0.02
+    volume = [float((d < 0).sum()) for d in (base, matched)]
+    wanted = float(coarse.sum() * 64)
+    errors = [abs(one - wanted) for one in volume]
+    assert errors[1] < 0.03 * wanted and errors[1] < errors[0] / 3
+    assert float((matched - base).abs().max()) <= 2.0  # a voxel a step
+    assert torch.equal(SparseMeshDecoder(replace(MATCHING, fraction_steps=0))(tokens, base), base)
+
+
+def test_a_field_that_has_the_fractions_stays() -> None:
+    tokens, base, _ = ball_tokens(9.0, 9.0)
+    with torch.no_grad():
+        moved = SparseMeshDecoder(MATCHING)(tokens, base) - base
+    assert moved.abs().max() < 0.25
+
+
+def test_matching_has_the_gradient_of_its_own_formula() -> None:
+    tokens, base, _ = ball_tokens(9.0, 9.5)
+    model = SparseMeshDecoder(MATCHING).double()
+    tokens = tokens.replace(tokens.feats.double())
+    base = base.double().requires_grad_()
+    direction = torch.randn(base.shape, generator=torch.Generator().manual_seed(0)).double()
+    weight = torch.randn(base.shape, generator=torch.Generator().manual_seed(1)).double()
+    (model(tokens, base) * weight).sum().backward()
+    step = 1e-6
+    with torch.no_grad():
+        ends = [(model(tokens, base + sign * step * direction) * weight).sum() for sign in (1, -1)]
+    assert float((base.grad * direction).sum()) == pytest.approx(
+        float(ends[0] - ends[1]) / (2 * step), rel=1e-5
+    )
+
+
+def test_models_of_equal_weights_with_and_without_matching_are_told_apart() -> None:
+    with_, without = (
+        SparseMeshDecoder(MATCHING),
+        SparseMeshDecoder(replace(MATCHING, fraction_steps=0)),
+    )
+    without.load_state_dict(with_.state_dict())
+    assert model_sha256(with_) != model_sha256(without)
+    other = SparseMeshDecoder(replace(MATCHING, fraction_steps=0))
+    other.load_state_dict(without.state_dict())
+    assert model_sha256(other) == model_sha256(without)
 
 
 def test_samples_do_not_see_each_other_whatever_their_lengths() -> None:
@@ -214,6 +293,10 @@ def test_invalid_configurations_are_named() -> None:
         replace(CONFIG, context=1)
     with pytest.raises(ConfigError, match=r"knots: expected an int >= 2, got 1"):
         replace(CONFIG, knots=1)
+    with pytest.raises(ConfigError, match=r"fraction_steps: expected an int >= 0, got -1"):
+        replace(CONFIG, fraction_steps=-1)
+    with pytest.raises(ConfigError, match=r"4³ and 3³ coarse values = 91, got 70"):
+        replace(CONFIG, fraction_steps=1)
 
 
 def test_saved_weights_come_back_and_damage_is_found(tmp_path: Path) -> None:
@@ -249,7 +332,7 @@ def test_saved_weights_come_back_and_damage_is_found(tmp_path: Path) -> None:
 def test_the_packaged_base_is_pretrained_and_small() -> None:
     model = load_base_model()
     card = json.loads(BASE_WEIGHTS.with_suffix(".json").read_text())
-    assert model.config.in_channels == TOKEN_CHANNELS
+    assert model.config.in_channels == TOKEN_CHANNELS and model.config.fraction_steps == 2
     assert model.out_layer.weight.abs().sum() > 0
     assert BASE_WEIGHTS.stat().st_size < 4_000_000
     assert "no anatomy" in card["trained_on"]
@@ -273,6 +356,7 @@ def test_pretraining_is_reproducible_and_refuses_invalid_settings(
         path = tmp_path / f"{name}.safetensors"
         assert module.main([*small, "--seed", seed, "--output", str(path)]) == 0
         assert load_base_model(path).out_layer.weight.abs().sum() > 0
+        assert load_base_model(path).config.fraction_steps == 2
         hashes.append(json.loads(path.with_suffix(".json").read_text())["sha256"])
     assert hashes[0] == hashes[1] != hashes[2]
     assert module.main(["--steps", "0", "--output", str(tmp_path / "d.safetensors")]) == 2
