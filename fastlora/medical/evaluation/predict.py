@@ -30,7 +30,7 @@ from fastlora.medical.training.finetuned import predict
 STRIDE = FINE // 2  # so that neighbouring regions overlap by at least half
 LOW_DICE = 0.8
 """A prediction whose overlap with its mask is smaller gets a warning."""
-SMALLEST_MM = (9, 6)
+SMALLEST_MM = (7, 6)
 """Diameters of a ball and of a tube that the packaged base still predicts at a Dice of 0.8; sheets may be 3 mm thin."""
 
 Key = TypeVar("Key")
