@@ -130,7 +130,7 @@ def check_history(
         for name in ("train", "val"):
             if name in entry and "total" not in entry[name]:
                 raise CheckpointError(f"{where}: history.{epoch}.{name}: expected the loss 'total'")
-        if entry.get("epoch") != epoch:
+        if type(entry.get("epoch")) is not int or entry["epoch"] != epoch:
             raise CheckpointError(
                 f"{where}: history.{epoch}: expected epoch {epoch}, got {entry.get('epoch')!r}"
             )
