@@ -1,10 +1,10 @@
 """The two small kernels of the backward pass; its main GEMM is `gemm.rank_gemm`.
 
-    dy_pass   dS = scale · dy B   and   dB = dyᵀ S        one pass over dy
-    x_pass    dA = dSᵀ (keep ∘ x)                         one pass over x, which recomputes the dropout mask
+    dy_pass   dS = dy B   and   dB = scale · dyᵀ S        one pass over dy
+    x_pass    dA = scale · dSᵀ (keep ∘ x)                 one pass over x, which recomputes the dropout mask
                                                          and writes it as bits for the product of dx
 
-S and dS already include every factor (see `forward`). Sums over many rows are split into float32 partial sums, which
+`scale` includes every factor, S and dS none (see `forward`). Sums over many rows are split into float32 partial sums, which
 `sum_partials` adds in a fixed order.
 """
 
@@ -51,13 +51,13 @@ def _dy_kernel(
         dy = tl.load(p_dy, mask=m_dy, other=0.0)  # [BLOCK_M, BLOCK_N]
         if NEEDS_DS:
             ds = tl.dot(dy, b, input_precision=PRECISION)  # [BLOCK_M, BLOCK_R]
-            tl.store(ds_ptr + o_row, (ds * scale).to(ds_ptr.dtype.element_ty), mask=m_row)
+            tl.store(ds_ptr + o_row, ds.to(ds_ptr.dtype.element_ty), mask=m_row)
         if NEEDS_DB:
             s = tl.load(s_ptr + o_row, mask=m_row, other=0.0)  # [BLOCK_M, BLOCK_R]
-            db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
+            db += tl.dot(tl.trans(dy), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
     if NEEDS_DB:
         p_db = db_ptr + split.to(tl.int64) * N * R + o_n[:, None] * R + o_r[None, :]
-        tl.store(p_db, db.to(db_ptr.dtype.element_ty), mask=m_nr)
+        tl.store(p_db, (db * scale).to(db_ptr.dtype.element_ty), mask=m_nr)
 
 
 def dy_pass(
@@ -71,7 +71,7 @@ def dy_pass(
     needs_db: bool = True,
     precision: str = "ieee",
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dS = scale · dy B (M, R) in dy's dtype, and dB = dyᵀ S (N, R) in lora_b's; None for what is not needed.
+    """dS = dy B (M, R) in dy's dtype, and dB = scale · dyᵀ S (N, R) in lora_b's; None for what is not needed.
 
     dy: (M, N), any strides. lora_b: (N, R), any strides, any float dtype, cast to dy's. s: (M, R), contiguous, dy's dtype.
     config.splits divides M.
@@ -120,7 +120,7 @@ def dy_pass(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _x_kernel(
-    x_ptr, ds_ptr, da_ptr, seed_ptr, packed_ptr, M, K, m_chunk, threshold, stride_xm, stride_xk, stride_pm,
+    x_ptr, ds_ptr, da_ptr, seed_ptr, packed_ptr, M, K, m_chunk, scale, threshold, stride_xm, stride_xk, stride_pm,
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def _x_kernel(
             tl.store(p_byte, bits.to(tl.uint8), mask=m_byte)
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)
     p_da = da_ptr + split.to(tl.int64) * R * K + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
-    tl.store(p_da, da.to(da_ptr.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
+    tl.store(p_da, (da * scale).to(da_ptr.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
 
 
 def x_pass(
@@ -160,10 +160,11 @@ def x_pass(
     dtype: torch.dtype,
     config: PassConfig,
     *,
+    scale: float = 1.0,
     mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dA = dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask as bits (M, ⌈K / 8⌉) uint8, None without dropout.
+    """dA = scale · dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask as bits (M, ⌈K / 8⌉) uint8, None without dropout.
 
     x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits divides M.
     mask, precision: as in `rank_gemm`.
@@ -188,6 +189,7 @@ def x_pass(
         K=k,
         R=r,
         m_chunk=chunk,
+        scale=scale,
         stride_pm=0 if packed is None else packed.stride(0),
         threshold=mask.threshold,
         stride_xm=x.stride(0),

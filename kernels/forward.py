@@ -1,10 +1,10 @@
 """The small kernels of the forward pass.
 
-    down_project   S = scale · (keep ∘ x) Aᵀ              one pass over x, the only one that applies dropout
-    decode         y = x Wᵀ + bias + S Bᵀ, and S          for few rows: W is read once, split along K, in two launches
+    down_project   S = (keep ∘ x) Aᵀ                      one pass over x, the only one that applies dropout
+    decode         y = x Wᵀ + bias + scale · S Bᵀ, and S  for few rows: W is read once, split along K, in two launches
 
-`scale` includes every factor of the low-rank path (alpha / rank, and 1 / (1 − p') of the dropout), so that S is rounded
-once and later products need no factor.
+`scale` includes every factor of the low-rank path (alpha / rank, and 1 / (1 − p') of the dropout). S and dS are stored without
+it, so that a large factor cannot overflow float16; it multiplies the products made from them, in float32.
 """
 
 import torch
@@ -61,7 +61,7 @@ def _store_rows(out_ptr, block, M, N, first_m, first_n):
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _down_kernel(
-    x_ptr, a_ptr, s_ptr, seed_ptr, M, K, k_chunk, scale, threshold, stride_xm, stride_xk, stride_ar, stride_ak,
+    x_ptr, a_ptr, s_ptr, seed_ptr, M, K, k_chunk, threshold, stride_xm, stride_xk, stride_ar, stride_ak,
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def _down_kernel(
         x_ptr, a_ptr, seed_ptr, M, R, first_k, last_k, threshold, stride_xm, stride_xk, stride_ar, stride_ak, first_m, 0,
         DROPOUT, EVEN_K, PRECISION, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
-    _store_rows(s_ptr + split.to(tl.int64) * M * R, s * scale, M, R, first_m, 0)
+    _store_rows(s_ptr + split.to(tl.int64) * M * R, s, M, R, first_m, 0)
 
 
 def down_project(
@@ -83,11 +83,10 @@ def down_project(
     lora_a: torch.Tensor,
     config: PassConfig,
     *,
-    scale: float = 1.0,
     mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
-    """S = scale · (keep ∘ x) Aᵀ, newly allocated (M, R), in x's dtype.
+    """S = (keep ∘ x) Aᵀ, newly allocated (M, R), in x's dtype.
 
     x: (M, K), any strides. lora_a: (R, K), any strides, any float dtype, cast to x's. config.splits divides K.
     mask, precision: as in `rank_gemm`.
@@ -105,7 +104,6 @@ def down_project(
         K=k,
         R=r,
         k_chunk=chunk,
-        scale=scale,
         threshold=mask.threshold,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
@@ -179,13 +177,13 @@ def _combine_kernel(
         s += tl.load(s_part_ptr + o_m[:, None] * R + o_r[None, :], mask=m_s, other=0.0)
         base_ptr += M * N
         s_part_ptr += M * R
-    low = (s * scale).to(DTYPE)
+    low = s.to(DTYPE)
     if tl.program_id(0) == 0:
         _store_rows(s_ptr, low, M, R, 0, 0)
     m_b = (o_r < R)[:, None] & (o_n < N)[None, :]
     p_b = b_ptr + o_n[None, :] * stride_bn + o_r[:, None] * stride_br
     b = tl.load(p_b, mask=m_b, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
-    acc = tl.dot(low, b, acc, input_precision=PRECISION)
+    acc += tl.dot(low, b, input_precision=PRECISION) * scale
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     _store_rows(y_ptr, acc, M, N, 0, first_n)
@@ -203,7 +201,7 @@ def decode(
     mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = x Wᵀ + bias + S Bᵀ (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), in x's dtype, in two launches.
+    """y = x Wᵀ + bias + scale · S Bᵀ (M, N) and S = (keep ∘ x) Aᵀ (M, R), in x's dtype, in two launches.
 
     x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R), R ≤ config.block_r: any strides; the
     adapters in any float dtype. config.splits divides K. mask, precision: as in `rank_gemm`.

@@ -1,13 +1,15 @@
 """The main GEMM of both directions, which adds the rank-R term before the result leaves the registers:
 
-    out = x Wᵀ + bias + keep ∘ (low upᵀ)
+    out = x Wᵀ + bias + scale · keep ∘ (low upᵀ)
 
 Forward: low = S, up = B. Gradient of x: x is dy, W is read transposed, low = dS, up = Aᵀ, and `keep` is the dropout mask,
 read as the bits that the pass over x wrote, or recomputed from the seed if that pass was not needed.
-With FUSED the kernel also computes S = scale · x Aᵀ with the base tile: x is read once, and S is recomputed for every tile of
+With FUSED the kernel also computes S = x Aᵀ with the base tile: x is read once, and S is recomputed for every tile of
 columns.
 
-Both kernels accumulate in float32 and round once. `_pointer_kernel` supports any strides and sizes. `_descriptor_kernel`
+Both kernels accumulate in float32 and round once. The rank-R term has an accumulator of its own and a factor that is known at run time
+only: added to the accumulator of the loop, or with a constant factor, it makes ptxas wait for each matrix instruction of the loop
+before it issues the next. `_pointer_kernel` supports any strides and sizes. `_descriptor_kernel`
 is for Hopper and newer: persistent, with tiles loaded by the tensor memory accelerator.
 """
 
@@ -24,16 +26,13 @@ from fastlora.kernels.tiles import halves, overlaps, pdl_options, tile_of
 
 @triton.jit
 def _rank_term(
-    acc, s, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+    acc, s, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
     R: tl.constexpr, DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc + keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n)."""
+    """acc + scale · keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n)."""
     o_m = (first_m + tl.arange(0, acc.shape[0])).to(tl.int64)
     o_n = (first_n + tl.arange(0, acc.shape[1])).to(tl.int64)
-    if DROPOUT:
-        term = tl.zeros(acc.shape, tl.float32)
-    else:
-        term = acc
+    term = tl.zeros(acc.shape, tl.float32)
     for first_r in range(0, R, BLOCK_R):
         o_r = first_r + tl.arange(0, BLOCK_R)
         m_r = o_r < R
@@ -50,10 +49,10 @@ def _rank_term(
         o_byte = first_n // 8 + tl.arange(0, acc.shape[1] // 8)
         m_byte = (o_m < M)[:, None] & (o_byte < tl.cdiv(N, 8))[None, :]
         p_byte = mask_ptr + o_m[:, None] * stride_mask + o_byte[None, :]
-        term = acc + drop_bits(term, tl.load(p_byte, mask=m_byte, other=0))
+        term = drop_bits(term, tl.load(p_byte, mask=m_byte, other=0))
     elif DROPOUT:
-        term = acc + drop(term, tl.load(mask_ptr), threshold, first_m, first_n)
-    return term
+        term = drop(term, tl.load(mask_ptr), threshold, first_m, first_n)
+    return acc + term * scale
 
 
 @triton.jit
@@ -113,11 +112,11 @@ def _pointer_kernel(
             p_a += step * stride_ak
         p_x += step * stride_xk
         p_w += step * stride_wk
-    s_low = (s * scale).to(DTYPE)
+    s_low = s.to(DTYPE)
     if FUSED and tile_n == 0:
         _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
     acc = _rank_term(
-        acc, s_low, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+        acc, s_low, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
         R, DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
@@ -128,7 +127,7 @@ def _pointer_kernel(
 
 @triton.jit
 def _finish(
-    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
     R: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
@@ -136,16 +135,16 @@ def _finish(
     if SUBTILES > 1:
         left, right = halves(acc)
         _finish(
-            out_desc, left, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
+            out_desc, left, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask,
             first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
         )  # fmt: skip
         _finish(
-            out_desc, right, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
+            out_desc, right, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask,
             first_m, first_n + acc.shape[1] // 2, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
         )  # fmt: skip
     else:
         out = _rank_term(
-            acc, s, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+            acc, s, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
             R, DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
@@ -189,32 +188,38 @@ def _descriptor_kernel(
                 s = tl.dot(x, a, s, input_precision=PRECISION)
         if OVERLAP:
             gdc_wait()  # after the loop: inside, the pipelined loads would be wrong
-        s_low = (s * scale).to(DTYPE)
+        s_low = s.to(DTYPE)
         if FUSED and tile_n == 0:
             _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
         _finish(
-            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
+            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask,
             first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _update_kernel(
-    out_ptr, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask,
-    R: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    out_ptr, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask,
+    R: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Add the rank-R term to one tile of out, in place."""
+    """One tile of the rank-R term and the bias. ADD: added to out in place; otherwise out is only written."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = first_n + tl.arange(0, BLOCK_N)
     p_out = out_ptr + o_m[:, None] * N + o_n[None, :]
     mask = (o_m < M)[:, None] & (o_n < N)[None, :]
-    acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = _rank_term(
-        acc, acc, low_ptr, up_ptr, mask_ptr, M, N, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
+        acc, acc, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
         R, DTYPE, False, DROPOUT, PACKED, PRECISION, BLOCK_R,
     )  # fmt: skip
+    if HAS_BIAS:
+        acc = _add_bias(acc, bias_ptr, N, first_n)
     tl.store(p_out, acc.to(DTYPE), mask=mask)
 
 
@@ -231,13 +236,13 @@ def rank_gemm(
     mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
-    """out = x Wᵀ + bias + keep ∘ (low upᵀ), newly allocated (M, N), row-major, in x's dtype.
+    """out = x Wᵀ + bias + scale · keep ∘ (low upᵀ), newly allocated (M, N), row-major, in x's dtype.
 
     x: (M, K), any strides. weight: (N, K), any strides, x's dtype; a transposed view for the gradient of x.
     bias: (N,) or None. low: (M, R), contiguous, x's dtype. up: (N, R), any strides, any float dtype.
     config: tiles. With `config.descriptor`, x, out and weight (or its transpose) must fit the tensor memory accelerator:
         rows contiguous, 16-byte aligned, their pitch a multiple of 16 bytes.
-    lora_a: (R, K), x's dtype. If given, low is not read but written: low = scale · x Aᵀ.
+    lora_a: (R, K), x's dtype. If given, low is not read but written: low = x Aᵀ.
     mask: which elements of the rank-R term to keep. precision: of float32 products, "ieee" or "tf32".
 
     Raises: ValueError if lora_a has more ranks than config.block_r: a fused tile of S holds all of them.
@@ -325,27 +330,66 @@ def rank_update_(
     up: torch.Tensor,
     config: GemmConfig,
     *,
+    scale: float = 1.0,
     mask: Mask = NO_MASK,
     precision: str = "ieee",
 ) -> torch.Tensor:
-    """out += keep ∘ (low upᵀ), in place, for a base product from another library.
+    """out += scale · keep ∘ (low upᵀ), in place, after a base product of another library.
 
     out: (M, N), contiguous; changed. low: (M, R), contiguous, out's dtype. up: (N, R), any strides, any float dtype.
     config: block_m, block_n, block_r, num_warps and num_stages. mask, precision: as in `rank_gemm`.
     """
+    return _launch_update(out, None, low, up, config, scale, mask, precision, add=True)
+
+
+def rank_product(
+    low: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: GemmConfig,
+    *,
+    scale: float = 1.0,
+    mask: Mask = NO_MASK,
+    precision: str = "ieee",
+) -> torch.Tensor:
+    """out = bias + scale · keep ∘ (low upᵀ), newly allocated (M, N), for another library to add its base product to.
+
+    low: (M, R), contiguous. up: (N, R), any strides, any float dtype. bias: (N,), contiguous, or None. config, mask, precision: as in
+    `rank_update_`.
+    """
+    out = low.new_empty(low.shape[0], up.shape[0])
+    return _launch_update(out, bias, low, up, config, scale, mask, precision, add=False)
+
+
+def _launch_update(
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: torch.Tensor,
+    up: torch.Tensor,
+    config: GemmConfig,
+    scale: float,
+    mask: Mask,
+    precision: str,
+    *,
+    add: bool,
+) -> torch.Tensor:
     (m, n), r = out.shape, low.shape[1]
     _update_kernel[(triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))](
         out_ptr=out,
+        bias_ptr=out if bias is None else bias,
         low_ptr=low,
         up_ptr=up,
         mask_ptr=_pointer(mask, out),
         M=m,
         N=n,
         R=r,
+        scale=scale,
         threshold=mask.threshold,
         stride_un=up.stride(0),
         stride_ur=up.stride(1),
         stride_mask=0 if mask.packed is None else mask.packed.stride(0),
+        ADD=add,
+        HAS_BIAS=bias is not None,
         DROPOUT=mask.drops,
         PACKED=mask.packed is not None,
         PRECISION=precision,

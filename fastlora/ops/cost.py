@@ -19,7 +19,13 @@ def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
     base, ours = _gemm(arch, q, q.m, q.n, q.k)
     low = _bytes(arch, q, q.m * q.k + q.m * q.rank) + _LAUNCH
     update = _bytes(arch, q, 2 * q.m * q.n + q.m * q.rank) + _LAUNCH
-    seconds = {"in_place": low + base + update, "split": low + ours}
+    write = _bytes(arch, q, q.m * q.n + q.m * q.rank) + _LAUNCH
+    added = _gemm(arch, q, q.m, q.n, q.k, adds=True)[0]
+    seconds = {
+        "in_place": low + base + update,
+        "accumulate": low + write + added,
+        "split": low + ours,
+    }
     all_ranks = q.rank <= fused_rank(q.itemsize, q.precision)
     if not q.dropout and all_ranks:
         seconds["fused"] = ours * (1 + rank_block(q.rank) / 256)
@@ -31,17 +37,21 @@ def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
 
 
 def dx_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
-    """Predicted seconds of dx = dy W + keep ∘ (dS A): our GEMM kernel, or cuBLAS and an update in place."""
+    """Predicted seconds of dx = dy W + keep ∘ (dS A) by each plan for it."""
     base, ours = _gemm(arch, q, q.m, q.k, q.n)
     update = _bytes(arch, q, 2 * q.m * q.k + q.m * q.rank) + _LAUNCH
-    return {"in_place": base + update, "split": ours}
+    write = _bytes(arch, q, q.m * q.k + q.m * q.rank) + _LAUNCH
+    added = _gemm(arch, q, q.m, q.k, q.n, adds=True)[0]
+    return {"in_place": base + update, "accumulate": write + added, "split": ours}
 
 
-def _gemm(arch: Architecture, q: Problem, m: int, n: int, k: int) -> tuple[float, float]:
-    """Seconds of a product in cuBLAS and in our GEMM kernel."""
+def _gemm(
+    arch: Architecture, q: Problem, m: int, n: int, k: int, *, adds: bool = False
+) -> tuple[float, float]:
+    """Seconds of a product in cuBLAS and in our GEMM kernel. adds: whether it is added to its output, which is then read too."""
     cublas, ours = (1.0, arch.eta) if q.itemsize == 2 else _FLOAT_SPEED[q.precision]
     arithmetic = 2 * m * n * k / (arch.tflops * 1e12)
-    traffic = _bytes(arch, q, m * k + n * k + m * n)
+    traffic = _bytes(arch, q, m * k + n * k + (2 if adds else 1) * m * n)
     # cuBLAS splits the inner dimension when there are fewer tiles than SMs; in our kernel some SMs are idle.
     filled = min(1.0, -(-m // 128) * -(-n // 128) / arch.sms)
     return (

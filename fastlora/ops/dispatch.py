@@ -8,9 +8,10 @@ Plans of backend "torch":
 Plans of backend "triton":
     fused      one kernel: the base tile and S together.
     split      S by one pass over x, which applies dropout, then a product whose epilogue adds S Bᵀ and the bias.
+    accumulate S by the same pass, one kernel that writes S Bᵀ and the bias, then cuBLAS, which adds the base product.
     in_place   S by the same pass, cuBLAS for the base, then one kernel that adds S Bᵀ into it.
     decode     for few rows: W is read once, split along K, in two launches.
-dx has a separate plan, "split" or "in_place"; the rest of the backward pass is the same under every plan.
+dx has a separate plan, "split", "accumulate" or "in_place"; the rest of the backward pass is the same under every plan.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fastlora.errors import BackendError, ConfigError
 from fastlora.kernels.config import MAX_RANK, Architecture, Problem, Tiles, architecture, tiles
 from fastlora.ops import cost, tuning_file
 
-TRITON_PLANS = ("fused", "split", "in_place", "decode")
+TRITON_PLANS = ("fused", "split", "accumulate", "in_place", "decode")
 _OLDEST_TRITON = (3, 4)  # the first with host-side tensor descriptors
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -180,24 +181,32 @@ def _bucket(m: int) -> int:
 def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
     arch = device_architecture(device)
     assert arch is not None  # the caller has checked
-    forward, dx = cost.forward_seconds(arch, problem), cost.dx_seconds(arch, problem)
-    config = tiles(arch, problem)
     if forced is not None:
+        forward = cost.forward_seconds(arch, problem)
         if forced not in forward:
             raise BackendError(
                 f"plan={forced!r} cannot run {problem}: expected one of {sorted(forward)}"
             )
-        dx_plan = "split" if forced in ("split", "fused") else "in_place"
-        return Choice("triton", forced, "the plan was requested", dx_plan, config)
+        dx_plan = {"fused": "split", "decode": "in_place"}.get(forced, forced)
+        return Choice("triton", forced, "the plan was requested", dx_plan, tiles(arch, problem))
     measured = tuning_file.lookup(device, problem) if device.type == "cuda" else None
     if measured is not None:
         return Choice(
             "triton", measured.plan, "measured by fastlora.tune", measured.dx_plan, measured.config
         )
+    return predicted_choice(device, problem)
+
+
+def predicted_choice(device: torch.device, problem: Problem) -> Choice:
+    """The plans with the least predicted time and the table's tiles, whatever was measured; torch where there are no kernels."""
+    arch = device_architecture(device)
+    if arch is None:
+        return _torch(f"no kernel was compiled for compute capability {_capability(device)}")
+    forward, dx = cost.forward_seconds(arch, problem), cost.dx_seconds(arch, problem)
     ranking = sorted(forward, key=forward.__getitem__)
     times = ", ".join(f"{plan} {1e6 * forward[plan]:.0f}" for plan in ranking)
     reason = f"least predicted time, not measured (microseconds: {times})"
-    return Choice("triton", ranking[0], reason, min(dx, key=dx.__getitem__), config)
+    return Choice("triton", ranking[0], reason, min(dx, key=dx.__getitem__), tiles(arch, problem))
 
 
 def product_precision(x: torch.Tensor) -> str:

@@ -39,9 +39,13 @@ class LowRank(NamedTuple):
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def keep_scale(self) -> float:
+        """1 / (1 − p') where there is dropout, else 1."""
+        return 1.0 if self.seed is None else keep_scale(self.p)
+
     def scale(self) -> float:
-        """Every factor of the path: `scaling`, and 1 / (1 − p') where there is dropout."""
-        return self.scaling if self.seed is None else self.scaling * keep_scale(self.p)
+        """Every factor of the path."""
+        return self.scaling * self.keep_scale()
 
     def to(self, dtype: torch.dtype) -> LowRank:
         """The same with both factors in `dtype`."""
@@ -57,7 +61,7 @@ class Layer(NamedTuple):
 
 
 def stacked(lows: Sequence[LowRank]) -> LowRank:
-    """One path with every A_i (ΣR, K), for the products of x, which use neither B nor the scalings (those are in S_i and dS_i)."""
+    """One path with every A_i (ΣR, K), for the products of x, which do not use B; its scaling is 1."""
     return lows[0]._replace(a=torch.cat([low.a for low in lows]), scaling=1.0)
 
 

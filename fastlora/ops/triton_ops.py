@@ -1,6 +1,6 @@
 """The two torch operators behind the Triton path: each launches all kernels of one direction.
 
-    fastlora::lora_forward    (y, S)            S includes every factor of the low-rank path, see `kernels.forward`
+    fastlora::lora_forward    (y, S)            S includes no factor of the low-rank path, see `kernels.forward`
     fastlora::lora_backward   [dx, dA, dB]      only those that are needed
 
 torch.compile sees an operator, not kernels, so it neither breaks the graph nor recompiles for another shape: the operator chooses
@@ -21,7 +21,7 @@ from fastlora.kernels.backward import dy_pass, x_pass
 from fastlora.kernels.config import DY_RANK, Tiles
 from fastlora.kernels.dropout import NO_MASK, Mask
 from fastlora.kernels.forward import decode, down_project
-from fastlora.kernels.gemm import rank_gemm, rank_update_
+from fastlora.kernels.gemm import rank_gemm, rank_product, rank_update_
 from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
 from fastlora.ops.dropout import dropout_threshold
@@ -51,7 +51,7 @@ def _forward(
     seed: Tensor | None,
     plan: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, N) and S = scale · (keep ∘ x) Aᵀ (M, R), for x (M, K). plan: one of `dispatch.TRITON_PLANS`, or None to choose."""
+    """y (M, N) and S = (keep ∘ x) Aᵀ (M, R), for x (M, K). plan: one of `dispatch.TRITON_PLANS`, or None to choose."""
     low = LowRank(lora_a, lora_b, scaling, p, seed)
     choice = dispatch.launch_choice(x, weight, low.rank(), seed is not None, plan)
     with _current(x):
@@ -66,11 +66,11 @@ def run_forward(
     low: LowRank,
     s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, N) and S (M, R) by the plan and the tiles of `choice`. s: S for `split` or `in_place`, if it is computed already."""
+    """y (M, N) and S (M, R) by the plan and the tiles of `choice`. s: S, if it is computed already, for a plan that does not compute it with y."""
     config, precision = choice.config, product_precision(x)
     if config is None:  # a shape or device without kernels
         y, s = reference.forward(x, weight, bias, low.to(x.dtype))
-        return y, s * low.scaling
+        return y, s / low.keep_scale()  # S without a factor, as the kernels leave it
     bias = None if bias is None else bias.contiguous()
     if choice.plan == "decode":
         y, s = decode(
@@ -89,9 +89,17 @@ def run_forward(
     if s is None:
         s = _down_project(x, low, config)
     if choice.plan == "split":
-        return rank_gemm(x, weight, bias, s, low.b, config.split, precision=precision), s
-    y = F.linear(x, weight, bias)
-    return rank_update_(y, s, low.b, config.update, precision=precision), s
+        y = rank_gemm(
+            x, weight, bias, s, low.b, config.split, scale=low.scale(), precision=precision
+        )
+    elif choice.plan == "accumulate":
+        y = rank_product(
+            s, low.b, bias, config.update, scale=low.scale(), precision=precision
+        ).addmm_(x, weight.T)  # [M, K] @ [K, N] -> [M, N]
+    else:
+        y = F.linear(x, weight, bias)
+        rank_update_(y, s, low.b, config.update, scale=low.scale(), precision=precision)
+    return y, s
 
 
 def _backward(
@@ -136,21 +144,21 @@ def run_backward(
         if needs_a:
             da = (ds_cast.T @ reference.apply_dropout(x, cast)).to(low.a.dtype)
         if needs_b:
-            db = (dy.T @ s).to(low.b.dtype)
+            db = (low.scale() * (dy.T @ s)).to(low.b.dtype)
     else:
         ds, db = _dy_products(choice.config, dy, s, low, needs_x or needs_a, needs_b)
         mask = _mask(x, low)
         if ds is not None and needs_a:
-            da, mask = _a_product(choice.config, x, ds, low.a.dtype, mask)
+            da, mask = _a_product(choice.config, x, ds, low, mask)
         if ds is not None and needs_x:
-            dx = _x_product(choice, dy, weight, ds, low.a, mask)
+            dx = _x_product(choice, dy, weight, ds, low, mask)
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 
 def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
-    """S = scale · (keep ∘ x) Aᵀ (M, R)."""
+    """S = (keep ∘ x) Aᵀ (M, R)."""
     s: Tensor = down_project(
-        x, low.a, config.down, scale=low.scale(), mask=_mask(x, low), precision=product_precision(x)
+        x, low.a, config.down, mask=_mask(x, low), precision=product_precision(x)
     )
     return s
 
@@ -158,7 +166,7 @@ def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
 def _dy_products(
     config: Tiles, dy: Tensor, s: Tensor, low: LowRank, needs_ds: bool, needs_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dS = scale · dy B (M, R) and dB = dyᵀ S (N, R); None for what is not needed."""
+    """dS = dy B (M, R) and dB = scale · dyᵀ S (N, R); None for what is not needed."""
     if low.rank() <= DY_RANK:
         both: tuple[Tensor | None, Tensor | None] = dy_pass(
             dy, low.b, s, config.dy,
@@ -168,55 +176,62 @@ def _dy_products(
     # Two products of cuBLAS read dy twice, which costs less than the partial sums of one pass would.
     ds = db = None
     if needs_ds:
-        # dS = scale * dy @ B  # [M, N] @ [N, R] -> [M, R]; with beta=0 the values of `s` are not read
-        ds = torch.addmm(s, dy, low.b.to(dy.dtype), beta=0, alpha=low.scale())
+        ds = dy @ low.b.to(dy.dtype)  # [M, N] @ [N, R] -> [M, R]
     if needs_db:
-        db = (dy.T @ s).to(low.b.dtype)  # [N, M] @ [M, R] -> [N, R]
+        db = (dy.T @ s).to(low.b.dtype).mul_(low.scale())  # [N, M] @ [M, R] -> [N, R]
     return ds, db
 
 
 def _a_product(
-    config: Tiles, x: Tensor, ds: Tensor, dtype: torch.dtype, mask: Mask
+    config: Tiles, x: Tensor, ds: Tensor, low: LowRank, mask: Mask
 ) -> tuple[Tensor, Mask]:
-    """dA = dSᵀ (keep ∘ x) (R, K) in `dtype`, and the mask as bits, so that dx need not recompute it."""
-    da, packed = x_pass(x, ds, dtype, config.x, mask=mask, precision=product_precision(x))
+    """dA = scale · dSᵀ (keep ∘ x) (R, K), and the mask as bits, so that dx need not recompute it."""
+    da, packed = x_pass(
+        x, ds, low.a.dtype, config.x, scale=low.scale(), mask=mask, precision=product_precision(x)
+    )
     return da, Mask(packed=packed)
 
 
 def _x_product(
-    choice: Choice, dy: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, mask: Mask
+    choice: Choice, dy: Tensor, weight: Tensor, ds: Tensor, low: LowRank, mask: Mask
 ) -> Tensor:
-    """dx = dy W + keep ∘ (dS A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]"""
+    """dx = dy W + scale · keep ∘ (dS A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]"""
     assert choice.config is not None
-    precision, up = product_precision(dy), lora_a.T
+    up, tiles = low.a.T, choice.config.update
+    common: dict[str, Any] = {
+        "scale": low.scale(),
+        "mask": mask,
+        "precision": product_precision(dy),
+    }
     if choice.dx_plan == "split":
-        tiles = choice.config.dx
-        dx: Tensor = rank_gemm(dy, weight.T, None, ds, up, tiles, mask=mask, precision=precision)
+        dx: Tensor = rank_gemm(dy, weight.T, None, ds, up, choice.config.dx, **common)
+    elif choice.dx_plan == "accumulate":
+        dx = rank_product(ds, up, None, tiles, **common).addmm_(dy, weight)
     else:
-        tiles = choice.config.update
-        dx = rank_update_(dy @ weight, ds, up, tiles, mask=mask, precision=precision)
+        dx = rank_update_(dy @ weight, ds, up, tiles, **common)
     return dx
 
 
 def group_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """[y (M, N)] and [S (M, R)] of layers that share x (M, K) and the mask, each by its own plan.
 
-    Layers with the same scaling whose plan computes S in a separate pass share that pass.
+    Layers whose plan computes S in a separate pass share that pass.
     """
     choices = [_choice(x, weight, low) for weight, _, low in layers]
     computed: dict[int, Tensor] = {}
     with _current(x):
-        sharing: dict[float, list[int]] = {}
-        for i, choice in enumerate(choices):
-            if choice.config is not None and choice.plan in ("split", "in_place"):
-                sharing.setdefault(layers[i].low.scaling, []).append(i)
-        for scaling, group in sharing.items():
-            lows = [layers[i].low for i in group]
-            low = stacked(lows)._replace(scaling=scaling)
-            config = _choice(x, layers[group[0]].weight, low).config
+        sharing = [
+            i
+            for i, choice in enumerate(choices)
+            if choice.config is not None and choice.plan not in ("fused", "decode")
+        ]
+        if sharing:
+            lows = [layers[i].low for i in sharing]
+            low = stacked(lows)
+            config = _choice(x, layers[sharing[0]].weight, low).config
             assert config is not None
             parts = torch.split(_down_project(x, low, config), [one.rank() for one in lows], 1)
-            computed |= {i: part.contiguous() for i, part in zip(group, parts, strict=True)}
+            computed = {i: part.contiguous() for i, part in zip(sharing, parts, strict=True)}
         pairs = [
             run_forward(choice, x, *layer, computed.get(i))
             for i, (choice, layer) in enumerate(zip(choices, layers, strict=True))
@@ -246,16 +261,22 @@ def group_backward(
             assert config is not None  # as in the forward pass
             products.append(_dy_products(config, dy, s_i, low, needs_x or needs_a, needs_db))
         if needs_x or needs_a:
-            ds = torch.cat([part for part, _ in products if part is not None], 1)  # [M, ΣR]
-            low = stacked([layer.low for layer in layers])
+            lows = [layer.low for layer in layers]
+            parts = [part for part, _ in products if part is not None]
+            low = stacked(lows)
+            if len({one.scaling for one in lows}) == 1:
+                low = low._replace(scaling=lows[0].scaling)
+            else:  # one factor cannot serve all
+                parts = [one.scaling * part for one, part in zip(lows, parts, strict=True)]
+            ds = torch.cat(parts, 1)  # [M, ΣR]
             choice = _choice(x, layers[0].weight, low, dys[0])
             assert choice.config is not None
             mask = _mask(x, low)
             if needs_a:
-                da, mask = _a_product(choice.config, x, ds, low.a.dtype, mask)
+                da, mask = _a_product(choice.config, x, ds, low, mask)
                 das = torch.split(da, [layer.low.rank() for layer in layers])
             if needs_x:
-                dx = _x_product(choice, dys[0], layers[0].weight, ds, low.a, mask)
+                dx = _x_product(choice, dys[0], layers[0].weight, ds, low, mask)
                 for dy, layer in zip(dys[1:], layers[1:], strict=True):
                     dx.addmm_(dy, layer.weight)  # [M, N] @ [N, K] -> [M, K]
     return dx, das, [db for _, db in products]

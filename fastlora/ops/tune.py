@@ -1,19 +1,24 @@
 """Measure every plan and many tiles on this machine's GPU, and store the fastest for `dispatch`.
 
-    python -m fastlora.tune --shapes 8192,4096,4096,16,0.1 32768,1024,1024,16,0 [--dtype bfloat16] [--dry-run]
+    python -m fastlora.tune --shapes 8192,4096,4096,16,0.1 32768,1024,1024,16,0 [--dtype bfloat16] [--jobs 8] [--dry-run]
 
-A shape is M,K,N,R,p: x (M, K), weight (N, K), rank R, dropout p. Each kernel is timed alone with each of its candidate
-tiles and a cold L2; then each plan is timed with the best tiles of its kernels, on sm_90 and newer also with
-overlapping launches. A kernel with a wrong result is not timed: results are compared with float64 by the rule of the tests. The
-measurements are stored in the file of `fastlora.ops.tuning_file`; they are valid for this GPU, these versions and these kernels only.
+A shape is M,K,N,R,p: x (M, K), weight (N, K), rank R, dropout p. Each kernel is timed alone, with a cold L2. Its search starts
+from the tiles of the table, changes one setting at a time, and goes on from the fastest tiles so far; `--max-candidates` ends it.
+Then each plan is timed with the best tiles of its kernels, on sm_90 and newer also with overlapping launches. Tiles with a wrong
+result are not timed: results are compared with float64 by the rule of the tests. What is known after each kernel is stored in the
+file of `fastlora.ops.tuning_file`; it is valid for this GPU, these versions and these kernels only. `--jobs` processes compile and
+check the first candidates of every kernel before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -21,15 +26,19 @@ import torch
 from torch import Tensor
 
 from fastlora.errors import BackendError, ConfigError
-from fastlora.kernels.config import GemmConfig, PassConfig, Problem, Tiles
+from fastlora.kernels.config import DY_RANK, GemmConfig, PassConfig, Problem, Tiles
 from fastlora.ops import cost, dispatch, reference, tuning_file
 from fastlora.ops.dispatch import Choice
-from fastlora.ops.dropout import dropout_threshold
+from fastlora.ops.dropout import dropout_threshold, kernel_mask
 from fastlora.ops.reference import LowRank
 
 Timer = Callable[[Callable[[], object]], float]
 Needs = tuple[bool, bool, bool]  # of dx, dA, dB
+Row = Callable[[str, float, object], None]
 Config = TypeVar("Config", GemmConfig, PassConfig)
+# A change must save this much to count: less is within the noise of a measurement.
+_GAIN = 0.99
+_DX_PLANS = ("split", "accumulate", "in_place")
 
 
 @dataclass(frozen=True)
@@ -55,33 +64,55 @@ class Shape:
         return shape
 
 
-def candidates(config: Config) -> Iterator[Config]:
-    """`config` itself first, then its neighbours: other blocks, warps, stages, splits, one or two changed at a time."""
-    yield config
-    seen = {config}
+def neighbours(config: Config) -> Iterator[Config]:
+    """Configurations that differ from `config` in one setting, the most promising settings first; or by half the tile and twice the programs."""
+    if isinstance(config, GemmConfig) and config.programs > 0:
+        # Two programs on an SM: the epilogue of one runs beside the loop of the other.
+        programs = 2 * config.programs
+        for stages in (3, 4):
+            yield replace(  # type: ignore[call-arg]
+                config, block_n=128, num_warps=4, programs=programs, num_stages=stages
+            )
     changes: dict[str, list[int]] = {
-        "num_stages": [2, 3, 4, 5],
         "num_warps": [4, 8],
-        "block_m": [32, 64, 128, 256],
-        "block_n": [32, 64, 128, 256],
-        "block_k": [32, 64, 128],
-        "group_m": [4, 8, 16],
+        "block_n": [64, 128, 256],
         "subtiles": [1, 2, 4],
-        "splits": [1, 2, 4, 8, 16],
+        "block_m": [32, 64, 128, 256],
+        "block_k": [32, 64, 128, 256],
+        "num_stages": [2, 3, 4, 5],
+        "splits": [1, 2, 4, 8, 16, 32],
+        "group_m": [4, 16],
     }
-    own = {field.name for field in fields(config)}
-    singles: list[dict[str, Any]] = [
-        {name: value}
-        for name, values in changes.items()
-        if name in own and getattr(config, name) > 0  # 0: the kernel has no such block
-        for value in values
-    ]
-    for first in singles:
-        for second in ({}, *singles):
-            changed = replace(config, **(first | second))
-            if changed not in seen and _sensible(changed):
-                seen.add(changed)
-                yield changed
+    for name, values in changes.items():
+        if getattr(config, name, 0) > 0:  # 0: the kernel has no such block
+            for value in values:
+                yield replace(config, **{name: value})  # type: ignore[arg-type]
+
+
+def search(
+    start: Config,
+    seconds: Callable[[Config], float],
+    limit: int,
+    improved: Callable[[Config, float], None] = lambda config, time: None,
+) -> tuple[Config, float]:
+    """The fastest of at most `limit` configurations and its time: from `start` to its neighbours, and on from each faster one.
+
+    improved: called with every new best.
+    """
+    best, time = start, seconds(start)
+    tried = {start}
+    improved(best, time)
+    options = neighbours(best)
+    while len(tried) < limit:
+        option = next((o for o in options if o not in tried and _sensible(o)), None)
+        if option is None:
+            break
+        tried.add(option)
+        new = seconds(option)
+        if new < _GAIN * time:
+            best, time, options = option, new, neighbours(option)
+            improved(best, time)
+    return best, time
 
 
 def _sensible(config: GemmConfig | PassConfig) -> bool:
@@ -111,124 +142,250 @@ class Bench:
         dropout = dropout_threshold(shape.p) > 0
         seed = torch.tensor(1234567, device=device) if dropout else None
         self.low = LowRank(a, b, 2.0, shape.p, seed)
-        precision = dispatch.product_precision(self.x)
-        self.problem = Problem(m, n, k, r, self.x.element_size(), dropout, precision)
+        self.precision = dispatch.product_precision(self.x)
+        self.problem = Problem(m, n, k, r, self.x.element_size(), dropout, self.precision)
+        self.mask = triton_ops._mask(self.x, self.low)
+        self.keep = kernel_mask(seed, shape.p, m, k, device=device) if dropout else None  # type: ignore[arg-type]
         self.exact, self.plain = self._results(torch.float64), self._results(dtype)
+        self.packed = self._packed()
 
-    def _results(self, dtype: torch.dtype) -> list[Tensor]:
+    def _results(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The results of every kernel in `dtype`; S and dS without a factor."""
         x, weight, bias, dy = (t.to(dtype) for t in (self.x, self.weight, self.bias, self.dy))
         low = self.low.to(self.dtype).to(dtype)  # the kernels cast the adapters to x's dtype
-        y, s = reference.forward(x, weight, bias, low)
-        return [y, *reference.backward(dy, x, weight, low, s)]
+        y, s = reference.forward(x, weight, bias, low, self.keep)
+        dx, da, db = reference.backward(dy, x, weight, low, s, self.keep)
+        s = s / low.keep_scale()
+        term = bias + low.scale() * (s @ low.b.T)
+        return {"y": y, "s": s, "dx": dx, "da": da, "db": db, "ds": dy @ low.b, "term": term}
+
+    def _packed(self) -> Any:
+        """The mask as bits, as the pass over x leaves it."""
+        from fastlora.kernels.dropout import NO_MASK, Mask
+
+        if self.keep is None:
+            return NO_MASK
+        m, k = self.keep.shape
+        groups = torch.nn.functional.pad(self.keep, (0, -k % 128)).view(m, -1, 8).to(torch.uint8)
+        powers = 2 ** torch.arange(8, dtype=torch.uint8, device=groups.device)
+        bits = (groups * powers).sum(-1, dtype=torch.uint8)  # a pitch of a multiple of 16 bytes
+        return Mask(packed=bits[:, : -(-k // 8)])
+
+    def run(self, kernel: str, config: Any) -> dict[str, Tensor]:
+        """The results of one kernel with these tiles. kernel: a field of `Tiles`."""
+        ops, low, scale = self.ops, self.low, self.low.scale()
+        x, dy, weight, bias = self.x, self.dy, self.weight, self.bias
+        s, ds, exactness = self.plain["s"], self.plain["ds"], {"precision": self.precision}
+        if kernel == "down":
+            return {"s": ops.down_project(x, low.a, config, mask=self.mask, **exactness)}
+        if kernel == "dy":
+            ds, db = ops.dy_pass(dy, low.b, s, config, scale=scale, **exactness)
+            return {"ds": ds, "db": db}
+        if kernel == "x":
+            named = {"scale": scale, "mask": self.mask, **exactness}
+            return {"da": ops.x_pass(x, ds, low.a.dtype, config, **named)[0]}
+        if kernel == "update":
+            return {"term": ops.rank_product(s, low.b, bias, config, scale=scale, **exactness)}
+        if kernel == "dx":
+            named = {"scale": scale, "mask": self.packed, **exactness}
+            return {"dx": ops.rank_gemm(dy, weight.T, None, ds, low.a.T, config, **named)}
+        if kernel == "decode":
+            named = {"scale": scale, "mask": self.mask, **exactness}
+            y, s = ops.decode(x, weight, bias, low.a, low.b, config, **named)
+            return {"y": y, "s": s}
+        named = {"scale": scale, **exactness}
+        if kernel == "fused":
+            s = torch.empty_like(s)
+            named["lora_a"] = low.a.to(x.dtype)
+        return {"y": ops.rank_gemm(x, weight, bias, s, low.b, config, **named), "s": s}
 
     def forward(self, choice: Choice) -> tuple[Tensor, Tensor]:
         return self.ops.run_forward(choice, self.x, self.weight, self.bias, self.low)
 
-    def backward(self, choice: Choice, s: Tensor, needs: Needs) -> list[Tensor]:
+    def backward(
+        self, choice: Choice, s: Tensor, needs: Needs = (True, True, True)
+    ) -> list[Tensor]:
         return self.ops.run_backward(choice, self.dy, self.x, self.weight, s, self.low, needs)
 
-    def is_correct(self, choice: Choice) -> bool:
-        """Whether every result of the choice is as close to float64 as the tests require."""
+    def run_plan(self, plan: str, tiles: Tiles) -> dict[str, Tensor]:
+        """The results of one forward and backward pass. plan: of the forward pass; dx has the plan that goes with it."""
+        dx_plan = {"fused": "split", "decode": "in_place"}.get(plan, plan)
+        choice = Choice("triton", plan, "tuning", dx_plan, tiles)
         y, s = self.forward(choice)
-        got = [y, *self.backward(choice, s, (True, True, True))]
-        for mine, plain, exact in zip(got, self.plain, self.exact, strict=True):
+        gradients = self.backward(choice, s)
+        return {"y": y, "s": s} | dict(zip(("dx", "da", "db"), gradients, strict=True))
+
+    def errors(self, got: dict[str, Tensor]) -> dict[str, float]:
+        """For each result its largest error against float64, in units of the one that the tests allow."""
+        found = {}
+        for name, mine in got.items():
+            exact = self.exact[name]
             error = (mine.double() - exact).abs().max().item()
-            allowed = 2 * (plain.double() - exact).abs().max().item()
+            allowed = 2 * (self.plain[name].double() - exact).abs().max().item()
             allowed += 4 * torch.finfo(self.dtype).eps * exact.abs().max().item()
-            if not error <= allowed:  # a NaN is wrong too
-                return False
-        return True
+            found[name] = error / allowed
+        return found
+
+    def attempt(self, run: Callable[[], dict[str, Tensor]]) -> bool:
+        """Whether it compiles, fits the GPU and is correct."""
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources, PTXASError
+
+        try:
+            return all(error <= 1 for error in self.errors(run()).values())  # a NaN is wrong too
+        except (OutOfResources, CompilationError, PTXASError):
+            return False
 
 
-def tune_shape(bench: Bench, start: Tiles, timer: Timer, limit: int = 60) -> tuning_file.Tuned:
+def kernels_of(bench: Bench, plans: Sequence[str]) -> list[str]:
+    """The kernels that some plan of the problem launches."""
+    passes = ["down", "x", "update", "dx"] + ["dy"] * (bench.shape.rank <= DY_RANK)
+    return passes + [plan for plan in ("split", "fused", "decode") if plan in plans]
+
+
+def tune_shape(
+    bench: Bench,
+    start: Choice,
+    timer: Timer,
+    limit: int = 30,
+    keep: Callable[[tuning_file.Tuned], None] = lambda tuned: None,
+    row: Row = lambda what, seconds, config: None,
+) -> tuning_file.Tuned:
     """The fastest correct plans and tiles for a shape.
 
-    start: the tiles to begin from. timer: seconds of a call. limit: how many tiles are tried for a kernel.
+    start: the choice to begin from, with tiles. timer: seconds of a call. limit: how many tiles are tried for a kernel.
+    keep: called with the best tiles so far after every improvement. row: called with every measurement; infinity is a failure.
+
+    Raises: BackendError if no plan is correct.
     """
     arch = dispatch.device_architecture(bench.x.device)
-    assert arch is not None  # the caller has checked
+    assert arch is not None and start.config is not None and start.dx_plan is not None
     plans = list(cost.forward_seconds(arch, bench.problem))
-    best: Tiles = start
-    # kernel -> a forward plan and a dx plan that run it, and the gradients to compute; no gradients: time the forward pass
-    kernels: dict[str, tuple[str, str, Needs | None]] = {
-        "down": ("in_place", "in_place", None),
-        "dy": ("in_place", "in_place", (False, True, True)),
-        "x": ("in_place", "in_place", (False, True, False)),
-        # with dA, so that dx reads the mask as bits, as it does in training
-        "dx": ("in_place", "split", (True, True, False)),
-        "update": ("in_place", "in_place", None),
-    }
-    kernels |= {p: (p, "in_place", None) for p in ("split", "fused", "decode") if p in plans}
-    for name, (plan, dx_plan, needs) in kernels.items():
-        options = list(islice(candidates(getattr(best, name)), limit))
-        times = [
-            _seconds(bench, plan, dx_plan, replace(best, **{name: option}), needs, timer)
-            for option in options
-        ]
-        fastest = min(range(len(options)), key=times.__getitem__)
-        best = replace(best, **{name: options[fastest]})
-        _print_row(name, times[fastest], options[fastest])
-    if arch.capability >= 90:
-        best = _with_overlap(bench, best, plans, timer)
-    forward = {plan: _seconds(bench, plan, "in_place", best, None, timer) for plan in plans}
-    dx = {
-        plan: _seconds(bench, "in_place", plan, best, (True, True, False), timer)
-        for plan in ("split", "in_place")
-    }
+    best: Tiles = start.config
+    for kernel in kernels_of(bench, plans):
+
+        def seconds(config: Any, kernel: str = kernel) -> float:
+            def run() -> dict[str, Tensor]:
+                return bench.run(kernel, config)
+
+            time = timer(run) if bench.attempt(run) else math.inf
+            row(f"  {kernel}", time, config)
+            return time
+
+        def improved(config: Any, time: float, kernel: str = kernel, tiles: Tiles = best) -> None:
+            if math.isfinite(time):
+                found = replace(tiles, **{kernel: config})
+                keep(tuning_file.Tuned(start.plan, str(start.dx_plan), found))
+
+        fastest, time = search(getattr(best, kernel), seconds, limit, improved)
+        if math.isfinite(time):
+            best = replace(best, **{kernel: fastest})
+        row(kernel, time, fastest)
+    forward = {plan: _forward_seconds(bench, plan, best, timer) for plan in plans}
+    dx = {plan: _dx_seconds(bench, plan, best, timer) for plan in _DX_PLANS}
     for kind, times_of in (("y", forward), ("dx", dx)):
         for plan, time in times_of.items():
-            _print_row(kind, time, plan)
+            row(f"{kind} {plan}", time, plan)
     plan, dx_plan = min(forward, key=forward.__getitem__), min(dx, key=dx.__getitem__)
     if not math.isfinite(forward[plan] + dx[dx_plan]):
         raise BackendError(f"{bench.shape}: no plan has a correct result, so nothing was stored")
-    return tuning_file.Tuned(plan, dx_plan, best)
+    if arch.capability >= 90:
+        best = _with_overlap(bench, best, plan, dx_plan, timer, row)
+    tuned = tuning_file.Tuned(plan, dx_plan, best)
+    keep(tuned)
+    return tuned
 
 
-def _with_overlap(bench: Bench, best: Tiles, plans: Sequence[str], timer: Timer) -> Tiles:
-    """The tiles, with overlapping launches for each plan that is correct and faster with them."""
-    trials: dict[str, tuple[tuple[str, ...], str, str, Needs | None]] = {
-        "split": (("down", "split"), "split", "in_place", None),
-        "decode": (("decode",), "decode", "in_place", None),
-        "dx": (("x", "dx"), "in_place", "split", (True, True, False)),
-    }
-    for name, (kernels, plan, dx_plan, needs) in trials.items():
-        if plan not in plans:
-            continue
-        changed = {kernel: replace(getattr(best, kernel), overlap=True) for kernel in kernels}
-        options = [best, replace(best, **changed)]
-        separate, overlapping = (_seconds(bench, plan, dx_plan, o, needs, timer) for o in options)
-        best = options[overlapping < separate]
-        _print_row(f"{name} pdl", overlapping, f"without {1e6 * separate:.1f} us")
+def _with_overlap(
+    bench: Bench, best: Tiles, plan: str, dx_plan: str, timer: Timer, row: Row
+) -> Tiles:
+    """The tiles, with overlapping launches in the chosen plans if they are correct and faster with them."""
+    launches = {"split": ("down", "split"), "decode": ("decode",)}.get(plan, ())
+    if launches:
+        changed = {kernel: replace(getattr(best, kernel), overlap=True) for kernel in launches}
+        best = _faster(best, replace(best, **changed), plan, timer, bench, _forward_seconds, row)
+    if dx_plan == "split":
+        changed = {kernel: replace(getattr(best, kernel), overlap=True) for kernel in ("x", "dx")}
+        best = _faster(best, replace(best, **changed), dx_plan, timer, bench, _dx_seconds, row)
     return best
 
 
+def _faster(
+    separate: Tiles,
+    overlapping: Tiles,
+    plan: str,
+    timer: Timer,
+    bench: Bench,
+    seconds: Callable[[Bench, str, Tiles, Timer], float],
+    row: Row,
+) -> Tiles:
+    before, after = (seconds(bench, plan, tiles, timer) for tiles in (separate, overlapping))
+    row(f"{plan} apart", before, plan)
+    row(f"{plan} overlapping", after, plan)
+    return overlapping if after < before else separate
+
+
 def _print_row(name: str, seconds: float, what: object) -> None:
-    print(f"{name:10s} {1e6 * seconds:9.1f} us  {what}", flush=True)
+    print(f"{name:12s} {1e6 * seconds:9.1f} us  {what}", flush=True)
 
 
-def _seconds(
-    bench: Bench, plan: str, dx_plan: str, tiles: Tiles, needs: Needs | None, timer: Timer
-) -> float:
-    """Seconds of the forward pass, or of the backward pass for the gradients in `needs`; infinity if it fails or is wrong."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    choice = Choice("triton", plan, "tuning", dx_plan, tiles)
-    try:
-        if not bench.is_correct(choice):
-            return math.inf
-        if needs is None:
-            return timer(lambda: bench.forward(choice))
-        _, s = bench.forward(choice)
-        return timer(lambda: bench.backward(choice, s, needs))
-    except (OutOfResources, CompilationError, PTXASError):  # the tiles do not fit the GPU
-        return math.inf
+def _forward_seconds(bench: Bench, plan: str, tiles: Tiles, timer: Timer) -> float:
+    """Seconds of y and S; infinity if the plan fails or is wrong."""
+    choice = Choice("triton", plan, "tuning", "in_place", tiles)
+    fine = bench.attempt(lambda: dict(zip(("y", "s"), bench.forward(choice), strict=True)))
+    return timer(lambda: bench.forward(choice)) if fine else math.inf
 
 
-def _cuda_seconds(call: Callable[[], object]) -> float:
+def _dx_seconds(bench: Bench, dx_plan: str, tiles: Tiles, timer: Timer) -> float:
+    """Seconds of dx and dA, together so that the mask is read as bits, as in training; infinity if the plan fails or is wrong."""
+    choice = Choice("triton", "in_place", "tuning", dx_plan, tiles)
+
+    def run(needs: Needs) -> list[Tensor]:
+        return bench.backward(choice, bench.plain["s"], needs)
+
+    everything = (True, True, True)
+    fine = bench.attempt(lambda: dict(zip(("dx", "da", "db"), run(everything), strict=True)))
+    return timer(lambda: run((True, True, False))) if fine else math.inf
+
+
+def cuda_seconds(call: Callable[[], object]) -> float:
+    """The median seconds of a call on a GPU, each with a cold L2."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=5, rep=25, return_mode="median")) / 1e3
+
+
+_worker_bench: Bench
+
+
+def _begin_worker(shape: Shape, dtype: torch.dtype, device: str) -> None:
+    global _worker_bench
+    _worker_bench = Bench(shape, dtype, torch.device(device))
+
+
+def _check_in_worker(kernel: str, config: Any) -> None:
+    _worker_bench.attempt(lambda: _worker_bench.run(kernel, config))
+
+
+def compile_candidates(
+    bench: Bench, start: Tiles, plans: Sequence[str], limit: int, jobs: int
+) -> None:
+    """Compile the first candidates of every kernel in `jobs` processes, which leave them in Triton's cache."""
+    context = multiprocessing.get_context("spawn")
+    arguments = (bench.shape, bench.dtype, str(bench.x.device))
+    with ProcessPoolExecutor(jobs, context, _begin_worker, arguments) as pool:
+        waiting = [
+            (kernel, config, pool.submit(_check_in_worker, kernel, config))
+            for kernel in kernels_of(bench, plans)
+            for config in (
+                getattr(start, kernel),
+                *islice(filter(_sensible, neighbours(getattr(start, kernel))), limit),
+            )
+        ]
+    for kernel, config, done in waiting:
+        error = done.exception()
+        if error is not None and not isinstance(error, BrokenProcessPool):
+            print(f"{kernel} {config} failed in its process: {error}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,28 +397,45 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", required=True, metavar="M,K,N,R[,p]")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     candidates_help = "tiles tried per kernel (default %(default)s)"
-    parser.add_argument("--max-candidates", type=int, default=60, help=candidates_help)
+    parser.add_argument("--max-candidates", type=int, default=30, help=candidates_help)
+    jobs_help = "processes that compile before the measurement (default: none do)"
+    parser.add_argument("--jobs", type=int, default=0, help=jobs_help)
     parser.add_argument("--dry-run", action="store_true", help="print the result and store nothing")
     arguments = parser.parse_args(argv)
     try:
         shapes = [Shape.parse(text) for text in arguments.shapes]
         if arguments.max_candidates < 1:
             raise ConfigError(f"--max-candidates: expected ≥ 1, got {arguments.max_candidates}")
+        if arguments.jobs < 0:
+            raise ConfigError(f"--jobs: expected ≥ 0, got {arguments.jobs}")
         if not torch.cuda.is_available():
             raise BackendError("fastlora.tune measures on a CUDA device, and there is none")
-        device = torch.device("cuda")
         for shape in shapes:
-            bench = Bench(shape, getattr(torch, arguments.dtype), device)
-            choice = dispatch.launch_choice(
-                bench.x, bench.weight, shape.rank, bench.problem.dropout, "in_place"
-            )
-            if choice.config is None:
-                raise BackendError(f"nothing to tune: {choice.reason}")
-            print(f"{shape} {arguments.dtype}", flush=True)
-            result = tune_shape(bench, choice.config, _cuda_seconds, arguments.max_candidates)
-            if not arguments.dry_run:
-                tuning_file.store(torch.cuda.get_device_name(device), bench.problem, result)
-                print(f"stored in {tuning_file.path()}", flush=True)
+            _tune(shape, arguments)
     except (ConfigError, BackendError) as error:
         parser.exit(2, f"fastlora.tune: {error}\n")
     return 0
+
+
+def _tune(shape: Shape, arguments: argparse.Namespace) -> None:
+    device = torch.device("cuda")
+    bench = Bench(shape, getattr(torch, arguments.dtype), device)
+    choice = dispatch.predicted_choice(device, bench.problem)
+    if choice.config is None:
+        raise BackendError(f"nothing to tune: {choice.reason}")
+    print(f"{shape} {arguments.dtype}", flush=True)
+    arch = dispatch.device_architecture(device)
+    assert arch is not None
+    if arguments.jobs:
+        plans = list(cost.forward_seconds(arch, bench.problem))
+        limit = arguments.max_candidates - 1
+        compile_candidates(bench, choice.config, plans, limit, arguments.jobs)
+    name = torch.cuda.get_device_name(device)
+
+    def keep(tuned: tuning_file.Tuned) -> None:
+        if not arguments.dry_run:
+            tuning_file.store(name, bench.problem, tuned)
+
+    tune_shape(bench, choice, cuda_seconds, arguments.max_candidates, keep, _print_row)
+    if not arguments.dry_run:
+        print(f"stored in {tuning_file.path()}", flush=True)

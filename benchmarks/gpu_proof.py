@@ -1,0 +1,334 @@
+"""Everything that a GPU must prove, in one command, within minutes: results, passes, tiles, targets.
+
+    python benchmarks/gpu_proof.py --out DIR [--minutes 9] [--stages smoke,tests] [--git-sha SHA]
+    python benchmarks/gpu_proof.py --out DIR --rehearse      # the same stages on a CPU, in Triton's interpreter, tiny shapes
+
+Each stage is a process of its own, with its own time limit and log, because an illegal access ends a process. It writes its JSON
+file after every case, so that a stage that is stopped leaves what it has. The summary is printed last.
+
+    facts     versions, clocks, the memory bandwidth and the speed of a matrix product
+    smoke     every kernel at several shapes in every dtype against float64
+    tests     the tests of the kernels, operators, dispatch and tuner, in several processes
+    tune      for each target shape: the base products of cuBLAS, every kernel alone with several tiles, every plan
+    targets   `run.py --quick`, with the tiles that `tune` found if it ran
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+# Share of the minutes that a stage may take at most.
+STAGES = {"facts": 0.12, "smoke": 0.2, "tests": 0.3, "tune": 0.45, "targets": 0.6}
+DTYPES = ("bfloat16", "float16", "float32", "tf32")
+SMOKE = (  # M, K, N, R, p: several tiles, odd sizes, many ranks, few rows
+    "600,512,768,16,0.1",
+    "600,512,768,4,0",
+    "303,264,520,12,0.3",
+    "777,1023,1025,8,0.1",
+    "520,1040,528,64,0.1",
+    "520,1040,528,200,0.1",
+    "8,512,768,16,0",
+    "40,1024,520,64,0.1",
+)
+TUNE = ("8192,4096,4096,16,0.1", "32768,1024,1024,16,0", "4096,768,768,4,0")
+TESTS = (
+    "tests/kernels",
+    "tests/ops/test_triton_ops.py",
+    "tests/ops/test_dispatch.py",
+    "tests/ops/test_tune.py",
+    "tests/ops/test_linear.py",
+    "tests/ops/test_dropout.py",
+    "tests/layers/test_linear.py",
+    "tests/model/test_fusion.py",
+)
+REHEARSAL_SHAPES = ("20,32,48,4,0.1",)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.stage is not None:
+        globals()[f"_{arguments.stage}"](arguments)
+        return 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    if arguments.rehearse:
+        environment["TRITON_INTERPRET"] = "1"
+    begin, outcomes = time.monotonic(), {}
+    for stage in arguments.stages:
+        seconds = 60 * arguments.minutes * STAGES[stage]
+        left = 60 * arguments.minutes - (time.monotonic() - begin)
+        outcomes[stage] = _run_stage(stage, arguments, environment, min(seconds, left))
+        _write(out / "stages.json", outcomes)
+    print(_summary(out, outcomes))
+    return int(any(outcome["status"] != 0 for outcome in outcomes.values()))
+
+
+def _run_stage(
+    stage: str, arguments: argparse.Namespace, environment: dict[str, str], seconds: float
+) -> dict[str, Any]:
+    if seconds < 1:
+        return {"status": "no time left", "seconds": 0.0}
+    command = [sys.executable, __file__, "--stage", stage, "--out", str(arguments.out)]
+    command += ["--jobs", str(arguments.jobs), "--seconds", f"{seconds:.0f}"]
+    command += ["--rehearse"] if arguments.rehearse else []
+    command += ["--git-sha", arguments.git_sha] if arguments.git_sha else []
+    begin, status = time.monotonic(), 0
+    with (arguments.out / f"{stage}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            status = "stopped at its time limit"  # type: ignore[assignment]
+    took = round(time.monotonic() - begin, 1)
+    print(f"{stage}: {status or 'ended'} in {took} s", flush=True)
+    return {"status": status, "seconds": took}
+
+
+def _facts(arguments: argparse.Namespace) -> None:
+    import torch
+    from record import environment
+
+    facts: dict[str, Any] = environment(_device(arguments), 0, arguments.git_sha)
+    facts["numpy"] = importlib.metadata.version("numpy")
+    size, rounds = (64, 1) if arguments.rehearse else (8192, 20)
+    x, w = (torch.randn(size, size, device=_device(arguments)).bfloat16() for _ in range(2))
+    y = torch.empty(size * size * 16, dtype=torch.uint8, device=x.device)
+    z = torch.empty_like(y)
+    facts["matmul_tflops"] = round(2e-12 * size**3 / _seconds(lambda: x @ w, rounds), 1)
+    facts["copy_tbps"] = round(2e-12 * y.numel() / _seconds(lambda: z.copy_(y), rounds), 3)
+    _write(arguments.out / "facts.json", facts)
+
+
+def _seconds(call: Any, rounds: int) -> float:
+    import torch
+
+    def clock() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for _ in range(3):
+        call()
+    begin = clock()
+    for _ in range(rounds):
+        call()
+    return (clock() - begin) / rounds
+
+
+def _smoke(arguments: argparse.Namespace) -> None:
+    shapes = REHEARSAL_SHAPES if arguments.rehearse else SMOKE
+    # The interpreter multiplies bfloat16 wrongly and knows no TF32.
+    dtypes = ("float16", "float32") if arguments.rehearse else DTYPES
+    cases = [(dtype, shape) for dtype in dtypes for shape in shapes]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        for part in pool.map(_smoke_case, *zip(*cases, strict=True)):
+            rows += part
+            _write(arguments.out / "smoke.json", rows)
+
+
+def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
+    """A row for each kernel, and for forward and backward by each plan: its error over the allowed one."""
+    import torch
+
+    from fastlora.ops import cost, dispatch
+    from fastlora.ops.tune import Bench, Shape, kernels_of
+
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench(
+        Shape.parse(text), torch.float32 if dtype == "tf32" else getattr(torch, dtype), device
+    )
+    choice = dispatch.launch_choice(
+        bench.x, bench.weight, bench.shape.rank, bench.problem.dropout, "in_place"
+    )
+    arch = dispatch.device_architecture(device)
+    assert arch is not None and choice.config is not None
+    plans = list(cost.forward_seconds(arch, bench.problem))
+    rows = []
+
+    def add(name: str, run: Any) -> None:
+        row: dict[str, Any] = {"dtype": dtype, "shape": text, "what": name}
+        try:
+            row["errors"] = bench.errors(run())
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
+        rows.append(row)
+
+    for kernel in kernels_of(bench, plans):
+        add(kernel, lambda kernel=kernel: bench.run(kernel, getattr(choice.config, kernel)))
+    for plan in plans:
+        add(f"plan {plan}", lambda plan=plan: bench.run_plan(plan, choice.config))
+    return rows
+
+
+def _tests(arguments: argparse.Namespace) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-W", "default"]
+    command += ["-n", str(arguments.jobs), f"--junitxml={arguments.out}/tests.xml", "-rf"]
+    files = ["tests/ops/test_dispatch.py"] if arguments.rehearse else list(TESTS)
+    subprocess.run([*command, *files], cwd=ROOT, check=True)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from fastlora.ops import cost, dispatch, tune, tuning_file
+
+    os.environ["FASTLORA_TUNING"] = str(arguments.out / "tuning.json")
+    device = _device(arguments)
+    rows: list[dict[str, Any]] = []
+    limit = 2 if arguments.rehearse else 24
+    for text in REHEARSAL_SHAPES if arguments.rehearse else TUNE:
+        shape = tune.Shape.parse(text)
+        dtype = torch.float32 if arguments.rehearse else torch.bfloat16
+        bench = tune.Bench(shape, dtype, device)
+        timer = (lambda call: _seconds(call, 1)) if arguments.rehearse else tune.cuda_seconds
+        print(text, flush=True)
+        for name, run in _base_products(bench).items():
+            rows.append({"shape": text, "what": name, "us": round(1e6 * timer(run), 2)})
+            print(rows[-1], flush=True)
+        choice = dispatch.predicted_choice(device, bench.problem)
+        arch = dispatch.device_architecture(device)
+        assert arch is not None and choice.config is not None
+        if not arguments.rehearse:
+            plans = list(cost.forward_seconds(arch, bench.problem))
+            tune.compile_candidates(bench, choice.config, plans, limit - 1, arguments.jobs)
+            print("compiled", flush=True)
+
+        def row(what: str, seconds: float, config: Any, text: str = text) -> None:
+            us = round(1e6 * seconds, 2) if math.isfinite(seconds) else None
+            rows.append({"shape": text, "what": what, "us": us, "config": str(config)})
+            _write(arguments.out / "tune.json", rows)
+
+        def keep(tuned: tuning_file.Tuned, problem: Any = bench.problem) -> None:
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+            tuning_file.store(name, problem, tuned)
+
+        tune.tune_shape(bench, choice, timer, limit, keep, row)
+
+
+def _base_products(bench: Any) -> dict[str, Any]:
+    """What cuBLAS computes in the plans, and one read and one write of x."""
+    from torch.nn import functional as F
+
+    x, dy, weight, bias = bench.x, bench.dy, bench.weight, bench.bias
+    y, dx = dy.clone(), x.clone()
+    return {
+        "linear": lambda: F.linear(x, weight, bias),
+        "linear added": lambda: y.addmm_(x, weight.T),
+        "dy W": lambda: dy @ weight,
+        "dy W added": lambda: dx.addmm_(dy, weight),
+        "copy of x": lambda: dx.copy_(x),
+    }
+
+
+def _targets(arguments: argparse.Namespace) -> None:
+    if arguments.rehearse:
+        return
+    command = [sys.executable, "benchmarks/run.py", "--device", "cuda", "--quick"]
+    command += ["--git-sha", arguments.git_sha] if arguments.git_sha else []
+    command += ["--budget-seconds", f"{arguments.seconds - 10:.0f}"]
+    command += ["--output", str(arguments.out / "targets.json")]
+    environment = os.environ | {"FASTLORA_TUNING": str(arguments.out / "tuning.json")}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def _device(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    return torch.device("cpu" if arguments.rehearse else "cuda")
+
+
+def _summary(out: Path, outcomes: dict[str, Any]) -> str:
+    """At most 60 lines."""
+    lines = [
+        f"{stage}: {outcome['status'] or 'ended'} in {outcome['seconds']} s"
+        for stage, outcome in outcomes.items()
+    ]
+    facts = _read(out / "facts.json", {})
+    keys = ("gpu", "torch", "triton", "matmul_tflops", "copy_tbps", "clocks_before")
+    lines.append(", ".join(f"{key} {facts.get(key)}" for key in keys))
+    smoke = _read(out / "smoke.json", [])
+    bad = [r for r in smoke if "failed" in r or any(not e <= 1 for e in r["errors"].values())]
+    lines.append(f"smoke: {len(smoke) - len(bad)} of {len(smoke)} correct")
+    for row in bad[:8]:
+        found = row.get("failed") or row["errors"]
+        lines.append(f"  {row['dtype']} {row['shape']} {row['what']}: {str(found)[:150]}")
+    log = out / "tests.log"
+    if log.exists():
+        failed = [line for line in log.read_text().splitlines() if line.startswith("FAILED")]
+        lines += [line[:160] for line in failed[:8]]
+        lines.append(log.read_text().strip().splitlines()[-1][:160])
+    best: dict[tuple[str, str], float] = {}
+    for row in _read(out / "tune.json", []):
+        if row["us"] is not None:
+            key = (row["shape"], row["what"].strip())
+            best[key] = min(row["us"], best.get(key, math.inf))
+    for shape in dict.fromkeys(shape for shape, _ in best):
+        cells = [f"{what} {us:.1f}" for (of, what), us in best.items() if of == shape]
+        lines.append(f"{shape} us: " + ", ".join(cells))
+    timed: dict[tuple[str, str], list[str]] = {}
+    for row in _read(out / "targets.json", {}).get("results", []):
+        if row["timing"] == "graph":
+            cell = f"{row['backend']} {row['ratio_to_linear']:.2f}"
+            timed.setdefault((row["case"], row["mode"]), []).append(cell)
+    lines += [f"{case} {mode}: {', '.join(cells)}" for (case, mode), cells in timed.items()]
+    return "\n".join(lines[:60])
+
+
+def _read(path: Path, otherwise: Any) -> Any:
+    return json.loads(path.read_text()) if path.exists() else otherwise
+
+
+def _write(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    partial.replace(path)
+
+
+def _stages(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = sorted(set(names) - set(STAGES))
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(STAGES)}, got {', '.join(unknown)}"
+        )
+    return names
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and JSON files")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages (default 9)")
+    parser.add_argument("--stages", type=_stages, default=list(STAGES), metavar="A,B")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--git-sha", help="commit to record, for sources without a git folder")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
+    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.out = arguments.out.resolve()
+    return arguments
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
