@@ -182,7 +182,8 @@ def tile_elements(tiles: dict[str, int]) -> int:
     """Elements in one program's tile of the largest operand: the output, or x or dy in a pass over them."""
     if "BLOCK" in tiles:
         return tiles["BLOCK"]
-    return tiles["BLOCK_M"] * (tiles["BLOCK_N"] if "BLOCK_N" in tiles else tiles["BLOCK_K"])
+    columns = {"BLOCK_N": 1, "BLOCK_K": 1, "BLOCK_G": 8}  # a group of the mask has eight columns
+    return tiles["BLOCK_M"] * next(n * tiles[name] for name, n in columns.items() if name in tiles)
 
 
 def bytes_of(arguments: dict[str, Any]) -> int:

@@ -10,6 +10,7 @@ file after every case, so that a stage that is stopped leaves what it has. The s
     smoke     every kernel at several shapes in every dtype against float64
     tests     the tests of the kernels, operators, dispatch and tuner, in several processes
     tune      for each target shape: the base products of cuBLAS, every kernel alone with several tiles, every plan
+    profile   the kernels of one forward and backward pass of each target shape, as torch's profiler sees them
     targets   `run.py --quick`, with the tiles that `tune` found if it ran
 """
 
@@ -23,14 +24,14 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 # Share of the minutes that a stage may take at most.
-STAGES = {"facts": 0.12, "smoke": 0.2, "tests": 0.3, "tune": 0.45, "targets": 0.6}
+STAGES = {"facts": 0.12, "smoke": 0.2, "tests": 0.4, "tune": 0.6, "profile": 0.2, "targets": 0.7}
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 SMOKE = (  # M, K, N, R, p: several tiles, odd sizes, many ranks, few rows
     "600,512,768,16,0.1",
@@ -42,7 +43,13 @@ SMOKE = (  # M, K, N, R, p: several tiles, odd sizes, many ranks, few rows
     "8,512,768,16,0",
     "40,1024,520,64,0.1",
 )
-TUNE = ("8192,4096,4096,16,0.1", "32768,1024,1024,16,0", "4096,768,768,4,0")
+TUNE = (
+    "8192,4096,4096,16,0.1",
+    "32768,1024,1024,16,0",
+    "4096,768,768,4,0",
+    "32,4096,4096,16,0",
+    "1,4096,4096,16,0",
+)
 TESTS = (
     "tests/kernels",
     "tests/ops/test_triton_ops.py",
@@ -172,7 +179,7 @@ def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
             row["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
         rows.append(row)
 
-    for kernel in kernels_of(bench, plans):
+    for kernel in kernels_of(bench.shape, plans):
         add(kernel, lambda kernel=kernel: bench.run(kernel, getattr(choice.config, kernel)))
     for plan in plans:
         add(f"plan {plan}", lambda plan=plan: bench.run_plan(plan, choice.config))
@@ -189,28 +196,26 @@ def _tests(arguments: argparse.Namespace) -> None:
 def _tune(arguments: argparse.Namespace) -> None:
     import torch
 
-    from fastlora.ops import cost, dispatch, tune, tuning_file
+    from fastlora.ops import dispatch, tune, tuning_file
 
     os.environ["FASTLORA_TUNING"] = str(arguments.out / "tuning.json")
     device = _device(arguments)
     rows: list[dict[str, Any]] = []
-    limit = 2 if arguments.rehearse else 24
-    for text in REHEARSAL_SHAPES if arguments.rehearse else TUNE:
-        shape = tune.Shape.parse(text)
-        dtype = torch.float32 if arguments.rehearse else torch.bfloat16
-        bench = tune.Bench(shape, dtype, device)
+    limit = 2 if arguments.rehearse else 20
+    shapes = REHEARSAL_SHAPES if arguments.rehearse else TUNE
+    if not arguments.rehearse:
+        with ThreadPoolExecutor(len(shapes)) as pool:
+            jobs = max(1, arguments.jobs // 3)
+            list(pool.map(lambda text: _compile(text, limit, jobs), shapes))
+        print("compiled", flush=True)
+    for text in shapes:
+        bench = _bench(text, arguments)
         timer = (lambda call: _seconds(call, 1)) if arguments.rehearse else tune.cuda_seconds
         print(text, flush=True)
         for name, run in _base_products(bench).items():
             rows.append({"shape": text, "what": name, "us": round(1e6 * timer(run), 2)})
             print(rows[-1], flush=True)
         choice = dispatch.predicted_choice(device, bench.problem)
-        arch = dispatch.device_architecture(device)
-        assert arch is not None and choice.config is not None
-        if not arguments.rehearse:
-            plans = list(cost.forward_seconds(arch, bench.problem))
-            tune.compile_candidates(bench, choice.config, plans, limit - 1, arguments.jobs)
-            print("compiled", flush=True)
 
         def row(what: str, seconds: float, config: Any, text: str = text) -> None:
             us = round(1e6 * seconds, 2) if math.isfinite(seconds) else None
@@ -222,6 +227,71 @@ def _tune(arguments: argparse.Namespace) -> None:
             tuning_file.store(name, problem, tuned)
 
         tune.tune_shape(bench, choice, timer, limit, keep, row)
+
+
+def _bench(text: str, arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from fastlora.ops import tune
+
+    dtype = torch.float32 if arguments.rehearse else torch.bfloat16
+    return tune.Bench(tune.Shape.parse(text), dtype, _device(arguments))
+
+
+def _compile(text: str, limit: int, jobs: int) -> None:
+    import torch
+
+    from fastlora.ops import cost, dispatch, tune
+
+    shape, device = tune.Shape.parse(text), torch.device("cuda")
+    problem = tune.problem_of(shape, torch.bfloat16)
+    choice, arch = (
+        dispatch.predicted_choice(device, problem),
+        dispatch.device_architecture(device),
+    )
+    assert choice.config is not None and arch is not None
+    plans = list(cost.forward_seconds(arch, problem))
+    tune.compile_candidates(shape, torch.bfloat16, choice.config, plans, limit - 1, jobs)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from fastlora.ops import dispatch
+
+    os.environ["FASTLORA_TUNING"] = str(arguments.out / "tuning.json")
+    rows = []
+    for text in REHEARSAL_SHAPES if arguments.rehearse else TUNE:
+        bench = _bench(text, arguments)
+        rank, drops = bench.shape.rank, bench.problem.dropout
+        forced = "split" if arguments.rehearse else None
+        forward = dispatch.launch_choice(bench.x, bench.weight, rank, drops, forced)
+        backward = dispatch.launch_choice(bench.x, bench.weight, rank, drops, forced, bench.dy)
+
+        def run(bench: Any = bench, forward: Any = forward, backward: Any = backward) -> None:
+            _, s = bench.forward(forward)
+            bench.backward(backward, s)
+
+        activity = ProfilerActivity.CPU if arguments.rehearse else ProfilerActivity.CUDA
+        for _ in range(3):
+            run()
+        with profile(activities=[activity]) as profiler:
+            for _ in range(1 if arguments.rehearse else 20):
+                run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        for event in profiler.key_averages():
+            us = getattr(event, "device_time", 0.0)
+            rows.append(
+                {
+                    "shape": text,
+                    "plan": str(forward)[:40],
+                    "kernel": event.key[:90],
+                    "us": round(us, 2),
+                }
+            )
+        _write(arguments.out / "profile.json", rows)
 
 
 def _base_products(bench: Any) -> dict[str, Any]:
@@ -284,6 +354,9 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
     for shape in dict.fromkeys(shape for shape, _ in best):
         cells = [f"{what} {us:.1f}" for (of, what), us in best.items() if of == shape]
         lines.append(f"{shape} us: " + ", ".join(cells))
+    for row in _read(out / "profile.json", []):
+        if row["us"] >= 1 and "elementwise" not in row["kernel"]:
+            lines.append(f"{row['shape']} {row['kernel'][:60]} {row['us']}")
     timed: dict[tuple[str, str], list[str]] = {}
     for row in _read(out / "targets.json", {}).get("results", []):
         if row["timing"] == "graph":

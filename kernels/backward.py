@@ -1,11 +1,12 @@
-"""The two small kernels of the backward pass; its main GEMM is `gemm.rank_gemm`.
+"""The small kernels of the backward pass; its main GEMM is `gemm.rank_gemm`.
 
-    dy_pass   dS = dy B   and   dB = scale · dyᵀ S        one pass over dy
-    x_pass    dA = scale · dSᵀ (keep ∘ x)                 one pass over x, which recomputes the dropout mask
-                                                         and writes it as bits for the product of dx
+    dy_pass    dS = dy B   and   dB = scale · dyᵀ S       one pass over dy, which also computes the dropout mask, in bits
+    mask_pass  the mask alone                             where no pass over dy runs
+    x_pass     dA = scale · dSᵀ (keep ∘ x)                one pass over x
 
-`scale` includes every factor, S and dS none (see `forward`). Sums over many rows are split into float32 partial sums, which
-`sum_partials` adds in a fixed order.
+`scale` includes every factor, S and dS none (see `forward`). The random numbers of the mask need no memory and the passes little
+arithmetic, so the mask costs least beside the reading of dy. Sums over many rows are split into float32 partial sums, which
+`sum_both` adds in a fixed order, those of dA and dB in one launch.
 """
 
 import torch
@@ -14,50 +15,61 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastlora.kernels.config import PassConfig, chunks
-from fastlora.kernels.dropout import NO_MASK, Mask, drop_bits, keep_bits
+from fastlora.kernels.dropout import NO_MASK, Mask, drop_bits, empty_bits, store_bits
 from fastlora.kernels.reduce import sum_partials
 from fastlora.kernels.tiles import overlaps
 
+_MASK_ROWS, _MASK_GROUPS = 64, 32  # a tile of `_mask_kernel`
 
-@triton.jit(do_not_specialize=["M"])
+
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _dy_kernel(
-    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, M, N, m_chunk, scale, stride_dm, stride_dn, stride_bn, stride_br,
-    R: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, bits_ptr, seed_ptr, M, N, K, m_chunk, scale, threshold,
+    stride_dm, stride_dn, stride_bn, stride_br, stride_bits,
+    R: tl.constexpr, NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Program (n, split): BLOCK_N columns and one chunk of the rows of dy; B and the sum of dB stay in registers.
 
     ds_ptr: (tiles of N, M, R), each over BLOCK_N columns. db_ptr: (splits, N, R), each over a chunk of rows.
+    DROPOUT: also write the mask of these rows of x, (M, K), for the n-th GROUPS groups of eight columns.
     """
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     tile, split = tl.program_id(0), tl.program_id(1)
     o_n = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     o_r = tl.arange(0, BLOCK_R)
     m_n, m_r = o_n < N, o_r < R
-    m_nr = m_n[:, None] & m_r[None, :]
-    b = tl.load(
-        b_ptr + o_n[:, None] * stride_bn + o_r[None, :] * stride_br, mask=m_nr, other=0.0
-    ).to(DTYPE)
-    db = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    m_rn = m_r[:, None] & m_n[None, :]
+    b_t = tl.load(
+        b_ptr + o_n[None, :] * stride_bn + o_r[:, None] * stride_br, mask=m_rn, other=0.0
+    ).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+    # With the ranks as rows, both products use the instructions of a warp; those of a warp group need 64 rows and would be waited for.
+    db_t = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     first_m = split * m_chunk
     ds_ptr += tile.to(tl.int64) * M * R
     for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M):
         o_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
-        o_row = o_m[:, None] * R + o_r[None, :]
+        o_row = o_m[None, :] * R + o_r[:, None]
         m_m = o_m < M
-        m_row = m_m[:, None] & m_r[None, :]
+        m_row = m_r[:, None] & m_m[None, :]
         m_dy = m_m[:, None] if EVEN_N else m_m[:, None] & m_n[None, :]
         p_dy = dy_ptr + o_m[:, None] * stride_dm + o_n[None, :] * stride_dn
         dy = tl.load(p_dy, mask=m_dy, other=0.0)  # [BLOCK_M, BLOCK_N]
         if NEEDS_DS:
-            ds = tl.dot(dy, b, input_precision=PRECISION)  # [BLOCK_M, BLOCK_R]
-            tl.store(ds_ptr + o_row, ds.to(ds_ptr.dtype.element_ty), mask=m_row)
+            ds_t = tl.dot(b_t, tl.trans(dy), input_precision=PRECISION)  # [BLOCK_R, BLOCK_M]
+            tl.store(ds_ptr + o_row, ds_t.to(ds_ptr.dtype.element_ty), mask=m_row)
         if NEEDS_DB:
-            s = tl.load(s_ptr + o_row, mask=m_row, other=0.0)  # [BLOCK_M, BLOCK_R]
-            db += tl.dot(tl.trans(dy), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
+            s_t = tl.load(s_ptr + o_row, mask=m_row, other=0.0)  # [BLOCK_R, BLOCK_M]
+            db_t = tl.dot(s_t, dy, db_t, input_precision=PRECISION)
+        if DROPOUT:
+            store_bits(
+                bits_ptr, stride_bits, tl.load(seed_ptr), threshold, M, K, m + tl.arange(0, BLOCK_M), tile * GROUPS,
+                EVEN_K, GROUPS, BLOCK_G,
+            )  # fmt: skip
     if NEEDS_DB:
-        p_db = db_ptr + split.to(tl.int64) * N * R + o_n[:, None] * R + o_r[None, :]
-        tl.store(p_db, (db * scale).to(db_ptr.dtype.element_ty), mask=m_nr)
+        p_db = db_ptr + split.to(tl.int64) * N * R + o_n[None, :] * R + o_r[:, None]
+        tl.store(p_db, (db_t * scale).to(db_ptr.dtype.element_ty), mask=m_rn)
 
 
 def dy_pass(
@@ -69,12 +81,14 @@ def dy_pass(
     scale: float,
     needs_ds: bool = True,
     needs_db: bool = True,
+    mask: Mask = NO_MASK,
+    columns: int = 0,
     precision: str = "ieee",
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dS = dy B (M, R) in dy's dtype, and dB = scale · dyᵀ S (N, R) in lora_b's; None for what is not needed.
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dS = dy B (M, R) in dy's dtype, parts of dB = scale · dyᵀ S (splits, N, R), and the mask of x in bits; None for what is not needed.
 
     dy: (M, N), any strides. lora_b: (N, R), any strides, any float dtype, cast to dy's. s: (M, R), contiguous, dy's dtype.
-    config.splits divides M.
+    config.splits divides M; the parts are float32, a single one has lora_b's dtype. mask: that of x (M, columns). The bits: (M, ⌈columns / 8⌉) uint8, bit j of byte i for column 8 i + j.
 
     Raises: ValueError for more ranks than the tiles support.
     """
@@ -87,40 +101,81 @@ def dy_pass(
     db_dtype = lora_b.dtype if splits == 1 else torch.float32
     ds = torch.empty(tiles, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
     db = torch.empty(splits, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
+    bits = empty_bits(m, columns, dy.device) if mask.drops else None
+    # Every tile of columns of dy writes an equal share of the columns of the mask, at least the 16 bytes of one store.
+    groups = max(16, triton.next_power_of_2(triton.cdiv(triton.cdiv(columns, 8), tiles)))
     _dy_kernel[(tiles, splits)](
         dy_ptr=dy,
         b_ptr=lora_b,
         s_ptr=s,
         ds_ptr=s if ds is None else ds,
         db_ptr=s if db is None else db,
+        bits_ptr=s if bits is None else bits,
+        seed_ptr=s if mask.seed is None else mask.seed,
         M=m,
         N=n,
+        K=columns,
         m_chunk=chunk,
         scale=scale,
+        threshold=mask.threshold,
         stride_dm=dy.stride(0),
         stride_dn=dy.stride(1),
         stride_bn=lora_b.stride(0),
         stride_br=lora_b.stride(1),
+        stride_bits=0 if bits is None else bits.stride(0),
         R=r,
         NEEDS_DS=needs_ds,
         NEEDS_DB=needs_db,
+        DROPOUT=mask.drops,
         EVEN_N=n % config.block_n == 0,
+        EVEN_K=columns == 8 * groups * tiles,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
+        GROUPS=groups if mask.drops else 0,
+        BLOCK_G=min(groups, _MASK_GROUPS),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return (
-        None if ds is None else sum_partials(ds, dy.dtype),
-        None if db is None else sum_partials(db, lora_b.dtype),
-    )
+    return None if ds is None else sum_partials(ds, dy.dtype), db, bits
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
+def _mask_kernel(
+    bits_ptr, seed_ptr, M, K, threshold, stride_bits, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_group = tl.program_id(1) * BLOCK_G
+    store_bits(
+        bits_ptr, stride_bits, tl.load(seed_ptr), threshold, M, K, o_m, first_group, EVEN_K, BLOCK_G, BLOCK_G
+    )  # fmt: skip
+
+
+def mask_pass(rows: int, columns: int, mask: Mask) -> torch.Tensor | None:
+    """The mask of x (rows, columns) in bits, as `dy_pass` returns it; None without dropout."""
+    if not mask.drops:
+        return None
+    assert mask.seed is not None
+    bits = empty_bits(rows, columns, mask.seed.device)
+    _mask_kernel[(triton.cdiv(rows, _MASK_ROWS), triton.cdiv(columns, 8 * _MASK_GROUPS))](
+        bits_ptr=bits,
+        seed_ptr=mask.seed,
+        M=rows,
+        K=columns,
+        threshold=mask.threshold,
+        stride_bits=bits.stride(0),
+        EVEN_K=columns % (8 * _MASK_GROUPS) == 0,
+        BLOCK_M=_MASK_ROWS,
+        BLOCK_G=_MASK_GROUPS,
+        num_warps=4,
+    )
+    return bits
+
+
+@triton.jit(do_not_specialize=["M"])
 def _x_kernel(
-    x_ptr, ds_ptr, da_ptr, seed_ptr, packed_ptr, M, K, m_chunk, scale, threshold, stride_xm, stride_xk, stride_pm,
+    x_ptr, ds_ptr, da_ptr, bits_ptr, M, K, m_chunk, scale, stride_xm, stride_xk, stride_bits,
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -143,12 +198,9 @@ def _x_kernel(
         x = tl.load(p_x, mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_K]
         ds_t = tl.load(p_ds, mask=m_r[:, None] & m_m[None, :], other=0.0)  # [BLOCK_R, BLOCK_M]
         if DROPOUT:
-            bits = keep_bits(tl.load(seed_ptr), threshold, m + tl.arange(0, BLOCK_M), o_byte)
-            x = drop_bits(x, bits)
-            p_byte = packed_ptr + o_m[:, None] * stride_pm + o_byte[None, :]
-            # Without a column mask, neighbouring bytes are stored together.
+            p_byte = bits_ptr + o_m[:, None] * stride_bits + o_byte[None, :]
             m_byte = m_m[:, None] if EVEN_K else m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
-            tl.store(p_byte, bits.to(tl.uint8), mask=m_byte)
+            x = drop_bits(x, tl.load(p_byte, mask=m_byte, other=0))
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)
     p_da = da_ptr + split.to(tl.int64) * R * K + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
     tl.store(p_da, (da * scale).to(da_ptr.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
@@ -161,47 +213,39 @@ def x_pass(
     config: PassConfig,
     *,
     scale: float = 1.0,
-    mask: Mask = NO_MASK,
+    bits: torch.Tensor | None = None,
     precision: str = "ieee",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dA = scale · dSᵀ (keep ∘ x), newly allocated (R, K), in `dtype`, and the mask as bits (M, ⌈K / 8⌉) uint8, None without dropout.
+) -> torch.Tensor:
+    """Parts of dA = scale · dSᵀ (keep ∘ x), newly allocated (splits, R, K), in float32; a single one in `dtype`.
 
     x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits divides M.
-    mask, precision: as in `rank_gemm`.
+    bits: the mask as `dy_pass` returns it; None keeps all. precision: as in `rank_gemm`.
     """
     (m, k), r = x.shape, ds.shape[1]
     chunk, splits = chunks(m, config.splits, config.block_m)
     da_dtype = dtype if splits == 1 else torch.float32
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
-    overlapping = overlaps(config)
-    packed = None
-    if mask.drops:
-        # A pitch of a multiple of 16 bytes allows vectorised loads.
-        pitch = triton.cdiv(k, 128) * 16
-        packed = torch.empty(m, pitch, dtype=torch.uint8, device=x.device)[:, : triton.cdiv(k, 8)]
     _x_kernel[(triton.cdiv(k, config.block_k), splits)](
         x_ptr=x,
         ds_ptr=ds,
         da_ptr=da,
-        seed_ptr=x if mask.seed is None else mask.seed,
-        packed_ptr=x if packed is None else packed,
+        bits_ptr=x if bits is None else bits,
         M=m,
         K=k,
         R=r,
         m_chunk=chunk,
         scale=scale,
-        stride_pm=0 if packed is None else packed.stride(0),
-        threshold=mask.threshold,
+        stride_bits=0 if bits is None else bits.stride(0),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        DROPOUT=mask.drops,
+        DROPOUT=bits is not None,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
-        OVERLAP=overlapping,
+        OVERLAP=overlaps(config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return sum_partials(da, dtype, overlap=overlapping), packed
+    return da

@@ -178,7 +178,9 @@ def gemm_config(
         block_r = min(block_r, 32 if q.rank <= 64 else 16) if dropout else block_r
         config = GemmConfig(128, 256, 64, block_r, 8, 4, descriptor=True, subtiles=4)
     if fused:
-        config = replace(config, num_stages=3 if block_r <= 32 else 2)
+        # A tile of A for each stage, beside those of x and W.
+        most = 4 if block_r <= 16 else 3
+        config = replace(config, num_stages=min(config.num_stages, most))
     return replace(config, programs=arch.sms)
 
 
@@ -201,7 +203,15 @@ def down_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the S pass: enough programs to fill the GPU, split along K too when there are few rows."""
     block_r = rank_block(q.rank)
     block_m = 64 if block_r <= 64 and q.m >= 128 * arch.sms else 32
-    block_k = 128 if block_r <= 32 and q.aligned else 64 if block_r <= 64 and q.aligned else 32
+    block_k = (
+        256
+        if block_r <= 16 and q.aligned
+        else 128
+        if block_r <= 32 and q.aligned
+        else 64
+        if block_r <= 64 and q.aligned
+        else 32
+    )
     block_k = max(16, block_k * 2 // q.itemsize)
     splits = max(1, min(q.k // (4 * block_k), arch.sms // _tiles(q.m, block_m), 16))
     return PassConfig(block_m, 0, block_k, block_r, 8 if block_r > 32 else 4, 3, splits)
@@ -225,8 +235,8 @@ def dy_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the pass over dy: wide, since every tile of columns writes a partial sum of dS; the rows are split."""
     block_r = rank_block(q.rank, DY_RANK)
     block_n = 256 * 2 // q.itemsize
-    block_m = 64 if q.aligned and q.itemsize == 2 else 32
-    splits = max(1, min(q.m // (4 * block_m), -(-2 * arch.sms // _tiles(q.n, block_n)), 64))
+    block_m = 32
+    splits = max(1, min(q.m // (4 * block_m), 2 * arch.sms // _tiles(q.n, block_n), 64))
     return PassConfig(block_m, block_n, 0, block_r, 8, 3, splits)
 
 
@@ -237,7 +247,7 @@ def x_config(arch: Architecture, q: Problem) -> PassConfig:
     if q.itemsize == 4 and block_r > 64:
         block_m = 16
     block_k = (128 if block_r <= 64 and q.aligned else 64) * 2 // q.itemsize
-    splits = max(1, min(q.m // (4 * block_m), -(-2 * arch.sms // _tiles(q.k, block_k)), 32))
+    splits = max(1, min(q.m // (4 * block_m), 2 * arch.sms // _tiles(q.k, block_k), 32))
     return PassConfig(block_m, 0, block_k, block_r, 8, 3 if arch.shared > 150_000 else 2, splits)
 
 

@@ -3,7 +3,7 @@
     out = x Wᵀ + bias + scale · keep ∘ (low upᵀ)
 
 Forward: low = S, up = B. Gradient of x: x is dy, W is read transposed, low = dS, up = Aᵀ, and `keep` is the dropout mask,
-read as the bits that the pass over x wrote, or recomputed from the seed if that pass was not needed.
+read as the bits that the pass over dy wrote.
 With FUSED the kernel also computes S = x Aᵀ with the base tile: x is read once, and S is recomputed for every tile of
 columns.
 
@@ -20,14 +20,14 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.dropout import NO_MASK, Mask, drop, drop_bits
+from fastlora.kernels.dropout import drop_bits
 from fastlora.kernels.tiles import halves, overlaps, pdl_options, tile_of
 
 
 @triton.jit
 def _rank_term(
-    acc, s, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
-    R: tl.constexpr, DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    acc, s, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
+    R: tl.constexpr, DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """acc + scale · keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n)."""
     o_m = (first_m + tl.arange(0, acc.shape[0])).to(tl.int64)
@@ -45,13 +45,11 @@ def _rank_term(
         p_up = up_ptr + o_n[None, :] * stride_un + o_r[:, None] * stride_ur
         up = tl.load(p_up, mask=m_up, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
         term = tl.dot(low, up, term, input_precision=PRECISION)
-    if PACKED:
+    if DROPOUT:
         o_byte = first_n // 8 + tl.arange(0, acc.shape[1] // 8)
         m_byte = (o_m < M)[:, None] & (o_byte < tl.cdiv(N, 8))[None, :]
-        p_byte = mask_ptr + o_m[:, None] * stride_mask + o_byte[None, :]
+        p_byte = bits_ptr + o_m[:, None] * stride_bits + o_byte[None, :]
         term = drop_bits(term, tl.load(p_byte, mask=m_byte, other=0))
-    elif DROPOUT:
-        term = drop(term, tl.load(mask_ptr), threshold, first_m, first_n)
     return acc + term * scale
 
 
@@ -69,12 +67,12 @@ def _store_s(s_ptr, s, M, R, first_m, BLOCK_R: tl.constexpr):
     tl.store(s_ptr + o_m[:, None] * R + o_r[None, :], s, mask=m_s)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def _pointer_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, low_ptr, up_ptr, out_ptr, mask_ptr,
-    M, N, K, scale, threshold,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_un, stride_ur, stride_mask,
-    R: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, a_ptr, low_ptr, up_ptr, out_ptr, bits_ptr,
+    M, N, K, scale,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_un, stride_ur, stride_bits,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -116,8 +114,8 @@ def _pointer_kernel(
     if FUSED and tile_n == 0:
         _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
     acc = _rank_term(
-        acc, s_low, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
-        R, DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
+        acc, s_low, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
+        R, DTYPE, FUSED, DROPOUT, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc = _add_bias(acc, bias_ptr, N, first_n)
@@ -127,36 +125,36 @@ def _pointer_kernel(
 
 @triton.jit
 def _finish(
-    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
-    R: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
+    R: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """Add the rank-R term and the bias to `acc` and store it, in SUBTILES consecutive column strips."""
     if SUBTILES > 1:
         left, right = halves(acc)
         _finish(
-            out_desc, left, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask,
-            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
+            out_desc, left, s, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
+            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES // 2,
         )  # fmt: skip
         _finish(
-            out_desc, right, s, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask,
-            first_m, first_n + acc.shape[1] // 2, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES // 2,
+            out_desc, right, s, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
+            first_m, first_n + acc.shape[1] // 2, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES // 2,
         )  # fmt: skip
     else:
         out = _rank_term(
-            acc, s, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
-            R, DTYPE, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R,
+            acc, s, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
+            R, DTYPE, FUSED, DROPOUT, PRECISION, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
             out = _add_bias(out, bias_ptr, N, first_n)
         out_desc.store([first_m, first_n], out.to(DTYPE))
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def _descriptor_kernel(
-    x_desc, w_desc, a_ptr, out_desc, bias_ptr, low_ptr, up_ptr, mask_ptr,
-    M, N, K, scale, threshold, stride_ar, stride_ak, stride_un, stride_ur, stride_mask,
-    R: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    x_desc, w_desc, a_desc, out_desc, bias_ptr, low_ptr, up_ptr, bits_ptr,
+    M, N, K, scale, stride_un, stride_ur, stride_bits,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +164,6 @@ def _descriptor_kernel(
     """
     DTYPE: tl.constexpr = x_desc.dtype
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    o_k, o_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, num_m, num_n, GROUP_M)
         first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -180,11 +177,7 @@ def _descriptor_kernel(
                 w = w_desc.load([first_n, first_k]).T
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             if FUSED:
-                m_a = (first_k + o_k < K)[:, None] & (o_r < R)[None, :]
-                o_a = (first_k + o_k).to(tl.int64)[:, None] * stride_ak + o_r.to(tl.int64)[
-                    None, :
-                ] * stride_ar
-                a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)  # [BLOCK_K, BLOCK_R]
+                a = a_desc.load([0, first_k]).T  # [BLOCK_K, BLOCK_R]; ranks from R on are 0
                 s = tl.dot(x, a, s, input_precision=PRECISION)
         if OVERLAP:
             gdc_wait()  # after the loop: inside, the pipelined loads would be wrong
@@ -192,15 +185,15 @@ def _descriptor_kernel(
         if FUSED and tile_n == 0:
             _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
         _finish(
-            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask,
-            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PACKED, PRECISION, BLOCK_R, SUBTILES,
+            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
+            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def _update_kernel(
-    out_ptr, bias_ptr, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask,
-    R: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    out_ptr, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
+    R: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of the rank-R term and the bias. ADD: added to out in place; otherwise out is only written."""
@@ -215,8 +208,8 @@ def _update_kernel(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = _rank_term(
-        acc, acc, low_ptr, up_ptr, mask_ptr, M, N, scale, threshold, stride_un, stride_ur, stride_mask, first_m, first_n,
-        R, DTYPE, False, DROPOUT, PACKED, PRECISION, BLOCK_R,
+        acc, acc, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
+        R, DTYPE, False, DROPOUT, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc = _add_bias(acc, bias_ptr, N, first_n)
@@ -233,7 +226,7 @@ def rank_gemm(
     *,
     lora_a: torch.Tensor | None = None,
     scale: float = 1.0,
-    mask: Mask = NO_MASK,
+    bits: torch.Tensor | None = None,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """out = x Wᵀ + bias + scale · keep ∘ (low upᵀ), newly allocated (M, N), row-major, in x's dtype.
@@ -242,8 +235,8 @@ def rank_gemm(
     bias: (N,) or None. low: (M, R), contiguous, x's dtype. up: (N, R), any strides, any float dtype.
     config: tiles. With `config.descriptor`, x, out and weight (or its transpose) must fit the tensor memory accelerator:
         rows contiguous, 16-byte aligned, their pitch a multiple of 16 bytes.
-    lora_a: (R, K), x's dtype. If given, low is not read but written: low = x Aᵀ.
-    mask: which elements of the rank-R term to keep. precision: of float32 products, "ieee" or "tf32".
+    lora_a: (R, K), contiguous, x's dtype. If given, low is not read but written: low = x Aᵀ.
+    bits: (M, ⌈N / 8⌉) uint8, rows contiguous, which elements of the rank-R term to keep; None keeps all. precision: of float32 products, "ieee" or "tf32".
 
     Raises: ValueError if lora_a has more ranks than config.block_r: a fused tile of S holds all of them.
     """
@@ -256,25 +249,20 @@ def rank_gemm(
     a = x if lora_a is None else lora_a
     shared = {
         "bias_ptr": x if bias is None else bias,
-        "a_ptr": a,
         "low_ptr": low,
         "up_ptr": up,
-        "mask_ptr": _pointer(mask, x),
+        "bits_ptr": x if bits is None else bits,
         "M": m,
         "N": n,
         "K": k,
         "R": r,
         "scale": scale,
-        "threshold": mask.threshold,
-        "stride_ar": a.stride(0),
-        "stride_ak": a.stride(1),
         "stride_un": up.stride(0),
         "stride_ur": up.stride(1),
-        "stride_mask": 0 if mask.packed is None else mask.packed.stride(0),
+        "stride_bits": 0 if bits is None else bits.stride(0),
         "HAS_BIAS": bias is not None,
         "FUSED": lora_a is not None,
-        "DROPOUT": mask.drops,
-        "PACKED": mask.packed is not None,
+        "DROPOUT": bits is not None,
         "PRECISION": precision,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -290,6 +278,9 @@ def rank_gemm(
             x_ptr=x,
             w_ptr=weight,
             out_ptr=out,
+            a_ptr=a,
+            stride_ar=a.stride(0),
+            stride_ak=a.stride(1),
             stride_xm=x.stride(0),
             stride_xk=x.stride(1),
             stride_wn=weight.stride(0),
@@ -308,6 +299,7 @@ def rank_gemm(
     _descriptor_kernel[(programs,)](
         x_desc=TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         w_desc=TensorDescriptor.from_tensor(stored, w_block[::-1] if transposed else w_block),
+        a_desc=TensorDescriptor.from_tensor(a, [config.block_r, config.block_k]),
         out_desc=TensorDescriptor.from_tensor(out, out_block),
         TRANSPOSED=transposed,
         SUBTILES=config.subtiles,
@@ -318,12 +310,6 @@ def rank_gemm(
     return out
 
 
-def _pointer(mask: Mask, unused: torch.Tensor) -> torch.Tensor:
-    """The kernels' mask_ptr: the bits, the seed, or any tensor if there is no dropout."""
-    found = mask.seed if mask.packed is None else mask.packed
-    return unused if found is None else found
-
-
 def rank_update_(
     out: torch.Tensor,
     low: torch.Tensor,
@@ -331,15 +317,15 @@ def rank_update_(
     config: GemmConfig,
     *,
     scale: float = 1.0,
-    mask: Mask = NO_MASK,
+    bits: torch.Tensor | None = None,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """out += scale · keep ∘ (low upᵀ), in place, after a base product of another library.
 
     out: (M, N), contiguous; changed. low: (M, R), contiguous, out's dtype. up: (N, R), any strides, any float dtype.
-    config: block_m, block_n, block_r, num_warps and num_stages. mask, precision: as in `rank_gemm`.
+    config: block_m, block_n, block_r, num_warps and num_stages. bits, precision: as in `rank_gemm`.
     """
-    return _launch_update(out, None, low, up, config, scale, mask, precision, add=True)
+    return _launch_update(out, None, low, up, config, scale, bits, precision, add=True)
 
 
 def rank_product(
@@ -349,16 +335,16 @@ def rank_product(
     config: GemmConfig,
     *,
     scale: float = 1.0,
-    mask: Mask = NO_MASK,
+    bits: torch.Tensor | None = None,
     precision: str = "ieee",
 ) -> torch.Tensor:
     """out = bias + scale · keep ∘ (low upᵀ), newly allocated (M, N), for another library to add its base product to.
 
-    low: (M, R), contiguous. up: (N, R), any strides, any float dtype. bias: (N,), contiguous, or None. config, mask, precision: as in
+    low: (M, R), contiguous. up: (N, R), any strides, any float dtype. bias: (N,), contiguous, or None. config, bits, precision: as in
     `rank_update_`.
     """
     out = low.new_empty(low.shape[0], up.shape[0])
-    return _launch_update(out, bias, low, up, config, scale, mask, precision, add=False)
+    return _launch_update(out, bias, low, up, config, scale, bits, precision, add=False)
 
 
 def _launch_update(
@@ -368,7 +354,7 @@ def _launch_update(
     up: torch.Tensor,
     config: GemmConfig,
     scale: float,
-    mask: Mask,
+    bits: torch.Tensor | None,
     precision: str,
     *,
     add: bool,
@@ -379,19 +365,17 @@ def _launch_update(
         bias_ptr=out if bias is None else bias,
         low_ptr=low,
         up_ptr=up,
-        mask_ptr=_pointer(mask, out),
+        bits_ptr=out if bits is None else bits,
         M=m,
         N=n,
         R=r,
         scale=scale,
-        threshold=mask.threshold,
         stride_un=up.stride(0),
         stride_ur=up.stride(1),
-        stride_mask=0 if mask.packed is None else mask.packed.stride(0),
+        stride_bits=0 if bits is None else bits.stride(0),
         ADD=add,
         HAS_BIAS=bias is not None,
-        DROPOUT=mask.drops,
-        PACKED=mask.packed is not None,
+        DROPOUT=bits is not None,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

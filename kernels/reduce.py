@@ -8,14 +8,10 @@ from triton.language.extra.cuda import gdc_launch_dependents
 _SPLITS, _BLOCK = 32, 128
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _sum_kernel(
-    part_ptr, out_ptr, size, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """BLOCK elements of the sum per program: SPLITS partial sums at a time are loaded and added in a fixed tree."""
-    if OVERLAP:
-        gdc_launch_dependents()
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _sum_block(part_ptr, out_ptr, block, size, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of the sum: SPLITS partial sums at a time are loaded and added in a fixed tree."""
+    o = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_split = tl.arange(0, SPLITS).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, splits, SPLITS):
@@ -25,22 +21,62 @@ def _sum_kernel(
     tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=o < size)
 
 
+@triton.jit(do_not_specialize=["splits_1", "splits_2"])
+def _sum_kernel(
+    part_1, out_1, size_1, splits_1, part_2, out_2, size_2, splits_2,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One block of the first sum, or, for the programs after those, of the second."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    block, blocks_1 = tl.program_id(0), tl.cdiv(size_1, BLOCK)
+    if block < blocks_1:
+        _sum_block(part_1, out_1, block, size_1, splits_1, SPLITS, BLOCK)
+    else:
+        _sum_block(part_2, out_2, block - blocks_1, size_2, splits_2, SPLITS, BLOCK)
+
+
 def sum_partials(part: torch.Tensor, dtype: torch.dtype, *, overlap: bool = False) -> torch.Tensor:
-    """part.sum(0) in `dtype`, newly allocated; part: (splits, ...), float32, contiguous. One split is only converted.
+    """part.sum(0) in `dtype`; part: (splits, ...), contiguous, float32, or with one split in any dtype, which is only converted.
 
     overlap: let the next kernel begin before this one has ended.
     """
     if part.shape[0] == 1:
         return part[0].to(dtype)
     out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
-    _sum_kernel[(triton.cdiv(out.numel(), _BLOCK),)](
-        part_ptr=part,
-        out_ptr=out,
-        size=out.numel(),
-        splits=part.shape[0],
+    _launch(part, out, part[:, :0], out[:0], overlap)
+    return out
+
+
+def sum_both(
+    one: torch.Tensor, other: torch.Tensor, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sum_partials` of two tensors, in one launch if both need one."""
+    if one.shape[0] == 1 or other.shape[0] == 1:
+        return sum_partials(one, dtypes[0]), sum_partials(other, dtypes[1])
+    first, second = (
+        torch.empty(part.shape[1:], dtype=dtype, device=part.device)
+        for part, dtype in zip((one, other), dtypes, strict=True)
+    )
+    _launch(one, first, other, second, False)
+    return first, second
+
+
+def _launch(
+    one: torch.Tensor, first: torch.Tensor, other: torch.Tensor, second: torch.Tensor, overlap: bool
+) -> None:
+    blocks = triton.cdiv(first.numel(), _BLOCK) + triton.cdiv(second.numel(), _BLOCK)
+    _sum_kernel[(blocks,)](
+        part_1=one,
+        out_1=first,
+        size_1=first.numel(),
+        splits_1=one.shape[0],
+        part_2=other,
+        out_2=second,
+        size_2=second.numel(),
+        splits_2=other.shape[0],
         SPLITS=_SPLITS,
         BLOCK=_BLOCK,
         OVERLAP=overlap,
         num_warps=4,
     )
-    return out

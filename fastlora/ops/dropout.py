@@ -3,7 +3,7 @@
 So it does not depend on tiles, blocks of rows or threads, and the backward pass recomputes it instead of storing it. There are two
 definitions; `keep_mask` chooses between them:
 
-`kernel_mask`, for the Triton kernels and every device except a CPU: Philox-4x32-10, because a GPU multiplies 32-bit words fast.
+`kernel_mask`, for the Triton kernels and every device except a CPU: Philox-4x32-7, because a GPU multiplies 32-bit words fast.
 `kernels/dropout.py` computes the same bits.
 
 `cpu_mask`, for calls on a CPU: NumPy's Philox-4x64-10, which is written in C. A row has G = ⌈K / 16⌉ steps of the counter; a step
@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Philox-4x32-10
+# Philox-4x32-7: the fewest rounds that pass BigCrush (Salmon et al., table 2), and those of FlashAttention's dropout
 MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-ROUNDS = 10
+ROUNDS = 7
 LANES = 8  # one call yields four 32-bit words, that is eight 16-bit lanes
 
 _CPU_LANES = 16
@@ -62,7 +62,7 @@ def keep_mask(x: Tensor, p: float, seed: Tensor | None, triton: bool = False) ->
 def philox_4x32(
     seed: Tensor | int, c0: Tensor, c1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 of the counter (c0, c1, 0, 0) under the 64-bit key `seed`.
+    """Philox-4x32-7 of the counter (c0, c1, 0, 0) under the 64-bit key `seed`.
 
     c0, c1: int64 tensors with values in [0, 2³²), broadcast against each other.
     Returns four int64 tensors whose low 32 bits are the random words; the bits above are undefined.
@@ -90,8 +90,8 @@ def kernel_mask(
 ) -> Tensor:
     """Which elements of x the dropout keeps: a pure function of (seed, row, column).
 
-    Element (i, j) uses the Philox counter (j // 8, i, 0, 0). Its lane j % 8, counted from the least significant half of
-    the first word, is read as a SIGNED 16-bit number, and the element is kept if lane ≥ threshold − 2¹⁵.
+    Element (i, j) uses the Philox counter (j // 8, i, 0, 0) and its lane j % 8: the low halves of the four words, then their high
+    halves. A lane is an unsigned 16-bit number, and the element is kept if it is at least the threshold.
 
     seed: int64, a 0-d tensor or an int. p: 0 ≤ p < 1, quantised to multiples of 2⁻¹⁶.
     rows, cols: the shape of the requested part of the mask, which starts at row `first_row` of x.
@@ -101,10 +101,10 @@ def kernel_mask(
     column_group = torch.arange(groups, device=device)[None, :]
     row = torch.arange(first_row, first_row + rows, device=device)[:, None]
     words = philox_4x32(seed, column_group, row)
-    # A conversion to int32 keeps the low 32 bits; viewing the words as int16 splits each into its two lanes, low half
-    # first on the little-endian machines that torch runs on.
-    lanes = torch.stack([word.to(torch.int32) for word in words], dim=-1).view(torch.int16)
-    return (lanes.view(rows, groups * LANES) >= dropout_threshold(p) - 32768)[:, :cols]
+    halves = torch.stack(
+        [word & 0xFFFF for word in words] + [(word >> 16) & 0xFFFF for word in words], dim=-1
+    )
+    return (halves.view(rows, groups * LANES) >= dropout_threshold(p))[:, :cols]
 
 
 class _Scratch:

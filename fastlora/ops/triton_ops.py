@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora.kernels.backward import dy_pass, x_pass
+from fastlora.kernels.backward import dy_pass, mask_pass, x_pass
 from fastlora.kernels.config import DY_RANK, Tiles
 from fastlora.kernels.dropout import NO_MASK, Mask
 from fastlora.kernels.forward import decode, down_project
 from fastlora.kernels.gemm import rank_gemm, rank_product, rank_update_
+from fastlora.kernels.reduce import sum_both, sum_partials
 from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
 from fastlora.ops.dropout import dropout_threshold
@@ -146,12 +147,13 @@ def run_backward(
         if needs_b:
             db = (low.scale() * (dy.T @ s)).to(low.b.dtype)
     else:
-        ds, db = _dy_products(choice.config, dy, s, low, needs_x or needs_a, needs_b)
-        mask = _mask(x, low)
+        needs_ds = needs_x or needs_a
+        ds, db, bits = _dy_products(choice.config, dy, x, s, low, needs_ds, needs_b)
         if ds is not None and needs_a:
-            da, mask = _a_product(choice.config, x, ds, low, mask)
+            da = _a_product(choice.config, x, ds, low, bits)
         if ds is not None and needs_x:
-            dx = _x_product(choice, dy, weight, ds, low, mask)
+            dx = _x_product(choice, dy, weight, ds, low, bits)
+        da, db = _sums(da, db, low)
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 
@@ -164,43 +166,63 @@ def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
 
 
 def _dy_products(
-    config: Tiles, dy: Tensor, s: Tensor, low: LowRank, needs_ds: bool, needs_db: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dS = dy B (M, R) and dB = scale · dyᵀ S (N, R); None for what is not needed."""
+    config: Tiles,
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    low: LowRank,
+    needs_ds: bool,
+    needs_db: bool,
+    needs_bits: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dS = dy B (M, R), parts of dB = scale · dyᵀ S (splits, N, R), and the mask of x in bits; None for what is not needed. The mask goes with dS."""
+    mask = _mask(x, low) if needs_ds and needs_bits else NO_MASK
     if low.rank() <= DY_RANK:
-        both: tuple[Tensor | None, Tensor | None] = dy_pass(
+        found: tuple[Tensor | None, Tensor | None, Tensor | None] = dy_pass(
             dy, low.b, s, config.dy,
-            scale=low.scale(), needs_ds=needs_ds, needs_db=needs_db, precision=product_precision(dy),
+            scale=low.scale(), needs_ds=needs_ds, needs_db=needs_db, mask=mask, columns=x.shape[1],
+            precision=product_precision(dy),
         )  # fmt: skip
-        return both
+        return found
     # Two products of cuBLAS read dy twice, which costs less than the partial sums of one pass would.
     ds = db = None
     if needs_ds:
         ds = dy @ low.b.to(dy.dtype)  # [M, N] @ [N, R] -> [M, R]
     if needs_db:
-        db = (dy.T @ s).to(low.b.dtype).mul_(low.scale())  # [N, M] @ [M, R] -> [N, R]
-    return ds, db
+        db = (dy.T @ s).to(low.b.dtype).mul_(low.scale())[None]  # [N, M] @ [M, R] -> [N, R]
+    return ds, db, mask_pass(*x.shape, mask)
 
 
-def _a_product(
-    config: Tiles, x: Tensor, ds: Tensor, low: LowRank, mask: Mask
-) -> tuple[Tensor, Mask]:
-    """dA = scale · dSᵀ (keep ∘ x) (R, K), and the mask as bits, so that dx need not recompute it."""
-    da, packed = x_pass(
-        x, ds, low.a.dtype, config.x, scale=low.scale(), mask=mask, precision=product_precision(x)
+def _a_product(config: Tiles, x: Tensor, ds: Tensor, low: LowRank, bits: Tensor | None) -> Tensor:
+    """Parts of dA = scale · dSᵀ (keep ∘ x) (splits, R, K)."""
+    da: Tensor = x_pass(
+        x, ds, low.a.dtype, config.x, scale=low.scale(), bits=bits, precision=product_precision(x)
     )
-    return da, Mask(packed=packed)
+    return da
+
+
+def _sums(
+    da: Tensor | None, db: Tensor | None, low: LowRank
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA (R, K) and dB (N, R) from their parts."""
+    if da is not None and db is not None:
+        both: tuple[Tensor, Tensor] = sum_both(da, db, (low.a.dtype, low.b.dtype))
+        return both
+    return (
+        None if da is None else sum_partials(da, low.a.dtype),
+        None if db is None else sum_partials(db, low.b.dtype),
+    )
 
 
 def _x_product(
-    choice: Choice, dy: Tensor, weight: Tensor, ds: Tensor, low: LowRank, mask: Mask
+    choice: Choice, dy: Tensor, weight: Tensor, ds: Tensor, low: LowRank, bits: Tensor | None
 ) -> Tensor:
     """dx = dy W + scale · keep ∘ (dS A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]"""
     assert choice.config is not None
     up, tiles = low.a.T, choice.config.update
     common: dict[str, Any] = {
         "scale": low.scale(),
-        "mask": mask,
+        "bits": bits,
         "precision": product_precision(dy),
     }
     if choice.dx_plan == "split":
@@ -254,15 +276,16 @@ def group_backward(
     needs_x, needs_a = needs
     dx: Tensor | None = None
     das: Sequence[Tensor | None] = [None] * len(dys)
-    products = []
+    products: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
     with _current(x):
         for dy, (weight, _, low), s_i, needs_db in zip(dys, layers, s, needs_b, strict=True):
             config = _choice(x, weight, low, dy).config
             assert config is not None  # as in the forward pass
-            products.append(_dy_products(config, dy, s_i, low, needs_x or needs_a, needs_db))
+            needs_ds, first = needs_x or needs_a, not products  # the layers have one mask
+            products.append(_dy_products(config, dy, x, s_i, low, needs_ds, needs_db, first))
         if needs_x or needs_a:
             lows = [layer.low for layer in layers]
-            parts = [part for part, _ in products if part is not None]
+            parts = [part for part, _, _ in products if part is not None]
             low = stacked(lows)
             if len({one.scaling for one in lows}) == 1:
                 low = low._replace(scaling=lows[0].scaling)
@@ -271,15 +294,19 @@ def group_backward(
             ds = torch.cat(parts, 1)  # [M, ΣR]
             choice = _choice(x, layers[0].weight, low, dys[0])
             assert choice.config is not None
-            mask = _mask(x, low)
+            bits = products[0][2]
             if needs_a:
-                da, mask = _a_product(choice.config, x, ds, low, mask)
+                da = sum_partials(_a_product(choice.config, x, ds, low, bits), low.a.dtype)
                 das = torch.split(da, [layer.low.rank() for layer in layers])
             if needs_x:
-                dx = _x_product(choice, dys[0], layers[0].weight, ds, low, mask)
+                dx = _x_product(choice, dys[0], layers[0].weight, ds, low, bits)
                 for dy, layer in zip(dys[1:], layers[1:], strict=True):
                     dx.addmm_(dy, layer.weight)  # [M, N] @ [N, K] -> [M, K]
-    return dx, das, [db for _, db in products]
+    dbs = [
+        None if db is None else sum_partials(db, layer.low.b.dtype)
+        for (_, db, _), layer in zip(products, layers, strict=True)
+    ]
+    return dx, das, dbs
 
 
 def _choice(x: Tensor, weight: Tensor, low: LowRank, dy: Tensor | None = None) -> Choice:
