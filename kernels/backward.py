@@ -2,7 +2,8 @@
 
     dy_pass    dS = dy B   and   dB = scale · dyᵀ S       one pass over dy, which also computes the dropout mask, in bits
     mask_pass  the mask alone                             where no pass over dy runs
-    x_pass     dA = scale · dSᵀ (keep ∘ x)                one pass over x
+    x_pass     dA = scale · dSᵀ (keep ∘ x)                one pass over x; on request also dx₀ = scale · keep ∘ (dS A),
+                                                          for a library that adds dy W to it
 
 `scale` includes every factor, S and dS none (see `forward`). The random numbers of the mask need no memory and the passes little
 arithmetic, so the mask costs least beside the reading of dy. Sums over many rows are split into float32 partial sums, which
@@ -175,11 +176,15 @@ def mask_pass(rows: int, columns: int, mask: Mask) -> torch.Tensor | None:
 
 @triton.jit(do_not_specialize=["M"])
 def _x_kernel(
-    x_ptr, ds_ptr, da_ptr, bits_ptr, M, K, m_chunk, scale, stride_xm, stride_xk, stride_bits,
-    R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, ds_ptr, a_ptr, da_ptr, dx_ptr, bits_ptr, M, K, m_chunk, scale, stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
+    R: tl.constexpr, NEEDS_DX: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (k, split): BLOCK_K columns of dA from one chunk of the rows of x. da_ptr: (splits, R, K)."""
+    """Program (k, split): BLOCK_K columns of dA from one chunk of the rows of x. da_ptr: (splits, R, K).
+
+    NEEDS_DX: also write these rows and columns of dx₀; A stays in registers.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     if OVERLAP:
         gdc_launch_dependents()
     first_k, split = tl.program_id(0) * BLOCK_K, tl.program_id(1)
@@ -187,6 +192,10 @@ def _x_kernel(
     o_byte = first_k // 8 + tl.arange(0, BLOCK_K // 8)
     o_r = tl.arange(0, BLOCK_R)
     m_k, m_r = o_k < K, o_r < R
+    m_rk = m_r[:, None] & m_k[None, :]
+    if NEEDS_DX:
+        p_a = a_ptr + o_r.to(tl.int64)[:, None] * stride_ar + o_k[None, :] * stride_ak
+        a = tl.load(p_a, mask=m_rk, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_K]
     da = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     first_m = split * m_chunk
     for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M):
@@ -200,10 +209,17 @@ def _x_kernel(
         if DROPOUT:
             p_byte = bits_ptr + o_m[:, None] * stride_bits + o_byte[None, :]
             m_byte = m_m[:, None] if EVEN_K else m_m[:, None] & (o_byte < tl.cdiv(K, 8))[None, :]
-            x = drop_bits(x, tl.load(p_byte, mask=m_byte, other=0))
+            bits = tl.load(p_byte, mask=m_byte, other=0)
+            x = drop_bits(x, bits)
         da = tl.dot(ds_t, x, da, input_precision=PRECISION)
+        if NEEDS_DX:
+            dx = tl.dot(tl.trans(ds_t), a, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_K]
+            if DROPOUT:
+                dx = drop_bits(dx, bits)
+            p_dx = dx_ptr + o_m[:, None] * K + o_k[None, :]
+            tl.store(p_dx, dx.to(DTYPE), mask=m_x)
     p_da = da_ptr + split.to(tl.int64) * R * K + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
-    tl.store(p_da, (da * scale).to(da_ptr.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
+    tl.store(p_da, (da * scale).to(da_ptr.dtype.element_ty), mask=m_rk)
 
 
 def x_pass(
@@ -214,30 +230,38 @@ def x_pass(
     *,
     scale: float = 1.0,
     bits: torch.Tensor | None = None,
+    lora_a: torch.Tensor | None = None,
     precision: str = "ieee",
-) -> torch.Tensor:
-    """Parts of dA = scale · dSᵀ (keep ∘ x), newly allocated (splits, R, K), in float32; a single one in `dtype`.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Parts of dA = scale · dSᵀ (keep ∘ x), newly allocated (splits, R, K), in float32, a single one in `dtype`;
+    and, if lora_a is given, dx₀ = scale · keep ∘ (dS A) (M, K), in x's dtype, else None.
 
     x: (M, K), any strides. ds: (M, R), contiguous, x's dtype. config.splits divides M.
-    bits: the mask as `dy_pass` returns it; None keeps all. precision: as in `rank_gemm`.
+    bits: the mask as `dy_pass` returns it; None keeps all. lora_a: (R, K), any strides, any float dtype. precision: as in `rank_gemm`.
     """
     (m, k), r = x.shape, ds.shape[1]
     chunk, splits = chunks(m, config.splits, config.block_m)
     da_dtype = dtype if splits == 1 else torch.float32
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
+    a, dx = (x, None) if lora_a is None else (lora_a, x.new_empty(m, k))
     _x_kernel[(triton.cdiv(k, config.block_k), splits)](
         x_ptr=x,
         ds_ptr=ds,
+        a_ptr=a,
         da_ptr=da,
+        dx_ptr=x if dx is None else dx,
         bits_ptr=x if bits is None else bits,
         M=m,
         K=k,
         R=r,
         m_chunk=chunk,
         scale=scale,
+        stride_ar=a.stride(0),
+        stride_ak=a.stride(1),
         stride_bits=0 if bits is None else bits.stride(0),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
+        NEEDS_DX=dx is not None,
         DROPOUT=bits is not None,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision,
@@ -248,4 +272,4 @@ def x_pass(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return da
+    return da, dx

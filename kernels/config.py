@@ -21,8 +21,9 @@ class Architecture:
 
     shared: bytes of shared memory that a block may use. tensor_memory: columns (sm_100), else 0. sms: SMs of the usual model.
     decode_rows: the most rows that the plan `decode` supports, all in one tile; with 64, sm_100 keeps scalars on the stack.
-    tflops, tbps: dense 16-bit TFLOP/s and TB/s that real kernels reach. eta: speed of our GEMM kernel relative to cuBLAS, assumed
-    from published Triton kernels until measured.
+    tflops, tbps: dense 16-bit TFLOP/s and TB/s that real kernels reach. eta: speed of our GEMM kernel's loop relative to cuBLAS's.
+    epilogues: picoseconds that cuBLAS and our kernel take for each element of the output, beyond the loop.
+    The numbers of sm_90 were fitted to an H100; the others are assumed, with eta from published Triton kernels.
     """
 
     capability: int
@@ -33,12 +34,13 @@ class Architecture:
     tflops: float
     tbps: float
     eta: float
+    epilogues: tuple[float, float] = (0.0, 0.0)
 
 
 ARCHITECTURES = {
     80: Architecture(80, 166_912, 0, 108, 64, 250.0, 1.6, 0.85),
     89: Architecture(89, 101_376, 0, 128, 64, 280.0, 0.9, 0.85),
-    90: Architecture(90, 232_448, 0, 132, 64, 650.0, 3.0, 0.90),
+    90: Architecture(90, 232_448, 0, 132, 64, 830.0, 3.0, 0.98, (0.45, 1.0)),
     100: Architecture(100, 232_448, 512, 148, 32, 1500.0, 7.0, 0.85),
 }
 
@@ -116,6 +118,7 @@ class Tiles:
     split: GemmConfig
     update: GemmConfig
     down: PassConfig
+    start: PassConfig
     decode: PassConfig
     dy: PassConfig
     x: PassConfig
@@ -135,6 +138,7 @@ def tiles(arch: Architecture, q: Problem) -> Tiles:
         split=gemm_config(arch, q, q.n),
         update=update_config(q),
         down=down_config(arch, q),
+        start=start_config(arch, q),
         decode=decode_config(arch, q),
         dy=dy_config(arch, q),
         x=x_config(arch, q),
@@ -171,12 +175,16 @@ def gemm_config(
     if arch.capability >= 100:
         config = GemmConfig(128, 128, 64, block_r, 8, 3, descriptor=True, subtiles=2)
     elif _tiles(q.m, 128) * _tiles(columns, 256) < arch.sms:
-        # Less than one wave of large tiles would leave SMs idle.
-        config = GemmConfig(128, 128, 64, block_r, 8, 4, descriptor=True, subtiles=4)
+        # Less than one wave of large tiles would leave SMs idle. Two programs on an SM hide each other's epilogue.
+        subtiles = 4 if fused or block_r > 16 else 2
+        config = GemmConfig(128, 128, 64, block_r, 4, 3, descriptor=True, subtiles=subtiles)
+        return replace(config, programs=2 * arch.sms)
     else:
         # The masked product needs a second accumulator, so fewer ranks fit at once.
         block_r = min(block_r, 32 if q.rank <= 64 else 16) if dropout else block_r
-        config = GemmConfig(128, 256, 64, block_r, 8, 4, descriptor=True, subtiles=4)
+        # Wide strips cost registers, which a tile of S needs too.
+        subtiles = 4 if fused or block_r > 16 else 2
+        config = GemmConfig(128, 256, 64, block_r, 8, 4, descriptor=True, subtiles=subtiles)
     if fused:
         # A tile of A for each stage, beside those of x and W.
         most = 4 if block_r <= 16 else 3
@@ -196,13 +204,16 @@ def update_config(q: Problem) -> GemmConfig:
     """Tiles of `gemm.rank_update_`, which is limited by memory bandwidth."""
     if q.itemsize == 4:
         return GemmConfig(64, 32, 0, 16, 8, 2)
-    return GemmConfig(64, 128 if q.aligned else 64, 0, rank_block(q.rank, 64), 8, 2)
+    block_r = rank_block(q.rank, 64)
+    if q.aligned and block_r <= 32:
+        return GemmConfig(32, 128, 0, block_r, 4, 2)
+    return GemmConfig(64, 128 if q.aligned else 64, 0, block_r, 8, 2)
 
 
 def down_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the S pass: enough programs to fill the GPU, split along K too when there are few rows."""
     block_r = rank_block(q.rank)
-    block_m = 64 if block_r <= 64 and q.m >= 128 * arch.sms else 32
+    block_m = 32
     block_k = (
         256
         if block_r <= 16 and q.aligned
@@ -215,6 +226,13 @@ def down_config(arch: Architecture, q: Problem) -> PassConfig:
     block_k = max(16, block_k * 2 // q.itemsize)
     splits = max(1, min(q.k // (4 * block_k), arch.sms // _tiles(q.m, block_m), 16))
     return PassConfig(block_m, 0, block_k, block_r, 8 if block_r > 32 else 4, 3, splits)
+
+
+def start_config(arch: Architecture, q: Problem) -> PassConfig:
+    """Tiles of the pass that makes S and y₀: those of the S pass, never split along K."""
+    return replace(
+        down_config(arch, q), block_n=256 * 2 // q.itemsize if q.aligned else 64, splits=1
+    )
 
 
 def decode_config(arch: Architecture, q: Problem) -> PassConfig:
@@ -237,7 +255,7 @@ def dy_config(arch: Architecture, q: Problem) -> PassConfig:
     block_n = 256 * 2 // q.itemsize
     block_m = 32
     splits = max(1, min(q.m // (4 * block_m), 2 * arch.sms // _tiles(q.n, block_n), 64))
-    return PassConfig(block_m, block_n, 0, block_r, 8, 3, splits)
+    return PassConfig(block_m, block_n, 0, block_r, 4 if q.itemsize == 2 else 8, 3, splits)
 
 
 def x_config(arch: Architecture, q: Problem) -> PassConfig:

@@ -1,6 +1,7 @@
 """The small kernels of the forward pass.
 
-    down_project   S = (keep ∘ x) Aᵀ                      one pass over x, the only one that applies dropout
+    down_project   S = (keep ∘ x) Aᵀ                      one pass over x, which applies dropout
+    start          S, and y₀ = bias + scale · S Bᵀ        the same pass, for a library that adds x Wᵀ to y₀
     decode         y = x Wᵀ + bias + scale · S Bᵀ, and S  for few rows: W is read once, split along K, in two launches
 
 `scale` includes every factor of the low-rank path (alpha / rank, and 1 / (1 − p') of the dropout). S and dS are stored without
@@ -42,7 +43,11 @@ def _times_rows(
             rows = tl.load(p_rows, mask=m_k[:, None], other=0.0)
         if DROPOUT:
             x = drop(x, tl.load(seed_ptr), threshold, first_m, k)
-        acc = tl.dot(x, rows.to(x.dtype), acc, input_precision=PRECISION)
+        if x.dtype == tl.float32:
+            # A sum for each block: a single chain of additions would lose more than cuBLAS does.
+            acc += tl.dot(x, rows.to(x.dtype), input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, rows.to(x.dtype), acc, input_precision=PRECISION)
         p_x += step * stride_xk
         p_rows += step * stride_k
     return acc
@@ -89,7 +94,7 @@ def down_project(
     """S = (keep ∘ x) Aᵀ, newly allocated (M, R), in x's dtype.
 
     x: (M, K), any strides. lora_a: (R, K), any strides, any float dtype, cast to x's. config.splits divides K.
-    mask, precision: as in `rank_gemm`.
+    mask: which elements of x to keep. precision: of float32 products, "ieee" or "tf32".
     """
     (m, k), r = x.shape, lora_a.shape[0]
     chunk, splits = chunks(k, config.splits, config.block_k)
@@ -120,6 +125,91 @@ def down_project(
         num_stages=config.num_stages,
     )
     return s[0] if splits == 1 else sum_partials(s, x.dtype, overlap=overlapping)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _start_kernel(
+    x_ptr, a_ptr, b_ptr, bias_ptr, s_ptr, y_ptr, seed_ptr, M, N, K, scale, threshold,
+    stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of S and y₀ per program: x is read along K, then y₀ is written along N."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    first_m = tl.program_id(0) * BLOCK_M
+    o_r = tl.arange(0, BLOCK_R)
+    s = _times_rows(
+        x_ptr, a_ptr, seed_ptr, M, R, 0, K, threshold, stride_xm, stride_xk, stride_ar, stride_ak, first_m, 0,
+        DROPOUT, EVEN_K, PRECISION, BLOCK_M, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+    # The columns from R on repeat the first, and may be infinite.
+    low = tl.where((o_r < R)[None, :], s, 0.0).to(DTYPE)
+    _store_rows(s_ptr, low, M, R, first_m, 0)
+    for first_n in range(0, N, BLOCK_N):
+        o_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+        m_b = (o_r < R)[:, None] & (o_n < N)[None, :]
+        p_b = b_ptr + o_n[None, :] * stride_bn + o_r[:, None] * stride_br
+        b = tl.load(p_b, mask=m_b, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+        y = tl.dot(low, b, input_precision=PRECISION) * scale
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        _store_rows(y_ptr, y, M, N, first_m, first_n)
+
+
+def start(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: PassConfig,
+    *,
+    scale: float = 1.0,
+    mask: Mask = NO_MASK,
+    precision: str = "ieee",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y₀ = bias + scale · S Bᵀ (M, N) and S = (keep ∘ x) Aᵀ (M, R), newly allocated, in x's dtype.
+
+    x: (M, K). lora_a: (R, K), lora_b: (N, R), R ≤ config.block_r: any strides; the adapters in any float dtype. bias: (N,), contiguous,
+    or None. mask, precision: as in `down_project`.
+
+    Raises: ValueError for more ranks than the tiles support.
+    """
+    (m, k), n, r = x.shape, lora_b.shape[0], lora_a.shape[0]
+    if r > config.block_r:
+        raise ValueError(f"lora_a: expected at most {config.block_r} ranks, got {r}")
+    y, s = x.new_empty(m, n), x.new_empty(m, r)
+    _start_kernel[(triton.cdiv(m, config.block_m),)](
+        x_ptr=x,
+        a_ptr=lora_a,
+        b_ptr=lora_b,
+        bias_ptr=x if bias is None else bias,
+        s_ptr=s,
+        y_ptr=y,
+        seed_ptr=x if mask.seed is None else mask.seed,
+        M=m,
+        N=n,
+        K=k,
+        R=r,
+        scale=scale,
+        threshold=mask.threshold,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_ar=lora_a.stride(0),
+        stride_ak=lora_a.stride(1),
+        stride_bn=lora_b.stride(0),
+        stride_br=lora_b.stride(1),
+        HAS_BIAS=bias is not None,
+        DROPOUT=mask.drops,
+        EVEN_K=k % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y, s
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -204,7 +294,7 @@ def decode(
     """y = x Wᵀ + bias + scale · S Bᵀ (M, N) and S = (keep ∘ x) Aᵀ (M, R), in x's dtype, in two launches.
 
     x: (M, K) with M ≤ config.block_m. weight: (N, K). lora_a: (R, K), lora_b: (N, R), R ≤ config.block_r: any strides; the
-    adapters in any float dtype. config.splits divides K. mask, precision: as in `rank_gemm`.
+    adapters in any float dtype. config.splits divides K. mask: which elements of x to keep. precision: of float32 products, "ieee" or "tf32".
 
     Raises: ValueError for more rows or ranks than the tiles support.
     """

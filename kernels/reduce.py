@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-_SPLITS, _BLOCK = 32, 128
+_SPLITS, _ELEMENTS = 32, 4096  # of a tile
 
 
 @triton.jit
@@ -65,7 +65,10 @@ def sum_both(
 def _launch(
     one: torch.Tensor, first: torch.Tensor, other: torch.Tensor, second: torch.Tensor, overlap: bool
 ) -> None:
-    blocks = triton.cdiv(first.numel(), _BLOCK) + triton.cdiv(second.numel(), _BLOCK)
+    # As many partial sums beside each other as there are, at most 32, and as many elements as fill the tile.
+    beside = min(_SPLITS, triton.next_power_of_2(max(one.shape[0], other.shape[0])))
+    block = _ELEMENTS // beside
+    blocks = triton.cdiv(first.numel(), block) + triton.cdiv(second.numel(), block)
     _sum_kernel[(blocks,)](
         part_1=one,
         out_1=first,
@@ -75,8 +78,8 @@ def _launch(
         out_2=second,
         size_2=second.numel(),
         splits_2=other.shape[0],
-        SPLITS=_SPLITS,
-        BLOCK=_BLOCK,
+        SPLITS=beside,
+        BLOCK=block,
         OVERLAP=overlap,
         num_warps=4,
     )

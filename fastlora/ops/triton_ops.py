@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fastlora.kernels.backward import dy_pass, mask_pass, x_pass
 from fastlora.kernels.config import DY_RANK, Tiles
 from fastlora.kernels.dropout import NO_MASK, Mask
-from fastlora.kernels.forward import decode, down_project
+from fastlora.kernels.forward import decode, down_project, start
 from fastlora.kernels.gemm import rank_gemm, rank_product, rank_update_
 from fastlora.kernels.reduce import sum_both, sum_partials
 from fastlora.ops import dispatch, reference
@@ -87,6 +87,12 @@ def run_forward(
             x, weight, bias, s, low.b, config.fused, lora_a=lora_a, scale=low.scale(), precision=precision
         )  # fmt: skip
         return y, s
+    if choice.plan == "accumulate" and s is None:
+        y, s = start(
+            x, low.a, low.b, bias, config.start,
+            scale=low.scale(), mask=_mask(x, low), precision=precision,
+        )  # fmt: skip
+        return y.addmm_(x, weight.T), s  # [M, K] @ [K, N] -> [M, N]
     if s is None:
         s = _down_project(x, low, config)
     if choice.plan == "split":
@@ -150,8 +156,11 @@ def run_backward(
         needs_ds = needs_x or needs_a
         ds, db, bits = _dy_products(choice.config, dy, x, s, low, needs_ds, needs_b)
         if ds is not None and needs_a:
-            da = _a_product(choice.config, x, ds, low, bits)
-        if ds is not None and needs_x:
+            with_dx = needs_x and choice.dx_plan == "accumulate"
+            da, dx = _a_product(choice.config, x, ds, low, bits, with_dx)
+        if dx is not None:
+            dx.addmm_(dy, weight)  # [M, N] @ [N, K] -> [M, K]
+        elif ds is not None and needs_x:
             dx = _x_product(choice, dy, weight, ds, low, bits)
         da, db = _sums(da, db, low)
     return [gradient for gradient in (dx, da, db) if gradient is not None]
@@ -193,12 +202,15 @@ def _dy_products(
     return ds, db, mask_pass(*x.shape, mask)
 
 
-def _a_product(config: Tiles, x: Tensor, ds: Tensor, low: LowRank, bits: Tensor | None) -> Tensor:
-    """Parts of dA = scale · dSᵀ (keep ∘ x) (splits, R, K)."""
-    da: Tensor = x_pass(
-        x, ds, low.a.dtype, config.x, scale=low.scale(), bits=bits, precision=product_precision(x)
-    )
-    return da
+def _a_product(
+    config: Tiles, x: Tensor, ds: Tensor, low: LowRank, bits: Tensor | None, with_dx: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Parts of dA = scale · dSᵀ (keep ∘ x) (splits, R, K), and with_dx also dx₀ = scale · keep ∘ (dS A) (M, K)."""
+    found: tuple[Tensor, Tensor | None] = x_pass(
+        x, ds, low.a.dtype, config.x,
+        scale=low.scale(), bits=bits, lora_a=low.a if with_dx else None, precision=product_precision(x),
+    )  # fmt: skip
+    return found
 
 
 def _sums(
@@ -296,11 +308,15 @@ def group_backward(
             assert choice.config is not None
             bits = products[0][2]
             if needs_a:
-                da = sum_partials(_a_product(choice.config, x, ds, low, bits), low.a.dtype)
+                with_dx = needs_x and choice.dx_plan == "accumulate"
+                da, dx = _a_product(choice.config, x, ds, low, bits, with_dx)
+                da = sum_partials(da, low.a.dtype)
                 das = torch.split(da, [layer.low.rank() for layer in layers])
             if needs_x:
-                dx = _x_product(choice, dys[0], layers[0].weight, ds, low, bits)
-                for dy, layer in zip(dys[1:], layers[1:], strict=True):
+                added = 0 if dx is not None else 1
+                if dx is None:
+                    dx = _x_product(choice, dys[0], layers[0].weight, ds, low, bits)
+                for dy, layer in zip(dys[added:], layers[added:], strict=True):
                     dx.addmm_(dy, layer.weight)  # [M, N] @ [N, K] -> [M, K]
     dbs = [
         None if db is None else sum_partials(db, layer.low.b.dtype)

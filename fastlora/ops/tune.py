@@ -184,7 +184,12 @@ class Bench:
             return {"ds": ds, "db": db.sum(0), **mask}
         if kernel == "x":
             named = {"scale": scale, "bits": self.bits, **exactness}
-            return {"da": ops.x_pass(x, ds, low.a.dtype, config, **named).sum(0)}
+            da, _ = ops.x_pass(x, ds, low.a.dtype, config, **named)
+            return {"da": da.sum(0)}
+        if kernel == "start":
+            named = {"scale": scale, "mask": self.mask, **exactness}
+            term, s = ops.start(x, low.a, low.b, bias, config, **named)
+            return {"term": term, "s": s}
         if kernel == "update":
             return {"term": ops.rank_product(s, low.b, bias, config, scale=scale, **exactness)}
         if kernel == "dx":
@@ -249,7 +254,7 @@ def kernels_of(shape: Shape, plans: Sequence[str]) -> list[str]:
     passes = ["x", "update"] + ["dy"] * (shape.rank <= DY_RANK)
     if "decode" in plans:  # too few rows for the tiles of the others
         return [*passes, "decode"]
-    return [*passes, "down", "dx", *(plan for plan in ("split", "fused") if plan in plans)]
+    return [*passes, "down", "start", "dx", *(plan for plan in ("split", "fused") if plan in plans)]
 
 
 def tune_shape(

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 from fastlora import lora_linear
-from fastlora.kernels.backward import dy_pass, x_pass
+from fastlora.kernels.backward import dy_pass, mask_pass, x_pass
 from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, fused_rank, tiles
 from fastlora.kernels.dropout import Mask, keep_bits
-from fastlora.kernels.forward import decode, down_project
-from fastlora.kernels.gemm import rank_gemm, rank_update_
-from fastlora.kernels.reduce import sum_partials
+from fastlora.kernels.forward import decode, down_project, start
+from fastlora.kernels.gemm import rank_gemm, rank_product, rank_update_
+from fastlora.kernels.reduce import sum_both, sum_partials
 from fastlora.ops import dispatch, reference, triton_ops
 from fastlora.ops.dispatch import TRITON_PLANS
 from fastlora.ops.dropout import dropout_threshold, kernel_mask
@@ -221,20 +221,39 @@ def test_every_kernel_with_dropout_uses_the_references_bits(p):
     y, s = decode(_ones(33, k).half(), zero.half(), None, unit, unit, small, mask=mask)
     assert torch.equal(s, few) and torch.equal(y, few)
     rows = tiles(row, Problem(m, k, k, m, 4, True))
-    da, packed = x_pass(_ones(m, k), torch.eye(m, device=DEVICE), torch.float32, rows.x, mask=mask)
-    assert torch.equal(da, keep)
-    assert torch.equal(_unpack(packed, k).float(), keep)
+    bits = mask_pass(m, k, mask)
+    assert torch.equal(_unpack(bits, k).float(), keep)
+    one_rank = tiles(row, Problem(m, 8, k, 1, 4, True)).dy
+    dy, b, s = _ones(m, 8), _ones(8, 1), _ones(m, 1)
+    for columns in (k, 20):  # all groups of a tile, and a part of them
+        *_, beside = dy_pass(dy, b, s, one_rank, scale=1.0, mask=mask, columns=columns)
+        assert beside.shape == (m, -(-columns // 8))
+        assert torch.equal(
+            _unpack(beside, 8 * beside.shape[1])[:, :columns].float(), keep[:, :columns]
+        )
+    da, dx = x_pass(_ones(m, k), torch.eye(m, device=DEVICE), torch.float32, rows.x, bits=bits)
+    assert torch.equal(da.sum(0), keep) and dx is None
     low, up = _ones(m, 1), _ones(k, 1)
     half = tiles(row, Problem(m, k, k, k, 2, True))
     assert half.dx.descriptor
-    for source in (mask, Mask(packed=packed)):
-        base = torch.zeros(m, k, device=DEVICE)
-        assert torch.equal(rank_update_(base, low, up, ours.update, mask=source), keep)
-        dx = rank_gemm(torch.zeros(m, k, device=DEVICE), zero, None, low, up, ours.dx, mask=source)
-        assert torch.equal(dx, keep)
-        blank = torch.zeros(m, k, dtype=torch.float16, device=DEVICE)
-        dx = rank_gemm(blank, zero.half(), None, low.half(), up, half.dx, mask=source)
-        assert torch.equal(dx.float(), keep)
+    base = torch.zeros(m, k, device=DEVICE)
+    assert torch.equal(rank_update_(base, low, up, ours.update, bits=bits), keep)
+    assert torch.equal(rank_product(low, up, None, ours.update, bits=bits), keep)
+    _, dx = x_pass(_ones(m, k), low, torch.float32, rows.x, bits=bits, lora_a=up.T)
+    assert torch.equal(dx, keep)
+    dx = rank_gemm(torch.zeros(m, k, device=DEVICE), zero, None, low, up, ours.dx, bits=bits)
+    assert torch.equal(dx, keep)
+    blank = torch.zeros(m, k, dtype=torch.float16, device=DEVICE)
+    dx = rank_gemm(blank, zero.half(), None, low.half(), up, half.dx, bits=bits)
+    assert torch.equal(dx.float(), keep)
+
+
+def test_a_threshold_of_zero_keeps_all():
+    mask = Mask(SEED.to(DEVICE), 0)
+    assert not mask.drops and mask_pass(4, 16, mask) is None
+    config = tiles(ARCHITECTURES[90], Problem(33, 16, 16, 16, 4, True)).down
+    x, unit = _ones(33, 16), torch.eye(16, device=DEVICE)
+    assert torch.equal(down_project(x, unit, config, mask=mask), x)
 
 
 @triton.jit
@@ -286,6 +305,14 @@ def test_a_dropped_element_is_zero_even_if_it_was_infinite():
     assert torch.equal(s, keep.float())
 
 
+@pytest.mark.parametrize("splits", [(5, 70), (1, 5), (5, 1), (2, 32)])
+def test_two_sums_in_one_launch_are_the_separate_sums(splits):
+    parts = [torch.randn(n, 37, w, device=DEVICE) for n, w in zip(splits, (70, 9), strict=True)]
+    dtypes = (torch.float32, torch.float16)
+    for got, part, dtype in zip(sum_both(*parts, dtypes), parts, dtypes, strict=True):
+        assert_close(got, part.sum(0).to(dtype), part.double().sum(0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("splits", [1, 5, 32, 70])
 def test_partial_sums_are_sums(splits, dtype):
@@ -333,6 +360,8 @@ def test_kernels_refuse_ranks_that_their_tiles_do_not_support():
         ValueError, match=r"expected at most \(16, 16\) rows and ranks, got \(16, 64\)"
     ):
         decode(x, x, None, wide.T.contiguous(), wide, ours.decode)
+    with pytest.raises(ValueError, match="lora_a: expected at most 16 ranks, got 32"):
+        start(x, low.T.contiguous(), low, None, replace(ours.start, block_r=16))
     with pytest.raises(ValueError, match="s: expected at most 32 ranks, got 64"):
         dy_pass(x, wide, wide, ours.dy, scale=1.0)
 

@@ -327,11 +327,11 @@ def test_a_layer_trains_per_sample_under_vmap(randomness):
             assert_close(per_sample[name][i], want, want)
 
 
-# Known answers of Random123 (kat_vectors, philox4x32 10): counter, key -> words.
+# Known answers of Random123 (kat_vectors, philox4x32 7): counter, key -> words.
 @pytest.mark.parametrize(
     ("counter", "seed", "words"),
     [
-        ((0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0, 0), 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
     ],
 )
 def test_philox_equals_the_published_words(counter, seed, words):
@@ -342,7 +342,7 @@ def test_philox_equals_the_published_words(counter, seed, words):
 
 def _philox_in_python_integers(seed: int, c0: int, c1: int) -> list[int]:
     counter, key = [c0, c1, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
-    for _ in range(10):
+    for _ in range(7):
         a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         counter = [
             (b >> 32) ^ counter[1] ^ key[0],
@@ -360,10 +360,9 @@ def test_kernel_mask_is_the_documented_function_of_seed_row_and_column(seed):
     expected = torch.empty(rows, cols, dtype=torch.bool)
     for i in range(rows):
         for j in range(cols):
-            word = _philox_in_python_integers(seed, j // 8, i + 5)[(j % 8) // 2]
-            lane = (word >> 16) if j % 2 else (word & 0xFFFF)
-            signed = lane - 65536 if lane >= 32768 else lane
-            expected[i, j] = signed >= round(p * 65536) - 32768
+            word = _philox_in_python_integers(seed, j // 8, i + 5)[j % 4]
+            lane = (word >> 16) if j % 8 >= 4 else (word & 0xFFFF)
+            expected[i, j] = lane >= round(p * 65536)
     assert torch.equal(kernel_mask(seed, p, rows, cols, first_row=5), expected)
     assert torch.equal(kernel_mask(torch.tensor(seed), p, rows, cols, first_row=5), expected)
 

@@ -3,7 +3,8 @@
 The interpreter runs the kernels, and a simulated clock replaces the device's.
 """
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from fastlora import BackendError, ConfigError
 from fastlora.kernels.config import ARCHITECTURES, Problem, tiles
 from fastlora.ops import dispatch, tune, tuning_file
-from fastlora.ops.tune import Bench, Shape, candidates
+from fastlora.ops.tune import Bench, Shape, _sensible, neighbours, search
 
 H100 = ARCHITECTURES[90]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,23 +31,55 @@ def test_an_invalid_shape_is_named(text):
         Shape.parse(text)
 
 
-def test_candidates_start_from_the_table_and_are_distinct_and_sensible():
+def test_neighbours_differ_in_one_setting_or_halve_the_tile():
     config = tiles(H100, Problem(8192, 4096, 4096, 16, 2, True))
-    for start in (config.split, config.down, config.dy, config.x, config.decode):
-        tried = list(candidates(start))
-        assert tried[0] == start and len(set(tried)) == len(tried) > 20
-        assert all(c.block_m * c.block_n <= 128 * 32 * c.num_warps for c in tried)
+    for start in (config.split, config.down, config.start, config.dy, config.x, config.decode):
+        tried = list(neighbours(start))
+        assert len(set(tried)) > 12
+        for one in tried:
+            changed = {f for f, v in asdict(one).items() if v != getattr(start, f)}
+            halved = {"block_n", "num_warps", "programs"}
+            assert len(changed) <= 1 or halved <= changed or changed == {"block_k", "num_stages"}
         assert all((c.block_n == 0) == (start.block_n == 0) for c in tried), (
             "a block that is not there"
         )
 
 
+def test_the_search_finds_a_planted_best_within_twelve_candidates():
+    """Each setting that differs from the planted one costs a tenth; one that fails takes infinitely long."""
+    start = tiles(H100, Problem(8192, 4096, 4096, 16, 2, True)).split
+    best = replace(start, block_n=128, num_warps=4, programs=2 * start.programs, num_stages=3)
+    timed, found = [], []
+
+    def seconds(config):
+        timed.append(config)
+        if config.block_k == 128:
+            return math.inf
+        return 1.1 ** sum(v != getattr(best, f) for f, v in asdict(config).items())
+
+    def improved(config, time):
+        found.append((config, time))
+
+    assert search(start, seconds, 12, improved) == (best, 1.0)
+    assert len(timed) == len(set(timed)) <= 12 and found[-1] == (best, 1.0)
+    assert [time for _, time in found] == sorted((t for _, t in found), reverse=True)
+
+
+def test_a_difference_within_the_noise_changes_nothing():
+    start = tiles(H100, Problem(8192, 4096, 4096, 16, 2, True)).down
+    assert search(start, lambda config: 1.0 if config == start else 0.995, 8) == (start, 1.0)
+
+
+def _second(config):
+    """The first configuration that a search tries after `config`."""
+    return next(one for one in neighbours(config) if one != config and _sensible(one))
+
+
 @pytest.fixture
 def small(monkeypatch):
-    shape = Shape(24, 32, 48, 4, 0.2)
-    bench = Bench(shape, torch.float32, DEVICE)
+    bench = Bench(Shape(80, 32, 48, 4, 0.2), torch.float32, DEVICE)
     monkeypatch.setattr(dispatch, "device_architecture", lambda device: H100)
-    return bench, tiles(H100, bench.problem)
+    return bench, dispatch.predicted_choice(DEVICE, bench.problem)
 
 
 def _clock(times):
@@ -60,37 +93,82 @@ def _clock(times):
     return timer
 
 
+KERNELS = ("x", "update", "dy", "down", "start", "dx", "split")
+
+
 @pytest.mark.slow
 def test_the_fastest_tiles_and_plans_win(small):
     bench, start = small
-    # Two candidates for each of the seven kernels that run with dropout, the second always faster; launches apart and
-    # overlapping of split, decode and dx, of which decode is slower so; then the plans in the order of the cost model
-    # (in_place, split, decode), then the plans of dx.
-    times = [2.0, 1.0] * 7 + [2.0, 1.0, 1.0, 2.0, 2.0, 1.0] + [3.0, 2.0, 1.0] + [2.0, 1.0]
-    result = tune.tune_shape(bench, start, _clock(times), limit=2)
-    assert (result.plan, result.dx_plan) == ("decode", "in_place")
-    overlapping = ("down", "split", "x", "dx")
-    for name in ("down", "dy", "x", "dx", "update", "split", "decode"):
-        second = list(candidates(getattr(start, name)))[1]
-        expected = replace(second, overlap=True) if name in overlapping else second
-        assert getattr(result.config, name) == expected
-    assert result.config.fused == start.fused, "it cannot run with dropout"
+    # Two candidates for each kernel, the second always faster; the plans in the order of the cost model (in_place, accumulate,
+    # split), then those of dx (split, accumulate, in_place).
+    times = [2.0, 1.0] * len(KERNELS) + [3.0, 1.0, 2.0] + [3.0, 2.0, 1.0]
+    kept, rows = [], []
+    result = tune.tune_shape(
+        bench, start, _clock(times), 2, kept.append, lambda *row: rows.append(row)
+    )
+    assert (result.plan, result.dx_plan) == ("accumulate", "in_place") and kept[-1] == result
+    for name in KERNELS:
+        assert getattr(result.config, name) == _second(getattr(start.config, name))
+    assert result.config.fused == start.config.fused, "it cannot run with dropout"
+    # Every improvement is kept, so that a search that is stopped loses nothing.
+    assert len(kept) == 2 * len(KERNELS) + 1
+    assert kept[1].config == replace(start.config, x=_second(start.config.x))
+    assert rows[-1][:2] == ("dx in_place", 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlapping", [1.0, 3.0])
+def test_launches_overlap_where_that_is_faster(small, overlapping):
+    bench, start = small
+    times = [1.0] * len(KERNELS) + [3.0, 3.0, 2.0] + [2.0, 3.0, 3.0]
+    times += [2.0, overlapping, 2.0, overlapping]
+    result = tune.tune_shape(bench, start, _clock(times), 1)
+    assert (result.plan, result.dx_plan) == ("split", "split")
+    for name in ("down", "split", "x", "dx"):
+        assert getattr(result.config, name).overlap == (overlapping < 2.0)
+
+
+@pytest.mark.slow
+def test_few_rows_tune_the_decode_kernel(monkeypatch):
+    bench = Bench(Shape(24, 32, 48, 4), torch.float32, DEVICE)
+    monkeypatch.setattr(dispatch, "device_architecture", lambda device: H100)
+    start = dispatch.predicted_choice(DEVICE, bench.problem)
+    rows = []
+    tune.tune_shape(bench, start, _clock([1.0]), 1, row=lambda *row: rows.append(row[0]))
+    assert {"x", "update", "dy", "decode", "y decode"} <= set(rows) and "split" not in rows
 
 
 @pytest.mark.slow
 def test_a_wrong_kernel_gets_no_time(small, monkeypatch):
     bench, start = small
-    correct = bench.ops.decode
+    correct = bench.ops.start
     monkeypatch.setattr(
-        bench.ops, "decode", lambda *a, **k: tuple(1.01 * t for t in correct(*a, **k))
+        bench.ops, "start", lambda *a, **k: tuple(1.01 * t for t in correct(*a, **k))
     )
-    result = tune.tune_shape(bench, start, _clock([1.0]), limit=1)
-    assert result.plan != "decode"
+    rows = {}
+    result = tune.tune_shape(
+        bench, start, _clock([1.0]), 1, row=lambda what, time, config: rows.update({what: time})
+    )
+    assert result.plan != "accumulate" and math.isinf(rows["start"] + rows["y accumulate"])
     monkeypatch.setattr(
-        bench.ops, "down_project", lambda x, a, *r, **k: x.new_zeros(len(x), len(a))
+        bench.ops, "dy_pass", lambda dy, b, s, *r, **k: (torch.zeros_like(s), b[None], None)
     )
     with pytest.raises(BackendError, match="no plan has a correct result"):
-        tune.tune_shape(bench, start, _clock([1.0]), limit=1)
+        tune.tune_shape(bench, start, _clock([1.0]), 1)
+
+
+@pytest.mark.slow
+def test_a_wrong_mask_is_noticed(small, monkeypatch):
+    bench, start = small
+    correct = bench.ops.dy_pass
+
+    def dy_pass(*arguments, **named):
+        ds, db, bits = correct(*arguments, **named)
+        return ds, db, bits ^ 1
+
+    assert bench.attempt(lambda: bench.run("dy", start.config.dy))
+    monkeypatch.setattr(bench.ops, "dy_pass", dy_pass)
+    assert not bench.attempt(lambda: bench.run("dy", start.config.dy))
 
 
 @pytest.mark.slow
@@ -98,7 +176,7 @@ def test_tiles_that_do_not_fit_are_skipped(small, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
     bench, start = small
-    large = list(candidates(start.dy))[1]
+    large = _second(start.config.dy)
     run = bench.ops.dy_pass
 
     def dy_pass(dy, b, s, config, **named):
@@ -107,8 +185,8 @@ def test_tiles_that_do_not_fit_are_skipped(small, monkeypatch):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(bench.ops, "dy_pass", dy_pass)
-    result = tune.tune_shape(bench, start, _clock([2.0, 1.0] * 10 + [1.0]), limit=2)
-    assert result.config.dy == start.dy
+    result = tune.tune_shape(bench, start, _clock([2.0, 1.0] * 10 + [1.0]), 2)
+    assert result.config.dy == start.config.dy
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a device")
