@@ -112,7 +112,7 @@ def _training_step(layers: Sequence[nn.Module], work: Workload) -> Round:
         _, *gradients = torch.autograd.grad(model(x), [x, *parameters], dy)
         if optimizer is not None:
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+                parameter.grad = gradient.contiguous()  # as a fused optimizer requires
             optimizer.step()
 
     return step

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from fastlora.kernels.config import PassConfig, chunks
+from fastlora.kernels.config import PassConfig, ceil_div, chunks, next_power_of_2
 from fastlora.kernels.dropout import NO_MASK, Mask, drop_bits, empty_bits, store_bits
+from fastlora.kernels.launch import launch
 from fastlora.kernels.reduce import sum_partials
 from fastlora.kernels.tiles import overlaps
 
@@ -97,15 +98,17 @@ def dy_pass(
     if r > config.block_r:
         raise ValueError(f"s: expected at most {config.block_r} ranks, got {r}")
     chunk, splits = chunks(m, config.splits, config.block_m)
-    tiles = triton.cdiv(n, config.block_n)
+    tiles = ceil_div(n, config.block_n)
     ds_dtype = dy.dtype if tiles == 1 else torch.float32
     db_dtype = lora_b.dtype if splits == 1 else torch.float32
     ds = torch.empty(tiles, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
     db = torch.empty(splits, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
     bits = empty_bits(m, columns, dy.device) if mask.drops else None
     # Every tile of columns of dy writes an equal share of the columns of the mask, at least the 16 bytes of one store.
-    groups = max(16, triton.next_power_of_2(triton.cdiv(triton.cdiv(columns, 8), tiles)))
-    _dy_kernel[(tiles, splits)](
+    groups = max(16, next_power_of_2(ceil_div(ceil_div(columns, 8), tiles)))
+    launch(
+        _dy_kernel,
+        (tiles, splits),
         dy_ptr=dy,
         b_ptr=lora_b,
         s_ptr=s,
@@ -159,7 +162,9 @@ def mask_pass(rows: int, columns: int, mask: Mask) -> torch.Tensor | None:
         return None
     assert mask.seed is not None
     bits = empty_bits(rows, columns, mask.seed.device)
-    _mask_kernel[(triton.cdiv(rows, _MASK_ROWS), triton.cdiv(columns, 8 * _MASK_GROUPS))](
+    launch(
+        _mask_kernel,
+        (ceil_div(rows, _MASK_ROWS), ceil_div(columns, 8 * _MASK_GROUPS)),
         bits_ptr=bits,
         seed_ptr=mask.seed,
         M=rows,
@@ -244,7 +249,9 @@ def x_pass(
     da_dtype = dtype if splits == 1 else torch.float32
     da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
     a, dx = (x, None) if lora_a is None else (lora_a, x.new_empty(m, k))
-    _x_kernel[(triton.cdiv(k, config.block_k), splits)](
+    launch(
+        _x_kernel,
+        (ceil_div(k, config.block_k), splits),
         x_ptr=x,
         ds_ptr=ds,
         a_ptr=a,

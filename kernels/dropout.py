@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.config import ceil_div
+
 ROUNDS = tl.constexpr(7)
 
 
@@ -34,9 +36,9 @@ NO_MASK = Mask()
 
 def empty_bits(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """A mask in bits, (rows, ⌈columns / 8⌉) uint8, not initialised. Its pitch, a multiple of 16 bytes, allows vectorised loads."""
-    pitch = triton.cdiv(columns, 128) * 16
+    pitch = ceil_div(columns, 128) * 16
     bits = torch.empty(rows, pitch, dtype=torch.uint8, device=device)
-    return bits[:, : triton.cdiv(columns, 8)]
+    return bits[:, : ceil_div(columns, 8)]
 
 
 @triton.jit

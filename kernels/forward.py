@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastlora.kernels.config import PassConfig, chunks
+from fastlora.kernels.config import PassConfig, ceil_div, chunks
 from fastlora.kernels.dropout import NO_MASK, Mask, drop
+from fastlora.kernels.launch import launch
 from fastlora.kernels.reduce import sum_partials
-from fastlora.kernels.tiles import overlaps, pdl_options
+from fastlora.kernels.tiles import overlaps
 
 
 @triton.jit
@@ -100,7 +101,9 @@ def down_project(
     chunk, splits = chunks(k, config.splits, config.block_k)
     s = torch.empty(splits, m, r, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     overlapping = overlaps(config)
-    _down_kernel[(triton.cdiv(m, config.block_m), splits)](
+    launch(
+        _down_kernel,
+        (ceil_div(m, config.block_m), splits),
         x_ptr=x,
         a_ptr=lora_a,
         s_ptr=s,
@@ -178,7 +181,9 @@ def start(
     if r > config.block_r:
         raise ValueError(f"lora_a: expected at most {config.block_r} ranks, got {r}")
     y, s = x.new_empty(m, n), x.new_empty(m, r)
-    _start_kernel[(triton.cdiv(m, config.block_m),)](
+    launch(
+        _start_kernel,
+        (ceil_div(m, config.block_m),),
         x_ptr=x,
         a_ptr=lora_a,
         b_ptr=lora_b,
@@ -307,8 +312,10 @@ def decode(
     s_part = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
     y, s = x.new_empty(m, n), x.new_empty(m, r)
     overlapping = overlaps(config)
-    tiles = triton.cdiv(n, config.block_n) + triton.cdiv(r, config.block_n)
-    _stream_kernel[(tiles, splits)](
+    tiles = ceil_div(n, config.block_n) + ceil_div(r, config.block_n)
+    launch(
+        _stream_kernel,
+        (tiles, splits),
         x_ptr=x,
         w_ptr=weight,
         a_ptr=lora_a,
@@ -337,7 +344,9 @@ def decode(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    _combine_kernel[(triton.cdiv(n, config.block_n),)](
+    launch(
+        _combine_kernel,
+        (ceil_div(n, config.block_n),),
         base_ptr=base_part,
         s_part_ptr=s_part,
         bias_ptr=x if bias is None else bias,
@@ -358,6 +367,6 @@ def decode(
         BLOCK_R=config.block_r,
         OVERLAP=overlapping,
         num_warps=config.num_warps,
-        **pdl_options(overlapping),
+        launch_pdl=overlapping,
     )
     return y, s

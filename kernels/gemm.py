@@ -17,11 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.config import GemmConfig, ceil_div
 from fastlora.kernels.dropout import drop_bits
-from fastlora.kernels.tiles import halves, overlaps, pdl_options, tile_of
+from fastlora.kernels.launch import Descriptor, launch
+from fastlora.kernels.tiles import halves, overlaps, tile_of
 
 
 @triton.jit
@@ -272,9 +272,11 @@ def rank_gemm(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
     if not config.descriptor:
-        _pointer_kernel[(tiles,)](
+        launch(
+            _pointer_kernel,
+            (tiles,),
             x_ptr=x,
             w_ptr=weight,
             out_ptr=out,
@@ -292,19 +294,21 @@ def rank_gemm(
         return out
     transposed = weight.stride(1) != 1
     stored = weight.T if transposed else weight
-    w_block = [config.block_n, config.block_k]
-    out_block = [config.block_m, config.block_n // config.subtiles]
+    w_block = (config.block_n, config.block_k)
+    out_block = (config.block_m, config.block_n // config.subtiles)
     programs = min(tiles, config.programs)
     overlapping = overlaps(config) and lora_a is None  # `fused` follows no pass
-    _descriptor_kernel[(programs,)](
-        x_desc=TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
-        w_desc=TensorDescriptor.from_tensor(stored, w_block[::-1] if transposed else w_block),
-        a_desc=TensorDescriptor.from_tensor(a, [config.block_r, config.block_k]),
-        out_desc=TensorDescriptor.from_tensor(out, out_block),
+    launch(
+        _descriptor_kernel,
+        (programs,),
+        x_desc=Descriptor(x, (config.block_m, config.block_k)),
+        w_desc=Descriptor(stored, w_block[::-1] if transposed else w_block),
+        a_desc=Descriptor(a, (config.block_r, config.block_k)),
+        out_desc=Descriptor(out, out_block),
         TRANSPOSED=transposed,
         SUBTILES=config.subtiles,
         OVERLAP=overlapping,
-        **pdl_options(overlapping),
+        launch_pdl=overlapping,
         **shared,
     )
     return out
@@ -360,7 +364,9 @@ def _launch_update(
     add: bool,
 ) -> torch.Tensor:
     (m, n), r = out.shape, low.shape[1]
-    _update_kernel[(triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))](
+    launch(
+        _update_kernel,
+        (ceil_div(m, config.block_m), ceil_div(n, config.block_n)),
         out_ptr=out,
         bias_ptr=out if bias is None else bias,
         low_ptr=low,

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from fastlora.kernels.config import ceil_div, next_power_of_2
+from fastlora.kernels.launch import launch
+
 _SPLITS, _ELEMENTS = 32, 4096  # of a tile
 
 
@@ -66,10 +69,12 @@ def _launch(
     one: torch.Tensor, first: torch.Tensor, other: torch.Tensor, second: torch.Tensor, overlap: bool
 ) -> None:
     # As many partial sums beside each other as there are, at most 32, and as many elements as fill the tile.
-    beside = min(_SPLITS, triton.next_power_of_2(max(one.shape[0], other.shape[0])))
+    beside = min(_SPLITS, next_power_of_2(max(one.shape[0], other.shape[0])))
     block = _ELEMENTS // beside
-    blocks = triton.cdiv(first.numel(), block) + triton.cdiv(second.numel(), block)
-    _sum_kernel[(blocks,)](
+    blocks = ceil_div(first.numel(), block) + ceil_div(second.numel(), block)
+    launch(
+        _sum_kernel,
+        (blocks,),
         part_1=one,
         out_1=first,
         size_1=first.numel(),

@@ -26,8 +26,3 @@ def halves(block):
 def overlaps(config: GemmConfig | PassConfig) -> bool:
     """Whether a kernel with this configuration overlaps; Triton's interpreter does not support it."""
     return config.overlap and not knobs.runtime.interpret
-
-
-def pdl_options(overlapping: bool) -> dict[str, bool]:
-    """The launch options of a kernel that may begin before the previous one has ended."""
-    return {"launch_pdl": True} if overlapping else {}

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -165,10 +166,9 @@ def launch_choice(
     # The main GEMM reads x or dy, and its output has rows of n or k elements.
     large, width = (x, n) if dy is None else (dy, k)
     aligned = width % 16 == 0 and _aligned(large) and _aligned(weight)
-    problem = Problem(
-        _bucket(m), n, k, rank, x.element_size(), dropout, product_precision(x), aligned
-    )
-    return _plan(x.device, problem, plan)
+    precision = product_precision(x)
+    itemsize = x.element_size()
+    return _plan(x.device, plan, _bucket(m), n, k, rank, itemsize, dropout, precision, aligned)
 
 
 def _bucket(m: int) -> int:
@@ -178,7 +178,9 @@ def _bucket(m: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(device: torch.device, problem: Problem, forced: str | None) -> Choice:
+def _plan(device: torch.device, forced: str | None, *numbers: Any) -> Choice:
+    """The choice for `Problem(*numbers)`; plain numbers are hashed and compared faster than the problem."""
+    problem = Problem(*numbers)
     arch = device_architecture(device)
     assert arch is not None  # the caller has checked
     if forced is not None:

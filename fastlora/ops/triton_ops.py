@@ -82,7 +82,7 @@ def run_forward(
     if choice.plan == "fused":
         s = x.new_empty(x.shape[0], low.rank())
         # A is read once for every tile of columns, so it is cast first: x's dtype may be narrower.
-        lora_a = low.a.to(x.dtype)
+        lora_a = _loadable(low.a.to(x.dtype))
         y = rank_gemm(
             x, weight, bias, s, low.b, config.fused, lora_a=lora_a, scale=low.scale(), precision=precision
         )  # fmt: skip
@@ -164,6 +164,12 @@ def run_backward(
             dx = _x_product(choice, dy, weight, ds, low, bits)
         da, db = _sums(da, db, low)
     return [gradient for gradient in (dx, da, db) if gradient is not None]
+
+
+def _loadable(matrix: Tensor) -> Tensor:
+    """The matrix as the tensor memory accelerator reads it: rows contiguous, its start at a multiple of 16 bytes."""
+    matrix = matrix.contiguous()
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix
 
 
 def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
