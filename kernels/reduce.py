@@ -47,7 +47,7 @@ def sum_partials(part: torch.Tensor, dtype: torch.dtype, *, overlap: bool = Fals
     if part.shape[0] == 1:
         return part[0].to(dtype)
     out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
-    _launch(part, out, part[:, :0], out[:0], overlap)
+    _launch(part, out, None, None, overlap)
     return out
 
 
@@ -66,23 +66,28 @@ def sum_both(
 
 
 def _launch(
-    one: torch.Tensor, first: torch.Tensor, other: torch.Tensor, second: torch.Tensor, overlap: bool
+    one: torch.Tensor,
+    first: torch.Tensor,
+    other: torch.Tensor | None,
+    second: torch.Tensor | None,
+    overlap: bool,
 ) -> None:
+    splits = one.shape[0], 1 if other is None else other.shape[0]
+    sizes = first.numel(), 0 if second is None else second.numel()
     # As many partial sums beside each other as there are, at most 32, and as many elements as fill the tile.
-    beside = min(_SPLITS, next_power_of_2(max(one.shape[0], other.shape[0])))
+    beside = min(_SPLITS, next_power_of_2(max(splits)))
     block = _ELEMENTS // beside
-    blocks = ceil_div(first.numel(), block) + ceil_div(second.numel(), block)
     launch(
         _sum_kernel,
-        (blocks,),
+        (ceil_div(sizes[0], block) + ceil_div(sizes[1], block),),
         part_1=one,
         out_1=first,
-        size_1=first.numel(),
-        splits_1=one.shape[0],
-        part_2=other,
-        out_2=second,
-        size_2=second.numel(),
-        splits_2=other.shape[0],
+        size_1=sizes[0],
+        splits_1=splits[0],
+        part_2=one if other is None else other,
+        out_2=first if second is None else second,
+        size_2=sizes[1],
+        splits_2=splits[1],
         SPLITS=beside,
         BLOCK=block,
         OVERLAP=overlap,

@@ -336,8 +336,10 @@ def _choice(x: Tensor, weight: Tensor, low: LowRank, dy: Tensor | None = None) -
 
 
 def _current(x: Tensor) -> AbstractContextManager[object]:
-    """Make x's device current: Triton launches on the current device, not on the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Make x's device current, if it is not: Triton launches on the current device, not on the tensors'."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def _mask(x: Tensor, low: LowRank) -> Mask:
