@@ -144,7 +144,7 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
         assert choice.config is not None
         return replace(choice, config=choice.config.overlapped())
 
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         compiled = launch(self, *arguments, grid=grid, warmup=True, **named)
         entry = read(compiled)
         tiles = {k: v for k, v in named.items() if k.startswith(("BLOCK", "SUB", "num_"))}
@@ -155,7 +155,6 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
         entry["tiles"] = tiles
         flags = sorted(key for key, value in named.items() if value is True)
         entries[" ".join([self.fn.__name__.strip("_").removesuffix("_kernel"), *flags])] = entry
-        return compiled
 
     dtype, adapters = getattr(torch, problem.dtype), getattr(torch, problem.adapters)
 
