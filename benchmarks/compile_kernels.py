@@ -7,7 +7,7 @@ The launchers run on tensors without storage, under a driver that names the arch
 compilation. So exactly the kernels that would run on the device are compiled, specialisations included.
 
 It fails on a register spill, on shared or tensor memory above the device's, on a matrix kernel without tensor-core
-instructions, and on regressions from the record: 3 % more instructions, instructions per element, registers, shared or tensor
+instructions, on a warning of ptxas that matrix instructions are serialised, and on regressions from the record: 3 % more instructions, instructions per element, registers, shared or tensor
 memory or bytes moved, or one more 64-bit multiplication inside a loop. Improvements of that size are reported; then the
 record should be replaced.
 """
@@ -41,6 +41,8 @@ GATED = (
 )
 # griddepcontrol.launch_dependents and griddepcontrol.wait, which let consecutive kernels overlap.
 _DEPENDENCY = re.compile(r"\b(PREEXIT|ACQBULK)\b")
+# "wgmma.mma_async instructions are serialized": the kernel waits for each matrix instruction before it issues the next.
+_SERIALISED = re.compile(r"\bC75\d\d\b")
 # Reads and writes of global memory, except the bulk loads of x and W.
 _GLOBAL = re.compile(r"\b(LDG|LDGSTS|STG|UTMASTG|RED|ATOMG)\b")
 # Tensor-core instructions of the GPU generations.
@@ -90,6 +92,10 @@ PROBLEMS = (
     Problem("split", 4095, 1023, 1025, 12, p=0.1, everywhere=True),
     Problem("split", 4096, 1000, 1000, 16, p=0.1),
     Problem("decode", 7, 8, 24, 1),
+    Problem("decode", 33, 24, 40, 8, dtype="float32", p=0.1, everywhere=True),
+    Problem("accumulate", 8192, 4096, 4096, 16, p=0.1, everywhere=True),
+    Problem("accumulate", 32768, 1024, 1024, 16),
+    Problem("accumulate", 4096, 768, 2304, 8, dtype="float32", precision="tf32"),
     Problem("split", 4096, 768, 2304, 8, dtype="float32", p=0.1, precision="tf32", everywhere=True),
     Problem("in_place", 4096, 768, 2304, 8, dtype="float32", p=0.1, everywhere=True),
     Problem("in_place", 4096, 768, 2304, 256, dtype="float32", p=0.1, everywhere=True),
@@ -210,7 +216,29 @@ def read(compiled: Any) -> dict[str, Any]:
         "dependencies": sum(bool(_DEPENDENCY.search(i)) for i in instructions),
         "accesses_before_wait": before_wait(instructions),
         "wide_multiplications_in_loops": wide_multiplications(sass),
+        "serialised": len(_SERIALISED.findall(assembler_warnings(compiled.asm["ptx"]))),
     }
+
+
+@functools.cache
+def assembler_warnings(ptx: str) -> str:
+    """What ptxas says as it assembles the code again; Triton shows it only if ptxas fails."""
+    from triton import knobs
+
+    (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [
+            knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name={target}",
+            file.name,
+            "-o",
+            os.devnull,
+        ]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
 
 
 @functools.cache
@@ -271,8 +299,10 @@ def failures(arch: int, problem: Problem, entry: dict[str, Any]) -> list[str]:
         found.append(f"{entry['shared']} bytes of shared memory, the device has {row.shared}")
     if entry["tensor_memory"] > row.tensor_memory:
         found.append(f"{entry['tensor_memory']} columns of tensor memory")
+    if entry["serialised"]:
+        found.append(f"{entry['serialised']} warnings of serialised matrix instructions")
     name, *flags = entry["kernel"].split()
-    if name != "sum" and not exact and not entry["tensor_core"]:
+    if name not in ("sum", "mask") and not exact and not entry["tensor_core"]:
         found.append("no tensor-core instruction")
     if ("OVERLAP" in flags) != bool(entry["dependencies"]):
         found.append(f"{entry['dependencies']} instructions for a dependent launch")

@@ -170,20 +170,21 @@ def gemm_config(
         return GemmConfig(128 if arch.capability >= 90 else 64, 64, 32, block_r, 8, 3)
     if arch.capability < 90:
         stages = 4 if arch.shared > 150_000 else 3
-        plain = arch.capability == 80 and block_r <= 32 and not (dropout or fused)
+        block_r = block_r if q.rank <= 64 else 32
+        plain = arch.capability == 80 and q.rank <= 32 and not (dropout or fused)
         return GemmConfig(128, 128, 32, block_r, 4 if plain else 8, stages)
     if arch.capability >= 100:
         config = GemmConfig(128, 128, 64, block_r, 8, 3, descriptor=True, subtiles=2)
     elif ceil_div(q.m, 128) * ceil_div(columns, 256) < arch.sms:
         # Less than one wave of large tiles would leave SMs idle. Two programs on an SM hide each other's epilogue.
-        subtiles = 4 if fused or block_r > 16 else 2
+        subtiles = 4 if fused or q.rank > 16 else 2
         config = GemmConfig(128, 128, 64, block_r, 4, 3, descriptor=True, subtiles=subtiles)
         return replace(config, programs=2 * arch.sms)
     else:
         # The masked product needs a second accumulator, so fewer ranks fit at once.
         block_r = min(block_r, 32 if q.rank <= 64 else 16) if dropout else block_r
-        # Wide strips cost registers, which a tile of S needs too.
-        subtiles = 4 if fused or block_r > 16 else 2
+        # Wide strips cost registers, which a tile of S and many ranks need too.
+        subtiles = 4 if fused or q.rank > 16 else 2
         config = GemmConfig(128, 256, 64, block_r, 8, 4, descriptor=True, subtiles=subtiles)
     if fused:
         # A tile of A for each stage, beside those of x and W.
@@ -241,7 +242,7 @@ def decode_config(arch: Architecture, q: Problem) -> PassConfig:
     # Narrow enough that two programs per SM fit with float32 adapters of 16-bit weights.
     block_n, block_k = (64, 64) if q.itemsize == 2 else (32, 64 if block_m < 64 else 32)
     if not q.aligned:
-        block_k //= 4
+        block_k = max(16, block_k // 4)  # the inner dimension of a product has at least 16 elements
     stages = 4 if block_m <= 32 and arch.shared > 150_000 else 2
     block_r = rank_block(q.rank, fused_rank(q.itemsize, q.precision))
     columns = ceil_div(q.n, block_n) + ceil_div(block_r, block_n)
@@ -252,10 +253,11 @@ def decode_config(arch: Architecture, q: Problem) -> PassConfig:
 def dy_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the pass over dy: wide, since every tile of columns writes a partial sum of dS; the rows are split."""
     block_r = rank_block(q.rank, DY_RANK)
-    block_n = 256 * 2 // q.itemsize
+    block_n = (256 if q.aligned else 128) * 2 // q.itemsize
     block_m = 32
     splits = max(1, min(q.m // (4 * block_m), 2 * arch.sms // ceil_div(q.n, block_n), 64))
-    return PassConfig(block_m, block_n, 0, block_r, 4 if q.itemsize == 2 else 8, 3, splits)
+    warps = 4 if q.itemsize == 2 and q.aligned else 8
+    return PassConfig(block_m, block_n, 0, block_r, warps, 3, splits)
 
 
 def x_config(arch: Architecture, q: Problem) -> PassConfig:
@@ -263,7 +265,7 @@ def x_config(arch: Architecture, q: Problem) -> PassConfig:
     block_r = rank_block(q.rank)
     block_m = 64 if q.aligned and (q.itemsize == 2 or block_r <= 64) else 32
     if q.itemsize == 4 and block_r > 64:
-        block_m = 16
+        block_m = 16 if arch.capability < 100 else 32
     block_k = (128 if block_r <= 64 and q.aligned else 64) * 2 // q.itemsize
     splits = max(1, min(q.m // (4 * block_m), 2 * arch.sms // ceil_div(q.k, block_k), 32))
     return PassConfig(block_m, 0, block_k, block_r, 8, 3 if arch.shared > 150_000 else 2, splits)

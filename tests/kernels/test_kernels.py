@@ -5,6 +5,7 @@ without (sm_80); it multiplies bfloat16 wrongly, so that dtype is left to a devi
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from fastlora.ops.dispatch import TRITON_PLANS
 from fastlora.ops.dropout import dropout_threshold, kernel_mask
 from fastlora.ops.reference import LowRank
 from tests.support.cases import CASES, Case, Tensors, formula, make
-from tests.support.tolerance import assert_close
+from tests.support.tolerance import TF32_EPS, assert_close
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -120,14 +121,14 @@ def _on_device(t: Tensors) -> Tensors:
     )
 
 
-def _check(plan: str, case: Case, dtype: torch.dtype) -> None:
+def _check(plan: str | None, case: Case, dtype: torch.dtype, eps: float | None = None) -> None:
     t = _on_device(make(case))
     got = _run(_by_plan(plan, case), t.to(dtype), case)
     same = _run(_by_reference(case), t.to(dtype), case)
     exact = _run(_by_reference(case), t.to(torch.float64), case)
     for name, g, s, e in zip(("y", "dx", "dA", "dB"), got, same, exact, strict=True):
         # Adapter gradients have the adapters' float32, which is more exact than the product's dtype.
-        assert_close(g.to(dtype), s, e, name)
+        assert_close(g.to(dtype), s, e, name, eps)
 
 
 @each_launch
@@ -341,12 +342,62 @@ def test_every_operand_may_be_strided(plan, arch):
         assert_close(g, s, e)
 
 
+@on_one
+@pytest.mark.parametrize("plan", TRITON_PLANS)
+@pytest.mark.parametrize("layout", ["by columns", "at an odd address"])
+def test_adapters_may_have_any_layout_beside_aligned_matrices(plan, layout, arch):
+    """Tensor descriptors read x and the weight; A and B may be views, as under FSDP."""
+    case = Case((40,), 64, 96, 8)
+    t = _on_device(make(case)).to(torch.float16)
+    a, b = t.lora_a, t.lora_b
+    if layout == "by columns":
+        a, b = (v.T.contiguous().T for v in (a, b))
+    else:
+        a, b = (torch.cat([v.new_zeros(1), v.flatten()])[1:].view(v.shape) for v in (a, b))
+
+    def run(a, b):
+        low = LowRank(a, b, t.scaling)
+        y, s = triton_ops._forward(t.x, t.weight, t.bias, *low, plan=plan)
+        needs = (True, True, True)
+        return [y, *triton_ops._backward(t.dy, t.x, t.weight, s, *low, *needs, plan=plan)]
+
+    wide = t.to(torch.float64)
+    low = LowRank(wide.lora_a, wide.lora_b, t.scaling)
+    y, s = reference.forward(wide.x, wide.weight, wide.bias, low)
+    exact = [y, *reference.backward(wide.dy, wide.x, wide.weight, low, s)]
+    for one, other, e in zip(run(a, b), run(t.lora_a, t.lora_b), exact, strict=True):
+        assert_close(one, other, e)
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("rank", [16, 17, 32, 33, 64])
 def test_float32_is_correct_at_every_rank_under_the_chosen_plan(rank, precision, arch, monkeypatch):
     monkeypatch.setattr(dispatch, "float32_precision", lambda: precision)
     case = Case((40,), 16, 16, rank)
-    _check(None, case, torch.float32)
+    if precision == "ieee" or not GPU:  # the interpreter's products are exact
+        _check(None, case, torch.float32)
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # of the plain result
+    try:
+        _check(None, case, torch.float32, TF32_EPS)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("number", ARCHITECTURES)
+def test_the_inner_dimension_of_every_product_has_at_least_16_elements(number):
+    """A compiler refuses fewer; the interpreter does not. Every other block is 16 or more by its rule."""
+    row = ARCHITECTURES[number]
+    for itemsize, precision in ((2, "ieee"), (4, "ieee"), (4, "tf32")):
+        for m, n, k, rank in product((1, 33, 64, 4096), (8, 4096), (8, 4096), (1, 33, 64, 256)):
+            for dropout, aligned in product((True, False), repeat=2):
+                q = Problem(m, n, k, rank, itemsize, dropout, precision, aligned)
+                t = tiles(row, q)
+                inner = [c.block_k for c in (t.fused, t.split, t.dx, t.down, t.decode)]
+                inner += [t.dy.block_m, t.dy.block_n, t.x.block_m]
+                inner += [c.block_r for c in (t.fused, t.split, t.dx, t.update, t.decode)]
+                assert min(inner) >= 16, (q, t)
 
 
 def test_kernels_refuse_ranks_that_their_tiles_do_not_support():

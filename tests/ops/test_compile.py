@@ -66,6 +66,7 @@ GOOD = {
     "dependencies": 0,
     "accesses_before_wait": 0,
     "wide_multiplications_in_loops": 2,
+    "serialised": 0,
 }
 HALF = gate.Problem("split", 64, 64, 64, 4)
 
@@ -77,6 +78,7 @@ HALF = gate.Problem("split", 64, 64, 64, 4)
         ({"shared": 300_000}, "300000 bytes of shared memory, the device has 232448"),
         ({"tensor_memory": 1024}, "1024 columns of tensor memory"),
         ({"tensor_core": 0}, "no tensor-core instruction"),
+        ({"serialised": 2}, "2 warnings of serialised matrix instructions"),
         ({"dependencies": 1}, "1 instructions for a dependent launch"),
         ({"kernel": "pointer OVERLAP"}, "0 instructions for a dependent launch"),
         (
@@ -93,7 +95,8 @@ def test_a_kernel_that_a_device_cannot_run_fails(change, message):
 def test_exact_float32_and_plain_sums_need_no_tensor_core():
     exact = gate.Problem("split", 64, 64, 64, 4, dtype="float32", precision="ieee")
     assert gate.failures(90, exact, GOOD | {"tensor_core": 0}) == []
-    assert gate.failures(90, HALF, GOOD | {"tensor_core": 0, "kernel": "sum"}) == []
+    for kernel in ("sum", "mask EVEN_K"):
+        assert gate.failures(90, HALF, GOOD | {"tensor_core": 0, "kernel": kernel}) == []
 
 
 @pytest.mark.parametrize("field", gate.GATED)
@@ -117,6 +120,8 @@ def test_a_launch_moves_each_of_its_tensors_once():
     assert gate.tile_elements({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}) == 64 * 128
     assert gate.tile_elements({"BLOCK_M": 64, "BLOCK_K": 32}) == 64 * 32
     assert gate.tile_elements({"BLOCK": 128, "num_warps": 4}) == 128
+    assert gate.tile_elements({"BLOCK_M": 64, "BLOCK_G": 32}) == 64 * 32 * 8
+    assert gate.tile_elements({"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_G": 32}) == 64 * 256
 
 
 def test_the_report_lists_failures_and_improvements(tmp_path, monkeypatch, capsys):
@@ -135,6 +140,16 @@ def test_the_report_lists_failures_and_improvements(tmp_path, monkeypatch, capsy
     assert "FAILED: instructions: 1040, the record has 1000" in capsys.readouterr().out
     assert regressions({"instructions": 900}) == 0
     assert "better than the record, replace it with --write" in capsys.readouterr().out
+
+
+def test_serialised_matrix_instructions_are_noticed(monkeypatch):
+    """ptxas's words for a loop that waits after each instruction, and its report on a good kernel."""
+    bad = (
+        "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources"
+    )
+    good = "ptxas info    : Used 207 registers, used 1 barriers, 480 bytes cmem[0]"
+    assert len(gate._SERIALISED.findall(bad)) == 1 and not gate._SERIALISED.findall(good)
 
 
 def test_accesses_before_the_wait_are_counted():

@@ -137,12 +137,15 @@ def test_the_operators_compute_the_same_where_there_is_no_kernel(p, monkeypatch)
     """Under torch.compile the operator is chosen before the device's generation is known."""
     case = Case((9,), 16, 24, 4, p=p)
     t = make(case)
+    x, weight, bias, lora_a, lora_b, dy = (
+        v.to(DEVICE) for v in (t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.dy)
+    )
     seed = torch.tensor(5) if p else None
-    low = LowRank(t.lora_a, t.lora_b, 2.0, p, seed)
+    low = LowRank(lora_a, lora_b, 2.0, p, seed)
 
     def run():
-        y, s = triton_ops._forward(t.x, t.weight, t.bias, *low)
-        return [y, s, *triton_ops._backward(t.dy, t.x, t.weight, s, *low, True, True, True)]
+        y, s = triton_ops._forward(x, weight, bias, *low)
+        return [y, s, *triton_ops._backward(dy, x, weight, s, *low, True, True, True)]
 
     kernels = run()
     monkeypatch.setattr(

@@ -5,9 +5,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+TF32_EPS = 2.0**-10  # of a product of float32 operands on tensor cores, which keep 10 bits of each
 
-def assert_close(got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str = "") -> None:
-    """max|got − ref64| ≤ 2·max|same_dtype − ref64| + 4·eps·max|ref64|, where eps belongs to got's dtype.
+
+def assert_close(
+    got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str = "", eps: float | None = None
+) -> None:
+    """max|got − ref64| ≤ 2·max|same_dtype − ref64| + 4·eps·max|ref64|, where eps belongs to got's dtype, if it is not given.
 
     same_dtype: plain torch's result in got's dtype, whose error is that of the dtype.
     """
@@ -19,7 +23,8 @@ def assert_close(got: Tensor, same_dtype: Tensor, reference64: Tensor, name: str
         return
     error = (got.double() - reference64).abs().max().item()
     allowed = 2 * (same_dtype.double() - reference64).abs().max().item()
-    allowed += 4 * torch.finfo(got.dtype).eps * reference64.abs().max().item()
+    eps = torch.finfo(got.dtype).eps if eps is None else eps
+    allowed += 4 * eps * reference64.abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3e} > allowed {allowed:.3e}"
 
 
