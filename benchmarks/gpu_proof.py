@@ -59,7 +59,12 @@ TESTS = (
     "tests/ops/test_dropout.py",
     "tests/layers/test_linear.py",
     "tests/model/test_fusion.py",
+    "tests/model/test_on_device.py",
+    "tests/model/test_adapters.py",
+    "tests/layers/test_offload.py",
 )
+# The torch path on CUDA is no contender, and the forced kernels are what `fastlora` chooses.
+CONTESTANTS = "fastlora,fastlora-bf16,peft,peft-bf16,peft-compiled,addmm,lorafusion,unsloth"
 REHEARSAL_SHAPES = ("20,32,48,4,0.1",)
 
 
@@ -91,6 +96,7 @@ def _run_stage(
     command = [sys.executable, __file__, "--stage", stage, "--out", str(arguments.out)]
     command += ["--jobs", str(arguments.jobs), "--seconds", f"{seconds:.0f}"]
     command += ["--rehearse"] if arguments.rehearse else []
+    command += ["--candidates", str(arguments.candidates)]
     command += ["--git-sha", arguments.git_sha] if arguments.git_sha else []
     begin, status = time.monotonic(), 0
     with (arguments.out / f"{stage}.log").open("w") as log:
@@ -187,7 +193,8 @@ def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
 
 
 def _tests(arguments: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-W", "default"]
+    # Verbose, so that the log of a run that is stopped names what failed.
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark", "-W", "default"]
     command += ["-n", str(arguments.jobs), f"--junitxml={arguments.out}/tests.xml", "-rf"]
     files = ["tests/ops/test_dispatch.py"] if arguments.rehearse else list(TESTS)
     subprocess.run([*command, *files], cwd=ROOT, check=True)
@@ -201,7 +208,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     os.environ["FASTLORA_TUNING"] = str(arguments.out / "tuning.json")
     device = _device(arguments)
     rows: list[dict[str, Any]] = []
-    limit = 2 if arguments.rehearse else 20
+    limit = 2 if arguments.rehearse else arguments.candidates
     shapes = REHEARSAL_SHAPES if arguments.rehearse else TUNE
     if not arguments.rehearse:
         with ThreadPoolExecutor(len(shapes)) as pool:
@@ -314,7 +321,12 @@ def _targets(arguments: argparse.Namespace) -> None:
         return
     command = [sys.executable, "benchmarks/run.py", "--device", "cuda", "--quick"]
     command += ["--git-sha", arguments.git_sha] if arguments.git_sha else []
-    command += ["--budget-seconds", f"{arguments.seconds - 10:.0f}"]
+    command += [
+        "--implementations",
+        CONTESTANTS,
+        "--budget-seconds",
+        f"{arguments.seconds - 10:.0f}",
+    ]
     command += ["--output", str(arguments.out / "targets.json")]
     environment = os.environ | {"FASTLORA_TUNING": str(arguments.out / "tuning.json")}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
@@ -343,7 +355,7 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
         lines.append(f"  {row['dtype']} {row['shape']} {row['what']}: {str(found)[:150]}")
     log = out / "tests.log"
     if log.exists():
-        failed = [line for line in log.read_text().splitlines() if line.startswith("FAILED")]
+        failed = [line for line in log.read_text().splitlines() if " FAILED " in line]
         lines += [line[:160] for line in failed[:8]]
         lines.append(log.read_text().strip().splitlines()[-1][:160])
     best: dict[tuple[str, str], float] = {}
@@ -394,6 +406,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages (default 9)")
     parser.add_argument("--stages", type=_stages, default=list(STAGES), metavar="A,B")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--candidates", type=int, default=20, help="tiles that `tune` tries")
     parser.add_argument("--git-sha", help="commit to record, for sources without a git folder")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)

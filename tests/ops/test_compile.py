@@ -142,7 +142,7 @@ def test_the_report_lists_failures_and_improvements(tmp_path, monkeypatch, capsy
     assert "better than the record, replace it with --write" in capsys.readouterr().out
 
 
-def test_serialised_matrix_instructions_are_noticed(monkeypatch):
+def test_serialised_matrix_instructions_are_noticed():
     """ptxas's words for a loop that waits after each instruction, and its report on a good kernel."""
     bad = (
         "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are "
