@@ -1,6 +1,6 @@
 """Everything that a GPU must prove, in one command, within minutes: results, passes, tiles, targets.
 
-    python benchmarks/gpu_proof.py --out DIR [--minutes 9] [--stages smoke,tests] [--git-sha SHA]
+    python benchmarks/gpu_proof.py --out DIR [--minutes 9] [--stages smoke,tests:90] [--git-sha SHA]
     python benchmarks/gpu_proof.py --out DIR --rehearse      # the same stages on a CPU, in Triton's interpreter, tiny shapes
 
 Each stage is a process of its own, with its own time limit and log, because an illegal access ends a process. It writes its JSON
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.rehearse:
         environment["TRITON_INTERPRET"] = "1"
     begin, outcomes = time.monotonic(), {}
-    for stage in arguments.stages:
-        seconds = 60 * arguments.minutes * STAGES[stage]
+    for stage, limit in arguments.stages.items():
+        seconds = 60 * arguments.minutes * STAGES[stage] if limit is None else limit
         left = 60 * arguments.minutes - (time.monotonic() - begin)
         outcomes[stage] = _run_stage(stage, arguments, environment, min(seconds, left))
         _write(out / "stages.json", outcomes)
@@ -388,14 +388,18 @@ def _write(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def _stages(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = sorted(set(names) - set(STAGES))
+def _stages(text: str) -> dict[str, float | None]:
+    """`smoke,tests:90`: stages, with seconds where a share of the minutes will not do."""
+    pairs = [part.partition(":") for part in text.split(",")]
+    unknown = sorted({name for name, _, _ in pairs} - set(STAGES))
     if unknown:
         raise argparse.ArgumentTypeError(
             f"expected some of {', '.join(STAGES)}, got {', '.join(unknown)}"
         )
-    return names
+    try:
+        return {name: float(seconds) if seconds else None for name, _, seconds in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"seconds: {error}") from None
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -404,7 +408,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and JSON files")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages (default 9)")
-    parser.add_argument("--stages", type=_stages, default=list(STAGES), metavar="A,B")
+    everything = dict.fromkeys(STAGES)
+    stages_help = "stages to run, each with its most seconds if given (default: all)"
+    parser.add_argument(
+        "--stages", type=_stages, default=everything, metavar="A[:SECONDS],B", help=stages_help
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--candidates", type=int, default=20, help="tiles that `tune` tries")
     parser.add_argument("--git-sha", help="commit to record, for sources without a git folder")

@@ -60,6 +60,7 @@ class GemmConfig:
 
     overlap: by programmatic dependent launch (sm_90 and newer, with descriptors) the product of x and W begins while the previous
     pass is running, and waits for it before reading S, dS or the mask. x and W must be complete before the launch.
+    prefetch: load what the epilogue reads before the loop, where one block holds all ranks and no launch overlaps.
     """
 
     block_m: int
@@ -73,6 +74,7 @@ class GemmConfig:
     subtiles: int = 1
     programs: int = 0
     overlap: bool = False
+    prefetch: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,38 +25,66 @@ from fastlora.kernels.tiles import halves, overlaps, tile_of
 
 
 @triton.jit
-def _rank_term(
-    acc, s, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
-    R: tl.constexpr, DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """acc + scale · keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n)."""
-    o_m = (first_m + tl.arange(0, acc.shape[0])).to(tl.int64)
-    o_n = (first_n + tl.arange(0, acc.shape[1])).to(tl.int64)
-    term = tl.zeros(acc.shape, tl.float32)
-    for first_r in range(0, R, BLOCK_R):
-        o_r = first_r + tl.arange(0, BLOCK_R)
-        m_r = o_r < R
-        if FUSED:
-            low = s
-        else:
-            m_low = (o_m < M)[:, None] & m_r[None, :]
-            low = tl.load(low_ptr + o_m[:, None] * R + o_r[None, :], mask=m_low, other=0.0)
-        m_up = m_r[:, None] & (o_n < N)[None, :]
-        p_up = up_ptr + o_n[None, :] * stride_un + o_r[:, None] * stride_ur
-        up = tl.load(p_up, mask=m_up, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
-        term = tl.dot(low, up, term, input_precision=PRECISION)
-    if DROPOUT:
-        o_byte = first_n // 8 + tl.arange(0, acc.shape[1] // 8)
-        m_byte = (o_m < M)[:, None] & (o_byte < tl.cdiv(N, 8))[None, :]
-        p_byte = bits_ptr + o_m[:, None] * stride_bits + o_byte[None, :]
-        term = drop_bits(term, tl.load(p_byte, mask=m_byte, other=0))
-    return acc + term * scale
+def _low_tile(
+    low_ptr, M, first_m, first_r, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """[BLOCK_M, BLOCK_R] of low (M, R) at (first_m, first_r)."""
+    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_r = first_r + tl.arange(0, BLOCK_R)
+    mask = (o_m < M)[:, None] & (o_r < R)[None, :]
+    return tl.load(low_ptr + o_m[:, None] * R + o_r[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _add_bias(acc, bias_ptr, N, first_n):
-    o_n = first_n + tl.arange(0, acc.shape[1])
-    return acc + tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+def _up_tile(
+    up_ptr, N, stride_un, stride_ur, first_n, first_r,
+    R: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, WIDTH] of upᵀ (R, N) at (first_r, first_n)."""
+    o_n = (first_n + tl.arange(0, WIDTH)).to(tl.int64)
+    o_r = first_r + tl.arange(0, BLOCK_R)
+    mask = (o_r < R)[:, None] & (o_n < N)[None, :]
+    p_up = up_ptr + o_n[None, :] * stride_un + o_r[:, None] * stride_ur
+    return tl.load(p_up, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _bits_tile(
+    bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
+):
+    """[BLOCK_M, WIDTH / 8] of the mask in bits, for the tile at (first_m, first_n)."""
+    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_byte = first_n // 8 + tl.arange(0, WIDTH // 8)
+    mask = (o_m < M)[:, None] & (o_byte < tl.cdiv(N, 8))[None, :]
+    return tl.load(bits_ptr + o_m[:, None] * stride_bits + o_byte[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _bias_tile(bias_ptr, N, first_n, WIDTH: tl.constexpr):
+    """[1, WIDTH] of the bias at first_n, in float32."""
+    o_n = first_n + tl.arange(0, WIDTH)
+    return tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _rank_term(
+    acc, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
+    R: tl.constexpr, DTYPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + scale · keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n).
+
+    low: [BLOCK_M, BLOCK_R], up: [BLOCK_R, BLOCK_N]: the first BLOCK_R ranks; the others are loaded here. bits: the mask, if DROPOUT.
+    """
+    term = tl.dot(low, up, input_precision=PRECISION)
+    for first_r in range(BLOCK_R, R, BLOCK_R):
+        more = _low_tile(low_ptr, M, first_m, first_r, R, acc.shape[0], BLOCK_R)
+        up = _up_tile(
+            up_ptr, N, stride_un, stride_ur, first_n, first_r, R, DTYPE, BLOCK_R, acc.shape[1]
+        )
+        term = tl.dot(more, up, term, input_precision=PRECISION)
+    if DROPOUT:
+        term = drop_bits(term, bits)
+    return acc + term * scale
 
 
 @triton.jit
@@ -110,43 +138,82 @@ def _pointer_kernel(
             p_a += step * stride_ak
         p_x += step * stride_xk
         p_w += step * stride_wk
-    s_low = s.to(DTYPE)
-    if FUSED and tile_n == 0:
-        _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
+    if FUSED:
+        low = s.to(DTYPE)
+        if tile_n == 0:
+            _store_s(low_ptr, low, M, R, first_m, BLOCK_R)
+    else:
+        low = _low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
+    up = _up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
+    bits = low
+    if DROPOUT:
+        bits = _bits_tile(bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M, BLOCK_N)
     acc = _rank_term(
-        acc, s_low, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
-        R, DTYPE, FUSED, DROPOUT, PRECISION, BLOCK_R,
+        acc, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
+        R, DTYPE, DROPOUT, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
-        acc = _add_bias(acc, bias_ptr, N, first_n)
+        acc += _bias_tile(bias_ptr, N, first_n, BLOCK_N)
     p_out = out_ptr + o_m[:, None] * N + o_n[None, :]
     tl.store(p_out, acc.to(DTYPE), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
 
 
 @triton.jit
-def _finish(
-    out_desc, acc, s, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
-    R: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, SUBTILES: tl.constexpr,
+def _operands(
+    low_ptr, up_ptr, bits_ptr, M, N, stride_un, stride_ur, stride_bits, first_m, first_n,
+    R: tl.constexpr, DTYPE: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Add the rank-R term and the bias to `acc` and store it, in SUBTILES consecutive column strips."""
+    """low, up and bits of a tile; up stands for those that it does not need, and for low, which FUSED computes."""
+    up = _up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
+    low, bits = up, up
+    if not FUSED:
+        low = _low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
+    if DROPOUT:
+        bits = _bits_tile(bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M, BLOCK_N)
+    return low, up, bits
+
+
+@triton.jit
+def _finish(
+    out_desc, acc, low, up, bits, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
+    R: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, PREFETCHED: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """Add the rank-R term and the bias to `acc` and store it, in SUBTILES consecutive column strips.
+
+    PREFETCHED: up and bits hold the tile's; otherwise each strip loads its own. low is the tile's in any case.
+    """
     if SUBTILES > 1:
         left, right = halves(acc)
+        up_left, up_right = up, up
+        bits_left, bits_right = bits, bits
+        if PREFETCHED:
+            up_left, up_right = halves(up)
+            if DROPOUT:
+                bits_left, bits_right = halves(bits)
         _finish(
-            out_desc, left, s, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
-            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES // 2,
+            out_desc, left, low, up_left, bits_left, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
+            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, PREFETCHED, SUBTILES // 2,
         )  # fmt: skip
         _finish(
-            out_desc, right, s, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
-            first_m, first_n + acc.shape[1] // 2, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES // 2,
+            out_desc, right, low, up_right, bits_right, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
+            first_m, first_n + acc.shape[1] // 2, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, PREFETCHED, SUBTILES // 2,
         )  # fmt: skip
     else:
+        if not PREFETCHED:
+            more, up, bits = _operands(
+                low_ptr, up_ptr, bits_ptr, M, N, stride_un, stride_ur, stride_bits, first_m, first_n,
+                R, DTYPE, FUSED, DROPOUT, acc.shape[0], acc.shape[1], BLOCK_R,
+            )  # fmt: skip
+            if not FUSED:
+                low = more
         out = _rank_term(
-            acc, s, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
-            R, DTYPE, FUSED, DROPOUT, PRECISION, BLOCK_R,
+            acc, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
+            R, DTYPE, DROPOUT, PRECISION, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
-            out = _add_bias(out, bias_ptr, N, first_n)
+            out += _bias_tile(bias_ptr, N, first_n, acc.shape[1])
         out_desc.store([first_m, first_n], out.to(DTYPE))
 
 
@@ -156,11 +223,12 @@ def _descriptor_kernel(
     M, N, K, scale, stride_un, stride_ur, stride_bits,
     R: tl.constexpr, HAS_BIAS: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    SUBTILES: tl.constexpr, OVERLAP: tl.constexpr,
+    SUBTILES: tl.constexpr, PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BLOCK_M, BLOCK_N] of out; each of P programs computes every P-th tile. TRANSPOSED: W is (K, N), not (N, K).
 
-    OVERLAP: the pass that writes low and the mask may be running; before the wait its results are not read and nothing is stored.
+    PREFETCH: low, up and the mask are loaded before the loop, which hides the latency; R must not exceed BLOCK_R. OVERLAP: the pass that
+    writes low and the mask may be running; before the wait its results are not read and nothing is stored, so PREFETCH must be off.
     """
     DTYPE: tl.constexpr = x_desc.dtype
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -169,6 +237,12 @@ def _descriptor_kernel(
         first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        low, up, bits = s, s, s
+        if PREFETCH:
+            low, up, bits = _operands(
+                low_ptr, up_ptr, bits_ptr, M, N, stride_un, stride_ur, stride_bits, first_m, first_n,
+                R, DTYPE, FUSED, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
         for first_k in range(0, K, BLOCK_K):
             x = x_desc.load([first_m, first_k])  # [BLOCK_M, BLOCK_K]
             if TRANSPOSED:
@@ -181,12 +255,13 @@ def _descriptor_kernel(
                 s = tl.dot(x, a, s, input_precision=PRECISION)
         if OVERLAP:
             gdc_wait()  # after the loop: inside, the pipelined loads would be wrong
-        s_low = s.to(DTYPE)
-        if FUSED and tile_n == 0:
-            _store_s(low_ptr, s_low, M, R, first_m, BLOCK_R)
+        if FUSED:
+            low = s.to(DTYPE)
+            if tile_n == 0:
+                _store_s(low_ptr, low, M, R, first_m, BLOCK_R)
         _finish(
-            out_desc, acc, s_low, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
-            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, SUBTILES,
+            out_desc, acc, low, up, bits, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
+            first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, PREFETCH, SUBTILES,
         )  # fmt: skip
 
 
@@ -207,12 +282,17 @@ def _update_kernel(
         acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    low = _low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
+    up = _up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
+    bits = low
+    if DROPOUT:
+        bits = _bits_tile(bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M, BLOCK_N)
     acc = _rank_term(
-        acc, acc, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits, first_m, first_n,
-        R, DTYPE, False, DROPOUT, PRECISION, BLOCK_R,
+        acc, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
+        R, DTYPE, DROPOUT, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
-        acc = _add_bias(acc, bias_ptr, N, first_n)
+        acc += _bias_tile(bias_ptr, N, first_n, BLOCK_N)
     tl.store(p_out, acc.to(DTYPE), mask=mask)
 
 
@@ -307,6 +387,7 @@ def rank_gemm(
         out_desc=Descriptor(out, out_block),
         TRANSPOSED=transposed,
         SUBTILES=config.subtiles,
+        PREFETCH=config.prefetch and not overlapping and r <= config.block_r,
         OVERLAP=overlapping,
         launch_pdl=overlapping,
         **shared,

@@ -66,7 +66,8 @@ class Shape:
 
 def neighbours(config: Config) -> Iterator[Config]:
     """Configurations that differ from `config` in one setting, the most promising settings first; or by half the tile and twice the programs."""
-    if isinstance(config, GemmConfig) and config.programs > 0:
+    if isinstance(config, GemmConfig) and config.descriptor:
+        yield replace(config, prefetch=not config.prefetch, subtiles=4)  # type: ignore[call-arg]
         # Two programs on an SM: the epilogue of one runs beside the loop of the other.
         programs = 2 * config.programs
         for stages in (3, 4):

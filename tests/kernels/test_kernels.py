@@ -163,6 +163,32 @@ def test_many_tiles_and_splits_match_the_reference(case, plan, arch):
         _check(plan, case, torch.float16)
 
 
+@pytest.mark.slow
+@on_one
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("subtiles", [1, 2, 4])
+@pytest.mark.parametrize("plan", ["split", "fused"])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_the_epilogue_is_right_in_strips_and_prefetched(
+    case, plan, subtiles, prefetch, arch, monkeypatch
+):
+    """With more ranks than a block the strips load theirs in any case."""
+    if not _runs(plan, case, torch.float16):
+        return
+    table = dispatch.tiles
+
+    def changed(*arguments):
+        found = table(*arguments)
+        large = ("split", "fused", "dx")
+        new = {n: replace(getattr(found, n), prefetch=prefetch, subtiles=subtiles) for n in large}
+        return replace(found, **new)
+
+    dispatch._plan.cache_clear()
+    monkeypatch.setattr(dispatch, "tiles", changed)
+    _check(plan, case, torch.float16)
+    dispatch._plan.cache_clear()
+
+
 def test_the_large_cases_cover_what_they_should():
     problem = Problem(520, 528, 1040, 20, 2, True)
     ours = tiles(ARCHITECTURES[90], problem)
