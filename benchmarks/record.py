@@ -83,7 +83,7 @@ def gpu_file_name(gpu: str) -> str:
 
 
 def environment(device: torch.device, reps: int, git_sha: str | None = None) -> dict[str, Any]:
-    """Device, versions and command, for a reader who repeats the run. git_sha: the commit, for sources without a git folder."""
+    """Device, versions and command, for a reader who repeats the run. git_sha: the commit, for sources without a git folder; dirty is then null."""
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "device": device.type,
@@ -94,7 +94,7 @@ def environment(device: torch.device, reps: int, git_sha: str | None = None) -> 
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "peft")},
         "git_sha": git_sha or _output("git", "rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        "dirty": None if git_sha or status is None else bool(status),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "reps": reps,
         "baseline": BASELINE,
