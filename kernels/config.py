@@ -40,7 +40,7 @@ class Architecture:
 ARCHITECTURES = {
     80: Architecture(80, 166_912, 0, 108, 64, 250.0, 1.6, 0.85),
     89: Architecture(89, 101_376, 0, 128, 64, 280.0, 0.9, 0.85),
-    90: Architecture(90, 232_448, 0, 132, 64, 830.0, 3.0, 0.97, (0.45, 1.0)),
+    90: Architecture(90, 232_448, 0, 132, 64, 830.0, 3.0, 0.98, (0.45, 1.0)),
     100: Architecture(100, 232_448, 512, 148, 32, 1500.0, 7.0, 0.85),
 }
 
@@ -135,7 +135,7 @@ class Tiles:
 
 def tiles(arch: Architecture, q: Problem) -> Tiles:
     """The table's tiles for a problem."""
-    return Tiles(
+    found = Tiles(
         fused=gemm_config(arch, q, q.n, fused=True),
         split=gemm_config(arch, q, q.n),
         update=update_config(q),
@@ -146,6 +146,11 @@ def tiles(arch: Architecture, q: Problem) -> Tiles:
         x=x_config(arch, q),
         dx=gemm_config(arch, q, q.k, dropout=q.dropout),
     )
+    if arch.capability == 90 and found.dx.programs > arch.sms:
+        # A short product: on an H100 dA and dx together take 9 % less with overlapping launches at 4096×768→768, but 12 % more at 8192×4096→4096.
+        x, dx = replace(found.x, overlap=True), replace(found.dx, overlap=True)
+        found = replace(found, x=x, dx=dx)
+    return found
 
 
 def rank_block(rank: int, most: int = MAX_RANK) -> int:
@@ -181,7 +186,7 @@ def gemm_config(
         # Less than one wave of large tiles would leave SMs idle. Two programs on an SM hide each other's epilogue.
         subtiles = 4 if fused or q.rank > 16 else 2
         config = GemmConfig(128, 128, 64, block_r, 4, 3, descriptor=True, subtiles=subtiles)
-        return replace(config, programs=2 * arch.sms)
+        return replace(config, programs=2 * arch.sms, prefetch=fused and q.rank <= 16)
     else:
         # The masked product needs a second accumulator, so fewer ranks fit at once.
         block_r = min(block_r, 32 if q.rank <= 64 else 16) if dropout else block_r
@@ -191,7 +196,8 @@ def gemm_config(
     if fused:
         # A tile of A for each stage, beside those of x and W.
         most = 4 if block_r <= 16 else 3
-        config = replace(config, num_stages=min(config.num_stages, most))
+        prefetch = arch.capability == 90 and q.rank <= 16
+        config = replace(config, num_stages=min(config.num_stages, most), prefetch=prefetch)
     return replace(config, programs=arch.sms)
 
 
@@ -233,9 +239,10 @@ def down_config(arch: Architecture, q: Problem) -> PassConfig:
 
 def start_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the pass that makes S and y₀: those of the S pass, never split along K."""
-    return replace(
-        down_config(arch, q), block_n=256 * 2 // q.itemsize if q.aligned else 64, splits=1
-    )
+    config = down_config(arch, q)
+    # A tile of float32 lora_B has at most 16 KiB, since several are in flight.
+    block_n = max(32, 4096 // config.block_r * 2 // q.itemsize)
+    return replace(config, block_n=block_n if q.aligned else min(64, block_n), splits=1)
 
 
 def decode_config(arch: Architecture, q: Problem) -> PassConfig:
@@ -249,7 +256,10 @@ def decode_config(arch: Architecture, q: Problem) -> PassConfig:
     block_r = rank_block(q.rank, fused_rank(q.itemsize, q.precision))
     columns = ceil_div(q.n, block_n) + ceil_div(block_r, block_n)
     splits = max(1, min(q.k // (2 * block_k), 2 * arch.sms // columns, 16))
-    return PassConfig(block_m, block_n, block_k, block_r, 8 if block_m >= 32 else 4, stages, splits)
+    # On an H100 8 warps are 3 % faster than 4 for one row, and overlapping launches 2 % than separate ones.
+    overlap = arch.capability == 90
+    warps = 8 if block_m >= 32 or overlap else 4
+    return PassConfig(block_m, block_n, block_k, block_r, warps, stages, splits, overlap=overlap)
 
 
 def dy_config(arch: Architecture, q: Problem) -> PassConfig:

