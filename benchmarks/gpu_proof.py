@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         seconds = 60 * arguments.minutes * STAGES[stage] if limit is None else limit
         left = 60 * arguments.minutes - (time.monotonic() - begin)
         outcomes[stage] = _run_stage(stage, arguments, environment, min(seconds, left))
+        if stage == "tests":
+            _write(out / "tests.json", test_outcomes((out / "tests.log").read_text()))
         _write(out / "stages.json", outcomes)
     print(_summary(out, outcomes))
     return int(any(outcome["status"] != 0 for outcome in outcomes.values()))
@@ -93,7 +96,7 @@ def _run_stage(
 ) -> dict[str, Any]:
     if seconds < 1:
         return {"status": "no time left", "seconds": 0.0}
-    command = [sys.executable, __file__, "--stage", stage, "--out", str(arguments.out)]
+    command = [sys.executable, "benchmarks/gpu_proof.py", "--stage", stage, "--out", str(arguments.out)]
     command += ["--jobs", str(arguments.jobs), "--seconds", f"{seconds:.0f}"]
     command += ["--rehearse"] if arguments.rehearse else []
     command += ["--candidates", str(arguments.candidates)]
@@ -198,6 +201,19 @@ def _tests(arguments: argparse.Namespace) -> None:
     command += ["-n", str(arguments.jobs), f"--junitxml={arguments.out}/tests.xml", "-rf"]
     files = ["tests/ops/test_dispatch.py"] if arguments.rehearse else list(TESTS)
     subprocess.run([*command, *files], cwd=ROOT, check=True)
+
+
+def test_outcomes(log: str) -> dict[str, Any]:
+    """How many tests passed and were skipped, and the names of the others, from pytest's verbose log, complete or not."""
+    pairs = re.findall(r"\] (PASSED|FAILED|ERROR|SKIPPED) (.+?) *$", log, re.MULTILINE)
+    found = {name: outcome for outcome, name in pairs}
+    outcomes = list(found.values())
+    failed = sorted(name for name, outcome in found.items() if outcome in ("FAILED", "ERROR"))
+    return {
+        "passed": outcomes.count("PASSED"),
+        "skipped": outcomes.count("SKIPPED"),
+        "failed": failed,
+    }
 
 
 def _tune(arguments: argparse.Namespace) -> None:
@@ -353,11 +369,10 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
     for row in bad[:8]:
         found = row.get("failed") or row["errors"]
         lines.append(f"  {row['dtype']} {row['shape']} {row['what']}: {str(found)[:150]}")
-    log = out / "tests.log"
-    if log.exists():
-        failed = [line for line in log.read_text().splitlines() if " FAILED " in line]
-        lines += [line[:160] for line in failed[:8]]
-        lines.append(log.read_text().strip().splitlines()[-1][:160])
+    tests = _read(out / "tests.json", None)
+    if tests is not None:
+        lines.append(f"tests: {tests['passed']} passed, {len(tests['failed'])} failed")
+        lines += [name[:160] for name in tests["failed"][:8]]
     best: dict[tuple[str, str], float] = {}
     for row in _read(out / "tune.json", []):
         if row["us"] is not None:
