@@ -225,10 +225,12 @@ def read(compiled: Any) -> dict[str, Any]:
 
 @functools.cache
 def assembler_warnings(ptx: str) -> str:
-    """What ptxas says as it assembles the code again; Triton shows it only if ptxas fails."""
+    """What ptxas says as it assembles code for Hopper again, the only GPU with these instructions; Triton shows it only if ptxas fails."""
     from triton import knobs
 
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    if target != "sm_90a":
+        return ""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()

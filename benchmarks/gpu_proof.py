@@ -96,7 +96,14 @@ def _run_stage(
 ) -> dict[str, Any]:
     if seconds < 1:
         return {"status": "no time left", "seconds": 0.0}
-    command = [sys.executable, "benchmarks/gpu_proof.py", "--stage", stage, "--out", str(arguments.out)]
+    command = [
+        sys.executable,
+        "benchmarks/gpu_proof.py",
+        "--stage",
+        stage,
+        "--out",
+        str(arguments.out),
+    ]
     command += ["--jobs", str(arguments.jobs), "--seconds", f"{seconds:.0f}"]
     command += ["--rehearse"] if arguments.rehearse else []
     command += ["--candidates", str(arguments.candidates)]
