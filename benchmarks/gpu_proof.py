@@ -172,7 +172,8 @@ def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
     import torch
 
     from fastlora.ops import cost, dispatch
-    from fastlora.ops.tune import Bench, Shape, kernels_of
+    from fastlora.ops.bench import Bench, Shape
+    from fastlora.ops.tune import kernels_of
 
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -262,19 +263,19 @@ def _tune(arguments: argparse.Namespace) -> None:
 def _bench(text: str, arguments: argparse.Namespace) -> Any:
     import torch
 
-    from fastlora.ops import tune
+    from fastlora.ops.bench import Bench, Shape
 
     dtype = torch.float32 if arguments.rehearse else torch.bfloat16
-    return tune.Bench(tune.Shape.parse(text), dtype, _device(arguments))
+    return Bench(Shape.parse(text), dtype, _device(arguments))
 
 
 def _compile(text: str, limit: int, jobs: int) -> None:
     import torch
 
-    from fastlora.ops import cost, dispatch, tune
+    from fastlora.ops import bench, cost, dispatch, tune
 
-    shape, device = tune.Shape.parse(text), torch.device("cuda")
-    problem = tune.problem_of(shape, torch.bfloat16)
+    shape, device = bench.Shape.parse(text), torch.device("cuda")
+    problem = bench.problem_of(shape, torch.bfloat16)
     choice, arch = (
         dispatch.predicted_choice(device, problem),
         dispatch.device_architecture(device),

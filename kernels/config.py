@@ -13,6 +13,8 @@ MAX_RANK = 256
 FUSED_RANK = 64
 # One pass over dy writes float32 partial sums of dS and dB; above this rank they cost more than the second pass that they save.
 DY_RANK = 32
+# A pass that also starts an output holds all ranks of the other factor in registers; above this rank a launch of its own starts it.
+START_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def decode_config(arch: Architecture, q: Problem) -> PassConfig:
     columns = ceil_div(q.n, block_n) + ceil_div(block_r, block_n)
     splits = max(1, min(q.k // (2 * block_k), 2 * arch.sms // columns, 16))
     # On an H100 8 warps are 3 % faster than 4 for one row, and overlapping launches 2 % than separate ones.
-    overlap = arch.capability == 90
+    overlap = arch.capability == 90 and q.itemsize == 2
     warps = 8 if block_m >= 32 or overlap else 4
     return PassConfig(block_m, block_n, block_k, block_r, warps, stages, splits, overlap=overlap)
 

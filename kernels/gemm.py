@@ -7,9 +7,7 @@ read as the bits that the pass over dy wrote.
 With FUSED the kernel also computes S = x Aᵀ with the base tile: x is read once, and S is recomputed for every tile of
 columns.
 
-Both kernels accumulate in float32 and round once. The rank-R term has an accumulator of its own and a factor that is known at run time
-only: added to the accumulator of the loop, or with a constant factor, it makes ptxas wait for each matrix instruction of the loop
-before it issues the next. `_pointer_kernel` supports any strides and sizes. `_descriptor_kernel`
+Both kernels accumulate in float32 and round once. `_pointer_kernel` supports any strides and sizes. `_descriptor_kernel`
 is for Hopper and newer: persistent, with tiles loaded by the tensor memory accelerator.
 """
 
@@ -19,72 +17,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from fastlora.kernels.config import GemmConfig, ceil_div
-from fastlora.kernels.dropout import drop_bits
 from fastlora.kernels.launch import Descriptor, launch
+from fastlora.kernels.rank_term import bias_tile, bits_tile, low_tile, rank_term, up_tile
 from fastlora.kernels.tiles import halves, overlaps, tile_of
-
-
-@triton.jit
-def _low_tile(
-    low_ptr, M, first_m, first_r, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """[BLOCK_M, BLOCK_R] of low (M, R) at (first_m, first_r)."""
-    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_r = first_r + tl.arange(0, BLOCK_R)
-    mask = (o_m < M)[:, None] & (o_r < R)[None, :]
-    return tl.load(low_ptr + o_m[:, None] * R + o_r[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _up_tile(
-    up_ptr, N, stride_un, stride_ur, first_n, first_r,
-    R: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_R, WIDTH] of upᵀ (R, N) at (first_r, first_n)."""
-    o_n = (first_n + tl.arange(0, WIDTH)).to(tl.int64)
-    o_r = first_r + tl.arange(0, BLOCK_R)
-    mask = (o_r < R)[:, None] & (o_n < N)[None, :]
-    p_up = up_ptr + o_n[None, :] * stride_un + o_r[:, None] * stride_ur
-    return tl.load(p_up, mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _bits_tile(
-    bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
-):
-    """[BLOCK_M, WIDTH / 8] of the mask in bits, for the tile at (first_m, first_n)."""
-    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_byte = first_n // 8 + tl.arange(0, WIDTH // 8)
-    mask = (o_m < M)[:, None] & (o_byte < tl.cdiv(N, 8))[None, :]
-    return tl.load(bits_ptr + o_m[:, None] * stride_bits + o_byte[None, :], mask=mask, other=0)
-
-
-@triton.jit
-def _bias_tile(bias_ptr, N, first_n, WIDTH: tl.constexpr):
-    """[1, WIDTH] of the bias at first_n, in float32."""
-    o_n = first_n + tl.arange(0, WIDTH)
-    return tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _rank_term(
-    acc, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
-    R: tl.constexpr, DTYPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """acc + scale · keep ∘ (low upᵀ) for the tile `acc` [BLOCK_M, BLOCK_N] at (first_m, first_n).
-
-    low: [BLOCK_M, BLOCK_R], up: [BLOCK_R, BLOCK_N]: the first BLOCK_R ranks; the others are loaded here. bits: the mask, if DROPOUT.
-    """
-    term = tl.dot(low, up, input_precision=PRECISION)
-    for first_r in range(BLOCK_R, R, BLOCK_R):
-        more = _low_tile(low_ptr, M, first_m, first_r, R, acc.shape[0], BLOCK_R)
-        up = _up_tile(
-            up_ptr, N, stride_un, stride_ur, first_n, first_r, R, DTYPE, BLOCK_R, acc.shape[1]
-        )
-        term = tl.dot(more, up, term, input_precision=PRECISION)
-    if DROPOUT:
-        term = drop_bits(term, bits)
-    return acc + term * scale
 
 
 @triton.jit
@@ -143,17 +78,17 @@ def _pointer_kernel(
         if tile_n == 0:
             _store_s(low_ptr, low, M, R, first_m, BLOCK_R)
     else:
-        low = _low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
-    up = _up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
+        low = low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
+    up = up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
     bits = low
     if DROPOUT:
-        bits = _bits_tile(bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M, BLOCK_N)
-    acc = _rank_term(
+        bits = bits_tile(bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M, BLOCK_N)
+    acc = rank_term(
         acc, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
         R, DTYPE, DROPOUT, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
-        acc += _bias_tile(bias_ptr, N, first_n, BLOCK_N)
+        acc += bias_tile(bias_ptr, N, first_n, BLOCK_N)
     p_out = out_ptr + o_m[:, None] * N + o_n[None, :]
     tl.store(p_out, acc.to(DTYPE), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
 
@@ -165,12 +100,12 @@ def _operands(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """low, up and bits of a tile; up stands for those that it does not need, and for low, which FUSED computes."""
-    up = _up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
+    up = up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
     low, bits = up, up
     if not FUSED:
-        low = _low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
+        low = low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
     if DROPOUT:
-        bits = _bits_tile(bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M, BLOCK_N)
+        bits = bits_tile(bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M, BLOCK_N)
     return low, up, bits
 
 
@@ -208,12 +143,12 @@ def _finish(
             )  # fmt: skip
             if not FUSED:
                 low = more
-        out = _rank_term(
+        out = rank_term(
             acc, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
             R, DTYPE, DROPOUT, PRECISION, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
-            out += _bias_tile(bias_ptr, N, first_n, acc.shape[1])
+            out += bias_tile(bias_ptr, N, first_n, acc.shape[1])
         out_desc.store([first_m, first_n], out.to(DTYPE))
 
 
@@ -263,37 +198,6 @@ def _descriptor_kernel(
             out_desc, acc, low, up, bits, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
             first_m, first_n, R, DTYPE, HAS_BIAS, FUSED, DROPOUT, PRECISION, BLOCK_R, PREFETCH, SUBTILES,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["M"])
-def _update_kernel(
-    out_ptr, bias_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
-    R: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One tile of the rank-R term and the bias. ADD: added to out in place; otherwise out is only written."""
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_n = first_n + tl.arange(0, BLOCK_N)
-    p_out = out_ptr + o_m[:, None] * N + o_n[None, :]
-    mask = (o_m < M)[:, None] & (o_n < N)[None, :]
-    if ADD:
-        acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    low = _low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
-    up = _up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
-    bits = low
-    if DROPOUT:
-        bits = _bits_tile(bits_ptr, M, N, stride_bits, first_m, first_n, BLOCK_M, BLOCK_N)
-    acc = _rank_term(
-        acc, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
-        R, DTYPE, DROPOUT, PRECISION, BLOCK_R,
-    )  # fmt: skip
-    if HAS_BIAS:
-        acc += _bias_tile(bias_ptr, N, first_n, BLOCK_N)
-    tl.store(p_out, acc.to(DTYPE), mask=mask)
 
 
 def rank_gemm(
@@ -391,83 +295,5 @@ def rank_gemm(
         OVERLAP=overlapping,
         launch_pdl=overlapping,
         **shared,
-    )
-    return out
-
-
-def rank_update_(
-    out: torch.Tensor,
-    low: torch.Tensor,
-    up: torch.Tensor,
-    config: GemmConfig,
-    *,
-    scale: float = 1.0,
-    bits: torch.Tensor | None = None,
-    precision: str = "ieee",
-) -> torch.Tensor:
-    """out += scale · keep ∘ (low upᵀ), in place, after a base product of another library.
-
-    out: (M, N), contiguous; changed. low: (M, R), contiguous, out's dtype. up: (N, R), any strides, any float dtype.
-    config: block_m, block_n, block_r, num_warps and num_stages. bits, precision: as in `rank_gemm`.
-    """
-    return _launch_update(out, None, low, up, config, scale, bits, precision, add=True)
-
-
-def rank_product(
-    low: torch.Tensor,
-    up: torch.Tensor,
-    bias: torch.Tensor | None,
-    config: GemmConfig,
-    *,
-    scale: float = 1.0,
-    bits: torch.Tensor | None = None,
-    precision: str = "ieee",
-) -> torch.Tensor:
-    """out = bias + scale · keep ∘ (low upᵀ), newly allocated (M, N), for another library to add its base product to.
-
-    low: (M, R), contiguous. up: (N, R), any strides, any float dtype. bias: (N,), contiguous, or None. config, bits, precision: as in
-    `rank_update_`.
-    """
-    out = low.new_empty(low.shape[0], up.shape[0])
-    return _launch_update(out, bias, low, up, config, scale, bits, precision, add=False)
-
-
-def _launch_update(
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    low: torch.Tensor,
-    up: torch.Tensor,
-    config: GemmConfig,
-    scale: float,
-    bits: torch.Tensor | None,
-    precision: str,
-    *,
-    add: bool,
-) -> torch.Tensor:
-    (m, n), r = out.shape, low.shape[1]
-    launch(
-        _update_kernel,
-        (ceil_div(m, config.block_m), ceil_div(n, config.block_n)),
-        out_ptr=out,
-        bias_ptr=out if bias is None else bias,
-        low_ptr=low,
-        up_ptr=up,
-        bits_ptr=out if bits is None else bits,
-        M=m,
-        N=n,
-        R=r,
-        scale=scale,
-        stride_un=up.stride(0),
-        stride_ur=up.stride(1),
-        stride_bits=0 if bits is None else bits.stride(0),
-        ADD=add,
-        HAS_BIAS=bias is not None,
-        DROPOUT=bits is not None,
-        PRECISION=precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=config.block_r,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return out

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.kernels.backward import dy_pass, mask_pass, x_pass
-from fastlora.kernels.config import DY_RANK, Tiles
+from fastlora.kernels.config import DY_RANK, START_RANK, Tiles
 from fastlora.kernels.dropout import NO_MASK, Mask
 from fastlora.kernels.forward import decode, down_project, start
-from fastlora.kernels.gemm import rank_gemm, rank_product, rank_update_
+from fastlora.kernels.gemm import rank_gemm
 from fastlora.kernels.reduce import sum_both, sum_partials
+from fastlora.kernels.update import rank_product, rank_update_
 from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
 from fastlora.ops.dropout import dropout_threshold
@@ -87,7 +88,7 @@ def run_forward(
             x, weight, bias, s, low.b, config.fused, lora_a=lora_a, scale=low.scale(), precision=precision
         )  # fmt: skip
         return y, s
-    if choice.plan == "accumulate" and s is None:
+    if choice.plan == "accumulate" and s is None and low.rank() <= START_RANK:
         y, s = start(
             x, low.a, low.b, bias, config.start,
             scale=low.scale(), mask=_mask(x, low), precision=precision,
@@ -156,7 +157,7 @@ def run_backward(
         needs_ds = needs_x or needs_a
         ds, db, bits = _dy_products(choice.config, dy, x, s, low, needs_ds, needs_b)
         if ds is not None and needs_a:
-            with_dx = needs_x and choice.dx_plan == "accumulate"
+            with_dx = needs_x and _joins(choice, low)
             da, dx = _a_product(choice.config, x, ds, low, bits, with_dx)
         if dx is not None:
             dx.addmm_(dy, weight)  # [M, N] @ [N, K] -> [M, K]
@@ -206,6 +207,11 @@ def _dy_products(
     if needs_db:
         db = (dy.T @ s).to(low.b.dtype).mul_(low.scale())[None]  # [N, M] @ [M, R] -> [N, R]
     return ds, db, mask_pass(*x.shape, mask)
+
+
+def _joins(choice: Choice, low: LowRank) -> bool:
+    """Whether the pass over x writes dx₀ too."""
+    return choice.dx_plan == "accumulate" and low.rank() <= START_RANK
 
 
 def _a_product(
@@ -314,7 +320,7 @@ def group_backward(
             assert choice.config is not None
             bits = products[0][2]
             if needs_a:
-                with_dx = needs_x and choice.dx_plan == "accumulate"
+                with_dx = needs_x and _joins(choice, low)
                 da, dx = _a_product(choice.config, x, ds, low, bits, with_dx)
                 da = sum_partials(da, low.a.dtype)
                 das = torch.split(da, [layer.low.rank() for layer in layers])

@@ -17,8 +17,9 @@ from fastlora.kernels.backward import dy_pass, mask_pass, x_pass
 from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, fused_rank, tiles
 from fastlora.kernels.dropout import Mask, keep_bits
 from fastlora.kernels.forward import decode, down_project, start
-from fastlora.kernels.gemm import rank_gemm, rank_product, rank_update_
+from fastlora.kernels.gemm import rank_gemm
 from fastlora.kernels.reduce import sum_both, sum_partials
+from fastlora.kernels.update import rank_product, rank_update_
 from fastlora.ops import dispatch, reference, triton_ops
 from fastlora.ops.dispatch import TRITON_PLANS
 from fastlora.ops.dropout import dropout_threshold, kernel_mask

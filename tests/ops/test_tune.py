@@ -12,7 +12,8 @@ import torch
 from fastlora import BackendError, ConfigError
 from fastlora.kernels.config import ARCHITECTURES, Problem, tiles
 from fastlora.ops import dispatch, tune, tuning_file
-from fastlora.ops.tune import Bench, Shape, _sensible, neighbours, search
+from fastlora.ops.bench import Bench, Shape
+from fastlora.ops.tune import _sensible, neighbours, search
 
 H100 = ARCHITECTURES[90]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,97 @@
+"""The proof on a GPU, rehearsed on the CPU: its stages, what a stopped stage leaves, and the summary."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.paths import ROOT
+from tests.support.processes import TIME_LIMIT_S
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_proof
+
+
+def _rehearse(out, *arguments):
+    command = [sys.executable, "benchmarks/gpu_proof.py", "--out", str(out), "--rehearse"]
+    return subprocess.run(
+        [*command, "--jobs", "1", "--minutes", "10", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT_S,
+    )
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
+    run = _rehearse(tmp_path, "--stages", "facts,smoke,tune,profile", "--candidates", "2")
+    assert run.returncode == 0, run.stdout + run.stderr
+    smoke = json.loads((tmp_path / "smoke.json").read_text())
+    assert {row["dtype"] for row in smoke} == {"float16", "float32"}
+    kernels = {row["what"] for row in smoke}
+    assert {"x", "dy", "update", "decode", "plan split", "plan accumulate"} <= kernels
+    assert all(error <= 1 for row in smoke for error in row["errors"].values())
+    tuned = [row["what"].strip() for row in json.loads((tmp_path / "tune.json").read_text())]
+    assert {"linear", "dy W added", "decode", "y decode", "dx accumulate"} <= set(tuned)
+    (entry,) = json.loads((tmp_path / "tuning.json").read_text()).values()
+    assert entry["plan"] and entry["config"]["dy"]["block_n"] > 0
+    assert f"smoke: {len(smoke)} of {len(smoke)} correct" in run.stdout
+    assert len(run.stdout.splitlines()) <= 60 + 4
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_stopped_leaves_its_log_and_the_others_run(tmp_path):
+    run = _rehearse(tmp_path, "--stages", "tests:3,facts")
+    assert run.returncode == 1
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    assert stages["tests"]["status"] == "stopped at its time limit"
+    assert stages["facts"]["status"] == 0 and (tmp_path / "facts.json").exists()
+    assert json.loads((tmp_path / "tests.json").read_text())["failed"] == []
+
+
+def test_outcomes_are_read_from_an_incomplete_log():
+    log = (
+        "tests/a.py::test_one \n"
+        "[gw1] [  1%] PASSED tests/a.py::test_one \n"
+        "[gw0] [  2%] FAILED tests/a.py::test_two[x y] \n"
+        "[gw0] [  3%] SKIPPED tests/a.py::test_three \n"
+        "[gw2] [  4%] ERROR tests/b.py::test_four \n"
+        "tests/b.py::test_five "
+    )
+    assert gpu_proof.test_outcomes(log) == {
+        "passed": 1,
+        "skipped": 1,
+        "failed": ["tests/a.py::test_two[x y]", "tests/b.py::test_four"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("smoke,nothing", "expected some of .*, got nothing"),
+        ("smoke:soon", "seconds: could not convert"),
+    ],
+)
+def test_a_wrong_stage_is_named(text, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_proof.main(["--out", str(tmp_path), "--stages", text])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_failing_stage_is_a_failure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_proof, "_run_stage", lambda *a: {"status": 1, "seconds": 0.1})
+    (tmp_path / "smoke.json").write_text(
+        json.dumps(
+            [
+                {"dtype": "bfloat16", "shape": "1,2,3,4", "what": "dy", "errors": {"ds": 2.5}},
+                {"dtype": "bfloat16", "shape": "1,2,3,4", "what": "x", "failed": "OutOfResources"},
+                {"dtype": "bfloat16", "shape": "1,2,3,4", "what": "x", "errors": {"da": 0.5}},
+            ]
+        )
+    )
+    assert gpu_proof.main(["--out", str(tmp_path), "--stages", "smoke"]) == 1
+    printed = capsys.readouterr().out
+    assert "smoke: 1 of 3 correct" in printed and "OutOfResources" in printed
