@@ -23,13 +23,13 @@ _FLOAT_SPEED = {"ieee": (0.08, 0.04), "tf32": (0.5, 0.45)}
 def forward_seconds(arch: Architecture, q: Problem) -> dict[str, float]:
     """Predicted seconds of y by each forward plan that can run the problem."""
     base, ours = _gemm(arch, q, q.m, q.n, q.k)
-    read = _bytes(arch, q, q.m * q.k + q.m * q.rank) / _PASS
-    low = read + _LAUNCH
+    low = _bytes(arch, q, q.m * q.k + q.m * q.rank) / _PASS + _LAUNCH
     update = _bytes(arch, q, 2 * q.m * q.n + q.m * q.rank) + _LAUNCH
-    write = _bytes(arch, q, q.m * q.n + q.m * q.rank)
     added = _gemm(arch, q, q.m, q.n, q.k, adds=True)[0]
-    # S and y₀ in one launch, whose programs have 32 rows each
-    started = (read + write) / min(1.0, -(-q.m // 32) / arch.sms) + _LAUNCH
+    # S and y₀ in one launch, of programs that take the time of 32 rows each
+    programs = -(-q.m // 32)
+    traffic = _bytes(arch, q, 32 * programs * q.k) / _PASS + _bytes(arch, q, 32 * programs * q.n)
+    started = traffic / min(1.0, programs / arch.sms) + _LAUNCH
     seconds = {
         "in_place": low + base + update,
         "accumulate": started + added,
