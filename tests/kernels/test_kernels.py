@@ -276,6 +276,20 @@ def test_every_kernel_with_dropout_uses_the_references_bits(p):
     assert torch.equal(dx.float(), keep)
 
 
+@on_one
+@pytest.mark.parametrize("plan", ["split", "accumulate", "in_place", "decode"])
+def test_a_factor_beyond_float16_makes_no_nan(plan, arch):
+    """With p' = 1 - 2^-16 the factor is 65,536: S and dS are stored without it, so nothing overflows where nothing is kept."""
+    case = Case((40,), 32, 48, 4, p=1 - 2**-16)
+    assert not kernel_mask(SEED, case.p, 40, 32).any()
+    t = _on_device(make(case)).to(torch.float16)
+    y, dx, da, db = _run(_by_plan(plan, case), t, case)
+    wide = t.to(torch.float64)
+    assert_close(y, t.x @ t.weight.T + t.bias, wide.x @ wide.weight.T + wide.bias)
+    assert_close(dx, t.dy @ t.weight, wide.dy @ wide.weight)
+    assert da.eq(0).all() and db.eq(0).all()
+
+
 def test_a_threshold_of_zero_keeps_all():
     mask = Mask(SEED.to(DEVICE), 0)
     assert not mask.drops and mask_pass(4, 16, mask) is None
