@@ -242,7 +242,7 @@ def down_config(arch: Architecture, q: Problem) -> PassConfig:
 def start_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the pass that makes S and y₀: those of the S pass, never split along K."""
     config = down_config(arch, q)
-    # A tile of float32 lora_B has at most 16 KiB, since several are in flight.
+    # A tile of float32 lora_B has at most 16 KiB (up to rank 128), since several are in flight.
     block_n = max(32, 4096 // config.block_r * 2 // q.itemsize)
     return replace(config, block_n=block_n if q.aligned else min(64, block_n), splits=1)
 

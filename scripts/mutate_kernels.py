@@ -1,9 +1,9 @@
 """Mutation tests of the kernels: change the source in one place at a time and check that a test fails.
 
-    python scripts/mutate_kernels.py [--jobs 2] [--only TEXT]
+    python scripts/mutate_kernels.py [--jobs 2] [--only TEXT ...]
 
-A mutant is a copy of the project with one piece of source replaced. The kernel tests run on it in Triton's interpreter, and the
-mutant is detected if they fail. Exit code 0: all mutants were detected; 1: some were not; 2: the unchanged project fails.
+A mutant is a copy of the project with one piece of source replaced. The tests of that source run on it, kernels in Triton's
+interpreter, and the mutant is detected if one fails. Exit code 0: all mutants were detected; 1: some were not; 2: the unchanged project fails.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = (
-    "tests/kernels/test_kernels.py",
-    "tests/ops/test_triton_ops.py",
-    "tests/ops/test_dispatch.py",
-)
+NO_TESTS = 5  # pytest's exit code where it selected none
 
 
 @dataclass(frozen=True)
@@ -58,25 +55,61 @@ MASK, TILES, GEMM, FORWARD = (
     "kernels/forward.py",
 )
 BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/config.py"
+LAUNCH = "kernels/launch.py"
+TERM, UPDATE = "kernels/rank_term.py", "kernels/update.py"
 OPS, LINEAR = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
-REFERENCE = "fastlora/ops/reference.py"
+REFERENCE, DEFINITION = "fastlora/ops/reference.py", "fastlora/ops/dropout.py"
+TUNE, BENCH = "fastlora/ops/tune.py", "fastlora/ops/bench.py"
+
+# The tests that must detect a mutant, by the file that it changes; for every other file the tests of the kernels.
+KERNEL_TESTS = (
+    "tests/kernels/test_kernels.py",
+    "tests/ops/test_triton_ops.py",
+    "tests/ops/test_dispatch.py",
+)
+TESTS = {
+    LAUNCH: ("tests/kernels/test_launch.py",),  # the interpreter does not use the table
+    DEFINITION: ("tests/ops/test_dropout.py",),
+    TUNE: ("tests/ops/test_tune.py",),
+}
 
 MUTANTS = (
     # the mask
-    Mutant("philox: nine rounds", MASK, "zero, zero)", "zero, zero, n_rounds=9)"),
-    Mutant("philox: row and column swapped", MASK, "seed, c0, c1", "seed, c1, c0"),
-    Mutant("philox: a different key", MASK, "tl.philox(seed,", "tl.philox(seed ^ 1,"),
-    Mutant("mask: words in a different order", MASK, "_two(w0, least) | _two(w1, least) << 2", "_two(w1, least) | _two(w0, least) << 2"),
-    Mutant("mask: a word at a different place", MASK, "_two(w3, least) << 6", "_two(w3, least) << 5"),
-    Mutant("mask: unsigned low half", MASK, "((word << 16) >> 16 >= least)", "((word & 0xFFFF) >= least)"),
-    Mutant("mask: halves swapped", MASK, "((word << 16) >> 16 >= least).to(tl.int32) | ((word >> 16", "(word >> 16 >= least).to(tl.int32) | ((word << 16 >> 16"),
-    Mutant("mask: > for >=", MASK, "(word << 16) >> 16 >= least", "(word << 16) >> 16 > least"),
-    Mutant("mask: the threshold's offset", MASK, "threshold - 32768", "threshold - 32767"),
-    Mutant("mask: the next group of columns", MASK, "first_col // 8 +", "first_col // 8 + 1 +"),
-    Mutant("mask: the tile's row is ignored", MASK, "o_row = first_row +", "o_row = 0 * first_row +"),
+    Mutant("philox: ten rounds", MASK, "ROUNDS = tl.constexpr(7)", "ROUNDS = tl.constexpr(10)"),
+    Mutant("philox: row and column swapped", MASK, "c0 = zero + o_group.to(tl.uint32)[None, :]\n    c1 = zero", "c1 = zero + o_group.to(tl.uint32)[None, :]\n    c0 = zero"),
+    Mutant("philox: a different key", MASK, "k0, k1 = seed.to(tl.uint32)", "k0, k1 = (seed ^ 1).to(tl.uint32)"),
+    Mutant("philox: the key's high half is the low one", MASK, "(seed >> 32).to(tl.uint32)", "seed.to(tl.uint32)"),
+    Mutant("philox: words of a round swapped", MASK, "c1, c3 = wide_1", "c3, c1 = wide_1"),
+    Mutant("philox: the key's steps swapped", MASK, "k0 += tl.full([], 0x9E3779B9", "k0 += tl.full([], 0xBB67AE85"),
+    Mutant("mask: words in a different order", MASK, "_reach(w0, least) >> 3 | _reach(w1, least) >> 2", "_reach(w1, least) >> 3 | _reach(w0, least) >> 2"),
+    Mutant("mask: a word at a different place", MASK, "_reach(w2, least) >> 1", "_reach(w2, least) >> 2"),
+    Mutant("mask: halves swapped", MASK, "bits >> 12 & 0xF | bits >> 24 & 0xF0", "bits >> 28 & 0xF | bits >> 8 & 0xF0"),
+    Mutant("mask: the low half carries into the high one", MASK, "(least & 0x7FFF7FFF)", "(least & 0x7FFFFFFF)"),
+    Mutant("mask: a carry for every set bit", MASK, "(word & least | (word | least) & carry_in)", "(word & least | word & carry_in)"),
+    Mutant("mask: > for >=", MASK, "65536 - threshold", "65535 - threshold"),
+    Mutant("mask: the threshold of the low halves only", MASK, "least = least | least << 16", "least = least | 0x8000 << 16"),
     Mutant("mask: dropped by multiplication", MASK, "tl.where(tl.reshape(eights, block.shape) != 0, block, 0.0)",
            "tl.reshape(eights, block.shape).to(block.dtype) * block"),
+    Mutant("mask: a threshold of 0 drops", MASK, "self.seed is not None and self.threshold > 0", "self.seed is not None"),
+    Mutant("drop: lanes in a different order", MASK, "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
+    Mutant("drop: halves swapped", MASK, "tl.join(words << 16, words)", "tl.join(words, words << 16)"),
+    Mutant("drop: the halves of a word are neighbours", MASK, "[0, 1, 3, 2])  # [.., half", "[0, 1, 2, 3])  # [.., half"),
+    Mutant("drop: > for >=", MASK, ">= threshold.to(tl.uint32)", "> threshold.to(tl.uint32)"),
+    Mutant("drop: the next group of columns", MASK, "first_col // 8 +", "first_col // 8 + 1 +"),
+    Mutant("drop: the tile's row is ignored", MASK, "o_row = first_row +", "o_row = 0 * first_row +"),
+    Mutant("drop: by multiplication", MASK, "tl.where(tl.reshape(lanes, block.shape) >= threshold.to(tl.uint32) << 16, block, 0.0)",
+           "(tl.reshape(lanes, block.shape) >= threshold.to(tl.uint32) << 16).to(block.dtype) * block"),
     Mutant("bits: a different order", MASK, ">> tl.arange(0, 8)", ">> (7 - tl.arange(0, 8))"),
+    Mutant("bits: every block of groups is the first", MASK, "o_group = first_group + first +", "o_group = first_group +"),
+    Mutant("bits: rows without their pitch", MASK, "[:, None] * stride + o_group", "[:, None] * tl.cdiv(K, 8) + o_group"),
+    Mutant("bits: rows past the end", MASK, "mask = (o_row < M)[:, None]", "mask = (o_row < M - 1)[:, None]"),
+    # the definition of the mask
+    Mutant("definition: ten rounds", DEFINITION, "ROUNDS = 7", "ROUNDS = 10"),
+    Mutant("definition: the halves of a word are neighbours", DEFINITION,
+           "[word & 0xFFFF for word in words] + [(word >> 16) & 0xFFFF for word in words], dim=-1", "[half for word in words for half in (word & 0xFFFF, (word >> 16) & 0xFFFF)], dim=-1"),
+    Mutant("definition: the threshold is rounded down", DEFINITION, "round(p * 65536)", "int(p * 65536)"),
+    Mutant("definition: the factor of p itself", DEFINITION, "65536 / (65536 - dropout_threshold(p))", "1 / (1 - p)"),
+    Mutant("definition: a CPU's mask for the kernels", DEFINITION, "x.device.type == \"cpu\" and not triton", "x.device.type == \"cpu\""),
     # the order of tiles
     Mutant("tiles: group width", TILES, "(pid // width) * GROUP_M", "(pid // width)"),
     Mutant("tiles: rows of the last group", TILES, "min(num_m - first_m, GROUP_M)", "GROUP_M"),
@@ -86,75 +119,157 @@ MUTANTS = (
     Mutant("gemm: step of W", GEMM, "p_w += step * stride_wk", "p_w += step * stride_wn"),
     Mutant("gemm: inner dimension unmasked", GEMM, "x = tl.load(p_x, mask=m_k[None, :], other=0.0)", "x = tl.load(p_x)"),
     Mutant("gemm: rows past the end stored", GEMM, "mask=(o_m < M)[:, None] & (o_n < N)[None, :]", "mask=(o_m < M + 1)[:, None] & (o_n < N)[None, :]", 0),
-    Mutant("gemm: first block of ranks only", GEMM, "for first_r in range(0, R, BLOCK_R)", "for first_r in range(0, BLOCK_R, BLOCK_R)"),
-    Mutant("gemm: ranks unmasked", GEMM, "m_r = o_r < R", "m_r = o_r < R + 1"),
-    Mutant("gemm: no mask on the rank term", GEMM, "term = acc + drop(term, tl.load(mask_ptr), threshold, first_m, first_n)", "term = acc + term"),
-    Mutant("gemm: bits of a different row", GEMM, "mask_ptr + o_m[:, None] * stride_mask", "mask_ptr + o_m[:, None] * (N // 8)"),
-    Mutant("gemm: bits of different columns", GEMM, "o_byte = first_n // 8 +", "o_byte = 0 * first_n +"),
-    Mutant("bits: written at the first block's position", BACKWARD, "o_byte = first_k // 8 +", "o_byte = 0 * first_k +"),
-    Mutant("gemm: mask of a different column", GEMM, "threshold, first_m, first_n)", "threshold, first_m, first_n + 8)"),
-    Mutant("gemm: S without its factor", GEMM, "s_low = (s * scale)", "s_low = (s)", 0),
-    Mutant("gemm: S without its factor, descriptors", GEMM, "s_low = (s * scale)", "s_low = (s)", 1),
-    Mutant("gemm: S not stored", GEMM, "if FUSED and tile_n == 0", "if FUSED and tile_n == 1", 0),
-    Mutant("gemm: S not stored, descriptors", GEMM, "if FUSED and tile_n == 0", "if FUSED and tile_n == 1", 1),
+    Mutant("gemm: first block of ranks only", TERM, "range(0, R if R > BLOCK_R else 0, BLOCK_R)", "range(0, BLOCK_R if R > BLOCK_R else 0, BLOCK_R)"),
+    Mutant("gemm: low of the first block of ranks", TERM, "low_tile(low_ptr, M, first_m, first_r, R, acc", "low_tile(low_ptr, M, first_m, 0, R, acc"),
+    Mutant("gemm: term reset with every block of ranks", TERM, "tl.dot(low, up, term, input", "tl.dot(low, up, input"),
+    Mutant("gemm: ranks of low unmasked", TERM, "mask = (o_m < M)[:, None] & (o_r < R)[None, :]", "mask = (o_m < M)[:, None] & (o_r < R + 1)[None, :]"),
+    Mutant("gemm: ranks of up unmasked", TERM, "mask = (o_r < R)[:, None] & (o_n < N)[None, :]", "mask = (o_r < R + 1)[:, None] & (o_n < N)[None, :]"),
+    Mutant("gemm: no mask on the rank term", TERM, "        term = drop_bits(term, bits)\n", "        term = term\n"),
+    Mutant("gemm: mask on the base product too", TERM, "        term = drop_bits(term, bits)\n", "        term, acc = drop_bits(term, bits), drop_bits(acc, bits)\n"),
+    Mutant("gemm: bits of a different row", TERM, "bits_ptr + o_m[:, None] * stride_bits", "bits_ptr + o_m[:, None] * (N // 8)"),
+    Mutant("gemm: bits of different columns", TERM, "o_byte = first_n // 8 +", "o_byte = 0 * first_n +"),
+    Mutant("gemm: no factor", TERM, "return acc + term * scale", "return acc + term"),
+    Mutant("gemm: factor twice", TERM, "return acc + term * scale", "return acc + term * scale * scale"),
+    Mutant("gemm: factor of the base product too", TERM, "return acc + term * scale", "return (acc + term) * scale"),
+    Mutant("gemm: S with its factor", GEMM, "low = s.to(DTYPE)", "low = (s * scale).to(DTYPE)", 0),
+    Mutant("gemm: S with its factor, descriptors", GEMM, "low = s.to(DTYPE)", "low = (s * scale).to(DTYPE)", 1),
+    Mutant("gemm: S not stored", GEMM, "if tile_n == 0", "if tile_n == 1", 0),
+    Mutant("gemm: S not stored, descriptors", GEMM, "if tile_n == 0", "if tile_n == 1", 1),
     Mutant("gemm: no bias", GEMM, "HAS_BIAS\": bias is not None", "HAS_BIAS\": False"),
-    Mutant("gemm: bias of the first columns", GEMM, "o_n = first_n + tl.arange(0, acc.shape[1])\n    return", "o_n = tl.arange(0, acc.shape[1])\n    return"),
+    Mutant("gemm: bias of the first columns", TERM, "o_n = first_n + tl.arange(0, WIDTH)\n    return", "o_n = tl.arange(0, WIDTH)\n    return"),
     Mutant("gemm: second strip at the first's position", GEMM, "first_n + acc.shape[1] // 2", "first_n"),
+    Mutant("gemm: prefetched B of the other strip", GEMM, "up_left, up_right = halves(up)", "up_right, up_left = halves(up)"),
+    Mutant("gemm: prefetched bits of the other strip", GEMM, "bits_left, bits_right = halves(bits)", "bits_right, bits_left = halves(bits)"),
+    Mutant("gemm: prefetched bits of the first strip", GEMM, "right, low, up_right, bits_right, bias_ptr", "right, low, up_right, bits_left, bias_ptr"),
     Mutant("gemm: persistent stride", GEMM, "tl.num_programs(0)", "tl.num_programs(0) + 1"),
-    Mutant("gemm: update overwrites instead of adding", GEMM, "acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)", "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"),
+    Mutant("gemm: update overwrites instead of adding", UPDATE, "acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)", "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"),
+    Mutant("gemm: product added to memory that was not written", UPDATE, "bits, precision, add=False)", "bits, precision, add=True)"),
+    Mutant("gemm: no bias beside cuBLAS", UPDATE, "HAS_BIAS=bias is not None", "HAS_BIAS=False"),
     # the forward passes
-    Mutant("S: factor", FORWARD, "s_ptr + split.to(tl.int64) * M * R, s * scale", "s_ptr + split.to(tl.int64) * M * R, s"),
+    Mutant("S: partial sum of a different split", FORWARD, "s_ptr + split.to(tl.int64) * M * R, s", "s_ptr + 0 * M * R, s"),
     Mutant("S: chunk starts at 0", FORWARD, "first_k = split * k_chunk", "first_k = 0", 0),
     Mutant("S: mask column of the first block", FORWARD, "threshold, first_m, k)", "threshold, first_m, first_k)"),
     Mutant("S: step of A", FORWARD, "p_rows += step * stride_k", "p_rows += step"),
+    Mutant("start: ranks past the end", FORWARD, "tl.where((o_r < R)[None, :], s, 0.0).to(DTYPE)", "s.to(DTYPE)"),
+    Mutant("start: no factor", FORWARD, "y = tl.dot(low, b, input_precision=PRECISION) * scale", "y = tl.dot(low, b, input_precision=PRECISION)"),
+    Mutant("start: S with its factor", FORWARD, "_store_rows(s_ptr, low, M, R, first_m, 0)", "_store_rows(s_ptr, s * scale, M, R, first_m, 0)"),
+    Mutant("start: one tile of columns", FORWARD, "for first_n in range(0, N, BLOCK_N)", "for first_n in range(0, min(N, BLOCK_N), BLOCK_N)"),
+    Mutant("start: no bias", FORWARD, "HAS_BIAS=bias is not None", "HAS_BIAS=False", 0),
+    Mutant("start: no dropout", FORWARD, "DROPOUT=mask.drops", "DROPOUT=False", 1),
     Mutant("decode: one split is missing", FORWARD, "for _ in range(splits)", "for _ in range(splits - 1)"),
-    Mutant("decode: S without its factor", FORWARD, "low = (s * scale)", "low = (s)"),
+    Mutant("decode: no factor", FORWARD, "acc += tl.dot(low, b, input_precision=PRECISION) * scale", "acc += tl.dot(low, b, input_precision=PRECISION)"),
     Mutant("decode: W dropped out too", FORWARD, "0, tile * BLOCK_N, False,", "0, tile * BLOCK_N, DROPOUT,"),
     Mutant("decode: tiles of A", FORWARD, "first_r = (tile - w_tiles) * BLOCK_N", "first_r = (tile - w_tiles + 1) * BLOCK_N"),
     # the backward passes
-    Mutant("dS: factor", BACKWARD, "(ds * scale)", "(ds)"),
+    Mutant("dS: with its factor", BACKWARD, "ds_t.to(ds_ptr", "(ds_t * scale).to(ds_ptr"),
     Mutant("dS: partial sum of a different tile", BACKWARD, "ds_ptr += tile.to(tl.int64) * M * R", "ds_ptr += 0 * M * R"),
     Mutant("dS, dB: rows of one block", BACKWARD, "for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M)", "for m in range(first_m, min(first_m + BLOCK_M, M), BLOCK_M)", 0),
+    Mutant("dB: no factor", BACKWARD, "(db_t * scale)", "(db_t)"),
     Mutant("dB: partial sum of a different split", BACKWARD, "db_ptr + split.to(tl.int64) * N * R", "db_ptr + 0 * N * R"),
-    Mutant("dB: reset with every block", BACKWARD, "tl.dot(tl.trans(dy), s, db, input", "tl.dot(tl.trans(dy), s, input"),
+    Mutant("dB: reset with every block", BACKWARD, "tl.dot(s_t, dy, db_t, input", "tl.dot(s_t, dy, input"),
     Mutant("dS, dB: rows past the end", BACKWARD, "m_m = o_m < M\n        m_row", "m_m = o_m < M - 1\n        m_row"),
-    Mutant("dB: ranks past the end", BACKWARD, "m_nr = m_n[:, None] & m_r[None, :]", "m_nr = m_n[:, None] & (o_r < R + 1)[None, :]"),
+    Mutant("dB: ranks past the end", BACKWARD, "m_rn = m_r[:, None] & m_n[None, :]", "m_rn = (o_r < R + 1)[:, None] & m_n[None, :]"),
     Mutant("dS, dB: chunk of rows", BACKWARD, "first_m = split * m_chunk", "first_m = 0", 0),
+    Mutant("bits: groups of the first tile", BACKWARD, "tile * GROUPS,", "0 * tile,"),
+    Mutant("bits: groups of a different tile", BACKWARD, "tile * GROUPS,", "split * GROUPS,"),
+    Mutant("bits: rows of the first block", BACKWARD, "K, m + tl.arange(0, BLOCK_M), tile", "K, first_m + tl.arange(0, BLOCK_M), tile"),
+    Mutant("bits: groups past the end", BACKWARD, "EVEN_K=columns == 8 * groups * tiles", "EVEN_K=columns % 8 == 0"),
+    Mutant("bits: groups past the end of every tile but the first", BACKWARD, "EVEN_K=columns == 8 * groups * tiles", "EVEN_K=columns == 8 * groups"),
+    Mutant("bits: groups past the end, alone", BACKWARD, "EVEN_K=columns % (8 * _MASK_GROUPS) == 0", "EVEN_K=columns % 8 == 0"),
+    Mutant("bits: groups of the first tile, alone", BACKWARD, "first_group = tl.program_id(1) * BLOCK_G", "first_group = tl.program_id(1)"),
     Mutant("dA: chunk of rows", BACKWARD, "first_m = split * m_chunk", "first_m = 0", 1),
-    Mutant("dA: mask row", BACKWARD, "threshold, m + tl.arange(0, BLOCK_M), o_byte", "threshold, first_m + tl.arange(0, BLOCK_M), o_byte"),
-    Mutant("dA: no dropout", BACKWARD, "DROPOUT=mask.drops", "DROPOUT=False"),
+    Mutant("dA: no factor", BACKWARD, "(da * scale)", "(da)"),
+    Mutant("dA: mask row", BACKWARD, "bits_ptr + o_m[:, None] * stride_bits", "bits_ptr + (o_m - m + first_m)[:, None] * stride_bits"),
+    Mutant("dA: mask columns of the first block", BACKWARD, "o_byte = first_k // 8 +", "o_byte = 0 * first_k +"),
+    Mutant("dA: no dropout", BACKWARD, "DROPOUT=bits is not None", "DROPOUT=False"),
+    Mutant("dx0: no factor", BACKWARD, "tl.dot(tl.trans(ds_t), a, input_precision=PRECISION) * scale", "tl.dot(tl.trans(ds_t), a, input_precision=PRECISION)"),
+    Mutant("dx0: no mask", BACKWARD, "dx = drop_bits(dx, bits)", "dx = dx"),
+    Mutant("dx0: pitch of x", BACKWARD, "dx_ptr + o_m[:, None] * K", "dx_ptr + o_m[:, None] * stride_xm"),
     Mutant("sums: the last partial sum is missing", REDUCE, "first + o_split < splits", "first + o_split < splits - 1"),
     Mutant("sums: the first partial sums only", REDUCE, "for first in range(0, splits, SPLITS)", "for first in range(0, SPLITS, SPLITS)"),
     Mutant("sums: the wrong stride", REDUCE, "(first + o_split)[:, None] * size", "(first + o_split)[:, None] * (size - 1)"),
+    Mutant("sums: the second reads the first's parts", REDUCE, "_sum_block(part_2, out_2", "_sum_block(part_1, out_2"),
+    Mutant("sums: the second begins at the first's end", REDUCE, "block - blocks_1", "block"),
+    Mutant("sums: too few programs for both", REDUCE, "(ceil_div(sizes[0], block) + ceil_div(sizes[1], block),)", "(ceil_div(sizes[0] + sizes[1], block),)"),
+    # launches
+    Mutant("launch: the grid's second dimension is lost", LAUNCH, "x, y, z = (*grid, 1, 1)[:3]", "x, y, z = grid[0], 1, 1"),
+    Mutant("launch: alignment ignored", LAUNCH, "append(value.data_ptr() % 16 == 0)", "append(True)"),
+    Mutant("launch: dtype ignored", LAUNCH, "append(value.dtype)", "append(None)"),
+    Mutant("launch: tile of a descriptor ignored", LAUNCH, "append(value.block_shape)", "append(None)"),
+    Mutant("launch: dtype of a descriptor ignored", LAUNCH, "append(value.base.dtype)", "append(None)"),
+    Mutant("launch: an integer of 1 is like any other", LAUNCH, "(value == 1, value % 16 == 0, wide)", "(value % 16 == 0, wide)"),
+    Mutant("launch: multiples of 16 are like any other", LAUNCH, "(value == 1, value % 16 == 0, wide)", "(value == 1, wide)"),
+    Mutant("launch: width of integers ignored", LAUNCH, "wide = value >= _INT32", "wide = False"),
+    Mutant("launch: integers that are not specialised are", LAUNCH, "if specialised else wide", "if True else wide"),
+    Mutant("launch: constants ignored", LAUNCH, "            append(value)\n", "            append(None)\n"),
+    Mutant("launch: one table for all devices", LAUNCH, "key = (number, device,", "key = (number, 0,"),
+    Mutant("launch: pipeline stages ignored", LAUNCH, "num_warps, num_stages, launch_pdl, *_traits", "num_warps, launch_pdl, *_traits"),
+    Mutant("launch: overlap ignored", LAUNCH, "num_stages, launch_pdl, *_traits", "num_stages, *_traits"),
+    Mutant("launch: arguments in the order of the call", LAUNCH, "values = [arguments[name] for name, _, _ in parameters]", "values = [*arguments.values()]"),
+    Mutant("launch: always by Triton", LAUNCH, "            _compiled[key] = compiled\n", "            pass\n"),
     # operators and autograd
-    Mutant("ops: keep scale", REFERENCE, "self.scaling * keep_scale(self.p)", "self.scaling"),
+    Mutant("ops: keep scale", REFERENCE, "self.scaling * self.keep_scale()", "self.scaling"),
+    Mutant("ops: S of torch with a factor", OPS, "s / low.keep_scale()", "s"),
+    Mutant("ops: dB of torch without the keep scale", OPS, "db = (low.scale() * (dy.T @ s))", "db = (low.scaling * (dy.T @ s))"),
     Mutant("ops: gradients in a different order", OPS, "gradient in (dx, da, db)", "gradient in (da, dx, db)"),
-    Mutant("ops: fused A in its own dtype", OPS, "lora_a = low.a.to(x.dtype)", "lora_a = low.a"),
+    Mutant("ops: fused A in its own dtype", OPS, "_loadable(low.a.to(x.dtype))", "_loadable(low.a)"),
+    Mutant("ops: A at any address", OPS, "matrix.clone() if matrix.data_ptr() % 16 else matrix", "matrix"),
     Mutant("ops: non-contiguous bias", OPS, "bias.contiguous()", "bias"),
-    Mutant("ops: dS of many ranks without its factor", OPS, "beta=0, alpha=low.scale()", "beta=0"),
+    Mutant("ops: dB of many ranks without its factor", OPS, ".mul_(low.scale())[None]", "[None]"),
     Mutant("ops: dB always computed", OPS, "needs_db=needs_db", "needs_db=True"),
-    Mutant("group: every layer shares S, whatever its scaling", OPS, "sharing.setdefault(layers[i].low.scaling, [])", "sharing.setdefault(layers[0].low.scaling, [])"),
+    Mutant("ops: dx always computed", OPS, "with_dx = needs_x and _joins(choice, low)", "with_dx = _joins(choice, low)", 0),
+    Mutant("ops: columns of dy for the mask of x", OPS, "columns=x.shape[1]", "columns=dy.shape[1]"),
+    Mutant("ops: dtypes of the gradients swapped", OPS, "(low.a.dtype, low.b.dtype)", "(low.b.dtype, low.a.dtype)"),
+    Mutant("group: one factor for all", OPS, "if len({one.scaling for one in lows}) == 1:", "if True:"),
+    Mutant("group: no factor for any", OPS, "low = low._replace(scaling=lows[0].scaling)", "pass"),
+    Mutant("group: mask of the last layer", OPS, "bits = products[0][2]", "bits = products[-1][2]"),
     Mutant("group: dx of the first layer only", OPS, "dx.addmm_(dy, layer.weight)", "dx.addmm_(dy, layer.weight, alpha=0)"),
-    Mutant("group: dS under the first layer's scaling", OPS, "dy, s_i, low, needs_x", "dy, s_i, low._replace(scaling=layers[0].low.scaling), needs_x"),
+    Mutant("group: the first layer's dy twice", OPS, "added = 0 if dx is not None else 1", "added = 0"),
+    Mutant("group: the first layer's dy never", OPS, "added = 0 if dx is not None else 1", "added = 1"),
+    Mutant("group: dx always computed", OPS, "with_dx = needs_x and _joins(choice, low)", "with_dx = _joins(choice, low)", 1),
+    Mutant("group: dB under the first layer's scaling", OPS, "dy, x, s_i, low, needs_ds", "dy, x, s_i, low._replace(scaling=layers[0].low.scaling), needs_ds"),
     Mutant("linear: gradients in a different order", LINEAR, "wanted = (needs_x, needs_a, needs_b)", "wanted = (needs_x, needs_b, needs_a)"),
     Mutant("config: fused float32 of too many ranks", CONFIG, "return 16 if precision == \"ieee\" else 32", "return 64"),
-    Mutant("config: block of S smaller than the rank", CONFIG, "max(16, 1 << (rank - 1).bit_length())", "max(16, 1 << (rank.bit_length() - 1))"),
+    Mutant("config: block of S smaller than the rank", CONFIG, "max(16, next_power_of_2(rank))", "max(16, next_power_of_2(rank) // 2)"),
+    Mutant("config: powers of two rounded down", CONFIG, "1 << (number - 1).bit_length()", "1 << (number.bit_length() - 1)"),
+    Mutant("config: decode's inner blocks below 16", CONFIG, "block_k = max(16, block_k // 4)", "block_k = block_k // 4"),
+    Mutant("config: start's tile of B for few ranks", CONFIG, "4096 // config.block_r", "4096 // 16"),
+    # the tuner
+    Mutant("tune: noise counts", TUNE, "if new < _GAIN * time", "if new < time"),
+    Mutant("tune: on from the first tiles", TUNE, "best, time, options = option, new, neighbours(option)", "best, time = option, new"),
+    Mutant("tune: from the slower tiles", TUNE, "if new < _GAIN * time", "if new > _GAIN * time"),
+    Mutant("tune: one candidate too many", TUNE, "while len(tried) < limit", "while len(tried) <= limit"),
+    Mutant("tune: tiles tried twice", TUNE, "if o not in tried and _sensible(o)", "if _sensible(o)"),
+    Mutant("tune: wrong kernels are timed", TUNE, "time = timer(run) if bench.attempt(run) else math.inf", "time = timer(run)"),
+    Mutant("tune: any mask is right", BENCH, "same = self.keep is not None and torch.equal(kept, self.keep)", "same = True"),
+    Mutant("tune: overlap where it is slower", TUNE, "if after < before", "if after > before"),
 )  # fmt: skip
 
 
-def run(root: Path) -> bool:
-    """Whether the kernel tests pass on the project at `root`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
+def tests_of(mutants: Iterable[Mutant]) -> list[str]:
+    """The test files that must detect the mutants."""
+    return sorted({test for m in mutants for test in TESTS.get(m.file, KERNEL_TESTS)})
+
+
+def run(root: Path, tests: Sequence[str]) -> bool:
+    """Whether these tests pass on the project at `root`. The slow ones come last: most mutants are detected before."""
+    return all(_passes(root, tests, marked) for marked in ("not slow", "slow"))
+
+
+def _passes(root: Path, tests: Sequence[str], marked: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marked]
     environment = dict(os.environ, PYTHONPATH=str(root), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    outcome = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    outcome = subprocess.run(
+        [*command, *tests], cwd=root, env=environment, capture_output=True, text=True
+    )
     # A wrong address can crash the interpreter; an exit by a signal (a negative code) counts as a failed test.
-    if outcome.returncode > 1:
+    if outcome.returncode > 1 and (marked, outcome.returncode) != ("slow", NO_TESTS):
         raise SystemExit(f"pytest could not run:\n{outcome.stdout}{outcome.stderr}")
-    return outcome.returncode == 0
+    return outcome.returncode in (0, NO_TESTS)
 
 
 def copy_to(folder: Path) -> Path:
-    """Copy the parts of the project that the kernel tests need into the folder, and return it."""
+    """Copy the parts of the project that the tests need into the folder, and return it."""
     for name in ("fastlora", "kernels", "tests", "docs"):
         shutil.copytree(
             ROOT / name,
@@ -167,12 +282,12 @@ def copy_to(folder: Path) -> Path:
 
 
 def detected(mutant: Mutant) -> tuple[bool, float]:
-    """Whether the kernel tests fail on the mutant, and the seconds they took."""
+    """Whether the tests fail on the mutant, and the seconds they took."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         root = copy_to(Path(folder))
         mutant.apply(root)
-        return not run(root), time.perf_counter() - start
+        return not run(root, tests_of([mutant])), time.perf_counter() - start
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,13 +301,17 @@ def main(argv: list[str] | None = None) -> int:
         help="mutants tested in parallel (default: number of cores)",
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="test only mutants whose name contains TEXT"
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="test only mutants whose name contains one of the texts",
     )
     arguments = parser.parse_args(argv)
-    mutants = [m for m in MUTANTS if arguments.only in m.name]
+    mutants = [m for m in MUTANTS if any(text in m.name for text in arguments.only)]
     with tempfile.TemporaryDirectory() as folder:
-        if not run(copy_to(Path(folder))):
-            print("the unchanged project fails its kernel tests")
+        if not run(copy_to(Path(folder)), tests_of(mutants)):
+            print("the unchanged project fails its tests")
             return 2
     missed = []
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -149,7 +149,7 @@ def _layers(
 def _forward(
     x: Tensor, layers: Sequence[Layer], triton: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """y (..., N) and S (M, R) of each layer; the kernels' S includes every factor, torch's none."""
+    """y (..., N) and S (M, R) of each layer; the kernels' S includes no factor, torch's that of the dropout."""
     flat = linear.as_rows(x)  # [M, K]
     if triton:
         results, s = linear.triton_ops().group_forward(flat, layers)

@@ -207,7 +207,7 @@ def _forward(
     low: LowRank,
     triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., N) and S (M, R); the kernels' S includes every factor, torch's none."""
+    """y (..., N) and S (M, R); the kernels' S includes no factor, torch's that of the dropout."""
     flat = as_rows(x)  # [M, K]
     if triton:
         y, s = triton_ops().OPERATORS.lora_forward(flat, weight, bias, *low)

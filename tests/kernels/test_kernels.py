@@ -22,7 +22,7 @@ from fastlora.kernels.reduce import sum_both, sum_partials
 from fastlora.kernels.update import rank_product, rank_update_
 from fastlora.ops import dispatch, reference, triton_ops
 from fastlora.ops.dispatch import TRITON_PLANS
-from fastlora.ops.dropout import dropout_threshold, kernel_mask
+from fastlora.ops.dropout import dropout_threshold, kernel_mask, philox_4x32
 from fastlora.ops.reference import LowRank
 from tests.support.cases import CASES, Case, Tensors, formula, make
 from tests.support.tolerance import TF32_EPS, assert_close
@@ -231,18 +231,26 @@ def _ones(*shape):
     return torch.ones(*shape, device=DEVICE)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
+# The random number of element (3, 1), in the low half of a word: under this p it equals the threshold, so the element is kept.
+EXACT = int(philox_4x32(SEED, torch.tensor(0), torch.tensor(3))[1] & 0xFFFF) / 65536
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, EXACT])
 def test_every_kernel_with_dropout_uses_the_references_bits(p):
     """With operands of ones and unit matrices the products equal the mask."""
     m, k = 70, 64
     row = ARCHITECTURES[90]
     seed, threshold = SEED.to(DEVICE), dropout_threshold(p)
     keep = kernel_mask(SEED, p, m, k).float().to(DEVICE)
+    assert p != EXACT or (keep[3, 1] == 1 and not kernel_mask(SEED, p + 2**-16, m, k)[3, 1])
     mask = Mask(seed, threshold)
     ours = tiles(row, Problem(m, k, k, k, 4, True))
     assert torch.equal(
         down_project(_ones(m, k), torch.eye(k, device=DEVICE), ours.down, mask=mask), keep
     )
+    same = torch.eye(k, device=DEVICE)
+    for part in start(_ones(m, k), same, same, None, ours.start, mask=mask):
+        assert torch.equal(part, keep)
     zero = torch.zeros(k, k, device=DEVICE)
     few, unit = keep[:33].half(), torch.eye(k, dtype=torch.float16, device=DEVICE)
     small = tiles(row, Problem(33, k, k, k, 2, True)).decode
@@ -251,14 +259,15 @@ def test_every_kernel_with_dropout_uses_the_references_bits(p):
     rows = tiles(row, Problem(m, k, k, m, 4, True))
     bits = mask_pass(m, k, mask)
     assert torch.equal(_unpack(bits, k).float(), keep)
-    one_rank = tiles(row, Problem(m, 8, k, 1, 4, True)).dy
-    dy, b, s = _ones(m, 8), _ones(8, 1), _ones(m, 1)
-    for columns in (k, 20):  # all groups of a tile, and a part of them
-        *_, beside = dy_pass(dy, b, s, one_rank, scale=1.0, mask=mask, columns=columns)
-        assert beside.shape == (m, -(-columns // 8))
-        assert torch.equal(
-            _unpack(beside, 8 * beside.shape[1])[:, :columns].float(), keep[:, :columns]
-        )
+    # All groups of a tile, a part of them, several blocks of groups, several tiles, and more tiles than the groups need.
+    for n, columns in ((8, k), (8, 20), (8, 520), (300, 520), (300, 128)):
+        one_rank = tiles(row, Problem(m, n, columns, 1, 4, True)).dy
+        named = {"scale": 1.0, "mask": mask, "columns": columns}
+        *_, beside = dy_pass(_ones(m, n), _ones(n, 1), _ones(m, 1), one_rank, **named)
+        wanted = kernel_mask(SEED, p, m, columns).to(DEVICE)
+        for found in (beside, mask_pass(m, columns, mask)):
+            assert found.shape == (m, -(-columns // 8))
+            assert torch.equal(_unpack(found, 8 * found.shape[1])[:, :columns], wanted)
     da, dx = x_pass(_ones(m, k), torch.eye(m, device=DEVICE), torch.float32, rows.x, bits=bits)
     assert torch.equal(da.sum(0), keep) and dx is None
     low, up = _ones(m, 1), _ones(k, 1)
@@ -345,6 +354,33 @@ def test_a_dropped_element_is_zero_even_if_it_was_infinite():
     mask = Mask(seed, threshold)
     s = down_project(x, torch.eye(16, device=DEVICE), config, mask=mask)
     assert torch.equal(s, keep.float())
+    rows = tiles(ARCHITECTURES[90], Problem(32, 16, 16, 32, 4, True)).x
+    bits = mask_pass(32, 16, mask)
+    da, _ = x_pass(x, torch.eye(32, device=DEVICE), torch.float32, rows, bits=bits)
+    assert torch.equal(da.sum(0), keep.float())
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("plan", TRITON_PLANS)
+def test_an_infinity_stays_in_its_row_and_column(plan, arch):
+    """In float16 one row of S overflows, and one of B: the ranks that fill a block must not multiply them by 0."""
+    row, column = 7, 5
+    t = _on_device(make(Case((40,), 48, 32, 8)))
+    t.x[row], t.lora_a[0], t.lora_b[:, 0] = 300.0, 300.0, 1.0
+    half, wide = t.to(torch.float16), t.to(torch.float64)
+    t.lora_b[column, 0] = 1e6
+    low = LowRank(t.lora_a, t.lora_b, t.scaling)
+    y, s = triton_ops._forward(half.x, half.weight, half.bias, *low, plan=plan)
+    assert s[row, 0] == float("inf") and torch.isfinite(s[:row]).all()
+    others = [n for n in range(32) if n != column]
+    assert (y[row, others] == float("inf")).all()
+    finite = y[[m for m in range(40) if m != row]][:, others]
+    same, exact = (
+        reference.forward(v.x, v.weight, v.bias, LowRank(v.lora_a, v.lora_b, t.scaling))[0]
+        for v in (half, wide)
+    )
+    same, exact = (v[[m for m in range(40) if m != row]][:, others] for v in (same, exact))
+    assert_close(finite, same, exact)
 
 
 @pytest.mark.parametrize("splits", [(5, 70), (1, 5), (5, 1), (2, 32)])
@@ -410,6 +446,19 @@ def test_adapters_may_have_any_layout_beside_aligned_matrices(plan, layout, arch
         assert_close(one, other, e)
 
 
+@on_one
+@pytest.mark.parametrize("rows", [40, 520], ids=["one part", "several parts"])
+def test_each_adapter_gradient_has_its_adapters_dtype(rows, arch):
+    case = Case((rows,), 48, 32, 8)
+    t = _on_device(make(case)).to(torch.float16)
+    low = LowRank(t.lora_a.float(), t.lora_b, t.scaling)
+    choice = dispatch.launch_choice(t.x, t.weight, 8, False, "split", t.dy)
+    assert (min(choice.config.x.splits, choice.config.dy.splits) > 1) == (rows == 520)
+    _, s = triton_ops._forward(t.x, t.weight, t.bias, *low, plan="split")
+    found = triton_ops._backward(t.dy, t.x, t.weight, s, *low, True, True, True, plan="split")
+    assert [g.dtype for g in found] == [torch.float16, torch.float32, torch.float16]
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("rank", [16, 17, 32, 33, 64])
 def test_float32_is_correct_at_every_rank_under_the_chosen_plan(rank, precision, arch, monkeypatch):
@@ -439,6 +488,15 @@ def test_the_inner_dimension_of_every_product_has_at_least_16_elements(number):
                 inner += [t.dy.block_m, t.dy.block_n, t.x.block_m]
                 inner += [c.block_r for c in (t.fused, t.split, t.dx, t.update, t.decode)]
                 assert min(inner) >= 16, (q, t)
+
+
+@pytest.mark.parametrize("number", ARCHITECTURES)
+def test_a_tile_of_b_is_narrower_the_more_ranks_it_has(number):
+    """`start` loads it in float32, and several are in flight: at most 16 KiB, or the least width."""
+    for itemsize, rank, aligned in product((2, 4), (1, 16, 33, 64, 256), (True, False)):
+        q = Problem(4096, 4096, 4096, rank, itemsize, False, aligned=aligned)
+        config = tiles(ARCHITECTURES[number], q).start
+        assert config.block_n == 32 or 4 * config.block_r * config.block_n <= 16_384, (q, config)
 
 
 def test_kernels_refuse_ranks_that_their_tiles_do_not_support():

@@ -87,7 +87,8 @@ def test_a_second_launch_passes_what_triton_passed(device, kernel, monkeypatch):
     launch(kernel, (3,), num_warps=4, **arguments)
     runs = []
     monkeypatch.setattr(JITFunction, "run", lambda *a, **k: runs.append(a))
-    launch(kernel, (3,), num_warps=4, **_arguments(m=200, factor=2.0, rows=48))
+    reordered = dict(reversed(_arguments(m=200, factor=2.0, rows=48).items()))
+    launch(kernel, (3,), num_warps=4, **reordered)
     assert runs == [], "the second launch must not bind the arguments again"
     first, second = device.calls
     assert first[:3] == second[:3] == (3, 1, 1) and first[3] == second[3] == 77
@@ -140,6 +141,14 @@ def test_options_and_tiles_have_entries_of_their_own(device, kernel):
     other["tile"] = Descriptor(torch.zeros(32, 64), (32, 32))
     launch(kernel, (1,), num_warps=4, **other)
     assert len(launching._compiled) == 6 and len(device.calls) == 6
+
+
+def test_each_device_has_entries_of_its_own(device, kernel, monkeypatch):
+    launch(kernel, (1,), num_warps=4, **_arguments())
+    monkeypatch.setattr(device, "get_current_device", lambda: 1)
+    for _ in range(2):
+        launch(kernel, (1,), num_warps=4, **_arguments())
+    assert len(launching._compiled) == 2 and len(device.calls) == 3
 
 
 def test_a_profilers_hooks_are_called(device, kernel, monkeypatch):

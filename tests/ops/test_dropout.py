@@ -385,7 +385,7 @@ def test_kernel_mask_keeps_the_right_share_independently_of_neighbours(p):
 
 def test_p_is_quantised_to_16_bits():
     assert [dropout_threshold(p) for p in (0.0, 1e-9, 0.1, 0.9999999)] == [0, 0, 6554, 65535]
-    assert keep_scale(0.5) == 2.0
+    assert keep_scale(0.5) == 2.0 and keep_scale(0.1) == 65536 / (65536 - 6554)
 
 
 def test_a_triton_call_on_a_cpu_keeps_what_the_kernels_keep():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import LoRALinear, fuse, lora_linear, unfuse
 from fastlora.ops import dropout
-from fastlora.ops.reference import LowRank
+from fastlora.ops.reference import Layer, LowRank
 from tests.support.cases import Case, Member, Tensors, formula, make, run_group
 from tests.support.tolerance import assert_close
 
@@ -348,6 +348,43 @@ def _leaf(tensor):
 @pytest.mark.parametrize("unused", [None, 0, 2])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_a_group_equals_its_separate_layers(p, unused):
+    _check_group(p, unused)
+
+
+def _force(plan, monkeypatch):
+    """Every call takes this plan, forward and for dx."""
+    from fastlora.ops import dispatch
+
+    choose = dispatch.launch_choice
+
+    def launch_choice(x, weight, rank, dropout, _=None, dy=None):
+        return choose(x, weight, rank, dropout, plan, dy)
+
+    monkeypatch.setattr(dispatch, "launch_choice", launch_choice)
+
+
+@pytest.mark.parametrize("plan", ["split", "accumulate", "in_place"])
+def test_a_group_equals_its_separate_layers_under_every_plan(plan, monkeypatch):
+    _force(plan, monkeypatch)
+    _check_group(0.25, None)
+
+
+@pytest.mark.parametrize("plan", ["split", "accumulate", "in_place"])
+def test_a_group_computes_no_dx_that_is_not_needed(plan, monkeypatch):
+    from fastlora.ops import triton_ops
+
+    _force(plan, monkeypatch)
+    x, members, dys = _group()
+    rows = x.flatten(0, -2)
+    layers = [Layer(m.weight, m.bias, LowRank(m.lora_a, m.lora_b, m.scaling)) for m in members]
+    _, s = triton_ops.group_forward(rows, layers)
+    dys = [dy.flatten(0, -2) for dy in dys]
+    dx, das, dbs = triton_ops.group_backward(dys, rows, layers, s, (False, True), [False] * 3)
+    assert dx is None and dbs == [None] * 3
+    assert [da.shape for da in das] == [m.lora_a.shape for m in members]
+
+
+def _check_group(p, unused):
     x, members, dys = _group()
     if unused is not None:
         dys[unused] = None
@@ -427,7 +464,7 @@ def _projections(ranks, backend="triton", dropout=0.25):
 def test_a_fused_model_launches_one_pass_over_x(rows, ranks, passes, monkeypatch):
     from fastlora.ops import triton_ops
 
-    counts = {"down_project": 0, "x_pass": 0}
+    counts = {"down_project": 0, "start": 0, "x_pass": 0}
 
     def counted(name, original):
         def call(*args, **named):
@@ -441,9 +478,9 @@ def test_a_fused_model_launches_one_pass_over_x(rows, ranks, passes, monkeypatch
     model = _projections(ranks)
     x = torch.randn(rows, 32, device=DEVICE)
     assert len(fuse(model, x).groups) == 1
-    counts.update(down_project=0, x_pass=0)
+    counts.update(dict.fromkeys(counts, 0))
     sum(y.sum() for y in model(x)).backward()
-    assert (counts["down_project"], counts["x_pass"]) == passes
+    assert (counts["down_project"] + counts["start"], counts["x_pass"]) == passes
 
 
 def test_a_groups_mask_is_computed_once():

@@ -67,6 +67,18 @@ def test_the_search_finds_a_planted_best_within_twelve_candidates():
     assert [time for _, time in found] == sorted((t for _, t in found), reverse=True)
 
 
+def test_the_search_goes_on_from_the_fastest_tiles_so_far():
+    """The planted best differs from the first tiles in two settings, which are not neighbours."""
+    start = tiles(H100, Problem(8192, 4096, 4096, 16, 2, True)).down
+    best = replace(start, num_warps=8, num_stages=4)
+    assert best not in neighbours(start)
+
+    def seconds(config):
+        return 1.1 ** sum(v != getattr(best, f) for f, v in asdict(config).items())
+
+    assert search(start, seconds, 40) == (best, 1.0)
+
+
 def test_a_difference_within_the_noise_changes_nothing():
     start = tiles(H100, Problem(8192, 4096, 4096, 16, 2, True)).down
     assert search(start, lambda config: 1.0 if config == start else 0.995, 8) == (start, 1.0)
