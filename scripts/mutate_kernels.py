@@ -71,6 +71,7 @@ TESTS = {
     LAUNCH: ("tests/kernels/test_launch.py",),  # the interpreter does not use the table
     DEFINITION: ("tests/ops/test_dropout.py",),
     TUNE: ("tests/ops/test_tune.py",),
+    BENCH: ("tests/ops/test_tune.py",),
 }
 
 MUTANTS = (
