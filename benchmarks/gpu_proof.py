@@ -165,6 +165,13 @@ def _smoke(arguments: argparse.Namespace) -> None:
         for part in pool.map(_smoke_case, *zip(*cases, strict=True)):
             rows += part
             _write(arguments.out / "smoke.json", rows)
+    if any(map(is_wrong, rows)):
+        raise SystemExit("not every result is right: see smoke.json")
+
+
+def is_wrong(row: dict[str, Any]) -> bool:
+    """Whether a kernel or plan failed, or a result is further off than allowed; a NaN is."""
+    return "failed" in row or any(not error <= 1 for error in row["errors"].values())
 
 
 def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
@@ -372,7 +379,7 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
     keys = ("gpu", "torch", "triton", "matmul_tflops", "copy_tbps", "clocks_before")
     lines.append(", ".join(f"{key} {facts.get(key)}" for key in keys))
     smoke = _read(out / "smoke.json", [])
-    bad = [r for r in smoke if "failed" in r or any(not e <= 1 for e in r["errors"].values())]
+    bad = list(filter(is_wrong, smoke))
     lines.append(f"smoke: {len(smoke) - len(bad)} of {len(smoke)} correct")
     for row in bad[:8]:
         found = row.get("failed") or row["errors"]

@@ -98,8 +98,14 @@ def environment(device: torch.device, reps: int, git_sha: str | None = None) -> 
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "reps": reps,
         "baseline": BASELINE,
-        "command": "python " + " ".join(sys.argv),
+        # The names of files, not where this machine keeps them.
+        "command": "python " + " ".join(_without_folder(a) for a in sys.argv),
     }
+
+
+def _without_folder(argument: str) -> str:
+    path = Path(argument)
+    return path.name if path.is_absolute() else argument
 
 
 def nvidia_smi() -> dict[str, str] | None:

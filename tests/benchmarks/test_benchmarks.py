@@ -464,6 +464,13 @@ def test_a_record_is_replaced_completely_or_not_at_all(bench, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
 
+def test_the_command_names_files_but_no_folder_of_this_machine(bench, monkeypatch):
+    argv = ["/home/someone/fastlora/benchmarks/run.py", "--reps", "3", "--output", "/data/a.json"]
+    monkeypatch.setattr("sys.argv", argv)
+    command = bench.record.environment(CPU, 3)["command"]
+    assert command == "python run.py --reps 3 --output a.json"
+
+
 def test_git_and_the_driver_may_be_missing(bench, monkeypatch):
     monkeypatch.setenv("PATH", "")
     facts = bench.record.environment(CPU, 3, git_sha="abc")

@@ -81,6 +81,35 @@ def test_a_wrong_stage_is_named(text, message, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        ({"errors": {"ds": 0.9, "db": 1.0}}, False),
+        ({"errors": {"ds": 0.9, "db": 1.1}}, True),
+        ({"errors": {"ds": float("nan")}}, True),
+        ({"failed": "OutOfResources"}, True),
+    ],
+)
+def test_a_wrong_result_fails_the_smoke_stage(found, wrong, tmp_path, monkeypatch):
+    class Pool:
+        __init__ = __exit__ = lambda *a: None
+
+        def __enter__(self):
+            return self
+
+        def map(self, function, *cases):
+            return [[found]]
+
+    monkeypatch.setattr(gpu_proof, "ProcessPoolExecutor", Pool)
+    arguments = gpu_proof._arguments(["--out", str(tmp_path), "--rehearse"])
+    if wrong:
+        with pytest.raises(SystemExit, match="not every result is right"):
+            gpu_proof._smoke(arguments)
+    else:
+        gpu_proof._smoke(arguments)
+    assert gpu_proof.is_wrong(found) == wrong and (tmp_path / "smoke.json").exists()
+
+
 def test_a_failing_stage_is_a_failure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_proof, "_run_stage", lambda *a: {"status": 1, "seconds": 0.1})
     (tmp_path / "smoke.json").write_text(
