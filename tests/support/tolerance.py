@@ -1,5 +1,7 @@
 """The rule for comparing results with a float64 reference, and the rule by which results must differ."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,3 +48,18 @@ def assert_same_distances(got: NDArray[np.floating], want: NDArray[np.floating])
 def assert_same_geometry(got: NDArray[np.floating], want: NDArray[np.floating] | float) -> None:
     """|got − want| ≤ 1e-6·|want|: millimetres that were rounded to float32, against an expression for them."""
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def assert_same_means(got: Sequence[float], want: Sequence[float]) -> None:
+    """|got − want| ≤ 2e-3 + 1e-7·|want|: means over small images, recorded on another machine."""
+    np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+def assert_same_points(got: object, want: NDArray[np.floating]) -> None:
+    """|got − want| ≤ 1e-5·|want|: positions in mm that were computed in float32."""
+    np.testing.assert_allclose(got, want, rtol=1e-5)  # type: ignore[arg-type]
+
+
+def assert_exact_geometry(got: NDArray[np.floating], want: NDArray[np.floating] | float) -> None:
+    """|got − want| ≤ 1e-9 + 1e-7·|want|: affine maps in float64."""
+    np.testing.assert_allclose(got, want, atol=1e-9)

@@ -36,6 +36,7 @@ from fastlora.medical.data.splits import select_structures
 from fastlora.medical.scans.layouts import find_cases
 from fastlora.medical.scans.volumes import save_volume
 from tests.medical.scans.test_geometry import oblique
+from tests.support.tolerance import assert_exact_geometry, assert_same_points
 
 RADII = np.array((17.0, 12.0, 9.0))  # mm, along the volume's axes
 SHAPE = (44, 40, 20)
@@ -112,9 +113,7 @@ def test_a_sample_agrees_with_the_formula_on_every_axis(root, truth):
         assert sample["pointmap"].shape == (3, height, width)
         # pointmap = affine · (i, j, k, 1)
         ijk = np.insert([4.0, 6.0], sample["axis"], sample["slice_idx"])
-        np.testing.assert_allclose(
-            sample["pointmap"][:, 4, 6], sample["affine"].numpy()[:3] @ [*ijk, 1], rtol=1e-5
-        )
+        assert_same_points(sample["pointmap"][:, 4, 6], sample["affine"].numpy()[:3] @ [*ijk, 1])
         points = sample["pointmap"].permute(1, 2, 0).numpy().astype(np.float64)
         distance = ellipsoid_distance(points, affine, centre)
         clear = np.abs(distance) > 1e-2
@@ -197,12 +196,12 @@ def test_a_move_is_a_similarity_that_keeps_the_plane():
     for seed in range(20):
         move = random_move(np.random.default_rng(seed), affine, mask, 1, 7)
         gram = move[:3, :3].T @ move[:3, :3]
-        np.testing.assert_allclose(gram, gram[0, 0] * np.eye(3), atol=1e-9)
+        assert_exact_geometry(gram, gram[0, 0] * np.eye(3))
         assert 0.84 < np.sqrt(gram[0, 0]) < 1.19
         flips += np.linalg.det(move[:3, :3]) < 0
         corners = apply_affine(affine, [[0, 7, 0], [30, 7, 0], [0, 7, 15]])
         back = apply_affine(np.linalg.inv(affine), apply_affine(move, corners))
-        np.testing.assert_allclose(back[:, 1], 7, atol=1e-9)
+        assert_exact_geometry(back[:, 1], 7)
     assert 4 < flips < 16
 
 
