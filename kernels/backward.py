@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from fastlora.kernels.config import PassConfig, ceil_div, chunks, next_power_of_2
 from fastlora.kernels.dropout import NO_MASK, Mask, drop_bits, empty_bits, store_bits
 from fastlora.kernels.launch import launch
+from fastlora.kernels.recording import empty
 from fastlora.kernels.reduce import sum_partials
 from fastlora.kernels.tiles import overlaps
 
@@ -101,8 +102,8 @@ def dy_pass(
     tiles = ceil_div(n, config.block_n)
     ds_dtype = dy.dtype if tiles == 1 else torch.float32
     db_dtype = lora_b.dtype if splits == 1 else torch.float32
-    ds = torch.empty(tiles, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
-    db = torch.empty(splits, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
+    ds = empty(tiles, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
+    db = empty(splits, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
     bits = empty_bits(m, columns, dy.device) if mask.drops else None
     # Every tile of columns of dy writes an equal share of the columns of the mask, at least the 16 bytes of one store.
     groups = max(16, next_power_of_2(ceil_div(ceil_div(columns, 8), tiles)))
@@ -247,8 +248,8 @@ def x_pass(
     (m, k), r = x.shape, ds.shape[1]
     chunk, splits = chunks(m, config.splits, config.block_m)
     da_dtype = dtype if splits == 1 else torch.float32
-    da = torch.empty(splits, r, k, dtype=da_dtype, device=x.device)
-    a, dx = (x, None) if lora_a is None else (lora_a, x.new_empty(m, k))
+    da = empty(splits, r, k, dtype=da_dtype, device=x.device)
+    a, dx = (x, None) if lora_a is None else (lora_a, empty(m, k, dtype=x.dtype, device=x.device))
     launch(
         _x_kernel,
         (ceil_div(k, config.block_k), splits),

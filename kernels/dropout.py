@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.config import ceil_div
+from fastlora.kernels.recording import empty
 
 ROUNDS = tl.constexpr(7)
 
@@ -37,7 +38,7 @@ NO_MASK = Mask()
 def empty_bits(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """A mask in bits, (rows, ⌈columns / 8⌉) uint8, not initialised. Its pitch, a multiple of 16 bytes, allows vectorised loads."""
     pitch = ceil_div(columns, 128) * 16
-    bits = torch.empty(rows, pitch, dtype=torch.uint8, device=device)
+    bits = empty(rows, pitch, dtype=torch.uint8, device=device)
     return bits[:, : ceil_div(columns, 8)]
 
 

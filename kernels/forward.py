@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fastlora.kernels.config import PassConfig, ceil_div, chunks
 from fastlora.kernels.dropout import NO_MASK, Mask, drop
 from fastlora.kernels.launch import launch
+from fastlora.kernels.recording import empty
 from fastlora.kernels.reduce import sum_partials
 from fastlora.kernels.tiles import overlaps
 
@@ -101,7 +102,7 @@ def down_project(
     """
     (m, k), r = x.shape, lora_a.shape[0]
     chunk, splits = chunks(k, config.splits, config.block_k)
-    s = torch.empty(splits, m, r, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    s = empty(splits, m, r, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     overlapping = overlaps(config)
     launch(
         _down_kernel,
@@ -182,7 +183,7 @@ def start(
     (m, k), n, r = x.shape, lora_b.shape[0], lora_a.shape[0]
     if r > config.block_r:
         raise ValueError(f"lora_a: expected at most {config.block_r} ranks, got {r}")
-    y, s = x.new_empty(m, n), x.new_empty(m, r)
+    y, s = empty(m, n, dtype=x.dtype, device=x.device), empty(m, r, dtype=x.dtype, device=x.device)
     launch(
         _start_kernel,
         (ceil_div(m, config.block_m),),
@@ -310,9 +311,9 @@ def decode(
         most = (config.block_m, config.block_r)
         raise ValueError(f"x, lora_a: expected at most {most} rows and ranks, got {(m, r)}")
     chunk, splits = chunks(k, config.splits, config.block_k)
-    base_part = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-    s_part = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
-    y, s = x.new_empty(m, n), x.new_empty(m, r)
+    base_part = empty(splits, m, n, dtype=torch.float32, device=x.device)
+    s_part = empty(splits, m, r, dtype=torch.float32, device=x.device)
+    y, s = empty(m, n, dtype=x.dtype, device=x.device), empty(m, r, dtype=x.dtype, device=x.device)
     overlapping = overlaps(config)
     tiles = ceil_div(n, config.block_n) + ceil_div(r, config.block_n)
     launch(

@@ -17,8 +17,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from fastlora.kernels.config import GemmConfig, ceil_div
-from fastlora.kernels.launch import Descriptor, launch
+from fastlora.kernels.launch import launch
 from fastlora.kernels.rank_term import bias_tile, bits_tile, low_tile, rank_term, up_tile
+from fastlora.kernels.recording import Descriptor, empty
 from fastlora.kernels.tiles import halves, overlaps, tile_of
 
 
@@ -227,7 +228,7 @@ def rank_gemm(
     (m, k), n, r = x.shape, weight.shape[0], low.shape[1]
     if lora_a is not None and r > config.block_r:
         raise ValueError(f"lora_a: expected at most {config.block_r} ranks, got {r}")
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     a = x if lora_a is None else lora_a

@@ -5,29 +5,20 @@ than many kernels run. Here the compiled kernel is looked up by a tuple, and sta
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-import torch
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from fastlora.kernels import recording
+from fastlora.kernels.recording import Descriptor
 
 _INT32 = 2**31
 # By the kernel, the device, the options and the traits of the arguments.
 _compiled: dict[tuple[Any, ...], Any] = {}
 _parameters: dict[int, tuple[tuple[str, bool, bool], ...]] = {}  # name, constant, specialised
-
-
-class Descriptor:
-    """A tensor and the tile of it that a kernel loads or stores by the tensor memory accelerator: what Triton's `TensorDescriptor` is,
-    without its checks. `dispatch` has checked alignment and strides.
-    """
-
-    __slots__ = ("base", "block_shape", "padding", "shape", "strides")
-
-    def __init__(self, base: torch.Tensor, block_shape: tuple[int, int]) -> None:
-        self.base, self.block_shape, self.padding = base, block_shape, "zero"
-        self.shape, self.strides = base.shape, base.stride()
 
 
 def launch(
@@ -44,8 +35,12 @@ def launch(
     grid: one to three numbers of programs. num_warps, num_stages, launch_pdl: Triton's options. arguments: those of the kernel, all by
     name, tensors with tiles as `Descriptor`.
     """
+    recorder = recording.active()
     if not isinstance(kernel, JITFunction):  # Triton's interpreter
-        kernel[grid](**_with_checks(arguments))
+        interpret = partial(_interpret, kernel, grid, list(arguments))
+        interpret(list(arguments.values()))
+        if recorder is not None:
+            recorder.kernel(interpret, list(arguments.values()), interpreted=True)
         return
     number = id(kernel)  # kernels live as long as their module; hashing one takes longer
     parameters = _parameters.get(number)
@@ -62,16 +57,32 @@ def launch(
         if launch_pdl:
             options["launch_pdl"] = True
         compiled = kernel[grid](**_with_checks(arguments), **options)
-        if compiled is not None:  # nothing was launched, if a test compiles only
-            _compiled[key] = compiled
-        return
+        if compiled is None:  # nothing was launched: a test compiles only
+            return
+        _compiled[key] = compiled
+    else:
+        _start(compiled, grid, device, values)
+    if recorder is not None:
+        recorder.kernel(partial(_start, compiled, grid, device), values, interpreted=False)
+
+
+def _start(compiled: Any, grid: tuple[int, ...], device: int, values: list[Any]) -> None:
+    """Launch on the device's current stream. values: all arguments in the kernel's order, tensors also by their addresses."""
     stream = driver.active.get_current_stream(device)
     x, y, z = (*grid, 1, 1)[:3]
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    metadata = None
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+        metadata = compiled.launch_metadata(grid, stream, *values)
+    else:
+        enter = leave = None
     compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata,
-        compiled.launch_metadata(grid, stream, *values),
-        knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *values,
+        x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values
     )  # fmt: skip
+
+
+def _interpret(kernel: Any, grid: tuple[int, ...], names: list[str], values: list[Any]) -> None:
+    kernel[grid](**_with_checks(dict(zip(names, values, strict=True))))
 
 
 def _traits(parameters: Iterable[tuple[str, bool, bool]], values: list[Any]) -> list[Any]:

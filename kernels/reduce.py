@@ -7,6 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastlora.kernels.config import ceil_div, next_power_of_2
 from fastlora.kernels.launch import launch
+from fastlora.kernels.recording import empty
 
 _SPLITS, _ELEMENTS = 32, 4096  # of a tile
 
@@ -46,7 +47,7 @@ def sum_partials(part: torch.Tensor, dtype: torch.dtype, *, overlap: bool = Fals
     """
     if part.shape[0] == 1:
         return part[0].to(dtype)
-    out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
+    out = empty(*part.shape[1:], dtype=dtype, device=part.device)
     _launch(part, out, None, None, overlap)
     return out
 
@@ -58,7 +59,7 @@ def sum_both(
     if one.shape[0] == 1 or other.shape[0] == 1:
         return sum_partials(one, dtypes[0]), sum_partials(other, dtypes[1])
     first, second = (
-        torch.empty(part.shape[1:], dtype=dtype, device=part.device)
+        empty(*part.shape[1:], dtype=dtype, device=part.device)
         for part, dtype in zip((one, other), dtypes, strict=True)
     )
     _launch(one, first, other, second, False)

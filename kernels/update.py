@@ -11,6 +11,7 @@ import triton.language as tl
 from fastlora.kernels.config import GemmConfig, ceil_div
 from fastlora.kernels.launch import launch
 from fastlora.kernels.rank_term import bias_tile, bits_tile, low_tile, rank_term, up_tile
+from fastlora.kernels.recording import empty
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -77,7 +78,7 @@ def rank_product(
     low: (M, R), contiguous. up: (N, R), any strides, any float dtype. bias: (N,), contiguous, or None. config, bits, precision: as in
     `rank_update_`.
     """
-    out = low.new_empty(low.shape[0], up.shape[0])
+    out = empty(low.shape[0], up.shape[0], dtype=low.dtype, device=low.device)
     return _launch_update(out, bias, low, up, config, scale, bits, precision, add=False)
 
 

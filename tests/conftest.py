@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 # A job that a shell runs in the background, or under nohup, ignores Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -30,8 +31,12 @@ except ImportError:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh() -> None:
+    """Each test begins with the same random numbers, and repeats no launches of another one, whose kernels it may have replaced."""
     torch.manual_seed(0)
+    recording = sys.modules.get("fastlora.kernels.recording")
+    if recording is not None:
+        recording.forget()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -148,8 +148,7 @@ class _LoRALinear(torch.autograd.Function):
             low, flat, rows = LowRank(a, b, scaling, p, seed), as_rows(x), gradient_rows(dy)
             if triton:
                 wanted = (needs_x, needs_a, needs_b)
-                operator = triton_ops().OPERATORS.lora_backward
-                found = iter(operator(rows, flat, weight, s, *low, *wanted))
+                found = iter(triton_ops().lora_backward()(rows, flat, weight, s, *low, *wanted))
                 dx, da, db = (next(found) if one else None for one in wanted)
             else:
                 dx = da = db = None
@@ -210,7 +209,7 @@ def _forward(
     """y (..., N) and S (M, R); the kernels' S includes no factor, torch's that of the dropout."""
     flat = as_rows(x)  # [M, K]
     if triton:
-        y, s = triton_ops().OPERATORS.lora_forward(flat, weight, bias, *low)
+        y, s = triton_ops().lora_forward()(flat, weight, bias, *low)
         return shaped_as(x, y), s
     s = down_project(flat, low)  # [M, R]
     if base is not None:

@@ -9,8 +9,9 @@ plan and tiles when the sizes are known. Importing this module imports Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fastlora.kernels.config import DY_RANK, START_RANK, Tiles
 from fastlora.kernels.dropout import NO_MASK, Mask
 from fastlora.kernels.forward import decode, down_project, start
 from fastlora.kernels.gemm import rank_gemm
+from fastlora.kernels.recording import empty, library, repeat
 from fastlora.kernels.reduce import sum_both, sum_partials
 from fastlora.kernels.update import rank_product, rank_update_
 from fastlora.ops import dispatch, reference
@@ -57,7 +59,28 @@ def _forward(
     low = LowRank(lora_a, lora_b, scaling, p, seed)
     choice = dispatch.launch_choice(x, weight, low.rank(), seed is not None, plan)
     with _current(x):
-        return run_forward(choice, x, weight, bias, low)
+        if choice.config is None:
+            return run_forward(choice, x, weight, bias, low)
+        y, s = repeat(
+            choice, (scaling, p), (x, weight, bias, lora_a, lora_b, seed),
+            lambda: run_forward(choice, x, weight, bias, low),
+        )  # fmt: skip
+    return y, s
+
+
+def lora_forward() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The operator of the forward pass, without torch's dispatcher where nothing else would see the call."""
+    return OPERATORS.lora_forward if _is_observed() else _forward
+
+
+def lora_backward() -> Callable[..., list[Tensor]]:
+    """The operator of the backward pass, as `lora_forward`."""
+    return OPERATORS.lora_backward if _is_observed() else _backward
+
+
+def _is_observed() -> bool:
+    """Whether a compiler or a dispatch mode (fake tensors, selective checkpointing, a counter of operations) handles the operators."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def run_forward(
@@ -73,7 +96,8 @@ def run_forward(
     if config is None:  # a shape or device without kernels
         y, s = reference.forward(x, weight, bias, low.to(x.dtype))
         return y, s / low.keep_scale()  # S without a factor, as the kernels leave it
-    bias = None if bias is None else bias.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = library(_contiguous, bias)
     if choice.plan == "decode":
         y, s = decode(
             x, weight, bias, low.a, low.b, config.decode,
@@ -81,9 +105,10 @@ def run_forward(
         )  # fmt: skip
         return y, s
     if choice.plan == "fused":
-        s = x.new_empty(x.shape[0], low.rank())
-        # A is read once for every tile of columns, so it is cast first: x's dtype may be narrower.
-        lora_a = _loadable(low.a.to(x.dtype))
+        s = empty(x.shape[0], low.rank(), dtype=x.dtype, device=x.device)
+        lora_a = low.a
+        if not _is_loadable(lora_a, x.dtype):
+            lora_a = library(partial(_loadable, x.dtype), lora_a)
         y = rank_gemm(
             x, weight, bias, s, low.b, config.fused, lora_a=lora_a, scale=low.scale(), precision=precision
         )  # fmt: skip
@@ -93,7 +118,7 @@ def run_forward(
             x, low.a, low.b, bias, config.start,
             scale=low.scale(), mask=_mask(x, low), precision=precision,
         )  # fmt: skip
-        return y.addmm_(x, weight.T), s  # [M, K] @ [K, N] -> [M, N]
+        return library(_add_forward, y, x, weight), s
     if s is None:
         s = _down_project(x, low, config)
     if choice.plan == "split":
@@ -101,11 +126,10 @@ def run_forward(
             x, weight, bias, s, low.b, config.split, scale=low.scale(), precision=precision
         )
     elif choice.plan == "accumulate":
-        y = rank_product(
-            s, low.b, bias, config.update, scale=low.scale(), precision=precision
-        ).addmm_(x, weight.T)  # [M, K] @ [K, N] -> [M, N]
+        y = rank_product(s, low.b, bias, config.update, scale=low.scale(), precision=precision)
+        y = library(_add_forward, y, x, weight)
     else:
-        y = F.linear(x, weight, bias)
+        y = library(F.linear, x, weight, bias)
         rank_update_(y, s, low.b, config.update, scale=low.scale(), precision=precision)
     return y, s
 
@@ -128,8 +152,16 @@ def _backward(
     """Those of dx (M, K), dA (R, K), dB (N, R) that are needed, in this order; `s` is what `_forward` returned."""
     low = LowRank(lora_a, lora_b, scaling, p, seed)
     choice = dispatch.launch_choice(x, weight, low.rank(), seed is not None, plan, dy)
+    needs = needs_x, needs_a, needs_b
+    if not any(needs):
+        return []
     with _current(x):
-        return run_backward(choice, dy, x, weight, s, low, (needs_x, needs_a, needs_b))
+        if choice.config is None:
+            return run_backward(choice, dy, x, weight, s, low, needs)
+        return [*repeat(
+            choice, (scaling, p, needs), (dy, x, weight, s, lora_a, lora_b, seed),
+            lambda: run_backward(choice, dy, x, weight, s, low, needs),
+        )]  # fmt: skip
 
 
 def run_backward(
@@ -160,17 +192,33 @@ def run_backward(
             with_dx = needs_x and _joins(choice, low)
             da, dx = _a_product(choice.config, x, ds, low, bits, with_dx)
         if dx is not None:
-            dx.addmm_(dy, weight)  # [M, N] @ [N, K] -> [M, K]
+            dx = library(_add_backward, dx, dy, weight)
         elif ds is not None and needs_x:
             dx = _x_product(choice, dy, weight, ds, low, bits)
         da, db = _sums(da, db, low)
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 
-def _loadable(matrix: Tensor) -> Tensor:
-    """The matrix as the tensor memory accelerator reads it: rows contiguous, its start at a multiple of 16 bytes."""
-    matrix = matrix.contiguous()
-    return matrix.clone() if matrix.data_ptr() % 16 else matrix
+def _add_forward(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return y.addmm_(x, weight.T)  # [M, K] @ [K, N] -> [M, N]
+
+
+def _add_backward(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    return dx.addmm_(dy, weight)  # [M, N] @ [N, K] -> [M, K]
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def _is_loadable(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel reads the matrix by descriptors: in `dtype`, rows contiguous, its start at a multiple of 16 bytes."""
+    return matrix.dtype == dtype and matrix.is_contiguous() and matrix.data_ptr() % 16 == 0
+
+
+def _loadable(dtype: torch.dtype, matrix: Tensor) -> Tensor:
+    """A copy for which `_is_loadable` holds."""
+    return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(matrix)
 
 
 def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
@@ -203,10 +251,19 @@ def _dy_products(
     # Two products of cuBLAS read dy twice, which costs less than the partial sums of one pass would.
     ds = db = None
     if needs_ds:
-        ds = dy @ low.b.to(dy.dtype)  # [M, N] @ [N, R] -> [M, R]
+        ds = library(_ds_product, dy, low.b)
     if needs_db:
-        db = (dy.T @ s).to(low.b.dtype).mul_(low.scale())[None]  # [N, M] @ [M, R] -> [N, R]
+        db = library(partial(_db_product, low.b.dtype, low.scale()), dy, s)
     return ds, db, mask_pass(*x.shape, mask)
+
+
+def _ds_product(dy: Tensor, lora_b: Tensor) -> Tensor:
+    return dy @ lora_b.to(dy.dtype)  # [M, N] @ [N, R] -> [M, R]
+
+
+def _db_product(dtype: torch.dtype, scale: float, dy: Tensor, s: Tensor) -> Tensor:
+    """[N, M] @ [M, R] -> (1, N, R): the only part of the sum."""
+    return (dy.T @ s).to(dtype).mul_(scale)[None]
 
 
 def _joins(choice: Choice, low: LowRank) -> bool:
@@ -252,9 +309,9 @@ def _x_product(
     if choice.dx_plan == "split":
         dx: Tensor = rank_gemm(dy, weight.T, None, ds, up, choice.config.dx, **common)
     elif choice.dx_plan == "accumulate":
-        dx = rank_product(ds, up, None, tiles, **common).addmm_(dy, weight)
+        dx = library(_add_backward, rank_product(ds, up, None, tiles, **common), dy, weight)
     else:
-        dx = rank_update_(dy @ weight, ds, up, tiles, **common)
+        dx = rank_update_(library(torch.mm, dy, weight), ds, up, tiles, **common)
     return dx
 
 

@@ -92,13 +92,36 @@ def test_a_second_launch_passes_what_triton_passed(device, kernel, monkeypatch):
     assert runs == [], "the second launch must not bind the arguments again"
     first, second = device.calls
     assert first[:3] == second[:3] == (3, 1, 1) and first[3] == second[3] == 77
-    assert first[4:6] == second[4:6] and first[7:9] == second[7:9]  # function, metadata, hooks
+    assert first[4:6] == second[4:6]  # function, metadata
+    assert second[6:9] == (None, None, None), "no profiler asks for metadata or has hooks"
     assert len(first) == len(second) == 9 + 7
     described = first[9 + 2], second[9 + 2]
     for one, rows in zip(described, (32, 48), strict=True):
         assert one.base.shape == (rows, 64) and tuple(one.shape) == (rows, 64)
         assert tuple(one.strides) == (64, 1) and one.padding == "zero"
     assert [*second[12:]] == [200, 1, 2.0, 64] and [*first[12:]] == [100, 1, 0.5, 64]
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_sees_every_launch(device, kernel, name):
+    launch(kernel, (3,), num_warps=4, **_arguments())
+    chain = getattr(knobs.runtime, name)
+
+    def hook(metadata):
+        pass
+
+    chain.add(hook)
+    try:
+        launch(kernel, (3,), num_warps=4, **_arguments())
+    finally:
+        chain.remove(hook)
+    first, second = device.calls
+    assert (
+        first[7:9]
+        == second[7:9]
+        == (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    )
+    assert second[6].get()["name"] == first[6].get()["name"]
 
 
 def test_the_grid_may_have_up_to_three_dimensions(device, kernel):

@@ -1,0 +1,345 @@
+"""Repeat what an earlier call launched, with little work for the CPU.
+
+For one problem a forward or backward pass chooses the same tiles, allocates the same arrays and prepares the same thirty arguments for
+each kernel, at every call. `repeat` notes the steps of one call; later calls with tensors of the same dtypes, shapes, strides and
+alignment take the same steps with their own addresses.
+
+A pass that is repeated allocates by `empty` and calls torch's operations by `library`. If it launches a kernel on any other tensor than
+these and its inputs, it is never repeated.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 256  # bytes
+_MOST = 2048  # recordings that are kept
+_SEEN, _UNREPEATABLE = "seen once", "not repeatable"
+_recordings: dict[Hashable, tuple[object, Any]] = {}
+_local = threading.local()
+
+Tensors = Sequence[Tensor | None]
+
+
+class Descriptor:
+    """A tensor and the tile of it that a kernel loads or stores by the tensor memory accelerator: what Triton's `TensorDescriptor` is,
+    without its checks. `dispatch` has checked alignment and strides.
+    """
+
+    __slots__ = ("base", "block_shape", "shape", "strides")
+    padding, round_f32_to_tf32 = "zero", False
+
+    def __init__(
+        self,
+        base: Any,
+        block_shape: tuple[int, int],
+        shape: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> None:
+        self.base, self.block_shape = base, block_shape
+        self.shape = base.shape if shape is None else shape
+        self.strides = base.stride() if strides is None else strides
+
+
+class _Address:
+    """What Triton reads of a descriptor's tensor."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class _Empty:
+    """Allocate a tensor."""
+
+    def __init__(self, slot: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.slot, self.shape, self.dtype = slot, shape, dtype
+
+    def take(self, tensors: list[Any], addresses: list[int]) -> None:
+        made = torch.empty(self.shape, dtype=self.dtype, device=tensors[0].device)
+        tensors[self.slot], addresses[self.slot] = made, made.data_ptr()
+
+
+class _Library:
+    """result = function(*tensors)"""
+
+    def __init__(
+        self, function: Callable[..., Tensor], slots: Sequence[int | None], result: int
+    ) -> None:
+        self.function, self.arguments, self.result = function, slots, result
+
+    def take(self, tensors: list[Any], addresses: list[int]) -> None:
+        made = self.function(*[None if slot is None else tensors[slot] for slot in self.arguments])
+        tensors[self.result], addresses[self.result] = made, made.data_ptr()
+
+
+class _Place(NamedTuple):
+    """Where a value of a kernel comes from: its position among them, the slot of its tensor and the offset there in bytes; the shape and
+    strides that it has, and the tile of a `Descriptor`.
+    """
+
+    position: int
+    slot: int
+    offset: int
+    dtype: torch.dtype
+    shape: Sequence[int]
+    strides: Sequence[int]
+    tile: tuple[int, int] | None
+
+
+class _Kernel:
+    """start(values), with the addresses of the tensors of this call. values: the others; those at `places` are not read."""
+
+    def __init__(
+        self, start: Callable[[list[Any]], None], values: list[Any], places: list[_Place]
+    ) -> None:
+        self.start, self.values, self.places = start, values, places
+        for place in places:
+            values[place.position] = None
+
+    def take(self, tensors: list[Any], addresses: list[int]) -> None:
+        values = self.values.copy()
+        for position, slot, offset, _, shape, strides, tile in self.places:
+            address: Any = addresses[slot] + offset
+            if tile is not None:
+                address = Descriptor(_Address(address), tile, shape, strides)
+            values[position] = address
+        self.start(values)
+
+    def move(self, offsets: dict[int, int], workspace: int) -> None:
+        """Find the slots of `offsets` in the workspace."""
+        self.places = [
+            place._replace(slot=workspace, offset=place.offset + offsets[place.slot])
+            if place.slot in offsets
+            else place
+            for place in self.places
+        ]
+
+
+class _InterpretedKernel(_Kernel):
+    """The same for Triton's interpreter, which takes tensors."""
+
+    def take(self, tensors: list[Any], addresses: list[int]) -> None:
+        values = self.values.copy()
+        for position, slot, offset, dtype, shape, strides, tile in self.places:
+            base = tensors[slot].view(dtype)
+            first = base.storage_offset() + offset // base.element_size()
+            view = torch.as_strided(base, shape, strides, first)
+            values[position] = view if tile is None else Descriptor(view, tile)
+        self.start(values)
+
+
+class Recorder:
+    """Notes what a call allocates and launches. inputs: the tensors that the call was given.
+
+    A slot is the number of a tensor: first the inputs, then what the call made, last the workspace of a repeated call.
+    """
+
+    def __init__(self, inputs: Tensors) -> None:
+        self.inputs = inputs
+        self.made: list[Tensor] = []  # kept alive, so that no two have one address
+        self.results: set[int] = set()  # slots that torch's operations fill
+        self.steps: list[_Library | _Kernel] = []
+        self.known = True  # where every tensor comes from
+
+    def empty(self, tensor: Tensor) -> int:
+        self.made.append(tensor)
+        return len(self.inputs) + len(self.made) - 1
+
+    def library(self, function: Callable[..., Tensor], tensors: Tensors, result: Tensor) -> None:
+        slots = [None if t is None else self._itself(t) for t in tensors]
+        self.known &= all(
+            t is None or slot is not None for t, slot in zip(tensors, slots, strict=True)
+        )
+        slot = self._itself(result)
+        if slot is None:
+            slot = self.empty(result)
+            self.results.add(slot)
+        self.steps.append(_Library(function, slots, slot))
+
+    def kernel(
+        self, start: Callable[[list[Any]], None], values: list[Any], *, interpreted: bool
+    ) -> None:
+        places = []
+        for position, value in enumerate(values):
+            described = isinstance(value, Descriptor)
+            tensor, tile = (value.base, value.block_shape) if described else (value, None)
+            if isinstance(tensor, Tensor):
+                form = tensor.dtype, tuple(tensor.shape), tensor.stride()
+                places.append(_Place(position, *self._find(tensor), *form, tile))
+        kind = _InterpretedKernel if interpreted else _Kernel
+        self.steps.append(kind(start, values.copy(), places))
+
+    def recording(self, outputs: Sequence[Tensor]) -> Recording | None:
+        """What repeats the call, which returned `outputs`; None if that is not possible."""
+        found, first = [self._find(t) for t in outputs], len(self.inputs)
+        fresh = all(slot >= first and offset == 0 for slot, offset in found)
+        if not (self.known and fresh and all(t.is_contiguous() for t in outputs)):
+            return None
+        shapes = {slot: t.shape for (slot, _), t in zip(found, outputs, strict=True)}
+        taken = {
+            slot for step in self.steps if isinstance(step, _Library) for slot in step.arguments
+        }
+        begin: list[_Empty] = []
+        inside: dict[int, int] = {}  # slots in the workspace, with their sizes in bytes
+        for slot, tensor in enumerate(self.made, first):
+            if slot in shapes or slot in taken:
+                if slot not in self.results:
+                    begin.append(_Empty(slot, shapes.get(slot, tensor.shape), tensor.dtype))
+            elif slot not in self.results:
+                inside[slot] = tensor.untyped_storage().nbytes()
+        workspace = first + len(self.made)
+        if inside:
+            offsets, size = self._pack(inside)
+            begin.append(_Empty(workspace, (size,), torch.uint8))
+            for step in self.steps:
+                if isinstance(step, _Kernel):
+                    step.move(offsets, workspace)
+        results = [(slot, t.shape) for (slot, _), t in zip(found, outputs, strict=True)]
+        return Recording([*begin, *self.steps], workspace + 1 - first, results)
+
+    def _pack(self, sizes: dict[int, int]) -> tuple[dict[int, int], int]:
+        """The offsets of slots in a workspace, and its size, in bytes. Slots that no two steps use at the same time may overlap."""
+        lives: dict[int, tuple[int, int]] = {}
+        for number, step in enumerate(self.steps):
+            if isinstance(step, _Kernel):
+                for place in step.places:
+                    lives[place.slot] = lives.get(place.slot, (number, 0))[0], number
+        offsets: dict[int, int] = {}
+        total = 0
+        for slot in sorted(sizes.keys() & lives.keys(), key=sizes.__getitem__, reverse=True):
+            begin, end = lives[slot]
+            others = [s for s in offsets if lives[s][0] <= end and begin <= lives[s][1]]
+            offset = 0
+            for other in sorted(others, key=offsets.__getitem__):
+                if offset + sizes[slot] <= offsets[other]:
+                    break
+                offset = max(offset, _rounded(offsets[other] + sizes[other]))
+            offsets[slot] = offset
+            total = max(total, _rounded(offset + sizes[slot]))
+        return offsets, total
+
+    def _itself(self, tensor: Tensor) -> int | None:
+        """The slot of a tensor that is not a view of another one."""
+        pairs = enumerate((*self.inputs, *self.made))
+        return next((slot for slot, one in pairs if one is tensor), None)
+
+    def _find(self, tensor: Tensor) -> tuple[int, int]:
+        """The slot of a tensor, and its offset there in bytes."""
+        itself = self._itself(tensor)
+        if itself is not None:
+            return itself, 0
+        address, storage = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
+        for slot, one in enumerate(self.inputs):
+            if one is not None and one.data_ptr() == address:
+                return slot, 0
+        for slot, one in enumerate(self.made, len(self.inputs)):
+            if one.untyped_storage().data_ptr() == storage:
+                return slot, address - one.data_ptr()
+        self.known = False
+        return 0, 0
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class Recording:
+    """The steps of a call. outputs: slot and shape of each."""
+
+    def __init__(
+        self, steps: Sequence[Any], made: int, outputs: Sequence[tuple[int, Sequence[int]]]
+    ) -> None:
+        self._takes = [step.take for step in steps]
+        self._blanks, self._outputs = [None] * made, outputs
+
+    def run(self, inputs: Tensors, addresses: list[int]) -> list[Tensor]:
+        tensors: list[Any] = [*inputs, *self._blanks]
+        all_addresses: list[Any] = addresses + self._blanks
+        for take in self._takes:
+            take(tensors, all_addresses)
+        return [
+            made if made.shape == shape else made.view(shape)
+            for made, shape in [(tensors[slot], shape) for slot, shape in self._outputs]
+        ]
+
+
+def active() -> Recorder | None:
+    """The recorder of this thread's call, if it is recorded."""
+    return getattr(_local, "recorder", None)
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty` in a pass that may be repeated."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    recorder = active()
+    if recorder is not None:
+        recorder.empty(made)
+    return made
+
+
+def library(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """`function(*tensors)` in a pass that may be repeated. function: an operation on these tensors, which returns a new one or the one that it changed."""
+    result = function(*tensors)
+    recorder = active()
+    if recorder is not None:
+        recorder.library(function, tensors, result)
+    return result
+
+
+def forget() -> None:
+    """Forget every recording, as after a change of what a pass launches."""
+    _recordings.clear()
+
+
+def repeat(
+    choice: object,
+    settings: Hashable,
+    inputs: Sequence[Any],
+    run: Callable[[], Sequence[Tensor]],
+) -> Sequence[Tensor]:
+    """`run()`, or the steps of an earlier call of it. Returns what `run` returns, contiguous tensors.
+
+    choice, settings: all that decides about the steps besides the forms of the inputs; `choice` by its identity. inputs: the tensors that
+    `run` reads. The second call of a kind is recorded: some problems never come again.
+    """
+    key: list[Any] = [id(choice), settings, inputs[0].device]
+    addresses = []
+    for tensor in inputs:
+        if tensor is None:
+            key.append(None)
+            addresses.append(0)
+        else:
+            address = tensor.data_ptr()
+            key += (tensor.dtype, tensor.shape, tensor.stride(), address % 16 == 0)
+            addresses.append(address)
+    known = tuple(key)
+    _, found = _recordings.get(known, (None, None))
+    if found.__class__ is Recording:
+        return found.run(inputs, addresses)
+    if found is _UNREPEATABLE or active() is not None:
+        return run()
+    if len(_recordings) >= _MOST:
+        _recordings.clear()
+    if found is None:
+        _recordings[known] = choice, _SEEN
+        return run()
+    recorder = _local.recorder = Recorder(inputs)
+    try:
+        outputs = run()
+    finally:
+        _local.recorder = None
+    # Tensors at one address cannot be told apart.
+    used = [address for address in addresses if address]
+    recording = recorder.recording(outputs) if len({*used}) == len(used) else None
+    _recordings[known] = choice, recording or _UNREPEATABLE
+    return outputs
