@@ -174,8 +174,9 @@ class Recorder:
             described = isinstance(value, Descriptor)
             tensor, tile = (value.base, value.block_shape) if described else (value, None)
             if isinstance(tensor, Tensor):
-                form = tensor.dtype, tuple(tensor.shape), tensor.stride()
-                places.append(_Place(position, *self._find(tensor), *form, tile))
+                slot, offset = self._find(tensor)
+                dtype, shape, strides = tensor.dtype, tensor.shape, tensor.stride()
+                places.append(_Place(position, slot, offset, dtype, shape, strides, tile))
         kind = _InterpretedKernel if interpreted else _Kernel
         self.steps.append(kind(start, values.copy(), places))
 

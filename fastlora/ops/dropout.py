@@ -33,6 +33,8 @@ LANES = 8  # one call yields four 32-bit words, that is eight 16-bit lanes
 _CPU_LANES = 16
 # Lanes in a block of rows: its mask has 128 KiB and its scratch 512 KiB in float32, so both stay in a core's cache.
 _BLOCK_LANES = 128 * 1024
+# At most as many elements are masked at once, by fewer and slower operations than a block.
+FEW_ELEMENTS = 16 * 1024
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -158,6 +160,20 @@ def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tens
             )
     finally:
         _idle.append(scratch)
+
+
+def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """The elements of x (M, K) that a call on a CPU drops, (M, K) bool: the complement of `cpu_mask`. x's values are not read."""
+    rows, cols = x.shape
+    steps = -(-cols // _CPU_LANES)
+    scratch = _take(0)
+    try:
+        scratch.philox.state = _state(int(seed))  # type: ignore[assignment]
+        lanes = scratch.philox.random_raw(rows * steps * 4).view(np.uint16)
+    finally:
+        _idle.append(scratch)
+    mask = torch.from_numpy(lanes < np.uint16(dropout_threshold(p)))
+    return mask.as_strided((rows, cols), (steps * _CPU_LANES, 1))
 
 
 def _state(seed: int) -> dict[str, Any]:

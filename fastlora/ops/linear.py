@@ -18,7 +18,15 @@ from fastlora.config import computes_in
 from fastlora.errors import ConfigError
 from fastlora.ops import reference
 from fastlora.ops.dispatch import choose, transformed
-from fastlora.ops.dropout import dropout_threshold, keep_blocks, keep_mask, keep_scale, zero_dropped
+from fastlora.ops.dropout import (
+    FEW_ELEMENTS,
+    dropout_threshold,
+    dropped,
+    keep_blocks,
+    keep_mask,
+    keep_scale,
+    zero_dropped,
+)
 from fastlora.ops.reference import LowRank
 
 Gradients = tuple[Tensor | None, ...]
@@ -62,7 +70,7 @@ def lora_linear(
         return composed(x, weight, bias, low)
     if not torch.is_grad_enabled():
         return _forward(x, weight, bias, None, low, triton)[0]
-    y: Tensor = _LoRALinear.apply(x, weight, bias, None, triton, *low)  # type: ignore[no-untyped-call]
+    y: Tensor = _apply()(x, weight, bias, None, triton, *low)
     return y
 
 
@@ -88,7 +96,7 @@ def lora_update(
             return y + composed(x, None, None, low)
         if not torch.is_grad_enabled():
             return _forward(x, None, None, y, low)[0]
-        z: Tensor = _LoRALinear.apply(x, None, None, y, False, *low)  # type: ignore[no-untyped-call]
+        z: Tensor = _apply()(x, None, None, y, False, *low)
     return z
 
 
@@ -164,6 +172,14 @@ class _LoRALinear(torch.autograd.Function):
         return dx, dweight, dbias, dy if needs_base else None, None, da, db, None, None, None
 
 
+# Without the search for functorch's transforms in every argument, which takes longer than a small product: `transformed` excludes them.
+_APPLY: Callable[..., Any] = super(torch.autograd.Function, _LoRALinear).apply
+
+
+def _apply() -> Callable[..., Any]:
+    return _LoRALinear.apply if torch.compiler.is_compiling() else _APPLY
+
+
 def exact_gradients(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
@@ -234,9 +250,12 @@ def down_project(x: Tensor, low: LowRank) -> Tensor:
         return x @ low.a.T
     if not _in_blocks(x):
         return reference.apply_dropout(x, low, keep_mask(x, low.p, low.seed)) @ low.a.T
-    s = x.new_empty(x.shape[0], low.rank())
-    for rows, keep, work in keep_blocks(x, low.p, low.seed):
-        torch.mm(zero_dropped(x[rows], keep, work), low.a.T, out=s[rows])
+    if x.numel() <= FEW_ELEMENTS:
+        s = x.masked_fill(dropped(x, low.p, low.seed), 0) @ low.a.T
+    else:
+        s = x.new_empty(x.shape[0], low.rank())
+        for rows, keep, work in keep_blocks(x, low.p, low.seed):
+            torch.mm(zero_dropped(x[rows], keep, work), low.a.T, out=s[rows])
     return s.mul_(keep_scale(low.p))
 
 
@@ -257,6 +276,11 @@ def up_project(
             dx += reference.apply_dropout(ds_t.T @ low.a, low, keep)
         return ds_t @ reference.apply_dropout(x, low, keep) if needs_a else None
     ds_t = ds_t * low.scale()
+    if x.numel() <= FEW_ELEMENTS:
+        none = dropped(x, low.p, low.seed)
+        if dx is not None:
+            dx += (ds_t.T @ low.a).masked_fill_(none, 0)
+        return ds_t @ x.masked_fill(none, 0) if needs_a else None
     ds = ds_t.T.contiguous()  # [M, R]: in this layout the small products need about half the time
     da = torch.zeros_like(low.a) if needs_a else None
     for rows, keep, work in keep_blocks(x, low.p, low.seed):
