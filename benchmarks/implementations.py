@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from cases import BASELINE, Case
+from hand_written import Addmm, HandWritten, LoRAFusion, Unsloth, axolotl
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,178 +35,6 @@ class ImportFailed(Exception):
 
 
 Builder = Callable[[Case, nn.Linear, Tensor, Tensor], nn.Module]
-
-
-class _Addmm(torch.autograd.Function):
-    """cuBLAS base, then the rank-R product added into y by `addmm_`; saves x, S and the dropout mask, one byte per element.
-
-    The fastest formulation in plain torch: no temporary of y's size, one dropout pass whose result is not saved.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        p: float,
-    ) -> Tensor:
-        dropped, mask = _dropout(x, p)
-        y, s = _base_and_update(x, dropped, weight, bias, lora_a, lora_b, scaling)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, s, mask)
-        ctx.scaling, ctx.p = scaling, p
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, s, mask = ctx.saved_tensors
-        dropped = _masked(x, mask, ctx.p)
-        return _gradients(dy, dropped, weight, lora_a, lora_b, s, mask, ctx.scaling, ctx.p)
-
-
-class _LoRAFusion(torch.autograd.Function):
-    """LoRAFusion's split into passes: dropout(x) is written to memory and saved, with its mask and S.
-
-    Its passes are three kernels forward (dropout, S, base GEMM with rank-R epilogue) and three backward (dS with dB, dA,
-    dx with a masked rank-R epilogue). Here each pass is a torch operation: memory is
-    representative, time is not, because their Triton GEMM may be slower or faster than cuBLAS and `addmm_`.
-    Source: LoRAFusion (2510.00206).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        p: float,
-    ) -> Tensor:
-        dropped, mask = _dropout(x, p)
-        y, s = _base_and_update(x, dropped, weight, bias, lora_a, lora_b, scaling)
-        ctx.save_for_backward(dropped, weight, lora_a, lora_b, s, mask)
-        ctx.scaling, ctx.p = scaling, p
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, weight, lora_a, lora_b, s, mask = ctx.saved_tensors
-        return _gradients(dy, dropped, weight, lora_a, lora_b, s, mask, ctx.scaling, ctx.p)
-
-
-class _Unsloth(torch.autograd.Function):
-    """Unsloth's order of matrix products: only x is saved, so x Aᵀ is recomputed and dy B computed twice. No dropout, no bias.
-
-    Source: the published description of Unsloth's LoRA layers.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        p: float,
-    ) -> Tensor:
-        y, _ = _base_and_update(x, x, weight, bias, lora_a, lora_b, scaling)
-        ctx.save_for_backward(x, weight, lora_a, lora_b)
-        ctx.scaling = scaling
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b = ctx.saved_tensors
-        scaling = ctx.scaling
-        dlora_a = ((dy @ lora_b).T @ x).mul_(scaling)  # ([M, N] @ [N, R])ᵀ @ [M, K] -> [R, K]
-        dlora_b = (dy.T @ (x @ lora_a.T)).mul_(scaling)  # [N, M] @ [M, R] -> [N, R]
-        dx = dy @ weight  # [M, N] @ [N, K] -> [M, K]
-        dx.addmm_(dy @ lora_b, lora_a, alpha=scaling)  # [M, R] @ [R, K] -> [M, K]
-        return dx, None, None, dlora_a, dlora_b, None, None
-
-
-class HandWritten(nn.Module):
-    """A module that calls one of the functions above, with the adapters cast to x's dtype, as fastlora does."""
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        frozen: nn.Linear,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        p: float,
-    ) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(lora_a.clone())
-        self.lora_B = nn.Parameter(lora_b.clone())
-        self.frozen = frozen
-        self.function = function
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(
-            x,
-            self.frozen.weight,
-            self.frozen.bias,
-            self.lora_A.to(x.dtype),
-            self.lora_B.to(x.dtype),
-            ALPHA_PER_RANK,
-            self.p if self.training else 0.0,
-        )
-
-
-def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    return torch.native_dropout(x, p, True) if p > 0 else (x, None)
-
-
-def _masked(tensor: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """mask ∘ tensor / (1 − p), in one pass."""
-    if mask is None:
-        return tensor
-    return torch.ops.aten.native_dropout_backward(tensor, mask, 1 / (1 - p))
-
-
-def _base_and_update(
-    x: Tensor,
-    dropped: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    s = dropped @ lora_a.T  # [M, K] @ [K, R] -> [M, R]
-    y = F.linear(x, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-    return y.addmm_(s, lora_b.T, alpha=scaling), s  # [M, R] @ [R, N] -> [M, N]
-
-
-def _gradients(
-    dy: Tensor,
-    dropped: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    p: float,
-) -> tuple[Tensor | None, ...]:
-    ds = (dy @ lora_b).mul_(scaling)  # [M, N] @ [N, R] -> [M, R]
-    dlora_b = (dy.T @ s).mul_(scaling)  # [N, M] @ [M, R] -> [N, R]
-    dlora_a = ds.T @ dropped  # [R, M] @ [M, K] -> [R, K]
-    dx = dy @ weight  # [M, N] @ [N, K] -> [M, K]
-    if mask is None:
-        dx.addmm_(ds, lora_a)  # [M, R] @ [R, K] -> [M, K]
-    else:
-        dx += _masked(ds @ lora_a, mask, p)
-    return dx, None, None, dlora_a, dlora_b, None, None
 
 
 def _linear(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
@@ -259,19 +89,11 @@ def _require_distinct(float32_adapters: bool, frozen: nn.Linear, other: str) -> 
         raise NotApplicable(f"the weight is float32: identical to {other}")
 
 
-def _hand_written(function: type[torch.autograd.Function]) -> Builder:
+def _hand_written(function: Callable[..., Tensor], *, cast: bool = True) -> Builder:
     def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-        return HandWritten(function.apply, frozen, lora_a, lora_b, case.p)
+        return HandWritten(function, frozen, lora_a, lora_b, ALPHA_PER_RANK, case.p, cast)
 
     return build
-
-
-def _unsloth(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-    if case.p > 0:
-        raise NotApplicable("its fast path has no dropout")
-    if case.bias:
-        raise NotApplicable("its fast path has no bias")
-    return HandWritten(_Unsloth.apply, frozen, lora_a, lora_b, case.p)
 
 
 def import_library(name: str) -> Any:
@@ -299,20 +121,42 @@ def add_library_paths(folders: list[Path]) -> None:
 
 
 def _unsloth_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-    """unsloth's function for one projection; it requires a three-dimensional x."""
+    """unsloth's function for one projection; it requires a three-dimensional x, and has no argument for the layer's bias."""
     function = import_library("unsloth-library").LoRA_W
-    if case.p > 0:
-        raise NotApplicable("its fast path has no dropout")
     if case.bias:
-        raise NotApplicable("its fast path has no bias")
+        raise NotApplicable("its fast path leaves a layer with a bias to PEFT")
+    if case.p > 0 and "dropout_p" not in inspect.signature(function.forward).parameters:
+        raise NotApplicable("the fast path of this version has no dropout")
 
     def call(
         x: Tensor, weight: Tensor, bias: None, a: Tensor, b: Tensor, scaling: float, p: float
     ) -> Tensor:
-        y: Tensor = function.apply(x[None], weight, None, a, b, scaling)
+        dropout = (p,) if p > 0 else ()
+        y: Tensor = function.apply(x[None], weight, None, a, b, scaling, *dropout)
         return y[0]
 
-    return HandWritten(call, frozen, lora_a, lora_b, case.p)
+    return HandWritten(call, frozen, lora_a, lora_b, ALPHA_PER_RANK, case.p, cast=False)
+
+
+def _axolotl_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+    """axolotl's function for one projection; it requires a three-dimensional x."""
+    function = import_library("axolotl-library").LoRA_O
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        x = x[None]
+        dropped = F.dropout(x, p) if p > 0 else None
+        y: Tensor = function.apply(x, dropped, weight, bias, None, a, b, scaling, None, None)
+        return y[0]
+
+    return HandWritten(call, frozen, lora_a, lora_b, ALPHA_PER_RANK, case.p, cast=False)
 
 
 def _lorafusion_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
@@ -331,12 +175,13 @@ def _lorafusion_library(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: T
         y: Tensor = function(x[None], weight, a, b, scaling, dropout_p=p, linear_bias=bias)
         return y[0]
 
-    return HandWritten(call, frozen, lora_a, lora_b, case.p)
+    return HandWritten(call, frozen, lora_a, lora_b, ALPHA_PER_RANK, case.p)
 
 
 # Published libraries, timed if installed or found by --library-path, and the module of their function.
 PUBLISHED = {
     "unsloth-library": "unsloth.kernels.fast_lora",
+    "axolotl-library": "axolotl.kernels.lora",
     "lorafusion-library": "lorafusion.ops.lora_v1",
 }
 
@@ -349,9 +194,11 @@ IMPLEMENTATIONS: dict[str, Builder] = {
     "peft": _peft(float32_adapters=True),
     "peft-bf16": _peft(float32_adapters=False),
     "peft-compiled": _peft(float32_adapters=False, compiled=True),
-    "addmm": _hand_written(_Addmm),
-    "lorafusion": _hand_written(_LoRAFusion),
-    "unsloth": _unsloth,
+    "addmm": _hand_written(Addmm.apply),
+    "lorafusion": _hand_written(LoRAFusion.apply),
+    "unsloth": _hand_written(Unsloth.apply, cast=False),
+    "axolotl": _hand_written(axolotl),
     "unsloth-library": _unsloth_library,
+    "axolotl-library": _axolotl_library,
     "lorafusion-library": _lorafusion_library,
 }

@@ -83,7 +83,9 @@ IMPLEMENTATIONS = [
     "addmm",
     "lorafusion",
     "unsloth",
+    "axolotl",
     "unsloth-library",
+    "axolotl-library",
     "lorafusion-library",
 ]
 
@@ -114,7 +116,6 @@ def test_an_implementation_is_correct_or_gives_the_reason_why_it_does_not_apply(
             "fastlora-triton": "backend='triton' cannot run: ",
             "fastlora-bf16": "the weight is float32: identical to fastlora",
             "peft-bf16": "the weight is float32: identical to peft",
-            "unsloth": "its fast path has no ",
         }
         assert str(error).startswith(allowed[name])
         return
@@ -128,7 +129,8 @@ def test_each_implementation_adapts_the_same_frozen_layer_in_its_documented_dtyp
     case = bench.cases.Case(4, 24, 40, 2, dtype="bfloat16", bias=False)
     work = bench.workload.Workload(case, CPU)
     expected = dict.fromkeys(("fastlora-bf16", "peft-bf16"), torch.bfloat16)
-    expected |= dict.fromkeys(("fastlora", "peft", "addmm", "lorafusion", "unsloth"), torch.float32)
+    float32 = ("fastlora", "peft", "addmm", "lorafusion", "unsloth", "axolotl")
+    expected |= dict.fromkeys(float32, torch.float32)
     for name, dtype in expected.items():
         layer = bench.implementations.IMPLEMENTATIONS[name](
             case, work.frozen[0], work.lora_a, work.lora_b
@@ -139,7 +141,10 @@ def test_each_implementation_adapts_the_same_frozen_layer_in_its_documented_dtyp
         assert any(p is work.frozen[0].weight for p in layer.parameters())
 
 
-@pytest.mark.parametrize("name", ["addmm", "lorafusion"])
+HAND_WRITTEN = ("addmm", "lorafusion", "unsloth", "axolotl")
+
+
+@pytest.mark.parametrize("name", HAND_WRITTEN)
 def test_a_hand_written_implementation_has_the_gradients_of_its_dropout(bench, name):
     case = bench.cases.Case(6, 5, 7, 2, 0.4)
     frozen = nn.Linear(5, 7, dtype=torch.float64).requires_grad_(False)
@@ -160,33 +165,55 @@ def test_a_hand_written_implementation_has_the_gradients_of_its_dropout(bench, n
     assert torch.autograd.gradcheck(seeded, leaves)
 
 
-def test_bytes_saved_by_hand_written_implementations(bench):
-    case = bench.cases.Case(64, 32, 48, 4, 0.1)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_bytes_saved_by_hand_written_implementations(bench, dtype, p):
+    case = bench.cases.Case(64, 32, 48, 4, p, dtype)
     work = bench.workload.Workload(case, CPU)
     saved = {}
-    for name in ("addmm", "lorafusion"):
+    for name in HAND_WRITTEN:
         layer = bench.implementations.IMPLEMENTATIONS[name](
             case, work.frozen[0], work.lora_a, work.lora_b
         )
         saved[name] = bench.workload.saved_bytes(layer, work.x[0])
-    x, mask, s = 4 * 64 * 32, 64 * 32, 4 * 64 * 4
-    assert saved == {"addmm": x + mask + s, "lorafusion": x + mask + s}
+    size = bench.workload.torch_dtype(case).itemsize
+    x, s = size * 64 * 32, size * 64 * 4
+    dropped, mask = (x, 64 * 32) if p else (0, 0)
+    casts = 0 if dtype == "float32" else size * 4 * (32 + 48)  # of lora_A and lora_B
+    assert saved == {
+        "addmm": x + mask + s + casts,
+        "lorafusion": x + mask + s + casts,  # dropout(x) instead of x
+        "unsloth": x + mask,
+        "axolotl": x + dropped + mask + casts,
+    }
 
 
 UNSLOTH = """
 import torch
 class LoRA_W(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, X, W, W_quant, A, B, S):
-        assert X.dim() == 3 and W_quant is None
-        ctx.save_for_backward(X, W, A, B)
+    def forward(ctx, X, W, W_quant, A, B, S, dropout_p=None, bias=None):
+        assert X.dim() == 3 and W_quant is None and bias is None
+        keep = torch.nn.functional.dropout(torch.ones_like(X), dropout_p or 0.0)
+        ctx.save_for_backward(X, keep, W, A, B)
         ctx.S = S
-        return X @ W.T + S * (X @ A.T) @ B.T
+        return X @ W.T + S * (keep * X @ A.T) @ B.T
     @staticmethod
     def backward(ctx, dY):
-        X, W, A, B = ctx.saved_tensors
-        dS, X = ctx.S * dY[0] @ B, X[0]
-        return (dY[0] @ W + dS @ A)[None], None, None, dS.T @ X, ctx.S * dY[0].T @ (X @ A.T), None
+        X, keep, W, A, B = ctx.saved_tensors
+        dY, X, keep = dY[0], X[0], keep[0]
+        dS = ctx.S * dY @ B
+        dX = dY @ W + keep * (dS @ A)
+        dB = ctx.S * dY.T @ (keep * X @ A.T)
+        return dX[None], None, None, dS.T @ (keep * X), dB, None, None, None
+"""
+AXOLOTL = """
+from torch.nn.functional import linear
+class LoRA_O:
+    @staticmethod
+    def apply(X, X_drop, W, b, W_quant, A, B, s, lora_bias, magnitude):
+        assert X.dim() == 3 and W_quant is lora_bias is magnitude is None
+        return linear(X, W, b) + s * ((X if X_drop is None else X_drop) @ A.T) @ B.T
 """
 LORAFUSION = """
 from torch.nn.functional import dropout, linear
@@ -198,7 +225,9 @@ def fused_linear_lora(x, w, a, b, alpha, seed=None, dropout_p=0.0, linear_bias=N
 @pytest.fixture
 def library_folder(bench, monkeypatch, tmp_path):
     """A folder with stand-ins for the functions of published libraries that the harness calls."""
-    for name, source in {"unsloth-library": UNSLOTH, "lorafusion-library": LORAFUSION}.items():
+    sources = {"unsloth": UNSLOTH, "axolotl": AXOLOTL, "lorafusion": LORAFUSION}
+    for name, source in sources.items():
+        name = f"{name}-library"
         file = tmp_path.joinpath(*bench.implementations.PUBLISHED[name].split(".")).with_suffix(
             ".py"
         )
@@ -206,7 +235,7 @@ def library_folder(bench, monkeypatch, tmp_path):
         file.write_text(source)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    for name in [n for n in sys.modules if n.split(".")[0] in ("unsloth", "lorafusion")]:
+    for name in [n for n in sys.modules if n.split(".")[0] in sources]:
         del sys.modules[name]
 
 
@@ -218,12 +247,33 @@ def run_with_libraries(bench, monkeypatch, folder, case):
     return {row["backend"] for row in record["results"]}, record["absent"]
 
 
-def test_published_libraries_are_timed_from_a_library_path(bench, monkeypatch, library_folder):
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_published_libraries_are_timed_from_a_library_path(bench, monkeypatch, library_folder, p):
     timed, absent = run_with_libraries(
-        bench, monkeypatch, library_folder, bench.cases.Case(16, 8, 12, 2, bias=False)
+        bench, monkeypatch, library_folder, bench.cases.Case(16, 8, 12, 2, p, bias=False)
     )
-    assert timed == {"linear", "fastlora", "peft", "unsloth-library", "lorafusion-library"}
+    assert timed == {"linear", "fastlora", "peft", *bench.implementations.PUBLISHED}
     assert absent == []
+
+
+@pytest.mark.parametrize(
+    ("p", "bias", "reason"),
+    [
+        (0.1, False, "the fast path of this version has no dropout"),
+        (0.0, True, "its fast path leaves a layer with a bias to PEFT"),
+    ],
+)
+def test_what_the_fast_path_of_unsloth_leaves_to_peft_is_not_timed(
+    bench, monkeypatch, library_folder, p, bias, reason
+):
+    file = library_folder / "unsloth" / "kernels" / "fast_lora.py"
+    file.write_text(UNSLOTH.replace(", dropout_p=None, bias=None", ""))  # as before dropout
+    timed, (absent,) = run_with_libraries(
+        bench, monkeypatch, library_folder, bench.cases.Case(16, 8, 12, 2, p, bias=bias)
+    )
+    assert timed == {"linear", "fastlora", "peft", "axolotl-library", "lorafusion-library"}
+    assert (absent["backend"], absent["kind"]) == ("unsloth-library", "absent")
+    assert absent["reason"] == reason
 
 
 def test_a_published_library_that_cannot_be_imported_is_named(
@@ -235,7 +285,7 @@ def test_a_published_library_that_cannot_be_imported_is_named(
     timed, (absent,) = run_with_libraries(
         bench, monkeypatch, library_folder, bench.cases.Case(16, 8, 12, 2, 0.1)
     )
-    assert timed == {"linear", "fastlora", "peft", "lorafusion-library"}
+    assert timed == {"linear", "fastlora", "peft", "axolotl-library", "lorafusion-library"}
     assert (absent["backend"], absent["kind"]) == ("unsloth-library", "ImportFailed")
     reason = "unsloth.kernels.fast_lora cannot be imported: NotImplementedError: needs a GPU"
     assert absent["reason"] == reason and reason in capsys.readouterr().err
