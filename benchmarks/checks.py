@@ -46,7 +46,7 @@ class Oracle:
         layer.eval()
         got = _results(lambda x, *_: layer(x), work.x[0], trainable(layer), work.dy[0])
         layer.train(was_training)
-        self._compare(name, got, adapted, None)
+        self.compare(name, got, adapted)
         if work.case.p > 0 and isinstance(layer, fastlora.LoRALinear):
             seed = torch.tensor(SEED, device=work.device)
             base, backend = work.frozen[0], layer.backend
@@ -58,12 +58,23 @@ class Oracle:
                 )
 
             got = _results(function, work.x[0], _leaves(work, torch.float32), work.dy[0])
-            self._compare(f"{name} with dropout", got, True, seed, backend == "triton")
+            self.compare(f"{name} with dropout", got, True, seed, backend == "triton")
 
-    def _compare(
-        self, name: str, got: Results, adapted: bool, seed: Tensor | None, triton: bool = False
+    def compare(
+        self,
+        name: str,
+        got: Results,
+        adapted: bool,
+        seed: Tensor | None = None,
+        triton: bool = False,
     ) -> None:
-        """triton: whether the Triton kernels ran; their mask differs from the CPU's, in Triton's interpreter too."""
+        """Compare results for the first copy's x and dy; those that are not in `got` are not checked.
+
+        adapted: False for the frozen layer. seed: of the dropout mask; None is without dropout.
+        triton: whether the Triton kernels ran; their mask differs from the CPU's, in Triton's interpreter too.
+
+        Raises: Wrong if a result is outside the bound.
+        """
         key = (adapted, seed is not None, triton)
         if key not in self._known:
             self._known[key] = (
