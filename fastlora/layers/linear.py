@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, has_hooks, wrapped_attribute
+from fastlora.layers.base import LoRALayer, Shape, has_hooks, parameter, wrapped_attribute
 from fastlora.layers.nested import on_rows
 from fastlora.layers.offload import loaded
 from fastlora.layers.quantised import quantisation, why_not_computable
@@ -242,12 +242,12 @@ class LoRALinear(LoRALayer):
             shared: Tensor | None = self.group.output(self, x, x if nested is None else nested)
             if shared is not None:
                 return shared
-        linear = self.original_linear  # reading a module's attribute costs half a microsecond
-        bias = linear.bias
+        linear = self.wrapped
+        bias = parameter(linear, "bias")
         dora = self._parameters["lora_magnitude"] is not None
         y = lora_linear(
             x,
-            self._as_weight_layout(linear.weight),
+            self._as_weight_layout(parameter(linear, "weight")),
             None if dora else bias,
             *self.factors(),
             self.scaling,
@@ -328,7 +328,7 @@ class LoRALinear(LoRALayer):
         )
 
     def _is_plain(self) -> bool:
-        return is_plain(self.original_linear)
+        return is_plain(self.wrapped)
 
     def _merged_weight(self, weight: Tensor) -> Tensor:
         if self.lora_magnitude is not None:

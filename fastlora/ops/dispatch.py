@@ -31,6 +31,7 @@ from fastlora.ops import cost, tuning_file
 
 TRITON_PLANS = ("fused", "split", "accumulate", "in_place", "decode")
 _OLDEST_TRITON = (3, 4)  # the first with host-side tensor descriptors
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -95,7 +96,7 @@ def choose(
         return _or_raise(_TRANSFORMED, wanted)
     if wanted == "torch":
         return _CPU if x.device.type == "cpu" else _REQUESTED
-    if not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight)):
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return _or_raise(_SUBCLASS, wanted)
     reason = why_not_triton(x.device.type, x.dtype, rank, forced=wanted == "triton")
     if reason is not None:

@@ -16,6 +16,7 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011) for
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,16 +164,21 @@ def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tens
 
 
 def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """The elements of x (M, K) that a call on a CPU drops, (M, K) bool: the complement of `cpu_mask`. x's values are not read."""
-    rows, cols = x.shape
+    """The elements of x (M, K) that a call on a CPU drops, (M, K) bool, not to be changed: the complement of `cpu_mask`. x's values are not read."""
+    return _dropped(int(seed), dropout_threshold(p), *x.shape)
+
+
+# The backward pass finds the mask of the forward pass: at most 64 of `FEW_ELEMENTS` bytes.
+@functools.lru_cache(maxsize=64)
+def _dropped(seed: int, threshold: int, rows: int, cols: int) -> Tensor:
     steps = -(-cols // _CPU_LANES)
     scratch = _take(0)
     try:
-        scratch.philox.state = _state(int(seed))  # type: ignore[assignment]
+        scratch.philox.state = _state(seed)  # type: ignore[assignment]
         lanes = scratch.philox.random_raw(rows * steps * 4).view(np.uint16)
     finally:
         _idle.append(scratch)
-    mask = torch.from_numpy(lanes < np.uint16(dropout_threshold(p)))
+    mask = torch.from_numpy(lanes < np.uint16(threshold))
     return mask.as_strided((rows, cols), (steps * _CPU_LANES, 1))
 
 

@@ -182,8 +182,7 @@ def _backward(
         if needs_x:
             # dx += dy @ weight  # [M, N] @ [N, K] -> [M, K]
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        # ([R, M] @ [M, N])ᵀ -> [N, R]
-        dbs.append(linear.scaled_product(s_i.T, dy, low.scaling, low.b.T).T if needs_db else None)
+        dbs.append(linear.b_gradient(dy, s_i, low) if needs_db else None)
         if needs_x or needs_a:
             ds_t.append(low.scaling * (low.b.T.contiguous() @ dy.T))  # [R, N] @ [N, M] -> [R, M]
     if ds_t:

@@ -137,6 +137,8 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
+        if not autocasts(dy):
+            return _LoRALinear._gradients(ctx, dy)
         with no_autocast(dy):  # the dtypes are those of the forward pass
             return _LoRALinear._gradients(ctx, dy)
 
@@ -162,8 +164,8 @@ class _LoRALinear(torch.autograd.Function):
                 dx = da = db = None
                 if needs_x:  # [M, N] @ [N, K] -> [M, K]
                     dx = torch.zeros_like(flat) if weight is None else rows @ weight
-                if needs_b:  # ([R, M] @ [M, N])ᵀ -> [N, R]
-                    db = scaled_product(s.T, rows, scaling, b.T).T
+                if needs_b:
+                    db = b_gradient(rows, s, low)
                 if needs_x or needs_a:
                     da = up_project(b.T @ rows.T, flat, low, dx, needs_a)
             dx = None if dx is None else shaped_as(x, dx)
@@ -250,7 +252,7 @@ def down_project(x: Tensor, low: LowRank) -> Tensor:
         return x @ low.a.T
     if not _in_blocks(x):
         return reference.apply_dropout(x, low, keep_mask(x, low.p, low.seed)) @ low.a.T
-    if x.numel() <= FEW_ELEMENTS:
+    if 0 < x.numel() <= FEW_ELEMENTS:
         s = x.masked_fill(dropped(x, low.p, low.seed), 0) @ low.a.T
     else:
         s = x.new_empty(x.shape[0], low.rank())
@@ -275,12 +277,13 @@ def up_project(
         if dx is not None:
             dx += reference.apply_dropout(ds_t.T @ low.a, low, keep)
         return ds_t @ reference.apply_dropout(x, low, keep) if needs_a else None
-    ds_t = ds_t * low.scale()
-    if x.numel() <= FEW_ELEMENTS:
+    scale = low.scale()
+    if 0 < x.numel() <= FEW_ELEMENTS:
         none = dropped(x, low.p, low.seed)
         if dx is not None:
-            dx += (ds_t.T @ low.a).masked_fill_(none, 0)
-        return ds_t @ x.masked_fill(none, 0) if needs_a else None
+            dx.add_((ds_t.T @ low.a).masked_fill_(none, 0), alpha=scale)
+        return scaled_product(ds_t, x.masked_fill(none, 0), scale, low.a) if needs_a else None
+    ds_t = ds_t * scale
     ds = ds_t.T.contiguous()  # [M, R]: in this layout the small products need about half the time
     da = torch.zeros_like(low.a) if needs_a else None
     for rows, keep, work in keep_blocks(x, low.p, low.seed):
@@ -290,6 +293,13 @@ def up_project(
         if da is not None:
             da.addmm_(ds_t[:, rows], zero_dropped(x[rows], keep, work))
     return da
+
+
+def b_gradient(dy: Tensor, s: Tensor, low: LowRank) -> Tensor:
+    """dB = scaling · dyᵀ S  # [N, M] @ [M, R] -> [N, R]"""
+    if dy.numel() <= FEW_ELEMENTS:
+        return scaled_product(dy.T, s, low.scaling, low.b)
+    return scaled_product(s.T, dy, low.scaling, low.b.T).T  # reads dy in its own order
 
 
 def scaled_product(one: Tensor, other: Tensor, scaling: float, shape: Tensor) -> Tensor:
@@ -347,14 +357,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
         raise ConfigError(f"x: expected (..., K={k}), got {tuple(x.shape)}")
     if x.dtype != weight.dtype:
         raise ConfigError(f"x: expected the weight's dtype {weight.dtype}, got {x.dtype}")
-    if x.device != weight.device:
-        raise ConfigError(f"x: expected the weight's device {weight.device}, got {x.device}")
+    device = x.device
+    if device != weight.device:
+        raise ConfigError(f"x: expected the weight's device {weight.device}, got {device}")
     _check_factors(lora_a, lora_b, n, k)
     if bias is not None and bias.shape != (n,):
         raise ConfigError(f"bias: expected (N={n},), got {tuple(bias.shape)}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ConfigError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+        if tensor is not None and tensor.device != device:
+            raise ConfigError(f"{name}: expected x's device {device}, got {tensor.device}")
 
 
 def _check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
