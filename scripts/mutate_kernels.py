@@ -192,6 +192,15 @@ MUTANTS = (
     Mutant("sums: the second reads the first's parts", REDUCE, "_sum_block(part_2, out_2", "_sum_block(part_1, out_2"),
     Mutant("sums: the second begins at the first's end", REDUCE, "block - blocks_1", "block"),
     Mutant("sums: too few programs for both", REDUCE, "(ceil_div(sizes[0], block) + ceil_div(sizes[1], block),)", "(ceil_div(sizes[0] + sizes[1], block),)"),
+    # sums in 16 bits
+    Mutant("16 bits: base product", GEMM, "acc = tl.dot(x, w, acc, input_precision=PRECISION)", "acc = tl.dot(x, w, acc, input_precision=PRECISION).to(DTYPE).to(tl.float32)", 0),
+    Mutant("16 bits: base product, descriptors", GEMM, "acc = tl.dot(x, w, acc, input_precision=PRECISION)", "acc = tl.dot(x, w, acc, input_precision=PRECISION).to(DTYPE).to(tl.float32)", 1),
+    Mutant("16 bits: fused S", GEMM, "s = tl.dot(x, a, s, input_precision=PRECISION)", "s = tl.dot(x, a, s, input_precision=PRECISION).to(DTYPE).to(tl.float32)", 0),
+    Mutant("16 bits: fused S, descriptors", GEMM, "s = tl.dot(x, a, s, input_precision=PRECISION)", "s = tl.dot(x, a, s, input_precision=PRECISION).to(DTYPE).to(tl.float32)", 1),
+    Mutant("16 bits: S", FORWARD, "acc = tl.dot(x, rows.to(x.dtype), acc, input_precision=PRECISION)", "acc = tl.dot(x, rows.to(x.dtype), acc, input_precision=PRECISION).to(x.dtype).to(tl.float32)"),
+    Mutant("16 bits: dB", BACKWARD, "db_t = tl.dot(s_t, dy, db_t, input_precision=PRECISION)", "db_t = tl.dot(s_t, dy, db_t, input_precision=PRECISION).to(DTYPE).to(tl.float32)"),
+    Mutant("16 bits: dA", BACKWARD, "da = tl.dot(ds_t, x, da, input_precision=PRECISION)", "da = tl.dot(ds_t, x, da, input_precision=PRECISION).to(DTYPE).to(tl.float32)"),
+    Mutant("16 bits: sums of parts", REDUCE, "tl.load(p_part, mask=m_part, other=0.0), axis=0)", "tl.load(p_part, mask=m_part, other=0.0).to(out_ptr.dtype.element_ty).to(tl.float32), axis=0)"),
     # launches
     Mutant("launch: the grid's second dimension is lost", LAUNCH, "x, y, z = (*grid, 1, 1)[:3]", "x, y, z = grid[0], 1, 1"),
     Mutant("launch: alignment ignored", LAUNCH, "append(value.data_ptr() % 16 == 0)", "append(True)"),

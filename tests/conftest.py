@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 # A job that a shell runs in the background, or under nohup, ignores Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -26,7 +27,7 @@ try:
 except ImportError:
     collect_ignore = [
         *("ops/test_compile.py", "ops/test_dispatch.py", "ops/test_triton_ops.py"),
-        *("ops/test_tune.py", "kernels/test_kernels.py"),
+        *("ops/test_tune.py", "kernels/test_kernels.py", "kernels/test_interpreter.py"),
     ]
 
 
@@ -37,6 +38,15 @@ def _fresh() -> None:
     recording = sys.modules.get("fastlora.kernels.recording")
     if recording is not None:
         recording.forget()
+
+
+@pytest.fixture
+def bfloat16() -> Iterator[None]:
+    """Without a GPU, bfloat16 in Triton's interpreter, which computes wrongly in it."""
+    from tests.support import interpreter  # imports Triton
+
+    with interpreter.bfloat16():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

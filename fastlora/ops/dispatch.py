@@ -33,6 +33,7 @@ TRITON_PLANS = ("fused", "split", "accumulate", "in_place", "decode")
 _OLDEST_TRITON = (3, 4)  # the first with host-side tensor descriptors
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INTERPRETED = (torch.float16, torch.float32)  # right in Triton's interpreter
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def why_not_triton(device: str, dtype: torch.dtype, rank: int, *, forced: bool) 
         return _OTHER
     if dtype not in _DTYPES:
         return _torch(f"no kernel for {dtype}")
-    if device == "cpu" and dtype == torch.bfloat16:
+    if device == "cpu" and dtype not in _INTERPRETED:
         return _torch("Triton's interpreter multiplies bfloat16 wrongly")
     if rank > MAX_RANK:
         return _torch(f"rank {rank} is above {MAX_RANK}, the highest that the kernels support")

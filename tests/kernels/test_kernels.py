@@ -1,7 +1,7 @@
 """The Triton kernels against float64, over the table of cases, and the mask bit for bit.
 
 Without a GPU Triton's interpreter runs them, on the tiles of an architecture with tensor descriptors (sm_90) and of one
-without (sm_80); it multiplies bfloat16 wrongly, so that dtype is left to a device.
+without (sm_80), in bfloat16 with the operations of `tests/support/interpreter.py`.
 """
 
 from dataclasses import replace
@@ -29,8 +29,9 @@ from tests.support.tolerance import TF32_EPS, assert_close
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+HALVES = [torch.float16, torch.bfloat16]
 SEED = torch.tensor(-1234567890123)
+pytestmark = pytest.mark.usefixtures("bfloat16")
 SHAPES = [case for case in CASES if not case.empty]
 # Several tiles in every direction, several splits of every sum, and sizes that tensor descriptors support.
 LARGE = [
@@ -38,11 +39,13 @@ LARGE = [
     Case((200,), 96, 160, 4, bias=False),
     Case((130,), 1024, 136, 200, p=0.1),
 ]
+# The smallest in which the rows are split, and then the columns of x and the ranks.
+MANY_ROWS, FEW_ROWS = Case((520,), 128, 272, 4, p=0.2), Case((40,), 256, 48, 200)
 # A float32 call has the same launches on both architectures (a test checks this), so it runs on one. A GPU uses its own.
 LAUNCHES = (
-    [(None, dtype) for dtype in DTYPES]
+    [(None, dtype) for dtype in (torch.float32, *HALVES)]
     if GPU
-    else [(80, torch.float16), (90, torch.float16), (90, torch.float32)]
+    else [*product((80, 90), HALVES), (90, torch.float32)]
 )
 each_launch = pytest.mark.parametrize(
     ("arch", "dtype"),
@@ -122,8 +125,14 @@ def _on_device(t: Tensors) -> Tensors:
     )
 
 
-def _check(plan: str | None, case: Case, dtype: torch.dtype, eps: float | None = None) -> None:
-    t = _on_device(make(case))
+def _check(
+    plan: str | None,
+    case: Case,
+    dtype: torch.dtype,
+    eps: float | None = None,
+    t: Tensors | None = None,
+) -> None:
+    t = _on_device(make(case) if t is None else t)
     got = _run(_by_plan(plan, case), t.to(dtype), case)
     same = _run(_by_reference(case), t.to(dtype), case)
     exact = _run(_by_reference(case), t.to(torch.float64), case)
@@ -166,6 +175,41 @@ def test_many_tiles_and_splits_match_the_reference(case, plan, arch):
 
 @pytest.mark.slow
 @on_one
+@pytest.mark.parametrize(
+    ("plan", "case"),
+    [("split", MANY_ROWS), ("split", FEW_ROWS), ("in_place", FEW_ROWS)],
+    ids=str,
+)
+def test_sums_of_parts_match_the_reference_in_bfloat16(plan, case, arch):
+    _check(plan, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("plan", ["split", "fused"])
+def test_sums_are_kept_in_float32(plan, arch):
+    """Sums over K, N and M are a thousand times as large in between as at their end, which 16 bits would lose."""
+    t = make(Case((64,), 128, 64, 20))
+
+    def thrice(tensor, *dims):
+        for dim in dims:
+            tensor = torch.cat([tensor, tensor, tensor], dim)
+        return tensor
+
+    def cancelling(tensor, dim):
+        return torch.cat([1024 * tensor, -1024 * tensor, tensor], dim)
+
+    t = Tensors(
+        thrice(cancelling(t.x, 1), 0),
+        thrice(t.weight, 0, 1),
+        thrice(t.bias, 0),
+        thrice(t.lora_a, 1),
+        thrice(t.lora_b, 0),
+        cancelling(cancelling(t.dy, 1), 0),
+    )
+    _check(plan, Case((192,), 384, 192, 20), torch.bfloat16, t=t)
+
+
+@pytest.mark.slow
+@on_one
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("subtiles", [1, 2, 4])
 @pytest.mark.parametrize("plan", ["split", "fused"])
@@ -200,6 +244,12 @@ def test_the_large_cases_cover_what_they_should():
     wide = tiles(ARCHITECTURES[90], Problem(130, 136, 1024, 200, 2, True))
     assert wide.split.block_r < 200, "the rank term must need more than one block of ranks"
     assert not tiles(ARCHITECTURES[80], problem).split.descriptor
+    many, few = (
+        tiles(ARCHITECTURES[90], Problem(c.m, c.n, c.k, c.rank, 2, c.p > 0))
+        for c in (MANY_ROWS, FEW_ROWS)
+    )
+    assert min(many.x.splits, many.dy.splits) > 1 and many.dy.block_n < MANY_ROWS.n
+    assert few.down.splits > 1 and max(few.split.block_r, few.update.block_r) < FEW_ROWS.rank
 
 
 @pytest.mark.parametrize("plan", ["split", "fused"])
@@ -391,10 +441,13 @@ def test_two_sums_in_one_launch_are_the_separate_sums(splits):
         assert_close(got, part.sum(0).to(dtype), part.double().sum(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("splits", [1, 5, 32, 70])
 def test_partial_sums_are_sums(splits, dtype):
-    part = torch.randn(splits, 37, 70, device=DEVICE)
+    # Sums that float32 represents exactly, and that 16 bits would lose beside the first part.
+    part = torch.randint(-256, 256, (splits, 37, 70), device=DEVICE) / 64
+    part[0] += 4096
+    part[-1] -= 4096
     got = sum_partials(part, dtype)
     assert_close(got, part.sum(0).to(dtype), part.double().sum(0))
     assert torch.equal(got, sum_partials(part, dtype))

@@ -1,6 +1,6 @@
 """Whole models through the kernels against the torch path: kinds of adapters, layers and training, on a GPU in bfloat16.
 
-Without a GPU Triton's interpreter runs the kernels, in float32.
+Without a GPU Triton's interpreter runs the kernels, in float32 and under autocast in 16 bits.
 """
 
 import copy
@@ -105,17 +105,16 @@ def test_checkpointed_blocks_draw_the_same_masks():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not GPU, reason="the interpreter runs no bfloat16")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_runs_the_kernels_in_its_dtype(dtype):
+def test_autocast_runs_the_kernels_in_its_dtype(dtype, bfloat16):
     model = _adapted("triton", torch.float32)
     assert "triton" in str(
-        fastlora.explain(model.blocks[0].attn.to_qkv, torch.zeros(80, WIDTH, device="cuda"))
+        fastlora.explain(model.blocks[0].attn.to_qkv, torch.zeros(80, WIDTH, device=DEVICE))
     )
-    with torch.autocast("cuda", dtype):
+    with torch.autocast(DEVICE, dtype):
         y = model(_input(torch.float32))
     y.float().square().mean().backward()
-    with torch.autocast("cuda", dtype):
+    with torch.autocast(DEVICE, dtype):
         plain = _adapted("torch", torch.float32)(_input(torch.float32))
     exact = _adapted("torch", torch.float64)(_input(torch.float64))
     assert_close(y.detach(), plain.detach(), exact.detach())

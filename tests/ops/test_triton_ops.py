@@ -21,6 +21,8 @@ from tests.support.tolerance import assert_close
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SEED = torch.tensor(-1234567890123)
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+pytestmark = pytest.mark.usefixtures("bfloat16")
 
 
 def _inputs(case: Case, dtype: torch.dtype = torch.float32) -> Tensors:
@@ -80,16 +82,17 @@ def _backward(y, x, layer, dy):
     return [x.grad, *(p.grad for p in layer.parameters())]
 
 
-def test_autocast_computes_in_its_dtype_and_leaves_float32_gradients():
+@HALVES
+def test_autocast_computes_in_its_dtype_and_leaves_float32_gradients(dtype):
     t = _inputs(Case((8,), 16, 24, 4, p=0.1))
     leaves = [v.requires_grad_() for v in (t.x, t.lora_a, t.lora_b)]
-    with torch.autocast(DEVICE, torch.float16):
+    with torch.autocast(DEVICE, dtype):
         y = lora_linear(
             t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, 0.1, SEED, backend="triton"
         )
-    half = _inputs(Case((8,), 16, 24, 4, p=0.1), torch.float16)
-    assert y.dtype == torch.float16 and torch.equal(y, _run(lora_linear, half, 0.1)[0])
-    y.backward(t.dy.half())
+    half = _inputs(Case((8,), 16, 24, 4, p=0.1), dtype)
+    assert y.dtype == dtype and torch.equal(y, _run(lora_linear, half, 0.1)[0])
+    y.backward(t.dy.to(dtype))
     assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
 
 
@@ -369,6 +372,11 @@ def test_a_group_equals_its_separate_layers_under_every_plan(plan, monkeypatch):
     _check_group(0.25, None)
 
 
+@HALVES
+def test_a_group_equals_its_separate_layers_in_16_bits(dtype):
+    _check_group(0.25, None, dtype)
+
+
 @pytest.mark.parametrize("plan", ["split", "accumulate", "in_place"])
 def test_a_group_computes_no_dx_that_is_not_needed(plan, monkeypatch):
     from fastlora.ops import triton_ops
@@ -384,8 +392,8 @@ def test_a_group_computes_no_dx_that_is_not_needed(plan, monkeypatch):
     assert [da.shape for da in das] == [m.lora_a.shape for m in members]
 
 
-def _check_group(p, unused):
-    x, members, dys = _group()
+def _check_group(p, unused, dtype=torch.float32):
+    x, members, dys = _group(dtype)
     if unused is not None:
         dys[unused] = None
 
