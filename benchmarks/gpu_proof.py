@@ -1,4 +1,4 @@
-"""Everything that a GPU must prove, in one command, within minutes: results, passes, tiles, targets.
+"""Everything that a GPU must prove, in one command, within minutes: results, passes, tiles, targets, models.
 
     python benchmarks/gpu_proof.py --out DIR [--minutes 9] [--stages smoke,tests:90] [--git-sha SHA]
     python benchmarks/gpu_proof.py --out DIR --rehearse      # the same stages on a CPU, in Triton's interpreter, tiny shapes
@@ -12,6 +12,7 @@ file after every case, so that a stage that is stopped leaves what it has. The s
     tune      for each target shape: the base products of cuBLAS, every kernel alone with several tiles, every plan
     profile   the kernels of one forward and backward pass of each target shape, as torch's profiler sees them
     targets   `run.py --quick`, with the tiles that `tune` found if it ran
+    models    `model_step.py`: training steps of whole models, with the same tiles
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 # Share of the minutes that a stage may take at most.
-STAGES = {"facts": 0.12, "smoke": 0.2, "tests": 0.4, "tune": 0.6, "profile": 0.2, "targets": 0.7}
+STAGES = {
+    **{"facts": 0.12, "smoke": 0.2, "tests": 0.4, "tune": 0.6},
+    **{"profile": 0.2, "targets": 0.7, "models": 0.3},
+}
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 SMOKE = (  # M, K, N, R, p: several tiles, odd sizes, many ranks, few rows
     "600,512,768,16,0.1",
@@ -348,17 +352,24 @@ def _base_products(bench: Any) -> dict[str, Any]:
 
 
 def _targets(arguments: argparse.Namespace) -> None:
+    if not arguments.rehearse:
+        options = ["--device", "cuda", "--quick", "--implementations", CONTESTANTS]
+        _benchmark("run.py", options, arguments)
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    options = ["--device", "cuda"]
     if arguments.rehearse:
-        return
-    command = [sys.executable, "benchmarks/run.py", "--device", "cuda", "--quick"]
+        options = ["--only", "llama-tiny", "--reps", "1"]
+    _benchmark("model_step.py", options, arguments)
+
+
+def _benchmark(program: str, options: list[str], arguments: argparse.Namespace) -> None:
+    """Run it with the tiles that `tune` found; its record has the stage's name."""
+    command = [sys.executable, f"benchmarks/{program}", *options]
     command += ["--git-sha", arguments.git_sha] if arguments.git_sha else []
-    command += [
-        "--implementations",
-        CONTESTANTS,
-        "--budget-seconds",
-        f"{arguments.seconds - 10:.0f}",
-    ]
-    command += ["--output", str(arguments.out / "targets.json")]
+    command += ["--budget-seconds", f"{arguments.seconds - 10:.0f}"]
+    command += ["--output", str(arguments.out / f"{arguments.stage}.json")]
     environment = os.environ | {"FASTLORA_TUNING": str(arguments.out / "tuning.json")}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
@@ -404,6 +415,13 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
         if row["timing"] == "graph":
             cell = f"{row['backend']} {row['ratio_to_linear']:.2f}"
             timed.setdefault((row["case"], row["mode"]), []).append(cell)
+    models = _read(out / "models.json", {"results": [], "absent": []})
+    for row in models["absent"]:
+        if row["kind"] != "absent":
+            lines.append(f"{row['model']} {row['backend']}: {row['kind']}: {row['reason'][:120]}")
+    for row in models["results"]:
+        cell = f"{row['backend']} {row['ms_p50']:.1f}"
+        timed.setdefault((row["model"], f"{row['timing']} ms"), []).append(cell)
     lines += [f"{case} {mode}: {', '.join(cells)}" for (case, mode), cells in timed.items()]
     return "\n".join(lines[:60])
 

@@ -1,132 +1,66 @@
-"""Time a whole training step of a model and measure its memory, against PEFT and full fine-tuning on the CPU.
+"""Time a whole training step of a model and measure its memory, against PEFT and full fine-tuning.
 
     python benchmarks/model_step.py [--reps 10] [--only vit-b] [--output benchmarks/results/model-step-cpu.json]
+    python benchmarks/model_step.py --device cuda [--budget-seconds 80]    # writes benchmarks/results/model-step-<gpu>.json
 
-The models are transformers' own, with random float32 weights: ViT-B (12 blocks, 4 images of 197 tokens), a Llama of 1.2 billion parameters
-without its vocabulary (16 blocks, hidden size 2048, MLP size 8192, 128 tokens), and a tiny Llama for the tests. A step is forward, the mean
-square of the output, backward, AdamW on the trainable parameters. Steps are interleaved; implementations that freeze the base share its weights.
+The models are transformers' own, with random weights: ViT-B (12 blocks; 4 images of 197 tokens on a CPU, 64 on a GPU), a Llama of 1.2 billion
+parameters without its vocabulary (16 blocks, hidden size 2048, MLP size 8192; 128 tokens on a CPU, 4 × 1024 on a GPU), and a tiny Llama for
+the tests. Weights are float32 on a CPU and bfloat16 on a GPU. A step is forward, the mean square of the output, backward, AdamW on the trainable
+parameters. Steps are interleaved; implementations that freeze the base share its weights. On a GPU a step is also timed as a CUDA graph.
+
+Every implementation is checked first: untrained adapters must leave the model's output as it is. One that fails is recorded as absent.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import statistics
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import Record, environment, write
-from timing import interleave, wall_clock
+from case_run import FAILURES
+from checks import Wrong
+from implementations import NotApplicable
+from record import Budget, Record, environment, gpu_file_name, write
+from step_models import (
+    ALPHA,
+    CONTESTANTS,
+    CPU_CONTESTANTS,
+    DROPOUT,
+    MODELS,
+    RANK,
+    adapted,
+    base_model,
+    without_dense_masks,
+)
+from timing import capture, interleave, sampler
 from torch import Tensor, nn
+from workload import Round, peak_bytes
 
-import fastlora
-
-RANK, ALPHA, DROPOUT = 8, 16, 0.1
-IMPLEMENTATIONS = ("fastlora", "fastlora-fused", "peft", "full")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model to train.
-
-    make: builds the base model. inputs: builds its keyword arguments. targets: names of the adapted layers.
-    full: whether full fine-tuning fits in memory.
-    """
-
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], dict[str, Tensor]]
-    targets: tuple[str, ...]
-    full: bool
+RESULTS = Path(__file__).resolve().parent / "results"
+REPS, GPU_REPS = 10, 8
 
 
-def llama(hidden: int, intermediate: int, layers: int, heads: int, key_heads: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
-
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        use_cache=False,
-    )
-    return LlamaModel(config)
+def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    output: Tensor = model(**inputs).last_hidden_state
+    return output
 
 
-def vit_b() -> nn.Module:
-    from transformers import ViTConfig, ViTModel
-
-    return ViTModel(ViTConfig(), add_pooling_layer=False)
-
-
-LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MODELS = {
-    "vit-b": Model(
-        vit_b,
-        lambda: {"pixel_values": torch.randn(4, 3, 224, 224)},
-        ("query", "key", "value", "q_proj", "k_proj", "v_proj"),
-        True,
-    ),
-    "llama-1b": Model(
-        lambda: llama(2048, 8192, 16, 32, 8),
-        lambda: {"input_ids": torch.arange(128)[None] % 256},
-        LLAMA_LAYERS,
-        False,
-    ),
-    "llama-tiny": Model(
-        lambda: llama(32, 64, 2, 4, 2),
-        lambda: {"input_ids": torch.arange(16)[None]},
-        LLAMA_LAYERS,
-        True,
-    ),
-}
-
-
-def adapted(name: str, model: Model, base: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
-    """The model trained by implementation `name`; it shares the weights of `base` unless it trains them."""
-    with torch.device("meta"):
-        mine = model.make()
-    state = base.state_dict(keep_vars=False)
-    if name == "full":
-        state = {key: value.clone() for key, value in state.items()}
-    mine.load_state_dict(state, assign=True)
-    for key, buffer in base.named_buffers():  # some are not in the state dict
-        owner, _, last = key.rpartition(".")
-        mine.get_submodule(owner)._buffers[last] = buffer
-    mine.train()
-    if name == "full":
-        return mine.requires_grad_(True)
-    names = {path.rpartition(".")[2] for path, _ in mine.named_modules()}
-    targets = [target for target in model.targets if target in names]
-    if name == "peft":
-        import peft
-
-        config = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=targets
-        )
-        return peft.get_peft_model(mine, config)
-    config = fastlora.LoRAConfig(targets, RANK, ALPHA, DROPOUT, match="exact")
-    fastlora.inject_lora(mine, config)
-    fastlora.freeze_base_params(mine)
-    if name == "fastlora-fused":
-        fastlora.fuse(mine, **inputs)
-    return mine
-
-
-def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs).last_hidden_state.square().mean()
-
-
-def step_of(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5)
+def step_of(model: nn.Module, inputs: dict[str, Tensor]) -> Round:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    on_gpu = trained[0].device.type == "cuda"  # where a CUDA graph must be able to contain the step
+    optimizer = torch.optim.AdamW(trained, 1e-5, capturable=on_gpu, fused=True if on_gpu else None)
 
     def step() -> None:
-        optimizer.zero_grad()
-        loss_of(model, inputs).backward()
+        output_of(model, inputs).float().square().mean().backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -143,85 +77,242 @@ def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_of(model, inputs)
+        output_of(model, inputs).float().square().mean()
     return sum(saved.values())
 
 
-def run_model(name: str, reps: int, record: Record) -> None:
-    """Add a row for each implementation on the model `name`; one that cannot run is recorded as absent.
+class ModelRun:
+    """Some contestants on one model: built, checked and run once by the constructor, then timed."""
 
-    Raises: RuntimeError if an untrained adapter changes the loss.
-    """
-    torch.manual_seed(0)
-    model = MODELS[name]
-    base, inputs = model.make().requires_grad_(False), model.inputs()
-    models = {
-        c: adapted(c, model, base, inputs) for c in IMPLEMENTATIONS if c != "full" or model.full
-    }
-    if not model.full:
-        reason = (
-            "weights, gradients and AdamW state do not fit in memory together with the base model"
-        )
-        record["absent"].append({"model": name, "backend": "full", "reason": reason})
-    # Untrained adapters must not change the loss; evaluation mode turns dropout off.
-    with torch.no_grad():
-        expected = loss_of(base.eval(), inputs).item()
-        for implementation, mine in models.items():
-            got = loss_of(mine.eval(), inputs).item()
-            mine.train()
-            if abs(got - expected) > 1e-4 * abs(expected):
-                raise RuntimeError(
-                    f"{implementation} on {name}: loss {got}, the base model has {expected}"
-                )
-    times = interleave({c: step_of(m, inputs) for c, m in models.items()}, reps, wall_clock)
-    for implementation, mine in models.items():
-        trained = [p for p in mine.parameters() if p.requires_grad]
-        samples = sorted(times[implementation])
-        record["results"].append(
-            {
-                "model": name,
-                "backend": implementation,
-                "ms_p50": round(statistics.median(samples), 2),
-                "ms_min": round(samples[0], 2),
-                "ms_max": round(samples[-1], 2),
-                "parameters": sum(p.numel() for p in mine.parameters()),
-                "trainable": sum(p.numel() for p in trained),
-                "saved_bytes": saved_bytes(mine, inputs),
-                "state_bytes": 4 * sum(p.nbytes for p in trained),  # weight, gradient, two moments
+    def __init__(
+        self,
+        name: str,
+        contestants: tuple[str, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        record: Record,
+    ) -> None:
+        torch.manual_seed(0)
+        self.name, self.device, self.record = name, device, record
+        self.base, self.inputs = base_model(MODELS[name], device, dtype)
+        self.steps: dict[str, Round] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        check = self._check()
+        for contestant in contestants:
+            if contestant == "full" and device.type == "cpu" and not MODELS[name].full_on_cpu:
+                reason = "weights, gradients and AdamW state do not fit in memory together with the base model"
+                self._absent(contestant, NotApplicable(reason))
+                continue
+            self._keep(contestant, lambda c=contestant: self._prepare(c, check))
+
+    def _check(self) -> Callable[[nn.Module], None]:
+        """A function that raises Wrong if a model's output is further from the float32 base model's than rounding explains.
+
+        In training mode, so that what is checked is what is timed: dropout changes nothing while the adapters are untrained.
+        """
+        dtype = next(self.base.parameters()).dtype
+        with torch.no_grad():
+            exact = self.base if dtype == torch.float32 else copy.deepcopy(self.base).float()
+            inputs = {
+                name: t.float() if t.is_floating_point() else t for name, t in self.inputs.items()
             }
-        )
+            expected = output_of(exact, inputs)
+            del exact
+            plain = relative_error(output_of(self.base, self.inputs), expected)
+        allowed = 2 * plain + max(1e-4, torch.finfo(dtype).eps)
+
+        def check(model: nn.Module) -> None:
+            found = relative_error(output_of(model, self.inputs).detach(), expected)
+            if not found <= allowed:
+                raise Wrong(f"the output is off by {found:.2g}, allowed {allowed:.2g}")
+
+        return check
+
+    def _prepare(self, contestant: str, check: Callable[[nn.Module], None]) -> None:
+        mine = adapted(contestant, MODELS[self.name], self.base, self.inputs)
+        trained = [p for p in mine.parameters() if p.requires_grad]
+        begin = time.perf_counter()
+        check(mine)
+        step = step_of(mine, self.inputs)
+        step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        compiled = CONTESTANTS[contestant].compiled
+        self.rows[contestant] = {
+            "model": self.name,
+            "backend": contestant,
+            "trained_dtype": str(trained[0].dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in mine.parameters()),
+            "trainable": sum(p.numel() for p in trained),
+            "compile_seconds": round(time.perf_counter() - begin, 1) if compiled else None,
+            "saved_bytes": saved_bytes(mine, self.inputs),
+            "peak_bytes": peak_bytes(step, self.device),
+            "state_bytes": 4 * sum(p.nbytes for p in trained),  # weight, gradient, two moments
+        }
+        self.steps[contestant] = step
+
+    def time_all(self, reps: int) -> None:
+        """Time the steps eagerly and, on a GPU, also as CUDA graphs."""
+        self._time(self.steps, "eager", reps)
+        if self.device.type != "cuda":
+            return
+        torch.cuda.empty_cache()
+        # One pool for all: graphs are replayed one after the other, and nothing in them outlives a step.
+        pool = torch.cuda.graph_pool_handle()
+        graphs: dict[str, Round] = {}
+        for contestant, step in self.steps.items():
+            self._keep(
+                contestant,
+                lambda c=contestant, s=step: graphs.__setitem__(c, capture(s, pool)),
+                "graph",
+            )
+        self._time(graphs, "graph", reps)
+
+    def _time(self, runs: dict[str, Round], timing: str, reps: int) -> None:
+        for contestant, samples in interleave(runs, reps, sampler(self.device)).items():
+            times = {
+                "timing": timing,
+                "ms_p50": round(statistics.median(samples), 2),
+                "ms_min": round(min(samples), 2),
+                "ms_max": round(max(samples), 2),
+            }
+            self.record["results"].append(self.rows[contestant] | times)
+
+    def _keep(self, contestant: str, action: Callable[[], None], timing: str | None = None) -> None:
+        """Run `action`; if it fails, the contestant is recorded as absent in this timing."""
+        try:
+            action()
+        except (NotApplicable, Wrong, *FAILURES) as error:
+            self._absent(contestant, error, timing)
+
+    def _absent(self, contestant: str, error: Exception, timing: str | None = None) -> None:
+        kind = {NotApplicable: "absent", Wrong: "wrong"}.get(type(error), type(error).__name__)
+        reason = "\n".join(str(error).splitlines()[:5])
+        row = {"model": self.name, "backend": contestant, "timing": timing}
+        self.record["absent"].append({**row, "kind": kind, "reason": reason})
+        if kind != "absent":
+            print(f"{self.name}: {contestant} fails: {kind}: {reason}", file=sys.stderr)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+def parts_of(
+    models: list[str], contestants: tuple[str, ...]
+) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(label, model, contestants) in the order in which they run: what compiles comes last."""
+    parts = []
+    for label, compiled in (("plain", False), ("compiled", True)):
+        some = tuple(c for c in contestants if CONTESTANTS[c].compiled == compiled)
+        parts += [(f"{model} {label}", model, some) for model in models if some]
+    return parts
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time whole training steps on the CPU.")
+    arguments = _arguments(argv)
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    models = [arguments.only] if arguments.only else ["vit-b", "llama-1b"]
+    parts = parts_of(models, arguments.implementations)
+    record: dict[str, Any] = {
+        "environment": environment(device, arguments.reps, arguments.git_sha),
+        "settings": {
+            "rank": RANK,
+            "alpha": ALPHA,
+            "dropout": DROPOUT,
+            "dtype": arguments.dtype,
+            "sizes": {model: MODELS[model].size(device) for model in models},
+        },
+        "results": [],
+        "absent": [],
+        "seconds": {},
+        "not_run": [label for label, _, _ in parts],
+    }
+    output = arguments.output
+    if output is None and device.type == "cuda":
+        output = RESULTS / f"model-step-{gpu_file_name(record['environment']['gpu'])}"
+    budget = Budget(arguments.budget_seconds)
+    for label, model, contestants in parts:
+        if not budget.begin_case():
+            print(f"no time left for {', '.join(record['not_run'])}", file=sys.stderr)
+            break
+        before = len(record["results"])
+        with without_dense_masks():
+            ModelRun(model, contestants, device, dtype, record).time_all(arguments.reps)
+        torch.compiler.reset()
+        gc.collect()  # a compiled module refers to itself
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        record["seconds"][label] = round(budget.end_case(), 1)
+        record["not_run"].remove(label)
+        if output is not None:
+            write(record, output)
+        print_rows(record["results"][before:])
+    failed = [a for a in record["absent"] if a["backend"].startswith("fastlora")]
+    return int(any(a["kind"] != "absent" for a in failed))
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        peak = row["peak_bytes"]
+        print(
+            f"{row['model']:10} {row['backend']:17} {row['timing']:5} {row['ms_p50']:9.1f} ms per step, saves "
+            f"{row['saved_bytes'] / 2**20:8.1f} MiB, {row['state_bytes'] / 2**20:8.1f} MiB of training state"
+            + ("" if peak is None else f", peak {peak / 2**20:8.1f} MiB"),
+            flush=True,
+        )
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="dtype of the base weights (default float32, on a GPU bfloat16)",
+    )
     parser.add_argument(
         "--reps",
         type=int,
-        default=10,
-        help="timed steps of each implementation (default: %(default)s)",
+        help=f"timed steps of each implementation (default {REPS}, on a GPU {GPU_REPS})",
+    )
+    parser.add_argument(
+        "--budget-seconds",
+        type=float,
+        help="start no part of the run that is not expected to end within this time",
     )
     parser.add_argument(
         "--only", choices=list(MODELS), help="run this model only (default: vit-b and llama-1b)"
     )
+    parser.add_argument(
+        "--implementations",
+        type=_contestants,
+        metavar="A,B",
+        help=f"some of {', '.join(CONTESTANTS)} (default {', '.join(CPU_CONTESTANTS)}, on a GPU all)",
+    )
+    parser.add_argument("--git-sha", help="commit to record, for sources without a git folder")
     parser.add_argument("--output", type=Path, help="JSON file for the record")
     arguments = parser.parse_args(argv)
-    record: dict[str, Any] = {
-        "environment": environment(torch.device("cpu"), arguments.reps),
-        "settings": {"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "dtype": "float32"},
-        "results": [],
-        "absent": [],
-    }
-    for name in [arguments.only] if arguments.only else ["vit-b", "llama-1b"]:
-        run_model(name, arguments.reps, record)
-        if arguments.output is not None:
-            write(record, arguments.output)
-        for row in record["results"]:
-            if row["model"] == name:
-                print(
-                    f"{name:10} {row['backend']:15} {row['ms_p50']:9.1f} ms per step, saves "
-                    f"{row['saved_bytes'] / 2**20:8.1f} MiB, {row['state_bytes'] / 2**20:8.1f} MiB of training state"
-                )
-    return 0
+    on_gpu = arguments.device == "cuda"
+    if arguments.dtype is None:
+        arguments.dtype = "bfloat16" if on_gpu else "float32"
+    if arguments.reps is None:
+        arguments.reps = GPU_REPS if on_gpu else REPS
+    if arguments.implementations is None:
+        arguments.implementations = tuple(CONTESTANTS) if on_gpu else CPU_CONTESTANTS
+    return arguments
+
+
+def _contestants(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = set(names) - set(CONTESTANTS)
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(CONTESTANTS)}, got {', '.join(sorted(unknown))}"
+        )
+    return names
 
 
 if __name__ == "__main__":

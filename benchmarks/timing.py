@@ -78,8 +78,11 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return p20, p50, p80
 
 
-def capture(run: Round) -> Round:
-    """Capture the run as a CUDA graph, after three warm-up runs on a side stream, and return its replay."""
+def capture(run: Round, pool: tuple[int, int] | None = None) -> Round:
+    """Capture the run as a CUDA graph, after three warm-up runs on a side stream, and return its replay.
+
+    pool: a handle of memory that the graph shares with others; None: memory of its own.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -87,7 +90,7 @@ def capture(run: Round) -> Round:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         run()
     return graph.replay
 

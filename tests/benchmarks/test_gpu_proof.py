@@ -27,7 +27,7 @@ def _rehearse(out, *arguments):
 
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
-    run = _rehearse(tmp_path, "--stages", "facts,smoke,tune,profile", "--candidates", "2")
+    run = _rehearse(tmp_path, "--stages", "facts,smoke,tune,profile,models", "--candidates", "2")
     assert run.returncode == 0, run.stdout + run.stderr
     smoke = json.loads((tmp_path / "smoke.json").read_text())
     assert {row["dtype"] for row in smoke} == {"float16", "float32"}
@@ -39,7 +39,8 @@ def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
     (entry,) = json.loads((tmp_path / "tuning.json").read_text()).values()
     assert entry["plan"] and entry["config"]["dy"]["block_n"] > 0
     assert f"smoke: {len(smoke)} of {len(smoke)} correct" in run.stdout
-    assert len(run.stdout.splitlines()) <= 60 + 4
+    assert "llama-tiny eager ms: fastlora " in run.stdout
+    assert len(run.stdout.splitlines()) <= 60 + 5
 
 
 @pytest.mark.slow
@@ -121,6 +122,10 @@ def test_a_failing_stage_is_a_failure(tmp_path, capsys, monkeypatch):
             ]
         )
     )
+    wrong = {"model": "vit-b", "backend": "peft", "kind": "wrong", "reason": "off by 2"}
+    fine = wrong | {"backend": "full", "kind": "absent"}
+    (tmp_path / "models.json").write_text(json.dumps({"results": [], "absent": [wrong, fine]}))
     assert gpu_proof.main(["--out", str(tmp_path), "--stages", "smoke"]) == 1
     printed = capsys.readouterr().out
     assert "smoke: 1 of 3 correct" in printed and "OutOfResources" in printed
+    assert "vit-b peft: wrong: off by 2" in printed and "vit-b full" not in printed

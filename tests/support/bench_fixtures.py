@@ -20,6 +20,7 @@ NAMES = (
     "report",
     "run",
     "scaling",
+    "step_models",
     "timing",
     "workload",
 )
