@@ -29,6 +29,15 @@ from fastlora.kernels.update import rank_product, rank_update_
 from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import Choice, product_precision
 from fastlora.ops.dropout import dropout_threshold
+from fastlora.ops.products import (
+    add_backward,
+    add_forward,
+    contiguous,
+    db_product,
+    ds_product,
+    is_loadable,
+    loadable,
+)
 from fastlora.ops.reference import Layer, LowRank, stacked
 
 OPERATORS = torch.ops.fastlora
@@ -97,7 +106,7 @@ def run_forward(
         y, s = reference.forward(x, weight, bias, low.to(x.dtype))
         return y, s / low.keep_scale()  # S without a factor, as the kernels leave it
     if bias is not None and not bias.is_contiguous():
-        bias = library(_contiguous, bias)
+        bias = library(contiguous, bias)
     if choice.plan == "decode":
         y, s = decode(
             x, weight, bias, low.a, low.b, config.decode,
@@ -107,8 +116,8 @@ def run_forward(
     if choice.plan == "fused":
         s = empty(x.shape[0], low.rank(), dtype=x.dtype, device=x.device)
         lora_a = low.a
-        if not _is_loadable(lora_a, x.dtype):
-            lora_a = library(partial(_loadable, x.dtype), lora_a)
+        if not is_loadable(lora_a, x.dtype):
+            lora_a = library(partial(loadable, x.dtype), lora_a)
         y = rank_gemm(
             x, weight, bias, s, low.b, config.fused, lora_a=lora_a, scale=low.scale(), precision=precision
         )  # fmt: skip
@@ -118,7 +127,7 @@ def run_forward(
             x, low.a, low.b, bias, config.start,
             scale=low.scale(), mask=_mask(x, low), precision=precision,
         )  # fmt: skip
-        return library(_add_forward, y, x, weight), s
+        return library(add_forward, y, x, weight), s
     if s is None:
         s = _down_project(x, low, config)
     if choice.plan == "split":
@@ -127,7 +136,7 @@ def run_forward(
         )
     elif choice.plan == "accumulate":
         y = rank_product(s, low.b, bias, config.update, scale=low.scale(), precision=precision)
-        y = library(_add_forward, y, x, weight)
+        y = library(add_forward, y, x, weight)
     else:
         y = library(F.linear, x, weight, bias)
         rank_update_(y, s, low.b, config.update, scale=low.scale(), precision=precision)
@@ -192,33 +201,11 @@ def run_backward(
             with_dx = needs_x and _joins(choice, low)
             da, dx = _a_product(choice.config, x, ds, low, bits, with_dx)
         if dx is not None:
-            dx = library(_add_backward, dx, dy, weight)
+            dx = library(add_backward, dx, dy, weight)
         elif ds is not None and needs_x:
             dx = _x_product(choice, dy, weight, ds, low, bits)
         da, db = _sums(da, db, low)
     return [gradient for gradient in (dx, da, db) if gradient is not None]
-
-
-def _add_forward(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return y.addmm_(x, weight.T)  # [M, K] @ [K, N] -> [M, N]
-
-
-def _add_backward(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-    return dx.addmm_(dy, weight)  # [M, N] @ [N, K] -> [M, K]
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
-
-
-def _is_loadable(matrix: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel reads the matrix by descriptors: in `dtype`, rows contiguous, its start at a multiple of 16 bytes."""
-    return matrix.dtype == dtype and matrix.is_contiguous() and matrix.data_ptr() % 16 == 0
-
-
-def _loadable(dtype: torch.dtype, matrix: Tensor) -> Tensor:
-    """A copy for which `_is_loadable` holds."""
-    return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(matrix)
 
 
 def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
@@ -251,19 +238,10 @@ def _dy_products(
     # Two products of cuBLAS read dy twice, which costs less than the partial sums of one pass would.
     ds = db = None
     if needs_ds:
-        ds = library(_ds_product, dy, low.b)
+        ds = library(ds_product, dy, low.b)
     if needs_db:
-        db = library(partial(_db_product, low.b.dtype, low.scale()), dy, s)
+        db = library(partial(db_product, low.b.dtype, low.scale()), dy, s)
     return ds, db, mask_pass(*x.shape, mask)
-
-
-def _ds_product(dy: Tensor, lora_b: Tensor) -> Tensor:
-    return dy @ lora_b.to(dy.dtype)  # [M, N] @ [N, R] -> [M, R]
-
-
-def _db_product(dtype: torch.dtype, scale: float, dy: Tensor, s: Tensor) -> Tensor:
-    """[N, M] @ [M, R] -> (1, N, R): the only part of the sum."""
-    return (dy.T @ s).to(dtype).mul_(scale)[None]
 
 
 def _joins(choice: Choice, low: LowRank) -> bool:
@@ -309,7 +287,7 @@ def _x_product(
     if choice.dx_plan == "split":
         dx: Tensor = rank_gemm(dy, weight.T, None, ds, up, choice.config.dx, **common)
     elif choice.dx_plan == "accumulate":
-        dx = library(_add_backward, rank_product(ds, up, None, tiles, **common), dy, weight)
+        dx = library(add_backward, rank_product(ds, up, None, tiles, **common), dy, weight)
     else:
         dx = rank_update_(library(torch.mm, dy, weight), ds, up, tiles, **common)
     return dx

@@ -1,0 +1,37 @@
+"""What torch computes in a call of the Triton path: functions of tensors for `fastlora.kernels.recording.library`, which a repeated call calls again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_forward(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return y.addmm_(x, weight.T)  # [M, K] @ [K, N] -> [M, N]
+
+
+def add_backward(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    return dx.addmm_(dy, weight)  # [M, N] @ [N, K] -> [M, K]
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def is_loadable(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel reads the matrix by descriptors: in `dtype`, rows contiguous, its start at a multiple of 16 bytes."""
+    return matrix.dtype == dtype and matrix.is_contiguous() and matrix.data_ptr() % 16 == 0
+
+
+def loadable(dtype: torch.dtype, matrix: Tensor) -> Tensor:
+    """A copy for which `is_loadable` holds."""
+    return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(matrix)
+
+
+def ds_product(dy: Tensor, lora_b: Tensor) -> Tensor:
+    return dy @ lora_b.to(dy.dtype)  # [M, N] @ [N, R] -> [M, R]
+
+
+def db_product(dtype: torch.dtype, scale: float, dy: Tensor, s: Tensor) -> Tensor:
+    """[N, M] @ [M, R] -> (1, N, R): the only part of the sum."""
+    return (dy.T @ s).to(dtype).mul_(scale)[None]
