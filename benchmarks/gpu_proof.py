@@ -12,6 +12,7 @@ file after every case, so that a stage that is stopped leaves what it has. The s
     tune      for each target shape: the base products of cuBLAS, every kernel alone with several tiles, every plan
     profile   the kernels of one forward and backward pass of each target shape, as torch's profiler sees them
     targets   `run.py --quick`, with the tiles that `tune` found if it ran
+    calls     `eager_calls.py`: the CPU's time of a call, in autograd's thread and in one
     models    `model_step.py`: training steps of whole models, with the same tiles
 """
 
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 # Share of the minutes that a stage may take at most.
 STAGES = {
     **{"facts": 0.12, "smoke": 0.2, "tests": 0.4, "tune": 0.6},
-    **{"profile": 0.2, "targets": 0.7, "models": 0.3},
+    **{"profile": 0.2, "calls": 0.12, "targets": 0.7, "models": 0.3},
 }
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 SMOKE = (  # M, K, N, R, p: several tiles, odd sizes, many ranks, few rows
@@ -357,6 +358,11 @@ def _targets(arguments: argparse.Namespace) -> None:
         _benchmark("run.py", options, arguments)
 
 
+def _calls(arguments: argparse.Namespace) -> None:
+    options = ["--device", "cpu", "--rehearse"] if arguments.rehearse else ["--device", "cuda"]
+    _benchmark("eager_calls.py", options, arguments)
+
+
 def _models(arguments: argparse.Namespace) -> None:
     options = ["--device", "cuda"]
     if arguments.rehearse:
@@ -415,6 +421,11 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
         if row["timing"] == "graph":
             cell = f"{row['backend']} {row['ratio_to_linear']:.2f}"
             timed.setdefault((row["case"], row["mode"]), []).append(cell)
+    for row in _read(out / "calls.json", {"results": []})["results"]:
+        thread = {True: "own thread", False: "one thread"}.get(row.get("own_thread"), "")
+        lines.append(
+            f"{row['case']} {row['backend']} {row['what']} {thread}: {row['us']} us a call"
+        )
     models = _read(out / "models.json", {"results": [], "absent": []})
     for row in models["absent"]:
         if row["kind"] != "absent":

@@ -27,7 +27,9 @@ def _rehearse(out, *arguments):
 
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
-    run = _rehearse(tmp_path, "--stages", "facts,smoke,tune,profile,models", "--candidates", "2")
+    run = _rehearse(
+        tmp_path, "--stages", "facts,smoke,tune,profile,calls,models", "--candidates", "2"
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     smoke = json.loads((tmp_path / "smoke.json").read_text())
     assert {row["dtype"] for row in smoke} == {"float16", "float32"}
@@ -40,6 +42,14 @@ def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
     assert entry["plan"] and entry["config"]["dy"]["block_n"] > 0
     assert f"smoke: {len(smoke)} of {len(smoke)} correct" in run.stdout
     assert "llama-tiny eager ms: fastlora " in run.stdout
+    calls = json.loads((tmp_path / "calls.json").read_text())
+    assert calls["not_run"] == [] and len(calls["results"]) == 3 * 3
+    rows = [row for row in calls["results"] if row["backend"] == "fastlora-bf16"]
+    assert [row.get("own_thread") for row in rows] == [None, True, False]
+    for row in rows[1:]:
+        parts = [row["us_to_function"], row["us_in_function"], row["us_back"]]
+        assert min(parts) > 0 and sum(parts) < 100 * row["us"]
+    assert any("_gradients" in name for name, *_ in rows[2]["functions"])
     assert len(run.stdout.splitlines()) <= 60 + 5
 
 
@@ -129,3 +139,25 @@ def test_a_failing_stage_is_a_failure(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "smoke: 1 of 3 correct" in printed and "OutOfResources" in printed
     assert "vit-b peft: wrong: off by 2" in printed and "vit-b full" not in printed
+
+
+def test_the_medical_run_on_a_gpu_uses_flags_that_exist():
+    """The script runs where nothing can be mended; every flag that it passes to a command is one of that command's."""
+    script = (ROOT / "benchmarks/medical_gpu.sh").read_text().replace("\\\n", " ")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    flags = {"common": re.findall(r"--[\w-]+", re.search(r"common=\((.*)\)", script)[1])}
+    flags["mixed"] = re.findall(r"--\w+", re.search(r"mixed=\((--.*)\)", script)[1])
+    flags["image"] = re.findall(r"--\w+", re.search(r"image=\((.*)\)", script)[1])
+    calls = re.findall(r"scripts/(\w+_medical\.py)\" (.*)", script)
+    assert {name for name, _ in calls} == {
+        f"{verb}_medical.py" for verb in ("preprocess", "train", "eval", "predict")
+    }
+    helps = {}
+    for name, rest in calls:
+        used = re.findall(r"(?<![\w-])--[\w-]+", rest)
+        used += [flag for group in flags if f"{{{group}[@]}}" in rest for flag in flags[group]]
+        if name not in helps:
+            command = [sys.executable, f"scripts/{name}", "--help"]
+            helps[name] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        missing = [flag for flag in used if not re.search(rf"{flag}\b", helps[name])]
+        assert used and missing == [], name
