@@ -55,9 +55,10 @@ MASK, TILES, GEMM, FORWARD = (
     "kernels/forward.py",
 )
 BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/config.py"
-LAUNCH = "kernels/launch.py"
+LAUNCH, RECORDING = "kernels/launch.py", "kernels/recording.py"
 TERM, UPDATE = "kernels/rank_term.py", "kernels/update.py"
 OPS, LINEAR = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
+PRODUCTS = "fastlora/ops/products.py"
 REFERENCE, DEFINITION = "fastlora/ops/reference.py", "fastlora/ops/dropout.py"
 TUNE, BENCH = "fastlora/ops/tune.py", "fastlora/ops/bench.py"
 
@@ -69,6 +70,7 @@ KERNEL_TESTS = (
 )
 TESTS = {
     LAUNCH: ("tests/kernels/test_launch.py",),  # the interpreter does not use the table
+    RECORDING: ("tests/kernels/test_recording.py", "tests/kernels/test_launch.py"),
     DEFINITION: ("tests/ops/test_dropout.py",),
     TUNE: ("tests/ops/test_tune.py",),
     BENCH: ("tests/ops/test_tune.py",),
@@ -216,16 +218,36 @@ MUTANTS = (
     Mutant("launch: pipeline stages ignored", LAUNCH, "num_warps, num_stages, launch_pdl, *_traits", "num_warps, launch_pdl, *_traits"),
     Mutant("launch: overlap ignored", LAUNCH, "num_stages, launch_pdl, *_traits", "num_stages, *_traits"),
     Mutant("launch: arguments in the order of the call", LAUNCH, "values = [arguments[name] for name, _, _ in parameters]", "values = [*arguments.values()]"),
-    Mutant("launch: always by Triton", LAUNCH, "            _compiled[key] = compiled\n", "            pass\n"),
+    Mutant("launch: always by Triton", LAUNCH, "        _compiled[key] = compiled\n", "        pass\n"),
+    Mutant("launch: a profiler's hooks are ignored", LAUNCH, 'if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):', "if False:"),
+    # repeated calls
+    Mutant("recording: dtype ignored", RECORDING, "key += (tensor.dtype, tensor.shape,", "key += (tensor.shape,"),
+    Mutant("recording: strides ignored", RECORDING, "tensor.stride(), address % 16 == 0)", "address % 16 == 0)"),
+    Mutant("recording: alignment ignored", RECORDING, "tensor.stride(), address % 16 == 0)", "tensor.stride())"),
+    Mutant("recording: settings ignored", RECORDING, "[id(choice), settings, inputs[0].device]", "[id(choice), inputs[0].device]"),
+    Mutant("recording: choice ignored", RECORDING, "[id(choice), settings, inputs[0].device]", "[settings, inputs[0].device]"),
+    Mutant("recording: inputs that are missing are like others", RECORDING, "key.append(None)", "pass"),
+    Mutant("recording: offsets ignored", RECORDING, "return slot, address - one.data_ptr()", "return slot, 0"),
+    Mutant("recording: unknown tensors are the first input", RECORDING, "        self.known = False\n        return 0, 0", "        return 0, 0"),
+    Mutant("recording: views are what they are views of", RECORDING, "self.known &= all(", "all("),
+    Mutant("recording: tensors at one address", RECORDING, "if len({*used}) == len(used) else None", "if True else None"),
+    Mutant("recording: the workspace is shared always", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "False"),
+    Mutant("recording: the workspace is shared a step early", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "lives[s][0] < end and begin < lives[s][1]"),
+    Mutant("recording: the workspace is never shared", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "True"),
+    Mutant("recording: the tensors of the first call are kept", RECORDING, "            values[place.position] = None", "            pass"),
+    Mutant("recording: one recorder for all threads", RECORDING, "_local = threading.local()", "_local = type('', (), {})()"),
+    Mutant("recording: the first call is recorded", RECORDING, "        _recordings[known] = choice, _SEEN\n        return run()", "        pass"),
+    Mutant("recording: nothing is recorded", RECORDING, "recorder.recording(outputs) if", "None if"),
+    Mutant("recording: never forgotten", RECORDING, "        _recordings.clear()\n    if", "        pass\n    if"),
     # operators and autograd
     Mutant("ops: keep scale", REFERENCE, "self.scaling * self.keep_scale()", "self.scaling"),
     Mutant("ops: S of torch with a factor", OPS, "s / low.keep_scale()", "s"),
     Mutant("ops: dB of torch without the keep scale", OPS, "db = (low.scale() * (dy.T @ s))", "db = (low.scaling * (dy.T @ s))"),
     Mutant("ops: gradients in a different order", OPS, "gradient in (dx, da, db)", "gradient in (da, dx, db)"),
-    Mutant("ops: fused A in its own dtype", OPS, "_loadable(low.a.to(x.dtype))", "_loadable(low.a)"),
-    Mutant("ops: A at any address", OPS, "matrix.clone() if matrix.data_ptr() % 16 else matrix", "matrix"),
-    Mutant("ops: non-contiguous bias", OPS, "bias.contiguous()", "bias"),
-    Mutant("ops: dB of many ranks without its factor", OPS, ".mul_(low.scale())[None]", "[None]"),
+    Mutant("ops: fused A in its own dtype", OPS, "if not is_loadable(lora_a, x.dtype):", "if not is_loadable(lora_a, lora_a.dtype):"),
+    Mutant("ops: A at any address", PRODUCTS, " and matrix.data_ptr() % 16 == 0", ""),
+    Mutant("ops: non-contiguous bias", OPS, "if bias is not None and not bias.is_contiguous():", "if False:"),
+    Mutant("ops: dB of many ranks without its factor", PRODUCTS, ".mul_(scale)[None]", "[None]"),
     Mutant("ops: dB always computed", OPS, "needs_db=needs_db", "needs_db=True"),
     Mutant("ops: dx always computed", OPS, "with_dx = needs_x and _joins(choice, low)", "with_dx = _joins(choice, low)", 0),
     Mutant("ops: columns of dy for the mask of x", OPS, "columns=x.shape[1]", "columns=dy.shape[1]"),
