@@ -84,7 +84,7 @@ def test_variants(tmp_path, monkeypatch, capsys):
     assert "use_dora=True" in printed and "16, 16, r=8" in printed
     assert "['proj.lora_A', 'proj.lora_B', 'proj.original_linear.bias', 'head.weight'" in printed
     if importlib.util.find_spec("torchao"):
-        assert "quantised by torchao, which computes the product" in printed
+        assert "the weight is dequantised by torchao for each pass" in printed
 
 
 INTEGRATIONS = sections("integrations.md")

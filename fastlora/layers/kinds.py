@@ -8,7 +8,8 @@ from fastlora.config import KINDS, LoRAConfig
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.conv import CONVOLUTIONS, LoRAConv
 from fastlora.layers.embedding import LoRAEmbedding
-from fastlora.layers.linear import LoRALinear, LoRATransposedLinear, is_transposed_linear
+from fastlora.layers.linear import LoRALinear, LoRATransposedLinear
+from fastlora.layers.plain import is_transposed_linear
 from fastlora.layers.quantised import why_unreadable
 
 # Transposed convolutions are included so that the error for a pattern that matches one names it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from inspect import Parameter, signature
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from fastlora.layers.base import LoRALayer, Shape, has_hooks, parameter, wrapped_attribute
 from fastlora.layers.nested import on_rows
 from fastlora.layers.offload import loaded
+from fastlora.layers.plain import is_plain, is_transposed_linear
 from fastlora.layers.quantised import quantisation, why_not_computable
+from fastlora.layers.transient import note_compute_dtype, stand_ins, transient, why_own_product_of
 from fastlora.layers.usage import note_compiled_call
-from fastlora.ops.dispatch import Choice, choose
+from fastlora.ops.dispatch import Choice, choose, resolve
 from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update, no_autocast
 
@@ -31,9 +33,10 @@ class LoRALinear(LoRALayer):
     The input is a tensor (..., in_features), or a token object with `.feats` (T, in_features) and `.replace(feats)`
     (such as SAM 3D's SparseTensor); the output is of the same type.
 
-    The wrapped layer is called, and the low-rank product added to its output, if it has hooks, a weight quantised by bitsandbytes or
-    torchao, or a custom forward and a plain tensor as input. On a token object a custom forward is assumed to be F.linear on
-    `.feats`. `fastlora.explain(layer, x)` shows which of these runs.
+    A weight quantised by bitsandbytes or torchao is dequantised for each pass, if its package multiplies by the dequantised weight too.
+    The wrapped layer is called, and the low-rank product added to its output, for other quantised weights, and if it has hooks, or a
+    custom forward and a plain tensor as input. On a token object a custom forward is assumed to be F.linear on `.feats`.
+    `fastlora.explain(layer, x)` shows which of these runs.
 
     original_linear: the layer to adapt; its weight (out_features, in_features) is floating-point or quantised.
     rank: 1 or more.
@@ -162,8 +165,10 @@ class LoRALinear(LoRALayer):
         plain_class = type(self.original_linear).forward is nn.Linear.forward
         hooked = plain_class and has_hooks(self.original_linear)
         if hooked or quantisation(self.original_linear) is not None:
-            y = self.original_linear(input.feats)
-            return input.replace(y if self.disabled else self._update(y, input.feats))
+            x = input.feats
+            return input.replace(
+                self.original_linear(x) if self.disabled else self._forward_tensor(x)
+            )
         if self.disabled:
             if self._is_plain():
                 return input.replace(self.original_linear(input.feats))
@@ -177,11 +182,18 @@ class LoRALinear(LoRALayer):
         if self.disabled:
             return super().choose(x)
         dropout = self.training and dropout_threshold(self.dropout) > 0
-        choice = self._choose(autocast(x) if autocasts(x) else x, dropout)
-        package, reason = quantisation(self.original_linear), choice.reason
+        package = quantisation(self.original_linear)
+        if package is not None and (own := self._why_own_product(x)) is not None:
+            reason = f"the weight is quantised by {package}, which computes the product: {own}"
+            return replace(self._choose(x, dropout), reason=reason)
         if package is not None:
-            reason = f"the weight is quantised by {package}, which computes the product"
-        elif self.lora_magnitude is not None:
+            x, weight = stand_ins(self.original_linear, x)
+            choice = self._choose(x, dropout, weight)
+            reason = f"the weight is dequantised by {package} for each pass; {choice.reason}"
+        else:
+            choice = self._choose(autocast(x) if autocasts(x) else x, dropout)
+            reason = choice.reason
+        if self.lora_magnitude is not None:
             reason += "; DoRA scales the output in a separate pass"
         elif self.group is not None and (choice.backend, choice.plan) == ("torch", "in_place"):
             reason += f"; fused in a group of {len(self.group.layers)} layers with the same input"
@@ -210,6 +222,9 @@ class LoRALinear(LoRALayer):
     def _forward_tensor(self, x: Tensor) -> Tensor:
         if self._is_plain():
             return on_rows(lambda rows: self._fused(rows, x), x) if x.is_nested else self._fused(x)
+        if quantisation(self.original_linear) is not None and self._why_own_product(x) is None:
+            dequantised = self._with_dequantised
+            return on_rows(dequantised, x) if x.is_nested else dequantised(x)
         self._choose(x, False)  # raises if a backend is forced
         y = self.original_linear(x)
         return on_rows(self._update, y, x) if x.is_nested else self._update(y, x)
@@ -255,8 +270,36 @@ class LoRALinear(LoRALayer):
             self._draw_seed(x),
             backend=self.backend,
         )
-        if not dora:
-            return y
+        return self._scaled(y, bias) if dora else y
+
+    def _with_dequantised(self, x: Tensor) -> Tensor:
+        """The layer's output for x. The weight is dequantised for this pass, and again for the backward pass."""
+        linear = self.original_linear
+        note_compute_dtype(linear, x)
+        call, dora = transient(linear, x), self.lora_magnitude is not None
+        y = lora_linear(
+            call.x,
+            call.weight(),
+            None if dora or call.bias_after else call.bias,
+            *self.factors(),
+            self.scaling,
+            self.dropout,
+            self._draw_seed(x),
+            backend=self.backend,
+            recompute=call.weight,
+        )
+        if dora:
+            y = self._scaled(y, call.bias)
+        elif call.bias_after:
+            y = y + cast(Tensor, call.bias)
+        return y.to(call.dtype)
+
+    def _why_own_product(self, x: Tensor) -> str | None:
+        """Why the package of a quantised layer computes the product with x, or None if the weight is dequantised."""
+        return why_own_product_of(self.original_linear, x, resolve(self.backend) == "triton")
+
+    def _scaled(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """DoRA's output for the output y without its scale and bias."""
         scale = self._dora_scale().to(y.dtype)
         return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
@@ -317,13 +360,13 @@ class LoRALinear(LoRALayer):
             return None
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
 
-    def _choose(self, x: Tensor, dropout: bool) -> Choice:
+    def _choose(self, x: Tensor, dropout: bool, dequantised: Tensor | None = None) -> Choice:
         return choose(
             x,
-            self.matrix,
+            self.matrix if dequantised is None else dequantised,
             self.factors()[0].shape[0],
             dropout=dropout,
-            plain_base=self._is_plain(),
+            plain_base=dequantised is not None or self._is_plain(),
             backend=self.backend,
         )
 
@@ -370,31 +413,3 @@ class LoRATransposedLinear(LoRALinear):
 
     def _stored_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.T, b.T  # [K, R] @ [R, N] -> [K, N]
-
-
-def is_transposed_linear(module: object) -> TypeGuard[nn.Module]:
-    """Whether the module is transformers' `Conv1D` or a subclass, found without importing transformers."""
-    return isinstance(module, nn.Module) and _conv1d(type(module)) is not None
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether calling the layer is `F.linear` with its own weight and nothing else."""
-    return computes_linear(linear) and not has_hooks(linear) and quantisation(linear) is None
-
-
-def computes_linear(linear: nn.Module) -> bool:
-    """Whether the forward of the layer is that of `nn.Linear` or of transformers' `Conv1D`."""
-    kind = type(linear)
-    if "forward" in linear.__dict__:  # set by hooks of the package accelerate
-        return False
-    if kind.forward is nn.Linear.forward:
-        return True
-    conv1d = _conv1d(kind)
-    return conv1d is not None and kind.forward is conv1d.forward
-
-
-def _conv1d(kind: type) -> Any:
-    for base in kind.__mro__:  # not in next(), whose default Dynamo of torch 2.6 does not know
-        if (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-            return base
-    return None

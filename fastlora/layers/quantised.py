@@ -5,6 +5,9 @@ The packages are recognised by the class of the weight or the forward that compu
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from fastlora.config import computes_in
 from fastlora.errors import MergeError
 from fastlora.layers.offload import loaded, offload_hook
+from fastlora.ops.linear import no_autocast
 
 _PACKAGES = ("bitsandbytes", "torchao")
 _CONVOLVES = tuple(conv.forward for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -37,8 +41,6 @@ def quantisation(module: nn.Module) -> str | None:
 def dequantised(module: nn.Module) -> Tensor:
     """The layer's weight in floating point, dequantised if necessary, and loaded if it is offloaded.
 
-    Source: bitsandbytes' `dequantize_4bit` and `int8_vectorwise_dequant`, torchao's `Tensor.dequantize`.
-
     Raises: MergeError if its values are unknown.
     """
     package = quantisation(module)
@@ -53,13 +55,50 @@ def dequantised(module: nn.Module) -> Tensor:
     if package == "bitsandbytes" and weight.data.is_floating_point():
         return cast(Tensor, weight)  # not quantised yet
     if package == "torchao":
-        return cast(Tensor, weight.dequantize())
+        return reader(module)(weight.dtype)
+    state = getattr(weight, "quant_state", None)
+    return reader(module)(torch.float32 if state is None else state.dtype)
+
+
+def reader(module: nn.Module) -> Callable[[torch.dtype], Tensor]:
+    """A function that returns the present weight of a quantised layer in a dtype. It refers to the weight, not to the layer.
+
+    Source: bitsandbytes' `MatMul4Bit` and `MatMul8bitFp`, torchao's `F.linear` of each class.
+    """
+    weight: Any = module.weight
+    if quantisation(module) == "torchao":
+        return partial(_torchao, weight)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:  # a copy, since a packed layer changes its own
+        return partial(_four_bits, weight.data, copy.copy(state))
+    scale = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
+    return partial(_eight_bits, weight.data, scale)
+
+
+def _torchao(weight: Any, dtype: torch.dtype) -> Tensor:
+    kind = type(weight).__name__
+    with no_autocast(weight):
+        if kind in ("Int8Tensor", "Float8Tensor"):
+            return cast(Tensor, weight.dequantize(dtype))
+        value = weight.get_original_weight() if kind == "NF4Tensor" else weight.dequantize()
+        return cast(Tensor, value.to(dtype))
+
+
+def _four_bits(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes import functional
 
-    if getattr(weight, "quant_state", None) is not None:
-        return cast(Tensor, functional.dequantize_4bit(weight.data, weight.quant_state))
-    scale = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
-    return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scale))
+    state = copy.copy(state)
+    if getattr(state, "packing_format_for_cpu", False):
+        # The layer has run on a CPU with AVX512-BF16, without gradients: the bytes have another order, and the scales are transposed.
+        state.original_nested = False
+        packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, state)
+        state.absmax = state.absmax.T.reshape(-1).float()
+    state.dtype = dtype
+    return cast(Tensor, functional.dequantize_4bit(packed, state))
+
+
+def _eight_bits(value: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
 
 
 def why_unreadable(module: nn.Module) -> str | None:
@@ -72,6 +111,8 @@ def why_unreadable(module: nn.Module) -> str | None:
     scaled = type(module).forward not in (nn.Linear.forward, nn.Embedding.forward, *_CONVOLVES)
     if type(weight) is nn.Parameter and scaled:
         return f"the weight is stored in {weight.dtype} with scales that only {package} knows"
+    if package == "torchao" and type(weight).dequantize is Tensor.dequantize:
+        return f"torchao cannot dequantise a {type(weight).__name__}"
     return None
 
 
@@ -89,9 +130,26 @@ def why_not_computable(layer: nn.Module) -> str | None:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The expected dtype of the layer's input: the weight's, or the compute dtype of a quantised weight."""
+    """The expected dtype of the layer's input: the weight's, or of a quantised weight the compute dtype, or else the bias's or float32."""
     weight = cast(Tensor, module.weight)
     if computes_in(weight.dtype):
         return weight.dtype
     own = getattr(module, "compute_dtype", None)
-    return own if isinstance(own, torch.dtype) else torch.float32
+    if isinstance(own, torch.dtype):
+        return own
+    bias = module._parameters.get("bias")
+    return torch.float32 if bias is None or not computes_in(bias.dtype) else bias.dtype
+
+
+def stored_bytes(parameter: Tensor) -> int:
+    """The bytes of a parameter as it is stored, with the scales of a quantised one."""
+    package = type(parameter).__module__.partition(".")[0]
+    quantised: Any = parameter
+    if package == "torchao":  # its dtype is that of the values
+        names, _ = quantised.__tensor_flatten__()
+        return sum(int(getattr(quantised, name).nbytes) for name in names)
+    state = getattr(quantised, "quant_state", None)
+    scales = [getattr(quantised, "SCB", None)]
+    while package == "bitsandbytes" and state is not None:
+        scales, state = [*scales, state.absmax], state.state2 if state.nested else None
+    return int(parameter.nbytes) + sum(int(t.nbytes) for t in scales if t is not None)

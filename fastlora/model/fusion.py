@@ -17,7 +17,8 @@ from torch.utils import checkpoint
 
 from fastlora.errors import InjectionError
 from fastlora.layers.base import named_lora_layers
-from fastlora.layers.linear import LoRALinear, is_plain
+from fastlora.layers.linear import LoRALinear
+from fastlora.layers.plain import is_plain
 from fastlora.model.switch import eval_mode
 from fastlora.ops.dispatch import why_not_triton
 from fastlora.ops.group import lora_linear_group

@@ -43,6 +43,7 @@ def lora_linear(
     seed: Tensor | None = None,
     *,
     backend: str = "auto",
+    recompute: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ, differentiable in every tensor argument.
 
@@ -51,6 +52,8 @@ def lora_linear(
     scaling: the applied factor, alpha / rank. p: dropout probability, 0 ≤ p < 1, used only if `seed` is given.
     seed: 0-d int64 tensor on x's device or the CPU. One device drops the same elements for the same seed, whether the call is compiled,
     transformed by functorch or neither; `fastlora.ops.dropout.keep_mask` decides which.
+    recompute: returns the value of `weight` again, which is then not kept for the backward pass: a pass that needs it calls this once. The
+    weight must be a constant in the dtype of the computation.
     Returns y (..., N) in x's dtype, newly allocated. Under autocast all of them are cast to its dtype.
 
     Raises: ConfigError if shapes, dtypes or devices do not fit; BackendError if `backend` cannot run.
@@ -59,6 +62,8 @@ def lora_linear(
         x, weight = autocast(x), autocast(weight)
         bias = None if bias is None else autocast(bias)
     _check(x, weight, bias, lora_a, lora_b)
+    if recompute is not None and weight.requires_grad:
+        raise ConfigError("weight: expected no requires_grad, since recompute is given")
     low = low_rank(lora_a, lora_b, scaling, p, seed)
     choice = choose(
         x, weight, low.rank(), dropout=low.seed is not None, backend=backend, with_plan=False
@@ -70,7 +75,7 @@ def lora_linear(
         return composed(x, weight, bias, low)
     if not torch.is_grad_enabled():
         return _forward(x, weight, bias, None, low, triton)[0]
-    y: Tensor = _apply()(x, weight, bias, None, triton, *low)
+    y: Tensor = _apply()(x, weight, bias, None, triton, recompute, *low)
     return y
 
 
@@ -96,7 +101,7 @@ def lora_update(
             return y + composed(x, None, None, low)
         if not torch.is_grad_enabled():
             return _forward(x, None, None, y, low)[0]
-        z: Tensor = _apply()(x, None, None, y, False, *low)
+        z: Tensor = _apply()(x, None, None, y, False, None, *low)
     return z
 
 
@@ -127,12 +132,14 @@ class _LoRALinear(torch.autograd.Function):
         bias: Tensor | None,
         base: Tensor | None,
         triton: bool,
+        recompute: Callable[[], Tensor] | None,
         *path: Any,
     ) -> Tensor:
         low = LowRank(*path)
         y, s = _forward(x, weight, bias, base, low, triton)
-        ctx.save_for_backward(x, weight, low.a, low.b, s, low.seed)
-        ctx.scaling, ctx.p, ctx.triton = low.scaling, low.p, triton
+        kept = weight if recompute is None else None
+        ctx.save_for_backward(x, kept, low.a, low.b, s, low.seed)
+        ctx.scaling, ctx.p, ctx.triton, ctx.recompute = low.scaling, low.p, triton, recompute
         return y
 
     @staticmethod
@@ -146,7 +153,9 @@ class _LoRALinear(torch.autograd.Function):
     def _gradients(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, a, b, s, seed = ctx.saved_tensors
         scaling, p, triton = ctx.scaling, ctx.p, ctx.triton
-        needs_x, needs_w, needs_bias, needs_base, _, needs_a, needs_b = ctx.needs_input_grad[:7]
+        needs_x, needs_w, needs_bias, needs_base, _, _, needs_a, needs_b = ctx.needs_input_grad[:8]
+        if ctx.recompute is not None:
+            weight = _again(ctx.recompute, x, b, needs_x)
         if torch.is_grad_enabled():
 
             def output(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
@@ -171,7 +180,19 @@ class _LoRALinear(torch.autograd.Function):
             dx = None if dx is None else shaped_as(x, dx)
             dweight = rows.T @ flat if needs_w else None  # [N, M] @ [M, K] -> [N, K]
         dbias = as_rows(dy).sum(0) if needs_bias else None
-        return dx, dweight, dbias, dy if needs_base else None, None, da, db, None, None, None
+        return dx, dweight, dbias, dy if needs_base else None, None, None, da, db, None, None, None
+
+
+def _again(recompute: Callable[[], Tensor], x: Tensor, b: Tensor, needs_x: bool) -> Tensor:
+    """The weight (N, K) in a backward pass; only dx reads its values. Raises: ConfigError if it does not fit."""
+    shape = (b.shape[0], x.shape[-1])
+    if not needs_x and not torch.is_grad_enabled():
+        return x.new_empty(shape)
+    weight = recompute().detach()
+    if weight.shape != shape or weight.dtype != x.dtype:
+        got = f"{tuple(weight.shape)} in {weight.dtype}"
+        raise ConfigError(f"recompute: expected {shape} in {x.dtype}, got {got}")
+    return weight
 
 
 # Without the search for functorch's transforms in every argument, which takes longer than a small product: `transformed` excludes them.

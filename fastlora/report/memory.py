@@ -16,7 +16,8 @@ from fastlora.errors import ConfigError, InjectionError
 from fastlora.layers.base import default_adapter_dtype, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class
 from fastlora.layers.linear import LoRALinear
-from fastlora.layers.quantised import compute_dtype
+from fastlora.layers.quantised import compute_dtype, quantisation, stored_bytes
+from fastlora.layers.transient import why_own_product
 from fastlora.model.adapter_registry import none_active
 from fastlora.model.selection import (
     attention_projections,
@@ -41,6 +42,7 @@ class LayerShape:
     weight_read: the layer is never called, because its parent multiplies by the merged weight (`nn.MultiheadAttention`).
     dora: whether the output is scaled.
     joined: whether each call concatenates the factors with those of the subtracted initial product.
+    dequantised: whether the weight is quantised, and dequantised for each pass.
     """
 
     in_features: int
@@ -53,6 +55,7 @@ class LayerShape:
     weight_read: bool = False
     dora: bool = False
     joined: bool = False
+    dequantised: bool = False
 
     def saved_bytes(self, rows: int) -> int:
         """Bytes that fastlora saves for the backward pass of `rows` rows, including x and excluding parameters.
@@ -74,6 +77,11 @@ class LayerShape:
             wide = max(self.adapter_dtype.itemsize, 4)
             saved += (rows + 1) * self.out_features * size + self.out_features * wide
         return saved + (8 if self.dropout else 0)
+
+    def transient_bytes(self) -> int:
+        """Bytes of the dequantised weight, which exists while one pass of the layer runs; DoRA's norms read it in float32."""
+        size = max(self.dtype.itemsize, 4) if self.dora else self.dtype.itemsize
+        return self.in_features * self.out_features * size if self.dequantised else 0
 
     def peft_saved_bytes(self, rows: int) -> int:
         """Bytes that PEFT saves for the same rows: x in the adapters' dtype, or D(x) and the mask, and S.
@@ -98,7 +106,12 @@ def shape_of(layer: LoRALinear, weight_read: bool = False) -> LayerShape:
         weight_read,
         layer.lora_magnitude is not None,
         layer.initial_A is not None,
+        _dequantised(layer.original_linear),
     )
+
+
+def _dequantised(linear: nn.Module) -> bool:
+    return quantisation(linear) is not None and why_own_product(linear) is None
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ class MemoryEstimate:
         that share their input (q, k and v) save it once, which shapes do not show.
     saved_beyond_input_bytes: the same without inputs: a lower bound, reached if other layers save every x anyway.
     peft_saved_bytes: the upper bound for PEFT's layers, with float32 adapters on a 16-bit base, as is PEFT's default.
+    transient_bytes: the largest dequantised weight of the adapted layers; one exists at a time, while its layer runs.
     """
 
     rows: int
@@ -124,11 +138,12 @@ class MemoryEstimate:
     saved_bytes: int
     saved_beyond_input_bytes: int
     peft_saved_bytes: int
+    transient_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """The sum, with the upper bound of saved bytes and without activations of other layers."""
-        parameters = self.trainable_bytes + self.frozen_bytes
+        parameters = self.trainable_bytes + self.frozen_bytes + self.transient_bytes
         return parameters + self.gradient_bytes + self.optimizer_bytes + self.saved_bytes
 
     def __str__(self) -> str:
@@ -143,6 +158,8 @@ class MemoryEstimate:
                 f"at most; {format_bytes(self.saved_beyond_input_bytes)} beyond their inputs; "
                 f"PEFT at most {format_bytes(self.peft_saved_bytes)}",
             ),
+            *[("the largest dequantised weight", self.transient_bytes, "one at a time")]
+            * (self.transient_bytes > 0),
             ("total", self.total_bytes, "without the activations of other layers"),
         ]
         width = max(len(name) for name, _, _ in lines)
@@ -186,12 +203,13 @@ def estimate(
         uncounted=adapted - len(shapes),
         optimizer=optimizer,
         trainable_bytes=sum(trainable),
-        frozen_bytes=sum(p.nbytes for p in model.parameters() if p not in trains),
+        frozen_bytes=sum(stored_bytes(p) for p in model.parameters() if p not in trains),
         gradient_bytes=sum(trainable),
         optimizer_bytes=sum(copies * size + step for size in trainable),
         saved_bytes=sum(s.saved_bytes(rows) for s in shapes),
         saved_beyond_input_bytes=sum(s.saved_beyond_input_bytes(rows) for s in shapes),
         peft_saved_bytes=sum(s.peft_saved_bytes(rows) for s in shapes),
+        transient_bytes=max((s.transient_bytes() for s in shapes), default=0),
     )
 
 
@@ -244,6 +262,7 @@ def shape_after_injection(
         weight_read,
         config.use_dora,
         config.subtracts_init,
+        _dequantised(linear),
     )
 
 

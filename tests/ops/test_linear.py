@@ -243,6 +243,40 @@ def test_invalid_arguments_are_named(change, message):
         lora_linear(**arguments, scaling=1.0)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_recomputed_weight_is_read_once_a_pass_and_not_saved(case):
+    t, calls, saved = make(case), [], []
+    x, lora_a, lora_b = (v.detach().requires_grad_() for v in (t.x, t.lora_a, t.lora_b))
+    weight = t.weight.clone()
+    arguments = (x, weight, t.bias, lora_a, lora_b, t.scaling, case.p, SEED)
+
+    def recompute():
+        calls.append(True)
+        return t.weight.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: (saved.append(v), v)[1], lambda v: v):
+        y = lora_linear(*arguments, recompute=recompute)
+    assert not calls and all(v is not weight for v in saved)
+    want = lora_linear(*arguments)
+    got, wants = (torch.autograd.grad(out, (x, lora_a, lora_b), t.dy) for out in (y, want))
+    assert len(calls) == 1 and all(map(torch.equal, (y, *got), (want, *wants)))
+
+
+def test_a_recomputed_weight_that_does_not_fit_is_named():
+    t = make(CASES[0])
+    arguments = (t.x.requires_grad_(), t.weight, t.bias, t.lora_a, t.lora_b, 1.0)
+    for found, message in (
+        (t.weight[:3], r"recompute: expected \(16, 16\) in torch.float32, got \(3, 16\) in"),
+        (t.weight.half(), r"torch.float32, got \(16, 16\) in torch.float16"),
+    ):
+        y = lora_linear(*arguments, recompute=lambda found=found: found)
+        with pytest.raises(ConfigError, match=message):
+            y.sum().backward()
+    t.weight.requires_grad_()
+    with pytest.raises(ConfigError, match="weight: expected no requires_grad, since recompute"):
+        lora_linear(*arguments, recompute=t.weight.clone)
+
+
 def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     t = make(CASES[0])
