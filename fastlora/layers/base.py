@@ -18,6 +18,7 @@ from fastlora.config import BACKENDS, check_hyperparameters, computes_in, scalin
 from fastlora.errors import BackendError, ConfigError, FastLoRAWarning, InjectionError, MergeError
 from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.offload import execution_device, offload_hook
+from fastlora.layers.plain import attribute
 from fastlora.layers.quantised import dequantised, quantisation, why_unreadable
 from fastlora.layers.usage import Usage, note_compiled_read
 from fastlora.ops.dispatch import Choice
@@ -186,7 +187,7 @@ class LoRALayer(nn.Module, ABC):
             self._warn_if_offloaded()
         initial_a, initial_b = self._buffers["initial_A"], self._buffers["initial_B"]
         if initial_a is None or initial_b is None:
-            return parameter(self, "lora_A"), parameter(self, "lora_B")
+            return attribute(self, "lora_A"), attribute(self, "lora_B")
         return fold_initial(self.lora_A, self.lora_B, initial_a, initial_b)
 
     def factors_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -394,27 +395,11 @@ def wrapped_attribute(name: str) -> Any:
     return property(lambda layer: getattr(layer.wrapped, name), doc=f"The wrapped layer's {name}.")
 
 
-def parameter(module: nn.Module, name: str) -> Any:
-    """The module's attribute `name`, in a third of the time if it is a registered parameter: `nn.Module` searches for that last."""
-    found = None if name in module.__dict__ else module._parameters.get(name)
-    return getattr(module, name) if found is None else found
-
-
 def default_adapter_dtype(original: nn.Module) -> torch.dtype:
     """The weight's dtype, but float32 for a 16-bit weight, in which small updates would vanish, and for a quantised one."""
     if quantisation(original) is not None:
         return torch.float32
     return torch.promote_types(cast(Tensor, original.weight).dtype, torch.float32)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the layer has forward or backward hooks, or a forward that a package set on the instance."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def named_lora_layers(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, has_hooks, parameter, wrapped_attribute
+from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
 from fastlora.layers.nested import on_rows
 from fastlora.layers.offload import loaded
-from fastlora.layers.plain import is_plain, is_transposed_linear
+from fastlora.layers.plain import attribute, has_hooks, is_plain, is_transposed_linear
 from fastlora.layers.quantised import quantisation, why_not_computable
 from fastlora.layers.transient import note_compute_dtype, stand_ins, transient, why_own_product_of
 from fastlora.layers.usage import note_compiled_call
@@ -258,11 +258,11 @@ class LoRALinear(LoRALayer):
             if shared is not None:
                 return shared
         linear = self.wrapped
-        bias = parameter(linear, "bias")
+        bias = attribute(linear, "bias")
         dora = self._parameters["lora_magnitude"] is not None
         y = lora_linear(
             x,
-            self._as_weight_layout(parameter(linear, "weight")),
+            self._as_weight_layout(attribute(linear, "weight")),
             None if dora else bias,
             *self.factors(),
             self.scaling,

@@ -1,4 +1,4 @@
-"""Layers whose call is `F.linear` with their own weight: `nn.Linear`, and Hugging Face's `Conv1D`, which stores it transposed."""
+"""What a wrapped layer does beyond `F.linear` with its own weight: nothing in `nn.Linear` and Hugging Face's `Conv1D`, unless it has hooks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from fastlora.layers.base import has_hooks
 from fastlora.layers.quantised import quantisation
 
 
@@ -36,3 +35,19 @@ def _conv1d(kind: type) -> Any:
         if (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D"):
             return base
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the layer has forward or backward hooks, or a forward that a package set on the instance."""
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """The module's attribute `name`, in a third of the time if it is a registered parameter: `nn.Module` searches for that last."""
+    found = None if name in module.__dict__ else module._parameters.get(name)
+    return getattr(module, name) if found is None else found

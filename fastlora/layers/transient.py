@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora.layers.base import has_hooks
+from fastlora.layers.plain import has_hooks
 from fastlora.layers.quantised import quantisation, reader, why_unreadable
 from fastlora.ops.linear import autocasts
 

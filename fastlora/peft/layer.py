@@ -8,8 +8,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from fastlora.layers.base import has_hooks
-from fastlora.layers.plain import computes_linear, is_transposed_linear
+from fastlora.layers.plain import computes_linear, has_hooks, is_transposed_linear
 from fastlora.ops.linear import lora_linear
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
