@@ -69,16 +69,34 @@ class _Empty:
         tensors[self.slot], addresses[self.slot] = made, made.data_ptr()
 
 
+class _View(NamedTuple):
+    """A view of the tensor in a slot; offset in elements."""
+
+    slot: int
+    offset: int
+    shape: Sequence[int]
+    strides: Sequence[int]
+
+    def of(self, tensors: list[Any]) -> Tensor:
+        base = tensors[self.slot]
+        return torch.as_strided(base, self.shape, self.strides, base.storage_offset() + self.offset)
+
+
 class _Library:
-    """result = function(*tensors)"""
+    """result = function(*tensors). arguments: the slot of each, a view of one, or None."""
 
     def __init__(
-        self, function: Callable[..., Tensor], slots: Sequence[int | None], result: int
+        self, function: Callable[..., Tensor], arguments: Sequence[int | _View | None], result: int
     ) -> None:
-        self.function, self.arguments, self.result = function, slots, result
+        self.function, self.arguments, self.result = function, arguments, result
 
     def take(self, tensors: list[Any], addresses: list[int]) -> None:
-        made = self.function(*[None if slot is None else tensors[slot] for slot in self.arguments])
+        made = self.function(
+            *[
+                None if one is None else one.of(tensors) if isinstance(one, _View) else tensors[one]
+                for one in self.arguments
+            ]
+        )
         tensors[self.result], addresses[self.result] = made, made.data_ptr()
 
 
@@ -156,15 +174,12 @@ class Recorder:
         return len(self.inputs) + len(self.made) - 1
 
     def library(self, function: Callable[..., Tensor], tensors: Tensors, result: Tensor) -> None:
-        slots = [None if t is None else self._itself(t) for t in tensors]
-        self.known &= all(
-            t is None or slot is not None for t, slot in zip(tensors, slots, strict=True)
-        )
+        arguments = [None if t is None else self._argument(t) for t in tensors]
         slot = self._itself(result)
         if slot is None:
             slot = self.empty(result)
             self.results.add(slot)
-        self.steps.append(_Library(function, slots, slot))
+        self.steps.append(_Library(function, arguments, slot))
 
     def kernel(
         self, start: Callable[[list[Any]], None], values: list[Any], *, interpreted: bool
@@ -188,7 +203,10 @@ class Recorder:
             return None
         shapes = {slot: t.shape for (slot, _), t in zip(found, outputs, strict=True)}
         taken = {
-            slot for step in self.steps if isinstance(step, _Library) for slot in step.arguments
+            one.slot if isinstance(one, _View) else one
+            for step in self.steps
+            if isinstance(step, _Library)
+            for one in step.arguments
         }
         begin: list[_Empty] = []
         inside: dict[int, int] = {}  # slots in the workspace, with their sizes in bytes
@@ -228,6 +246,13 @@ class Recorder:
             offsets[slot] = offset
             total = max(total, _rounded(offset + sizes[slot]))
         return offsets, total
+
+    def _argument(self, tensor: Tensor) -> int | _View:
+        slot = self._itself(tensor)
+        if slot is not None:
+            return slot
+        slot, offset = self._find(tensor)
+        return _View(slot, offset // tensor.element_size(), tensor.shape, tensor.stride())
 
     def _itself(self, tensor: Tensor) -> int | None:
         """The slot of a tensor that is not a view of another one."""
@@ -303,17 +328,17 @@ def forget() -> None:
 
 
 def repeat(
-    choice: object,
+    choices: Sequence[object],
     settings: Hashable,
     inputs: Sequence[Any],
     run: Callable[[], Sequence[Tensor]],
 ) -> Sequence[Tensor]:
     """`run()`, or the steps of an earlier call of it. Returns what `run` returns, contiguous tensors.
 
-    choice, settings: all that decides about the steps besides the forms of the inputs; `choice` by its identity. inputs: the tensors that
-    `run` reads. The second call of a kind is recorded: some problems never come again.
+    choices, settings: all that decides about the steps besides the forms of the inputs; `choices` by their identity. inputs: the tensors that
+    `run` reads, the first one not None. The second call of a kind is recorded: some problems never come again.
     """
-    key: list[Any] = [id(choice), settings, inputs[0].device]
+    key: list[Any] = [*map(id, choices), settings, inputs[0].device]
     addresses = []
     for tensor in inputs:
         if tensor is None:
@@ -332,7 +357,7 @@ def repeat(
     if len(_recordings) >= _MOST:
         _recordings.clear()
     if found is None:
-        _recordings[known] = choice, _SEEN
+        _recordings[known] = choices, _SEEN
         return run()
     recorder = _local.recorder = Recorder(inputs)
     try:
@@ -342,5 +367,5 @@ def repeat(
     # Tensors at one address cannot be told apart.
     used = [address for address in addresses if address]
     recording = recorder.recording(outputs) if len({*used}) == len(used) else None
-    _recordings[known] = choice, recording or _UNREPEATABLE
+    _recordings[known] = choices, recording or _UNREPEATABLE
     return outputs

@@ -58,7 +58,7 @@ BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/
 LAUNCH, RECORDING = "kernels/launch.py", "kernels/recording.py"
 TERM, UPDATE = "kernels/rank_term.py", "kernels/update.py"
 OPS, LINEAR = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
-PRODUCTS = "fastlora/ops/products.py"
+PRODUCTS, GROUP = "fastlora/ops/products.py", "fastlora/ops/triton_group.py"
 REFERENCE, DEFINITION = "fastlora/ops/reference.py", "fastlora/ops/dropout.py"
 TUNE, BENCH = "fastlora/ops/tune.py", "fastlora/ops/bench.py"
 
@@ -70,6 +70,7 @@ KERNEL_TESTS = (
 )
 TESTS = {
     LAUNCH: ("tests/kernels/test_launch.py",),  # the interpreter does not use the table
+    GROUP: ("tests/ops/test_triton_ops.py", "tests/kernels/test_recording.py"),
     RECORDING: ("tests/kernels/test_recording.py", "tests/kernels/test_launch.py"),
     DEFINITION: ("tests/ops/test_dropout.py",),
     TUNE: ("tests/ops/test_tune.py",),
@@ -224,19 +225,20 @@ MUTANTS = (
     Mutant("recording: dtype ignored", RECORDING, "key += (tensor.dtype, tensor.shape,", "key += (tensor.shape,"),
     Mutant("recording: strides ignored", RECORDING, "tensor.stride(), address % 16 == 0)", "address % 16 == 0)"),
     Mutant("recording: alignment ignored", RECORDING, "tensor.stride(), address % 16 == 0)", "tensor.stride())"),
-    Mutant("recording: settings ignored", RECORDING, "[id(choice), settings, inputs[0].device]", "[id(choice), inputs[0].device]"),
-    Mutant("recording: choice ignored", RECORDING, "[id(choice), settings, inputs[0].device]", "[settings, inputs[0].device]"),
+    Mutant("recording: settings ignored", RECORDING, "[*map(id, choices), settings, inputs[0].device]", "[*map(id, choices), inputs[0].device]"),
+    Mutant("recording: choice ignored", RECORDING, "[*map(id, choices), settings, inputs[0].device]", "[settings, inputs[0].device]"),
     Mutant("recording: inputs that are missing are like others", RECORDING, "key.append(None)", "pass"),
     Mutant("recording: offsets ignored", RECORDING, "return slot, address - one.data_ptr()", "return slot, 0"),
     Mutant("recording: unknown tensors are the first input", RECORDING, "        self.known = False\n        return 0, 0", "        return 0, 0"),
-    Mutant("recording: views are what they are views of", RECORDING, "self.known &= all(", "all("),
+    Mutant("recording: views are what they are views of", RECORDING, "        return _View(slot, offset", "        return slot or (slot, offset"),
+    Mutant("recording: views begin at the start", RECORDING, "base.storage_offset() + self.offset", "base.storage_offset()"),
     Mutant("recording: tensors at one address", RECORDING, "if len({*used}) == len(used) else None", "if True else None"),
     Mutant("recording: the workspace is shared always", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "False"),
     Mutant("recording: the workspace is shared a step early", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "lives[s][0] < end and begin < lives[s][1]"),
     Mutant("recording: the workspace is never shared", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "True"),
     Mutant("recording: the tensors of the first call are kept", RECORDING, "            values[place.position] = None", "            pass"),
     Mutant("recording: one recorder for all threads", RECORDING, "_local = threading.local()", "_local = type('', (), {})()"),
-    Mutant("recording: the first call is recorded", RECORDING, "        _recordings[known] = choice, _SEEN\n        return run()", "        pass"),
+    Mutant("recording: the first call is recorded", RECORDING, "        _recordings[known] = choices, _SEEN\n        return run()", "        pass"),
     Mutant("recording: nothing is recorded", RECORDING, "recorder.recording(outputs) if", "None if"),
     Mutant("recording: never forgotten", RECORDING, "        _recordings.clear()\n    if", "        pass\n    if"),
     # operators and autograd
@@ -249,17 +251,20 @@ MUTANTS = (
     Mutant("ops: non-contiguous bias", OPS, "if bias is not None and not bias.is_contiguous():", "if False:"),
     Mutant("ops: dB of many ranks without its factor", PRODUCTS, ".mul_(scale)[None]", "[None]"),
     Mutant("ops: dB always computed", OPS, "needs_db=needs_db", "needs_db=True"),
-    Mutant("ops: dx always computed", OPS, "with_dx = needs_x and _joins(choice, low)", "with_dx = _joins(choice, low)", 0),
+    Mutant("ops: dx always computed", OPS, "with_dx = needs_x and joins(choice, low)", "with_dx = joins(choice, low)", 0),
     Mutant("ops: columns of dy for the mask of x", OPS, "columns=x.shape[1]", "columns=dy.shape[1]"),
     Mutant("ops: dtypes of the gradients swapped", OPS, "(low.a.dtype, low.b.dtype)", "(low.b.dtype, low.a.dtype)"),
-    Mutant("group: one factor for all", OPS, "if len({one.scaling for one in lows}) == 1:", "if True:"),
-    Mutant("group: no factor for any", OPS, "low = low._replace(scaling=lows[0].scaling)", "pass"),
-    Mutant("group: mask of the last layer", OPS, "bits = products[0][2]", "bits = products[-1][2]"),
-    Mutant("group: dx of the first layer only", OPS, "dx.addmm_(dy, layer.weight)", "dx.addmm_(dy, layer.weight, alpha=0)"),
-    Mutant("group: the first layer's dy twice", OPS, "added = 0 if dx is not None else 1", "added = 0"),
-    Mutant("group: the first layer's dy never", OPS, "added = 0 if dx is not None else 1", "added = 1"),
-    Mutant("group: dx always computed", OPS, "with_dx = needs_x and _joins(choice, low)", "with_dx = _joins(choice, low)", 1),
-    Mutant("group: dB under the first layer's scaling", OPS, "dy, x, s_i, low, needs_ds", "dy, x, s_i, low._replace(scaling=layers[0].low.scaling), needs_ds"),
+    Mutant("group: one factor for all", GROUP, "if len({one.scaling for one in lows}) == 1:", "if True:"),
+    Mutant("group: no factor for any", GROUP, "low = low._replace(scaling=lows[0].scaling)", "pass"),
+    Mutant("group: mask of the last layer", GROUP, "bits = mask if first else bits", "bits = mask"),
+    Mutant("group: dx of the first layer only", GROUP, "dx = library(add_backward, dx, dy, layer.weight)", "pass"),
+    Mutant("group: the first layer's dy twice", GROUP, "added = 0 if dx is not None else 1", "added = 0"),
+    Mutant("group: the first layer's dy never", GROUP, "added = 0 if dx is not None else 1", "added = 1"),
+    Mutant("group: dx always computed", GROUP, "with_dx = needs_x and joins(choice, low)", "with_dx = joins(choice, low)"),
+    Mutant("group: dB under the first layer's scaling", GROUP, "dy, x, s[i], layer.low, needs_ds", "dy, x, s[i], layer.low._replace(scaling=lows[0].scaling), needs_ds"),
+    Mutant("group: S of the wrong columns", GROUP, "first += rank", "first += 0"),
+    Mutant("group: repeated with other factors", GROUP, "tuple((low.scaling, low.p) for _, _, low in layers)", "()"),
+    Mutant("group: repeated with other needs", GROUP, "settings = _settings(layers), needs, tuple(needs_b)", "settings = _settings(layers)"),
     Mutant("linear: gradients in a different order", LINEAR, "wanted = (needs_x, needs_a, needs_b)", "wanted = (needs_x, needs_b, needs_a)"),
     Mutant("config: fused float32 of too many ranks", CONFIG, "return 16 if precision == \"ieee\" else 32", "return 64"),
     Mutant("config: block of S smaller than the rank", CONFIG, "max(16, next_power_of_2(rank))", "max(16, next_power_of_2(rank) // 2)"),

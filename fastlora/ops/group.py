@@ -98,7 +98,7 @@ class _Group(torch.autograd.Function):
         flat, layers = linear.as_rows(x), _layers(tensors, ctx.scalings, ctx.p, seed)
         rows = [linear.gradient_rows(dy) for dy in used.values()]
         needs_a, needs_b = ([needs[_TENSORS * i + at] for i in used] for at in (2, 3))
-        backward = linear.triton_ops().group_backward if ctx.triton else _backward
+        backward = linear.triton_group().group_backward if ctx.triton else _backward
         chosen = [layers[i] for i in used]
         dx, das, dbs = backward(
             rows, flat, chosen, [s[i] for i in used], (needs_x, any(needs_a)), needs_b
@@ -152,7 +152,7 @@ def _forward(
     """y (..., N) and S (M, R) of each layer; the kernels' S includes no factor, torch's that of the dropout."""
     flat = linear.as_rows(x)  # [M, K]
     if triton:
-        results, s = linear.triton_ops().group_forward(flat, layers)
+        results, s = linear.triton_group().group_forward(flat, layers)
         return [linear.shaped_as(x, y) for y in results], s
     lows = [layer.low for layer in layers]
     s = torch.split(linear.down_project(flat, stacked(lows)), [low.rank() for low in lows], 1)

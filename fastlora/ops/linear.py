@@ -260,6 +260,13 @@ def _forward(
     return shaped_as(x, y), s
 
 
+def triton_group() -> Any:
+    """The module that launches kernels for a group of layers."""
+    from fastlora.ops import triton_group
+
+    return triton_group
+
+
 def triton_ops() -> Any:
     """The module that launches kernels; Triton is imported at the first call."""
     from fastlora.ops import triton_ops

@@ -35,3 +35,19 @@ def ds_product(dy: Tensor, lora_b: Tensor) -> Tensor:
 def db_product(dtype: torch.dtype, scale: float, dy: Tensor, s: Tensor) -> Tensor:
     """[N, M] @ [M, R] -> (1, N, R): the only part of the sum."""
     return (dy.T @ s).to(dtype).mul_(scale)[None]
+
+
+def columns(first: int, count: int, matrix: Tensor) -> Tensor:
+    return matrix[:, first : first + count].contiguous()
+
+
+def in_rows(*matrices: Tensor) -> Tensor:
+    return torch.cat(matrices)
+
+
+def in_columns(*matrices: Tensor) -> Tensor:
+    return torch.cat(matrices, 1)
+
+
+def times(factor: float, matrix: Tensor) -> Tensor:
+    return factor * matrix

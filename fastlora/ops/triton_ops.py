@@ -9,7 +9,7 @@ plan and tiles when the sizes are known. Importing this module imports Triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from fastlora.ops.products import (
     is_loadable,
     loadable,
 )
-from fastlora.ops.reference import Layer, LowRank, stacked
+from fastlora.ops.reference import LowRank
 
 OPERATORS = torch.ops.fastlora
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -67,11 +67,11 @@ def _forward(
     """y (M, N) and S = (keep ∘ x) Aᵀ (M, R), for x (M, K). plan: one of `dispatch.TRITON_PLANS`, or None to choose."""
     low = LowRank(lora_a, lora_b, scaling, p, seed)
     choice = dispatch.launch_choice(x, weight, low.rank(), seed is not None, plan)
-    with _current(x):
+    with current(x):
         if choice.config is None:
             return run_forward(choice, x, weight, bias, low)
         y, s = repeat(
-            choice, (scaling, p), (x, weight, bias, lora_a, lora_b, seed),
+            (choice,), (scaling, p), (x, weight, bias, lora_a, lora_b, seed),
             lambda: run_forward(choice, x, weight, bias, low),
         )  # fmt: skip
     return y, s
@@ -129,7 +129,7 @@ def run_forward(
         )  # fmt: skip
         return library(add_forward, y, x, weight), s
     if s is None:
-        s = _down_project(x, low, config)
+        s = s_product(x, low, config)
     if choice.plan == "split":
         y = rank_gemm(
             x, weight, bias, s, low.b, config.split, scale=low.scale(), precision=precision
@@ -164,11 +164,11 @@ def _backward(
     needs = needs_x, needs_a, needs_b
     if not any(needs):
         return []
-    with _current(x):
+    with current(x):
         if choice.config is None:
             return run_backward(choice, dy, x, weight, s, low, needs)
         return [*repeat(
-            choice, (scaling, p, needs), (dy, x, weight, s, lora_a, lora_b, seed),
+                (choice,), (scaling, p, needs), (dy, x, weight, s, lora_a, lora_b, seed),
             lambda: run_backward(choice, dy, x, weight, s, low, needs),
         )]  # fmt: skip
 
@@ -196,19 +196,19 @@ def run_backward(
             db = (low.scale() * (dy.T @ s)).to(low.b.dtype)
     else:
         needs_ds = needs_x or needs_a
-        ds, db, bits = _dy_products(choice.config, dy, x, s, low, needs_ds, needs_b)
+        ds, db, bits = dy_products(choice.config, dy, x, s, low, needs_ds, needs_b)
         if ds is not None and needs_a:
-            with_dx = needs_x and _joins(choice, low)
-            da, dx = _a_product(choice.config, x, ds, low, bits, with_dx)
+            with_dx = needs_x and joins(choice, low)
+            da, dx = a_product(choice.config, x, ds, low, bits, with_dx)
         if dx is not None:
             dx = library(add_backward, dx, dy, weight)
         elif ds is not None and needs_x:
-            dx = _x_product(choice, dy, weight, ds, low, bits)
+            dx = x_product(choice, dy, weight, ds, low, bits)
         da, db = _sums(da, db, low)
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 
-def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
+def s_product(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
     """S = (keep ∘ x) Aᵀ (M, R)."""
     s: Tensor = down_project(
         x, low.a, config.down, mask=_mask(x, low), precision=product_precision(x)
@@ -216,7 +216,7 @@ def _down_project(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
     return s
 
 
-def _dy_products(
+def dy_products(
     config: Tiles,
     dy: Tensor,
     x: Tensor,
@@ -244,12 +244,12 @@ def _dy_products(
     return ds, db, mask_pass(*x.shape, mask)
 
 
-def _joins(choice: Choice, low: LowRank) -> bool:
+def joins(choice: Choice, low: LowRank) -> bool:
     """Whether the pass over x writes dx₀ too."""
     return choice.dx_plan == "accumulate" and low.rank() <= START_RANK
 
 
-def _a_product(
+def a_product(
     config: Tiles, x: Tensor, ds: Tensor, low: LowRank, bits: Tensor | None, with_dx: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Parts of dA = scale · dSᵀ (keep ∘ x) (splits, R, K), and with_dx also dx₀ = scale · keep ∘ (dS A) (M, K)."""
@@ -273,7 +273,7 @@ def _sums(
     )
 
 
-def _x_product(
+def x_product(
     choice: Choice, dy: Tensor, weight: Tensor, ds: Tensor, low: LowRank, bits: Tensor | None
 ) -> Tensor:
     """dx = dy W + scale · keep ∘ (dS A)  # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]"""
@@ -293,90 +293,7 @@ def _x_product(
     return dx
 
 
-def group_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
-    """[y (M, N)] and [S (M, R)] of layers that share x (M, K) and the mask, each by its own plan.
-
-    Layers whose plan computes S in a separate pass share that pass.
-    """
-    choices = [_choice(x, weight, low) for weight, _, low in layers]
-    computed: dict[int, Tensor] = {}
-    with _current(x):
-        sharing = [
-            i
-            for i, choice in enumerate(choices)
-            if choice.config is not None and choice.plan not in ("fused", "decode")
-        ]
-        if sharing:
-            lows = [layers[i].low for i in sharing]
-            low = stacked(lows)
-            config = _choice(x, layers[sharing[0]].weight, low).config
-            assert config is not None
-            parts = torch.split(_down_project(x, low, config), [one.rank() for one in lows], 1)
-            computed = {i: part.contiguous() for i, part in zip(sharing, parts, strict=True)}
-        pairs = [
-            run_forward(choice, x, *layer, computed.get(i))
-            for i, (choice, layer) in enumerate(zip(choices, layers, strict=True))
-        ]
-    return [y for y, _ in pairs], [s for _, s in pairs]
-
-
-def group_backward(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    layers: Sequence[Layer],
-    s: Sequence[Tensor],
-    needs: tuple[bool, bool],
-    needs_b: Sequence[bool],
-) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
-    """dx (M, K), [dA (R, K)] and [dB (N, R)] of layers that share x: one pass over x for every dA, and dx summed in place.
-
-    needs: of dx and of any dA.
-    """
-    needs_x, needs_a = needs
-    dx: Tensor | None = None
-    das: Sequence[Tensor | None] = [None] * len(dys)
-    products: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
-    with _current(x):
-        for dy, (weight, _, low), s_i, needs_db in zip(dys, layers, s, needs_b, strict=True):
-            config = _choice(x, weight, low, dy).config
-            assert config is not None  # as in the forward pass
-            needs_ds, first = needs_x or needs_a, not products  # the layers have one mask
-            products.append(_dy_products(config, dy, x, s_i, low, needs_ds, needs_db, first))
-        if needs_x or needs_a:
-            lows = [layer.low for layer in layers]
-            parts = [part for part, _, _ in products if part is not None]
-            low = stacked(lows)
-            if len({one.scaling for one in lows}) == 1:
-                low = low._replace(scaling=lows[0].scaling)
-            else:  # one factor cannot serve all
-                parts = [one.scaling * part for one, part in zip(lows, parts, strict=True)]
-            ds = torch.cat(parts, 1)  # [M, ΣR]
-            choice = _choice(x, layers[0].weight, low, dys[0])
-            assert choice.config is not None
-            bits = products[0][2]
-            if needs_a:
-                with_dx = needs_x and _joins(choice, low)
-                da, dx = _a_product(choice.config, x, ds, low, bits, with_dx)
-                da = sum_partials(da, low.a.dtype)
-                das = torch.split(da, [layer.low.rank() for layer in layers])
-            if needs_x:
-                added = 0 if dx is not None else 1
-                if dx is None:
-                    dx = _x_product(choice, dys[0], layers[0].weight, ds, low, bits)
-                for dy, layer in zip(dys[added:], layers[added:], strict=True):
-                    dx.addmm_(dy, layer.weight)  # [M, N] @ [N, K] -> [M, K]
-    dbs = [
-        None if db is None else sum_partials(db, layer.low.b.dtype)
-        for (_, db, _), layer in zip(products, layers, strict=True)
-    ]
-    return dx, das, dbs
-
-
-def _choice(x: Tensor, weight: Tensor, low: LowRank, dy: Tensor | None = None) -> Choice:
-    return dispatch.launch_choice(x, weight, low.rank(), low.seed is not None, None, dy)
-
-
-def _current(x: Tensor) -> AbstractContextManager[object]:
+def current(x: Tensor) -> AbstractContextManager[object]:
     """Make x's device current, if it is not: Triton launches on the current device, not on the tensors'."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return nullcontext()

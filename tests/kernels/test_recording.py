@@ -11,8 +11,9 @@ import torch
 from fastlora.kernels import recording
 from fastlora.kernels.config import DY_RANK
 from fastlora.kernels.recording import Descriptor, Recorder, empty, library, repeat
-from fastlora.ops import dispatch, triton_ops
+from fastlora.ops import dispatch, triton_group, triton_ops
 from fastlora.ops.dispatch import TRITON_PLANS
+from fastlora.ops.reference import Layer, LowRank
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M, K, N = 40, 48, 32
@@ -38,7 +39,7 @@ def _call(tensors, plan=None, needs=(True, True, True), scaling=0.5, p=0.25):
 def _unrecorded(*arguments, **named):
     """`_call` without repetitions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_ops, "repeat", lambda choice, settings, inputs, run: run())
+        patch.setattr(triton_ops, "repeat", lambda choices, settings, inputs, run: run())
         return _call(*arguments, **named)
 
 
@@ -85,6 +86,60 @@ def test_gradients_that_are_not_needed_are_not_repeated(needs, launches):
         got = _call(tensors, "split", needs)
         _assert_same(got, _unrecorded(tensors, "split", needs))
     assert len(got) == 2 + sum(needs)
+
+
+def _group(scalings=(0.5, 0.5, 0.5), needs=(True, True), needs_b=(True, True, True), rank=4):
+    """The results of a group of three layers, and of the same group without repetitions."""
+    x, seed = torch.randn(M, K, device=DEVICE).half(), torch.tensor(7, device=DEVICE)
+    layers = []
+    for scaling in scalings:
+        _, weight, bias, a, b, _ = _tensors(rank)
+        layers.append(Layer(weight, bias, LowRank(a, b, scaling, 0.25, seed)))
+
+    def run():
+        y, s = triton_group.group_forward(x, layers)
+        dys = [torch.ones_like(one) + one for one in y]
+        dx, das, dbs = triton_group.group_backward(dys, x, layers, s, needs, needs_b)
+        return [t for t in (*y, *s, dx, *das, *dbs) if t is not None]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_group, "repeat", lambda choices, settings, inputs, run: run())
+        expected = run()
+    return run, expected
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"scalings": (0.5, 1.0, 0.25)},
+        {"needs": (False, True)},
+        {"needs": (True, False), "needs_b": (False, False, False)},
+        {"needs": (False, False), "needs_b": (False, True, False)},
+        {"rank": DY_RANK + 8},
+    ],
+    ids=str,
+)
+def test_a_repeated_group_computes_what_the_first_did(named, launches):
+    for number in range(4):
+        run, expected = _group(**named)
+        launches.clear()
+        _assert_same(run(), expected)
+        assert bool(launches) == (number < 2), "the third call repeats the second"
+
+
+def test_a_group_with_other_factors_or_needs_is_not_a_repetition(launches):
+    for _ in range(3):
+        _group()[0]()
+    for named in (
+        {"scalings": (0.5, 1.0, 0.25)},
+        {"needs": (False, True)},
+        {"needs_b": (True, False, True)},
+    ):
+        run, expected = _group(**named)
+        launches.clear()
+        _assert_same(run(), expected)
+        assert launches
 
 
 def _shifted(t: torch.Tensor) -> torch.Tensor:
@@ -179,7 +234,7 @@ def test_threads_record_beside_each_other():
 
         for number in range(4):
             x = torch.full((3,), float(number))
-            (y,) = repeat("choice", factor, (x,), lambda x=x: run(x))
+            (y,) = repeat(["choice"], factor, (x,), lambda x=x: run(x))
             failures.extend([] if torch.equal(y, factor * x) else [(factor, number, y)])
 
     threads = [threading.Thread(target=work, args=(factor,)) for factor in (2.0, 3.0)]
@@ -200,7 +255,7 @@ def test_a_tensor_of_unknown_origin_is_never_repeated():
 
     for number in range(4):
         x = torch.ones(3)
-        repeat("choice", (), (x,), run)
+        repeat(["choice"], (), (x,), run)
         assert len(calls) == number + 1
 
 
@@ -213,8 +268,28 @@ def test_torchs_operations_are_repeated_in_order():
 
     for number in range(4):
         x = torch.full((3,), float(number))
-        z, y = repeat("choice", (), (x,), lambda x=x: run(x))
+        z, y = repeat(["choice"], (), (x,), lambda x=x: run(x))
         assert torch.equal(y, x) and torch.equal(z, 2 * x * x)
+
+
+def columns_of(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.cat([one, other]).contiguous()
+
+
+def test_torchs_operations_take_views():
+    runs = []
+
+    def run(x):
+        runs.append(x)
+        y = empty(2, 3, dtype=x.dtype, device=x.device)
+        y = library(torch.Tensor.copy_, y, x)
+        return [library(torch.sub, y[1], y[0]), library(columns_of, y.T[1:], x.T)]
+
+    for _ in range(4):
+        x = torch.randn(2, 3)
+        difference, total = repeat(["choice"], (), (x,), lambda x=x: run(x))
+        assert torch.equal(difference, x[1] - x[0]) and torch.equal(total, columns_of(x.T[1:], x.T))
+    assert len(runs) == 2
 
 
 def test_old_recordings_are_forgotten(monkeypatch):
@@ -222,7 +297,7 @@ def test_old_recordings_are_forgotten(monkeypatch):
     for size in range(1, 20):
         for _ in range(3):
             x = torch.ones(size)
-            (y,) = repeat("choice", (), (x,), lambda x=x: [library(torch.neg, x)])
+            (y,) = repeat(["choice"], (), (x,), lambda x=x: [library(torch.neg, x)])
             assert torch.equal(y, -x)
         assert len(recording._recordings) <= 5
 

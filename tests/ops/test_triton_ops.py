@@ -379,15 +379,15 @@ def test_a_group_equals_its_separate_layers_in_16_bits(dtype):
 
 @pytest.mark.parametrize("plan", ["split", "accumulate", "in_place"])
 def test_a_group_computes_no_dx_that_is_not_needed(plan, monkeypatch):
-    from fastlora.ops import triton_ops
+    from fastlora.ops import triton_group
 
     _force(plan, monkeypatch)
     x, members, dys = _group()
     rows = x.flatten(0, -2)
     layers = [Layer(m.weight, m.bias, LowRank(m.lora_a, m.lora_b, m.scaling)) for m in members]
-    _, s = triton_ops.group_forward(rows, layers)
+    _, s = triton_group.group_forward(rows, layers)
     dys = [dy.flatten(0, -2) for dy in dys]
-    dx, das, dbs = triton_ops.group_backward(dys, rows, layers, s, (False, True), [False] * 3)
+    dx, das, dbs = triton_group.group_backward(dys, rows, layers, s, (False, True), [False] * 3)
     assert dx is None and dbs == [None] * 3
     assert [da.shape for da in das] == [m.lora_a.shape for m in members]
 
@@ -470,7 +470,7 @@ def _projections(ranks, backend="triton", dropout=0.25):
     ids=["one pass over x", "too many ranks", "decode"],
 )
 def test_a_fused_model_launches_one_pass_over_x(rows, ranks, passes, monkeypatch):
-    from fastlora.ops import triton_ops
+    from fastlora.ops import triton_group, triton_ops
 
     counts = {"down_project": 0, "start": 0, "x_pass": 0}
 
@@ -483,7 +483,8 @@ def test_a_fused_model_launches_one_pass_over_x(rows, ranks, passes, monkeypatch
 
     for name in counts:
         monkeypatch.setattr(triton_ops, name, counted(name, getattr(triton_ops, name)))
-    monkeypatch.setattr(triton_ops, "repeat", lambda choice, settings, inputs, run: run())
+    monkeypatch.setattr(triton_group, "repeat", lambda choices, settings, inputs, run: run())
+    monkeypatch.setattr(triton_ops, "repeat", lambda choices, settings, inputs, run: run())
     model = _projections(ranks)
     x = torch.randn(rows, 32, device=DEVICE)
     assert len(fuse(model, x).groups) == 1
