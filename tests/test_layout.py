@@ -428,3 +428,18 @@ def test_every_dependency_is_in_the_list_of_licences():
     names = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.M)
     page = (ROOT / "docs" / "licences.md").read_text()
     assert [name for name in names if f"| {name} | " not in page] == []
+
+
+def test_every_mutant_can_be_applied(monkeypatch):
+    """`scripts/mutate_kernels.py` replaces pieces of source that must be there."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from mutate_kernels import MUTANTS
+
+    missing = [
+        mutant.name
+        for mutant in MUTANTS
+        if (ROOT / mutant.file).read_text().count(mutant.old) <= mutant.nth
+    ]
+    assert missing == []
+    places = re.search(r"in (\d+) places, one at a time", (ROOT / "docs/design.md").read_text())
+    assert places is not None and int(places[1]) == len(MUTANTS)

@@ -292,6 +292,16 @@ def test_torchs_operations_take_views():
     assert len(runs) == 2
 
 
+def test_a_missing_input_is_not_the_next_one():
+    def run(x, one, other):
+        return [library(torch.neg, x if one is None else one)]
+
+    x, y = torch.ones(3), torch.full((3,), 5.0)
+    for inputs in [(x, None, y)] * 3 + [(x, y, None)] * 3:
+        (result,) = repeat(["choice"], (), inputs, lambda inputs=inputs: run(*inputs))
+        assert torch.equal(result, -(x if inputs[1] is None else y))
+
+
 def test_old_recordings_are_forgotten(monkeypatch):
     monkeypatch.setattr(recording, "_MOST", 5)
     for size in range(1, 20):
