@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 # Philox-4x32-7: the fewest rounds that pass BigCrush (Salmon et al., table 2), and those of FlashAttention's dropout
-MASK32 = 0xFFFFFFFF
+MASK32, MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
@@ -145,7 +145,7 @@ def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tens
     steps = -(-cols // _CPU_LANES)
     width = steps * _CPU_LANES
     block = max(1, min(rows, _BLOCK_LANES // max(1, width)))
-    threshold = np.uint16(dropout_threshold(p))
+    threshold = _threshold(p)
     scratch = _take(block * width)
     scratch.philox.state = _state(int(seed))  # type: ignore[assignment]  # NumPy's stub asks for arrays
     work = scratch.work.view(x.dtype)
@@ -165,28 +165,37 @@ def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tens
 
 def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """The elements of x (M, K) that a call on a CPU drops, (M, K) bool, not to be changed: the complement of `cpu_mask`. x's values are not read."""
-    return _dropped(int(seed), dropout_threshold(p), *x.shape)
+    return _dropped(int(seed), p, *x.shape)
 
 
 # The backward pass finds the mask of the forward pass: at most 64 of `FEW_ELEMENTS` bytes.
 @functools.lru_cache(maxsize=64)
-def _dropped(seed: int, threshold: int, rows: int, cols: int) -> Tensor:
+def _dropped(seed: int, p: float, rows: int, cols: int) -> Tensor:
     steps = -(-cols // _CPU_LANES)
     scratch = _take(0)
-    try:
-        scratch.philox.state = _state(seed)  # type: ignore[assignment]
-        lanes = scratch.philox.random_raw(rows * steps * 4).view(np.uint16)
-    finally:
-        _idle.append(scratch)
-    mask = torch.from_numpy(lanes < np.uint16(threshold))
-    return mask.as_strided((rows, cols), (steps * _CPU_LANES, 1))
+    philox = scratch.philox
+    philox.state = _state(seed)  # type: ignore[assignment]
+    lanes = philox.random_raw(rows * steps * 4)
+    _idle.append(scratch)
+    mask = (lanes.view(np.uint16) < _threshold(p)).reshape(rows, -1)
+    return torch.from_numpy(mask if mask.shape[1] == cols else mask[:, :cols])
+
+
+@functools.lru_cache(maxsize=64)
+def _threshold(p: float) -> np.uint16:
+    return np.uint16(dropout_threshold(p))
 
 
 def _state(seed: int) -> dict[str, Any]:
     """The state of a Philox generator with this key whose next words are those of counter 1."""
-    state = {"counter": (0, 0, 0, 0), "key": (seed & (2**64 - 1), 0)}
-    empty = {"buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-    return {"bit_generator": "Philox", "state": state, **empty}
+    return {
+        "bit_generator": "Philox",
+        "state": {"counter": (0, 0, 0, 0), "key": (seed & MASK64, 0)},
+        "buffer": (0, 0, 0, 0),
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
 
 
 def zero_dropped(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def _layers(
 def _forward(
     x: Tensor, layers: Sequence[Layer], triton: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """y (..., N) and S (M, R) of each layer; the kernels' S includes no factor, torch's that of the dropout."""
+    """y (..., N) and S (M, R) of each layer, S without a factor."""
     flat = linear.as_rows(x)  # [M, K]
     if triton:
         results, s = linear.triton_group().group_forward(flat, layers)
@@ -159,7 +159,7 @@ def _forward(
     outputs = []
     for s_i, (weight, bias, low) in zip(s, layers, strict=True):
         y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-        y.addmm_(s_i, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N]
+        y.addmm_(s_i, low.b.T, alpha=low.scale())  # [M, R] @ [R, N]
         outputs.append(linear.shaped_as(x, y))
     return outputs, s
 

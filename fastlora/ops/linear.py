@@ -24,7 +24,6 @@ from fastlora.ops.dropout import (
     dropped,
     keep_blocks,
     keep_mask,
-    keep_scale,
     zero_dropped,
 )
 from fastlora.ops.reference import LowRank
@@ -245,18 +244,18 @@ def _forward(
     low: LowRank,
     triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., N) and S (M, R); the kernels' S includes no factor, torch's that of the dropout."""
+    """y (..., N) and S (M, R), which includes no factor."""
     flat = as_rows(x)  # [M, K]
     if triton:
         y, s = triton_ops().lora_forward()(flat, weight, bias, *low)
         return shaped_as(x, y), s
     s = down_project(flat, low)  # [M, R]
     if base is not None:
-        y = torch.addmm(as_rows(base), s, low.b.T, alpha=low.scaling)  # [M, N] + [M, R] @ [R, N]
+        y = torch.addmm(as_rows(base), s, low.b.T, alpha=low.scale())  # [M, N] + [M, R] @ [R, N]
     else:
         assert weight is not None
         y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-        y.addmm_(s, low.b.T, alpha=low.scaling)  # [M, R] @ [R, N] -> [M, N]
+        y.addmm_(s, low.b.T, alpha=low.scale())  # [M, R] @ [R, N] -> [M, N]
     return shaped_as(x, y), s
 
 
@@ -275,59 +274,62 @@ def triton_ops() -> Any:
 
 
 def down_project(x: Tensor, low: LowRank) -> Tensor:
-    """S = D(x) Aᵀ, [M, K] @ [K, R] -> [M, R]."""
+    """S = (keep ∘ x) Aᵀ, [M, K] @ [K, R] -> [M, R]."""
     if low.seed is None:
         return x @ low.a.T
     if not _in_blocks(x):
-        return reference.apply_dropout(x, low, keep_mask(x, low.p, low.seed)) @ low.a.T
+        return zeroed(x, keep_mask(x, low.p, low.seed)) @ low.a.T
     if 0 < x.numel() <= FEW_ELEMENTS:
-        s = x.masked_fill(dropped(x, low.p, low.seed), 0) @ low.a.T
-    else:
-        s = x.new_empty(x.shape[0], low.rank())
-        for rows, keep, work in keep_blocks(x, low.p, low.seed):
-            torch.mm(zero_dropped(x[rows], keep, work), low.a.T, out=s[rows])
-    return s.mul_(keep_scale(low.p))
+        return x.masked_fill(dropped(x, low.p, low.seed), 0) @ low.a.T
+    s = x.new_empty(x.shape[0], low.rank())
+    for rows, keep, work in keep_blocks(x, low.p, low.seed):
+        torch.mm(zero_dropped(x[rows], keep, work), low.a.T, out=s[rows])
+    return s
 
 
 def up_project(
     ds_t: Tensor, x: Tensor, low: LowRank, dx: Tensor | None, needs_a: bool
 ) -> Tensor | None:
-    """Add keep ∘ (dS A) / (1 − p') into dx (unless None) and return dA = dSᵀ D(x) (or None), one mask for both.
+    """Add scale · keep ∘ (dS A) into dx (unless None) and return dA = scale · dSᵀ (keep ∘ x) (or None), one mask for both.
 
-    ds_t: dSᵀ / scaling (R, M), the layout in which both products are fast; they multiply by the scaling.
+    ds_t: dSᵀ (R, M) without a factor, the layout in which both products are fast.
     """
+    scale = low.scale()
     if low.seed is None:
         if dx is not None:
-            dx.addmm_(ds_t.T, low.a, alpha=low.scaling)  # [M, R] @ [R, K] -> [M, K]
-        return scaled_product(ds_t, x, low.scaling, low.a) if needs_a else None
+            dx.addmm_(ds_t.T, low.a, alpha=scale)  # [M, R] @ [R, K] -> [M, K]
+        return scaled_product(ds_t, x, scale, low.a) if needs_a else None
     if not _in_blocks(x):
-        ds_t, keep = ds_t * low.scaling, keep_mask(x, low.p, low.seed)
+        keep = keep_mask(x, low.p, low.seed)
         if dx is not None:
-            dx += reference.apply_dropout(ds_t.T @ low.a, low, keep)
-        return ds_t @ reference.apply_dropout(x, low, keep) if needs_a else None
-    scale = low.scale()
+            dx += scale * zeroed(ds_t.T @ low.a, keep)  # inductor ignores `alpha` of `add_` here
+        return scaled_product(ds_t, zeroed(x, keep), scale, low.a) if needs_a else None
     if 0 < x.numel() <= FEW_ELEMENTS:
         none = dropped(x, low.p, low.seed)
         if dx is not None:
             dx.add_((ds_t.T @ low.a).masked_fill_(none, 0), alpha=scale)
         return scaled_product(ds_t, x.masked_fill(none, 0), scale, low.a) if needs_a else None
-    ds_t = ds_t * scale
     ds = ds_t.T.contiguous()  # [M, R]: in this layout the small products need about half the time
     da = torch.zeros_like(low.a) if needs_a else None
     for rows, keep, work in keep_blocks(x, low.p, low.seed):
         if dx is not None:
             torch.mm(ds[rows], low.a, out=work)
-            dx[rows].add_(zero_dropped(work, keep, work))
+            dx[rows].add_(zero_dropped(work, keep, work), alpha=scale)
         if da is not None:
-            da.addmm_(ds_t[:, rows], zero_dropped(x[rows], keep, work))
+            da.addmm_(ds_t[:, rows], zero_dropped(x[rows], keep, work), alpha=scale)
     return da
 
 
+def zeroed(x: Tensor, keep: Tensor | None) -> Tensor:
+    """keep ∘ x; a dropped element is exactly 0, even if it was infinite or NaN."""
+    return x if keep is None else torch.where(keep, x, 0.0)
+
+
 def b_gradient(dy: Tensor, s: Tensor, low: LowRank) -> Tensor:
-    """dB = scaling · dyᵀ S  # [N, M] @ [M, R] -> [N, R]"""
+    """dB = scale · dyᵀ S  # [N, M] @ [M, R] -> [N, R]"""
     if dy.numel() <= FEW_ELEMENTS:
-        return scaled_product(dy.T, s, low.scaling, low.b)
-    return scaled_product(s.T, dy, low.scaling, low.b.T).T  # reads dy in its own order
+        return scaled_product(dy.T, s, low.scale(), low.b)
+    return scaled_product(s.T, dy, low.scale(), low.b.T).T  # reads dy in its own order
 
 
 def scaled_product(one: Tensor, other: Tensor, scaling: float, shape: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ def assert_close(
 ) -> None:
     """max|got − ref64| ≤ 2·max|same_dtype − ref64| + 4·eps·max|ref64|, where eps belongs to got's dtype, if it is not given.
 
-    same_dtype: plain torch's result in got's dtype, whose error is that of the dtype.
+    same_dtype: plain torch's result in got's dtype, whose error is that of the dtype. In float64 it shows none, since the reference itself
+    has it: there 8·eps are allowed.
     """
     assert got.shape == reference64.shape, (
         f"{name}: {tuple(got.shape)} != {tuple(reference64.shape)}"
@@ -26,7 +27,7 @@ def assert_close(
     error = (got.double() - reference64).abs().max().item()
     allowed = 2 * (same_dtype.double() - reference64).abs().max().item()
     eps = torch.finfo(got.dtype).eps if eps is None else eps
-    allowed += 4 * eps * reference64.abs().max().item()
+    allowed += (8 if got.dtype == torch.float64 else 4) * eps * reference64.abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3e} > allowed {allowed:.3e}"
 
 
