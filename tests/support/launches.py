@@ -1,0 +1,213 @@
+"""What Triton's launcher gives the CUDA driver, in a process whose driver is `libcuda.c`: repeated calls against Triton's own launches.
+
+    python -m tests.support.launches     # with the driver's folder in TRITON_LIBCUDA_PATH and LD_LIBRARY_PATH
+
+Kernels are compiled for sm_90, tensors are the CPU's, and nothing runs. Prints one JSON object: the number of compared launches, and the differences.
+"""
+
+import ctypes
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime.driver import driver
+
+from fastlora.kernels import launch, recording
+from fastlora.ops import dispatch, triton_ops
+
+MOST_LAUNCHES, MOST_ARGUMENTS = 256, 64
+NARROW = ("i32", "fp32")  # of four bytes, where the driver noted eight
+CASES = (  # M, K, N, R, dropout, dtype of the adapters
+    (600, 512, 768, 16, True, torch.float32),
+    (600, 512, 768, 4, False, torch.float16),
+    (300, 264, 520, 12, True, torch.float32),
+    (40, 512, 768, 16, False, torch.float32),
+)
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("function", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
+        ("grid", ctypes.c_uint * 3),
+        ("count", ctypes.c_int),
+        ("arguments", ctypes.c_uint64 * MOST_ARGUMENTS),
+    )
+
+
+library = ctypes.CDLL("libcuda.so.1")
+launches = ctypes.c_int.in_dll(library, "launches")
+arguments_of_next = ctypes.c_int.in_dll(library, "arguments_of_next")
+noted = (_Launch * MOST_LAUNCHES).in_dll(library, "noted")
+
+
+class _Launcher(nvidia.CudaLauncher):
+    """Triton's launcher, which tells the driver how many arguments follow, and notes their kinds."""
+
+    kinds_of: ClassVar[list[tuple[str, ...]]] = []  # of the launches noted
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        super().__init__(source, metadata)
+        kinds: list[str] = []
+        for kind in source.signature.values():
+            if str(kind).startswith("tensordesc"):
+                kinds += ["*", "i32", "i32", "i64", "i64"]  # a tensor map, its sizes and strides
+            elif kind != "constexpr":
+                kinds.append("*" if kind.startswith("*") else kind)
+        self.kinds = (*kinds, "*", "*")  # Triton's scratch memory
+
+    def __call__(self, *arguments: Any) -> None:
+        arguments_of_next.value = len(self.kinds)
+        self.kinds_of.append(self.kinds)
+        super().__call__(*arguments)
+
+
+def use_driver() -> None:
+    """Make the driver Triton's, and let the dispatch choose kernels for tensors of the CPU."""
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    found = nvidia.CudaDriver()
+    found.launcher_cls = _Launcher
+    found.get_current_device = lambda: 0
+    found.get_current_stream = lambda device: 7
+    found.get_device_capability = lambda device=0: (9, 0)
+    driver.set_active(found)
+    os.environ["TRITON_INTERPRET"] = "1"  # read by the dispatch; the kernels are decorated
+
+
+def calls_of(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    """What it returns, and its launches: function, stream, grid, and (kind, value) of each argument."""
+    launches.value = 0
+    _Launcher.kinds_of.clear()
+    result = run()
+    found = []
+    for one, kinds in zip(noted[: launches.value], _Launcher.kinds_of, strict=True):
+        pairs = zip(kinds, one.arguments[: one.count], strict=True)
+        arguments = [(kind, value % 2**32 if kind in NARROW else value) for kind, value in pairs]
+        found.append((one.function, one.stream, tuple(one.grid), arguments))
+    return result, found
+
+
+def by_triton(
+    kept: list[Any], choices: Any, settings: Any, inputs: Any, run: Callable[[], Any]
+) -> Any:
+    """`repeat` without repetitions or a table of kernels. What it allocates is kept, so that no two have one address."""
+    launch._compiled.clear()
+    recorder = recording.Recorder(inputs)
+    kept.append(recorder)
+    recording._local.recorder = recorder
+    try:
+        return run()
+    finally:
+        recording._local.recorder = None
+
+
+def differences(
+    got: list[Any], want: list[Any], names: dict[int, str], other_names: dict[int, str]
+) -> list[str]:
+    """Where two lists of launches differ. names: those of the known tensors, by address.
+
+    Other addresses are arrays of the call: each must be at one place, and those of one launch at different ones.
+    """
+    if len(got) != len(want):
+        return [f"{len(got)} launches for {len(want)}"]
+    found = []
+    places: dict[int, int] = {}
+    for number, (one, other) in enumerate(zip(got, want, strict=True)):
+        if one[:3] != other[:3] or len(one[3]) != len(other[3]):
+            found.append(f"launch {number}: {one[:3]} for {other[:3]}")
+        used: dict[int, int] = {}
+        for position, ((kind, value), (_, expected)) in enumerate(
+            zip(one[3], other[3], strict=False)
+        ):
+            name, expected_name = names.get(value), other_names.get(expected)
+            if kind != "*" or name or expected_name:
+                same = (name or value) == (expected_name or expected)
+            else:
+                same = places.setdefault(expected, value) == value
+                same &= used.setdefault(value, expected) == expected
+            if not same:
+                text = f"{name or value} for {expected_name or expected}"
+                found.append(f"launch {number}, argument {position}: {text}")
+    return found
+
+
+class Call:
+    """One forward and backward pass of new tensors, by a plan."""
+
+    def __init__(self, case: tuple[Any, ...], plan: str) -> None:
+        m, k, n, r, drops, dtype = case
+        shapes = {
+            "x": (m, k),
+            "weight": (n, k),
+            "bias": (n,),
+            "a": (r, k),
+            "b": (n, r),
+            "dy": (m, n),
+        }
+        self.tensors: dict[str, torch.Tensor | None] = {
+            name: torch.randn(shape).to(dtype if name in "ab" else torch.float16)
+            for name, shape in shapes.items()
+        }
+        self.tensors["seed"] = torch.tensor(1) if drops else None
+        self.plan = plan
+
+    def forward(self) -> Any:
+        x, weight, bias, a, b, seed = map(
+            self.tensors.get, ("x", "weight", "bias", "a", "b", "seed")
+        )
+        y, s = triton_ops._forward(x, weight, bias, a, b, 0.5, 0.1, seed, self.plan)
+        self.tensors.setdefault("s", s)
+        return y, s
+
+    def backward(self) -> Any:
+        dy, x, weight, s, a, b, seed = map(
+            self.tensors.get, ("dy", "x", "weight", "s", "a", "b", "seed")
+        )
+        needs = (True, True, True)
+        return triton_ops._backward(dy, x, weight, s, a, b, 0.5, 0.1, seed, *needs, self.plan)
+
+
+def compare(case: tuple[Any, ...], plan: str) -> tuple[int, list[str]]:
+    """The launches of the fourth call, which is a repetition, against Triton's own of the same call."""
+    recording.forget()
+    for _ in range(3):
+        earlier = Call(case, plan)
+        earlier.forward(), earlier.backward()
+    call = Call(case, plan)
+    repeated = [(run, *calls_of(run)) for run in (call.forward, call.backward)]
+    kept: list[Any] = []
+    found: list[str] = []
+    known = {t.data_ptr(): name for name, t in call.tensors.items() if t is not None}
+    plain, triton_ops.repeat = triton_ops.repeat, partial(by_triton, kept)
+    for run, results, calls in repeated:
+        own, own_calls = calls_of(run)
+        names, own_names = (
+            known | {t.data_ptr(): f"result {i}" for i, t in enumerate(each)}
+            for each in (results, own)
+        )
+        found += differences(calls, own_calls, names, own_names)
+    triton_ops.repeat = plain
+    kinds = [type(value[1]) for value in recording._recordings.values()]
+    found += [] if kinds == [recording.Recording] * 2 else ["the call was not repeated"]
+    return sum(len(calls) for _, _, calls in repeated), found
+
+
+def main() -> None:
+    use_driver()
+    compared, found = 0, []
+    for case in CASES:
+        for plan in dispatch.TRITON_PLANS:
+            if (plan == "fused" and case[4]) or (plan == "decode" and case[0] > 64):
+                continue
+            launched, differing = compare(case, plan)
+            compared += launched
+            found += [f"{case} {plan}: {one}" for one in differing]
+    print(json.dumps({"compared": compared, "differences": found}))
+
+
+if __name__ == "__main__":
+    main()

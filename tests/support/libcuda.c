@@ -1,0 +1,64 @@
+// A CUDA driver without a device: it accepts modules, and notes the arguments of every launch. For tests/support/launches.py.
+#include <cuda.h>
+#include <string.h>
+
+#define MOST_LAUNCHES 256
+#define MOST_ARGUMENTS 64
+
+typedef struct {
+  unsigned long long function, stream;
+  unsigned grid[3];
+  int count;
+  unsigned long long arguments[MOST_ARGUMENTS];  // the first 8 bytes of each
+} Launch;
+
+int arguments_of_next = 0;  // the driver cannot know how many arguments a kernel has
+int launches = 0;
+Launch noted[MOST_LAUNCHES];
+static unsigned long long next_handle = 1000;
+
+static CUresult note(CUfunction function, const unsigned *grid, CUstream stream, void **arguments) {
+  Launch *launch = &noted[launches++ % MOST_LAUNCHES];
+  memset(launch, 0, sizeof *launch);
+  launch->function = (unsigned long long)function;
+  launch->stream = (unsigned long long)stream;
+  memcpy(launch->grid, grid, sizeof launch->grid);
+  launch->count = arguments_of_next;
+  for (int i = 0; i < launch->count; i++) memcpy(&launch->arguments[i], arguments[i], 8);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
+  unsigned grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
+  return note(function, grid, config->hStream, arguments);
+}
+
+// A tensor map holds the address only; the arguments after it hold the form.
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  unsigned long long words[16] = {(unsigned long long)address};
+  memcpy(map, words, sizeof *map);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult error, const char **text) { *text = "no device"; return CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *context = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) { *value = 232448; return CUDA_SUCCESS; }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)next_handle++; return CUDA_SUCCESS; }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = (CUfunction)next_handle++; return CUDA_SUCCESS; }
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
+  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  return CUDA_SUCCESS;
+}
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
+CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) { *(CUdeviceptr *)value = pointer; return CUDA_SUCCESS; }
