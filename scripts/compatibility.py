@@ -123,7 +123,7 @@ def page(rows: Sequence[dict[str, str | int]], failed: dict[str, list[str]]) -> 
             "",
             'The section "Other versions" of [design.md](design.md) gives the reasons.',
             "",
-            "- The kernels need Triton 3.4. With an older version the library can be imported, runs torch on every device, and `explain` gives the reason; the six",
+            "- The kernels need Triton 3.4. With an older version the library can be imported, runs torch on every device, and `explain` gives the reason; the nine",
             "  test files of the kernels (listed in `tests/conftest.py`) are then not collected and not counted.",
             "- Tests that an old torch cannot pass are skipped with the reason (`tests/support/versions.py`), and so are tests of packages that are not installed",
             "  here (ONNX, bitsandbytes, torchao, diffusers, accelerate's trainer).",

@@ -30,6 +30,18 @@ def _run(function, t: Tensors, case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward_match_the_reference(case, dtype):
+    _assert_matches(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", [case for case in CASES if case.p > 0], ids=str)
+def test_dropout_in_blocks_matches_the_reference(case, dtype, monkeypatch):
+    """These cases have few elements, which are otherwise not processed in blocks."""
+    monkeypatch.setattr(linear, "FEW_ELEMENTS", 0)
+    _assert_matches(case, dtype)
+
+
+def _assert_matches(case: Case, dtype: torch.dtype) -> None:
     t = make(case)
     got = _run(lora_linear, t.to(dtype), case)
     same = _run(formula, t.to(dtype), case)
@@ -42,6 +54,7 @@ def test_forward_and_backward_match_the_reference(case, dtype):
 
 def test_dropout_in_blocks_is_dropout_at_once(monkeypatch):
     case = Case((70,), 24, 16, 4, p=0.3)
+    monkeypatch.setattr(linear, "FEW_ELEMENTS", 0)
     at_once = _run(lora_linear, make(case).to(torch.float64), case)
     monkeypatch.setattr(dropout, "_BLOCK_LANES", 9 * 32)
     blocks = _run(lora_linear, make(case).to(torch.float64), case)

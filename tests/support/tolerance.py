@@ -64,3 +64,32 @@ def assert_same_points(got: object, want: NDArray[np.floating]) -> None:
 def assert_exact_geometry(got: NDArray[np.floating], want: NDArray[np.floating] | float) -> None:
     """|got − want| ≤ 1e-9 + 1e-7·|want|: affine maps in float64."""
     np.testing.assert_allclose(got, want, atol=1e-9)
+
+
+def assert_same_pixels(got: Tensor, want: Tensor) -> None:
+    """|got − want| ≤ 1e-5 + 1e-6·|want|: float32 images and positions in mm that were only moved in memory."""
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+def assert_same_steps(got: Tensor, want: Tensor) -> None:
+    """|got − want| ≤ 1e-4 mm: differences of positions in float32, of up to some hundred mm."""
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def assert_same_field(got: NDArray[np.floating], want: NDArray[np.floating]) -> None:
+    """|got − want| ≤ 1e-4 + 1e-7·|want| voxels: blended distances from batches of different sizes."""
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def assert_same_place(
+    got: NDArray[np.floating], want: NDArray[np.floating] | Sequence[float]
+) -> None:
+    """|got − want| ≤ 1e-3 + 1e-7·|want| mm: positions that a file stores in float32 or as text."""
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def assert_near(
+    got: NDArray[np.floating], want: NDArray[np.floating] | Sequence[float], voxel: float
+) -> None:
+    """|got − want| ≤ 1.5 voxels + 1e-7·|want|, in mm: the centre of a surface, against that of the voxels inside it."""
+    np.testing.assert_allclose(got, want, atol=1.5 * voxel)

@@ -36,7 +36,12 @@ from fastlora.medical.data.splits import select_structures
 from fastlora.medical.scans.layouts import find_cases
 from fastlora.medical.scans.volumes import save_volume
 from tests.medical.scans.test_geometry import oblique
-from tests.support.tolerance import assert_exact_geometry, assert_same_points
+from tests.support.tolerance import (
+    assert_exact_geometry,
+    assert_same_pixels,
+    assert_same_points,
+    assert_same_steps,
+)
 
 RADII = np.array((17.0, 12.0, 9.0))  # mm, along the volume's axes
 SHAPE = (44, 40, 20)
@@ -373,13 +378,11 @@ def test_collate_pads_and_keeps_places(root):
     for n, sample in enumerate(samples):
         valid = batch["valid"][n, 0]
         for name in ("image", "mask", "pointmap"):
-            torch.testing.assert_close(
-                batch[name][n][:, valid], sample[name].flatten(1), rtol=1e-6, atol=1e-5
-            )
+            assert_same_pixels(batch[name][n][:, valid], sample[name].flatten(1))
         assert not batch["image"][n, 0][~valid].any()
         # Beyond the slice, pointmap continues in even steps.
         steps = batch["pointmap"][n].diff(dim=2)
-        torch.testing.assert_close(steps, steps[:, :1, :1].expand_as(steps), rtol=0, atol=1e-4)
+        assert_same_steps(steps, steps[:, :1, :1].expand_as(steps))
 
 
 def test_collate_crops_about_the_structure(root):

@@ -33,6 +33,7 @@ from fastlora.medical.scans.scan import Part, Scan
 from fastlora.medical.scans.single import open_files, read_label_names, stem
 from fastlora.medical.scans.volumes import Case, Source, Volume, load_png, load_volume, save_volume
 from tests.support.eval_run import shared_home
+from tests.support.tolerance import assert_same_field, assert_same_place
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def test_regions_blend_without_seams_and_do_not_depend_on_the_batch():
     model = load_base_model()
     grid, field = subject.predict(model)
     assert field.shape == grid.image.shape and np.isfinite(field).all()
-    np.testing.assert_allclose(field, subject.predict(model, batch_size=3)[1], atol=1e-4)
+    assert_same_field(field, subject.predict(model, batch_size=3)[1])
     truth = truncated_sdf(grid.mask)
     near = np.abs(truth) < 3
     assert np.abs(field - truth)[near].max() < 2.0  # a misplaced region would differ by more
@@ -115,7 +116,7 @@ def test_files_state_their_coordinates(kind, tmp_path):
         path = tmp_path / f"{space}.{kind}"
         write_mesh(box, path, space, {"volume_ml": 6.0})
         again = trimesh.load(path, force="mesh")
-        np.testing.assert_allclose(again.center_mass, (sign * 100, sign * 200, 300), atol=1e-3)
+        assert_same_place(again.center_mass, (sign * 100, sign * 200, 300))
         assert again.volume == pytest.approx(6000, rel=1e-4)
         raw = path.read_bytes()
         assert space.upper().encode() in raw and b"SPACE" in raw and b"UNIT" in raw
@@ -473,7 +474,7 @@ def test_all_labels_of_an_image_in_one_call(home, organs, tmp_path, capsys, monk
         geometry = scene.geometry[scene.graph[row["structure"]][1]]
         transform = scene.graph[row["structure"]][0]
         np.testing.assert_allclose(transform, np.eye(4))
-        np.testing.assert_allclose(geometry.bounds, mesh.bounds, atol=1e-3)
+        assert_same_place(geometry.bounds, mesh.bounds)
         mesh.vertices *= (-1, -1, 1)  # from LPS
         place = np.argwhere(labels.array == int(row["label"])).mean(0)
         np.testing.assert_allclose(
