@@ -38,7 +38,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt .ci/locks/demo.txt .ci/locks/data.
 
 $(VENV)/.test: $(VENV)/.demo .ci/locks/test.txt
 	$(pip) --require-hashes --no-deps --requirement .ci/locks/test.txt
-	$(pip) --no-build-isolation --editable '.[medical,dicom,itk,dev]'
+	$(pip) --no-build-isolation --editable '.[medical,dicom,itk,dev,docs]'
 	touch $@
 
 clean:

@@ -4,11 +4,11 @@
 # torch, triton and the CUDA libraries are excluded, because the package index determines the build, CPU or CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-lock=(uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --constraints constraints.txt)
+lock=(uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-annotate --no-header --constraints constraints.txt)
 unhashed='^(torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z-]*)=='
 for which in demo test; do
     extras=(--extra medical)
-    [ "$which" = test ] && extras+=(--extra dicom --extra itk --extra dev)
+    [ "$which" = test ] && extras+=(--extra dicom --extra itk --extra dev --extra docs)
     echo 'setuptools>=77' | "${lock[@]}" pyproject.toml "${extras[@]}" - --output-file ".ci/locks/$which.txt"
 done
 # Only the data of these packages is used, so their dependencies are not installed.
