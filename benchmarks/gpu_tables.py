@@ -7,9 +7,7 @@ from typing import Any
 from cases import BASELINE, FORWARD, FORWARD_BACKWARD, TARGETS, Case, Target, readable
 
 Record = dict[str, Any]
-Times = dict[
-    tuple[str, ...], float
-]  # (case, mode, timing, implementation) -> milliseconds per call
+Times = dict[tuple[str, ...], float]  # (case, mode, timing, implementation) -> ms per call
 TIMINGS = ("graph", "eager")
 EAGER_PEFT = ("peft", "peft-bf16")
 AT_MOST, AT_LEAST = "≤", "≥"
@@ -23,6 +21,38 @@ def targets_table(records: list[Record]) -> str:
     that either timing does not reach.
     """
     return "\n\n".join(_targets_of(record) for record in records) or _targets_of(None)
+
+
+def speed_table(records: list[Record]) -> str:
+    """For each record, the training cases of the targets: milliseconds as CUDA graphs, and ratios to PEFT.
+
+    PEFT's figure is the smaller one of its two adapter dtypes. A case that was not timed has no row.
+    """
+    return "\n\n".join(map(_speed_of, records)) or f"No GPU record: {NOT_MEASURED}."
+
+
+def _speed_of(record: Record) -> str:
+    lines = [
+        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT / fastlora | compiled PEFT / fastlora | PEFT / fastlora, called from Python | peak memory, PEFT / fastlora |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    times, peaks = _times(record), _times(record, "peak_bytes")
+    for target in TARGETS:
+        for case in target.cases if target.forward_backward is not None else ():
+            key = (case.name, FORWARD_BACKWARD, "graph")
+            if (*key, "fastlora") not in times:
+                continue
+            cells = [f"{times[(*key, name)]:.3g} ms" for name in (BASELINE, "fastlora")]
+            for found, timing, above in (
+                (times, "graph", EAGER_PEFT),
+                (times, "graph", ("peft-compiled",)),
+                (times, "eager", EAGER_PEFT),
+                (peaks, "eager", EAGER_PEFT),
+            ):
+                ratio = _ratio(found, case, FORWARD_BACKWARD, timing, above, "fastlora")
+                cells.append("–" if ratio is None else f"{ratio:.2f}×")
+            lines.append(f"| {readable(case.name)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _origin(record)])
 
 
 def case_tables(records: list[Record]) -> str:
@@ -99,10 +129,12 @@ def _ratio(
     return min(known) / divisor if known and divisor is not None else None
 
 
-def _times(record: Record) -> Times:
+def _times(record: Record, figure: str = "ms_p50") -> Times:
+    """The figure of each row that has it."""
     return {
-        (row["case"], row["mode"], row["timing"], row["backend"]): row["ms_p50"]
+        (row["case"], row["mode"], row["timing"], row["backend"]): row[figure]
         for row in record["results"]
+        if row.get(figure) is not None
     }
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/benchmarks.md, and the plots, from the records in `benchmarks/results/` alone.
+"""Write the tables of README.md and of the pages in docs/, and the plots, from the records in `benchmarks/results/` alone.
 
 python benchmarks/report.py            # rewrite the tables between their markers, draw missing and outdated plots
 python benchmarks/report.py --check    # exit 1 if a file or a plot differs from the records
@@ -15,7 +15,7 @@ from typing import Any
 
 import plots
 from cases import readable
-from gpu_tables import case_tables, targets_table
+from gpu_tables import case_tables, speed_table, targets_table
 from record import gpu_file_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,6 +204,27 @@ def overhead_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def dice_table(records: list[dict[str, Any]]) -> str:
+    """Held-out Dice of each method and group, the mean of the seeds."""
+    groups = [group for group in records[0]["means"]["base"] if group != "all"]
+    lines = [
+        f"| held out, Dice | {' | '.join(METHODS.values())} |",
+        "| --- |" + " --- |" * len(METHODS),
+    ]
+    for group in groups:
+        dice = [
+            statistics.fmean(record["means"][method][group]["dice"] for record in records)
+            for method in METHODS
+        ]
+        lines.append(f"| {group} | {' | '.join(f'{value:.3f}' for value in dice)} |")
+    lora, full = (records[0]["runs"][name]["trainable"] for name in ("lora", "full"))
+    lines.append(
+        f"\nMeans of {len(records)} seeds. LoRA trains {lora:,} parameters, {lora / full:.2%} of full fine-tuning's "
+        f"(`benchmarks/results/medical-structure-seedN.json`)."
+    )
+    return "\n".join(lines)
+
+
 def medical_table(records: list[dict[str, Any]]) -> str:
     """Held-out means of each method and group, averaged over the seeds, with the lowest and the highest seed's Dice."""
     groups = [group for group in records[0]["means"]["base"] if group != "all"]
@@ -296,12 +317,14 @@ def tables() -> dict[Path, dict[str, str]]:
         kinds["step" if "settings" in record else kind].append(record)
     return {
         ROOT / "README.md": {
-            "targets": targets_table(kinds["cuda"]),
+            "speed": speed_table(kinds["cuda"]),
             "cpu": cpu_table(*kinds["cpu"]),
             "step": model_table(kinds["step"]),
-            "medical": medical_table(kinds["medical"]),
+            "dice": dice_table(kinds["medical"]),
         },
+        ROOT / "docs" / "medical_experiments.md": {"medical": medical_table(kinds["medical"])},
         ROOT / "docs" / "benchmarks.md": {
+            "targets": targets_table(kinds["cuda"]),
             "scaling": scaling_table(scaling_records()),
             "overhead": overhead_table(overhead),
             "gpu": case_tables(kinds["cuda"]),

@@ -144,7 +144,7 @@ def test_a_gpu_record_reaches_both_files(bench, monkeypatch, tmp_path, capsys):
     results = tmp_path / "results"
     shutil.copytree(bench.report.RESULTS, results)
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/benchmarks.md"):
+    for name in ("README.md", "docs/benchmarks.md", "docs/medical_experiments.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(bench.report, "RESULTS", results)
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
@@ -155,6 +155,38 @@ def test_a_gpu_record_reaches_both_files(bench, monkeypatch, tmp_path, capsys):
     assert bench.report.main(["--check"]) == 0
     assert "Invented GPU" in (tmp_path / "README.md").read_text()
     assert "### Invented GPU" in (tmp_path / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_readmes_gpu_table_has_times_and_ratios_of_training_cases(bench):
+    assert bench.gpu_tables.speed_table([]) == "No GPU record: not measured."
+    record = invented_record(bench)
+    for row in record["results"]:
+        row["peak_bytes"] = {"fastlora": 100, "peft": 500, "peft-bf16": 150}.get(row["backend"])
+        if row["backend"] == "peft-bf16" and row["timing"] == "eager":
+            row["ms_p50"] = 0.84
+    lines = bench.gpu_tables.speed_table([record]).splitlines()
+    cells = "1 ms | 1.05 ms | 2.00× | 1.20× | 0.80× | 1.50× |"
+    assert lines[2:5] == [
+        f"| 8192×4096 → 4096, rank 16, dropout 0.1, bfloat16, no-bias | {cells}",
+        f"| 32768×1024 → 1024, rank 16, dropout 0, bfloat16 | {cells}",
+        f"| 4096×768 → 768, rank 4, dropout 0, bfloat16 | {cells}",
+    ]
+    record["results"] = [row for row in record["results"] if row["case"].startswith("8192x")]
+    assert len(bench.gpu_tables.speed_table([record]).splitlines()) == 5
+
+
+def test_the_readmes_medical_table_has_the_mean_of_the_seeds(bench):
+    means = {method: {"all": {}, "spine": {"dice": 0.5}} for method in bench.report.METHODS}
+    first = {"means": means, "runs": {"lora": {"trainable": 25}, "full": {"trainable": 1000}}}
+    other = first | {"means": means | {"lora": {"all": {}, "spine": {"dice": 0.75}}}}
+    lines = bench.report.dice_table([first, other]).splitlines()
+    assert lines[2] == "| spine | 0.500 | 0.500 | 0.625 | 0.500 |"
+    assert "Means of 2 seeds. LoRA trains 25 parameters, 2.50% of" in lines[-1]
+
+
+def test_the_readme_reaches_its_first_table_of_speed_in_1200_words():
+    before, table, _ = (ROOT / "README.md").read_text().partition("<!-- table: ")
+    assert table and len(before.split()) <= 1200
 
 
 def test_the_cpu_table_reads_records_with_and_without_call_overhead(bench):
