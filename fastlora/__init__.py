@@ -1,5 +1,7 @@
 """fastlora: LoRA fine-tuning for PyTorch. README.md has an example."""
 
+from pathlib import Path as _Path
+
 from fastlora.config import LoRAConfig
 from fastlora.errors import (
     BackendError,
@@ -14,6 +16,7 @@ from fastlora.errors import (
     MergeError,
     TrainingError,
 )
+from fastlora.installation import warn_of_namesakes
 from fastlora.io.adapter_file import (
     LoadResult,
     get_lora_state_dict,
@@ -59,6 +62,8 @@ from fastlora.report.layer_table import LayerTable, explain, preview
 from fastlora.report.memory import MemoryEstimate, estimate
 
 __version__ = "0.1.0"
+
+warn_of_namesakes(_Path(__file__).parent)
 
 __all__ = [
     "AccelerationReport",

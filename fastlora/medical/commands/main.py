@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import fastlora
 from fastlora.errors import nearest
+from fastlora.installation import install_hint
 
 COMMANDS = {
     "preprocess": ("preprocess", "check a data set and prepare it for training"),
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if str(error.name).startswith("fastlora"):
             raise
         print(
-            f"error: {error.name} is not installed; install fastlora with its extra 'medical' (pip install '.[medical]' in its folder)",
+            f"error: {error.name} is not installed; install the extra 'medical' ({install_hint('medical')})",
             file=sys.stderr,
         )
         return 2

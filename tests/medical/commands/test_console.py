@@ -174,6 +174,6 @@ def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch) -> None:
     monkeypatch.setattr(entry.importlib, "import_module", absent)
     assert main(["predict"]) == 2
     assert (
-        "nibabel is not installed; install fastlora with its extra 'medical'"
+        "nibabel is not installed; install the extra 'medical' (pip install 'fastlora-torch[medical]', in a checkout pip install '.[medical]')"
         in capsys.readouterr().err
     )
