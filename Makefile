@@ -8,7 +8,7 @@ WORKERS ?= 2
 pip = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 pytest = $(VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test quick soak lint clean
+.PHONY: demo test quick soak lint dist clean
 
 demo: $(VENV)/.demo  ## fine-tune on the bundled medical data and write a report
 	PYTHON=$(VENV)/bin/python bash scripts/run_medical_pipeline.sh --out $(OUT)
@@ -26,6 +26,11 @@ lint: $(VENV)/.test  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+dist: $(VENV)/.test  ## the wheel and the sdist in dist/, checked as PyPI would
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python -m twine check --strict dist/*
 
 # Everything except torch and the packages of its CUDA build is installed from files whose hashes are in .ci/locks/ (scripts/lock.sh).
 $(VENV)/.demo: pyproject.toml constraints.txt .ci/locks/demo.txt .ci/locks/data.txt
