@@ -1,4 +1,4 @@
-"""State of a model outside its module tree: its named adapters."""
+"""State of a model outside its module tree: its named adapters, and what PEFT's format says of the model besides them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from fastlora.layers.base import LoRALayer
 
 _KEY = "_fastlora_adapters"
+_PEFT = "_fastlora_peft"
 
 
 @dataclass(eq=False)
@@ -51,6 +52,23 @@ def set_registry(module: nn.Module, registry: AdapterRegistry | None) -> None:
         module.__dict__[_KEY] = registry
     else:
         module.__dict__.pop(_KEY, None)
+
+
+def record_peft(module: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Store the fields of PEFT's config that say what the model is and is used for, for `save_pretrained`; None keeps the value there is."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if given:
+        module.__dict__[_PEFT] = recorded_peft(module) | given
+
+
+def recorded_peft(module: nn.Module) -> dict[str, Any]:
+    """What `record_peft` stored on `module` itself."""
+    return dict(module.__dict__.get(_PEFT, {}))
+
+
+def forget_peft(module: nn.Module) -> None:
+    """Remove what `record_peft` stored on `module`."""
+    module.__dict__.pop(_PEFT, None)
 
 
 def registries(model: nn.Module) -> Iterator[tuple[str, AdapterRegistry]]:

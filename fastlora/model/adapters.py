@@ -57,7 +57,7 @@ def add_adapter(
     `inject_lora`, if no layer matches, inside `disable_adapter`, or if a module of the active adapter was replaced. The model is
     unchanged then.
     """
-    config = to_config(target_modules, rank, alpha, dropout)
+    config = to_config(model, target_modules, rank, alpha, dropout)
     if (config.modules_to_save or config.bias != "none") and list_adapters(model):
         raise ConfigError(
             "modules_to_save, bias: expected none if the model has other adapters: all adapters share its heads and biases, "

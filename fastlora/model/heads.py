@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastlora.errors import FastLoRAWarning, first_few
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.quantised import quantisation
+from fastlora.model.adapter_registry import forget_peft
 from fastlora.model.frozen import (
     changed_since_frozen,
     forget_frozen,
@@ -57,6 +58,7 @@ def forget_heads(model: nn.Module) -> None:
     """Remove all records, once no adapter is left."""
     for module in model.modules():
         module.__dict__.pop(_RECORDED, None)
+        forget_peft(module)
     forget_frozen(model)
 
 

@@ -15,7 +15,8 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
 from fastlora.layers.offload import offload_hook
-from fastlora.model.adapter_registry import none_active
+from fastlora.model.adapter_registry import none_active, record_peft
+from fastlora.model.from_peft import PeftTargets
 from fastlora.model.heads import (
     adapter_parameters,
     head_parameters,
@@ -39,6 +40,7 @@ from fastlora.model.selection import (
     unmatched_pattern,
 )
 from fastlora.model.sharded import is_dtensor
+from fastlora.model.wrappers import unwrapped
 
 DEFAULT_OUTPUT_LAYERS = ("out_layer", "output_layer", "head")
 _LARGE_SHARE = 0.1  # of the parameters, left out under "all-linear"
@@ -60,20 +62,22 @@ def inject_lora(
 
     model: changed only if everything can be wrapped. A module under several names is wrapped once and stays shared.
     target_modules: patterns, "all-linear", a callback `(path, module) -> bool | LoRAConfig`, or a `LoRAConfig`, which then
-        also has rank, alpha and dropout. None means to_qkv, to_q, to_kv, to_out.
+        also has rank, alpha and dropout, or a `peft.LoraConfig`, whose layers, settings and initial values are those of PEFT. None
+        means to_qkv, to_q, to_kv, to_out.
     rank, alpha, dropout: as in `LoRALinear`.
     Returns the number of layers wrapped. If nothing matches, warns and returns 0; if one pattern of several matches nothing,
-    warns and wraps the rest; under a LoRAConfig both raise. Dropout on the projection of an `nn.MultiheadAttention` warns, since
+    warns and wraps the rest; under a LoRAConfig both raise, under a LoraConfig only the first. Dropout on the projection of an `nn.MultiheadAttention` warns, since
     that module multiplies by the merged weight itself. `fastlora.preview` shows the result beforehand.
 
-    Raises: ConfigError for an invalid value. InjectionError if the model already has adapters (`fastlora.add_adapter` adds others by
+    Raises: ConfigError for an invalid value, or naming every field of a LoraConfig that is not supported. InjectionError if the model already has adapters (`fastlora.add_adapter` adds others by
     name), if a matching layer cannot be adapted, or if a pattern of a LoRAConfig matches nothing, with the nearest names.
     """
-    config = to_config(target_modules, rank, alpha, dropout)
+    config = to_config(model, target_modules, rank, alpha, dropout)
     selected = select_layers(model, config)
     problem = unmatched_pattern(model, config, selected)
     trained = extra_trainable(model, config, selected)
-    if isinstance(target_modules, LoRAConfig):
+    pefts = isinstance(config.target_modules, PeftTargets)
+    if isinstance(target_modules, LoRAConfig) or (pefts and not selected):
         if problem is not None:
             raise InjectionError(problem)
     elif not selected:
@@ -88,6 +92,9 @@ def inject_lora(
     _warn_of_experts(model, config)
     count = _wrap(model, selected)
     record_heads(model, trained)
+    if isinstance(config.target_modules, PeftTargets):
+        rules = config.target_modules.rules
+        record_peft(unwrapped(model), {"task_type": rules.task_type})
     return count
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -24,6 +24,8 @@ from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.offload import loaded_from_above, offload_hook
 from fastlora.model.adapter_registry import inactive_adapters
+from fastlora.model.from_peft import PeftTargets, from_peft, is_pefts
+from fastlora.model.peft_rules import output_embeddings
 
 # The layers to wrap, each with its path and a config with its own rank, alpha and dropout.
 Selection = dict[nn.Module, tuple[str, LoRAConfig]]
@@ -47,21 +49,24 @@ class Decision:
 
 
 def to_config(
+    model: nn.Module,
     target_modules: Targets | LoRAConfig | None,
     rank: int = 4,
     alpha: float = 8.0,
     dropout: float = 0.0,
 ) -> LoRAConfig:
-    """The arguments of `inject_lora` as a config. Raises: ConfigError if a config and values are both given."""
-    if isinstance(target_modules, LoRAConfig):
+    """The arguments of `inject_lora` as a config. Raises: ConfigError if a config and values are both given, or as `from_peft`."""
+    pefts = is_pefts(target_modules)
+    if pefts or isinstance(target_modules, LoRAConfig):
         if (rank, alpha, dropout) != (4, 8.0, 0.0):
-            raise ConfigError("rank, alpha, dropout: set them in the LoRAConfig only")
-        return target_modules
-    pefts = type(target_modules).__name__ == "LoraConfig"  # which has a different meaning
-    if pefts or isinstance(target_modules, (type, nn.Module)):
+            raise ConfigError(
+                f"rank, alpha, dropout: set them in the {type(target_modules).__name__} only"
+            )
+        return from_peft(model, target_modules) if pefts else cast(LoRAConfig, target_modules)
+    if isinstance(target_modules, (type, nn.Module)):
         name = getattr(target_modules, "__name__", type(target_modules).__name__)
         raise ConfigError(
-            f"target_modules: expected patterns, a callback or fastlora's LoRAConfig, got {name}"
+            f"target_modules: expected patterns, a callback or a config (a LoRAConfig, PEFT's LoraConfig), got {name}"
         )
     targets = DEFAULT_TARGETS if target_modules is None else target_modules
     return LoRAConfig(targets, rank=rank, alpha=alpha, dropout=dropout)
@@ -119,6 +124,8 @@ def select_layers(model: nn.Module, config: LoRAConfig) -> Selection:
     }
     above = loaded_from_above(model)
     problems = [(path, why_unsuitable(module, own)) for module, (path, own) in selected.items()]
+    if isinstance(config.target_modules, PeftTargets):
+        problems += config.target_modules.foreign.items()
     problems += [
         (path, f"accelerate loads it by name in the hook of {above[module] or 'the model'}")
         for module, (path, _) in selected.items()
@@ -198,6 +205,8 @@ def _refuse_offloaded(model: nn.Module, trained: Sequence[nn.Parameter], argumen
 
 def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection) -> str | None:
     """An error message on the first pattern or layer index that matches nothing; None if all match."""
+    if isinstance(config.target_modules, PeftTargets):
+        return _unmatched_by_peft(model, config.target_modules, selected)
     every = [path for path, _ in candidates(model, config)]
     taken = [path for path, _ in selected.values()]
     checked = [("target_modules", config.targets, every), ("exclude", config.exclude, every)]
@@ -220,6 +229,20 @@ def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection)
         return f"layers_to_transform: no adapted layer has the index {unused[0]}; there are {sorted(numbers)}"
     if not selected:
         return f"target_modules: no layer was selected{suggest(model, config)}"
+    return None
+
+
+def _unmatched_by_peft(model: nn.Module, targets: PeftTargets, selected: Selection) -> str | None:
+    """An error message if a LoraConfig selects nothing, or on the first of its names that matches nothing."""
+    paths = [path for path, _ in model.named_modules()]
+    if not selected:
+        wanted = targets.rules.target_modules
+        first = wanted if isinstance(wanted, str) else wanted[0]
+        return f"target_modules: {targets!r} selects no layer{nearest_names(first, paths)}"
+    for name, pattern in targets.unused:
+        return (
+            f"{name}: {pattern!r} of the LoraConfig matches nothing{nearest_names(pattern, paths)}"
+        )
     return None
 
 
@@ -289,12 +312,6 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     )
 
 
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The output head of a model that follows Hugging Face's convention, else None."""
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
-
-
 def suggest(model: nn.Module, config: LoRAConfig) -> str:
     """A hint for an error message: the names in the model nearest to the config's first target."""
     first = next((t for t in config.targets if isinstance(t, str)), "")
@@ -327,7 +344,8 @@ def _decide_layer(
         if config.matches(pattern, path):
             shown = pattern_text(pattern)
             return Decision(path, module, "excluded", f"exclude has {shown!r}", pattern=shown)
-    chosen, reason = None, "the callback selected it"
+    by = "the LoraConfig" if isinstance(config.target_modules, PeftTargets) else "the callback"
+    chosen, reason = None, f"{by} selected it"
     if callable(config.target_modules):
         answer = config.target_modules(path, module)
         if not isinstance(answer, (bool, LoRAConfig)):
@@ -335,7 +353,7 @@ def _decide_layer(
                 f"target_modules: the callback must return a bool or a LoRAConfig, got {answer!r} for {path}"
             )
         if answer is False:
-            return Decision(path, module, "not targeted", "the callback did not select it")
+            return Decision(path, module, "not targeted", f"{by} did not select it")
         config = config if answer is True else answer
     else:
         found = [

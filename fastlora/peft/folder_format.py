@@ -1,6 +1,6 @@
 """A folder in PEFT's format ↔ `AdapterState`, without peft and without a model.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.<path>.lora_A.weight` and
+A folder holds a model card, `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.<path>.lora_A.weight` and
 `….lora_B.weight`, under DoRA also `….lora_magnitude_vector`, for an embedding `….lora_embedding_A` and `….lora_embedding_B`,
 and `base_model.model.<path>.<name>` for modules that are saved in full (`modules_to_save`). In fastlora's folders the metadata of
 the weights repeats each layer's settings, which tells whether the config beside them was saved with them.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlora.config import scaling_divisor
 from fastlora.errors import CheckpointError, FastLoRAWarning
-from fastlora.files import write_files
+from fastlora.files import Content, write_files
 from fastlora.io.adapter_state import PLACES, AdapterState, LayerState
 from fastlora.io.safetensors_format import (
     PEFT_PREFIX,
@@ -30,14 +30,16 @@ from fastlora.io.safetensors_format import (
     safetensors_bytes,
     settings_metadata,
 )
+from fastlora.model.peft_rules import PeftConfig
 from fastlora.peft.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    PeftConfig,
     as_json,
+    check_matching,
     overlap,
     read_config,
 )
+from fastlora.peft.model_card import CARD_FILE, may_replace, model_card
 
 # kind of layer -> fastlora's names of its tensors -> PEFT's.
 _EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
@@ -70,7 +72,7 @@ def read_folder(folder: Path) -> AdapterState:
     # PEFT also writes the weight of an adapted output head or embedding, which replaces the base's.
     plain = {key.replace(".base_layer.", "."): value for key, value in plain.items()}
     layers, others = group_tensors(file, plain, _TO_FASTLORA)
-    config.check_matching(layers)
+    check_matching(config, layers)
     if config.ensure_weight_tying and any("lora_embedding_A" in key for key in plain):
         raise CheckpointError(
             f"{folder}: ensure_weight_tying with an adapted embedding is not supported by fastlora"
@@ -117,7 +119,7 @@ def read_tensors(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str,
     if not file.is_file():
         raise CheckpointError(f"folder: no such file: {file}; only safetensors are read")
     tensors, saved_with, *_ = read_safetensors(file)
-    config.check_matching(saved_with)
+    check_matching(config, saved_with)
     places = {}
     for path, settings in saved_with.items():
         places[path] = {name: settings.pop(name) for name in PLACES if name in settings}
@@ -215,12 +217,10 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
     )
 
 
-def write_folder(
-    folder: Path, state: AdapterState, config: PeftConfig, base_name: str | None = None
-) -> None:
-    """Write the two files of a folder, which is created if missing. base_name: the base model's name, if known.
+def write_folder(folder: Path, state: AdapterState, config: PeftConfig) -> None:
+    """Write the files of a folder, which is created if missing. A model card that fastlora did not write, or that was changed, is kept.
 
-    Raises: CheckpointError if the folder or a file cannot be written; neither file has changed then.
+    Raises: CheckpointError if the folder or a file cannot be written; no file has changed then.
     """
     tensors = {
         f"{PEFT_PREFIX}{path}.{PEFT_NAMES[layer.kind][name]}": tensor
@@ -233,7 +233,7 @@ def write_folder(
             f"{state.base_name(name).removesuffix('.weight')}.base_layer.weight" if inside else name
         )
         tensors[PEFT_PREFIX + key] = tensor
-    text = json.dumps(as_json(config, base_name), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(as_json(config), indent=2, sort_keys=True) + "\n"
     # The weights are moved first: the new ones know whether the config is the old one.
     metadata = settings_metadata(
         {path: _settings(config, path) | layer.places() for path, layer in state.layers.items()}
@@ -242,12 +242,18 @@ def write_folder(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"folder: cannot create {folder}: {error}") from error
-    write_files(
-        {
-            folder / WEIGHTS_FILE: safetensors_bytes(tensors, metadata),
-            folder / CONFIG_FILE: text.encode(),
-        }
-    )
+    contents: dict[Path, Content] = {
+        folder / WEIGHTS_FILE: safetensors_bytes(tensors, metadata),
+        folder / CONFIG_FILE: text.encode(),
+    }
+    card = folder / CARD_FILE
+    try:
+        replaced = may_replace(card)
+    except OSError as error:
+        raise CheckpointError(f"folder: cannot read {card}: {error}") from error
+    if replaced:
+        contents[card] = model_card(config)
+    write_files(contents)
 
 
 def why_peft_differs(

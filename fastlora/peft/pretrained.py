@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import KINDS, LoRAConfig
-from fastlora.errors import CheckpointError, FastLoRAWarning, first_few
+from fastlora.errors import CheckpointError, ConfigError, FastLoRAWarning, first_few
 from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.base_state import base_state_dict
@@ -24,14 +24,20 @@ from fastlora.io.safetensors_format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.layers.offload import execution_device
-from fastlora.model.adapter_registry import inactive_adapters, none_active
+from fastlora.model.adapter_registry import (
+    inactive_adapters,
+    none_active,
+    record_peft,
+    recorded_peft,
+)
 from fastlora.model.adapters import inject_as, list_adapters
 from fastlora.model.heads import head_tensors, record_heads, warn_of_changed_base
 from fastlora.model.inject import freeze_base_params, inject_lora
+from fastlora.model.peft_rules import TASK_TYPES, PeftConfig, base_modules
 from fastlora.model.selection import attention_projections, fast_path_layers, nearest_names
 from fastlora.model.sharded import copy_whole
 from fastlora.model.wrappers import plain_names, unwrapped
-from fastlora.peft.config import WEIGHTS_FILE, PeftConfig, base_modules, overlap
+from fastlora.peft.config import WEIGHTS_FILE, check_matching, overlap
 from fastlora.peft.folder_format import (
     PEFT_NAMES,
     heads_of,
@@ -40,25 +46,37 @@ from fastlora.peft.folder_format import (
     why_peft_differs,
     write_folder,
 )
+from fastlora.peft.hub import local_folder
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | os.PathLike[str], include_trainable: bool = True
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    include_trainable: bool = True,
+    *,
+    task_type: str | None = None,
 ) -> None:
     """Write the adapters, and by default the trained heads, as a folder that PEFT and `from_pretrained` load.
 
     Layers may differ in rank, alpha and use_rslora. PEFT stores one dropout: if layers differ, the highest is written, with a
     warning. After PiSSA or OLoRA the subtracted initial product becomes part of the factors, whose rank doubles, so that the
-    folder fits the unchanged base model. Other files in the folder are kept. Both files are written before the first is
+    folder fits the unchanged base model. A model card, `README.md`, is added, so that the folder can be uploaded as it is; one that
+    fastlora did not write, or that was changed since, is kept, like all other files. All files are written before the first is
     moved into place. Layers whose weight other code reads instead of calling them warn: in PEFT that weight is the base's. FSDP as in
     `get_lora_state_dict`.
 
     model: with adapters. folder: created if missing.
     include_trainable: also save in full every module with a head, as in `get_lora_state_dict` (`modules_to_save`).
+    task_type: PEFT's name for what the model is used for, such as "CAUSAL_LM". None means that of the `LoraConfig` or the folder from
+        which the adapter came. If there is none, the class of the model is written, from which `peft.AutoPeftModel` builds the base.
 
     Raises: CheckpointError if there is nothing to save, if the format cannot store a layer or a trained parameter (one that
     belongs to an adapted layer or to the model itself), or if a file cannot be written.
     """
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise ConfigError(
+            f"task_type: expected one of {', '.join(TASK_TYPES)} or None, got {task_type!r}"
+        )
     plain = plain_names(model)
     layers = {plain(path): layer for path, layer in named_lora_layers(model)}
     if not layers:
@@ -78,34 +96,67 @@ def save_pretrained(
         raise CheckpointError(f"model: {error}; use save_adapter") from None
     warn_of_changed_base(model, "save_pretrained", whole.values())
     _warn_of_reads(model, layers)
-    name = getattr(unwrapped(model), "name_or_path", None)
-    base_name = name if isinstance(name, str) and name else None
-    write_folder(Path(folder), replace(state, others=heads).whole(), config, base_name)
+    config = replace(config, **_about_the_base(unwrapped(model), task_type))
+    write_folder(Path(folder), replace(state, others=heads).whole(), config)
+
+
+def _about_the_base(model: nn.Module, task_type: str | None) -> dict[str, Any]:
+    """The fields that say how PEFT builds the base model: like PEFT, its class unless the task is known, and its name or path."""
+    recorded = recorded_peft(model)
+    names = [getattr(model, "name_or_path", None)]
+    names += [getattr(getattr(model, "config", None), "_name_or_path", None)]  # diffusers
+    names += [recorded.get("base_model_name_or_path")]
+    found = (os.fspath(name) for name in names if isinstance(name, (str, os.PathLike)))
+    name = next((name for name in found if name), None)
+    task = task_type or recorded.get("task_type")
+    # FSDP and parametrizations replace the class by one of torch that is derived from it.
+    kinds = [kind for kind in type(model).__mro__ if issubclass(kind, nn.Module)]
+    own = next((kind for kind in kinds if not kind.__module__.startswith("torch.")), kinds[0])
+    mapping = {"base_model_class": own.__name__, "parent_library": own.__module__}
+    same = name == recorded.get("base_model_name_or_path")
+    return {
+        "task_type": task,
+        "auto_mapping": mapping if task is None else None,
+        "base_model_name_or_path": name,
+        "revision": recorded.get("revision") if same else None,
+    }
 
 
 def from_pretrained(
-    model: nn.Module, folder: str | os.PathLike[str], adapter: str | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    subfolder: str | None = None,
 ) -> LoadResult:
     """Load the adapters and heads of a folder in PEFT's format into a plain `model`, in place.
 
     Afterwards the adapters and the saved heads train and everything else is frozen; the heads are saved again with the adapters, whether they
     still train or not. Parameters of the base in the file (such as resized embeddings) are loaded too.
 
-    model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it; only safetensors are read.
+    model: without adapters. folder: as PEFT's or fastlora's `save_pretrained` writes it, or the id "organisation/name" of a repository on the Hugging
+        Face Hub that holds such a folder, which needs huggingface_hub; only safetensors are read. A local folder of that name wins.
     adapter: load the folder as one of several adapters under this name, without activating it (`set_adapter` does). If the
         model has no other adapter, the heads in the file are loaded too and stay, whichever adapter is active later. Otherwise
         only the new adapter's parameters change, and heads or base parameters in the file are refused.
+    revision, token, cache_dir: for the Hub, as in `huggingface_hub.hf_hub_download`. subfolder: of the folder or repository.
     Returns the keys that were loaded, as in the file.
 
     Raises: CheckpointError if a file is missing or damaged, if fastlora saved the weights with another config, if the config names
     something that fastlora does not support (biases, init_lora_weights='pissa', …), or if names or shapes do not fit, with the
     nearest candidates. With `adapter`, also as `add_adapter`. The model is unchanged then.
     """
+    path = local_folder(
+        folder, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder
+    )
     if adapter is None:
-        return _load(model, Path(folder), alone=True)
+        return _load(model, path, alone=True)
     alone = not list_adapters(model)
     with inject_as(model, adapter) as plain:
-        return _load(plain, Path(folder), alone)
+        return _load(plain, path, alone)
 
 
 def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
@@ -127,7 +178,7 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
                     f"model: {where} is on the meta device and cannot store a value"
                 )
     config, tensors, _ = read_tensors(folder)
-    config.check_matching([path for path, _ in base_modules(model)])
+    check_matching(config, [path for path, _ in base_modules(model)])
     targets = config.targets(model)
     layer_configs = {path: LoRAConfig(**config.layer(path)) for path in targets}
     _check_targets(model, config, targets, layer_configs)
@@ -160,6 +211,8 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
         )
     chosen = LoRAConfig(lambda path, _: layer_configs.get(plain(path), False), kinds=KINDS)
     inject_lora(model, chosen)
+    origin = {n: getattr(config, n) for n in ("task_type", "base_model_name_or_path", "revision")}
+    record_peft(unwrapped(model), origin)
     record_heads(model, [p for head in heads.values() for p in head.parameters()])
     now = base_state_dict(model) | adapter_state(model).tensors()
     for key, value in tensors.items():

@@ -153,7 +153,7 @@ def explain(
             raise ConfigError("rows, config: expected only without x")
         return model.choose(x)
     _check_rows(rows)
-    return _table(model, None if config is None else to_config(config), rows)
+    return _table(model, None if config is None else to_config(model, config), rows)
 
 
 def preview(
@@ -172,7 +172,7 @@ def preview(
     Raises: ConfigError for an invalid value.
     """
     _check_rows(rows)
-    config = to_config(target_modules, rank, alpha, dropout)
+    config = to_config(model, target_modules, rank, alpha, dropout)
     problems: list[str] = []
     try:
         selected = select_layers(model, config)

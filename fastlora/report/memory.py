@@ -227,7 +227,7 @@ def _as_it_is(model: nn.Module) -> _Counted:
 
 
 def _after_injection(model: nn.Module, config: LoRAConfig | Targets) -> _Counted:
-    settings = to_config(config)
+    settings = to_config(model, config)
     selected = select_layers(model, settings)
     problem = unmatched_pattern(model, settings, selected)
     if problem is not None and (isinstance(config, LoRAConfig) or not selected):

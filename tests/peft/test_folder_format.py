@@ -32,6 +32,7 @@ from tests.support.tolerance import assert_close, assert_differs
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
 
 
 def base(seed=7, make=Decoder):
@@ -78,7 +79,7 @@ def test_pefts_output_equals_ours_after_saving(tmp_path):
     model = adapted()
     save_pretrained(model, tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
-    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir(folder)) == [CARD, CONFIG, WEIGHTS]
     same(in_peft(folder), model, X)
     config = json.loads((folder / CONFIG).read_text())
     assert config["target_modules"] == ["to_out", "to_qkv"]
@@ -331,7 +332,7 @@ def test_what_the_format_cannot_store_is_refused_when_saving(tmp_path):
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     save_pretrained(adapted(), tmp_path)
-    before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    before = {name: (tmp_path / name).read_bytes() for name in (CARD, CONFIG, WEIGHTS)}
     real = type(tmp_path).open
 
     def full(path, mode="r", **options):
