@@ -1,4 +1,4 @@
-"""The code of docs/export.md, docs/integrations.md and docs/variants.md runs; files, names and tests that a page mentions exist."""
+"""The code of docs/export.md, docs/integrations.md, docs/peft_folders.md and docs/variants.md runs; files, names and tests that a page mentions exist."""
 
 import importlib.util
 import pkgutil
@@ -86,6 +86,19 @@ def test_variants(tmp_path, monkeypatch, capsys):
     assert "['proj.lora_A', 'proj.lora_B', 'proj.original_linear.bias', 'head.weight'" in printed
     if importlib.util.find_spec("torchao"):
         assert "the weight is dequantised by torchao for each pass" in printed
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own
+def test_pefts_folders(tmp_path, monkeypatch):
+    names = run((DOCS / "peft_folders.md").read_text(), tmp_path, monkeypatch)
+    for found in (
+        names["in_peft"],
+        names["in_transformers"],
+        logits(names["plain"], names["tokens"]),
+    ):
+        assert torch.equal(found, names["ours"])
+    fresh = names["LlamaForCausalLM"].from_pretrained("base").eval()
+    assert not torch.equal(logits(fresh, names["tokens"]), names["ours"])
 
 
 INTEGRATIONS = sections("integrations.md")

@@ -173,6 +173,39 @@ def whisper():
     return model, {"input_features": features, "decoder_input_ids": IDS}
 
 
+def gemma():
+    config = transformers.Gemma3TextConfig(**TEXT, num_key_value_heads=1, head_dim=8)
+    return transformers.Gemma3ForCausalLM(config), {"input_ids": IDS}
+
+
+def phi():  # one layer computes q, k and v
+    config = transformers.Phi3Config(**TEXT, num_key_value_heads=1, pad_token_id=0)
+    return transformers.Phi3ForCausalLM(config), {"input_ids": IDS}
+
+
+def gpt_neox():
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**TEXT)), {"input_ids": IDS}
+
+
+def t5():
+    sizes = {"vocab_size": 32, "d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, d_kv=8, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config)
+    return model, {"input_ids": IDS, "decoder_input_ids": IDS}
+
+
+def distilbert():
+    config = transformers.DistilBertConfig(
+        vocab_size=32, dim=16, hidden_dim=32, n_layers=2, n_heads=2, num_labels=3
+    )
+    return transformers.DistilBertForSequenceClassification(config), {"input_ids": IDS}
+
+
+def modernbert():
+    config = transformers.ModernBertConfig(**TEXT, num_labels=3, pad_token_id=0)
+    return transformers.ModernBertForSequenceClassification(config), {"input_ids": IDS}
+
+
 MODELS = [
     (llama, ["q_proj", "v_proj", "down_proj"], None),
     (llama, "all-linear", None),
@@ -188,6 +221,22 @@ MODELS = [
     (dit, ["to_q", "to_v"], None),
     (timm_vit, ["qkv", "proj"], ["head"]),
 ]
+
+
+MORE = [
+    (gemma, ["q_proj", "v_proj", "down_proj"], None),
+    (phi, ["qkv_proj", "gate_up_proj"], None),
+    (gpt_neox, ["query_key_value", "dense"], None),
+    (t5, ["q", "v", "wi"], None),
+    (distilbert, ["q_lin", "v_lin"], ["classifier"]),
+    (modernbert, ["Wqkv", "Wo"], ["classifier"]),
+]
+LANGUAGE = (llama, gpt2, qwen, gemma, phi, gpt_neox)
+CLASSES = dict.fromkeys(LANGUAGE, ("CausalLM", "CAUSAL_LM"))
+CLASSES |= dict.fromkeys((bert, distilbert, modernbert), ("SequenceClassification", "SEQ_CLS"))
+# PEFT 0.21's class for SEQ_2_SEQ_LM calls a method that transformers has removed.
+CLASSES |= {t5: ("Seq2SeqLM", None), whisper: ("SpeechSeq2Seq", None)}
+CLASSES |= dict.fromkeys((vit, dinov2), ("ImageClassification", None)) | {clip: ("", None)}
 
 
 def build(make):
@@ -314,3 +363,53 @@ def test_all_linear_written_by_hand_excludes_the_output_head(tmp_path):
     from_pretrained(mine, tmp_path)
     assert len(list(named_lora_layers(mine))) == 2 * 7
     torch.testing.assert_close(logits(mine, inputs), logits(theirs.eval(), inputs))
+
+
+def saved_base(make, folder):
+    """The base model, loaded from a folder that it was saved in if its library can do that."""
+    model, inputs = build(make)
+    if not hasattr(type(model), "from_pretrained"):
+        return model, inputs
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder).eval(), inputs
+
+
+def exactly(model, inputs, expected):
+    found = logits(model.eval(), inputs)
+    difference = (found - expected).abs().max().item()
+    assert difference == 0.0, f"{type(model).__name__}: {difference}"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")  # diffusers' call
+@pytest.mark.parametrize(("make", "targets", "heads"), MODELS + MORE)
+def test_a_saved_folder_is_the_same_to_every_loader(make, targets, heads, tmp_path):
+    mine, inputs = saved_base(make, tmp_path / "base")
+    found = targets_of(mine, targets)
+    inject_lora(mine, peft.LoraConfig(r=3, target_modules=found, modules_to_save=heads))
+    freeze_base_params(mine)
+    randomise_adapters(mine)
+    for head in heads or ():
+        with torch.no_grad():
+            mine.get_submodule(head).weight.mul_(1.5)
+    save_pretrained(mine, tmp_path / "ours")
+    theirs = saved_base(make, tmp_path / "base")[0]
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    expected = logits(theirs, inputs)
+    torch.testing.assert_close(logits(mine, inputs), expected)  # two orders of rounding
+    assert_differs(expected, logits(saved_base(make, tmp_path / "base")[0], inputs))
+    if (tmp_path / "base").exists():
+        exactly(peft.AutoPeftModel.from_pretrained(tmp_path / "ours"), inputs, expected)
+    if make in CLASSES:
+        name, task = CLASSES[make]
+        auto = getattr(transformers, f"AutoModelFor{name}" if name else "AutoModel")
+        exactly(auto.from_pretrained(tmp_path / "ours"), inputs, expected)
+        if task is not None:
+            save_pretrained(mine, tmp_path / "task", task_type=task)
+            loader = getattr(peft, f"AutoPeftModelFor{name}")
+            exactly(loader.from_pretrained(tmp_path / "task"), inputs, expected)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        back, _ = saved_base(make, tmp_path / "base")
+        from_pretrained(back, tmp_path / folder)
+        exactly(back, inputs, logits(mine, inputs))
