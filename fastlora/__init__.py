@@ -41,6 +41,7 @@ from fastlora.model.adapters import (
 )
 from fastlora.model.fusion import FusionReport, fuse, unfuse
 from fastlora.model.inject import (
+    adapt,
     count_parameters,
     freeze_base_params,
     get_lora_params,
@@ -94,6 +95,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "active_adapter",
+    "adapt",
     "add_adapter",
     "base_state_dict",
     "check",

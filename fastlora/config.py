@@ -50,7 +50,7 @@ _ALIASES = {
 class LoRAConfig:
     """The settings of `inject_lora`.
 
-    target_modules: patterns, or "all-linear" (every layer of `kinds`, by default linear ones, except the model's output
+    target_modules: None for the attention projections, by the rules of docs/targets.md; or patterns, or "all-linear" (every layer of `kinds`, by default linear ones, except the model's output
         embeddings), or a callback `(path, module) -> bool | LoRAConfig`; a returned config sets that layer's rank, alpha and dropout.
     match: how a string pattern is compared with a layer's dotted path, such as `blocks.0.attn.to_qkv`:
         "contains"  it is contained in any component; a pattern with dots matches consecutive components in full
@@ -88,7 +88,7 @@ class LoRAConfig:
     Raises: ConfigError naming the field if a value is invalid.
     """
 
-    target_modules: Targets = DEFAULT_TARGETS
+    target_modules: Targets | None = None
     rank: int = 4
     alpha: float = 8.0
     dropout: float = 0.0
@@ -120,7 +120,7 @@ class LoRAConfig:
             raise ConfigError(f"adapter_dtype: expected a float dtype or None, got {dtype!r}")
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             object.__setattr__(self, "target_modules", ALL_LINEAR)  # PEFT ignores case
-        if not callable(self.target_modules):
+        if self.target_modules is not None and not callable(self.target_modules):
             if not isinstance(self.target_modules, (str, re.Pattern)):
                 self._freeze("target_modules", self.target_modules)
             self._check_patterns("target_modules", self.targets)
@@ -157,9 +157,9 @@ class LoRAConfig:
 
     @property
     def targets(self) -> tuple[str | re.Pattern[str], ...]:
-        """The target patterns as a tuple; empty for a callback."""
+        """The target patterns as a tuple; empty for None and for a callback."""
         targets = self.target_modules
-        if callable(targets):
+        if targets is None or callable(targets):
             return ()
         return (targets,) if isinstance(targets, (str, re.Pattern)) else tuple(targets)
 

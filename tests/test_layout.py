@@ -87,6 +87,7 @@ PUBLIC = [
     "__version__",
     "accelerate",
     "active_adapter",
+    "adapt",
     "add_adapter",
     "base_state_dict",
     "check",

@@ -64,7 +64,7 @@ def add_adapter(
             "so training them for one would change the others"
         )
     with inject_as(model, name) as plain:
-        if not select_layers(plain, config):
+        if config.target_modules is not None and not select_layers(plain, config):
             raise InjectionError(
                 f"model: no layer matches {config.target_modules!r}{suggest(plain, config)}"
             )

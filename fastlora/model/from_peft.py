@@ -96,7 +96,7 @@ def from_peft(model: nn.Module, given: Any) -> LoRAConfig:
     if not raw["target_modules"]:
         raise ConfigError(
             "target_modules: the LoraConfig names no targets, and fastlora does not choose them by the model's type as PEFT "
-            'does; set them, for example to "all-linear"'
+            'does; set them, for example to "all-linear", or inject without a LoraConfig (docs/targets.md)'
         )
     try:
         rules = PeftConfig.from_fields(raw)

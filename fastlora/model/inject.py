@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +31,7 @@ from fastlora.model.heads import (
 from fastlora.model.selection import (
     Selection,
     attention_projections,
+    config_of,
     extra_trainable,
     nearest_names,
     parameters_within,
@@ -63,7 +65,8 @@ def inject_lora(
     model: changed only if everything can be wrapped. A module under several names is wrapped once and stays shared.
     target_modules: patterns, "all-linear", a callback `(path, module) -> bool | LoRAConfig`, or a `LoRAConfig`, which then
         also has rank, alpha and dropout, or a `peft.LoraConfig`, whose layers, settings and initial values are those of PEFT. None
-        means to_qkv, to_q, to_kv, to_out.
+        chooses all attention projections (queries, keys, values and output) by the rules of docs/targets.md, and raises if none of
+        them applies.
     rank, alpha, dropout: as in `LoRALinear`.
     Returns the number of layers wrapped. If nothing matches, warns and returns 0; if one pattern of several matches nothing,
     warns and wraps the rest; under a LoRAConfig both raise, under a LoraConfig only the first. Dropout on the projection of an `nn.MultiheadAttention` warns, since
@@ -76,18 +79,19 @@ def inject_lora(
     selected = select_layers(model, config)
     problem = unmatched_pattern(model, config, selected)
     trained = extra_trainable(model, config, selected)
-    pefts = isinstance(config.target_modules, PeftTargets)
-    if isinstance(target_modules, LoRAConfig) or (pefts and not selected):
-        if problem is not None:
-            raise InjectionError(problem)
-    elif not selected:
+    strict = config.target_modules is None or isinstance(target_modules, LoRAConfig)
+    if isinstance(config.target_modules, PeftTargets):
+        strict = not selected
+    if problem is not None and strict:
+        raise InjectionError(problem)
+    if not selected:
         warnings.warn(
-            f"inject_lora: no layer matches {target_modules or DEFAULT_TARGETS!r}; nothing was changed"
+            f"inject_lora: no layer matches {target_modules!r}; nothing was changed"
             f"{suggest(model, config)}",
             FastLoRAWarning,
             stacklevel=2,
         )
-    elif problem is not None and target_modules is not None:  # the defaults fit many architectures
+    elif problem is not None:
         warnings.warn(f"inject_lora: {problem}", FastLoRAWarning, stacklevel=2)
     _warn_of_experts(model, config)
     count = _wrap(model, selected)
@@ -96,6 +100,24 @@ def inject_lora(
         rules = config.target_modules.rules
         record_peft(unwrapped(model), {"task_type": rules.task_type})
     return count
+
+
+def adapt(
+    model: nn.Module, target_modules: Targets | LoRAConfig | Any = None, **fields: Any
+) -> list[nn.Parameter]:
+    """Inject adapters and freeze the base: `inject_lora`, `freeze_base_params` and `get_trainable_params` in one call.
+
+    target_modules: as in `inject_lora`; None chooses all attention projections.
+    fields: other fields of a `LoRAConfig`, if target_modules is not one: `adapt(model, "all-linear", rank=8, use_dora=True)`.
+    Returns every parameter that trains, for an optimizer: the adapters, and what `modules_to_save` and `bias` name.
+
+    Raises: ConfigError for an invalid or unknown field, or if a config and fields are both given; InjectionError as `inject_lora` under a
+    LoRAConfig.
+    The model is unchanged then.
+    """
+    inject_lora(model, config_of(model, target_modules, fields))
+    freeze_base_params(model)
+    return get_trainable_params(model)
 
 
 def _warn_of_experts(model: nn.Module, config: LoRAConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -12,7 +12,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fastlora.config import (
     ALL_LINEAR,
-    DEFAULT_TARGETS,
     KINDS,
     PATTERNS,
     LoRAConfig,
@@ -24,6 +23,7 @@ from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.offload import loaded_from_above, offload_hook
 from fastlora.model.adapter_registry import inactive_adapters
+from fastlora.model.defaults import Rule, default_layers
 from fastlora.model.from_peft import PeftTargets, from_peft, is_pefts
 from fastlora.model.peft_rules import output_embeddings
 
@@ -37,7 +37,7 @@ class Decision:
     """Whether a config selects one layer under one of its names.
 
     config: has the layer's own rank, alpha and dropout if it is selected, else None.
-    pattern: the pattern that selected or excluded it; None for a callback and for a layer that matches nothing.
+    pattern: the pattern, or the rule for default targets, that selected or excluded it; None for a callback and for a layer that matches nothing.
     """
 
     path: str
@@ -56,11 +56,23 @@ def to_config(
     dropout: float = 0.0,
 ) -> LoRAConfig:
     """The arguments of `inject_lora` as a config. Raises: ConfigError if a config and values are both given, or as `from_peft`."""
+    given = {"rank": rank, "alpha": alpha, "dropout": dropout}
+    is_config = is_pefts(target_modules) or isinstance(target_modules, LoRAConfig)
+    if is_config and given == {"rank": 4, "alpha": 8.0, "dropout": 0.0}:
+        given = {}  # the defaults of the signature
+    return config_of(model, target_modules, given)
+
+
+def config_of(model: nn.Module, target_modules: object, given: Mapping[str, Any]) -> LoRAConfig:
+    """Targets, compared as in `inject_lora` unless `match` is given, and other fields of a `LoRAConfig` as a config.
+
+    Raises: ConfigError for an invalid or unknown field, if a config and fields are both given, or as `from_peft`.
+    """
     pefts = is_pefts(target_modules)
     if pefts or isinstance(target_modules, LoRAConfig):
-        if (rank, alpha, dropout) != (4, 8.0, 0.0):
+        if given:
             raise ConfigError(
-                f"rank, alpha, dropout: set them in the {type(target_modules).__name__} only"
+                f"{', '.join(given)}: set them in the {type(target_modules).__name__} only"
             )
         return from_peft(model, target_modules) if pefts else cast(LoRAConfig, target_modules)
     if isinstance(target_modules, (type, nn.Module)):
@@ -68,8 +80,9 @@ def to_config(
         raise ConfigError(
             f"target_modules: expected patterns, a callback or a config (a LoRAConfig, PEFT's LoraConfig), got {name}"
         )
-    targets = DEFAULT_TARGETS if target_modules is None else target_modules
-    return LoRAConfig(targets, rank=rank, alpha=alpha, dropout=dropout)
+    return LoRAConfig.from_dict(
+        {"target_modules": target_modules, "match": "contains"} | dict(given)
+    )
 
 
 def decide(model: nn.Module, config: LoRAConfig) -> list[Decision]:
@@ -80,13 +93,14 @@ def decide(model: nn.Module, config: LoRAConfig) -> list[Decision]:
     Raises: ConfigError if a callback returns neither a bool nor a LoRAConfig.
     """
     head = output_embeddings(model) if ALL_LINEAR in config.targets else None
+    defaults = default_layers(model) if config.target_modules is None else {}
     wrapped = {id(layer.wrapped) for _, layer in named_lora_layers(model)}
     decisions: list[Decision] = []
     taken: set[nn.Module] = set()
     for path, module in candidates(model, config):
         if module in taken or id(module) in wrapped:
             continue
-        decision = _decide_layer(config, path, module, head)
+        decision = _decide_layer(config, path, module, head, defaults.get(module))
         decisions.append(decision)
         if decision.config is not None:
             taken.add(module)
@@ -227,6 +241,11 @@ def unmatched_pattern(model: nn.Module, config: LoRAConfig, selected: Selection)
     unused = [i for i in config.indices if i not in numbers]
     if unused:
         return f"layers_to_transform: no adapted layer has the index {unused[0]}; there are {sorted(numbers)}"
+    if not selected and config.target_modules is None and not default_layers(model):
+        return (
+            "target_modules: expected patterns, since no rule for default targets recognises an attention layer in this model; "
+            'pass names, or "all-linear" (fastlora.preview(model, "all-linear") shows its layers)'
+        )
     if not selected:
         return f"target_modules: no layer was selected{suggest(model, config)}"
     return None
@@ -333,7 +352,7 @@ def nearest_names(wanted: str, paths: Iterable[str]) -> str:
 
 
 def _decide_layer(
-    config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None
+    config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None, rule: Rule | None
 ) -> Decision:
     named = config.match == "exact" and path in config.targets
     if config.indices and layer_index(path) not in config.indices and not named:
@@ -355,6 +374,12 @@ def _decide_layer(
         if answer is False:
             return Decision(path, module, "not targeted", f"{by} did not select it")
         config = config if answer is True else answer
+    elif config.target_modules is None:
+        if rule is None:
+            reason = "no rule for default targets chooses it"
+            return Decision(path, module, "not targeted", reason)
+        chosen = rule.name
+        reason = f"default targets: rule {chosen!r}"
     else:
         found = [
             pattern

@@ -43,7 +43,7 @@ class LayerRow:
     status: "adapted"; "selected" (by the config, to be adapted); "no adapter" (it could have one); "not targeted" or "excluded" by
         the config; "unsuitable" (it cannot have one); "container" (a target matches it, but it is not a layer).
     reason: the reason for the status.
-    pattern: the config's pattern that selects or excludes it.
+    pattern: the config's pattern, or the rule for default targets, that selects or excludes it.
     rank, alpha, dropout: of the adapter that it has or would get; None without one.
     choice: backend and plan for the requested number of rows.
     trainable: number of trainable elements.
@@ -68,7 +68,7 @@ class LayerTable:
     """The result of `explain` and `preview`; `str(table)` is a printable table.
 
     rows: in module order, every layer that has an adapter or can have one, and every other module that owns a matrix.
-    counts: pattern → number of layers that it selects or excludes.
+    counts: pattern, or rule for default targets → number of layers that it selects or excludes.
     problems: what `inject_lora` would raise or warn about.
     sample_rows: the requested `rows`.
     """
@@ -178,7 +178,7 @@ def preview(
         selected = select_layers(model, config)
         unmatched = unmatched_pattern(model, config, selected)
         extra_trainable(model, config, selected)
-        if unmatched is not None and target_modules is not None:
+        if unmatched is not None:
             problems.append(unmatched)
     except InjectionError as error:
         problems.append(str(error))
@@ -223,7 +223,7 @@ def _table(
         counts = {pattern_text(pattern): 0 for pattern in (*config.targets, *config.exclude)}
     for row in table:
         if row.pattern is not None and row.status != "container":
-            counts[row.pattern] += 1
+            counts[row.pattern] = counts.get(row.pattern, 0) + 1
     return LayerTable(tuple(table), counts, tuple(problems), rows)
 
 
