@@ -1,6 +1,9 @@
 """fastlora: LoRA fine-tuning for PyTorch. README.md has an example."""
 
+from __future__ import annotations
+
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
 from fastlora.config import LoRAConfig
 from fastlora.errors import (
@@ -56,11 +59,15 @@ from fastlora.model.merge import MergeReport, merge_lora_weights, merge_report, 
 from fastlora.model.switch import disable_adapter
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import lora_linear
+from fastlora.peft import whole_model as _whole_model  # noqa: F401
 from fastlora.peft.accelerate import AccelerationReport, accelerate, restore
 from fastlora.peft.pretrained import from_pretrained, save_pretrained
 from fastlora.report.check import CheckReport, check
 from fastlora.report.layer_table import LayerTable, explain, preview
 from fastlora.report.memory import MemoryEstimate, estimate
+
+if TYPE_CHECKING:
+    from fastlora.peft.trainer import FastLoRACallback as FastLoRACallback
 
 __version__ = "0.1.0"
 
@@ -134,3 +141,11 @@ __all__ = [
     "unfuse",
     "use_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FastLoRACallback":  # needs transformers
+        from fastlora.peft.trainer import FastLoRACallback
+
+        return FastLoRACallback
+    raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

@@ -289,6 +289,17 @@ class AdapterState:
         others = {name: whole(tensor) for name, tensor in self.others.items()}
         return replace(self, layers=layers, others=others)
 
+    def replaced(self, values: Mapping[str, Tensor]) -> AdapterState:
+        """With the tensors in `values`, by the names of `tensors()`, instead of its own."""
+        layers = {
+            path: replace(
+                layer, tensors={n: values.get(f"{path}.{n}", t) for n, t in layer.tensors.items()}
+            )
+            for path, layer in self.layers.items()
+        }
+        others = {name: values.get(name, tensor) for name, tensor in self.others.items()}
+        return replace(self, layers=layers, others=others)
+
     def folded(self) -> AdapterState:
         """Every layer folded."""
         return replace(self, layers={path: layer.folded() for path, layer in self.layers.items()})

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from fastlora.config import BACKENDS, check_hyperparameters, computes_in, scaling_divisor
 from fastlora.errors import BackendError, ConfigError, FastLoRAWarning, InjectionError, MergeError
+from fastlora.layers.base_keys import add_wrapped_name, name_remedy
 from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.offload import execution_device, offload_hook
 from fastlora.layers.plain import attribute
@@ -326,6 +327,13 @@ class LoRALayer(nn.Module, ABC):
                     if tensor is not None:
                         tensor.fill_(math.nan)
         return self
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        own = {*ADAPTER_TENSORS, *self._parameters, *self._buffers, *self._modules}
+        old = add_wrapped_name(state, prefix, self.wrapped_name, own)
+        super()._load_from_state_dict(state, prefix, *rest)
+        if old:
+            name_remedy(rest[2], [prefix + name for name in self.lora_parameters()])
 
     def __getstate__(self) -> dict[str, Any]:
         self.usage.with_compiled(self.lora_A)  # which is another tensor in a copy

@@ -27,6 +27,7 @@ from fastlora.model.frozen import (
     remember_frozen,
     was_frozen,
 )
+from fastlora.model.pretrained import restore_methods
 from fastlora.model.wrappers import plain_names
 
 # Attribute of a module: the names of the recorded parameters of the module (`bias`) and of its direct children (`norm.bias`), for a child
@@ -60,6 +61,7 @@ def forget_heads(model: nn.Module) -> None:
         module.__dict__.pop(_RECORDED, None)
         forget_peft(module)
     forget_frozen(model)
+    restore_methods(model)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

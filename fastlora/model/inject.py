@@ -28,6 +28,7 @@ from fastlora.model.heads import (
     remember_base,
     warn_of_changed_base,
 )
+from fastlora.model.pretrained import replace_methods
 from fastlora.model.selection import (
     Selection,
     attention_projections,
@@ -373,6 +374,7 @@ def _wrap(model: nn.Module, selected: Selection) -> int:
         initialise(layer, selected[module][1].init_lora_weights)
         layer.usage.dropout_warned = module in projections
     replace_modules(model, wrapped)
+    replace_methods(model)
     return len(wrapped)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastlora.config import KINDS, LoRAConfig
 from fastlora.errors import CheckpointError, ConfigError, FastLoRAWarning, first_few
 from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
-from fastlora.io.adapter_state import adapter_state
+from fastlora.io.adapter_state import AdapterState, adapter_state
 from fastlora.io.base_state import base_state_dict
 from fastlora.io.safetensors_format import PEFT_PREFIX
 from fastlora.layers.base import LoRALayer, named_lora_layers
@@ -77,12 +77,44 @@ def save_pretrained(
         raise ConfigError(
             f"task_type: expected one of {', '.join(TASK_TYPES)} or None, got {task_type!r}"
         )
+    files = peft_folder(model, include_trainable, task_type=task_type)
+    warn_of_changed_base(model, "save_pretrained", files.whole)
+    _warn_of_reads(model)
+    files.write(Path(folder))
+
+
+@dataclass(frozen=True, eq=False)
+class PeftFolder:
+    """What a PEFT folder holds. whole: the modules that are saved in full."""
+
+    state: AdapterState
+    config: PeftConfig
+    whole: list[nn.Module]
+
+    def write(self, folder: Path) -> None:
+        """Write the files. Raises: CheckpointError if one cannot be written."""
+        write_folder(folder, self.state, self.config)
+
+
+def peft_folder(
+    model: nn.Module,
+    include_trainable: bool = True,
+    values: Mapping[str, Tensor] | None = None,
+    task_type: str | None = None,
+) -> PeftFolder:
+    """The PEFT folder of the model's adapters and heads.
+
+    values: a state dict of the model, to take the tensors from instead of the model. Without it, under FSDP2 every process must call it.
+
+    Raises: as `save_pretrained`.
+    """
     plain = plain_names(model)
     layers = {plain(path): layer for path, layer in named_lora_layers(model)}
     if not layers:
         raise CheckpointError(f"{none_active(model)}, so there is nothing to save")
     _refuse_shared(model, layers.values())
-    state = adapter_state(model).whole().folded()
+    given = {plain(key): value for key, value in (values or {}).items()}
+    state = adapter_state(model).replaced(given).whole().folded()
     heads: dict[str, Tensor] = {}
     try:
         trained = _trained_modules(model, layers) if include_trainable else []
@@ -94,10 +126,9 @@ def save_pretrained(
         config = _with_short_targets(model, config, layers)
     except CheckpointError as error:
         raise CheckpointError(f"model: {error}; use save_adapter") from None
-    warn_of_changed_base(model, "save_pretrained", whole.values())
-    _warn_of_reads(model, layers)
     config = replace(config, **_about_the_base(unwrapped(model), task_type))
-    write_folder(Path(folder), replace(state, others=heads).whole(), config)
+    state = replace(state, others=heads).replaced(given).whole()
+    return PeftFolder(state, config, list(whole.values()))
 
 
 def _about_the_base(model: nn.Module, task_type: str | None) -> dict[str, Any]:
@@ -357,8 +388,10 @@ def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[
     return heads
 
 
-def _warn_of_reads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+def _warn_of_reads(model: nn.Module) -> None:
     """Warn of layers whose weight other code reads instead of calling them: in PEFT that weight is the base's."""
+    plain = plain_names(model)
+    layers = {plain(path): layer for path, layer in named_lora_layers(model)}
     known = attention_projections(model) | fast_path_layers(model)
     read = [path for path, layer in layers.items() if layer in known or layer.only_read]
     if read:
