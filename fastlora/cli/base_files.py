@@ -12,9 +12,15 @@ from safetensors import SafetensorError, safe_open
 
 from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.files import read_json, read_json_object
+from fastlora.io.kohya_names import COMPONENTS
 
 _INDEX_SUFFIX = ".index.json"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # as transformers looks for them
+# As transformers and diffusers look for them.
+_WEIGHTS = tuple(
+    f"{name}.safetensors{end}"
+    for name in ("model", "diffusion_pytorch_model")
+    for end in ("", _INDEX_SUFFIX)
+)
 _CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # Files of other formats would hold the weights before the merge.
 _WEIGHT_SUFFIXES = (
@@ -71,6 +77,24 @@ def find_base(base: Path) -> BaseFiles:
     if left:
         warnings.warn(f"{base}: not copied: {', '.join(left)}", FastLoRAWarning, stacklevel=2)
     return BaseFiles(files, copied + index, True, config)
+
+
+def layers_of_base(base: Path) -> dict[str, set[str]]:
+    """Component → the paths of the layers of a base model: of the models in a pipeline's folder, or "" of one model (as `find_base`).
+
+    Raises: CheckpointError if a file is missing or damaged.
+    """
+    folders = {name: base / name for name in COMPONENTS if (base / name).is_dir()}
+    found = {}
+    for name, folder in (folders or {"": base}).items():
+        files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+        if folder.name.endswith(_INDEX_SUFFIX):
+            files = _shards(folder)
+        if not files:
+            raise CheckpointError(f"--base: no safetensors file: {folder}")
+        keys = {key for file in files for key in read_header(file)}
+        found[name] = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")}
+    return found
 
 
 def read_header(file: Path) -> dict[str, Entry]:

@@ -16,14 +16,25 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastlora.cli.convert import FORMATS, convert, difference_norm, read_adapter, update_norm
+from fastlora.cli.convert import (
+    FORMATS,
+    PIPELINE_FORMATS,
+    READ_FORMATS,
+    components,
+    convert,
+    difference_norm,
+    of_one_model,
+    read_adapter,
+    update_norm,
+)
 from fastlora.cli.merge import merge_files
 from fastlora.errors import CheckpointError, ConfigError, FastLoRAError
 from fastlora.files import drop_output
 from fastlora.io.adapter_state import AdapterState, LayerState
 
 _EPILOG = """\
-An ADAPTER is a .safetensors file written by fastlora or loralib, or a folder in PEFT's format. Pickles are never read.
+An ADAPTER is a .safetensors file of fastlora, loralib, diffusers or kohya's sd-scripts, a file of torchtune, or a folder in PEFT's
+format. The format is recognised. Files of torch.save (.pt, .pth, .bin, .ckpt) are read without running code; other pickles never are.
 Every kind of layer is supported: linear, Conv1D of transformers ("transposed"), convolution, embedding; also DoRA, rsLoRA, PiSSA
 and OLoRA. Nothing is overwritten without --force, and files are written atomically.
 
@@ -33,7 +44,8 @@ examples:
   fastlora convert adapter.safetensors peft_folder --to peft
   fastlora diff before.safetensors after.safetensors
 
-exit code: 0; for diff 1 if the adapters differ; 2 for an invalid input, with one line on stderr.
+exit code: 0; 1 for an input that is refused, with one line on stderr; 2 for wrong arguments. For diff 1 if the adapters differ, and
+2 for both others.
 `fastlora COMMAND --help` describes each command.
 """
 
@@ -41,7 +53,8 @@ _INSPECT = """\
 For each adapted layer: kind, the shapes of A and B, dtype, rank r, alpha, the applied scaling, and the size of the update as
 Frobenius norms, |BA| and |dW| = scaling * |BA|. |BA| = 0 means that a layer was never trained. They exclude the initial product that
 PiSSA and OLoRA subtract; with DoRA |dW| depends on the base. Files of loralib, and PEFT folders whose layers differ, do not store
-whether a weight is transposed: the kind is then a guess, and merge checks it against the base.
+whether a weight is transposed: the kind is then a guess, and merge checks it against the base. A file of a known format that is not
+supported (LoHa, LoKr, IA3, prefix tuning, VeRA, a full model, GGUF, a pickle) is named in one line.
 
 example:
   fastlora inspect peft_folder --json
@@ -73,11 +86,20 @@ peft       a folder with adapter_config.json for PEFT and fastlora.from_pretrain
            dilation or a padding mode differently: they are refused
 loralib    one file for load_state_dict(..., strict=False); no convolutions and no DoRA. It does not store alpha: pass the
            lora_alpha with which the loralib model will be built as --alpha
-peft and loralib do not subtract an initial product (PiSSA, OLoRA): it becomes part of A and B, whose rank doubles.
+diffusers  one file for load_lora_weights, or without a pipeline's names for load_lora_adapter(prefix=None, use_safetensors=True); linear and
+           convolution. --component NAME puts the name of a model (unet, transformer, text_encoder) before the paths
+kohya      one file of sd-scripts; as diffusers, but no DoRA, and the paths must be those of unet, text_encoder or text_encoder_2
+
+A file of diffusers or kohya may hold adapters of several models: --component names the one to write in the other formats, under its
+own paths. Names in kohya's files have underscores for dots. They are resolved by the keys of --base, else by tables of known models;
+a name that no table knows stays as it is, with a note. torchtune's files are read only, under the paths of torchtune's models.
+
+All but fastlora do not subtract an initial product (PiSSA, OLoRA): it becomes part of A and B, whose rank doubles.
 
 examples:
   fastlora convert peft_folder adapter.safetensors --to fastlora
   fastlora convert loralib.safetensors adapter.safetensors --to fastlora --alpha 16
+  fastlora convert kohya.safetensors adapter.safetensors --to fastlora --component unet --base pipeline_folder
 """
 
 _DIFF = """\
@@ -119,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (FastLoRAError, OSError) as error:
             drop_output()
             print(f"fastlora: error: {_cell(error)}", file=sys.stderr)
-            code = 2
+            # As of diff(1), whose 1 says that the two differ.
+            code = 2 if arguments.run is _diff else 1
     for note in notes:
         print(f"fastlora: note: {_cell(note.message)}", file=sys.stderr)
     return code
@@ -149,6 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     about = "Write an adapter in another format"
     converted = command("convert", _convert, about, _CONVERT, "SRC", "DST")
     converted.add_argument("--to", required=True, choices=FORMATS)
+    base_help = "base model whose keys resolve the underscores in kohya's names: a safetensors file, a model's or a pipeline's folder"
+    converted.add_argument("--base", type=Path, help=base_help)
+    for reader in (inspect, converted):
+        from_help = "format of the source (default: recognised)"
+        reader.add_argument("--from", dest="source", choices=READ_FORMATS, help=from_help)
+    for writer in (merge, converted):
+        component_help = "model of a pipeline that the adapter belongs to, as unet"
+        writer.add_argument("--component", metavar="NAME", help=component_help)
     diff = command("diff", _diff, "Compare the updates of two adapters", _DIFF, "A", "B")
     tolerance_help = "relative difference up to which a layer counts as equal (default %(default)g)"
     diff.add_argument("--tolerance", type=float, default=1e-6, help=tolerance_help)
@@ -161,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    adapter = read_adapter(arguments.adapter)
+    adapter = read_adapter(arguments.adapter, format=arguments.source)
     rows = [_row(path, layer) for path, layer in adapter.layers.items()]
     others: list[dict[str, Any]] = [
         {"tensor": name, "shape": value.shape, "dtype": _cell(value.dtype)}
@@ -209,7 +240,9 @@ def _json_number(value: Any) -> Any:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    adapter = read_adapter(arguments.adapter, arguments.alpha)
+    names = arguments.base if arguments.base.exists() else None
+    adapter = read_adapter(arguments.adapter, arguments.alpha, base=names)
+    adapter = of_one_model(adapter, arguments.component)
     merged = merge_files(arguments.base, adapter, arguments.out, force=arguments.force)
     worst = max(merged, key=lambda layer: layer.lost)
     print(
@@ -223,17 +256,37 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     # For the format loralib --alpha confirms the alpha that the file does not store; otherwise it supplies the source's.
     confirms = arguments.to == "loralib"
-    adapter = read_adapter(arguments.src, arguments.alpha, prefer_own=confirms)
-    convert(adapter, arguments.dst, arguments.to, force=arguments.force, alpha=arguments.alpha)
-    print(f"{_cell(arguments.dst)}: {len(adapter.layers)} layers, {arguments.to}")
+    adapter = read_adapter(
+        arguments.src,
+        arguments.alpha,
+        prefer_own=confirms,
+        format=arguments.source,
+        base=arguments.base,
+    )
+    written = convert(
+        adapter,
+        arguments.dst,
+        arguments.to,
+        force=arguments.force,
+        alpha=arguments.alpha,
+        component=arguments.component,
+    )
+    print(
+        f"{_cell(arguments.dst)}: {len(written.layers)} layers, {arguments.to}, from {adapter.format}"
+    )
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     if not arguments.tolerance >= 0:
         raise ConfigError(f"--tolerance: expected a number ≥ 0, got {arguments.tolerance:g}")
-    a = read_adapter(arguments.a, arguments.alpha, prefer_own=True)
-    b = read_adapter(arguments.b, arguments.alpha, prefer_own=True)
+    a, b = (
+        read_adapter(source, arguments.alpha, prefer_own=True)
+        for source in (arguments.a, arguments.b)
+    )
+    if any(x.format not in PIPELINE_FORMATS or components(x) == [""] for x in (a, b)):
+        # The paths of one of them are those of the model itself.
+        a, b = (of_one_model(x, None) if len(components(x)) == 1 else x for x in (a, b))
     comparisons: list[tuple[dict[str, Any], dict[str, Any], Any, Any]] = [
         (a.layers, b.layers, lambda x: abs(x.scaling) * update_norm(x), difference_norm),
         (_plain_tensors(a), _plain_tensors(b), _norm, _distance),

@@ -254,7 +254,7 @@ class LayerState:
 class AdapterState:
     """An adapter: its layers by path, and the tensors saved with them (trained heads) by name.
 
-    format: the format it was read from, "fastlora", "peft" or "loralib".
+    format: the format it was read from, "fastlora", "peft", "loralib", "diffusers", "kohya" or "torchtune".
     ties: name in `others` → the first name of the same tensor, for its other names; None if it is not known.
     partial: a tensor that is not in `others`, of a module of which others are; None if there is none, or if it is not known.
     """

@@ -26,12 +26,16 @@ _METADATA_KEY = "fastlora"
 
 
 class Contents(NamedTuple):
-    """The tensors of a file, and what fastlora's metadata says: the settings of each layer, `AdapterState.ties` and `.partial`."""
+    """The tensors of a file, and what fastlora's metadata says: the settings of each layer, `AdapterState.ties` and `.partial`.
+
+    metadata: all entries, as text by name.
+    """
 
     tensors: dict[str, Tensor]
     layers: dict[str, dict[str, Any]]
     ties: dict[str, str] | None = None
     partial: str | None = None
+    metadata: Mapping[str, str] = {}
 
 
 def read_safetensors(file: Path) -> Contents:
@@ -43,7 +47,7 @@ def read_safetensors(file: Path) -> Contents:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
     if _METADATA_KEY not in metadata:
-        return Contents(tensors, {})
+        return Contents(tensors, {}, metadata=metadata)
     try:
         stored = json.loads(metadata[_METADATA_KEY])
         layers = {path: dict(settings) for path, settings in stored["layers"].items()}
@@ -53,6 +57,7 @@ def read_safetensors(file: Path) -> Contents:
             layers,
             None if ties is None else {str(name): str(tie) for name, tie in ties.items()},
             None if partial is None else str(partial),
+            metadata,
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged fastlora metadata: {error!r}") from None
@@ -97,11 +102,16 @@ def settings_metadata(layers: Mapping[str, Mapping[str, Any]], **known: Any) -> 
 
 
 def read_adapter_file(file: Path, alpha: float | None = None) -> AdapterState:
+    """`adapter_of` the contents of a safetensors file. Raises: CheckpointError, also if the file is damaged."""
+    return adapter_of(file, read_safetensors(file), alpha)
+
+
+def adapter_of(file: Path, contents: Contents, alpha: float | None = None) -> AdapterState:
     """The adapter in fastlora's or loralib's file. alpha: for loralib's, which does not store it.
 
-    Raises: CheckpointError if the file is damaged, has no adapter, or its tensors and settings do not fit together.
+    Raises: CheckpointError if the file has no adapter, or its tensors and settings do not fit together.
     """
-    tensors, settings, ties, partial = read_safetensors(file)
+    tensors, settings, ties, partial, _ = contents
     if any(key.startswith(PEFT_PREFIX) and ".lora_" in key for key in tensors):
         raise CheckpointError(
             f"{file}: holds PEFT's weights, whose alpha is in adapter_config.json; pass the folder that holds both"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,11 @@ def check_matching(config: PeftConfig, paths: Iterable[str]) -> None:
 
 def read_config(file: Path) -> PeftConfig:
     """Raises: CheckpointError with one line that names the file and the field."""
-    raw = read_json_object(file)
+    return config_of(read_json_object(file), str(file))
+
+
+def config_of(raw: Mapping[str, Any], file: str) -> PeftConfig:
+    """The config that the fields of a file describe. Raises: CheckpointError with one line that names the file and the field."""
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type: expected 'LORA', got {raw.get('peft_type')!r}")
     defaults = {"bias": ("none",), "init_lora_weights": _INITIALISATIONS}

@@ -118,7 +118,7 @@ def test_a_folder_without_safetensors_or_of_an_adapter_is_refused_by_name(capsys
         ("adapted", "holds adapter_config.json: expected a base model's folder"),
     ):
         code, err = merge(capsys, base=base)
-        assert code == 2 and message in err and not Path("merged").exists()
+        assert code == 1 and message in err and not Path("merged").exists()
 
 
 def test_a_file_that_only_links_to_a_cache_is_copied_as_a_file(capsys):
@@ -147,13 +147,13 @@ def test_a_weight_that_transformers_ties_is_not_merged_and_the_others_are(capsys
     assert "model.embed_tokens.weight: is tied to lm_head.weight" in merge(capsys)[1]
     through_peft(written_by_peft=True)  # which does not tell
     code, err = merge(capsys)
-    assert code == 2 and "model.embed_tokens.weight: is tied to another weight" in err
+    assert code == 1 and "model.embed_tokens.weight: is tied to another weight" in err
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps(config | {"tie_word_embeddings": None}))
     assert "model.embed_tokens.weight: is tied to another weight" in merge(capsys)[1]
     Path("base/config.json").write_text(json.dumps(config))
     code, err = merge(capsys, base="base/model.safetensors", out="m.safetensors")
-    assert code == 2 and "model.embed_tokens.weight: is tied to another weight" in err
+    assert code == 1 and "model.embed_tokens.weight: is tied to another weight" in err
     expected = adapt(llama(tie=True), "q_proj")
     assert merge(capsys) == (0, "")
     loaded = transformers.AutoModelForCausalLM.from_pretrained("merged")
@@ -248,7 +248,7 @@ def test_a_damaged_config_is_refused(capsys):
     ):
         Path("base/config.json").write_text(text)
         code, err = merge(capsys)
-        assert code == 2 and message in err and not Path("merged").exists()
+        assert code == 1 and message in err and not Path("merged").exists()
     Path("base/config.json").write_text('{"tie_word_embeddings": [], "vocab_size": {}}')
     assert merge(capsys) == (0, "")
 
@@ -273,7 +273,7 @@ def test_a_snapshot_of_links_is_never_a_target(capsys):
         shutil.move(file, blobs / file.name)
         (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
     before = (snapshot / "model.safetensors").read_bytes()
-    assert cli.main(["merge", "snapshot", "adapter.safetensors", "snapshot", "--force"]) == 2
+    assert cli.main(["merge", "snapshot", "adapter.safetensors", "snapshot", "--force"]) == 1
     assert "is or holds the base's" in capsys.readouterr().err
     assert (snapshot / "model.safetensors").is_symlink()
     assert (snapshot / "model.safetensors").read_bytes() == before

@@ -168,11 +168,49 @@ def readers(folder: Path) -> dict[str, Reader]:
             table, lambda path: find_cases(path.parent), "cases/meta.csv"
         ),
         "merge_files index": Reader(json.dumps(index).encode(), merge, "x.safetensors.index.json"),
+        **_format_readers(folder),
         **_run_readers(folder),
         **_dataset_readers(folder),
         **_cache_readers(folder),
         **(_dicom_readers(folder) if find_spec("highdicom") else {}),
     }
+
+
+def _format_readers(folder: Path) -> dict[str, Reader]:
+    """Adapter files of other programs."""
+    path, other = "mid_block.attentions.0.proj_in", "down_blocks.1.resnets.0.conv1"
+    factors = {path: (torch.ones(2, 6), torch.ones(5, 2))}
+    factors[other] = (torch.ones(2, 4, 3, 3), torch.ones(6, 2, 1, 1))
+    fields = {"unet.r": 2, "unet.lora_alpha": 4, "unet.target_modules": ["proj_in", "conv1"]}
+    named = {
+        "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", {}),
+        "diffusers": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight", fields),
+        "torchtune": ("{}.lora_a.weight", "{}.lora_b.weight", {}),
+    }
+    found = {}
+    for format, (a, b, metadata) in named.items():
+        state = {}
+        for layer, pair in factors.items():
+            name = layer.replace(".", "_") if format == "kohya" else layer
+            state |= {key.format(name): t.clone() for key, t in zip((a, b), pair, strict=True)}
+            if format == "kohya":
+                state[f"lora_unet_{name}.alpha"] = torch.tensor(4.0)
+        file = folder / f"{format}.safetensors"
+        save_file(
+            state, file, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
+        )
+        size = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        found[f"read_adapter of {format}"] = Reader(
+            file.read_bytes(), read_adapter, "x.safetensors", header=size
+        )
+        if format == "torchtune":
+            torch.save(state, folder / "tune.pt")
+            data = (folder / "tune.pt").read_bytes()
+            found["read_adapter .pt"] = Reader(data, read_adapter, "x.pt")
+            found["read_adapter .pt, its pickle"] = Reader(
+                data, read_adapter, "x.pt", inside="data.pkl"
+            )
+    return found
 
 
 def _run_readers(folder: Path) -> dict[str, Reader]:
