@@ -9,6 +9,7 @@ import torch
 
 import fastlora
 from tests.support.paths import ROOT
+from tests.support.tolerance import assert_close
 
 DOCS = ROOT / "docs"
 
@@ -121,13 +122,67 @@ def logits(model, tokens):
 
 
 def test_every_integration_is_tested():
-    tested = ["", "Hugging Face Trainer", "accelerate", "DPO, as in TRL", "Lightning"]
+    tested = [
+        "",
+        "TRL",
+        "Hugging Face Trainer",
+        "accelerate",
+        "DPO without TRL",
+        "Lightning",
+        "timm",
+    ]
     assert list(INTEGRATIONS) == tested
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of trl, datasets and transformers
+def test_trl(tmp_path, monkeypatch, capsys):
+    peft = pytest.importorskip("peft")
+    names = run(INTEGRATIONS[""], tmp_path, monkeypatch)
+    run(INTEGRATIONS["TRL"], tmp_path, monkeypatch, names)
+    assert "4 of 4 LoRA layers use the fused path" in capsys.readouterr().out
+    tokens, base = names["tokens"], names["base_model"]().eval()
+    for kind in ("sft", "dpo"):
+        trainer = names[kind]
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 3 and losses[-1] < losses[0]
+        plain = names["base_model"]()
+        fastlora.from_pretrained(plain, f"{kind}_adapter")
+        trained = logits(trainer.model, tokens)
+        assert_close(logits(plain, tokens), trained, logits(plain.double(), tokens))
+        assert not torch.equal(trained, logits(base, tokens))
+        fresh = peft.PeftModel.from_pretrained(names["base_model"](), f"{kind}_adapter")
+        fastlora.accelerate(fresh)
+        assert torch.equal(logits(fresh, tokens), trained)
+
+
+def test_timm(tmp_path, monkeypatch):
+    try:
+        import timm
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # torchvision's file of PyPI is for CUDA: it fails beside a CPU build of torch
+        pytest.skip(f"timm cannot be imported: {error}")
+    names = run(INTEGRATIONS[""], tmp_path, monkeypatch)
+    run(INTEGRATIONS["timm"], tmp_path, monkeypatch, names)
+    model, losses = names["model"], names["losses"]
+    assert losses[-1] < losses[0]
+    assert len(dict(fastlora.named_lora_layers(model))) == 4
+    torch.manual_seed(0)
+    fresh = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3
+    )
+    fresh.load_state_dict(fastlora.base_state_dict(model))
+    fastlora.adapt(fresh, rank=4, modules_to_save=["head"])
+    fastlora.load_adapter(fresh, "vit.safetensors")
+    images = names["images"]
+    assert torch.equal(fresh.eval()(images), model.eval()(images))
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and torch under the trainer
 def test_the_hugging_face_trainer(tmp_path, monkeypatch):
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     names = train("Hugging Face Trainer", tmp_path, monkeypatch)
     model, tokens = names["model"], names["tokens"]
@@ -139,6 +194,9 @@ def test_the_hugging_face_trainer(tmp_path, monkeypatch):
     assert torch.equal(logits(base, tokens), logits(model, tokens))
     assert names["trainer"].state.global_step == 3
     torch.testing.assert_close(logits(names["resumed"], tokens), logits(model, tokens))
+    assert not (tmp_path / "run" / "checkpoint-2" / "config.json").exists()
+    whole = AutoModelForCausalLM.from_pretrained("whole")
+    assert torch.equal(logits(whole, tokens), logits(names["resumed"], tokens))
 
 
 def reload_adapter(names):
@@ -154,7 +212,7 @@ def test_accelerate(tmp_path, monkeypatch):
 
 
 def test_dpo(tmp_path, monkeypatch):
-    names = train("DPO, as in TRL", tmp_path, monkeypatch)
+    names = train("DPO without TRL", tmp_path, monkeypatch)
     assert names["losses"][-1] < names["losses"][0]
     base = names["log_probability"](names["chosen"])
     with fastlora.disable_adapter(names["model"]):
