@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case
-from implementations import IMPLEMENTATIONS
-from record import Budget, new_record, write
 from torch import nn
-from workload import Workload, trainable
 
+from fastlora.benchmark.cases import Case
+from fastlora.benchmark.implementations import IMPLEMENTATIONS
+from fastlora.benchmark.record import Budget, new_record, write
+from fastlora.benchmark.workload import Workload, trainable
 from fastlora.ops.linear import _LoRALinear
 
 NAMES = ("linear", "fastlora-bf16", "peft-bf16")

@@ -131,7 +131,8 @@ def _run_stage(
 
 def _facts(arguments: argparse.Namespace) -> None:
     import torch
-    from record import environment
+
+    from fastlora.benchmark.record import environment
 
     facts: dict[str, Any] = environment(_device(arguments), 0, arguments.git_sha)
     facts["numpy"] = importlib.metadata.version("numpy")

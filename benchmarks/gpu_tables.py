@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cases import BASELINE, FORWARD, FORWARD_BACKWARD, TARGETS, Case, Target, readable
+from cases import TARGETS, Target
+
+from fastlora.benchmark.cases import BASELINE, FORWARD, FORWARD_BACKWARD, Case, readable
 
 Record = dict[str, Any]
 Times = dict[tuple[str, ...], float]  # (case, mode, timing, implementation) -> ms per call

@@ -1,92 +1,25 @@
-"""The compared implementations: the frozen layer, fastlora's backends and other libraries, each a module built by one function.
-
-A builder takes the case, the frozen `nn.Linear` and the adapter weights, which it copies, and raises `NotApplicable` with the
-reason if the implementation does not support the case. Every module has its trainable parameters in the order A, B.
-"""
+"""The compared implementations: those of `fastlora.benchmark`, hand-written ones, and other libraries."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from cases import BASELINE, Case
 from hand_written import Addmm, HandWritten, LoRAFusion, Unsloth, axolotl
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fastlora
-
-ALPHA_PER_RANK = 2.0  # alpha = 2 · rank, so every implementation scales its update by 2
-
-
-class NotApplicable(Exception):
-    """The implementation does not support the case; the message is the reason."""
+from fastlora.benchmark import implementations as packaged
+from fastlora.benchmark.cases import Case
+from fastlora.benchmark.implementations import ALPHA_PER_RANK, Builder, NotApplicable
 
 
-class ImportFailed(Exception):
+class ImportFailed(ImportError):
     """A published library cannot be imported; the message names its module and the reason."""
-
-
-Builder = Callable[[Case, nn.Linear, Tensor, Tensor], nn.Module]
-
-
-def _linear(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-    return frozen
-
-
-def _fastlora(backend: str, *, float32_adapters: bool = True) -> Builder:
-    def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-        _require_distinct(float32_adapters, frozen, "fastlora")
-        layer = fastlora.LoRALinear(
-            frozen,
-            case.rank,
-            ALPHA_PER_RANK * case.rank,
-            case.p,
-            adapter_dtype=torch.float32 if float32_adapters else frozen.weight.dtype,
-            backend=backend,
-        )
-        with torch.no_grad():
-            layer.lora_A.copy_(lora_a)
-            layer.lora_B.copy_(lora_b)
-        try:
-            fastlora.explain(layer, frozen.weight.new_empty(case.m, case.k))
-        except fastlora.BackendError as error:
-            raise NotApplicable(str(error)) from error
-        return layer
-
-    return build
-
-
-def _peft(*, float32_adapters: bool, compiled: bool = False) -> Builder:
-    def build(case: Case, frozen: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-        _require_distinct(float32_adapters or compiled, frozen, "peft")
-        model = nn.ModuleDict({"adapted": frozen})
-        config = LoraConfig(
-            r=case.rank,
-            lora_alpha=int(ALPHA_PER_RANK * case.rank),
-            lora_dropout=case.p,
-            target_modules=["adapted"],
-        )
-        get_peft_model(model, config, autocast_adapter_dtype=float32_adapters)
-        layer: Any = model["adapted"]
-        with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(lora_a)
-            layer.lora_B["default"].weight.copy_(lora_b)
-        return torch.compile(layer, dynamic=False) if compiled else layer
-
-    return build
-
-
-def _require_distinct(float32_adapters: bool, frozen: nn.Linear, other: str) -> None:
-    if not float32_adapters and frozen.weight.dtype == torch.float32:
-        raise NotApplicable(f"the weight is float32: identical to {other}")
 
 
 def _hand_written(function: Callable[..., Tensor], *, cast: bool = True) -> Builder:
@@ -110,7 +43,7 @@ def import_library(name: str) -> Any:
 
 
 def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(PUBLISHED[name].partition(".")[0]) is not None
+    return packaged.is_installed(PUBLISHED[name].partition(".")[0])
 
 
 def add_library_paths(folders: list[Path]) -> None:
@@ -186,14 +119,7 @@ PUBLISHED = {
 }
 
 IMPLEMENTATIONS: dict[str, Builder] = {
-    BASELINE: _linear,
-    "fastlora": _fastlora("auto"),
-    "fastlora-bf16": _fastlora("auto", float32_adapters=False),
-    "fastlora-torch": _fastlora("torch"),
-    "fastlora-triton": _fastlora("triton"),
-    "peft": _peft(float32_adapters=True),
-    "peft-bf16": _peft(float32_adapters=False),
-    "peft-compiled": _peft(float32_adapters=False, compiled=True),
+    **packaged.IMPLEMENTATIONS,
     "addmm": _hand_written(Addmm.apply),
     "lorafusion": _hand_written(LoRAFusion.apply),
     "unsloth": _hand_written(Unsloth.apply, cast=False),

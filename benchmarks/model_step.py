@@ -24,10 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from case_run import FAILURES
-from checks import Wrong
-from implementations import NotApplicable
-from record import Budget, Record, environment, gpu_file_name, write
 from step_models import (
     ALPHA,
     CONTESTANTS,
@@ -39,9 +35,22 @@ from step_models import (
     base_model,
     without_dense_masks,
 )
-from timing import capture, interleave, sampler
 from torch import Tensor, nn
-from workload import Round, peak_bytes
+
+from fastlora.benchmark.case_run import failures
+from fastlora.benchmark.checks import Wrong
+from fastlora.benchmark.implementations import NotApplicable
+from fastlora.benchmark.record import (
+    Budget,
+    Record,
+    environment,
+    gpu_file_name,
+    without_folders,
+    write,
+)
+from fastlora.benchmark.timing import interleave, sampler
+from fastlora.benchmark.workload import Round, peak_bytes
+from fastlora.ops.graph import capture
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REPS, GPU_REPS = 10, 8
@@ -182,12 +191,12 @@ class ModelRun:
         """Run `action`; if it fails, the contestant is recorded as absent in this timing."""
         try:
             action()
-        except (NotApplicable, Wrong, *FAILURES) as error:
+        except failures() as error:
             self._absent(contestant, error, timing)
 
     def _absent(self, contestant: str, error: Exception, timing: str | None = None) -> None:
         kind = {NotApplicable: "absent", Wrong: "wrong"}.get(type(error), type(error).__name__)
-        reason = "\n".join(str(error).splitlines()[:5])
+        reason = without_folders("\n".join(str(error).splitlines()[:5]))
         row = {"model": self.name, "backend": contestant, "timing": timing}
         self.record["absent"].append({**row, "kind": kind, "reason": reason})
         if kind != "absent":

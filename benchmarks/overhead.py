@@ -21,12 +21,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from case_run import CaseRun
-from cases import CPU_CASES, FORWARD, FORWARD_BACKWARD
-from record import Record, new_record, write
-from workload import Round, Workload, round_of
+from cases import CPU_CASES
 
-IMPLEMENTATIONS = ("linear", "fastlora", "peft")
+from fastlora.benchmark.case_run import CaseRun
+from fastlora.benchmark.cases import FORWARD, FORWARD_BACKWARD
+from fastlora.benchmark.implementations import IMPLEMENTATIONS
+from fastlora.benchmark.record import Record, new_record, write
+from fastlora.benchmark.workload import Round, Workload, round_of
+
+TIMED = {name: IMPLEMENTATIONS[name] for name in ("linear", "fastlora", "peft")}
 CASES = tuple(case for case in CPU_CASES if case.overhead)
 WARM_UP = 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +49,7 @@ def runs() -> Iterator[tuple[tuple[str, str, str], Round]]:
     """(case, mode, implementation), and a function that makes one such call."""
     for case in CASES:
         record = new_record(torch.device("cpu"), 1, [], "none")
-        built = CaseRun(Workload(case, torch.device("cpu")), IMPLEMENTATIONS, record)
+        built = CaseRun(Workload(case, torch.device("cpu")), TIMED, record)
         for mode in (FORWARD, FORWARD_BACKWARD):
             for name, layers in built.layers.items():
                 yield (case.name, mode, name), round_of(mode, layers, built.work)
@@ -160,7 +163,7 @@ def measure(reps: int) -> Record:
     """Time every case and return the record."""
     record = new_record(torch.device("cpu"), reps, [], None)
     for case in CASES:
-        CaseRun(Workload(case, torch.device("cpu")), IMPLEMENTATIONS, record).time_calls(reps)
+        CaseRun(Workload(case, torch.device("cpu")), TIMED, record).time_calls(reps)
     return record
 
 

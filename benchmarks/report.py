@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import plots
-from cases import readable
 from gpu_tables import case_tables, speed_table, targets_table
-from record import gpu_file_name
+
+from fastlora.benchmark.cases import readable
+from fastlora.benchmark.record import gpu_file_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -11,17 +11,19 @@ implementations in turn, so that a slow phase of the machine affects all of them
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
 import report
 import torch
-from case_run import run_case
-from cases import BASELINE, CPU_CASES, CUDA_CASES, FORWARD_BACKWARD, Case
+from cases import CPU_CASES, CUDA_CASES
 from gpu_tables import targets_table
 from implementations import IMPLEMENTATIONS, PUBLISHED, add_library_paths, is_installed
-from record import Budget, Record, gpu_file_name, new_record, nvidia_smi, write
+
+from fastlora.benchmark.case_run import run_case
+from fastlora.benchmark.cases import BASELINE, Case
+from fastlora.benchmark.record import Budget, Record, gpu_file_name, new_record, nvidia_smi, write
+from fastlora.benchmark.table import verdict
 
 CPU_IMPLEMENTATIONS = (BASELINE, "fastlora", "peft")
 QUICK_BUDGET_SECONDS = 450.0
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if seconds is None and on_gpu and arguments.quick:
         seconds = QUICK_BUDGET_SECONDS
     budget = Budget(seconds)
+    builders = {name: IMPLEMENTATIONS[name] for name in names}
     record = new_record(device, arguments.reps, [c.name for c in cases], arguments.git_sha)
     output = arguments.output
     if output is None and on_gpu:
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if not budget.begin_case():
             print(f"no time left for {', '.join(record['not_run'])}", file=sys.stderr)
             break
-        run_case(case, device, names, arguments.reps, record)
+        run_case(case, device, builders, arguments.reps, record)
         record["seconds"][case.name] = round(budget.end_case(), 1)
         record["not_run"].remove(case.name)
         if on_gpu:
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.output is None:
             report.main([])
     else:
-        print(cpu_summary(record))
+        print(verdict(record))
     wrong = [a for a in record["absent"] if a["backend"].startswith("fastlora")]
     return int(any(a["kind"] != "absent" for a in wrong))
 
@@ -144,25 +147,6 @@ def _implementations(text: str) -> tuple[str, ...]:
             f"expected some of {', '.join(IMPLEMENTATIONS)}, got {', '.join(sorted(unknown))}"
         )
     return names
-
-
-def cpu_summary(record: Record) -> str:
-    """PEFT's median time divided by fastlora's in forward + backward, for each case."""
-    times = {
-        (row["case"], row["backend"]): row["ms_p50"]
-        for row in record["results"]
-        if row["mode"] == FORWARD_BACKWARD
-    }
-    cases = dict.fromkeys(case for case, _ in times)
-    ratios = [
-        times[case, "peft"] / times[case, "fastlora"]
-        for case in cases
-        if {(case, "peft"), (case, "fastlora")} <= times.keys()
-    ]
-    if not ratios:
-        return "forward+backward, PEFT / fastlora: not measured"
-    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    return f"forward+backward, PEFT / fastlora: median {statistics.median(ratios):.2f} of {each}"
 
 
 def print_case(name: str, record: Record) -> None:

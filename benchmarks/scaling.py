@@ -16,14 +16,23 @@ from typing import Any
 
 import report
 import torch
-from case_run import CaseRun
-from cases import BASELINE, FORWARD_BACKWARD, Case
-from record import Record, environment, gpu_file_name, write
-from timing import Sampler, interleave, quantiles, rounds_for, sampler
 from torch import nn
-from workload import Round, Workload, copies_needed, round_of, torch_dtype, trainable
 
-IMPLEMENTATIONS = (BASELINE, "fastlora", "peft")
+from fastlora.benchmark.case_run import CaseRun
+from fastlora.benchmark.cases import BASELINE, FORWARD_BACKWARD, Case
+from fastlora.benchmark.implementations import IMPLEMENTATIONS
+from fastlora.benchmark.record import Record, environment, gpu_file_name, write
+from fastlora.benchmark.timing import Sampler, interleave, quantiles, rounds_for, sampler
+from fastlora.benchmark.workload import (
+    Round,
+    Workload,
+    copies_needed,
+    round_of,
+    torch_dtype,
+    trainable,
+)
+
+TIMED = {name: IMPLEMENTATIONS[name] for name in (BASELINE, "fastlora", "peft")}
 AXES = ("M", "N", "R", "layers")
 
 
@@ -133,7 +142,7 @@ def run_point(
     if on_gpu and axis != "layers":
         copies = copies_needed(case, torch.cuda.get_device_properties(device).L2_cache_size)
     work = Workload(case, device, copies)
-    built = CaseRun(work, IMPLEMENTATIONS, record)
+    built = CaseRun(work, TIMED, record)
     if axis == "layers":
         runs = {name: stack_round(each, work) for name, each in built.layers.items()}
     else:

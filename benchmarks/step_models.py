@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from implementations import NotApplicable
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.benchmark.implementations import NotApplicable
 
 RANK, ALPHA, DROPOUT = 8, 16, 0.1
 COMPILER = "inductor"

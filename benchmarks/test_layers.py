@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BASELINE, CPU_CASES, FORWARD, FORWARD_BACKWARD, TARGETS, Case
-from checks import NAMES, Oracle
-from implementations import ALPHA_PER_RANK, IMPLEMENTATIONS
+from cases import CPU_CASES, TARGETS
 from torch import Tensor, nn
-from workload import Workload, saved_bytes, trainable
 
 import fastlora
+from fastlora.benchmark.cases import BASELINE, FORWARD, FORWARD_BACKWARD, Case
+from fastlora.benchmark.checks import NAMES, Oracle
+from fastlora.benchmark.implementations import ALPHA_PER_RANK, IMPLEMENTATIONS
+from fastlora.benchmark.workload import Workload, saved_bytes, trainable
 
 SHAPES = {"cpu": CPU_CASES[:3]}
 TIMED = {"cpu": (BASELINE, "fastlora", "peft")}
@@ -125,7 +126,7 @@ def test_merge(benchmark: Any, device: str, case: Case, name: str) -> None:
 
 
 def _check_merged(work: Workload, merged: Tensor) -> None:
-    """The bound is that of checks.py."""
+    """The bound is that of fastlora/benchmark/checks.py."""
     weight = work.frozen[0].weight
     exact, plain = (
         weight.to(dtype) + ALPHA_PER_RANK * work.lora_b.to(dtype) @ work.lora_a.to(dtype)

@@ -1,4 +1,4 @@
-"""The command `fastlora`: inspect, merge, convert and compare adapter files, without a model."""
+"""The command `fastlora`: inspect, merge, convert and compare adapter files, without a model; and `bench`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastlora.benchmark import command as benchmark
 from fastlora.cli.convert import (
     FORMATS,
     PIPELINE_FORMATS,
@@ -44,8 +45,8 @@ examples:
   fastlora convert adapter.safetensors peft_folder --to peft
   fastlora diff before.safetensors after.safetensors
 
-exit code: 0; 1 for an input that is refused, with one line on stderr; 2 for wrong arguments. For diff 1 if the adapters differ, and
-2 for both others.
+exit code: 0; 1 for an input that is refused, with one line on stderr, and for bench if a result is wrong; 2 for wrong arguments.
+For diff 1 if the adapters differ, and 2 for both others.
 `fastlora COMMAND --help` describes each command.
 """
 
@@ -143,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fastlora: error: {_cell(error)}", file=sys.stderr)
             # As of diff(1), whose 1 says that the two differ.
             code = 2 if arguments.run is _diff else 1
-    for note in notes:
-        print(f"fastlora: note: {_cell(note.message)}", file=sys.stderr)
+    for note in dict.fromkeys(_cell(note.message) for note in notes):
+        print(f"fastlora: note: {note}", file=sys.stderr)
     return code
 
 
@@ -186,6 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     alpha_help = "alpha of a loralib file, which does not store it"
     for parser_with_alpha in (merge, converted, diff):
         parser_with_alpha.add_argument("--alpha", type=float, help=alpha_help)
+    bench = command("bench", benchmark.run, benchmark.ABOUT, benchmark.TEXT)
+    benchmark.add_arguments(bench)
     for writer in (merge, converted):
         writer.add_argument("--force", action="store_true", help="replace an existing target")
     return parser

@@ -30,6 +30,7 @@ from fastlora.kernels.config import DY_RANK, START_RANK, GemmConfig, PassConfig,
 from fastlora.ops import cost, dispatch, tuning_file
 from fastlora.ops.bench import Bench, Needs, Shape
 from fastlora.ops.dispatch import Choice
+from fastlora.ops.graph import capture
 
 Timer = Callable[[Callable[[], object]], float]
 Row = Callable[[str, float, object], None]
@@ -219,15 +220,8 @@ def cuda_seconds(call: Callable[[], object]) -> float:
     """The median seconds of a call on a GPU, each with a cold L2. It is captured as a CUDA graph, so launches by the CPU do not count."""
     from triton.testing import do_bench
 
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return float(do_bench(graph.replay, warmup=5, rep=25, return_mode="median")) / 1e3
+    replay = capture(call)
+    return float(do_bench(replay, warmup=5, rep=25, return_mode="median")) / 1e3
 
 
 _worker_bench: Bench

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import fastlora
+from fastlora.benchmark.cases import DTYPES
 from tests.support.paths import ROOT
 from tests.support.processes import TIME_LIMIT_S
 
@@ -27,7 +27,8 @@ def quick_compile(monkeypatch):
 
 def run_one(bench, case, implementations, reps=1):
     record = bench.record.new_record(CPU, reps, [case.name], None)
-    bench.case_run.run_case(case, CPU, implementations, reps, record)
+    builders = {name: bench.implementations.IMPLEMENTATIONS[name] for name in implementations}
+    bench.case_run.run_case(case, CPU, builders, reps, record)
     return record
 
 
@@ -333,13 +334,13 @@ def test_a_wrong_layer_is_not_timed(bench, monkeypatch, capsys):
 
 
 def test_a_layer_with_a_wrong_dropout_mask_is_not_timed(bench, monkeypatch):
-    right = fastlora.lora_linear
+    right = bench.checks.lora_linear
 
     def wrong(*arguments, backend):
         *others, seed = arguments
         return right(*others, seed + 1, backend=backend)
 
-    monkeypatch.setattr(fastlora, "lora_linear", wrong)
+    monkeypatch.setattr(bench.checks, "lora_linear", wrong)
     record = run_one(bench, bench.cases.Case(16, 8, 12, 2, 0.1), ("linear", "fastlora"))
     (absent,) = record["absent"]
     assert absent["reason"].startswith("fastlora with dropout: y is off by ")
@@ -372,7 +373,7 @@ def test_an_implementation_that_fails_does_not_stop_the_others(bench, monkeypatc
 def test_a_run_that_cannot_be_captured_is_absent_from_graphs_only(bench, monkeypatch):
     record = bench.record.new_record(CPU, 1, [], None)
     work = bench.workload.Workload(bench.cases.Case(16, 8, 12, 2), CPU)
-    run = bench.case_run.CaseRun(work, ("linear", "fastlora"), record)
+    run = bench.case_run.CaseRun(work, {}, record)
 
     def capture(run):
         if run == "fastlora":
@@ -428,10 +429,10 @@ def test_the_case_tables_are_valid(bench):
         assert len({case.name for case in table}) == len(table)
         for case in table:
             assert min(case.m, case.k, case.n) >= 1 and case.rank in cases.RANKS
-            assert case.p in (0.0, 0.1) and case.dtype in cases.DTYPES
+            assert case.p in (0.0, 0.1) and case.dtype in DTYPES
             assert not case.step or case.k == case.n
     assert {case.rank for case in cases.CUDA_CASES} == set(cases.RANKS)
-    assert {case.dtype for case in cases.CUDA_CASES} == set(cases.DTYPES)
+    assert {case.dtype for case in cases.CUDA_CASES} == set(DTYPES)
     quick = [case for case in cases.CUDA_CASES if case.quick]
     wanted = [case for target in cases.TARGETS for case in target.cases]
     assert quick[: len(wanted)] == wanted and len(quick) <= 12

@@ -86,10 +86,8 @@ class Faulty(nn.Module):
 @pytest.mark.parametrize(("p", "fault"), [(0.0, "scaled"), (0.1, "no dropout")])
 @pytest.mark.parametrize("mode", ["test_forward", "test_forward_and_backward"])
 def test_a_timed_result_that_is_wrong_fails(bench, layers, monkeypatch, mode, p, fault):
-    right = bench.implementations.IMPLEMENTATIONS["peft"]
-    monkeypatch.setitem(
-        bench.implementations.IMPLEMENTATIONS, "peft", lambda *all: Faulty(right(*all), fault)
-    )
+    right = layers.IMPLEMENTATIONS["peft"]
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "peft", lambda *all: Faulty(right(*all), fault))
     case = bench.cases.Case(16, 24, 40, 2, p)
     with pytest.raises(AssertionError if p else bench.checks.Wrong):
         getattr(layers, mode)(Once(), "cpu", case, "peft")

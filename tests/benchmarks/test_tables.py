@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from fastlora.benchmark.cases import FORWARD, FORWARD_BACKWARD, STEP
 from tests.support.paths import ROOT
 
 pytest_plugins = "tests.support.bench_fixtures"
@@ -100,7 +101,7 @@ def test_samples_of_a_quick_run_leave_time_to_compile(bench):
     from fastlora.kernels.config import ARCHITECTURES, Problem
     from fastlora.ops import cost
 
-    arch, cases, timing = ARCHITECTURES[90], bench.cases, bench.timing
+    arch, timing = ARCHITECTURES[90], bench.timing
     implementations = len(bench.run._default_implementations(True, True))
     reps = bench.run._arguments(["--device", "cuda", "--quick"]).reps
     assert reps == bench.run.QUICK_REPS < bench.run._arguments(["--device", "cuda"]).reps
@@ -114,9 +115,9 @@ def test_samples_of_a_quick_run_leave_time_to_compile(bench):
         forward = 2 * min(cost.forward_seconds(arch, q).values())
         copies = bench.workload.copies_needed(case, 50 * 2**20)
         rounds = {
-            cases.FORWARD: copies * forward,
-            cases.FORWARD_BACKWARD: copies * 2.5 * forward,
-            cases.STEP: bench.workload.STEP_LAYERS * 4 * forward,
+            FORWARD: copies * forward,
+            FORWARD_BACKWARD: copies * 2.5 * forward,
+            STEP: bench.workload.STEP_LAYERS * 4 * forward,
         }
         each = [max(2e-3 * timing.SAMPLE_MS, rounds[mode]) for mode in case.modes]
         seconds += 2 * samples * sum(each)  # under CUDA graphs and eagerly
@@ -253,7 +254,7 @@ def test_the_scaling_command_measures_its_points_and_the_machines_peaks(
         (axis, value, name)
         for axis, values in axes
         for value in values
-        for name in bench.scaling.IMPLEMENTATIONS
+        for name in bench.scaling.TIMED
     }
     assert all(0 < r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] for r in record["points"])
     table = bench.report.scaling_table({"scaling-cpu": record})
@@ -290,7 +291,7 @@ def test_a_stack_of_layers_runs_every_layer(bench):
 
 def test_plots_can_be_read_without_colour(bench):
     pytest.importorskip("matplotlib", reason="plots need matplotlib (extra medical)")
-    assert set(bench.plots.STYLES) == set(bench.scaling.IMPLEMENTATIONS)
+    assert set(bench.plots.STYLES) == set(bench.scaling.TIMED)
     markers, lines = zip(*bench.plots.STYLES.values(), strict=True)
     assert len(set(markers)) == len(set(lines)) == len(bench.plots.STYLES)
     from PIL import Image

@@ -8,26 +8,23 @@ import pytest
 from tests.support.paths import ROOT
 
 NAMES = (
-    "case_run",
     "cases",
-    "checks",
     "gpu_tables",
     "implementations",
     "model_step",
     "overhead",
     "plots",
-    "record",
     "report",
     "run",
     "scaling",
     "step_models",
-    "timing",
-    "workload",
 )
+SHARED = ("case_run", "checks", "record", "timing", "workload")
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    """The modules of benchmarks/, imported as the scripts see them."""
+    """The modules of benchmarks/, imported as the scripts see them, and those of fastlora.benchmark that they share."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+    shared = {name: importlib.import_module(f"fastlora.benchmark.{name}") for name in SHARED}
+    return SimpleNamespace(**shared, **{name: importlib.import_module(name) for name in NAMES})

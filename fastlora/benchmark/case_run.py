@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from cases import BASELINE, FORWARD, FORWARD_BACKWARD, Case
-from checks import Oracle, Wrong
-from implementations import IMPLEMENTATIONS, ImportFailed, NotApplicable
-from record import Record
-from timing import call_overhead, capture, interleave, quantiles, rounds_for, sampler
 from torch import nn
-from triton.errors import TritonError
-from workload import (
+
+from fastlora.benchmark.cases import BASELINE, FORWARD, FORWARD_BACKWARD, Case
+from fastlora.benchmark.checks import Oracle, Wrong
+from fastlora.benchmark.implementations import Builder, NotApplicable
+from fastlora.benchmark.record import Record, without_folders
+from fastlora.benchmark.timing import call_overhead, interleave, quantiles, rounds_for, sampler
+from fastlora.benchmark.workload import (
     Round,
     Workload,
     calls_in_round,
@@ -23,39 +23,46 @@ from workload import (
     round_of,
     saved_bytes,
 )
+from fastlora.errors import FastLoRAError
+from fastlora.layers.linear import LoRALinear
+from fastlora.ops.graph import capture
+from fastlora.report.layer_table import explain
 
-import fastlora
 
-# Errors of an implementation that do not end the run: RuntimeError from torch and CUDA, the others from building a kernel.
-FAILURES = (
-    RuntimeError,
-    TritonError,
-    fastlora.FastLoRAError,
-    AssertionError,
-    LookupError,
-    TypeError,
-    ValueError,
-)
+def failures() -> tuple[type[Exception], ...]:
+    """What keeps an implementation from being timed and does not end the run: RuntimeError is torch's and CUDA's, the last ones come from building a kernel."""
+    triton = sys.modules.get("triton.errors")  # only an imported Triton raises its errors
+    kernel: tuple[type[Exception], ...] = () if triton is None else (triton.TritonError,)
+    plain = (
+        NotApplicable,
+        Wrong,
+        RuntimeError,
+        ImportError,
+        AssertionError,
+        LookupError,
+        TypeError,
+        ValueError,
+    )
+    return (*plain, FastLoRAError, *kernel)
 
 
 class CaseRun:
     """The implementations of one case, built and checked by the constructor, then timed in every mode."""
 
-    def __init__(self, work: Workload, names: tuple[str, ...], record: Record) -> None:
+    def __init__(self, work: Workload, builders: Mapping[str, Builder], record: Record) -> None:
         self.work = work
         self.record = record
         self.layers: dict[str, list[nn.Module]] = {}
         self.saved: dict[str, int] = {}
         oracle = Oracle(work)
-        for name in names:
+        for name, build in builders.items():
             try:
                 layers = [
-                    IMPLEMENTATIONS[name](work.case, frozen, work.lora_a, work.lora_b)
-                    for frozen in work.frozen
+                    build(work.case, frozen, work.lora_a, work.lora_b) for frozen in work.frozen
                 ]
                 oracle.check(name, layers[0])
                 self.saved[name] = saved_bytes(layers[0], work.x[0])
-            except (NotApplicable, ImportFailed, Wrong, *FAILURES) as error:
+            except failures() as error:
                 self._absent(name, error)
             else:
                 self.layers[name] = layers
@@ -83,6 +90,8 @@ class CaseRun:
     def _time(
         self, runs: dict[str, Round], mode: str, timing: str, reps: int, peaks: dict[str, Any]
     ) -> None:
+        if BASELINE not in runs:  # it failed, as the record says, and ratios refer to it
+            return
         case, sample = self.work.case, sampler(self.work.device)
         on_gpu = self.work.device.type == "cuda"
         rounds = rounds_for(runs[BASELINE], sample) if on_gpu else 1
@@ -114,9 +123,9 @@ class CaseRun:
 
     def _choice(self, name: str) -> str | None:
         layer = self.layers[name][0]
-        if not isinstance(layer, fastlora.LoRALinear):
+        if not isinstance(layer, LoRALinear):
             return None
-        return str(fastlora.explain(layer, self.work.x[0]))
+        return str(explain(layer, self.work.x[0]))
 
     def _keep_running(
         self, runs: dict[str, Round], action: Callable[[Round], Any], mode: str
@@ -126,24 +135,36 @@ class CaseRun:
         for name, run in runs.items():
             try:
                 done[name] = action(run)
-            except FAILURES as error:
+            except failures() as error:
                 self._absent(name, error, mode, "graph" if action is capture else "eager")
         return done
 
     def _absent(
         self, name: str, error: Exception, mode: str | None = None, timing: str | None = None
     ) -> None:
-        kind = {NotApplicable: "absent", Wrong: "wrong"}.get(type(error), type(error).__name__)
-        # A compiler error can have hundreds of lines; the first ones give the reason.
-        reason = "\n".join(str(error).splitlines()[:5])
-        row = {"case": self.work.case.name, "mode": mode, "timing": timing, "backend": name}
-        self.record["absent"].append({**row, "kind": kind, "reason": reason})
-        if kind != "absent":
-            print(f"{self.work.case.name}: {name} is not timed: {kind}: {reason}", file=sys.stderr)
+        add_absent(self.record, self.work.case, name, error, mode, timing)
+
+
+def add_absent(
+    record: Record,
+    case: Case,
+    name: str,
+    error: Exception,
+    mode: str | None = None,
+    timing: str | None = None,
+) -> None:
+    """Record that an implementation has no time, and why."""
+    kind = {NotApplicable: "absent", Wrong: "wrong"}.get(type(error), type(error).__name__)
+    # A compiler error can have hundreds of lines; the first ones give the reason.
+    reason = without_folders("\n".join(str(error).splitlines()[:5]))
+    row = {"case": case.name, "mode": mode, "timing": timing, "backend": name}
+    record["absent"].append({**row, "kind": kind, "reason": reason})
+    if kind != "absent":
+        print(f"{case.name}: {name} is not timed: {kind}: {reason}", file=sys.stderr)
 
 
 def run_case(
-    case: Case, device: torch.device, names: tuple[str, ...], reps: int, record: Record
+    case: Case, device: torch.device, builders: Mapping[str, Builder], reps: int, record: Record
 ) -> None:
     """Run one case and add its results to the record."""
     on_gpu = device.type == "cuda"
@@ -152,13 +173,20 @@ def run_case(
     copies = 1
     if on_gpu and not case.overhead:
         copies = copies_needed(case, torch.cuda.get_device_properties(device).L2_cache_size)
-    run = CaseRun(Workload(case, device, copies), names, record)
-    if case.overhead:
-        run.time_calls(reps)
+    try:
+        work = Workload(case, device, copies)
+    except RuntimeError as error:  # its tensors do not fit in memory
+        for name in builders:
+            add_absent(record, case, name, error)
     else:
-        run.time_all(reps)
-    torch.backends.cuda.matmul.allow_tf32 = tf32_before
+        run = CaseRun(work, builders, record)
+        if case.overhead:
+            run.time_calls(reps)
+        else:
+            run.time_all(reps)
+        del run, work
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32_before
     if on_gpu:
-        del run
         torch.compiler.reset()  # each case compiles for its own shape
         torch.cuda.empty_cache()

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from cases import FORWARD, STEP, Case
 from torch import Tensor, nn
+
+from fastlora.benchmark.cases import FORWARD, STEP, Case
 
 STEP_LAYERS = 3
 MIN_COPIES, MAX_COPIES = 4, 64

@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BASELINE
 
+import fastlora
+from fastlora.benchmark.cases import BASELINE
 from fastlora.files import write_json
 
 NVIDIA_SMI = (
@@ -41,9 +42,11 @@ class Budget:
         self._case_began = clock()
         self._slowest = 0.0
 
-    def begin_case(self) -> bool:
+    def begin_case(self, expected: float = 0.0) -> bool:
+        """expected: seconds that this case will take at least."""
         self._case_began = self._clock()
-        return self._end is None or self._case_began + self._slowest < self._end
+        slowest = max(self._slowest, expected)
+        return self._end is None or self._case_began + slowest < self._end
 
     def end_case(self) -> float:
         """Seconds since `begin_case`."""
@@ -53,7 +56,11 @@ class Budget:
 
 
 def new_record(
-    device: torch.device, reps: int, case_names: list[str], git_sha: str | None
+    device: torch.device,
+    reps: int,
+    case_names: list[str],
+    git_sha: str | None,
+    command: str | None = None,
 ) -> Record:
     """A record in which no case has run.
 
@@ -62,7 +69,7 @@ def new_record(
     and checks included. not_run: the cases that have not ended.
     """
     return {
-        "environment": environment(device, reps, git_sha),
+        "environment": environment(device, reps, git_sha, command),
         "results": [],
         "absent": [],
         "call_overhead": [],
@@ -82,9 +89,15 @@ def gpu_file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
-def environment(device: torch.device, reps: int, git_sha: str | None = None) -> dict[str, Any]:
-    """Device, versions and command, for a reader who repeats the run. git_sha: the commit, for sources without a git folder; dirty is then null."""
-    status = _output("git", "status", "--porcelain", "--untracked-files=no")
+def environment(
+    device: torch.device, reps: int, git_sha: str | None = None, command: str | None = None
+) -> dict[str, Any]:
+    """Device, versions and command, for a reader who repeats the run.
+
+    git_sha: the commit, for sources without a git folder; dirty is then null. Both are null for an installed package, which `fastlora`,
+    the version, names. command: default that of the process.
+    """
+    status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": device.type,
         **(_gpu(device) if device.type == "cuda" else {}),
@@ -92,20 +105,39 @@ def environment(device: torch.device, reps: int, git_sha: str | None = None) -> 
         "threads": torch.get_num_threads(),
         **({"capability": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {}),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "peft")},
-        "git_sha": git_sha or _output("git", "rev-parse", "HEAD"),
+        "fastlora": fastlora.__version__,
+        **{name: _version(name) for name in ("torch", "triton", "peft")},
+        "git_sha": git_sha or _git("rev-parse", "HEAD"),
         "dirty": None if git_sha or status is None else bool(status),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "reps": reps,
         "baseline": BASELINE,
-        # The names of files, not where this machine keeps them.
-        "command": "python " + " ".join(_without_folder(a) for a in sys.argv),
+        "command": command or "python " + " ".join(without_folders(a) for a in sys.argv),
     }
 
 
-def _without_folder(argument: str) -> str:
-    path = Path(argument)
-    return path.name if path.is_absolute() else argument
+def without_folders(text: str) -> str:
+    """The text with absolute paths shortened to the names of the files: what a record holds must not say where this machine keeps them."""
+    home = os.path.expanduser("~")
+    if len(home) > 1:  # not the root, nor unknown
+        text = text.replace(home, "~")
+    return re.sub(r"(?<![\w/.])~?(?:/[^\s/'\":,]+)*/(?=[^\s/'\":,])", "", text)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of git in the folder of the sources; None for an installed package, whatever repository it lies in."""
+    root = Path(fastlora.__file__).resolve().parents[1]
+    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:
+        return None
+    return _output("git", "-C", str(root), *arguments)
 
 
 def nvidia_smi() -> dict[str, str] | None:
@@ -138,10 +170,11 @@ def _gpu_index() -> str:
 
 
 def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    facts = Path("/proc/cpuinfo")  # of Linux
+    for line in facts.read_text().splitlines() if facts.exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
-    return platform.processor()
+    return platform.processor() or platform.machine()
 
 
 def _output(*command: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Interleaved timing of all implementations, eagerly or as CUDA graphs, and quantiles of the samples."""
+"""Interleaved timing of all implementations, and quantiles of the samples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from workload import Round
 
-WARM_UP = 3
+from fastlora.benchmark.workload import Round
+from fastlora.ops.graph import WARM_UP
+
 SAMPLE_MS = (
     2.0  # a GPU sample lasts at least about this long, so that its first launch is negligible
 )
@@ -28,7 +29,7 @@ def wall_clock(run: Round, rounds: int) -> float:
 
 def cuda_events(run: Round, rounds: int) -> float:
     """Milliseconds of `rounds` runs between two events, starting on an idle GPU so that no earlier run overlaps."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     for _ in range(rounds):
@@ -76,23 +77,6 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     ordered = sorted(values)
     p20, p50, p80 = (ordered[int(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
     return p20, p50, p80
-
-
-def capture(run: Round, pool: tuple[int, int] | None = None) -> Round:
-    """Capture the run as a CUDA graph, after three warm-up runs on a side stream, and return its replay.
-
-    pool: a handle of memory that the graph shares with others; None: memory of its own.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        run()
-    return graph.replay
 
 
 def call_overhead(

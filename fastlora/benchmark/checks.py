@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from implementations import ALPHA_PER_RANK
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workload import Workload, trainable
 
-import fastlora
+from fastlora.benchmark.implementations import ALPHA_PER_RANK
+from fastlora.benchmark.workload import Workload, trainable
+from fastlora.layers.linear import LoRALinear
 from fastlora.ops import reference
 from fastlora.ops.dropout import keep_mask
-from fastlora.ops.linear import low_rank
+from fastlora.ops.linear import lora_linear, low_rank
 
 NAMES = ("y", "dx", "dlora_a", "dlora_b")
 SEED = 0x5EED
@@ -47,13 +47,13 @@ class Oracle:
         got = _results(lambda x, *_: layer(x), work.x[0], trainable(layer), work.dy[0])
         layer.train(was_training)
         self.compare(name, got, adapted)
-        if work.case.p > 0 and isinstance(layer, fastlora.LoRALinear):
+        if work.case.p > 0 and isinstance(layer, LoRALinear):
             seed = torch.tensor(SEED, device=work.device)
             base, backend = work.frozen[0], layer.backend
 
             def function(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
                 scaling, p = ALPHA_PER_RANK, work.case.p
-                return fastlora.lora_linear(
+                return lora_linear(
                     x, base.weight, base.bias, lora_a, lora_b, scaling, p, seed, backend=backend
                 )
 
