@@ -148,7 +148,9 @@ def test_trl(tmp_path, monkeypatch, capsys):
         assert len(losses) == 3 and losses[-1] < losses[0]
         plain = names["base_model"]()
         fastlora.from_pretrained(plain, f"{kind}_adapter")
-        trained = logits(trainer.model, tokens)
+        # The trainer wraps forward in autocast.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trained = logits(model, tokens)
         assert_close(logits(plain, tokens), trained, logits(plain.double(), tokens))
         assert not torch.equal(trained, logits(base, tokens))
         fresh = peft.PeftModel.from_pretrained(names["base_model"](), f"{kind}_adapter")
