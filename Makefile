@@ -8,13 +8,16 @@ WORKERS ?= 2
 pip = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 pytest = $(VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test quick soak lint dist clean
+.PHONY: demo docs test quick soak lint dist clean
 
 demo: $(VENV)/.demo  ## fine-tune on the bundled medical data and write a report
 	PYTHON=$(VENV)/bin/python bash scripts/run_medical_pipeline.sh --out $(OUT)
 
 test: $(VENV)/.test  ## the whole test suite
 	$(pytest)
+
+docs: $(VENV)/.test  ## the documentation site with the API reference: open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(VENV)/bin/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 quick: lint  ## style, types and the tests that take less than 1.5 s each
 	$(pytest) -m "not slow"

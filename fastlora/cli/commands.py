@@ -45,8 +45,8 @@ examples:
   fastlora convert adapter.safetensors peft_folder --to peft
   fastlora diff before.safetensors after.safetensors
 
-exit code: 0; 1 for an input that is refused, with one line on stderr, and for bench if a result is wrong; 2 for wrong arguments.
-For diff 1 if the adapters differ, and 2 for both others.
+exit code: 0; 1 for an input that is refused, with one line on stderr; 2 for wrong arguments. For diff 1 if the adapters differ, for
+bench 1 if a result is wrong, and 2 for both others.
 `fastlora COMMAND --help` describes each command.
 """
 
@@ -142,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (FastLoRAError, OSError) as error:
             drop_output()
             print(f"fastlora: error: {_cell(error)}", file=sys.stderr)
-            # As of diff(1), whose 1 says that the two differ.
-            code = 2 if arguments.run is _diff else 1
+            # 1 is a result of these two: the adapters differ (as of diff(1)), fastlora was wrong.
+            code = 2 if arguments.run in (_diff, benchmark.run) else 1
     for note in dict.fromkeys(_cell(note.message) for note in notes):
         print(f"fastlora: note: {note}", file=sys.stderr)
     return code
