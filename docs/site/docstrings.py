@@ -23,7 +23,7 @@ NAMES = r"[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*"
 CODE = re.compile(r"(`+)(.+?)\1")
 PAGE = re.compile(r"docs/(\w+\.md)")
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
-ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Warning)\b")
+ERROR = re.compile(r"\b(?:[A-Z]\w*(?:Error|Warning)|KeyboardInterrupt)\b")
 TERM = re.compile(r"(\"[^\"]+\"|\S+) {2,}(\S.*)")
 
 
@@ -183,7 +183,10 @@ def _clauses(lines: list[str]) -> list[str]:
 
 def _errors(text: str) -> list[str]:
     """What each error of a `Raises:` is raised for."""
-    parts = re.split(rf"(?<=[;,.])\s+(?:and )?(?={ERROR.pattern})|(?<=;)\s+(?=whatever\b)", text)
+    outside = r"(?![^()]*\))"  # not within parentheses, which list the kinds of one error
+    parts = re.split(
+        rf"(?<=[;,.])\s+(?:and )?(?={ERROR.pattern}){outside}|(?<=;)\s+(?=whatever\b)", text
+    )
     return [part.rstrip(";,") for part in parts]
 
 
