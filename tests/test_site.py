@@ -241,6 +241,12 @@ def test_the_search_works_without_a_server(site) -> None:
         assert "site-assets/iframe-worker.js" in text and "unpkg.com" not in text
 
 
+def test_the_examples_are_shown_whole(pages) -> None:
+    shown = [block.strip() for block in pages["examples.html"].code]
+    examples = sorted((ROOT / "docs" / "examples").glob("*.py"))
+    assert examples and all(path.read_text().strip() in shown for path in examples)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
