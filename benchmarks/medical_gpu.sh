@@ -6,7 +6,7 @@
 #   WHEELS=DIR bash benchmarks/medical_gpu.sh OUT
 #
 # Environment: WHEELS (folder of wheels and zips to unpack), PYTHON, DEVICE (cuda), AMP (bf16; off without mixed precision), EPOCHS (10),
-# TRAIN_SECONDS (90), WORKERS (4 data loader processes), LIMIT (most seconds of each later stage, 100), EXTRA (more flags for the training),
+# TRAIN_SECONDS (90), WORKERS (4 data loader processes), LIMIT (most seconds of each later stage, 100), THREADS (of each, 2), EXTRA (more flags for the training),
 # COMPARE (1: also train with FASTLORA_BACKEND=torch), TESTS (1: also the GPU tests of the application).
 set -uo pipefail
 root=$PWD
@@ -89,7 +89,7 @@ cp "$work/run/history.json" "$work/run/config.yaml" "$work/run/adapter.safetenso
 
 scan=data/bundled/spine_ct
 image=(--image $scan/ct.nii.gz --mask $scan/segmentations/vertebra_22.nii.gz)
-export OMP_NUM_THREADS=2  # these run at the same time
+export OMP_NUM_THREADS=${THREADS:-2}  # these run at the same time
 stage resume "$limit" "$python" "$root/scripts/train_medical.py" --resume "$work/resumed" --epochs "$((epochs + 1))" --device "$device" --no-progress &
 stage eval-device "$limit" "$python" "$root/scripts/eval_medical.py" --checkpoint "$work/run" --device "$device" \
     --output_dir "$out/eval-device" --record "$out/record-device.json" &
