@@ -49,7 +49,7 @@ from fastlora.benchmark.record import (
     write,
 )
 from fastlora.benchmark.timing import interleave, sampler
-from fastlora.benchmark.workload import Round, peak_bytes
+from fastlora.benchmark.workload import Round, peak_bytes, saved_bytes
 from fastlora.ops.graph import capture
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,33 +61,21 @@ def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return output
 
 
+def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return output_of(model, inputs).float().square().mean()
+
+
 def step_of(model: nn.Module, inputs: dict[str, Tensor]) -> Round:
     trained = [p for p in model.parameters() if p.requires_grad]
     on_gpu = trained[0].device.type == "cuda"  # where a CUDA graph must be able to contain the step
     optimizer = torch.optim.AdamW(trained, 1e-5, capturable=on_gpu, fused=True if on_gpu else None)
 
     def step() -> None:
-        output_of(model, inputs).float().square().mean().backward()
+        loss_of(model, inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
-
-
-def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Bytes of distinct storage that a forward pass saves for the backward pass, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output_of(model, inputs).float().square().mean()
-    return sum(saved.values())
 
 
 class ModelRun:
@@ -154,7 +142,7 @@ class ModelRun:
             "parameters": sum(p.numel() for p in mine.parameters()),
             "trainable": sum(p.numel() for p in trained),
             "compile_seconds": round(time.perf_counter() - begin, 1) if compiled else None,
-            "saved_bytes": saved_bytes(mine, self.inputs),
+            "saved_bytes": saved_bytes(mine, lambda: loss_of(mine, self.inputs)),
             "peak_bytes": peak_bytes(step, self.device),
             "state_bytes": 4 * sum(p.nbytes for p in trained),  # weight, gradient, two moments
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class CaseRun:
                     build(work.case, frozen, work.lora_a, work.lora_b) for frozen in work.frozen
                 ]
                 oracle.check(name, layers[0])
-                self.saved[name] = saved_bytes(layers[0], work.x[0])
+                self.saved[name] = saved_bytes(layers[0], partial(layers[0], work.x[0]))
             except failures() as error:
                 self._absent(name, error)
             else:

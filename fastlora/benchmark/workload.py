@@ -119,20 +119,20 @@ def _training_step(layers: Sequence[nn.Module], work: Workload) -> Round:
     return step
 
 
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes of distinct storage that one forward pass saves for the backward pass, without parameters."""
-    owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes of distinct storage that a forward pass saves for the backward pass, without the model's parameters and buffers."""
+    own = (*model.parameters(), *model.buffers())
+    owned = {tensor.untyped_storage().data_ptr() for tensor in own}
     storages: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        # Nothing is kept: a node that holds its own output, which holds the node, would never be freed.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
-    del y
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        forward()
     return sum(storages.values())
 
 

@@ -9,8 +9,13 @@ import torch
 WARM_UP = 3
 
 
-def capture(run: Callable[[], object]) -> Callable[[], None]:
-    """Capture the run as a CUDA graph, after three warm-up runs on a side stream, and return its replay."""
+def capture(
+    run: Callable[[], object], pool: tuple[int, int] | None = None
+) -> Callable[[], None]:
+    """Capture the run as a CUDA graph, after three warm-up runs on a side stream, and return its replay.
+
+    pool: a handle of memory that the graph shares with others; None: memory of its own.
+    """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -18,7 +23,7 @@ def capture(run: Callable[[], object]) -> Callable[[], None]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         run()
     replay: Callable[[], None] = graph.replay
     return replay

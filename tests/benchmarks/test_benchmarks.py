@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -166,6 +167,24 @@ def test_a_hand_written_implementation_has_the_gradients_of_its_dropout(bench, n
     assert torch.autograd.gradcheck(seeded, leaves)
 
 
+def test_counting_saved_bytes_keeps_no_graph_alive(bench):
+    """A node that saves its own output would hold itself through hooks that return it, until the GPU's memory is full."""
+
+    class Probe:
+        pass
+
+    probes = []
+
+    def forward():
+        y = torch.randn(8, requires_grad=True).exp()
+        y.grad_fn.metadata["probe"] = Probe()
+        probes.append(weakref.ref(y.grad_fn.metadata["probe"]))
+        return y * 2
+
+    assert bench.workload.saved_bytes(nn.Identity(), forward) == 32
+    assert [probe() for probe in probes] == [None]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_bytes_saved_by_hand_written_implementations(bench, dtype, p):
@@ -176,7 +195,7 @@ def test_bytes_saved_by_hand_written_implementations(bench, dtype, p):
         layer = bench.implementations.IMPLEMENTATIONS[name](
             case, work.frozen[0], work.lora_a, work.lora_b
         )
-        saved[name] = bench.workload.saved_bytes(layer, work.x[0])
+        saved[name] = bench.workload.saved_bytes(layer, lambda: layer(work.x[0]))
     size = bench.workload.torch_dtype(case).itemsize
     x, s = size * 64 * 32, size * 64 * 4
     dropped, mask = (x, 64 * 32) if p else (0, 0)
