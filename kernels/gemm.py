@@ -19,7 +19,8 @@ from triton.language.extra.cuda import gdc_wait
 from fastlora.kernels.config import GemmConfig, ceil_div
 from fastlora.kernels.launch import launch
 from fastlora.kernels.rank_term import bias_tile, bits_tile, low_tile, rank_term, up_tile
-from fastlora.kernels.recording import Descriptor, empty
+from fastlora.kernels.recording import empty
+from fastlora.kernels.steps import Descriptor
 from fastlora.kernels.tiles import halves, overlaps, tile_of
 
 

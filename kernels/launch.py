@@ -12,8 +12,8 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastlora.kernels import recording
-from fastlora.kernels.recording import Descriptor
+from fastlora.kernels import native, recording
+from fastlora.kernels.steps import Descriptor
 
 _INT32 = 2**31
 # By the kernel, the device, the options and the traits of the arguments.
@@ -63,19 +63,20 @@ def launch(
     else:
         _start(compiled, grid, device, values)
     if recorder is not None:
-        recorder.kernel(partial(_start, compiled, grid, device), values, interpreted=False)
+        recorder.kernel(
+            partial(_start, compiled, grid, device), values, interpreted=False,
+            prepared=native.prepared(compiled, grid, device, values),
+        )  # fmt: skip
 
 
 def _start(compiled: Any, grid: tuple[int, ...], device: int, values: list[Any]) -> None:
     """Launch on the device's current stream. values: all arguments in the kernel's order, tensors also by their addresses."""
     stream = driver.active.get_current_stream(device)
     x, y, z = (*grid, 1, 1)[:3]
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    metadata = None
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+    metadata = enter = leave = None
+    if native.is_profiled():
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         metadata = compiled.launch_metadata(grid, stream, *values)
-    else:
-        enter = leave = None
     compiled.run(
         x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values
     )  # fmt: skip

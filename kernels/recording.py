@@ -12,10 +12,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastlora.kernels.native import Prepared
+from fastlora.kernels.steps import (
+    Descriptor,
+    Empty,
+    InterpretedKernel,
+    Kernel,
+    Launches,
+    Library,
+    Like,
+    Place,
+    View,
+)
 
 _ALIGNMENT = 256  # bytes
 _MOST = 2048  # recordings that are kept
@@ -24,136 +38,6 @@ _recordings: dict[Hashable, tuple[object, Any]] = {}
 _local = threading.local()
 
 Tensors = Sequence[Tensor | None]
-
-
-class Descriptor:
-    """A tensor and the tile of it that a kernel loads or stores by the tensor memory accelerator: what Triton's `TensorDescriptor` is,
-    without its checks. `dispatch` has checked alignment and strides.
-    """
-
-    __slots__ = ("base", "block_shape", "shape", "strides")
-    padding, round_f32_to_tf32 = "zero", False
-
-    def __init__(
-        self,
-        base: Any,
-        block_shape: tuple[int, int],
-        shape: Sequence[int] | None = None,
-        strides: Sequence[int] | None = None,
-    ) -> None:
-        self.base, self.block_shape = base, block_shape
-        self.shape = base.shape if shape is None else shape
-        self.strides = base.stride() if strides is None else strides
-
-
-class _Address:
-    """What Triton reads of a descriptor's tensor."""
-
-    __slots__ = ("address",)
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-class _Empty:
-    """Allocate a tensor."""
-
-    def __init__(self, slot: int, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.slot, self.shape, self.dtype = slot, shape, dtype
-
-    def take(self, tensors: list[Any], addresses: list[int]) -> None:
-        made = torch.empty(self.shape, dtype=self.dtype, device=tensors[0].device)
-        tensors[self.slot], addresses[self.slot] = made, made.data_ptr()
-
-
-class _View(NamedTuple):
-    """A view of the tensor in a slot; offset in elements."""
-
-    slot: int
-    offset: int
-    shape: Sequence[int]
-    strides: Sequence[int]
-
-    def of(self, tensors: list[Any]) -> Tensor:
-        base = tensors[self.slot]
-        return torch.as_strided(base, self.shape, self.strides, base.storage_offset() + self.offset)
-
-
-class _Library:
-    """result = function(*tensors). arguments: the slot of each, a view of one, or None."""
-
-    def __init__(
-        self, function: Callable[..., Tensor], arguments: Sequence[int | _View | None], result: int
-    ) -> None:
-        self.function, self.arguments, self.result = function, arguments, result
-
-    def take(self, tensors: list[Any], addresses: list[int]) -> None:
-        made = self.function(
-            *[
-                None if one is None else one.of(tensors) if isinstance(one, _View) else tensors[one]
-                for one in self.arguments
-            ]
-        )
-        tensors[self.result], addresses[self.result] = made, made.data_ptr()
-
-
-class _Place(NamedTuple):
-    """Where a value of a kernel comes from: its position among them, the slot of its tensor and the offset there in bytes; the shape and
-    strides that it has, and the tile of a `Descriptor`.
-    """
-
-    position: int
-    slot: int
-    offset: int
-    dtype: torch.dtype
-    shape: Sequence[int]
-    strides: Sequence[int]
-    tile: tuple[int, int] | None
-
-
-class _Kernel:
-    """start(values), with the addresses of the tensors of this call. values: the others; those at `places` are not read."""
-
-    def __init__(
-        self, start: Callable[[list[Any]], None], values: list[Any], places: list[_Place]
-    ) -> None:
-        self.start, self.values, self.places = start, values, places
-        for place in places:
-            values[place.position] = None
-
-    def take(self, tensors: list[Any], addresses: list[int]) -> None:
-        values = self.values.copy()
-        for position, slot, offset, _, shape, strides, tile in self.places:
-            address: Any = addresses[slot] + offset
-            if tile is not None:
-                address = Descriptor(_Address(address), tile, shape, strides)
-            values[position] = address
-        self.start(values)
-
-    def move(self, offsets: dict[int, int], workspace: int) -> None:
-        """Find the slots of `offsets` in the workspace."""
-        self.places = [
-            place._replace(slot=workspace, offset=place.offset + offsets[place.slot])
-            if place.slot in offsets
-            else place
-            for place in self.places
-        ]
-
-
-class _InterpretedKernel(_Kernel):
-    """The same for Triton's interpreter, which takes tensors."""
-
-    def take(self, tensors: list[Any], addresses: list[int]) -> None:
-        values = self.values.copy()
-        for position, slot, offset, dtype, shape, strides, tile in self.places:
-            base = tensors[slot].view(dtype)
-            first = base.storage_offset() + offset // base.element_size()
-            view = torch.as_strided(base, shape, strides, first)
-            values[position] = view if tile is None else Descriptor(view, tile)
-        self.start(values)
 
 
 class Recorder:
@@ -166,7 +50,7 @@ class Recorder:
         self.inputs = inputs
         self.made: list[Tensor] = []  # kept alive, so that no two have one address
         self.results: set[int] = set()  # slots that torch's operations fill
-        self.steps: list[_Library | _Kernel] = []
+        self.steps: list[Library | Kernel] = []
         self.known = True  # where every tensor comes from
 
     def empty(self, tensor: Tensor) -> int:
@@ -179,10 +63,15 @@ class Recorder:
         if slot is None:
             slot = self.empty(result)
             self.results.add(slot)
-        self.steps.append(_Library(function, arguments, slot))
+        self.steps.append(Library(function, arguments, slot))
 
     def kernel(
-        self, start: Callable[[list[Any]], None], values: list[Any], *, interpreted: bool
+        self,
+        start: Callable[[list[Any]], None],
+        values: list[Any],
+        *,
+        interpreted: bool,
+        prepared: Prepared | None = None,
     ) -> None:
         places = []
         for position, value in enumerate(values):
@@ -191,9 +80,9 @@ class Recorder:
             if isinstance(tensor, Tensor):
                 slot, offset = self._find(tensor)
                 dtype, shape, strides = tensor.dtype, tensor.shape, tensor.stride()
-                places.append(_Place(position, slot, offset, dtype, shape, strides, tile))
-        kind = _InterpretedKernel if interpreted else _Kernel
-        self.steps.append(kind(start, values.copy(), places))
+                places.append(Place(position, slot, offset, dtype, shape, strides, tile))
+        kind = InterpretedKernel if interpreted else Kernel
+        self.steps.append(kind(start, values.copy(), places, prepared))
 
     def recording(self, outputs: Sequence[Tensor]) -> Recording | None:
         """What repeats the call, which returned `outputs`; None if that is not possible."""
@@ -203,34 +92,55 @@ class Recorder:
             return None
         shapes = {slot: t.shape for (slot, _), t in zip(found, outputs, strict=True)}
         taken = {
-            one.slot if isinstance(one, _View) else one
+            one.slot if isinstance(one, View) else one
             for step in self.steps
-            if isinstance(step, _Library)
+            if isinstance(step, Library)
             for one in step.arguments
         }
-        begin: list[_Empty] = []
+        begin: list[Empty | Like] = []
         inside: dict[int, int] = {}  # slots in the workspace, with their sizes in bytes
         for slot, tensor in enumerate(self.made, first):
             if slot in shapes or slot in taken:
                 if slot not in self.results:
-                    begin.append(_Empty(slot, shapes.get(slot, tensor.shape), tensor.dtype))
+                    begin.append(self._allocation(slot, shapes.get(slot, tensor.shape), tensor))
             elif slot not in self.results:
                 inside[slot] = tensor.untyped_storage().nbytes()
         workspace = first + len(self.made)
         if inside:
             offsets, size = self._pack(inside)
-            begin.append(_Empty(workspace, (size,), torch.uint8))
+            begin.append(Empty(workspace, (size,), torch.uint8))
             for step in self.steps:
-                if isinstance(step, _Kernel):
+                if isinstance(step, Kernel):
                     step.move(offsets, workspace)
-        results = [(slot, t.shape) for (slot, _), t in zip(found, outputs, strict=True)]
-        return Recording([*begin, *self.steps], workspace + 1 - first, results)
+        # What is allocated has the shape of the output; what torch's operations return may have another.
+        results = [
+            (slot, t.shape if slot in self.results else None)
+            for (slot, _), t in zip(found, outputs, strict=True)
+        ]
+        return Recording([*begin, *self._joined()], workspace + 1 - first, results)
+
+    def _allocation(self, slot: int, shape: Sequence[int], made: Tensor) -> Empty | Like:
+        form = shape, made.dtype, made.device
+        for model, one in enumerate(self.inputs):
+            if one is None or (one.shape, one.dtype, one.device) != form:
+                continue
+            if one.is_contiguous():
+                return Like(slot, model)
+        return Empty(slot, shape, made.dtype)
+
+    def _joined(self) -> list[Any]:
+        """The steps, with kernels that follow each other in one step where Triton's launcher is not needed."""
+        joined: list[Any] = []
+        for ready, group in groupby(self.steps, lambda step: step.prepared is not None):
+            steps: list[Any] = list(group)
+            joined += [Launches(steps)] if ready else steps
+        return joined
 
     def _pack(self, sizes: dict[int, int]) -> tuple[dict[int, int], int]:
         """The offsets of slots in a workspace, and its size, in bytes. Slots that no two steps use at the same time may overlap."""
         lives: dict[int, tuple[int, int]] = {}
         for number, step in enumerate(self.steps):
-            if isinstance(step, _Kernel):
+            if isinstance(step, Kernel):
                 for place in step.places:
                     lives[place.slot] = lives.get(place.slot, (number, 0))[0], number
         offsets: dict[int, int] = {}
@@ -247,12 +157,12 @@ class Recorder:
             total = max(total, _rounded(offset + sizes[slot]))
         return offsets, total
 
-    def _argument(self, tensor: Tensor) -> int | _View:
+    def _argument(self, tensor: Tensor) -> int | View:
         slot = self._itself(tensor)
         if slot is not None:
             return slot
         slot, offset = self._find(tensor)
-        return _View(slot, offset // tensor.element_size(), tensor.shape, tensor.stride())
+        return View(slot, offset // tensor.element_size(), tensor.shape, tensor.stride())
 
     def _itself(self, tensor: Tensor) -> int | None:
         """The slot of a tensor that is not a view of another one."""
@@ -280,10 +190,10 @@ def _rounded(size: int) -> int:
 
 
 class Recording:
-    """The steps of a call. outputs: slot and shape of each."""
+    """The steps of a call. outputs: the slot of each, and its shape if it is a view."""
 
     def __init__(
-        self, steps: Sequence[Any], made: int, outputs: Sequence[tuple[int, Sequence[int]]]
+        self, steps: Sequence[Any], made: int, outputs: Sequence[tuple[int, Sequence[int] | None]]
     ) -> None:
         self._takes = [step.take for step in steps]
         self._blanks, self._outputs = [None] * made, outputs
@@ -294,8 +204,8 @@ class Recording:
         for take in self._takes:
             take(tensors, all_addresses)
         return [
-            made if made.shape == shape else made.view(shape)
-            for made, shape in [(tensors[slot], shape) for slot, shape in self._outputs]
+            tensors[slot] if shape is None else tensors[slot].view(shape)
+            for slot, shape in self._outputs
         ]
 
 

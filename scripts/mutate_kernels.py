@@ -55,7 +55,8 @@ MASK, TILES, GEMM, FORWARD = (
     "kernels/forward.py",
 )
 BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/config.py"
-LAUNCH, RECORDING = "kernels/launch.py", "kernels/recording.py"
+LAUNCH, RECORDING, STEPS = "kernels/launch.py", "kernels/recording.py", "kernels/steps.py"
+NATIVE, STARTS = "kernels/native.py", "kernels/launches.c"
 TERM, UPDATE = "kernels/rank_term.py", "kernels/update.py"
 OPS, LINEAR = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
 PRODUCTS, GROUP = "fastlora/ops/products.py", "fastlora/ops/triton_group.py"
@@ -72,6 +73,13 @@ TESTS = {
     LAUNCH: ("tests/kernels/test_launch.py",),  # the interpreter does not use the table
     GROUP: ("tests/ops/test_triton_ops.py", "tests/kernels/test_recording.py"),
     RECORDING: ("tests/kernels/test_recording.py", "tests/kernels/test_launch.py"),
+    STEPS: (
+        "tests/kernels/test_recording.py",
+        "tests/kernels/test_launch.py",
+        "tests/kernels/test_driver.py",
+    ),
+    NATIVE: ("tests/kernels/test_driver.py",),
+    STARTS: ("tests/kernels/test_driver.py",),
     DEFINITION: ("tests/ops/test_dropout.py",),
     TUNE: ("tests/ops/test_tune.py",),
     BENCH: ("tests/ops/test_tune.py",),
@@ -220,7 +228,7 @@ MUTANTS = (
     Mutant("launch: overlap ignored", LAUNCH, "num_stages, launch_pdl, *_traits", "num_stages, *_traits"),
     Mutant("launch: arguments in the order of the call", LAUNCH, "values = [arguments[name] for name, _, _ in parameters]", "values = [*arguments.values()]"),
     Mutant("launch: always by Triton", LAUNCH, "        _compiled[key] = compiled\n", "        pass\n"),
-    Mutant("launch: a profiler's hooks are ignored", LAUNCH, 'if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):', "if False:"),
+    Mutant("launch: a profiler's hooks are ignored", LAUNCH, "    if native.is_profiled():", "    if False:"),
     # repeated calls
     Mutant("recording: dtype ignored", RECORDING, "key += (tensor.dtype, tensor.shape,", "key += (tensor.shape,"),
     Mutant("recording: strides ignored", RECORDING, "tensor.stride(), address % 16 == 0)", "address % 16 == 0)"),
@@ -230,16 +238,27 @@ MUTANTS = (
     Mutant("recording: inputs that are missing are like others", RECORDING, "key.append(None)", "pass"),
     Mutant("recording: offsets ignored", RECORDING, "return slot, address - one.data_ptr()", "return slot, 0"),
     Mutant("recording: unknown tensors are the first input", RECORDING, "        self.known = False\n        return 0, 0", "        return 0, 0"),
-    Mutant("recording: views are what they are views of", RECORDING, "        return _View(slot, offset", "        return slot or (slot, offset"),
-    Mutant("recording: views begin at the start", RECORDING, "base.storage_offset() + self.offset", "base.storage_offset()"),
+    Mutant("recording: views are what they are views of", RECORDING, "        return View(slot, offset", "        return slot or (slot, offset"),
+    Mutant("recording: views begin at the start", STEPS, "base.storage_offset() + self.offset", "base.storage_offset()"),
     Mutant("recording: tensors at one address", RECORDING, "if len({*used}) == len(used) else None", "if True else None"),
     Mutant("recording: the workspace is shared always", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "False"),
     Mutant("recording: the workspace is shared a step early", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "lives[s][0] < end and begin < lives[s][1]"),
     Mutant("recording: the workspace is never shared", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "True"),
-    Mutant("recording: the tensors of the first call are kept", RECORDING, "            values[place.position] = None", "            pass"),
+    Mutant("recording: the tensors of the first call are kept", STEPS, "            values[place.position] = None", "            pass"),
     Mutant("recording: one recorder for all threads", RECORDING, "_local = threading.local()", "_local = type('', (), {})()"),
     Mutant("recording: the first call is recorded", RECORDING, "        _recordings[known] = choices, _SEEN\n        return run()", "        pass"),
     Mutant("recording: nothing is recorded", RECORDING, "recorder.recording(outputs) if", "None if"),
+    Mutant("recording: allocated like an input that is not contiguous", RECORDING, "            if one.is_contiguous():\n", "            if True:\n"),
+    Mutant("recording: allocated like an input of another dtype", RECORDING, "(one.shape, one.dtype, one.device) != form", "(one.shape, made.dtype, one.device) != form"),
+    Mutant("native: a profiler's hooks are ignored", STEPS, "if not is_profiled():", "if True:"),
+    Mutant("native: offsets of addresses ignored", STARTS, "addresses[i] + place->offset", "addresses[i]"),
+    Mutant("native: tensor maps of the recorded call", STARTS, "replace_address((CUtensorMap *)(data + place->at), (void *)address)", "CUDA_SUCCESS"),
+    Mutant("native: every launch has the first one's addresses", STARTS, "    found += program->launch[i].places;\n  }\n  Py_END", "  }\n  Py_END"),
+    Mutant("native: overlap ignored", STARTS, "config->numAttrs = overlaps;", "config->numAttrs = 0;"),
+    Mutant("native: shared memory ignored", NATIVE, "        shared,\n        bool", "        0,\n        bool"),
+    Mutant("native: one warp", NATIVE, "_WARP * warps", "_WARP"),
+    Mutant("native: no scratch memory", NATIVE, "[*parameters, scratch, scratch]", "parameters"),
+    Mutant("native: sizes of a tensor map as strides", NATIVE, 'struct.pack("q", stride), None) for stride in strides', 'struct.pack("q", stride), None) for stride in sizes'),
     Mutant("recording: never forgotten", RECORDING, "        _recordings.clear()\n    if", "        pass\n    if"),
     # operators and autograd
     Mutant("ops: keep scale", REFERENCE, "self.scaling * self.keep_scale()", "self.scaling"),

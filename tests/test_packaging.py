@@ -272,5 +272,9 @@ def test_the_wheel_has_every_file_of_the_package(wheel):
         for path in (ROOT / "fastlora").rglob("*")
         if path.is_file() and path.suffix not in {".pyc", ".pyo"} and path.name != "kernels"
     }
-    ours |= {f"fastlora/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+    ours |= {
+        f"fastlora/kernels/{file.name}"
+        for file in (ROOT / "kernels").glob("*.[cp]*")
+        if file.is_file()
+    }
     assert {name for name in names if ".dist-info/" not in name} == ours

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 WARM_UP = 3
 
 
-def capture(
-    run: Callable[[], object], pool: tuple[int, int] | None = None
-) -> Callable[[], None]:
+def capture(run: Callable[[], object], pool: Any = None) -> Callable[[], None]:
     """Capture the run as a CUDA graph, after three warm-up runs on a side stream, and return its replay.
 
-    pool: a handle of memory that the graph shares with others; None: memory of its own.
+    pool: `torch.cuda.graph_pool_handle()`, for memory that graphs share; None: memory of its own.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

@@ -195,7 +195,7 @@ def test_bytes_saved_by_hand_written_implementations(bench, dtype, p):
         layer = bench.implementations.IMPLEMENTATIONS[name](
             case, work.frozen[0], work.lora_a, work.lora_b
         )
-        saved[name] = bench.workload.saved_bytes(layer, lambda: layer(work.x[0]))
+        saved[name] = bench.workload.saved_bytes(layer, functools.partial(layer, work.x[0]))
     size = bench.workload.torch_dtype(case).itemsize
     x, s = size * 64 * 32, size * 64 * 4
     dropped, mask = (x, 64 * 32) if p else (0, 0)

@@ -10,7 +10,8 @@ import torch
 
 from fastlora.kernels import recording
 from fastlora.kernels.config import DY_RANK
-from fastlora.kernels.recording import Descriptor, Recorder, empty, library, repeat
+from fastlora.kernels.recording import Recorder, empty, library, repeat
+from fastlora.kernels.steps import Address, Descriptor
 from fastlora.ops import dispatch, triton_group, triton_ops
 from fastlora.ops.dispatch import TRITON_PLANS
 from fastlora.ops.reference import Layer, LowRank
@@ -375,7 +376,7 @@ def test_triton_encodes_our_descriptors(monkeypatch):
     }
     for described in (
         Descriptor(x, (16, 32)),
-        Descriptor(recording._Address(4096), (16, 32), (64, 32), (32, 1)),
+        Descriptor(Address(4096), (16, 32), (64, 32), (32, 1)),
     ):
         assert [*nvidia.make_tensordesc_arg(described, metadata)] == ["map", 64, 32, 32, 1]
     assert seen[0][0] == x.data_ptr() and seen[1][0] == 4096

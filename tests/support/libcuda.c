@@ -5,41 +5,60 @@
 #define MOST_LAUNCHES 256
 #define MOST_ARGUMENTS 64
 
+#define MOST_HANDLES 4096
+
 typedef struct {
   unsigned long long function, stream;
-  unsigned grid[3];
+  unsigned grid[3], threads, shared, overlaps;
   int count;
   unsigned long long arguments[MOST_ARGUMENTS];  // the first 8 bytes of each
+  unsigned long long forms[MOST_ARGUMENTS];      // of tensor maps
 } Launch;
 
-int arguments_of_next = 0;  // the driver cannot know how many arguments a kernel has
+// The sizes in bytes of a function's arguments, which the driver cannot know, up to the first 0.
+unsigned char sizes_of[MOST_HANDLES][MOST_ARGUMENTS];
 int launches = 0;
 Launch noted[MOST_LAUNCHES];
-static unsigned long long next_handle = 1000;
+static unsigned long long next_handle = 1;
 
-static CUresult note(CUfunction function, const unsigned *grid, CUstream stream, void **arguments) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
   Launch *launch = &noted[launches++ % MOST_LAUNCHES];
   memset(launch, 0, sizeof *launch);
   launch->function = (unsigned long long)function;
-  launch->stream = (unsigned long long)stream;
-  memcpy(launch->grid, grid, sizeof launch->grid);
-  launch->count = arguments_of_next;
-  for (int i = 0; i < launch->count; i++) memcpy(&launch->arguments[i], arguments[i], 8);
+  launch->stream = (unsigned long long)config->hStream;
+  unsigned grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
+  memcpy(launch->grid, grid, sizeof grid);
+  launch->threads = config->blockDimX * config->blockDimY * config->blockDimZ;
+  launch->shared = config->sharedMemBytes;
+  for (unsigned i = 0; i < config->numAttrs; i++)
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      launch->overlaps = config->attrs[i].value.programmaticStreamSerializationAllowed;
+  const unsigned char *sizes = sizes_of[launch->function % MOST_HANDLES];
+  for (int i = 0; i < MOST_ARGUMENTS && sizes[i]; i++) {
+    memcpy(&launch->arguments[i], arguments[i], sizes[i] < 8 ? sizes[i] : 8);
+    if (sizes[i] == sizeof(CUtensorMap)) memcpy(&launch->forms[i], (char *)arguments[i] + 8, 8);
+    launch->count++;
+  }
   return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
-  unsigned grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
-  return note(function, grid, config->hStream, arguments);
-}
-
-// A tensor map holds the address only; the arguments after it hold the form.
+// A tensor map holds the address and a checksum of its form.
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                 const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  unsigned long long words[16] = {(unsigned long long)address};
+  unsigned long long words[16] = {(unsigned long long)address, 17};
+#define ADD(value) words[1] = words[1] * 1099511628211u + (unsigned long long)(value)
+  ADD(type), ADD(rank), ADD(interleave), ADD(swizzle), ADD(promotion), ADD(fill);
+  for (unsigned i = 0; i < rank; i++) ADD(sizes[i]), ADD(box[i]), ADD(element_strides[i]);
+  for (unsigned i = 0; i + 1 < rank; i++) ADD(strides[i]);
   memcpy(map, words, sizeof *map);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuTensorMapReplaceAddress(CUtensorMap *map, void *address) {
+  unsigned long long words[16] = {(unsigned long long)address};
+  memcpy(map, words, sizeof words[0]);
   return CUDA_SUCCESS;
 }
 
