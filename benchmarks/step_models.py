@@ -103,10 +103,14 @@ MODELS = {
 
 @contextmanager
 def without_dense_masks() -> Iterator[None]:
-    """Leave causal masks to the attention itself; within a CUDA graph transformers would build and use a dense one."""
+    """Leave masks to the attention itself; within a CUDA graph transformers would build and use dense ones."""
     from transformers.models.llama import modeling_llama
+    from transformers.models.vit import modeling_vit
 
-    with mock.patch.object(modeling_llama, "create_causal_mask", lambda *args, **kwargs: None):
+    with (
+        mock.patch.object(modeling_llama, "create_causal_mask", lambda *args, **kwargs: None),
+        mock.patch.object(modeling_vit, "create_bidirectional_mask", lambda *args, **kwargs: None),
+    ):
         yield
 
 

@@ -123,17 +123,17 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     """Bytes of distinct storage that a forward pass saves for the backward pass, without the model's parameters and buffers."""
     own = (*model.parameters(), *model.buffers())
     owned = {tensor.untyped_storage().data_ptr() for tensor in own}
-    storages: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no two have one address
 
     def pack(tensor: Tensor) -> None:
-        # Nothing is kept: a node that holds its own output, which holds the node, would never be freed.
+        # The tensor is not kept: a node that held its own output, which holds the node, would never be freed.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         forward()
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def peak_bytes(run: Round, device: torch.device) -> int | None:

@@ -176,12 +176,14 @@ def test_counting_saved_bytes_keeps_no_graph_alive(bench):
     probes = []
 
     def forward():
-        y = torch.randn(8, requires_grad=True).exp()
+        y = torch.randn(4096, requires_grad=True)
+        for _ in range(6):  # each is freed before the next but one is computed
+            y = y.exp()
         y.grad_fn.metadata["probe"] = Probe()
         probes.append(weakref.ref(y.grad_fn.metadata["probe"]))
-        return y * 2
+        return y
 
-    assert bench.workload.saved_bytes(nn.Identity(), forward) == 32
+    assert bench.workload.saved_bytes(nn.Identity(), forward) == 6 * 4 * 4096
     assert [probe() for probe in probes] == [None]
 
 

@@ -246,6 +246,22 @@ def test_threads_record_beside_each_other():
     assert failures == []
 
 
+@pytest.mark.parametrize("form", ["contiguous", "transposed", "double"])
+def test_outputs_are_contiguous_and_have_their_dtype_whatever_the_inputs_form(form):
+    """An output of the shape of an input is allocated like it only if that gives what `empty` gave."""
+    for number in range(4):
+        x = torch.arange(9.0).reshape(3, 3) + number
+        x = {"contiguous": x, "transposed": x.T, "double": x.double()}[form]
+
+        def run(x=x):
+            y = empty(3, 3, dtype=torch.float32, device=x.device)
+            return [library(torch.Tensor.copy_, y, x)]
+
+        (y,) = repeat(["choice"], (), (x,), run)
+        assert y.dtype == torch.float32 and y.stride() == (3, 1) and torch.equal(y, x.float())
+        assert y.data_ptr() != x.data_ptr()
+
+
 def test_a_tensor_of_unknown_origin_is_never_repeated():
     calls = []
 
