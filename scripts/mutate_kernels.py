@@ -240,7 +240,7 @@ MUTANTS = (
     Mutant("recording: unknown tensors are the first input", RECORDING, "        self.known = False\n        return 0, 0", "        return 0, 0"),
     Mutant("recording: views are what they are views of", RECORDING, "        return View(slot, offset", "        return slot or (slot, offset"),
     Mutant("recording: views begin at the start", STEPS, "base.storage_offset() + self.offset", "base.storage_offset()"),
-    Mutant("recording: tensors at one address", RECORDING, "if len({*used}) == len(used) else None", "if True else None"),
+    Mutant("recording: tensors at one address are told apart no more", RECORDING, "        key += map(addresses.index, addresses)", "        pass"),
     Mutant("recording: the workspace is shared always", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "False"),
     Mutant("recording: the workspace is shared a step early", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "lives[s][0] < end and begin < lives[s][1]"),
     Mutant("recording: the workspace is never shared", RECORDING, "lives[s][0] <= end and begin <= lives[s][1]", "True"),

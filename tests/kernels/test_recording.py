@@ -201,14 +201,27 @@ def test_another_choice_is_not_a_repetition(monkeypatch, launches):
     _assert_same(got, _unrecorded(tensors))
 
 
-def test_tensors_at_one_address_are_not_recorded():
-    """A recording could not tell them apart, and a later call may have them apart."""
-    for together in (True, True, True, False):
-        x, weight, bias, a, b, seed = _tensors(rank=N)
-        tensors = [x, weight, bias, a, a if together else b, seed]
-        if together:
-            tensors[4] = a[:, :N].T  # B at the address of A
-        _assert_same(_call(tensors, "split"), _unrecorded(tensors, "split"))
+def test_a_call_with_two_tensors_at_one_address_is_repeated(launches):
+    for number in range(4):
+        x, weight, bias, a, _, seed = _tensors(rank=N)
+        tensors = [x, weight, bias, a, a[:, :N].T, seed]  # B at the address of A
+        launches.clear()
+        got = _call(tensors, "split")
+        assert bool(launches) == (number < 2)
+        _assert_same(got, _unrecorded(tensors, "split"))
+
+
+def test_tensors_that_were_at_one_address_are_told_apart_in_later_calls():
+    x, y, z = (torch.full((3,), value) for value in (1.0, 10.0, 100.0))
+    for inputs in [(x, x, z), (x, y, x), (x, y, y), (x, y, z), (x, x, x)]:
+        for _ in range(3):
+
+            def run(inputs=inputs):
+                one, two, three = inputs
+                return [library(torch.sub, library(torch.sub, one, two), three)]
+
+            (result,) = repeat(["choice"], (), inputs, run)
+            assert torch.equal(result, inputs[0] - inputs[1] - inputs[2])
 
 
 def test_a_recording_keeps_no_tensor():
