@@ -7,6 +7,7 @@ from typing import Any
 from cases import TARGETS, Target
 
 from fastlora.benchmark.cases import BASELINE, FORWARD, FORWARD_BACKWARD, Case, readable
+from fastlora.benchmark.record import gpu_file_name
 
 Record = dict[str, Any]
 Times = dict[tuple[str, ...], float]  # (case, mode, timing, implementation) -> ms per call
@@ -35,8 +36,8 @@ def speed_table(records: list[Record]) -> str:
 
 def _speed_of(record: Record) -> str:
     lines = [
-        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT / fastlora | compiled PEFT / fastlora | PEFT / fastlora, called from Python | peak memory, PEFT / fastlora |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT / fastlora | compiled PEFT / fastlora | PEFT / fastlora, called from Python | the same, PEFT's default adapters | peak memory, PEFT / fastlora |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     times, peaks = _times(record), _times(record, "peak_bytes")
     for target in TARGETS:
@@ -49,12 +50,13 @@ def _speed_of(record: Record) -> str:
                 (times, "graph", EAGER_PEFT),
                 (times, "graph", ("peft-compiled",)),
                 (times, "eager", EAGER_PEFT),
+                (times, "eager", ("peft",)),
                 (peaks, "eager", EAGER_PEFT),
             ):
                 ratio = _ratio(found, case, FORWARD_BACKWARD, timing, above, "fastlora")
                 cells.append("–" if ratio is None else f"{ratio:.2f}×")
             lines.append(f"| {readable(case.name)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _origin(record)])
+    return "\n".join([*lines, "", _short_origin(record)])
 
 
 def case_tables(records: list[Record]) -> str:
@@ -63,8 +65,8 @@ def case_tables(records: list[Record]) -> str:
         return f"No GPU record: {NOT_MEASURED}."
     return "\n\n".join(
         "\n\n".join(
-            [f"### {record['environment']['gpu']}", _cases(record), _overhead(record)]
-            + [part for part in (_eta(record), _absent(record["absent"])) if part]
+            [f"### {record['environment']['gpu']}", _cases(record)]
+            + [p for p in (_overhead(record), _eta(record), _absent(record["absent"])) if p]
             + [_origin(record)]
         )
         for record in records
@@ -168,6 +170,8 @@ def _both(times: Times, case: str, mode: str, name: str) -> str:
 
 
 def _overhead(record: Record) -> str:
+    if not record["call_overhead"]:
+        return ""
     lines = ["| call | mode | CPU time to issue it, µs |", "| --- | --- | --- |"]
     cells: dict[tuple[str, str], list[str]] = {}
     for row in record["call_overhead"]:
@@ -201,6 +205,14 @@ def _absent(rows: list[dict[str, Any]]) -> str:
         for (name, kind, reason), found in cases.items()
     ]
     return "\n".join(["Not timed:", "", *lines]) if lines else ""
+
+
+def _short_origin(record: Record) -> str:
+    facts = record["environment"]
+    return (
+        f"{facts['gpu']}, torch {facts['torch']}, Triton {facts['triton']}, PEFT {facts['peft']}, medians of {facts['reps']} "
+        f"interleaved runs (`benchmarks/results/{gpu_file_name(facts['gpu'])}`)."
+    )
 
 
 def _origin(record: Record) -> str:

@@ -15,29 +15,12 @@ from typing import Any
 
 import plots
 from gpu_tables import case_tables, speed_table, targets_table
+from model_tables import model_table, step_table
 
 from fastlora.benchmark.cases import readable
-from fastlora.benchmark.record import gpu_file_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-MODELS = (
-    "vit-b: ViT-B, 4 images; llama-1b: a Llama of 1.2 billion parameters without its vocabulary, 128 tokens; "
-    "both with random weights."
-)
-MODELS_ON_GPU = (
-    "vit-b: ViT-B, 64 images; llama-1b: a Llama of 1.2 billion parameters without its vocabulary, 4 × 1024 tokens; both with random weights. "
-    "Adapters are float32, those with bf16 in the name and PEFT's compiled ones bfloat16. Compiled is each block. The speed is that of the step, and of its CUDA graph."
-)
-STEP_NAMES = {
-    "fastlora-fused": "fastlora, `fuse`",
-    "fastlora-bf16": "fastlora, bf16 adapters",
-    "fastlora-compiled": "fastlora, compiled",
-    "peft": "PEFT",
-    "peft-bf16": "PEFT, bf16 adapters",
-    "peft-compiled": "PEFT, compiled",
-    "full": "full fine-tuning",
-}
 METHODS = {
     "baseline": "upsampled coarse segmentation",
     "base": "frozen base",
@@ -77,54 +60,6 @@ def cpu_table(record: dict[str, Any]) -> str:
     )
     if calls:
         lines.append(f"\nOne tiny layer, forward and backward, microseconds per call: {calls}.")
-    return "\n".join(lines)
-
-
-def model_table(records: list[dict[str, Any]]) -> str:
-    """A whole training step of each model: time, bytes saved for the backward pass, and the state of trained parameters; for each record."""
-    return "\n\n".join(map(_model_table, records)) or "No record: not measured."
-
-
-def _model_table(record: dict[str, Any]) -> str:
-    facts, settings = record["environment"], record["settings"]
-    on_gpu = facts["device"] == "cuda"
-    lines = [
-        f"| model | | step | {'as a CUDA graph | ' * on_gpu}speed relative to PEFT | saved for the backward pass | "
-        f"{'peak of a step | ' * on_gpu}weights, gradients and AdamW state of trained parameters |",
-        "| --- | --- | --- | --- | --- | --- |" + " --- | --- |" * on_gpu,
-    ]
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in record["results"]:  # records before CUDA graphs name no timing
-        rows.setdefault((row["model"], row["backend"]), {})[row.get("timing", "eager")] = row
-    for (model, name), timed in rows.items():
-        row = timed["eager"]
-        step = [f"{row['ms_p50'] / 1e3:.2f} s"]
-        if on_gpu:
-            step = [
-                f"{timed[t]['ms_p50']:.1f} ms" if t in timed else "–" for t in ("eager", "graph")
-            ]
-        ratios = [
-            f"{rows[model, 'peft'][t]['ms_p50'] / timed[t]['ms_p50']:.2f}×"
-            for t in ("eager", "graph")
-            if t in timed and t in rows.get((model, "peft"), {})
-        ]
-        sizes = [row[key] for key in ("saved_bytes", "peak_bytes")[: 1 + on_gpu]]
-        cells = [model, STEP_NAMES.get(name, name), *step, ", ".join(ratios) or "–"]
-        cells += [f"{size / 2**20:,.0f} MiB" for size in (*sizes, row["state_bytes"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    absent = "; ".join(
-        f"{STEP_NAMES.get(a['backend'], a['backend'])} of {a['model']} ({a['reason']})"
-        for a in record["absent"]
-    )
-    models = MODELS_ON_GPU if on_gpu else MODELS
-    where = facts["gpu"] if on_gpu else f"{facts['threads']} threads, {facts['cpu']}"
-    file = f"model-step-{gpu_file_name(facts['gpu'])}" if on_gpu else "model-step-cpu.json"
-    lines.append(
-        f"\n{models} Rank {settings['rank']}, dropout {settings['dropout']}, {settings['dtype']}, {where}, "
-        f"torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved steps "
-        f"(`{facts['command']}`, `benchmarks/results/{file}`)."
-        + (f" Not run: {absent}." if absent else "")
-    )
     return "\n".join(lines)
 
 
@@ -319,13 +254,14 @@ def tables() -> dict[Path, dict[str, str]]:
     return {
         ROOT / "README.md": {
             "speed": speed_table(kinds["cuda"]),
-            "cpu": cpu_table(*kinds["cpu"]),
-            "step": model_table(kinds["step"]),
+            "step": step_table(kinds["step"]),
             "dice": dice_table(kinds["medical"]),
         },
         ROOT / "docs" / "medical_experiments.md": {"medical": medical_table(kinds["medical"])},
         ROOT / "docs" / "benchmarks.md": {
             "targets": targets_table(kinds["cuda"]),
+            "cpu": cpu_table(*kinds["cpu"]),
+            "models": model_table(kinds["step"]),
             "scaling": scaling_table(scaling_records()),
             "overhead": overhead_table(overhead),
             "gpu": case_tables(kinds["cuda"]),

@@ -35,10 +35,10 @@ def test_every_implementation_trains_the_model_and_fastlora_saves_less(bench, st
     assert rows["fastlora-fused"]["saved_bytes"] <= rows["fastlora"]["saved_bytes"]
     assert rows["fastlora"]["saved_bytes"] < rows["peft"]["saved_bytes"]
     assert rows["fastlora"]["trainable"] == rows["peft"]["trainable"] < rows["full"]["trainable"]
-    table = bench.report.model_table([record])
-    assert "| llama-tiny | fastlora, `fuse` |" in table and "Rank 8, dropout 0.1" in table
+    table = bench.model_tables.model_table([record])
+    assert "| llama-tiny | fastlora, `fuse` |" in table and "rank 8, dropout 0.1" in table
     assert "ms per step" in capsys.readouterr().out
-    assert bench.report.model_table([]) == "No record: not measured."
+    assert bench.model_tables.model_table([]) == "No record: not measured."
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_full_fine_tuning_that_does_not_fit_is_not_built(bench, step, monkeypatc
     monkeypatch.setitem(bench.step_models.MODELS, "llama-tiny", unfit)
     status, record = step("--implementations=full,fastlora")
     assert status == 0 and [row["backend"] for row in record["results"]] == ["fastlora"]
-    assert "full fine-tuning of llama-tiny (weights" in bench.report.model_table([record])
+    assert "full fine-tuning of llama-tiny (weights" in bench.model_tables.model_table([record])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -113,7 +113,7 @@ def test_a_contestant_that_fails_does_not_end_the_run(bench, step, monkeypatch):
     (absent,) = record["absent"]
     assert status == 0 and absent["kind"] == "OutOfMemoryError"
     assert absent["reason"].count("\n") == 4
-    table = bench.report.model_table([record])  # without PEFT there is no ratio
+    table = bench.model_tables.model_table([record])  # without PEFT there is no ratio
     assert "| llama-tiny | fastlora | " in table and " s | – | " in table
 
 
@@ -141,29 +141,43 @@ def test_an_unknown_contestant_is_named(bench, capsys):
     assert "got nothing" in capsys.readouterr().err
 
 
-def test_a_record_of_a_gpu_has_a_table_of_its_own(bench):
+def invented_record():
     row = {"model": "vit-b", "saved_bytes": 2**20, "peak_bytes": 2**21, "state_bytes": 2**22}
-    record = {
+    times = [("peft", "eager", 8.0), ("peft-bf16", "eager", 6.0), ("fastlora", "eager", 4.0)]
+    times += [("peft", "graph", 6.0), ("fastlora-compiled", "eager", 3.0)]
+    return {
         "environment": {
             **{"device": "cuda", "gpu": "Invented GPU", "torch": "0", "peft": "0"},
             **{"reps": 1, "command": "python model_step.py"},
         },
         "settings": {"rank": 8, "dropout": 0.1, "dtype": "bfloat16"},
         "results": [
-            row | {"backend": name, "timing": timing, "ms_p50": ms}
-            for name, timing, ms in (
-                ("peft", "eager", 8.0),
-                ("fastlora-compiled", "eager", 4.0),
-                ("peft", "graph", 6.0),
-            )
+            row | {"backend": name, "timing": timing, "ms_p50": ms} for name, timing, ms in times
         ],
         "absent": [{"model": "vit-b", "backend": "full", "reason": "out of memory"}],
     }
-    table = bench.report.model_table([record])
-    assert "| vit-b | fastlora, compiled | 4.0 ms | – | 2.00× | 1 MiB | 2 MiB | 4 MiB |" in table
-    assert "| vit-b | PEFT | 8.0 ms | 6.0 ms | 1.00×, 1.00× |" in table
+
+
+def test_a_record_of_a_gpu_has_a_table_of_its_own(bench):
+    """Speeds are relative to the faster of PEFT's two kinds of adapters."""
+    table = bench.model_tables.model_table([invented_record()])
+    assert "| vit-b | fastlora, compiled | 3.0 ms | – | 2.00× | 1 MiB | 2 MiB | 4 MiB |" in table
+    assert "| vit-b | PEFT | 8.0 ms | 6.0 ms | 0.75×, 1.00× |" in table
     assert "results/model-step-invented-gpu.json" in table
     assert "Not run: full fine-tuning of vit-b (out of memory)." in table
+
+
+def test_the_readmes_table_of_models_has_a_line_for_each_figure(bench):
+    cpu = json.loads((bench.report.RESULTS / "model-step-cpu.json").read_text())
+    assert bench.model_tables.step_table([]) == "No record: not measured."
+    lines = bench.model_tables.step_table([cpu, invented_record()]).splitlines()
+    assert lines[0] == "| Invented GPU | | fastlora | PEFT, bf16 adapters | PEFT |"
+    assert lines[2:5] == [
+        "| vit-b, 64 images | step, called from Python | 4.0 ms | 6.0 ms | 8.0 ms |",
+        "| vit-b, 64 images | step, as a CUDA graph | – | – | 6.0 ms |",
+        "| | peak memory of a step | 2 MiB | 2 MiB | 2 MiB |",
+    ]
+    assert any("| llama-1b, 128 tokens | step | 2" in line for line in lines[6:])
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ NAMES = (
     "gpu_tables",
     "implementations",
     "model_step",
+    "model_tables",
     "overhead",
     "plots",
     "report",

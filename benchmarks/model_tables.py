@@ -1,0 +1,152 @@
+"""Markdown tables of the records of whole training steps: a short one and one of everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlora.benchmark.record import gpu_file_name
+
+Record = dict[str, Any]
+Rows = dict[tuple[str, str], dict[str, dict[str, Any]]]  # (model, implementation) -> timing -> row
+NAMES = {
+    "fastlora": "fastlora",
+    "fastlora-fused": "fastlora, `fuse`",
+    "fastlora-bf16": "fastlora, bf16 adapters",
+    "fastlora-compiled": "fastlora, compiled",
+    "peft": "PEFT",
+    "peft-bf16": "PEFT, bf16 adapters",
+    "peft-compiled": "PEFT, compiled",
+    "full": "full fine-tuning",
+}
+MODELS = {
+    "vit-b": "ViT-B",
+    "llama-1b": "a Llama of 1.2 billion parameters without embedding and output head",
+}
+INPUTS = {
+    "cpu": {"vit-b": "4 images", "llama-1b": "128 tokens"},
+    "cuda": {"vit-b": "64 images", "llama-1b": "4 × 1024 tokens"},
+}
+EAGER_PEFT = ("peft", "peft-bf16")
+SHORT = ("fastlora", "fastlora-fused", "peft-bf16", "peft", "full")
+TIMINGS = {"eager": "step, called from Python", "graph": "step, as a CUDA graph"}
+NOT_MEASURED = "No record: not measured."
+
+
+def step_table(records: list[Record]) -> str:
+    """For each record, GPUs first: time and memory of the main implementations, a line for each model and figure."""
+    ordered = sorted(records, key=lambda record: record["environment"]["device"] != "cuda")
+    return "\n\n".join(map(_step_table, ordered)) or NOT_MEASURED
+
+
+def model_table(records: list[Record]) -> str:
+    """For each record, a line for each model and implementation.
+
+    Speeds are relative to PEFT with the faster of its two adapter dtypes, eagerly and as a CUDA graph.
+    """
+    return "\n\n".join(map(_model_table, records)) or NOT_MEASURED
+
+
+def _step_table(record: Record) -> str:
+    rows, on_gpu = _rows(record), record["environment"]["device"] == "cuda"
+    names = [name for name in SHORT if any(backend == name for _, backend in rows)]
+    lines = [
+        f"| {_where(record)} | | {' | '.join(NAMES[name] for name in names)} |",
+        "| --- | --- |" + " --- |" * len(names),
+    ]
+    for model in dict.fromkeys(model for model, _ in rows):
+        for timing, label in TIMINGS.items() if on_gpu else [("eager", "step")]:
+            cells = [_milliseconds(rows.get((model, name), {}).get(timing)) for name in names]
+            lines.append(f"| {_inputs(record, model)} | {label} | {' | '.join(cells)} |")
+        figure = "peak_bytes" if on_gpu else "saved_bytes"
+        label = "peak memory of a step" if on_gpu else "saved for the backward pass"
+        cells = [_mebibytes(rows.get((model, name), {}).get("eager"), figure) for name in names]
+        lines.append(f"| | {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{_origin(record)} (`benchmarks/results/{_file(record)}`)."])
+
+
+def _model_table(record: Record) -> str:
+    rows, on_gpu = _rows(record), record["environment"]["device"] == "cuda"
+    lines = [
+        f"| model | | step | {'as a CUDA graph | ' * on_gpu}speed relative to PEFT | saved for the backward pass | "
+        f"{'peak of a step | ' * on_gpu}weights, gradients and AdamW state of trained parameters |",
+        "| --- | --- | --- | --- | --- | --- |" + " --- | --- |" * on_gpu,
+    ]
+    for (model, name), timed in rows.items():
+        timings = ("eager", "graph") if on_gpu else ("eager",)
+        ratios = [
+            f"{min(peft) / timed[t]['ms_p50']:.2f}×"
+            for t in timings
+            if t in timed and (peft := _peft(rows, model, t))
+        ]
+        cells = [model, NAMES.get(name, name), *(_milliseconds(timed.get(t)) for t in timings)]
+        cells.append(", ".join(ratios) or "–")
+        sizes = ("saved_bytes", *(["peak_bytes"] if on_gpu else []), "state_bytes")
+        cells += [_mebibytes(timed["eager"], size) for size in sizes]
+        lines.append(f"| {' | '.join(cells)} |")
+    models = "; ".join(
+        f"{model}: {MODELS.get(model, model)}, {INPUTS[record['environment']['device']].get(model, 'tiny inputs')}"
+        for model in dict.fromkeys(model for model, _ in rows)
+    )
+    absent = "; ".join(
+        f"{NAMES.get(a['backend'], a['backend'])} of {a['model']} ({a['reason']})"
+        for a in record["absent"]
+    )
+    lines.append(
+        f"\n{models}. {_origin(record)} (`{record['environment']['command']}`, `benchmarks/results/{_file(record)}`)."
+        + (f" Not run: {absent}." if absent else "")
+    )
+    return "\n".join(lines)
+
+
+def _rows(record: Record) -> Rows:
+    rows: Rows = {}
+    for row in record["results"]:  # records before CUDA graphs name no timing
+        rows.setdefault((row["model"], row["backend"]), {})[row.get("timing", "eager")] = row
+    return rows
+
+
+def _peft(rows: Rows, model: str, timing: str) -> list[float]:
+    found = [rows.get((model, name), {}).get(timing) for name in EAGER_PEFT]
+    return [row["ms_p50"] for row in found if row is not None]
+
+
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    ms = row["ms_p50"]
+    return f"{ms / 1e3:.2f} s" if ms >= 1e3 else f"{ms:.1f} ms"
+
+
+def _mebibytes(row: dict[str, Any] | None, figure: str) -> str:
+    return "–" if row is None else f"{row[figure] / 2**20:,.0f} MiB"
+
+
+def _where(record: Record) -> str:
+    facts = record["environment"]
+    return (
+        facts["gpu"] if facts["device"] == "cuda" else f"{facts['threads']} threads, {facts['cpu']}"
+    )
+
+
+def _inputs(record: Record, model: str) -> str:
+    found = INPUTS[record["environment"]["device"]].get(model, "tiny inputs")
+    return f"{model}, {found}"
+
+
+def _file(record: Record) -> str:
+    facts = record["environment"]
+    return (
+        f"model-step-{gpu_file_name(facts['gpu'])}"
+        if facts["device"] == "cuda"
+        else "model-step-cpu.json"
+    )
+
+
+def _origin(record: Record) -> str:
+    facts, settings = record["environment"], record["settings"]
+    on_gpu = facts["device"] == "cuda"
+    adapters = " Adapters are float32 where nothing else is said." if on_gpu else ""
+    return (
+        f"Random weights, {settings['dtype']}, rank {settings['rank']}, dropout {settings['dropout']}.{adapters} {_where(record)}, "
+        f"torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved steps"
+    )
