@@ -247,7 +247,7 @@ MUTANTS = (
     Mutant("recording: the tensors of the first call are kept", STEPS, "            values[place.position] = None", "            pass"),
     Mutant("recording: one recorder for all threads", RECORDING, "_local = threading.local()", "_local = type('', (), {})()"),
     Mutant("recording: the first call is recorded", RECORDING, "        _recordings[known] = choices, _SEEN\n        return run()", "        pass"),
-    Mutant("recording: nothing is recorded", RECORDING, "recorder.recording(outputs) if", "None if"),
+    Mutant("recording: nothing is recorded", RECORDING, "recorder.recording(outputs) or _UNREPEATABLE", "_UNREPEATABLE"),
     Mutant("recording: allocated like an input that is not contiguous", RECORDING, "            if one.is_contiguous():\n", "            if True:\n"),
     Mutant("recording: allocated like an input of another dtype", RECORDING, "(one.shape, one.dtype, one.device) != form", "(one.shape, made.dtype, one.device) != form"),
     Mutant("native: a profiler's hooks are ignored", STEPS, "if not is_profiled():", "if True:"),
