@@ -15,6 +15,8 @@ FUSED_RANK = 64
 DY_RANK = 32
 # A pass that also starts an output holds all ranks of the other factor in registers; above this rank a launch of its own starts it.
 START_RANK = 64
+# The kernels of `grouped` hold all ranks of a tile in registers.
+GROUPED_RANK = 128
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,45 @@ def x_config(arch: Architecture, q: Problem) -> PassConfig:
     block_k = (128 if block_r <= 64 and q.aligned else 64) * 2 // q.itemsize
     splits = max(1, min(q.m // (4 * block_m), 2 * arch.sms // ceil_div(q.k, block_k), 32))
     return PassConfig(block_m, 0, block_k, block_r, 8, 3 if arch.shared > 150_000 else 2, splits)
+
+
+@dataclass(frozen=True)
+class GroupedTiles:
+    """The tiles of the kernels of `grouped` and `grouped_backward`."""
+
+    down: PassConfig
+    up: GemmConfig
+    dy: PassConfig
+    x: PassConfig
+
+
+def grouped_tiles(arch: Architecture, q: Problem, groups: int) -> GroupedTiles:
+    """The table's tiles for passes over rows of `groups` groups, of unknown sizes; q.m rows in all.
+
+    A block of rows has one group, so it is as small as an average group, down to the 16 rows of a tensor-core product. Chunks of rows are as
+    long as for a single group: that fills the GPU however the rows are divided.
+    """
+    most = max(16, next_power_of_2(ceil_div(q.m, groups)))
+
+    def fitted(config: PassConfig) -> PassConfig:
+        return replace(config, block_m=min(config.block_m, most))
+
+    down = fitted(down_config(arch, q))
+    blocks = q.m // down.block_m + min(groups, q.m)
+    splits = max(1, min(q.k // (4 * down.block_k), arch.sms // blocks, 16))
+    # More rows than `update_config` has, since the factor of a group is read again for each block.
+    up = update_config(q)
+    block_m = min(64, most)
+    x = fitted(x_config(arch, q))
+    if q.itemsize == 4 and q.precision == "ieee":
+        # The mask is computed beside the product, whose operands are in registers too.
+        x = replace(x, block_m=min(x.block_m, 32 if arch.capability < 100 else 16))
+    return GroupedTiles(
+        down=replace(down, splits=splits),
+        up=replace(up, block_m=block_m, num_warps=8 if block_m > 16 else 4),
+        dy=fitted(dy_config(arch, q)),
+        x=x,
+    )
 
 
 def chunks(size: int, splits: int, block: int) -> tuple[int, int]:

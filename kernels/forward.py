@@ -22,7 +22,7 @@ from fastlora.kernels.tiles import overlaps
 
 
 @triton.jit
-def _times_rows(
+def times_rows(
     x_ptr, rows_ptr, seed_ptr, M, N, first_k, last_k, threshold, stride_xm, stride_xk, stride_n, stride_k, first_m, first_n,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -58,7 +58,7 @@ def _times_rows(
 
 
 @triton.jit
-def _store_rows(out_ptr, block, M, N, first_m, first_n):
+def store_rows(out_ptr, block, M, N, first_m, first_n):
     """Store `block` at (first_m, first_n) of a row-major (M, N)."""
     o_m = (first_m + tl.arange(0, block.shape[0])).to(tl.int64)
     o_n = first_n + tl.arange(0, block.shape[1])
@@ -80,11 +80,11 @@ def _down_kernel(
     first_m, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     first_k = split * k_chunk
     last_k = min(first_k + k_chunk, K)
-    s = _times_rows(
+    s = times_rows(
         x_ptr, a_ptr, seed_ptr, M, R, first_k, last_k, threshold, stride_xm, stride_xk, stride_ar, stride_ak, first_m, 0,
         DROPOUT, EVEN_K, PRECISION, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
-    _store_rows(s_ptr + split.to(tl.int64) * M * R, s, M, R, first_m, 0)
+    store_rows(s_ptr + split.to(tl.int64) * M * R, s, M, R, first_m, 0)
 
 
 def down_project(
@@ -144,13 +144,13 @@ def _start_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     first_m = tl.program_id(0) * BLOCK_M
     o_r = tl.arange(0, BLOCK_R)
-    s = _times_rows(
+    s = times_rows(
         x_ptr, a_ptr, seed_ptr, M, R, 0, K, threshold, stride_xm, stride_xk, stride_ar, stride_ak, first_m, 0,
         DROPOUT, EVEN_K, PRECISION, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     # The columns from R on repeat the first, and may be infinite.
     low = tl.where((o_r < R)[None, :], s, 0.0).to(DTYPE)
-    _store_rows(s_ptr, low, M, R, first_m, 0)
+    store_rows(s_ptr, low, M, R, first_m, 0)
     for first_n in range(0, N, BLOCK_N):
         o_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
         m_b = (o_r < R)[:, None] & (o_n < N)[None, :]
@@ -159,7 +159,7 @@ def _start_kernel(
         y = tl.dot(low, b, input_precision=PRECISION) * scale
         if HAS_BIAS:
             y += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-        _store_rows(y_ptr, y, M, N, first_m, first_n)
+        store_rows(y_ptr, y, M, N, first_m, first_n)
 
 
 def start(
@@ -238,18 +238,18 @@ def _stream_kernel(
     last_k = min(first_k + k_chunk, K)
     w_tiles = tl.cdiv(N, BLOCK_N)
     if tile < w_tiles:
-        base = _times_rows(
+        base = times_rows(
             x_ptr, w_ptr, seed_ptr, M, N, first_k, last_k, threshold, stride_xm, stride_xk, stride_wn, stride_wk,
             0, tile * BLOCK_N, False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        _store_rows(base_ptr + split.to(tl.int64) * M * N, base, M, N, 0, tile * BLOCK_N)
+        store_rows(base_ptr + split.to(tl.int64) * M * N, base, M, N, 0, tile * BLOCK_N)
     else:
         first_r = (tile - w_tiles) * BLOCK_N
-        s = _times_rows(
+        s = times_rows(
             x_ptr, a_ptr, seed_ptr, M, R, first_k, last_k, threshold, stride_xm, stride_xk, stride_ar, stride_ak,
             0, first_r, DROPOUT, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        _store_rows(s_ptr + split.to(tl.int64) * M * R, s, M, R, 0, first_r)
+        store_rows(s_ptr + split.to(tl.int64) * M * R, s, M, R, 0, first_r)
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -277,14 +277,14 @@ def _combine_kernel(
         s_part_ptr += M * R
     low = s.to(DTYPE)
     if tl.program_id(0) == 0:
-        _store_rows(s_ptr, low, M, R, 0, 0)
+        store_rows(s_ptr, low, M, R, 0, 0)
     m_b = (o_r < R)[:, None] & (o_n < N)[None, :]
     p_b = b_ptr + o_n[None, :] * stride_bn + o_r[:, None] * stride_br
     b = tl.load(p_b, mask=m_b, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
     acc += tl.dot(low, b, input_precision=PRECISION) * scale
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-    _store_rows(y_ptr, acc, M, N, 0, first_n)
+    store_rows(y_ptr, acc, M, N, 0, first_n)
 
 
 def decode(

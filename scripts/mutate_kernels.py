@@ -59,6 +59,8 @@ LAUNCH, RECORDING, STEPS = "kernels/launch.py", "kernels/recording.py", "kernels
 NATIVE, STARTS = "kernels/native.py", "kernels/launches.c"
 TERM, UPDATE = "kernels/rank_term.py", "kernels/update.py"
 OPS, LINEAR = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
+GROUPED, GROUPED_BACKWARD = "kernels/grouped.py", "kernels/grouped_backward.py"
+GROUPED_OPS = "fastlora/ops/grouped_kernels.py"
 PRODUCTS, GROUP = "fastlora/ops/products.py", "fastlora/ops/triton_group.py"
 REFERENCE, DEFINITION = "fastlora/ops/reference.py", "fastlora/ops/dropout.py"
 TUNE, BENCH = "fastlora/ops/tune.py", "fastlora/ops/bench.py"
@@ -72,6 +74,10 @@ KERNEL_TESTS = (
 TESTS = {
     LAUNCH: ("tests/kernels/test_launch.py",),  # the interpreter does not use the table
     GROUP: ("tests/ops/test_triton_ops.py", "tests/kernels/test_recording.py"),
+    CONFIG: (*KERNEL_TESTS, "tests/kernels/test_grouped.py"),
+    GROUPED: ("tests/kernels/test_grouped.py",),
+    GROUPED_BACKWARD: ("tests/kernels/test_grouped.py",),
+    GROUPED_OPS: ("tests/kernels/test_grouped.py",),
     RECORDING: ("tests/kernels/test_recording.py", "tests/kernels/test_launch.py"),
     STEPS: (
         "tests/kernels/test_recording.py",
@@ -164,7 +170,7 @@ MUTANTS = (
     Mutant("S: step of A", FORWARD, "p_rows += step * stride_k", "p_rows += step"),
     Mutant("start: ranks past the end", FORWARD, "tl.where((o_r < R)[None, :], s, 0.0).to(DTYPE)", "s.to(DTYPE)"),
     Mutant("start: no factor", FORWARD, "y = tl.dot(low, b, input_precision=PRECISION) * scale", "y = tl.dot(low, b, input_precision=PRECISION)"),
-    Mutant("start: S with its factor", FORWARD, "_store_rows(s_ptr, low, M, R, first_m, 0)", "_store_rows(s_ptr, s * scale, M, R, first_m, 0)"),
+    Mutant("start: S with its factor", FORWARD, "store_rows(s_ptr, low, M, R, first_m, 0)", "store_rows(s_ptr, s * scale, M, R, first_m, 0)"),
     Mutant("start: one tile of columns", FORWARD, "for first_n in range(0, N, BLOCK_N)", "for first_n in range(0, min(N, BLOCK_N), BLOCK_N)"),
     Mutant("start: no bias", FORWARD, "HAS_BIAS=bias is not None", "HAS_BIAS=False", 0),
     Mutant("start: no dropout", FORWARD, "DROPOUT=mask.drops", "DROPOUT=False", 1),
@@ -212,6 +218,46 @@ MUTANTS = (
     Mutant("16 bits: dB", BACKWARD, "db_t = tl.dot(s_t, dy, db_t, input_precision=PRECISION)", "db_t = tl.dot(s_t, dy, db_t, input_precision=PRECISION).to(DTYPE).to(tl.float32)"),
     Mutant("16 bits: dA", BACKWARD, "da = tl.dot(ds_t, x, da, input_precision=PRECISION)", "da = tl.dot(ds_t, x, da, input_precision=PRECISION).to(DTYPE).to(tl.float32)"),
     Mutant("16 bits: sums of parts", REDUCE, "tl.load(p_part, mask=m_part, other=0.0), axis=0)", "tl.load(p_part, mask=m_part, other=0.0).to(out_ptr.dtype.element_ty).to(tl.float32), axis=0)"),
+    # rows in groups
+    Mutant("grouped: groups begin a block late", GROUPED, "// size + middle <= number", "// size + middle < number"),
+    Mutant("grouped: blocks before the first group are its", GROUPED, "tl.where(first < begin, 0x7FFFFFFF, first)", "first"),
+    Mutant("grouped: groups end with the batch", GROUPED, "end = min(tl.load(offsets_ptr + group + 1), M)", "end = M"),
+    Mutant("grouped: every block of a group is its first", GROUPED, "begin + (number - begin // size - group) * size", "begin"),
+    Mutant("grouped: too few blocks", GROUPED, "m // config.block_m + groups, splits", "m // config.block_m + 1, splits"),
+    Mutant("grouped: too few blocks of y", GROUPED, "m // config.block_m + groups, ceil_div", "m // config.block_m + 1, ceil_div"),
+    Mutant("grouped: the first group's A", GROUPED, "a_ptr + group.to(tl.int64) * stride_ag", "a_ptr"),
+    Mutant("grouped: the first group's B", GROUPED, "up_ptr += group.to(tl.int64) * stride_ug", "up_ptr += 0"),
+    Mutant("grouped: the first group's threshold", GROUPED, "threshold = tl.load(thresholds_ptr + group)", "threshold = tl.load(thresholds_ptr)"),
+    Mutant("grouped: the first group's threshold for dx", GROUPED, "tl.load(thresholds_ptr + group), first_m", "tl.load(thresholds_ptr), first_m"),
+    Mutant("grouped: the first group's factor", GROUPED, "tl.load(scale_ptr + group)", "tl.load(scale_ptr)"),
+    Mutant("grouped: the mask of the block's rows", GROUPED, "thresholds_ptr + group), first_m, first_n", "thresholds_ptr + group), 0, first_n"),
+    Mutant("grouped: y is overwritten", GROUPED, "(out.to(tl.float32) + term)", "term"),
+    Mutant("grouped: y without its pitch", GROUPED, "o_m[:, None] * stride_om", "o_m[:, None] * N"),
+    Mutant("grouped: parts of S at one place", GROUPED, "s_ptr + split.to(tl.int64) * M * R, s, end", "s_ptr, s, end"),
+    Mutant("grouped: empty groups of dB are left", GROUPED_BACKWARD, "if (first_m >= end) & (first_m != begin):", "if first_m >= end:", 0),
+    Mutant("grouped: empty groups of dA are left", GROUPED_BACKWARD, "if (first_m >= end) & (first_m != begin):", "if first_m >= end:", 1),
+    Mutant("grouped: a chunk of dy to the end of the group", GROUPED_BACKWARD, "last_m = min(first_m + m_chunk, end)", "last_m = end", 0),
+    Mutant("grouped: a chunk of x to the end of the group", GROUPED_BACKWARD, "last_m = min(first_m + m_chunk, end)", "last_m = end", 1),
+    Mutant("grouped: a chunk of x to the end of the chunk", GROUPED_BACKWARD, "last_m = min(first_m + m_chunk, end)", "last_m = first_m + m_chunk", 1),
+    Mutant("grouped: one part for two chunks", GROUPED_BACKWARD, "2 * (first_m // m_chunk) + (first_m == begin).to(tl.int32)", "2 * (first_m // m_chunk)"),
+    Mutant("grouped: every chunk is a result", GROUPED_BACKWARD, "if end - begin <= m_chunk:", "if end > begin - 1:"),
+    Mutant("grouped: parts of the first chunks only", GROUPED_BACKWARD, "range(0, chunks_of_group, PARTS)", "range(0, PARTS, PARTS)"),
+    Mutant("grouped: the last part is missing", GROUPED_BACKWARD, "(o_chunk < chunks_of_group)", "(o_chunk < chunks_of_group - 1)"),
+    Mutant("grouped: the sum of short groups too", GROUPED_BACKWARD, "    if rows <= m_chunk:\n        return\n", ""),
+    Mutant("grouped: dB without its factor", GROUPED_BACKWARD, "db_t *= tl.load(scale_ptr + group)", "db_t *= 1.0"),
+    Mutant("grouped: dA without its factor", GROUPED_BACKWARD, "da *= tl.load(scale_ptr + group)", "da *= 1.0"),
+    Mutant("grouped: dA without its mask", GROUPED_BACKWARD, "drop(x, seed, threshold, m, first_k)", "x"),
+    Mutant("grouped: dA with the mask of the chunk's first rows", GROUPED_BACKWARD, "drop(x, seed, threshold, m, first_k)", "drop(x, seed, threshold, first_m, first_k)"),
+    Mutant("grouped: dx without its mask", GROUPED_OPS, "group_up_(dx, ds, a.mT, scale, offsets, tiles.up, **named)", "group_up_(dx, ds, a.mT, scale, offsets, tiles.up, precision=precision)"),
+    Mutant("grouped: parts of dS at one place", GROUPED_BACKWARD, "ds_ptr += tile.to(tl.int64) * M * R", "ds_ptr += 0"),
+    Mutant("grouped: 16 bits in dA", GROUPED_BACKWARD, "da = tl.dot(ds_t, x, da, input_precision=PRECISION)", "da = tl.dot(ds_t, x, da, input_precision=PRECISION).to(DTYPE).to(tl.float32)"),
+    Mutant("grouped: 16 bits in dB", GROUPED_BACKWARD, "db_t = tl.dot(s_t, dy, db_t, input_precision=PRECISION)", "db_t = tl.dot(s_t, dy, db_t, input_precision=PRECISION).to(DTYPE).to(tl.float32)"),
+    Mutant("grouped: dB always computed", GROUPED_OPS, "needs_db=needs_db,", "needs_db=True,"),
+    Mutant("grouped: dB of many ranks in A's order", GROUPED_OPS, '"transposed": True', '"transposed": False'),
+    Mutant("grouped: an empty batch is launched", GROUPED_OPS, "if 0 in (x.shape[0], groups):", "if False:", 1),
+    Mutant("grouped: outputs with any strides", GROUPED_OPS, "if (columns > 1 and out.stride(1) != 1) or", "if"),
+    Mutant("config: one chunk of rows for all groups", CONFIG, "x = fitted(x_config(arch, q))", "x = replace(fitted(x_config(arch, q)), splits=1)"),
+    Mutant("config: blocks of 64 rows for groups of one row", CONFIG, "most = max(16, next_power_of_2(ceil_div(q.m, groups)))", "most = 64"),
     # launches
     Mutant("launch: the grid's second dimension is lost", LAUNCH, "x, y, z = (*grid, 1, 1)[:3]", "x, y, z = grid[0], 1, 1"),
     Mutant("launch: alignment ignored", LAUNCH, "append(value.data_ptr() % 16 == 0)", "append(True)"),

@@ -167,13 +167,13 @@ def launch_choice(
         return _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
     # The main GEMM reads x or dy, and its output has rows of n or k elements.
     large, width = (x, n) if dy is None else (dy, k)
-    aligned = width % 16 == 0 and _aligned(large) and _aligned(weight)
+    aligned = width % 16 == 0 and is_aligned(large) and is_aligned(weight)
     precision = product_precision(x)
     itemsize = x.element_size()
-    return _plan(x.device, plan, _bucket(m), n, k, rank, itemsize, dropout, precision, aligned)
+    return _plan(x.device, plan, bucket(m), n, k, rank, itemsize, dropout, precision, aligned)
 
 
-def _bucket(m: int) -> int:
+def bucket(m: int) -> int:
     """m rounded up by less than an eighth, so that varying sequence lengths share few choices; exact up to 16."""
     step = 1 << max(0, m.bit_length() - 4)
     return -(-m // step) * step
@@ -245,7 +245,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _aligned(matrix: torch.Tensor) -> bool:
+def is_aligned(matrix: torch.Tensor) -> bool:
     """Whether a tensor, once its leading dimensions are flattened into rows, is as `Problem.aligned` requires."""
     pitch = matrix.stride(-2) if matrix.ndim > 1 else matrix.shape[-1]
     return (

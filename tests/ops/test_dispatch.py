@@ -165,8 +165,8 @@ def test_a_tensor_subclass_keeps_its_own_operators():
 
 @pytest.mark.parametrize("m", [1, 15, 16, 17, 32, 33, 63, 64, 65, 1000, 8191, 8192, 100_003])
 def test_rows_are_rounded_up_to_few_sizes(m):
-    rounded = dispatch._bucket(m)
-    assert m <= rounded < 1.125 * m + 1 and dispatch._bucket(rounded) == rounded
+    rounded = dispatch.bucket(m)
+    assert m <= rounded < 1.125 * m + 1 and dispatch.bucket(rounded) == rounded
     assert (rounded <= 64) == (m <= 64) and (rounded <= 32) == (m <= 32)
 
 
