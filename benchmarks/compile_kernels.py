@@ -51,7 +51,7 @@ _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer whose kernels are compiled.
+    """A layer whose kernels are compiled. groups: of rows with factors of their own, for the plan "grouped" only.
 
     everywhere: compile for every architecture, not only sm_90. overlap: use programmatic dependent launches, which sm_90 and newer have.
     """
@@ -67,6 +67,7 @@ class Problem:
     precision: str = "ieee"
     everywhere: bool = False
     overlap: bool = False
+    groups: int = 0
 
     @property
     def name(self) -> str:
@@ -74,6 +75,7 @@ class Problem:
         notes += [f"p{self.p:g}"] if self.p else []
         notes += [f"adapters {self.adapters}"] if self.adapters != "float32" else []
         notes += ["overlap"] if self.overlap else []
+        notes += [f"{self.groups} groups"] if self.groups else []
         return f"{self.plan} {self.m}x{self.k}->{self.n} r{self.rank} {' '.join(notes)}"
 
 
@@ -106,7 +108,16 @@ PROBLEMS = (
     Problem("decode", 64, 4096, 4096, 16, dtype="float32", everywhere=True),
     Problem("split", 4096, 768, 2304, 8, p=0.1, everywhere=True, overlap=True),
     Problem("decode", 32, 4096, 4096, 16, everywhere=True, overlap=True),
-)
+    Problem("grouped", 4096, 4096, 4096, 16, p=0.1, everywhere=True, groups=8),
+    Problem("grouped", 4096, 4096, 4096, 64, p=0.1, everywhere=True, groups=8),
+    Problem("grouped", 4096, 4096, 4096, 128, p=0.1, everywhere=True, groups=8),
+    Problem("grouped", 64, 4096, 4096, 16, groups=64),
+    Problem("grouped", 777, 1023, 1025, 40, "float16", p=0.1, adapters="float16", everywhere=True, groups=8),
+    Problem("grouped", 777, 1023, 1025, 12, p=0.1, groups=8),
+    Problem("grouped", 4096, 768, 2304, 8, "float32", p=0.1, everywhere=True, groups=8),
+    Problem("grouped", 4096, 768, 2304, 64, "float32", p=0.1, everywhere=True, groups=8),
+    Problem("grouped", 4096, 768, 2304, 64, "float32", p=0.1, precision="tf32", groups=8),
+)  # fmt: skip
 
 
 def problems_of(arch: int) -> list[Problem]:
@@ -125,14 +136,12 @@ def problems_of(arch: int) -> list[Problem]:
 def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     """An entry for each kernel that one forward and backward pass of the problem launches on sm_<arch>."""
     os.environ.pop("TRITON_INTERPRET", None)
-    import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     from fastlora.kernels.config import ARCHITECTURES
-    from fastlora.ops import dispatch, triton_ops
-    from fastlora.ops.reference import LowRank
+    from fastlora.ops import dispatch
 
     class Named:
         """A driver that only names the target GPU."""
@@ -165,25 +174,61 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
         flags = sorted(key for key, value in named.items() if value is True)
         entries[" ".join([self.fn.__name__.strip("_").removesuffix("_kernel"), *flags])] = entry
 
-    dtype, adapters = getattr(torch, problem.dtype), getattr(torch, problem.adapters)
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=of, device="meta")
-
-    m, n, k, r = problem.m, problem.n, problem.k, problem.rank
-    x, weight, bias, dy = empty(m, k), empty(n, k), empty(n), empty(m, n)
-    lora_a, lora_b = empty(r, k, of=adapters), empty(n, r, of=adapters)
-    seed = torch.empty((), dtype=torch.int64, device="meta") if problem.p else None
-    low = LowRank(lora_a, lora_b, 2.0, problem.p, seed)
     with (
         mock.patch.object(dispatch, "device_architecture", lambda device: ARCHITECTURES[arch]),
         mock.patch.object(dispatch, "float32_precision", lambda: problem.precision),
         mock.patch.object(dispatch, "launch_choice", choice_of),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
-        _, s = triton_ops._forward(x, weight, bias, *low, problem.plan)
-        triton_ops._backward(dy, x, weight, s, *low, True, True, True, problem.plan)
+        (launch_grouped if problem.groups else launch_layer)(problem)
     return [{"kernel": name, **entry} for name, entry in entries.items()]
+
+
+def launch_layer(problem: Problem) -> None:
+    """One forward and backward pass of a layer, on tensors without storage."""
+    from fastlora.ops import triton_ops
+    from fastlora.ops.reference import LowRank
+
+    x, dy, lora_a, lora_b, seed = tensors_of(problem)
+    n, k = problem.n, problem.k
+    weight, bias = x.new_empty(n, k), x.new_empty(n)
+    low = LowRank(lora_a, lora_b, 2.0, problem.p, seed)
+    _, s = triton_ops._forward(x, weight, bias, *low, problem.plan)
+    triton_ops._backward(dy, x, weight, s, *low, True, True, True, problem.plan)
+
+
+def launch_grouped(problem: Problem) -> None:
+    """The low-rank products of one forward and backward pass of a batch in groups, on tensors without storage."""
+    import torch
+
+    from fastlora.ops import grouped_kernels as ops
+
+    x, dy, a, b, seed = tensors_of(problem)
+    groups = problem.groups
+    scale = torch.empty(groups, device="meta")
+    offsets = torch.empty(groups + 1, dtype=torch.int32, device="meta")
+    mask = {} if seed is None else {"seed": seed, "thresholds": offsets[1:].long()}
+    s = ops.grouped_s(x, a, offsets, **mask)
+    ops.grouped_add_(torch.empty_like(dy), s, b, scale, offsets)
+    ds, _ = ops.grouped_ds_db(dy, s, b, scale, offsets)
+    assert ds is not None
+    ops.grouped_da_dx_(torch.empty_like(x), x, ds, a, scale, offsets, **mask)
+
+
+def tensors_of(problem: Problem) -> tuple[Any, ...]:
+    """x, dy, the factors A and B, stacked if there are groups, and the seed."""
+    import torch
+
+    dtype, adapters = getattr(torch, problem.dtype), getattr(torch, problem.adapters)
+    lead = (problem.groups,) if problem.groups else ()
+    seed = torch.empty((), dtype=torch.int64, device="meta") if problem.p else None
+    return (
+        torch.empty(problem.m, problem.k, dtype=dtype, device="meta"),
+        torch.empty(problem.m, problem.n, dtype=dtype, device="meta"),
+        torch.empty(*lead, problem.rank, problem.k, dtype=adapters, device="meta"),
+        torch.empty(*lead, problem.n, problem.rank, dtype=adapters, device="meta"),
+        seed,
+    )
 
 
 def tile_elements(tiles: dict[str, int]) -> int:
@@ -307,7 +352,7 @@ def failures(arch: int, problem: Problem, entry: dict[str, Any]) -> list[str]:
     if entry["serialised"]:
         found.append(f"{entry['serialised']} warnings of serialised matrix instructions")
     name, *flags = entry["kernel"].split()
-    if name not in ("sum", "mask") and not exact and not entry["tensor_core"]:
+    if name not in ("sum", "mask", "group_sum") and not exact and not entry["tensor_core"]:
         found.append("no tensor-core instruction")
     if ("OVERLAP" in flags) != bool(entry["dependencies"]):
         found.append(f"{entry['dependencies']} instructions for a dependent launch")
@@ -355,6 +400,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         bad += report(arch, problems, kernels, recorded=not arguments.write)
         if arguments.write:
+            if arguments.only:
+                kernels = merged(arch, kernels)
             file(arch).write_text(json.dumps(envelope(arch, kernels), indent=1) + "\n")
     return 1 if bad else 0
 
@@ -395,6 +442,20 @@ def envelope(arch: int, kernels: dict[str, Any]) -> dict[str, Any]:
     import triton
 
     return {"architecture": f"sm_{arch}", "triton": triton.__version__, "kernels": kernels}
+
+
+def merged(arch: int, kernels: dict[str, Any]) -> dict[str, Any]:
+    """The record of every problem, with these replaced. Raises: SystemExit if another compiler wrote the record."""
+    import triton
+
+    stored = json.loads(file(arch).read_text())
+    if stored["triton"] != triton.__version__:
+        raise SystemExit(
+            f"{file(arch)}: written under Triton {stored['triton']}; replace all of it, without --only"
+        )
+    all_kernels = stored["kernels"] | kernels
+    names = [p.name for p in problems_of(arch)]
+    return {name: all_kernels[name] for name in names if name in all_kernels}
 
 
 def file(arch: int) -> Path:

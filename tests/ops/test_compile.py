@@ -95,7 +95,7 @@ def test_a_kernel_that_a_device_cannot_run_fails(change, message):
 def test_exact_float32_and_plain_sums_need_no_tensor_core():
     exact = gate.Problem("split", 64, 64, 64, 4, dtype="float32", precision="ieee")
     assert gate.failures(90, exact, GOOD | {"tensor_core": 0}) == []
-    for kernel in ("sum", "mask EVEN_K"):
+    for kernel in ("sum", "mask EVEN_K", "group_sum"):
         assert gate.failures(90, HALF, GOOD | {"tensor_core": 0, "kernel": kernel}) == []
 
 
@@ -140,6 +140,21 @@ def test_the_report_lists_failures_and_improvements(tmp_path, monkeypatch, capsy
     assert "FAILED: instructions: 1040, the record has 1000" in capsys.readouterr().out
     assert regressions({"instructions": 900}) == 0
     assert "better than the record, replace it with --write" in capsys.readouterr().out
+
+
+def test_some_problems_are_replaced_in_the_record(tmp_path, monkeypatch):
+    import triton
+
+    first, second = gate.PROBLEMS[0], gate.PROBLEMS[1]
+    stored = {"triton": triton.__version__, "kernels": {first.name: 1, second.name: 2, "gone": 3}}
+    (tmp_path / "compile-sm90.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(gate, "RESULTS", tmp_path)
+    third = gate.PROBLEMS[2].name
+    found = gate.merged(90, {third: 5, first.name: 4})
+    assert [*found.items()] == [(first.name, 4), (second.name, 2), (third, 5)]
+    (tmp_path / "compile-sm90.json").write_text(json.dumps(stored | {"triton": "0.1"}))
+    with pytest.raises(SystemExit, match="written under Triton 0.1; replace all of it"):
+        gate.merged(90, {})
 
 
 def test_serialised_matrix_instructions_are_noticed():
