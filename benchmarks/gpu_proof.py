@@ -8,6 +8,7 @@ file after every case, so that a stage that is stopped leaves what it has. The s
 
     facts     versions, clocks, the memory bandwidth and the speed of a matrix product
     smoke     every kernel at several shapes in every dtype against float64
+    grouped   the kernels of rows in groups in every dtype against float64, and their times beside torch's products
     tests     the tests of the kernels, operators, dispatch and tuner, in several processes
     tune      for each target shape: the base products of cuBLAS, every kernel alone with several tiles, every plan
     profile   the kernels of one forward and backward pass of each target shape, as torch's profiler sees them
@@ -35,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 # Share of the minutes that a stage may take at most.
 STAGES = {
-    **{"facts": 0.12, "smoke": 0.2, "tests": 0.4, "tune": 0.6},
+    **{"facts": 0.12, "smoke": 0.2, "grouped": 0.12, "tests": 0.4, "tune": 0.6},
     **{"profile": 0.2, "calls": 0.12, "targets": 0.7, "models": 0.3},
 }
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
@@ -214,6 +215,35 @@ def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
     for plan in plans:
         add(f"plan {plan}", lambda plan=plan: bench.run_plan(plan, choice.config))
     return rows
+
+
+def _grouped(arguments: argparse.Namespace) -> None:
+    import grouped_proof
+    import torch
+
+    from fastlora.ops.tune import cuda_seconds
+
+    cases = grouped_proof.REHEARSED if arguments.rehearse else grouped_proof.CASES
+    dtypes = ("float16", "float32") if arguments.rehearse else DTYPES
+    jobs = [(dtype, case) for case in cases for dtype in dtypes]
+    if not arguments.rehearse:  # first, since they compile what is timed
+        jobs = [("bfloat16", case) for case in grouped_proof.TIMED] + jobs
+    content: dict[str, Any] = {"results": [], "times": []}
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        for row in pool.map(grouped_proof.check, *zip(*jobs, strict=True)):
+            content["results"].append(row)
+            _write(arguments.out / "grouped.json", content)
+    timer = (lambda call: _seconds(call, 1)) if arguments.rehearse else cuda_seconds
+    dtype = torch.float32 if arguments.rehearse else torch.bfloat16
+    for case in cases if arguments.rehearse else grouped_proof.TIMED:
+        for what, call in grouped_proof.timed(case, dtype, _device(arguments)).items():
+            row = {"shape": case.name, "what": what, "us": round(1e6 * timer(call), 2)}
+            if not arguments.rehearse:  # from Python, one call after another
+                row["us_called"] = round(1e6 * _seconds(call, 50), 2)
+            content["times"].append(row)
+            _write(arguments.out / "grouped.json", content)
+    if any(map(is_wrong, content["results"])):
+        raise SystemExit("not every result is right: see grouped.json")
 
 
 def _tests(arguments: argparse.Namespace) -> None:
@@ -402,6 +432,17 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
     for row in bad[:8]:
         found = row.get("failed") or row["errors"]
         lines.append(f"  {row['dtype']} {row['shape']} {row['what']}: {str(found)[:150]}")
+    grouped = _read(out / "grouped.json", {"results": [], "times": []})
+    bad = list(filter(is_wrong, grouped["results"]))
+    if grouped["results"]:
+        right = len(grouped["results"]) - len(bad)
+        lines.append(f"grouped: {right} of {len(grouped['results'])} correct")
+    for row in bad[:8]:
+        found = row.get("failed") or row["errors"]
+        lines.append(f"  {row['dtype']} {row['shape']}: {str(found)[:150]}")
+    for shape in dict.fromkeys(row["shape"] for row in grouped["times"]):
+        cells = [f"{r['what']} {r['us']:.1f}" for r in grouped["times"] if r["shape"] == shape]
+        lines.append(f"{shape} us: " + ", ".join(cells))
     tests = _read(out / "tests.json", None)
     if tests is not None:
         lines.append(f"tests: {tests['passed']} passed, {len(tests['failed'])} failed")

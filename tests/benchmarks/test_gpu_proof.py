@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.support.paths import ROOT
 from tests.support.processes import TIME_LIMIT_S
+from tests.support.tolerance import assert_close
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_proof
@@ -28,7 +30,7 @@ def _rehearse(out, *arguments):
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
     run = _rehearse(
-        tmp_path, "--stages", "facts,smoke,tune,profile,calls,models", "--candidates", "2"
+        tmp_path, "--stages", "facts,smoke,grouped,tune,profile,calls,models", "--candidates", "2"
     )
     assert run.returncode == 0, run.stdout + run.stderr
     smoke = json.loads((tmp_path / "smoke.json").read_text())
@@ -36,6 +38,15 @@ def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
     kernels = {row["what"] for row in smoke}
     assert {"x", "dy", "update", "decode", "plan split", "plan accumulate"} <= kernels
     assert all(error <= 1 for row in smoke for error in row["errors"].values())
+    grouped = json.loads((tmp_path / "grouped.json").read_text())
+    assert {row["dtype"] for row in grouped["results"]} == {"float16", "float32"}
+    for row in grouped["results"]:
+        assert {"s", "y", "ds", "db", "da", "dx", "again", "outside"} == row["errors"].keys()
+        assert max(row["errors"].values()) <= 1
+    assert "grouped: 2 of 2 correct" in run.stdout
+    timed = {row["what"]: row["us"] for row in grouped["times"]}
+    assert {"linear", "linear, then grouped", "linear, then a loop", "grouped backward"} <= {*timed}
+    assert min(timed.values()) > 0
     tuned = [row["what"].strip() for row in json.loads((tmp_path / "tune.json").read_text())]
     assert {"linear", "dy W added", "decode", "y decode", "dx accumulate"} <= set(tuned)
     (entry,) = json.loads((tmp_path / "tuning.json").read_text()).values()
@@ -51,6 +62,20 @@ def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
         assert min(parts) > 0 and sum(parts) < 100 * row["us"]
     assert any("_gradients" in name for name, *_ in rows[2]["functions"])
     assert len(run.stdout.splitlines()) <= 60 + 5
+
+
+def test_what_is_timed_for_groups_computes_the_same():
+    pytest.importorskip("triton.tools.tensor_descriptor")  # which the kernels need
+    import grouped_proof
+
+    case = grouped_proof.Case((3, 0, 5), 16, 24, 4)
+    named = grouped_proof.timed(case, torch.float32, torch.device("cpu"))
+    y = named["linear, then a loop"]()
+    assert_close(named["linear, then grouped"](), y, y.double())
+    wide = grouped_proof.Groups(case, torch.float32, torch.device("cpu")).expected(torch.float64)
+    pairs = zip(("da", "db"), named["grouped backward"](), named["loop backward"](), strict=True)
+    for name, one, other in pairs:
+        assert_close(one, other, wide[name], name)
 
 
 @pytest.mark.slow
