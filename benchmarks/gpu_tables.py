@@ -36,8 +36,8 @@ def speed_table(records: list[Record]) -> str:
 
 def _speed_of(record: Record) -> str:
     lines = [
-        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT / fastlora | compiled PEFT / fastlora | PEFT / fastlora, called from Python | the same, PEFT's default adapters | peak memory, PEFT / fastlora |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| M×K → N, rank, dropout | frozen linear | fastlora | PEFT / fastlora | the same, PEFT's default adapters | compiled PEFT / fastlora | peak memory, PEFT / fastlora |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     times, peaks = _times(record), _times(record, "peak_bytes")
     for target in TARGETS:
@@ -48,15 +48,40 @@ def _speed_of(record: Record) -> str:
             cells = [f"{times[(*key, name)]:.3g} ms" for name in (BASELINE, "fastlora")]
             for found, timing, above in (
                 (times, "graph", EAGER_PEFT),
+                (times, "graph", ("peft",)),
                 (times, "graph", ("peft-compiled",)),
-                (times, "eager", EAGER_PEFT),
-                (times, "eager", ("peft",)),
                 (peaks, "eager", EAGER_PEFT),
             ):
                 ratio = _ratio(found, case, FORWARD_BACKWARD, timing, above, "fastlora")
                 cells.append("–" if ratio is None else f"{ratio:.2f}×")
             lines.append(f"| {readable(case.name)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _short_origin(record)])
+
+
+def calls_table(records: list[Record]) -> str:
+    """The time in which the CPU issues a call, for each record of `eager_calls.py`."""
+    return "\n\n".join(map(_calls, records)) or f"No GPU record: {NOT_MEASURED}."
+
+
+def _calls(record: Record) -> str:
+    lines = [
+        "| M×K → N, rank, dropout | pass | frozen linear | fastlora | PEFT | PEFT / fastlora |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in record["results"]:
+        if row.get("own_thread", True):  # autograd's default
+            times.setdefault((row["case"], row["what"]), {})[row["backend"]] = row["us"]
+    for (case, what), us in times.items():
+        linear, mine, peft = (us[name] for name in (BASELINE, "fastlora-bf16", "peft-bf16"))
+        cells = f"{linear:.0f} µs | {mine:.0f} µs | {peft:.0f} µs | {peft / mine:.2f}×"
+        lines.append(f"| {readable(case)} | {what} | {cells} |")
+    facts = record["environment"]
+    lines.append(
+        f"\nAdapters in bfloat16. {facts['gpu']}, {facts['cpu']}, torch {facts['torch']}, Triton {facts['triton']}, PEFT {facts['peft']}, "
+        f"the least of five means of {facts['reps']} calls (`{facts['command']}`, `benchmarks/results/h100/calls.json`)."
+    )
+    return "\n".join(lines)
 
 
 def case_tables(records: list[Record]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import plots
-from gpu_tables import case_tables, speed_table, targets_table
+from gpu_tables import calls_table, case_tables, speed_table, targets_table
 from model_tables import model_table, step_table
 
 from fastlora.benchmark.cases import readable
@@ -260,6 +260,7 @@ def tables() -> dict[Path, dict[str, str]]:
         ROOT / "docs" / "medical_experiments.md": {"medical": medical_table(kinds["medical"])},
         ROOT / "docs" / "benchmarks.md": {
             "targets": targets_table(kinds["cuda"]),
+            "calls": calls_table([json.loads(p.read_text()) for p in RESULTS.glob("*/calls.json")]),
             "cpu": cpu_table(*kinds["cpu"]),
             "models": model_table(kinds["step"]),
             "scaling": scaling_table(scaling_records()),

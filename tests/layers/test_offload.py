@@ -107,7 +107,8 @@ def pair(offload, config="plain"):
         with torch.no_grad():
             for index, parameter in enumerate(get_lora_params(model)):
                 generator = torch.Generator().manual_seed(index)
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(values.to(parameter.device), alpha=0.3)
     return models
 
 
