@@ -508,6 +508,7 @@ KEY, THRESHOLDS = torch.tensor(0), torch.zeros(2, dtype=torch.int64)
         (lambda: grouped_s(X, A, OFFSETS, seed=KEY.int(), thresholds=THRESHOLDS), "seed: .*int32"),
         (lambda: grouped_s(X, A, OFFSETS, seed=KEY, thresholds=SCALE), "thresholds: .*float32"),
         (lambda: grouped_add_(X.T.contiguous().T, S, B, SCALE, OFFSETS), r"y: .*contiguous rows.*\(1, 6\)"),
+        (lambda: grouped_add_(torch.zeros(6, 32)[:, ::2], S, B, SCALE, OFFSETS), r"y: .*\(32, 2\)"),
         (lambda: grouped_add_(X[:1].expand(6, 16), S, B, SCALE, OFFSETS), "y: .*do not overlap"),
         (lambda: grouped_add_(X, S.half(), B, SCALE, OFFSETS), r"s: expected \(6, 4\) .*float16"),
         (lambda: grouped_add_(X, S[:5], B, SCALE, OFFSETS), r"s: expected \(6, 4\).*got \(5, 4\)"),
