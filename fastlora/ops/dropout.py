@@ -49,17 +49,20 @@ def keep_scale(p: float) -> float:
     return 65536 / (65536 - dropout_threshold(p))
 
 
-def keep_mask(x: Tensor, p: float, seed: Tensor | None, triton: bool = False) -> Tensor | None:
+def keep_mask(
+    x: Tensor, p: float, seed: Tensor | None, triton: bool = False, first_row: int = 0
+) -> Tensor | None:
     """The elements of x (M, K) that a call keeps, (M, K) bool; None without a seed. x's values are not read.
 
     triton: whether Triton kernels run the call; their mask is `kernel_mask` wherever they run.
+    first_row: x is a part of the input of the call, which starts at this row.
     """
     if seed is None:
         return None
     if x.device.type == "cpu" and not triton:
-        mask: Tensor = cpu_mask(seed, p, x.shape[0], x.shape[1])
+        mask: Tensor = cpu_mask(seed, p, x.shape[0], x.shape[1], first_row)
         return mask
-    return kernel_mask(seed, p, x.shape[0], x.shape[1], device=x.device)
+    return kernel_mask(seed, p, x.shape[0], x.shape[1], first_row, x.device)
 
 
 def philox_4x32(
@@ -135,8 +138,10 @@ def _take(lanes: int) -> _Scratch:
     return scratch if scratch.lanes >= lanes else _Scratch(lanes)
 
 
-def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their mask, scratch) for consecutive blocks of the rows of x (M, K), whose values are not read.
+def keep_blocks(
+    x: Tensor, p: float, seed: Tensor, first_row: int = 0
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, their mask, scratch) for consecutive blocks of the rows of x (M, K), whose values are not read. first_row: as in `keep_mask`.
 
     The mask (block, K) bool and the scratch (block, K) of x's dtype are views of buffers that the next block, and
     the next caller, overwrite.
@@ -147,7 +152,7 @@ def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tens
     block = max(1, min(rows, _BLOCK_LANES // max(1, width)))
     threshold = _threshold(p)
     scratch = _take(block * width)
-    scratch.philox.state = _state(int(seed))  # type: ignore[assignment]  # NumPy's stub asks for arrays
+    scratch.philox.state = _state(int(seed), first_row * steps)  # type: ignore[assignment]  # NumPy's stub asks for arrays
     work = scratch.work.view(x.dtype)
     try:
         for first in range(0, rows, block):
@@ -163,18 +168,18 @@ def keep_blocks(x: Tensor, p: float, seed: Tensor) -> Iterator[tuple[slice, Tens
         _idle.append(scratch)
 
 
-def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
+def dropped(x: Tensor, p: float, seed: Tensor, first_row: int = 0) -> Tensor:
     """The elements of x (M, K) that a call on a CPU drops, (M, K) bool, not to be changed: the complement of `cpu_mask`. x's values are not read."""
-    return _dropped(int(seed), p, *x.shape)
+    return _dropped(int(seed), p, *x.shape, first_row)
 
 
 # The backward pass finds the mask of the forward pass: at most 64 of `FEW_ELEMENTS` bytes.
 @functools.lru_cache(maxsize=64)
-def _dropped(seed: int, p: float, rows: int, cols: int) -> Tensor:
+def _dropped(seed: int, p: float, rows: int, cols: int, first_row: int) -> Tensor:
     steps = -(-cols // _CPU_LANES)
     scratch = _take(0)
     philox = scratch.philox
-    philox.state = _state(seed)  # type: ignore[assignment]
+    philox.state = _state(seed, first_row * steps)  # type: ignore[assignment]
     lanes = philox.random_raw(rows * steps * 4)
     _idle.append(scratch)
     mask = (lanes.view(np.uint16) < _threshold(p)).reshape(rows, -1)
@@ -186,11 +191,11 @@ def _threshold(p: float) -> np.uint16:
     return np.uint16(dropout_threshold(p))
 
 
-def _state(seed: int) -> dict[str, Any]:
-    """The state of a Philox generator with this key whose next words are those of counter 1."""
+def _state(seed: int, counter: int = 0) -> dict[str, Any]:
+    """The state of a Philox generator with this key whose next words are those of `counter` + 1."""
     return {
         "bit_generator": "Philox",
-        "state": {"counter": (0, 0, 0, 0), "key": (seed & MASK64, 0)},
+        "state": {"counter": (counter, 0, 0, 0), "key": (seed & MASK64, 0)},
         "buffer": (0, 0, 0, 0),
         "buffer_pos": 4,
         "has_uint32": 0,
@@ -209,22 +214,25 @@ def zero_dropped(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastlora::cpu_keep", mutates_args=(), device_types="cpu")
-def cpu_mask(seed: Tensor, p: float, rows: int, cols: int) -> Tensor:
+def cpu_mask(seed: Tensor, p: float, rows: int, cols: int, first_row: int = 0) -> Tensor:
     """The mask (rows, cols) bool as one operator: torch.compile and functorch see a node, not NumPy.
 
     seed: 0-d int64 on the CPU; under vmap it may differ between samples.
     """
     mask = torch.empty(rows, cols, dtype=torch.bool, device="cpu")
-    for block, keep, _ in keep_blocks(mask, p, seed):
+    for block, keep, _ in keep_blocks(mask, p, seed, first_row):
         mask[block] = keep
     return mask
 
 
 @cpu_mask.register_fake
-def _(seed: Tensor, p: float, rows: int, cols: int) -> Tensor:
+def _(seed: Tensor, p: float, rows: int, cols: int, first_row: int = 0) -> Tensor:
     return seed.new_empty((rows, cols), dtype=torch.bool)
 
 
 @cpu_mask.register_vmap
-def _(info: Any, in_dims: Any, seed: Tensor, p: float, rows: int, cols: int) -> tuple[Tensor, int]:
-    return torch.stack([cpu_mask(one, p, rows, cols) for one in seed.unbind(in_dims[0])]), 0
+def _(
+    info: Any, in_dims: Any, seed: Tensor, p: float, rows: int, cols: int, first_row: int = 0
+) -> tuple[Tensor, int]:
+    masks = [cpu_mask(one, p, rows, cols, first_row) for one in seed.unbind(in_dims[0])]
+    return torch.stack(masks), 0

@@ -60,7 +60,7 @@ def lora_linear(
     if autocasts(x):
         x, weight = autocast(x), autocast(weight)
         bias = None if bias is None else autocast(bias)
-    _check(x, weight, bias, lora_a, lora_b)
+    check_call(x, weight, bias, lora_a, lora_b)
     if recompute is not None and weight.requires_grad:
         raise ConfigError("weight: expected no requires_grad, since recompute is given")
     low = low_rank(lora_a, lora_b, scaling, p, seed)
@@ -93,7 +93,7 @@ def lora_update(
 
     Raises: ConfigError if shapes or devices do not fit, or y is not floating-point.
     """
-    _check_update(y, x, lora_a, lora_b)
+    check_update(y, x, lora_a, lora_b)
     with no_autocast(y):  # the result keeps y's dtype, which the wrapped layer chose
         x, low = x.to(y.dtype), low_rank(lora_a, lora_b, scaling, p, seed).to(y.dtype)
         if transformed():
@@ -154,7 +154,7 @@ class _LoRALinear(torch.autograd.Function):
         scaling, p, triton = ctx.scaling, ctx.p, ctx.triton
         needs_x, needs_w, needs_bias, needs_base, _, _, needs_a, needs_b = ctx.needs_input_grad[:8]
         if ctx.recompute is not None:
-            weight = _again(ctx.recompute, x, b, needs_x)
+            weight = weight_again(ctx.recompute, x, b, needs_x)
         if torch.is_grad_enabled():
 
             def output(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
@@ -182,7 +182,7 @@ class _LoRALinear(torch.autograd.Function):
         return dx, dweight, dbias, dy if needs_base else None, None, None, da, db, None, None, None
 
 
-def _again(recompute: Callable[[], Tensor], x: Tensor, b: Tensor, needs_x: bool) -> Tensor:
+def weight_again(recompute: Callable[[], Tensor], x: Tensor, b: Tensor, needs_x: bool) -> Tensor:
     """The weight (N, K) in a backward pass; only dx reads its values. Raises: ConfigError if it does not fit."""
     shape = (b.shape[0], x.shape[-1])
     if not needs_x and not torch.is_grad_enabled():
@@ -273,22 +273,22 @@ def triton_ops() -> Any:
     return triton_ops
 
 
-def down_project(x: Tensor, low: LowRank) -> Tensor:
-    """S = (keep ∘ x) Aᵀ, [M, K] @ [K, R] -> [M, R]."""
+def down_project(x: Tensor, low: LowRank, first_row: int = 0) -> Tensor:
+    """S = (keep ∘ x) Aᵀ, [M, K] @ [K, R] -> [M, R]. first_row: as in `keep_mask`."""
     if low.seed is None:
         return x @ low.a.T
     if not _in_blocks(x):
-        return zeroed(x, keep_mask(x, low.p, low.seed)) @ low.a.T
+        return zeroed(x, keep_mask(x, low.p, low.seed, first_row=first_row)) @ low.a.T
     if 0 < x.numel() <= FEW_ELEMENTS:
-        return x.masked_fill(dropped(x, low.p, low.seed), 0) @ low.a.T
+        return x.masked_fill(dropped(x, low.p, low.seed, first_row), 0) @ low.a.T
     s = x.new_empty(x.shape[0], low.rank())
-    for rows, keep, work in keep_blocks(x, low.p, low.seed):
+    for rows, keep, work in keep_blocks(x, low.p, low.seed, first_row):
         torch.mm(zero_dropped(x[rows], keep, work), low.a.T, out=s[rows])
     return s
 
 
 def up_project(
-    ds_t: Tensor, x: Tensor, low: LowRank, dx: Tensor | None, needs_a: bool
+    ds_t: Tensor, x: Tensor, low: LowRank, dx: Tensor | None, needs_a: bool, first_row: int = 0
 ) -> Tensor | None:
     """Add scale · keep ∘ (dS A) into dx (unless None) and return dA = scale · dSᵀ (keep ∘ x) (or None), one mask for both.
 
@@ -300,18 +300,18 @@ def up_project(
             dx.addmm_(ds_t.T, low.a, alpha=scale)  # [M, R] @ [R, K] -> [M, K]
         return scaled_product(ds_t, x, scale, low.a) if needs_a else None
     if not _in_blocks(x):
-        keep = keep_mask(x, low.p, low.seed)
+        keep = keep_mask(x, low.p, low.seed, first_row=first_row)
         if dx is not None:
             dx += scale * zeroed(ds_t.T @ low.a, keep)  # inductor ignores `alpha` of `add_` here
         return scaled_product(ds_t, zeroed(x, keep), scale, low.a) if needs_a else None
     if 0 < x.numel() <= FEW_ELEMENTS:
-        none = dropped(x, low.p, low.seed)
+        none = dropped(x, low.p, low.seed, first_row)
         if dx is not None:
             dx.add_((ds_t.T @ low.a).masked_fill_(none, 0), alpha=scale)
         return scaled_product(ds_t, x.masked_fill(none, 0), scale, low.a) if needs_a else None
     ds = ds_t.T.contiguous()  # [M, R]: in this layout the small products need about half the time
     da = torch.zeros_like(low.a) if needs_a else None
-    for rows, keep, work in keep_blocks(x, low.p, low.seed):
+    for rows, keep, work in keep_blocks(x, low.p, low.seed, first_row):
         if dx is not None:
             torch.mm(ds[rows], low.a, out=work)
             dx[rows].add_(zero_dropped(work, keep, work), alpha=scale)
@@ -381,7 +381,9 @@ def autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if eligible else tensor
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+def check_call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor
+) -> None:
     n, k = weight.shape
     if x.ndim == 0 or x.shape[-1] != k:
         raise ConfigError(f"x: expected (..., K={k}), got {tuple(x.shape)}")
@@ -390,7 +392,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
     device = x.device
     if device != weight.device:
         raise ConfigError(f"x: expected the weight's device {weight.device}, got {device}")
-    _check_factors(lora_a, lora_b, n, k)
+    check_factors(lora_a, lora_b, n, k)
     if bias is not None and bias.shape != (n,):
         raise ConfigError(f"bias: expected (N={n},), got {tuple(bias.shape)}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
@@ -398,19 +400,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
             raise ConfigError(f"{name}: expected x's device {device}, got {tensor.device}")
 
 
-def _check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    """`_check` for `lora_update`, whose weight is unknown: y (..., N) and x (..., K) determine the shapes."""
+def check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    """`check_call` for `lora_update`, whose weight is unknown: y (..., N) and x (..., K) determine the shapes."""
     if not computes_in(y.dtype):
         raise ConfigError(f"y: expected a floating-point dtype, got {y.dtype}")
     if y.ndim == 0 or x.ndim == 0 or y.shape[:-1] != x.shape[:-1]:
         raise ConfigError(f"x: expected (..., K) for y {tuple(y.shape)}, got {tuple(x.shape)}")
-    _check_factors(lora_a, lora_b, y.shape[-1], x.shape[-1])
+    check_factors(lora_a, lora_b, y.shape[-1], x.shape[-1])
     for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
         if tensor.device != y.device:
             raise ConfigError(f"{name}: expected y's device {y.device}, got {tensor.device}")
 
 
-def _check_factors(lora_a: Tensor, lora_b: Tensor, n: int, k: int) -> None:
+def check_factors(lora_a: Tensor, lora_b: Tensor, n: int, k: int) -> None:
     if lora_a.ndim != 2 or lora_a.shape[1] != k:
         raise ConfigError(f"lora_a: expected (R, K={k}), got {tuple(lora_a.shape)}")
     r = lora_a.shape[0]
