@@ -33,15 +33,14 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.conv import LoRAConv
 from fastlora.layers.embedding import LoRAEmbedding
 from fastlora.layers.linear import LoRALinear, LoRATransposedLinear
-from fastlora.model.adapters import (
+from fastlora.model.activate import (
     active_adapter,
-    add_adapter,
-    combine_adapters,
-    delete_adapter,
-    list_adapters,
+    active_adapters,
     set_adapter,
     use_adapter,
+    use_adapters,
 )
+from fastlora.model.adapters import add_adapter, combine_adapters, delete_adapter, list_adapters
 from fastlora.model.fusion import FusionReport, fuse, unfuse
 from fastlora.model.inject import (
     adapt,
@@ -102,6 +101,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "active_adapter",
+    "active_adapters",
     "adapt",
     "add_adapter",
     "base_state_dict",
@@ -140,6 +140,7 @@ __all__ = [
     "setup_lora_for_medical_finetuning",
     "unfuse",
     "use_adapter",
+    "use_adapters",
 ]
 
 

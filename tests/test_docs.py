@@ -1,4 +1,4 @@
-"""The code of docs/export.md, docs/integrations.md, docs/peft_folders.md and docs/variants.md runs; files, names and tests that a page mentions exist."""
+"""The code of docs/export.md, docs/integrations.md, docs/peft_folders.md, docs/several_adapters.md and docs/variants.md runs; files, names and tests that a page mentions exist."""
 
 import importlib.util
 import pkgutil
@@ -87,6 +87,25 @@ def test_variants(tmp_path, monkeypatch, capsys):
     assert "['proj.lora_A', 'proj.lora_B', 'proj.original_linear.bias', 'head.weight'" in printed
     if importlib.util.find_spec("torchao"):
         assert "the weight is dequantised by torchao for each pass" in printed
+
+
+def test_several_adapters(tmp_path, monkeypatch):
+    names = run((DOCS / "several_adapters.md").read_text(), tmp_path, monkeypatch)
+    both, german, legal, base = (names[name] for name in ("both", "german", "legal", "base"))
+    hidden = torch.relu(layer_of(names["model"], "german")(names["x"]))
+    exact = hidden @ names["weight"].T + names["model"][2].bias
+    assert_close(both, exact, exact.double())
+    assert not any(torch.allclose(one, base) for one in (german, legal, both))
+    assert names["names"][:2] == ["0.lora_A", "0.lora_B"]
+    assert names["names"][2:4] == ["2.adapter_german.lora_A", "2.adapter_german.lora_B"]
+    assert (tmp_path / "german.safetensors").exists()
+    assert str(names["report"]).startswith("2 of 2 LoRA layers use the fused path")
+
+
+def layer_of(model, adapter):
+    """The first layer with this adapter."""
+    with fastlora.use_adapter(model, adapter):
+        return model[0]
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own

@@ -89,6 +89,7 @@ PUBLIC = [
     "__version__",
     "accelerate",
     "active_adapter",
+    "active_adapters",
     "adapt",
     "add_adapter",
     "base_state_dict",
@@ -127,6 +128,7 @@ PUBLIC = [
     "setup_lora_for_medical_finetuning",
     "unfuse",
     "use_adapter",
+    "use_adapters",
 ]
 
 

@@ -36,8 +36,9 @@ TOPICS = {
         "Several adapters",
         "Named adapters of one model, and the base model under them.",
         [
-            *("add_adapter", "set_adapter", "use_adapter", "disable_adapter", "active_adapter"),
-            *("list_adapters", "delete_adapter", "combine_adapters"),
+            *("add_adapter", "set_adapter", "use_adapter", "use_adapters", "disable_adapter"),
+            *("active_adapter", "active_adapters", "list_adapters", "delete_adapter"),
+            "combine_adapters",
         ],
     ),
     "merge_and_export": (

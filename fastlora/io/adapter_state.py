@@ -24,6 +24,7 @@ from fastlora.layers.base import (
 )
 from fastlora.layers.conv import LoRAConv
 from fastlora.layers.kinds import wrap
+from fastlora.model.adapter_registry import why_not_one
 from fastlora.model.heads import adapter_parameters, head_tensors, record_unfrozen
 from fastlora.model.sharded import in_parts, whole
 from fastlora.model.wrappers import plain_names
@@ -310,8 +311,11 @@ def adapter_state(model: nn.Module, include_trainable: bool = False) -> AdapterS
 
     include_trainable: also the heads (`fastlora.model.heads`), a tied one under each of its names.
 
-    Raises: CheckpointError if FSDP1 has left only parts of them in this process.
+    Raises: CheckpointError if FSDP1 has left only parts of them in this process, or several adapters are active.
     """
+    several = why_not_one(model)
+    if several is not None:
+        raise CheckpointError(several)
     record_unfrozen(model)
     plain = plain_names(model)
     heads = head_tensors(model) if include_trainable else {}

@@ -11,6 +11,7 @@ from fastlora.io.adapter_file import LoadResult, conflicts, match_keys, raise_or
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.offload import loaded, offload_hook
+from fastlora.layers.several import SeveralAdapters
 from fastlora.model.frozen import was_frozen
 from fastlora.model.heads import remember_base
 from fastlora.model.wrappers import plain_key, plain_names
@@ -81,9 +82,18 @@ def _key_map(model: nn.Module) -> dict[str, str]:
     plain = plain_names(model)
     layers = named_lora_layers(model, remove_duplicate=False)
     adapted = {plain(path): layer for path, layer in layers}
+    several = {
+        plain(path): module.layers[0]
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SeveralAdapters)
+    }
+    adapted |= several
     found = {}
     for key in model.state_dict():
         parts = plain(key).split(".")
+        at = next((i for i in range(len(parts)) if ".".join(parts[:i]) in several), None)
+        if at is not None:
+            del parts[at]  # the name of one of the wrappers, which have one wrapped layer
         depth = next((i for i in range(len(parts)) if ".".join(parts[:i]) in adapted), None)
         if depth is None:
             found[".".join(parts)] = key

@@ -25,7 +25,7 @@ from fastlora.errors import ExportError
 from fastlora.files import move_into_place
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.linear import LoRALinear
-from fastlora.model.adapter_registry import copy_active
+from fastlora.model.adapter_registry import copy_active, why_not_one
 from fastlora.model.merge import merge_lora_weights
 
 FORMATS = ("torch.export", "onnx", "torchscript")
@@ -147,6 +147,9 @@ def _plain_copy(model: nn.Module, merged: bool) -> nn.Module:
         reason: str | None = getattr(module, "why_not_exportable", None)
         if reason is not None:
             raise ExportError(f"model: {reason}")
+    several = why_not_one(model)
+    if several is not None:
+        raise ExportError(several)
     if any(layer.disabled for _, layer in named_lora_layers(model)):
         raise ExportError("model: its adapters are disabled; export outside of disable_adapter")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}

@@ -21,6 +21,7 @@ from fastlora.layers.deferred import can_defer, defer
 from fastlora.layers.offload import execution_device, offload_hook
 from fastlora.layers.plain import attribute
 from fastlora.layers.quantised import dequantised, quantisation, why_unreadable
+from fastlora.layers.recomputed import merged_from
 from fastlora.layers.usage import Usage, note_compiled_read
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.linear import no_autocast
@@ -154,7 +155,7 @@ class LoRALayer(nn.Module, ABC):
             tensors = (weight, *own.values())
             # Replicas of DataParallel and layers with parametrised factors have them elsewhere.
             if own.keys() >= set(ADAPTER_TENSORS) and can_defer(tensors):
-                compute = partial(_merged_from, type(self), self.__dict__.copy(), tuple(own))
+                compute = partial(merged_from, type(self), self.__dict__.copy(), tuple(own))
                 return defer(compute, tensors, self._note_weight_read)
             self._note_weight_read()
         with no_autocast(weight):
@@ -346,6 +347,10 @@ class LoRALayer(nn.Module, ABC):
         self.__dict__.setdefault("usage", Usage())  # of a pickle from before it existed
 
     @abstractmethod
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output for x, where y is the output of the wrapped layer, on y's device."""
+
+    @abstractmethod
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """B A in the weight's shape."""
 
@@ -367,22 +372,6 @@ class LoRALayer(nn.Module, ABC):
     def _merged_weight(self, weight: Tensor) -> Tensor:
         wide = self._accumulate_dtype(weight)
         return weight.to(wide) + self.delta(wide)
-
-
-def _merged_from(
-    kind: type[LoRALayer],
-    attributes: dict[str, Any],
-    names: tuple[str, ...],
-    weight: Tensor,
-    *tensors: Tensor | None,
-) -> Tensor:
-    """`LoRALayer.weight` of a layer that had these attributes, wrapped weight, and parameters and buffers of these names."""
-    layer = object.__new__(kind)
-    named = dict(zip(names, tensors, strict=True))
-    # In the instance's __dict__ they take precedence over the parameters and the method.
-    layer.__dict__ = attributes | named | {"_buffers": named, "wrapped_weight": lambda: weight}
-    with no_autocast(weight):
-        return layer._merged_weight(weight).to(weight.dtype)
 
 
 def fold_initial(

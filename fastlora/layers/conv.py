@@ -76,14 +76,16 @@ class LoRAConv(LoRALayer):
         y = self.original_layer(input)
         if self.disabled:
             return cast(Tensor, y)
+        return self._update(y, input.to(y.device))  # accelerate's hooks may move its input
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
         conv = self.original_layer
-        x = input.to(y.device)  # accelerate's hooks may move the base layer's input
         a, b = (factor.to(x.dtype) for factor in self.factors_on(y.device))
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         s = conv._conv_forward(x, a, None)
         update = _POINTWISE[len(conv.kernel_size)](s, b, groups=conv.groups)
-        return cast(Tensor, y + self.scaling * update)
+        return y + self.scaling * update
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return cast(Tensor, self.original_layer._conv_forward(x, weight, bias))

@@ -10,16 +10,38 @@ from typing import Any
 from torch import nn
 
 from fastlora.layers.base import LoRALayer
+from fastlora.layers.several import Samples, SeveralAdapters
 
 _KEY = "_fastlora_adapters"
 _PEFT = "_fastlora_peft"
 
 
+@dataclass(frozen=True)
+class Active:
+    """Which adapters of a model are active.
+
+    names: none, one, or several, whose updates are summed unless there are samples. samples: the adapter of each sample of a mixed batch.
+    """
+
+    names: tuple[str, ...] = ()
+    samples: Samples | None = None
+
+    @property
+    def together(self) -> bool:
+        """Whether layers may have several adapters at once, so that `SeveralAdapters` are in the module tree."""
+        return self.samples is not None or len(self.names) > 1
+
+    def __str__(self) -> str:
+        names = " + ".join(map(repr, self.names)) or "None"
+        return names if self.samples is None else f"a mixed batch of {names.replace(' +', ',')}"
+
+
 @dataclass(eq=False)
 class Use:
-    """An open context of `use_adapter`. before: the adapter that is active again when it ends."""
+    """An open context. before, several: what is active and in the module tree again when it ends, as in `AdapterRegistry`."""
 
-    before: str | None
+    before: Active
+    several: dict[str, SeveralAdapters] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -27,17 +49,35 @@ class AdapterRegistry:
     """The named adapters of one model.
 
     adapters: name → its wrappers by path, under every path of a shared module, in the order of adding.
-    active: the adapter whose wrappers are in the module tree, or None.
-    uses: the open contexts of `use_adapter`, the latest last.
+    active: the adapters whose wrappers are in the module tree.
+    uses: the open contexts of `use_adapter` and `use_adapters`, the latest last.
+    several: path → what is in the module tree instead of the wrappers of several active adapters. spare: the last such modules, to be used again.
     """
 
     adapters: dict[str, dict[str, LoRALayer]]
-    active: str | None
+    active: Active = field(default_factory=Active)
     uses: list[Use] = field(default_factory=list)
+    several: dict[str, SeveralAdapters] = field(default_factory=dict)
+    spare: dict[str, SeveralAdapters] = field(default_factory=dict)
 
-    def layers(self, name: str | None) -> dict[str, LoRALayer]:
-        """The wrappers of one adapter by path; none for None."""
-        return {} if name is None else self.adapters[name]
+    def layers(self) -> list[LoRALayer]:
+        """The wrappers of the active adapters."""
+        return [layer for name in self.active.names for layer in self.adapters[name].values()]
+
+    def installed(self) -> dict[str, LoRALayer | SeveralAdapters]:
+        """Path → what the active adapters have in the module tree."""
+        found: dict[str, LoRALayer | SeveralAdapters] = {}
+        for name in self.active.names:
+            found |= self.adapters[name]
+        return found | self.several
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if not isinstance(
+            state["active"], Active
+        ):  # of a pickle from before several could be active
+            name = state["active"]
+            state = {**state, "active": Active(() if name is None else (name,))}
+        self.__dict__.update({"several": {}, "spare": {}} | state)
 
 
 def get_registry(module: nn.Module) -> AdapterRegistry | None:
@@ -81,7 +121,7 @@ def registries(model: nn.Module) -> Iterator[tuple[str, AdapterRegistry]]:
 
 def inactive_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters of the model or a submodule that are not in the module tree."""
-    return [name for _, r in registries(model) for name in r.adapters if name != r.active]
+    return [name for _, r in registries(model) for name in r.adapters if name not in r.active.names]
 
 
 def none_active(model: nn.Module) -> str:
@@ -90,6 +130,17 @@ def none_active(model: nn.Module) -> str:
     if not inactive:
         return "model: has no adapters"
     return f"model: has only the inactive adapters {', '.join(inactive)} (see set_adapter)"
+
+
+def why_not_one(model: nn.Module) -> str | None:
+    """Why `model` is not that of one adapter, as some functions require, or None: several are active at once."""
+    active = [str(r.active) for _, r in registries(model) if r.active.together]
+    if not active and not any(isinstance(module, SeveralAdapters) for module in model.modules()):
+        return None
+    return (
+        f"model: has several active adapters ({', '.join(active) or 'of the model that it is a part of'}), expected one; "
+        "use it inside `with fastlora.use_adapter(model, name):`"
+    )
 
 
 def drop_registries(model: nn.Module) -> None:

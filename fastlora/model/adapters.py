@@ -1,4 +1,4 @@
-"""Several named adapters on one model: add, switch, delete and combine them."""
+"""Several named adapters on one model: add, delete and combine them. `fastlora.model.activate` switches between them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets, check_hyperparameters, is_number
-from fastlora.errors import ConfigError, InjectionError, nearest
-from fastlora.layers.base import LoRALayer, named_lora_layers, not_finite
-from fastlora.layers.offload import execution_device
-from fastlora.model.adapter_registry import (
-    AdapterRegistry,
-    Use,
-    get_registry,
-    registries,
-    set_registry,
+from fastlora.errors import ConfigError, InjectionError
+from fastlora.layers.base import LoRALayer, not_finite
+from fastlora.model.activate import (
+    check_exists,
+    installed,
+    refuse_disabled,
+    registry_of,
+    set_adapter,
+    switch,
+    uninstall,
 )
+from fastlora.model.adapter_registry import Active, AdapterRegistry, set_registry
 from fastlora.model.heads import forget_heads
 from fastlora.model.inject import inject_lora
 from fastlora.model.selection import select_layers, suggest, to_config
-from fastlora.model.switch import disable_alike
-from fastlora.model.wrappers import unwrapped
-
-DEFAULT_NAME = "default"
 
 Method = Literal["cat", "svd"]
 _METHODS = ("cat", "svd")
@@ -45,8 +43,7 @@ def add_adapter(
 ) -> int:
     """Add an adapter under a new name to `model`. Returns the number of its layers.
 
-    At most one adapter is active: its wrappers are in the module tree, so training, saving, merging, export and reports use
-    it. The wrappers of the others are stored outside the tree, around the same base layers. They are copied and pickled with the
+    The active adapter's wrappers are in the module tree, so training, saving, merging, export and reports use it. The wrappers of the others are stored outside the tree, around the same base layers. They are copied and pickled with the
     model, and follow its device and training mode when they become active; their dtype and `requires_grad` do not change. The
     adapter of `inject_lora` and `from_pretrained` is called "default".
 
@@ -74,72 +71,37 @@ def add_adapter(
     return count
 
 
-def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Make the adapter `name` the active one; with None no adapter is active, and the model has its own keys.
-
-    The time is proportional to the layers of the two adapters. Parameters stay the same objects, so an optimizer can continue with
-    its adapter after switching away and back. Base layers and wrappers keep their hooks. An alias of an adapted
-    layer that was added to the model after injection is not switched.
-
-    Raises: ConfigError if there is no such adapter. InjectionError inside `disable_adapter`, or naming each path whose module was
-    replaced (merged, quantised, assigned) since the adapter was installed. The model is unchanged then.
-    """
-    _activate(model, name)
-
-
-def active_adapter(model: nn.Module) -> str | None:
-    """The name of the active adapter, or None."""
-    return _registry(model)[1].active
-
-
 def list_adapters(model: nn.Module) -> list[str]:
     """The names of the model's adapters, active or not, in the order of adding."""
-    return list(_registry(model)[1].adapters)
+    return list(registry_of(model)[1].adapters)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Delete an adapter; its memory is freed once nothing else (an optimizer) holds its parameters.
 
     Deleting the active one restores the plain layers and leaves no adapter active. Modules that have been replaced since are kept.
+    If several are active, the others stay so.
 
-    Raises: ConfigError if there is no such adapter. InjectionError if it is the active one inside `disable_adapter`.
+    Raises: ConfigError if there is no such adapter. InjectionError if it is active inside `disable_adapter` or `use_adapters`.
     """
-    owner, registry = _registry(model)
-    _check_exists(registry, name)
-    if name == registry.active:
-        _refuse_disabled(registry)
-        _uninstall(owner, registry.adapters[name])
-        registry.active = None
+    owner, registry = registry_of(model)
+    check_exists(registry, name)
+    active = registry.active
+    if active == Active((name,)):
+        refuse_disabled(registry)
+        uninstall(owner, registry.adapters[name])
+        registry.active = Active()
+    elif name in active.names:
+        if active.samples is not None:
+            raise InjectionError(
+                f"model: {active} uses it; delete {name!r} outside of use_adapters"
+            )
+        switch(owner, registry, Active(tuple(other for other in active.names if other != name)))
     del registry.adapters[name]
+    registry.spare = {}
     if not registry.adapters:
         forget_heads(owner)
     set_registry(owner, registry)
-
-
-@contextmanager
-def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Context manager: the adapter `name` is active, or none with None; the previous one is restored afterwards.
-
-    The switch belongs to the model, not to the thread. Of contexts that overlap without being nested, the one entered last decides
-    until it ends, and the last to end restores the adapter from before the first.
-
-    If the adapters are disabled when it ends, by a context that overlaps, so is the one that it restores.
-
-    Raises: as `set_adapter`, on entry and, except for `disable_adapter`, on exit.
-    """
-    use = Use(active_adapter(model))
-    set_adapter(model, name)
-    uses = _registry(model)[1].uses
-    uses.append(use)
-    try:
-        yield
-    finally:
-        later = uses[uses.index(use) + 1 :]
-        uses.remove(use)
-        if later:
-            later[0].before = use.before
-        else:
-            _activate(model, use.before, disabled_too=True)
 
 
 def combine_adapters(
@@ -163,12 +125,12 @@ def combine_adapters(
     Raises: ConfigError for an unknown or taken name, for an invalid weight, method or rank, and for a sum that is not finite. InjectionError if the adapters wrap
     different base layers, have DoRA, or adapt a convolution with groups.
     """
-    owner, registry = _registry(model)
+    owner, registry = registry_of(model)
     _check_new(registry, new_name, "new_name")
     if not isinstance(weights, Mapping) or not weights:
         raise ConfigError(f"weights: expected a mapping of adapter name → weight, got {weights!r}")
     for name, weight in weights.items():
-        _check_exists(registry, name, "weights")
+        check_exists(registry, name, "weights")
         if not is_number(weight) or not math.isfinite(weight):
             raise ConfigError(f"weights[{name!r}]: expected a finite number, got {weight!r}")
     if method not in _METHODS:
@@ -204,141 +166,21 @@ def inject_as(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
     Raises: as `add_adapter`; InjectionError if nothing was injected.
     """
-    owner, registry = _registry(model)
+    owner, registry = registry_of(model)
     _check_new(registry, name)
-    before = registry.active
-    _switch(owner, registry, None)
+    before, several = registry.active, registry.several
+    switch(owner, registry, Active())
     set_registry(owner, None)
     try:
         yield owner
-        added = _installed(owner)
+        added = installed(owner)
         if not added:
             raise InjectionError("model: no layer was adapted")
         registry.adapters[name] = added
     finally:
-        _uninstall(owner, _installed(owner))
+        uninstall(owner, installed(owner))
         set_registry(owner, registry)
-        _switch(owner, registry, before)
-
-
-def _registry(model: nn.Module) -> tuple[nn.Module, AdapterRegistry]:
-    """The module that holds the registry of `model`, without wrappers, and the registry; a new one if there is none."""
-    owner = unwrapped(model)
-    registry = get_registry(owner)
-    if registry is not None:
-        return owner, registry
-    for path, other in registries(owner):
-        names = ", ".join(map(repr, other.adapters))
-        raise InjectionError(
-            f"model: its submodule {path} has the adapters {names}; pass that submodule"
-        )
-    layers = _installed(owner)
-    if "" in layers:
-        raise InjectionError(
-            "model: is itself an adapted layer; pass the model that contains it, or put it inside an nn.Module"
-        )
-    if not layers:
-        return owner, AdapterRegistry({}, None)
-    return owner, AdapterRegistry({DEFAULT_NAME: layers}, DEFAULT_NAME)
-
-
-def _installed(model: nn.Module) -> dict[str, LoRALayer]:
-    """Every wrapper in the module tree by path, under all its paths."""
-    return dict(named_lora_layers(model, remove_duplicate=False))
-
-
-def _activate(model: nn.Module, name: str | None, *, disabled_too: bool = False) -> None:
-    owner, registry = _registry(model)
-    existing = None if name is None else _check_exists(registry, name)
-    _switch(owner, registry, existing, disabled_too=disabled_too)
-    set_registry(owner, registry)
-
-
-def _switch(
-    owner: nn.Module, registry: AdapterRegistry, name: str | None, *, disabled_too: bool = False
-) -> None:
-    """Replace the wrappers of the active adapter by those of `name`. All paths are checked before the first changes.
-
-    disabled_too: if the active adapter is disabled, disable the other as well, instead of raising.
-    """
-    if name == registry.active:
-        return
-    if not disabled_too:
-        _refuse_disabled(registry)
-    old, new = registry.layers(registry.active), registry.layers(name)
-    problems, swaps = [], []
-    for path in old | new:
-        parent, attribute, present = _look_up(owner, path)
-        if attribute == "_orig_mod":
-            problems.append(f"{path}: is compiled by itself, and would go on running its old code")
-            continue
-        if path in old and present is not old[path]:
-            problems.append(
-                f"{path}: the wrapper of {registry.active!r} was replaced by {_describe(present)}"
-            )
-            continue
-        plain = old[path].wrapped if path in old else present
-        if path in new:
-            layer = new[path]
-            if layer.wrapped is not plain:
-                problems.append(
-                    f"{path}: the layer under {name!r} was replaced by {_describe(plain)}"
-                )
-            elif (_device(layer).type == "meta") != (layer.wrapped_device.type == "meta"):
-                problems.append(f"{path}: the layer or the adapter {name!r} is on meta")
-        swaps.append((parent, attribute, new.get(path, plain)))
-    if problems:
-        raise InjectionError(
-            f"cannot switch from {registry.active!r} to {name!r}: " + "; ".join(problems)
-        )
-    for layer in new.values():
-        _match_base(layer)
-    disable_alike(old.values(), new.values())
-    for parent, attribute, module in swaps:
-        setattr(parent, attribute, module)
-    registry.active = name
-
-
-def _match_base(layer: LoRALayer) -> None:
-    """Move the wrapper to its base layer's device and training mode."""
-    device = layer.wrapped_device
-    if _device(layer) != device:
-        layer._apply(lambda t: t.to(device), recurse=False)
-    layer.training = layer.wrapped.training
-
-
-def _device(layer: LoRALayer) -> torch.device:
-    """The device on which the adapter's parameters are used, whether they are offloaded or not."""
-    return execution_device(layer, "lora_A")
-
-
-def _uninstall(owner: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    """Restore the wrapped layer at each path that still has the wrapper."""
-    for path, layer in layers.items():
-        parent, attribute, present = _look_up(owner, path)
-        if present is layer:
-            setattr(parent, attribute, layer.wrapped)
-
-
-def _look_up(owner: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module | None]:
-    """(parent, attribute, module) at `path`; the module is None if it or its parent is missing."""
-    place, _, attribute = path.rpartition(".")
-    try:
-        parent = owner.get_submodule(place)
-    except AttributeError:
-        return owner, attribute, None
-    return parent, attribute, parent._modules.get(attribute)
-
-
-def _describe(module: nn.Module | None) -> str:
-    return "nothing" if module is None else f"another {type(module).__name__}"
-
-
-def _refuse_disabled(registry: AdapterRegistry) -> None:
-    if any(layer.disabled for layer in registry.layers(registry.active).values()):
-        raise InjectionError(
-            f"model: its adapter {registry.active!r} is disabled; switch adapters outside of disable_adapter"
-        )
+        switch(owner, registry, before, several)
 
 
 def _check_new(registry: AdapterRegistry, name: str, argument: str = "name") -> None:
@@ -346,16 +188,6 @@ def _check_new(registry: AdapterRegistry, name: str, argument: str = "name") -> 
         raise ConfigError(f"{argument}: expected a non-empty string, got {name!r}")
     if name in registry.adapters:
         raise ConfigError(f"{argument}: the model already has an adapter {name!r}; delete it first")
-
-
-def _check_exists(registry: AdapterRegistry, name: str, argument: str = "name") -> str:
-    if name in registry.adapters:
-        return name
-    names = list(registry.adapters)
-    if not names:
-        raise ConfigError(f"{argument}: the model has no adapters, so none is called {name!r}")
-    close = nearest(str(name), names) or f"; it has {', '.join(names[:5])}"
-    raise ConfigError(f"{argument}: the model has no adapter {name!r}{close}")
 
 
 def _why_not_combinable(layer: LoRALayer) -> str | None:

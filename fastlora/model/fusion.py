@@ -19,6 +19,7 @@ from fastlora.errors import InjectionError
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.plain import is_plain
+from fastlora.model.adapter_registry import why_not_one
 from fastlora.model.switch import eval_mode
 from fastlora.ops.dispatch import why_not_triton
 from fastlora.ops.group import lora_linear_group
@@ -57,8 +58,11 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
 
     The sample run is in eval mode and without gradients; training modes are restored. Calling `fuse` again replaces the groups.
 
-    Raises: InjectionError if the model has no adapted linear layer; whatever the model raises, with the groups unchanged.
+    Raises: InjectionError if the model has no adapted linear layer or several active adapters; whatever the model raises, with the groups unchanged.
     """
+    several = why_not_one(model)
+    if several is not None:
+        raise InjectionError(several)
     layers = {path: la for path, la in named_lora_layers(model) if isinstance(la, LoRALinear)}
     if not layers:
         raise InjectionError("model: has no adapted linear layers, so there is nothing to fuse")

@@ -19,6 +19,7 @@ from fastlora.model.adapter_registry import (
     drop_registries,
     inactive_adapters,
     none_active,
+    why_not_one,
 )
 from fastlora.model.heads import adapter_parameters, forget_heads
 from fastlora.model.inject import replace_modules
@@ -156,7 +157,10 @@ def merge_report(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRep
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raises: MergeError naming every layer whose weight cannot be merged correctly, and why."""
+    """Raises: MergeError naming every layer whose weight cannot be merged correctly, and why, or if several adapters are active."""
+    several = why_not_one(model)
+    if several is not None:
+        raise MergeError(f"{several}, or merge the sum that combine_adapters makes")
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

@@ -15,6 +15,9 @@ from torch import nn
 
 from fastlora.errors import InjectionError
 from fastlora.layers.base import LoRALayer
+from fastlora.layers.several import SeveralAdapters
+
+_ADAPTED = (LoRALayer, SeveralAdapters)
 
 
 class Method:
@@ -76,7 +79,7 @@ def plain_layers(model: nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if isinstance(child, LoRALayer)
+        if isinstance(child, _ADAPTED)
     ]
     for parent, name, layer in places:
         parent._modules[name] = layer.wrapped
@@ -103,7 +106,7 @@ def _resize_token_embeddings(
     """Raises: InjectionError if it would change the size of an adapted layer."""
     given = (new_num_tokens, pad_to_multiple_of)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = [layer for layer in (embeddings, head) if isinstance(layer, LoRALayer)]
+    adapted = [layer for layer in (embeddings, head) if isinstance(layer, _ADAPTED)]
     if not adapted or given == (None, None):
         return type(model).resize_token_embeddings(model, *given, *args, **kwargs)
     now = cast(int, embeddings.weight.shape[0])

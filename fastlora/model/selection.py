@@ -22,6 +22,7 @@ from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.offload import loaded_from_above, offload_hook
+from fastlora.layers.several import SeveralAdapters
 from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.defaults import Rule, default_layers
 from fastlora.model.from_peft import PeftTargets, from_peft, is_pefts
@@ -301,13 +302,15 @@ def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def attention_projections(model: nn.Module) -> set[nn.Module]:
-    """The direct children of every `nn.MultiheadAttention`, which reads their weights and does not call them."""
-    return {
+    """The direct children of every `nn.MultiheadAttention`, which reads their weights and does not call them, and the wrappers in them."""
+    children = {
         child
         for module in model.modules()
         if isinstance(module, nn.MultiheadAttention)
         for child in module.children()
     }
+    several = [child.layers for child in children if isinstance(child, SeveralAdapters)]
+    return children.union(*several)
 
 
 def fast_path_layers(model: nn.Module) -> set[nn.Module]:

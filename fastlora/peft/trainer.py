@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora.errors import ConfigError
 from fastlora.layers.base import ADAPTER_TENSORS, named_lora_layers
-from fastlora.model.adapter_registry import none_active
+from fastlora.model.adapter_registry import none_active, why_not_one
 from fastlora.model.heads import adapter_parameters, head_tensors
 from fastlora.model.pretrained import is_pretrained
 from fastlora.model.wrappers import unwrapped
@@ -32,7 +32,7 @@ class FastLoRACallback(_TrainerCallback):  # type: ignore[misc]
     differently is not in these checkpoints. A model that is not of transformers keeps the Trainer's whole checkpoints, with a PEFT folder
     in each.
 
-    Raises: ConfigError at the start of training if the model has no active adapter of fastlora.
+    Raises: ConfigError at the start of training if the model has no active adapter of fastlora, or several.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,9 @@ class FastLoRACallback(_TrainerCallback):  # type: ignore[misc]
             raise ConfigError(
                 f"FastLoRACallback: {none_active(model)} of fastlora; call inject_lora before training (a PEFT model needs no callback)"
             )
+        several = why_not_one(model)
+        if several is not None:
+            raise ConfigError(f"FastLoRACallback: {several}")
         self._watch(model)
         if is_pretrained(model):
             model.__dict__[ADAPTERS_ONLY] = True

@@ -19,6 +19,7 @@ from fastlora.files import write_files
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.safetensors_format import fastlora_bytes
 from fastlora.layers.base import ADAPTER_TENSORS, named_lora_layers
+from fastlora.model.adapter_registry import why_not_one
 from fastlora.model.heads import adapter_parameters
 from fastlora.model.pretrained import METHODS, plain_layers
 from fastlora.model.sharded import in_parts
@@ -43,12 +44,15 @@ def save_whole_model(
     state_dict: of the model with adapters, as the Trainer passes it under FSDP; the adapters are then taken from it.
 
     Warns if the adapters cannot be stored in PEFT's format; then only the Trainer and `load_state_dict` load them.
-    Raises: ConfigError for push_to_hub. CheckpointError if a file of the adapters cannot be written.
+    Raises: ConfigError for push_to_hub. CheckpointError if several adapters are active or a file of the adapters cannot be written.
     """
     if push_to_hub:
         raise ConfigError(
             "push_to_hub: would upload the model without its adapters; call model.push_to_hub(repo_id), which uploads both"
         )
+    several = why_not_one(model)
+    if several is not None:
+        raise CheckpointError(several)
     folder = _adapter_folder(model, state_dict)
     if model.__dict__.get(ADAPTERS_ONLY):
         if is_main_process:

@@ -16,6 +16,7 @@ from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
+from fastlora.layers.several import SeveralAdapters
 from fastlora.model.selection import (
     Decision,
     attention_projections,
@@ -200,12 +201,22 @@ def _table(
     read = attention_projections(model)
     table = []
     adapters = [layer for _, layer in named_lora_layers(model)]
+    together = {
+        layer: module
+        for module in model.modules()
+        if isinstance(module, SeveralAdapters)
+        for layer in module.layers
+    }
     inside = {module for layer in adapters for module in layer.wrapped.modules()}
     for path, module in model.named_modules():
         if module in inside:
             continue
         if isinstance(module, LoRALayer):
-            table.append(_adapted(path, module, config, rows, module in read))
+            row = _adapted(path, module, config, rows, module in read)
+            if module in together and module not in read:
+                choice = together[module].choose()
+                row = replace(row, choice=choice if rows is not None else None, reason=str(choice))
+            table.append(row)
         elif kind_of(module) is not None:
             table.append(_plain(path, module, decisions.get(module), config, rows, module in read))
         elif _holds_a_matrix(module):

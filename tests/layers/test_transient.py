@@ -25,6 +25,7 @@ from fastlora import (
 )
 from fastlora.layers import transient
 from fastlora.layers.quantised import reader
+from fastlora.layers.several import SeveralAdapters
 from fastlora.ops.dropout import keep_mask, keep_scale
 from tests.support.models import Tokens
 from tests.support.tolerance import assert_close
@@ -625,3 +626,34 @@ def test_frozen_bytes_are_those_that_are_stored():
     for make, size in stored.items():
         found = estimate(nn.Sequential(make()), 1, ["0"]).frozen_bytes
         assert found == size + 4 * N
+
+
+@EACH
+@pytest.mark.parametrize("training", [True, False])
+def test_several_adapters_share_a_quantised_layer(make, training):
+    base = make()
+    torch.manual_seed(1)
+    wrappers = {"a": adapted(base), "b": LoRALinear(base, 2, 1.0)}
+    nn.init.normal_(wrappers["b"].lora_B, std=0.3)
+    (x, dy), samples = inputs(rows=(3, 15)), ("b", None, "a")
+    layer = SeveralAdapters("layer", wrappers).train(training)
+    layer.route(samples)
+    leaves = [la.lora_A for la in wrappers.values()] + [la.lora_B for la in wrappers.values()]
+    found = []
+    for mixed in (True, False):
+        whole = x.clone().requires_grad_()
+        apart = (
+            (wrappers[name] if name else base)(whole[at : at + 1])
+            for at, name in enumerate(samples)
+        )
+        y = layer(whole) if mixed else torch.cat(list(apart))
+        found.append([y, *torch.autograd.grad(y, [whole, *leaves], dy.to(y.dtype))])
+    for got, want in zip(*found, strict=True):
+        assert_close(got.to(want.dtype), want, want.double())
+    if training:
+        layer.route(None)
+        weight = wrappers["a"].wrapped_weight().float()
+        for la in wrappers.values():
+            weight = weight + la.delta(torch.float32)
+        same, exact = x @ weight.T + base.bias, x.double() @ weight.double().T + base.bias
+        assert_close(layer(x), same, exact)

@@ -28,8 +28,8 @@ from fastlora import (
     set_adapter,
     use_adapter,
 )
+from fastlora.model.activate import match_base
 from fastlora.model.adapter_registry import copy_active
-from fastlora.model.adapters import _match_base
 from tests.support.models import Decoder, randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
 
@@ -328,7 +328,7 @@ def test_a_wrapper_follows_its_base_layer_to_another_device():
     layer = LoRALinear(nn.Linear(4, 3), 2)
     layer(torch.randn(2, 4)).sum().backward()
     layer.original_linear.to("meta")  # available on every machine
-    _match_base(layer)
+    match_base(layer)
     assert all(p.is_meta and p.grad.is_meta for p in (layer.lora_A, layer.lora_B))
 
 

@@ -346,3 +346,10 @@ def test_the_callback_with_a_plain_module_and_without_adapters(tmp_path):
     trainer = trainer_for(base_model(), tmp_path / "none", [fastlora.FastLoRACallback()])
     with pytest.raises(ConfigError, match="FastLoRACallback: model: has no adapters of fastlora"):
         trainer.train()
+    several = base_model()
+    for name in ("a", "b"):
+        fastlora.add_adapter(several, name, ["q_proj"])
+    fastlora.set_adapter(several, ["a", "b"])
+    trainer = trainer_for(several, tmp_path / "several", [fastlora.FastLoRACallback()])
+    with pytest.raises(ConfigError, match="FastLoRACallback: model: has several active adapters"):
+        trainer.train()
