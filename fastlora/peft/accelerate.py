@@ -42,9 +42,9 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
     """Use fastlora's forward in every `peft.tuners.lora.Linear` of the model, in place.
 
     Only the class of a layer changes, to a subclass: parameters, state-dict keys, optimizers, `isinstance`, saving, merging
-    and switching of adapters do not. A layer uses PEFT's forward while it is merged or disabled, has several active
-    adapters, DoRA or another variant, a LoRA bias, `adapter_names`, hooks, or a base that is not a plain `nn.Linear`; the
-    report has the reason in the current state of each layer. A second call changes only layers that PEFT has added since.
+    and switching of adapters do not. Several active adapters, and `adapter_names`, which gives each sample its own in eval mode, take
+    the fused path too. A layer uses PEFT's forward while it is merged or disabled, has DoRA or another variant, a LoRA bias,
+    hooks, or a base that is not a plain `nn.Linear`; the report has the reason in the current state of each layer. A second call changes only layers that PEFT has added since.
     A layer whose weight other code reads instead of calling it is not reported as fast: the weight is the base's in PEFT. Those in
     `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` are known, others from the calls since the first `accelerate`.
 
@@ -55,7 +55,7 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
     layers = _lora_layers(peft_model)
     from peft.tuners.lora import Linear
 
-    from fastlora.peft.layer import FastLinear, why_slow
+    from fastlora.peft.layer import FastLinear, active_adapters, why_slow
 
     read_by = _read_by_parent(peft_model)
     any_called = any(isinstance(layer, FastLinear) and layer.forward_called for _, layer in layers)
@@ -65,15 +65,18 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
             layer.__class__ = FastLinear
             changed += 1
         if isinstance(layer, FastLinear):
-            reason = read_by.get(layer) or why_slow(layer)
+            names = active_adapters(layer)
+            reason = read_by.get(layer) or why_slow(layer, names)
             if reason is None and any_called and not layer.forward_called:
                 reason = (
                     "its forward has not been called, while that of others has; if other code multiplies by its weight, "
                     "the base's, the adapter has no effect"
                 )
         else:
+            names = []
             reason = f"is a lora.{type(layer).__name__}; only lora.Linear itself is supported"
-        report.append(LayerPath(path, reason is None, reason or "one adapter on a plain nn.Linear"))
+        count = "one adapter" if len(names) == 1 else f"the sum of {len(names)} adapters"
+        report.append(LayerPath(path, reason is None, reason or f"{count} on a plain nn.Linear"))
     return AccelerationReport(tuple(report), changed)
 
 

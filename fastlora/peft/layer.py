@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from fastlora.layers.plain import computes_linear, has_hooks, is_transposed_linear
-from fastlora.ops.linear import lora_linear
+from fastlora.ops.linear import lora_linear, low_rank
+from fastlora.ops.mixed import Segment, lora_linear_mixed, neighbours
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,26 +30,36 @@ class FastLinear(Linear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.compiler.is_compiling():
             self.__dict__["forward_called"] = True  # a tenth of the time of setattr
-        if args or kwargs or why_slow(self) is not None or not _fits(x, self.base_layer.weight):
+        samples = kwargs.get("adapter_names")
+        own = args or (kwargs and (samples is None or len(kwargs) > 1 or x.ndim < 2))
+        names = active_adapters(self) if samples is None else adapters_of(self, samples)
+        if own or why_slow(self, names) is not None or not _fits(x, self.base_layer.weight):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        (name,) = active_adapters(self)
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if self.fan_in_fan_out:
+            weight = weight.T  # transformers' Conv1D stores (K, N)
+        if len(names) == 1 and samples is None:
+            return lora_linear(x, weight, bias, *self._path(names[0], x))
+        self._check_forward_args(x, **kwargs)
+        lows = [low_rank(*self._path(name, x)) for name in names]
+        rows = x.shape[:-1].numel()
+        if samples is None:
+            segments = [Segment(0, rows, place) for place in range(len(names))]
+        else:
+            rows //= len(samples)
+            runs = neighbours(samples, names)
+            segments = [Segment(first * rows, end * rows, place) for first, end, place in runs]
+        return lora_linear_mixed(x, weight, bias, lows, segments)
+
+    def _path(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
+        """(A, B, scaling, p, seed) of the adapter in a call with x."""
         dropout = self.lora_dropout[name]
         p, seed = 0.0, None
         if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0:
             p = dropout.p
             seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
-        weight = self.base_layer.weight
-        return lora_linear(
-            x,
-            weight.T if self.fan_in_fan_out else weight,  # transformers' Conv1D stores (K, N)
-            self.base_layer.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-            p,
-            seed,
-        )
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], p, seed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -62,25 +74,35 @@ def active_adapters(layer: Linear) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def why_slow(layer: Linear) -> str | None:
-    """Why the layer in its current state needs PEFT's forward, or None if the fused forward computes the same."""
+def adapters_of(layer: Linear, samples: Sequence[str]) -> list[str]:
+    """The adapters in PEFT's `adapter_names` that this layer has."""
+    return [name for name in dict.fromkeys(samples) if name in layer.lora_A]
+
+
+def why_slow(layer: Linear, names: Sequence[str]) -> str | None:
+    """Why the layer in its current state needs PEFT's forward with these adapters, or None if the fused forward computes the same."""
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (as hooks of the package accelerate do)"
     if layer.disable_adapters:
         return "the adapters are disabled"
     if layer.merged:
         return f"{', '.join(layer.merged_adapters)} is merged into the base weight"
-    names = active_adapters(layer)
-    if len(names) != 1:
-        return f"{len(names)} adapters are active; the fused forward needs exactly one"
-    (name,) = names
+    if not names:
+        return "no adapter is active"
+    reason = _why_not_linear("the base layer", layer.base_layer, layer.fan_in_fan_out)
+    for name in names:
+        reason = reason or _why_not_plain(layer, name)
+    return reason
+
+
+def _why_not_plain(layer: Linear, name: str) -> str | None:
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__} is not plain LoRA"
-    if layer.lora_B[name].bias is not None:
+    lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+    if lora_b.bias is not None:
         return "lora_bias=True"
-    reason = _why_not_linear("the base layer", layer.base_layer, layer.fan_in_fan_out)
-    reason = reason or _why_not_linear("lora_A", layer.lora_A[name])
-    return reason or _why_not_linear("lora_B", layer.lora_B[name]) or _why_dropout(layer, name)
+    reason = _why_not_linear("lora_A", lora_a) or _why_not_linear("lora_B", lora_b)
+    return reason or _why_dropout(layer, name)
 
 
 def _why_not_linear(label: str, module: nn.Module, transposed: bool = False) -> str | None:
