@@ -11,6 +11,7 @@ NAMES = (
     "cases",
     "gpu_tables",
     "implementations",
+    "mixed_batch",
     "model_step",
     "model_tables",
     "overhead",
