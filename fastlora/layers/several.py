@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import BackendError, ConfigError
+from fastlora.errors import ConfigError
 from fastlora.layers.base import ADAPTER_TENSORS, LoRALayer, wrapped_attribute
 from fastlora.layers.conv import LoRAConv
 from fastlora.layers.deferred import can_defer, defer
@@ -22,7 +22,13 @@ from fastlora.layers.transient import note_compute_dtype, transient
 from fastlora.layers.usage import note_compiled_call, note_compiled_read
 from fastlora.ops.dispatch import Choice, resolve
 from fastlora.ops.linear import low_rank, no_autocast
-from fastlora.ops.mixed import Segment, lora_linear_mixed, lora_update_mixed, neighbours
+from fastlora.ops.mixed import (
+    Segment,
+    lora_linear_mixed,
+    lora_update_mixed,
+    neighbours,
+    why_not_kernels,
+)
 from fastlora.ops.reference import LowRank
 
 Samples = tuple["str | None", ...]
@@ -146,10 +152,25 @@ class SeveralAdapters(nn.Module):
 
     def choose(self) -> Choice:
         """How a call runs, whatever its input, and why."""
-        first = self.layers[0]
+        first, backend = self.layers[0], self._backend()
         fast = isinstance(first, LoRALinear) and first._is_plain() and not self._has_dora()
-        what = "for one sample each" if self.samples is not None else "summed"
-        reason = f"{len(self.names)} adapters, {what}, on one base product; there is no kernel yet"
+        if self.samples is None:
+            reason = f"{len(self.names)} adapters, summed, on one base product; there is no kernel for the sum"
+        elif not fast:
+            reason = f"{len(self.names)} adapters, for one sample each, on the layer's output"
+        else:
+            reason = f"{len(self.names)} adapters, for one sample each, on one base product"
+            weight, ranks = (
+                attribute(first.wrapped, "weight"),
+                [layer.rank for layer in self.layers],
+            )
+            forced = backend == "triton"
+            why: str | None = "backend='torch' was requested"
+            if backend != "torch":
+                why = why_not_kernels(weight.device.type, weight.dtype, ranks, forced)
+            if why is None:
+                return Choice("triton", "operator", reason)
+            reason += f"; {why}"
         return Choice("torch", "in_place" if fast else "wrapped", reason)
 
     def extra_repr(self) -> str:
@@ -192,14 +213,18 @@ class SeveralAdapters(nn.Module):
     def _plain(self, x: Tensor) -> Tensor:
         linear = self.wrapped
         weight = self.layers[0]._as_weight_layout(attribute(linear, "weight"))
-        return lora_linear_mixed(x, weight, attribute(linear, "bias"), *self._paths(x))
+        bias, backend = attribute(linear, "bias"), self._backend()
+        return lora_linear_mixed(x, weight, bias, *self._paths(x), backend=backend)
 
     def _with_dequantised(self, x: Tensor) -> Tensor:
         note_compute_dtype(self.wrapped, x)
         call = transient(self.wrapped, x)
         bias = None if call.bias_after else call.bias
         lows, segments = self._paths(x)
-        y = lora_linear_mixed(call.x, call.weight(), bias, lows, segments, recompute=call.weight)
+        y = lora_linear_mixed(
+            call.x, call.weight(), bias, lows, segments,
+            backend=self._backend(), recompute=call.weight,
+        )  # fmt: skip
         return (y + call.bias if call.bias_after and call.bias is not None else y).to(call.dtype)
 
     def _updated(self, y: Tensor, x: Tensor) -> Tensor:
@@ -208,7 +233,7 @@ class SeveralAdapters(nn.Module):
             return on_rows(self._updated, y, x)
         x = x.to(y.device)  # accelerate's hooks may move the base layer's input
         if isinstance(self.layers[0], LoRALinear) and not self._has_dora():
-            return lora_update_mixed(y, x, *self._paths(x))
+            return lora_update_mixed(y, x, *self._paths(x), backend=self._backend())
         if self.samples is not None:
             return self._sample_by_sample(y, x)
         total = y
@@ -243,10 +268,6 @@ class SeveralAdapters(nn.Module):
         Samples share one seed, because their rows differ; adapters that are summed have one each.
         """
         layers = self.layers
-        if "triton" in {resolve(backend) for backend in {layer.backend for layer in layers}}:
-            raise BackendError(
-                f"backend='triton' cannot run: {self.path or 'the layer'} has several adapters at once, for which there is no kernel yet"
-            )
         lows: list[LowRank] = []
         index_of: dict[int, int] = {}
         seed: Tensor | None = None
@@ -266,6 +287,11 @@ class SeveralAdapters(nn.Module):
         rows //= len(self.samples)
         runs = [run for run in self.runs if run[2] in index_of]
         return lows, [Segment(a * rows, b * rows, index_of[i]) for a, b, i in runs]
+
+    def _backend(self) -> str:
+        """ "triton" if it is forced for any adapter, "torch" if it is for all, else "auto"."""
+        wanted = {resolve(layer.backend) for layer in self._enabled()}
+        return "triton" if "triton" in wanted else "torch" if wanted == {"torch"} else "auto"
 
     def _refuse_weight(self) -> NoReturn:
         raise ConfigError(

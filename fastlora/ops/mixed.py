@@ -8,16 +8,18 @@ S of each segment and the seeds. The dropout mask of an element depends on its r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora.errors import ConfigError
+from fastlora.errors import BackendError, ConfigError
 from fastlora.ops import linear
-from fastlora.ops.dispatch import transformed
+from fastlora.ops.dispatch import resolve, transformed, why_not_triton
 from fastlora.ops.dropout import keep_mask
+from fastlora.ops.products import output_without_adapters, without_adapters
 from fastlora.ops.reference import LowRank, apply_dropout
 
 # Up to so many rows in each segment, products of stacked copies of the factors take no more time than a loop (measured on a CPU up to
@@ -59,14 +61,16 @@ def lora_linear_mixed(
     lows: Sequence[LowRank],
     segments: Sequence[Segment],
     *,
+    backend: str = "auto",
     recompute: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """y = x Wᵀ + bias, and in the rows of each segment + scaling · (dropout(x) Aᵀ) Bᵀ of its adapter; differentiable in every tensor.
 
     x: (..., K); its leading dimensions are flattened to the M rows that segments count. weight, bias, recompute: as in `lora_linear`.
-    lows: the adapters, of any rank; one or more. Autocast as in `lora_linear`. Returns y (..., N) in x's dtype, newly allocated.
+    lows: the adapters, of any rank; one or more. Where kernels run, those with dropout share a seed. backend, autocast: as in `lora_linear`.
+    Returns y (..., N) in x's dtype, newly allocated.
 
-    Raises: ConfigError if shapes, dtypes or devices do not fit.
+    Raises: ConfigError if shapes, dtypes or devices do not fit; BackendError if `backend` cannot run.
     """
     if linear.autocasts(x):
         x, weight = linear.autocast(x), linear.autocast(weight)
@@ -77,26 +81,70 @@ def lora_linear_mixed(
         _check(low, n, k, x.device)
     if recompute is not None and weight.requires_grad:
         raise ConfigError("weight: expected no requires_grad, since recompute is given")
-    lows = _in_dtype(lows, x.dtype)
-    if transformed():
-        return _composed(x, weight, bias, None, lows, segments)
-    return _call(x, weight, bias, None, lows, segments, recompute)
+    return _call(x, weight, bias, None, lows, segments, recompute, backend)
 
 
 def lora_update_mixed(
-    y: Tensor, x: Tensor, lows: Sequence[LowRank], segments: Sequence[Segment]
+    y: Tensor,
+    x: Tensor,
+    lows: Sequence[LowRank],
+    segments: Sequence[Segment],
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """`lora_linear_mixed` for a base output y (..., N) that another module computed. x is cast to y's dtype.
 
-    Raises: ConfigError if shapes or devices do not fit, or y is not floating-point.
+    Raises: ConfigError if shapes or devices do not fit, or y is not floating-point; BackendError if `backend` cannot run.
     """
     for low in lows:
         linear.check_update(y, x, low.a, low.b)
     with linear.no_autocast(y):  # the result keeps y's dtype, which the wrapped layer chose
-        x, lows = x.to(y.dtype), _in_dtype(lows, y.dtype)
-        if transformed():
-            return _composed(x, None, None, y, lows, segments)
-        return _call(x, None, None, y, lows, segments, None)
+        return _call(x.to(y.dtype), None, None, y, lows, segments, None, backend)
+
+
+def why_not_kernels(
+    device: str, dtype: torch.dtype, ranks: Sequence[int], forced: bool
+) -> str | None:
+    """Why adapters of these ranks, each for its own rows, run on torch's operations; None if kernels run them. forced: as in `why_not_triton`."""
+    reason = why_not_triton(device, dtype, max(ranks), forced=forced)
+    if reason is not None:
+        return reason.reason
+    highest = _triton_mixed().HIGHEST_RANK
+    if max(ranks) > highest:
+        return f"rank {max(ranks)} is above {highest}, the highest that kernels for several adapters support"
+    return None
+
+
+def _by_kernels(
+    x: Tensor, lows: Sequence[LowRank], segments: Sequence[Segment], backend: str
+) -> bool:
+    """Whether the call runs kernels. Raises: BackendError if they are forced and cannot."""
+    wanted = resolve(backend)
+    if wanted == "torch":
+        return False
+    forced, reason = wanted == "triton", None
+    ascending = all(one.stop <= other.start for one, other in pairwise(segments))
+    if not ascending or not segments or x.numel() == 0:
+        reason = "there is no kernel for the sum of several adapters, nor for no rows"
+    elif len({id(low.seed) for low in lows if low.seed is not None}) > 1:
+        reason = "the adapters have seeds of their own"
+    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        reason = (
+            "a compiler or a dispatch mode handles several adapters at once as torch's operations"
+        )
+    else:
+        ranks = [low.rank() for low in lows]
+        reason = why_not_kernels(x.device.type, x.dtype, ranks, forced)
+    if reason is not None and forced:
+        raise BackendError(f"backend='triton' cannot run: {reason}")
+    return reason is None
+
+
+def _triton_mixed() -> Any:
+    """The module that launches kernels; Triton is imported at the first call."""
+    from fastlora.ops import triton_mixed
+
+    return triton_mixed
 
 
 def _check(low: LowRank, n: int, k: int, device: torch.device) -> None:
@@ -119,11 +167,17 @@ def _call(
     lows: Sequence[LowRank],
     segments: Sequence[Segment],
     recompute: Callable[[], Tensor] | None,
+    backend: str,
 ) -> Tensor:
+    if transformed():
+        return _composed(x, weight, bias, base, _in_dtype(lows, x.dtype), segments)
+    triton = _by_kernels(x, lows, segments, backend)
+    if not triton or len({tensor.dtype for low in lows for tensor in (low.a, low.b)}) > 1:
+        lows = _in_dtype(lows, x.dtype)  # kernels cast as they load, if all have one dtype
     if not torch.is_grad_enabled():
-        if _alike(lows, segments):
+        if not triton and _alike(lows, segments):
             return _batched(x, weight, bias, base, lows, segments)
-        return _forward(x, weight, bias, base, lows, segments)[0]
+        return _forward(x, weight, bias, base, lows, segments, triton)[0]
     factors = [tensor for low in lows for tensor in (low.a, low.b)]
     seeds: list[Tensor] = []  # each once, because Dynamo supports no tensor that is passed twice
     constants: list[Constants] = []
@@ -136,7 +190,16 @@ def _call(
         constants.append((low.scaling, low.p, len(seeds) - 1))
     apply: Callable[..., Any] = _Mixed.apply if torch.compiler.is_compiling() else _APPLY
     y: Tensor = apply(
-        x, weight, bias, base, recompute, tuple(constants), tuple(segments), *factors, *seeds
+        x,
+        weight,
+        bias,
+        base,
+        recompute,
+        triton,
+        tuple(constants),
+        tuple(segments),
+        *factors,
+        *seeds,
     )
     return y
 
@@ -152,13 +215,15 @@ class _Mixed(torch.autograd.Function):
         bias: Tensor | None,
         base: Tensor | None,
         recompute: Callable[[], Tensor] | None,
+        triton: bool,
         constants: tuple[Constants, ...],
         segments: tuple[Segment, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
-        y, s = _forward(x, weight, bias, base, _lows(tensors, constants), segments)
+        y, s = _forward(x, weight, bias, base, _lows(tensors, constants), segments, triton)
         ctx.save_for_backward(x, weight if recompute is None else None, *s, *tensors)
-        ctx.recompute, ctx.constants, ctx.segments = recompute, constants, segments
+        ctx.recompute, ctx.triton, ctx.saved = recompute, triton, len(s)
+        ctx.constants, ctx.segments = constants, segments
         return y
 
     @staticmethod
@@ -169,30 +234,36 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> linear.Gradients:
         x, weight, *rest = ctx.saved_tensors
-        s, tensors = rest[: len(ctx.segments)], rest[len(ctx.segments) :]
+        s, tensors = rest[: ctx.saved], rest[ctx.saved :]
         needs_x, needs_w, needs_bias, needs_base = ctx.needs_input_grad[:4]
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         if ctx.recompute is not None:
             weight = linear.weight_again(ctx.recompute, x, tensors[1], needs_x)
         if torch.is_grad_enabled():
 
             def output(x: Tensor, weight: Tensor | None, *tensors: Tensor) -> list[Tensor]:
                 lows = _lows(tensors, ctx.constants)
-                return [_composed(x, weight, None, None, lows, ctx.segments)]
+                lows = _in_dtype(lows, x.dtype)
+                return [_composed(x, weight, None, None, lows, ctx.segments, ctx.triton)]
 
             inputs, wanted = (x, weight, *tensors), (needs_x, needs_w, *needs)
             dx, dweight, *found = linear.exact_gradients(output, inputs, wanted, [dy])
         else:
             flat, rows = linear.as_rows(x), linear.gradient_rows(dy)
-            dx = None
-            if needs_x:  # [M, N] @ [N, K] -> [M, K]
-                dx = torch.zeros_like(flat) if weight is None else rows @ weight
             lows = _lows(tensors, ctx.constants)
-            found = _backward(rows, flat, dx, lows, ctx.segments, s, needs)
+            if ctx.triton:
+                factors = needs[: 2 * len(lows)]
+                dx, found = _triton_mixed().mixed_backward(
+                    rows, flat, weight, *s, lows, ctx.segments, needs_x, factors
+                )
+                found += [None] * (len(needs) - len(factors))  # of the seeds
+            else:
+                dx = without_adapters(flat, rows, weight) if needs_x else None
+                found = _backward(rows, flat, dx, lows, ctx.segments, s, needs)
             dx = None if dx is None else linear.shaped_as(x, dx)
             dweight = rows.T @ flat if needs_w else None  # [N, M] @ [M, K] -> [N, K]
         dbias = linear.as_rows(dy).sum(0) if needs_bias else None
-        return dx, dweight, dbias, dy if needs_base else None, None, None, None, *found
+        return dx, dweight, dbias, dy if needs_base else None, None, None, None, None, *found
 
 
 # As in `fastlora.ops.linear`: `transformed` excludes functorch's transforms.
@@ -216,11 +287,15 @@ def _forward(
     base: Tensor | None,
     lows: Sequence[LowRank],
     segments: Sequence[Segment],
+    triton: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y (..., N) and the S of each segment (rows, R), which includes no factor."""
+    """y (..., N) and the S of each segment (rows, R), which includes no factor; with kernels one S of all rows."""
     flat = linear.as_rows(x)  # [M, K]
-    y = _base_output(flat, weight, bias, base)
-    # Kernels for rows in segments (`fastlora.ops.grouped_kernels`) belong here, for x on CUDA where Triton is the backend.
+    rows = None if base is None else linear.as_rows(base)
+    if triton:
+        y, s = _triton_mixed().mixed_forward(flat, weight, bias, rows, lows, segments)
+        return linear.shaped_as(x, y), [s]
+    y = output_without_adapters(flat, weight, bias, rows)
     found = []
     for segment in segments:
         low = lows[segment.adapter]
@@ -228,16 +303,6 @@ def _forward(
         _rows(y, segment).addmm_(s, low.b.T, alpha=low.scale())  # [rows, R] @ [R, N]
         found.append(s)
     return linear.shaped_as(x, y), found
-
-
-def _base_output(
-    flat: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None
-) -> Tensor:
-    """The output without adapters, (M, N), to be added to."""
-    if base is not None:
-        return linear.as_rows(base).clone()
-    assert weight is not None
-    return F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
 
 
 def _alike(lows: Sequence[LowRank], segments: Sequence[Segment]) -> bool:
@@ -268,7 +333,7 @@ def _batched(
 ) -> Tensor:
     """`_forward` of segments that are `_alike`: as many products of torch for all of them as for one, each row still by its own adapter."""
     flat, (start, stop, _) = linear.as_rows(x), segments[0]
-    y = _base_output(flat, weight, bias, base)
+    y = output_without_adapters(flat, weight, bias, None if base is None else linear.as_rows(base))
     shape, end = (len(segments), stop - start), segments[-1].stop
     a = torch.stack([lows[segment.adapter].a for segment in segments])  # (G, R, K)
     b = torch.stack([lows[segment.adapter].b for segment in segments])  # (G, N, R)
@@ -290,7 +355,6 @@ def _backward(
 
     dy: (M, N). x: (M, K). needs: of A and B of each adapter, and of the seeds.
     """
-    # The backward kernels belong here, under the same condition as in `_forward`.
     found: list[Tensor | None] = [None] * len(needs)
     for segment, s_rows in zip(segments, s, strict=True):
         low, at = lows[segment.adapter], 2 * segment.adapter
@@ -323,8 +387,9 @@ def _composed(
     base: Tensor | None,
     lows: Sequence[LowRank],
     segments: Sequence[Segment],
+    triton: bool = False,
 ) -> Tensor:
-    """The output as torch operations, for autograd and functorch; only the updates if weight and base are None."""
+    """The output as torch operations, for autograd and functorch; only the updates if weight and base are None. triton: as in `keep_mask`."""
     flat = linear.as_rows(x)
     if weight is not None:
         y = F.linear(flat, weight, bias)
@@ -334,7 +399,7 @@ def _composed(
         y = flat.new_zeros(flat.shape[0], lows[0].b.shape[0])
     for segment in segments:
         low, rows = lows[segment.adapter], _rows(flat, segment)
-        keep = keep_mask(rows, low.p, low.seed, first_row=segment.start)
+        keep = keep_mask(rows, low.p, low.seed, triton, segment.start)
         s = apply_dropout(rows, low, keep) @ low.a.T  # [rows, K] @ [K, R] -> [rows, R]
         update = low.scaling * (s @ low.b.T)  # [rows, R] @ [R, N] -> [rows, N]
         y = y + F.pad(update, (0, 0, segment.start, flat.shape[0] - segment.stop))

@@ -114,7 +114,7 @@ def test_a_contestant_that_fails_does_not_end_the_run(bench, step, monkeypatch):
     assert status == 0 and absent["kind"] == "OutOfMemoryError"
     assert absent["reason"].count("\n") == 4
     table = bench.model_tables.model_table([record])  # without PEFT there is no ratio
-    assert "| llama-tiny | fastlora | " in table and " s | – | " in table
+    assert "| llama-tiny | fastlora | " in table and " ms | – | " in table
 
 
 def test_no_part_is_started_without_time_left(step, capsys):

@@ -654,11 +654,11 @@ def test_modes_follow_the_base_layers():
         assert all(module.training for module in model.modules())
 
 
-def test_the_kernels_cannot_be_forced():
+def test_the_kernels_cannot_be_forced_for_a_sum():
     model = net(torch.float32, backend="triton")
     with (
-        use_adapters(model, NAMES),
-        pytest.raises(BackendError, match="up has several adapters at once, for which there is no"),
+        use_adapter(model, ["a", "c"]),
+        pytest.raises(BackendError, match="there is no kernel for the sum of several adapters"),
     ):
         model.up(torch.randn(6, 16))
 
@@ -668,7 +668,8 @@ def test_reports_describe_several_adapters():
     with use_adapters(model, NAMES):
         rows = {row.path: row for row in fastlora.explain(model, rows=6).rows}
         assert rows["up.adapter_a"].reason == (
-            "torch/in_place: 2 adapters, for one sample each, on one base product; there is no kernel yet"
+            "torch/in_place: 2 adapters, for one sample each, on one base product; "
+            "torch runs this on the CPU; Triton kernels are for CUDA"
         )
         assert rows["up.adapter_c"].rank == 2 and rows["conv.adapter_c"].choice.plan == "wrapped"
         report = fastlora.check(model, IDS)

@@ -109,7 +109,7 @@ def test_a_folder_from_torchtune(tmp_path):
 
 def test_the_readmes_block_about_peft(tmp_path, monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text()
-    (code,) = blocks(readme[readme.index("**You use PEFT") : readme.index("So leaving")])
+    (code,) = blocks(readme[readme.index("**You use PEFT") : readme.index("**You want to leave?")])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"torch": torch, "fastlora": fastlora})
     assert "1 of 1 LoRA layers use the fused path" in capsys.readouterr().out
