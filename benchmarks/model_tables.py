@@ -46,6 +46,34 @@ def model_table(records: list[Record]) -> str:
     return "\n\n".join(map(_model_table, records)) or NOT_MEASURED
 
 
+def mixed_table(records: list[Record]) -> str:
+    """For each record, the batches whose samples have different adapters: milliseconds, and how many times as long PEFT takes."""
+    return "\n\n".join(map(_mixed_table, records)) or NOT_MEASURED
+
+
+def _mixed_table(record: Record) -> str:
+    facts, settings = record["environment"], record["settings"]
+    cells: dict[tuple[int, int, str], dict[str, float]] = {}
+    for row in record["results"]:
+        case = row["samples"], row["length"], row["order"]
+        cells.setdefault(case, {})[row["backend"]] = row["ms_p50"]
+    lines = [
+        "| samples × tokens, order | without adapters | fastlora | PEFT + `accelerate` | PEFT | PEFT / fastlora | PEFT / `accelerate` |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (samples, length, order), ms in cells.items():
+        times = [f"{ms[name]:.1f} ms" for name in ("base", "fastlora", "peft-accelerated", "peft")]
+        times += [f"{ms['peft'] / ms[name]:.2f}×" for name in ("fastlora", "peft-accelerated")]
+        which = "in runs" if order == "runs" else order
+        lines.append(f"| {samples} × {length}, {which} | {' | '.join(times)} |")
+    size = settings["size"]
+    lines.append(
+        f"\nA Llama of hidden size {size['hidden']} with {size['layers']} blocks and {settings['adapters']} adapters of rank {settings['rank']} on all linear layers, eval mode, "
+        f"no gradients. {_where(record)}, torch {facts['torch']}, PEFT {facts['peft']}, medians of {facts['reps']} interleaved calls (`{facts['command']}`, `benchmarks/results/mixed-batch-{facts['device']}.json`)."
+    )
+    return "\n".join(lines)
+
+
 def _step_table(record: Record) -> str:
     rows, on_gpu = _rows(record), record["environment"]["device"] == "cuda"
     names = [name for name in SHORT if any(backend == name for _, backend in rows)]

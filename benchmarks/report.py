@@ -15,7 +15,7 @@ from typing import Any
 
 import plots
 from gpu_tables import calls_table, case_tables, speed_table, targets_table
-from model_tables import model_table, step_table
+from model_tables import mixed_table, model_table, step_table
 
 from fastlora.benchmark.cases import readable
 
@@ -245,6 +245,7 @@ def tables() -> dict[Path, dict[str, str]]:
     """The tables of all records, by file and marker."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     overhead = [record for record in records if record.get("kind") == "overhead"]
+    mixed = [record for record in records if record.get("kind") == "mixed_batch"]
     # The compile gate's records have no table.
     records = [record for record in records if not {"kernels", "kind"} & record.keys()]
     kinds: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [], "medical": [], "step": []}
@@ -263,6 +264,7 @@ def tables() -> dict[Path, dict[str, str]]:
             "calls": calls_table([json.loads(p.read_text()) for p in RESULTS.glob("*/calls.json")]),
             "cpu": cpu_table(*kinds["cpu"]),
             "models": model_table(kinds["step"]),
+            "mixed": mixed_table(mixed),
             "scaling": scaling_table(scaling_records()),
             "overhead": overhead_table(overhead),
             "gpu": case_tables(kinds["cuda"]),

@@ -88,3 +88,15 @@ def test_an_unknown_contestant_is_named(bench, capsys):
     with pytest.raises(SystemExit):
         bench.mixed_batch.main(["--implementations=fastlora,nothing"])
     assert "got nothing" in capsys.readouterr().err
+
+
+def test_the_table_says_how_many_times_as_long_peft_takes(bench):
+    assert bench.model_tables.mixed_table([]) == "No record: not measured."
+    record = json.loads((bench.report.RESULTS / "mixed-batch-cpu.json").read_text())
+    ms = {"base": 1.0, "fastlora": 2.0, "peft-accelerated": 2.5, "peft": 5.0}
+    record["results"] = [
+        {"samples": 8, "length": 1, "order": "runs", "backend": name, "ms_p50": value}
+        for name, value in ms.items()
+    ]
+    line = bench.model_tables.mixed_table([record]).splitlines()[2]
+    assert line == ("| 8 × 1, in runs | 1.0 ms | 2.0 ms | 2.5 ms | 5.0 ms | 2.50× | 2.00× |")
