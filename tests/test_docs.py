@@ -145,10 +145,11 @@ def test_every_integration_is_tested():
         "",
         "TRL",
         "Hugging Face Trainer",
-        "accelerate",
+        "Hugging Face Accelerate",
         "DPO without TRL",
         "Lightning",
         "timm",
+        "diffusers",
     ]
     assert list(INTEGRATIONS) == tested
 
@@ -201,6 +202,25 @@ def test_timm(tmp_path, monkeypatch):
     assert torch.equal(fresh.eval()(images), model.eval()(images))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of diffusers
+def test_diffusers(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    names = run(INTEGRATIONS[""], tmp_path, monkeypatch)
+    run(INTEGRATIONS["diffusers"], tmp_path, monkeypatch, names)
+    model, losses = names["model"].eval(), names["losses"]
+    assert losses[-1] < losses[0]
+    fresh = type(model).from_config(model.config)
+    fresh.load_state_dict(fastlora.base_state_dict(model))
+    inputs = names["noisy"], 10, names["prompt"]
+    with torch.no_grad():
+        trained, base = model(*inputs).sample, fresh.eval()(*inputs).sample
+        target = "pytorch_lora_weights.safetensors"
+        fresh.load_lora_adapter(target, prefix=None, use_safetensors=True)
+        torch.testing.assert_close(fresh(*inputs).sample, trained)
+        assert not torch.equal(base, trained)
+
+
 @pytest.mark.filterwarnings("ignore")  # of transformers and torch under the trainer
 def test_the_hugging_face_trainer(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -229,7 +249,7 @@ def reload_adapter(names):
 
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate(tmp_path, monkeypatch):
-    reload_adapter(train("accelerate", tmp_path, monkeypatch))
+    reload_adapter(train("Hugging Face Accelerate", tmp_path, monkeypatch))
 
 
 def test_dpo(tmp_path, monkeypatch):
