@@ -78,7 +78,7 @@ class Groups:
         self.offsets = bounds.int().to(device)
         self.inside = torch.arange(m, device=device)
         self.inside = (self.inside >= bounds[0].item()) & (self.inside < bounds[-1].item())
-        self.mask: dict[str, Tensor] = {}
+        self.mask: dict[str, Any] = {}
         if case.p:
             thresholds = torch.tensor([dropout_threshold(p) for p in self.ps], device=device)
             self.mask = {"seed": torch.tensor(SEED, device=device), "thresholds": thresholds}

@@ -163,7 +163,7 @@ def axolotl(
 ) -> Tensor:
     """axolotl's layer: dropout is an operation before the function, which gets x and dropout(x)."""
     dropped = _dropout(x, p)[0] if p > 0 else None
-    y: Tensor = _Axolotl.apply(x, dropped, weight, bias, lora_a, lora_b, scaling)
+    y: Tensor = _Axolotl.apply(x, dropped, weight, bias, lora_a, lora_b, scaling)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -215,7 +215,8 @@ def _masked(tensor: Tensor, mask: Tensor | None, p: float, factor: float = 1.0) 
     """factor · mask ∘ tensor / (1 − p), in one pass; without a mask `tensor` itself."""
     if mask is None:
         return tensor
-    return torch.ops.aten.native_dropout_backward(tensor, mask, factor / (1 - p))
+    masked: Tensor = torch.ops.aten.native_dropout_backward(tensor, mask, factor / (1 - p))
+    return masked
 
 
 def _base_and_update(

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from step_models import LLAMA_LAYERS, llama
@@ -116,7 +116,8 @@ def peft_model(base: nn.Module) -> nn.Module:
 def fastlora_model(base: nn.Module, theirs: nn.Module) -> nn.Module:
     """`base` with all adapters as fastlora's, with the values of PEFT's."""
     model = shared_copy(base)
-    layers = dict(theirs.base_model.model.named_modules())
+    peft_model: Any = theirs
+    layers = dict(peft_model.base_model.model.named_modules())
     dtype = next(base.parameters()).dtype
     for name in ADAPTERS:
         config = fastlora.LoRAConfig(
@@ -178,7 +179,10 @@ class MixedRun:
             self.calls: dict[str, Call] = {}
             for name, build in calls_of(base, theirs).items():
                 if name in names:
-                    self._keep(name, None, lambda n=name, b=build: self.calls.update({n: b()}))
+                    self._keep(name, None, partial(self._build, name, build))
+
+    def _build(self, name: str, build: Callable[[], Call]) -> None:
+        self.calls[name] = build()
 
     @torch.no_grad()
     def time(self, batch: Batch, reps: int) -> None:
@@ -194,7 +198,7 @@ class MixedRun:
                 error = relative_error(call(ids, names), plain if name == "base" else expected)
                 if not error <= allowed:
                     raise Wrong(f"the output is off by {error:.2g}, allowed {allowed:.2g}")
-                runs[name] = partial(call, ids, names)
+                runs[name] = cast(Round, partial(call, ids, names))
 
             self._keep(name, batch, keep)
         for name, samples in interleave(runs, reps, sampler(self.device)).items():
@@ -232,7 +236,8 @@ def _case(batch: Batch) -> dict[str, Any]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm()).item()
+    error: float = ((found.double() - expected).norm() / expected.norm()).item()
+    return error
 
 
 def main(argv: list[str] | None = None) -> int:

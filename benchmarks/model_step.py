@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def step_of(model: nn.Module, inputs: dict[str, Tensor]) -> Round:
     optimizer = torch.optim.AdamW(trained, 1e-5, capturable=on_gpu, fused=True if on_gpu else None)
 
     def step() -> None:
-        loss_of(model, inputs).backward()
+        loss_of(model, inputs).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -100,7 +101,7 @@ class ModelRun:
                 reason = "weights, gradients and AdamW state do not fit in memory together with the base model"
                 self._absent(contestant, NotApplicable(reason))
                 continue
-            self._keep(contestant, lambda c=contestant: self._prepare(c, check))
+            self._keep(contestant, partial(self._prepare, contestant, check))
 
     def _check(self) -> Callable[[nn.Module], None]:
         """A function that raises Wrong if a model's output is further from the float32 base model's than rounding explains.
@@ -158,11 +159,11 @@ class ModelRun:
         pool = torch.cuda.graph_pool_handle()
         graphs: dict[str, Round] = {}
         for contestant, step in self.steps.items():
-            self._keep(
-                contestant,
-                lambda c=contestant, s=step: graphs.__setitem__(c, capture(s, pool)),
-                "graph",
-            )
+
+            def keep(contestant: str = contestant, step: Round = step) -> None:
+                graphs[contestant] = capture(step, pool)
+
+            self._keep(contestant, keep, "graph")
         self._time(graphs, "graph", reps)
 
     def _time(self, runs: dict[str, Round], timing: str, reps: int) -> None:
@@ -192,7 +193,8 @@ class ModelRun:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected).norm() / expected.norm()).item()
+    error: float = ((found.float() - expected).norm() / expected.norm()).item()
+    return error
 
 
 def parts_of(

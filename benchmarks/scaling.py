@@ -83,10 +83,15 @@ SWEEPS = {
 def points(sweep: Sweep) -> list[tuple[str, int, Case, int]]:
     """(axis, value, case, number of layers) of every point."""
     fields = {"M": "m", "N": "n", "R": "rank"}
+
+    def changed(axis: str, value: int) -> Case:
+        change: dict[str, Any] = {fields[axis]: value}
+        return replace(sweep.base, **change)
+
     return [
         (axis, value, sweep.stack, value)
         if axis == "layers"
-        else (axis, value, replace(sweep.base, **{fields[axis]: value}), 1)
+        else (axis, value, changed(axis, value), 1)
         for axis in AXES
         for value in sweep.values[axis]
     ]
@@ -130,7 +135,11 @@ def stack_round(layers: list[nn.Module], work: Workload) -> Round:
     """Forward + backward of the layers one after the other."""
     model = nn.Sequential(*layers)
     leaves = [work.x[0], *trainable(model)]
-    return lambda: torch.autograd.grad(model(work.x[0]), leaves, work.dy[0]) and None
+
+    def run() -> None:
+        torch.autograd.grad(model(work.x[0]), leaves, work.dy[0])
+
+    return run
 
 
 def run_point(

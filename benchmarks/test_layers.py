@@ -22,8 +22,8 @@ from fastlora.benchmark.checks import NAMES, Oracle
 from fastlora.benchmark.implementations import ALPHA_PER_RANK, IMPLEMENTATIONS
 from fastlora.benchmark.workload import Workload, saved_bytes, trainable
 
-SHAPES = {"cpu": CPU_CASES[:3]}
-TIMED = {"cpu": (BASELINE, "fastlora", "peft")}
+SHAPES: dict[str, tuple[Case, ...]] = {"cpu": CPU_CASES[:3]}
+TIMED: dict[str, tuple[str, ...]] = {"cpu": (BASELINE, "fastlora", "peft")}
 if torch.cuda.is_available():
     SHAPES["cuda"] = tuple(target.cases[0] for target in TARGETS)
     TIMED["cuda"] = (BASELINE, "fastlora", "peft", "peft-bf16")
@@ -107,12 +107,13 @@ def test_merge(benchmark: Any, device: str, case: Case, name: str) -> None:
         layer = IMPLEMENTATIONS[name](case, frozen, work.lora_a, work.lora_b)
         return (nn.Sequential(layer),), {}
 
-    def merge(model: Any) -> Tensor:
+    def merge(model: Any) -> Any:
         if name == "torch":
             update = torch.mm(work.lora_b, work.lora_a).mul_(ALPHA_PER_RANK)
             weight = (model.weight + update).to(model.weight.dtype)
         elif name == "fastlora":
-            weight = fastlora.merge_lora_weights(model)[0].weight
+            merged: Any = fastlora.merge_lora_weights(model)
+            weight = merged[0].weight
         else:
             model[0].merge()
             weight = model[0].get_base_layer().weight
