@@ -28,7 +28,7 @@ INPUTS = {
 }
 EAGER_PEFT = ("peft", "peft-bf16")
 SHORT = ("fastlora", "fastlora-fused", "peft-bf16", "peft", "full")
-TIMINGS = {"eager": "step, called from Python", "graph": "step, as a CUDA graph"}
+TIMINGS = {"eager": "step, eager", "graph": "step, as a CUDA graph"}
 NOT_MEASURED = "No record: not measured."
 
 

@@ -173,7 +173,7 @@ def test_the_readmes_table_of_models_has_a_line_for_each_figure(bench):
     lines = bench.model_tables.step_table([cpu, invented_record()]).splitlines()
     assert lines[0] == "| Invented GPU | | fastlora | PEFT, bf16 adapters | PEFT |"
     assert lines[2:5] == [
-        "| vit-b, 64 images | step, called from Python | 4.0 ms | 6.0 ms | 8.0 ms |",
+        "| vit-b, 64 images | step, eager | 4.0 ms | 6.0 ms | 8.0 ms |",
         "| vit-b, 64 images | step, as a CUDA graph | – | – | 6.0 ms |",
         "| | peak memory of a step | 2 MiB | 2 MiB | 2 MiB |",
     ]
