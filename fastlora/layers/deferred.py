@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +29,42 @@ def defer(compute: Callable[..., Tensor], tensors: Tensors, on_use: Callable[[],
     compute: a pure function; its result has the shape, dtype and device of the first tensor. on_use: called when the value is needed.
     tensors: as `can_defer` requires them.
     """
-    recipe = _Recipe(compute, tensors, on_use)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        result: Tensor = _Deferred.apply(recipe, *tensors)  # type: ignore[no-untyped-call]
-        return result
-    return DeferredTensor(recipe)
+    return _deferred(_Recipe(compute, tensors, on_use))
+
+
+def defer_refusal(tensors: Tensors, refuse: Callable[[], NoReturn]) -> Tensor:
+    """A tensor of the form of the first, in the graph as `defer` would put it; `refuse` raises when an operation needs its value.
+
+    tensors: any, outside of what `is_deferrable_here` excludes.
+    """
+    return _deferred(_Refusal(_no_value, tensors, refuse))
 
 
 def can_defer(tensors: Tensors) -> bool:
-    """Whether `defer` takes these tensors: plain contiguous ones on one device, outside of tracing, functorch and forward-mode differentiation."""
+    """Whether `defer` takes these tensors: plain contiguous ones on one device, where `is_deferrable_here`."""
+    return (
+        is_deferrable_here()
+        and all(tensor is None or _is_plain(tensor) for tensor in tensors)
+        and len({tensor.device for tensor in tensors if tensor is not None}) == 1
+    )
+
+
+def is_deferrable_here() -> bool:
+    """Whether operations run as they are called: outside of compiling, tracing, functorch and forward-mode differentiation."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
         and not transformed()
-        and all(tensor is None or _is_plain(tensor) for tensor in tensors)
-        and len({tensor.device for tensor in tensors if tensor is not None}) == 1
     )
+
+
+def _deferred(recipe: _Recipe) -> Tensor:
+    tensors = recipe.tensors
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        result: Tensor = _Deferred.apply(recipe, *tensors)  # type: ignore[no-untyped-call]
+        return result
+    return DeferredTensor(recipe)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -152,6 +171,17 @@ class _Recipe:
                 "the weight of an adapted layer was read, then the base weight or the adapter changed, then the weight was "
                 "used; read layer.weight again, or keep its value: layer.weight.detach().clone()"
             )
+
+
+class _Refusal(_Recipe):
+    """A value that is refused, so changes of its tensors do not matter. An inference tensor could not tell them."""
+
+    def _state(self) -> tuple[list[int], list[int]]:
+        return [], []
+
+
+def _no_value(*tensors: Tensor | None) -> Tensor:
+    raise AssertionError("a refused value was computed")
 
 
 class _Deferred(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlora.errors import ConfigError
 from fastlora.layers.base import ADAPTER_TENSORS, LoRALayer, wrapped_attribute
 from fastlora.layers.conv import LoRAConv
-from fastlora.layers.deferred import can_defer, defer
+from fastlora.layers.deferred import can_defer, defer, defer_refusal, is_deferrable_here
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.nested import on_rows
 from fastlora.layers.plain import attribute
@@ -95,9 +95,15 @@ class SeveralAdapters(nn.Module):
         if len(layers) == 1 and self.samples is None:
             return layers[0].weight  # type: ignore[no-any-return]
         weight: Tensor = layers[0].wrapped_weight()
-        note = self._refuse_weight if self.samples is not None else partial(_note_reads, layers)
         own = [layer._parameters | layer._buffers for layer in layers]
         tensors = [weight, *(tensor for named in own for tensor in named.values())]
+        if self.samples is not None:
+            if is_deferrable_here():
+                return defer_refusal(tensors, self._refuse_weight)
+            self._refuse_weight(
+                "; compiled, traced or transformed code cannot read its dtype either"
+            )
+        note = partial(_note_reads, layers)
         plain = all(named.keys() >= set(ADAPTER_TENSORS) for named in own)
         if not torch.compiler.is_compiling() and plain and can_defer(tensors):
             parts = [
@@ -293,10 +299,10 @@ class SeveralAdapters(nn.Module):
         wanted = {resolve(layer.backend) for layer in self._enabled()}
         return "triton" if "triton" in wanted else "torch" if wanted == {"torch"} else "auto"
 
-    def _refuse_weight(self) -> NoReturn:
+    def _refuse_weight(self, more: str = "") -> NoReturn:
         raise ConfigError(
             f"weight of {self.path or 'the layer'}: inside use_adapters each sample has its own, but other code multiplies by one (as "
-            "nn.MultiheadAttention and, in eval mode, nn.TransformerEncoderLayer do)"
+            f"nn.MultiheadAttention and, in eval mode, nn.TransformerEncoderLayer do){more}"
         )
 
 

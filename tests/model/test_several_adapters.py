@@ -428,6 +428,29 @@ def test_samples_that_are_not_the_first_dimension_are_refused():
         assert torch.equal(model.up(Tokens(nested.values())).feats, model.up(nested.values()))
 
 
+@pytest.mark.parametrize("form", ["strided", "inference"])
+def test_the_form_of_any_weight_can_be_read_in_a_mixed_batch(form):
+    """As T5 does, to cast the input of a layer."""
+    with torch.inference_mode(form == "inference"):
+        model = nn.Sequential(nn.Linear(16, 8)).double()
+    model.requires_grad_(False)
+    if form == "strided":
+        model[0].weight = nn.Parameter(model[0].weight.T.clone().T)
+    add_adapter(model, "a", ["0"])
+    with use_adapters(model, ["a"] * 6):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                weight = model[0].weight
+                assert weight.dtype == torch.float64 and weight.shape == (8, 16)
+                assert weight.stride() == model[0].wrapped.weight.stride()
+                assert weight.requires_grad == (mode is torch.enable_grad)
+                with pytest.raises(ConfigError, match="weight of 0: inside use_adapters"):
+                    torch.randn(6, 16).double() @ weight.T
+        read = torch.func.vmap(lambda x: x.to(model[0].weight.dtype))
+        with pytest.raises(ConfigError, match="transformed code cannot read its dtype either"):
+            read(torch.randn(6, 16))
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
