@@ -18,7 +18,8 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
 from fastlora.kernels import backward, forward, gemm, launch, recording
-from fastlora.ops import dispatch, triton_ops
+from fastlora.ops import dispatch, triton_mixed, triton_ops
+from fastlora.ops.reference import LowRank
 
 MOST_LAUNCHES, MOST_ARGUMENTS, MOST_HANDLES = 256, 64, 4096
 SIZES = {"i32": 4, "fp32": 4, "i64": 8, "*": 8, "map": 128}  # of arguments, in bytes
@@ -27,6 +28,10 @@ CASES = (  # M, K, N, R, dropout, dtype of the adapters
     (600, 512, 768, 4, False, torch.float16),
     (300, 264, 520, 12, True, torch.float32),
     (40, 512, 768, 16, False, torch.float32),
+)
+MIXED = (  # M, K, N, ranks, segments
+    (64, 512, 768, (16, 4), [(0, 20, 0), (30, 64, 1)]),
+    (300, 264, 520, (64, 8), [(0, 20, 1), (20, 64, 0), (70, 200, 1)]),
 )
 
 
@@ -182,20 +187,51 @@ class Call:
         return triton_ops._backward(dy, x, weight, s, a, b, 0.5, 0.1, seed, *needs, self.plan)
 
 
-def compare(case: tuple[Any, ...], plan: str) -> tuple[int, list[str]]:
-    """The launches of the fourth call, which is a repetition, against Triton's own of the same call."""
+class MixedCall:
+    """The same of a batch in which rows have different adapters; there are no plans for it."""
+
+    def __init__(self, m: int, k: int, n: int, ranks: tuple[int, ...], segments: Any) -> None:
+        shapes = {"x": (m, k), "weight": (n, k), "bias": (n,), "dy": (m, n)}
+        named = {name: torch.randn(shape).half() for name, shape in shapes.items()}
+        self.tensors: dict[str, torch.Tensor | None] = {**named, "seed": torch.tensor(1)}
+        self.lows = []
+        for i, rank in enumerate(ranks):
+            a, b = torch.randn(rank, k), torch.randn(n, rank)
+            self.tensors |= {f"a{i}": a, f"b{i}": b}
+            seed = None if i else self.tensors["seed"]
+            self.lows.append(LowRank(a, b, 0.5, 0.0 if i else 0.1, seed))
+        self.segments = segments
+        groups = triton_mixed._groups(named["x"].device, self.lows, segments)
+        tables = groups.offsets, groups.scale, groups.thresholds
+        self.tensors |= dict(zip(("offsets", "scale", "thresholds"), tables, strict=True))
+
+    def forward(self) -> Any:
+        x, weight, bias = map(self.tensors.get, ("x", "weight", "bias"))
+        y, s = triton_mixed.mixed_forward(x, weight, bias, None, self.lows, self.segments)
+        self.tensors.setdefault("s", s)
+        return y, s
+
+    def backward(self) -> Any:
+        dy, x, weight, s = map(self.tensors.get, ("dy", "x", "weight", "s"))
+        needs = [True] * (2 * len(self.lows))
+        dx, _ = triton_mixed.mixed_backward(dy, x, weight, s, self.lows, self.segments, True, needs)
+        return [dx]  # the gradients of the factors are parts of arrays of the call
+
+
+def compare(module: Any, make: Callable[..., Any], *given: Any) -> tuple[int, list[str]]:
+    """The launches of the fourth call, which is a repetition, against Triton's own of the same call. module: the one that repeats."""
     recording.forget()
     for _ in range(3):
-        earlier = Call(case, plan)
+        earlier = make(*given)
         earlier.forward(), earlier.backward()
-    call = Call(case, plan)
+    call = make(*given)
     before = _Launcher.count
     repeated = [(run, *calls_of(run)) for run in (call.forward, call.backward)]
     by_launcher = _Launcher.count - before
     kept: list[Any] = []
     found: list[str] = []
     known = {t.data_ptr(): name for name, t in call.tensors.items() if t is not None}
-    plain, triton_ops.repeat = triton_ops.repeat, partial(by_triton, kept)
+    plain, module.repeat = module.repeat, partial(by_triton, kept)
     for run, results, calls in repeated:
         own, own_calls = calls_of(run)
         names, own_names = (
@@ -203,7 +239,7 @@ def compare(case: tuple[Any, ...], plan: str) -> tuple[int, list[str]]:
             for each in (results, own)
         )
         found += differences(calls, own_calls, names, own_names)
-    triton_ops.repeat = plain
+    module.repeat = plain
     kinds = [type(value[1]) for value in recording._recordings.values()]
     found += [] if kinds == [recording.Recording] * 2 else ["the call was not repeated"]
     found += [f"{by_launcher} launches by Triton's launcher"] if by_launcher else []
@@ -231,9 +267,13 @@ def main() -> None:
         for plan in dispatch.TRITON_PLANS:
             if (plan == "fused" and case[4]) or (plan == "decode" and case[0] > 64):
                 continue
-            launched, differing = compare(case, plan)
+            launched, differing = compare(triton_ops, Call, case, plan)
             compared += launched
             found += [f"{case} {plan}: {one}" for one in differing]
+    for mixed in MIXED:
+        launched, differing = compare(triton_mixed, MixedCall, *mixed)
+        compared += launched
+        found += [f"{mixed}: {one}" for one in differing]
     print(json.dumps({"compared": compared, "differences": found}))
 
 
