@@ -111,6 +111,8 @@ def mixed_backward(
     das = next(found) if needs_a else None
     dbs = next(found) if needs_b else None
     gradients: list[Tensor | None] = [None] * len(needs)
+    # A part keeps the memory of all groups for as long as the gradient lives.
+    copied = len(groups.places) > 2 * max(sum(needs[::2]), sum(needs[1::2]))
     for group, place in enumerate(groups.places):
         if place is None:
             continue
@@ -120,7 +122,10 @@ def mixed_backward(
                 continue
             own = part[group, :rank] if at % 2 == 0 else part[group, :, :rank]
             total = gradients[at]
-            gradients[at] = own if total is None else total + own
+            if total is None:
+                gradients[at] = own.clone() if copied else own
+            else:
+                gradients[at] = total + own
     return dx, gradients
 
 

@@ -132,6 +132,21 @@ def test_an_update_of_another_modules_output_and_only_what_is_needed():
     assert_close(dx, same[1] - (dy @ weight), exact[1] - only_base)
 
 
+def test_a_gradient_does_not_keep_the_memory_of_many_groups():
+    adapters = [(4, 0.7, 0.0, None)] * 3
+    segments = [Segment(at, at + 1, at % 2 + 1 if at else 0) for at in range(M)]
+    tensors = make(adapters, torch.float32)
+    factors = [t.requires_grad_() for t in tensors[4:]]
+    y = lora_linear_mixed(*tensors[:3], lows_of(adapters, factors), segments, backend="triton")
+    gradients = torch.autograd.grad(y, factors, tensors[3])
+    assert [g.untyped_storage().nbytes() for g in gradients] == [g.nbytes for g in gradients]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    y = formula(*exact[:3], lows_of(adapters, exact[4:]), segments)
+    want = torch.autograd.grad(y, exact[4:], exact[3])
+    for got, one in zip(gradients, want, strict=True):
+        assert_close(got, one.to(got.dtype), one)
+
+
 def test_checkpointing_and_gradients_of_gradients_have_the_kernels_mask():
     tensors = make(ADAPTERS, torch.float32)
 
