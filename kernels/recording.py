@@ -32,9 +32,13 @@ from fastlora.kernels.steps import (
 )
 
 _ALIGNMENT = 256  # bytes
-_MOST = 2048  # recordings that are kept
-_SEEN, _UNREPEATABLE = "seen once", "not repeatable"
+_MOST = 2048  # recordings that are kept, and calls that came once
+_UNREPEATABLE = "not repeatable"
+# By the kind of the call, with its choices, whose identity is a part of it.
 _recordings: dict[Hashable, tuple[object, Any]] = {}
+_seen: dict[
+    Hashable, object
+] = {}  # came once; apart, since batches of ever new kinds would displace the recordings
 _local = threading.local()
 
 Tensors = Sequence[Tensor | None]
@@ -235,6 +239,7 @@ def library(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
 def forget() -> None:
     """Forget every recording, as after a change of what a pass launches."""
     _recordings.clear()
+    _seen.clear()
 
 
 def repeat(
@@ -266,15 +271,18 @@ def repeat(
         return found.run(inputs, addresses)
     if found is _UNREPEATABLE or active() is not None:
         return run()
+    if known not in _seen:
+        if len(_seen) >= _MOST:
+            _seen.clear()
+        _seen[known] = choices
+        return run()
     if len(_recordings) >= _MOST:
         _recordings.clear()
-    if found is None:
-        _recordings[known] = choices, _SEEN
-        return run()
     recorder = _local.recorder = Recorder(inputs)
     try:
         outputs = run()
     finally:
         _local.recorder = None
     _recordings[known] = choices, recorder.recording(outputs) or _UNREPEATABLE
+    _seen.pop(known, None)
     return outputs

@@ -342,6 +342,26 @@ def test_old_recordings_are_forgotten(monkeypatch):
         assert len(recording._recordings) <= 5
 
 
+def test_calls_that_come_once_do_not_displace_recordings(monkeypatch):
+    monkeypatch.setattr(recording, "_MOST", 5)
+    calls = []
+
+    def call(size):
+        x = torch.ones(size)
+
+        def run():
+            calls.append(size)
+            return [library(torch.neg, x)]
+
+        (y,) = repeat(["choice"], (), (x,), run)
+        assert torch.equal(y, -x)
+
+    for size in (3, 3, *range(10, 40), 3):
+        call(size)
+        assert len(recording._seen) <= 5
+    assert calls.count(3) == 2
+
+
 def _noted(sizes, steps):
     """A recorder of launches on arrays of `sizes` bytes; steps: the arrays that each launch uses."""
     recorder = Recorder([torch.zeros(1)])
