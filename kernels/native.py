@@ -7,17 +7,21 @@ lays the parameters out as CUDA takes them, and `start` fills in the addresses. 
 from __future__ import annotations
 
 import functools
+import inspect
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.build import compile_module_from_src
 from triton.runtime.driver import driver
 
 _SOURCE = Path(__file__).with_name("launches.c")
+# The versions of Triton whose launches were compared with these (tests/kernels/test_driver.py); others launch all kernels themselves.
+_COMPARED = (("3", "5"), ("3", "6"), ("3", "7"), ("3", "8"))
 _WARP = 32  # threads
 # Of scalars, as Triton's launcher stores them.
 _FORMATS = {
@@ -52,9 +56,12 @@ def prepared(
 
     values: all arguments in the kernel's order, tensors and descriptors as they were launched.
     """
+    if tuple(triton.__version__.split(".")[:2]) not in _COMPARED:
+        return None
     metadata, launcher = compiled.metadata, compiled.run
     if (
         getattr(metadata, "num_ctas", 1) != 1
+        or getattr(metadata, "instrumentation_mode", "")
         or metadata.launch_cooperative_grid
         or metadata.global_scratch_size
         or metadata.profile_scratch_size
@@ -76,7 +83,7 @@ def prepared(
             meta = next(maps, None)
             if meta is None:  # no tensor memory accelerator
                 return None
-            tensor_map, *numbers = nvidia.make_tensordesc_arg(value, meta)
+            tensor_map, *numbers = _described(value, meta)
             sizes, strides = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
             parameters.append(Parameter(tensor_map, position))
             parameters += [Parameter(struct.pack("i", size), None) for size in sizes]
@@ -97,6 +104,14 @@ def prepared(
         bool(metadata.launch_pdl),
         [*parameters, scratch, scratch],
     )
+
+
+def _described(descriptor: Any, meta: Any) -> list[Any]:
+    """The tensor map, the sizes and the strides that Triton's launcher passes."""
+    describe = nvidia.make_tensordesc_arg
+    unused = len(inspect.signature(describe).parameters) - 2  # one since Triton 3.8
+    found: list[Any] = describe(descriptor, meta, *[None] * unused)
+    return found
 
 
 class Program:

@@ -14,6 +14,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastlora.kernels import launch as launching
+from fastlora.kernels import native
 from fastlora.kernels.launch import Descriptor, launch
 
 
@@ -187,3 +188,8 @@ def test_a_kernel_that_was_not_launched_gets_no_entry(device, kernel, monkeypatc
     monkeypatch.setattr(JITFunction, "run", lambda *a, **k: None)
     launch(kernel, (1,), num_warps=4, **_arguments())
     assert launching._compiled == {}
+
+
+def test_a_triton_that_was_not_compared_launches_itself(monkeypatch):
+    monkeypatch.setattr(native.triton, "__version__", "3.99.0")
+    assert native.prepared(None, (1,), 0, []) is None

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
@@ -274,7 +275,8 @@ def main() -> None:
         launched, differing = compare(triton_mixed, MixedCall, *mixed)
         compared += launched
         found += [f"{mixed}: {one}" for one in differing]
-    print(json.dumps({"compared": compared, "differences": found}))
+    result = {"triton": triton.__version__, "compared": compared, "differences": found}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,21 @@ def assert_same_place(
     np.testing.assert_allclose(got, want, atol=1e-3)
 
 
+def assert_same_centre(got: NDArray[np.floating], want: NDArray[np.floating]) -> None:
+    """|got − want| ≤ 1 + 1e-7·|want| mm: the centre of mass of a mesh, against the mean of its label's voxels."""
+    np.testing.assert_allclose(got, want, atol=1.0)
+
+
+def assert_same_units(got: NDArray[np.floating], want: NDArray[np.floating], unit: float) -> None:
+    """|got − want| ≤ one unit + 1e-7·|want|: values that a page stores as whole numbers of this unit."""
+    np.testing.assert_allclose(got, want, atol=unit)
+
+
+def assert_same_gap(got: NDArray[np.floating], want: float) -> None:
+    """|got − want| ≤ 0.15 + 1e-7·|want| mm, a tenth of a voxel: distances between concentric balls that are sampled on voxels of 1.5 mm."""
+    np.testing.assert_allclose(got, want, atol=0.15)
+
+
 def assert_near(
     got: NDArray[np.floating], want: NDArray[np.floating] | Sequence[float], voxel: float
 ) -> None:

@@ -69,6 +69,7 @@ from fastlora.medical.evaluation.tables import (
 from fastlora.medical.scans.geometry import mesh_from_sdf, zero_level
 from fastlora.medical.training.config import TrainConfig
 from tests.support.eval_run import evaluate_home, read_runs, shared_home
+from tests.support.tolerance import assert_same_gap, assert_same_units
 
 SECTIONS = [
     "result",
@@ -421,19 +422,19 @@ def test_browser_mesh_keeps_positions_faces_and_errors():
     vertices = decode(mesh["vertices"], "<i2").reshape(-1, 3) * POSITION_UNIT_MM + mesh["origin"]
     faces = decode(mesh["faces"], "<u4").reshape(-1, 3)
     whole = zero_level(pred).vertices @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]
-    np.testing.assert_allclose(vertices, whole, atol=POSITION_UNIT_MM)
+    assert_same_units(vertices, whole, POSITION_UNIT_MM)
     solid = trimesh.Trimesh(vertices, faces)
     assert solid.volume == pytest.approx(4 / 3 * np.pi * 15.0**3, rel=0.02)
     errors = decode(mesh["error"], "<i1") * ERROR_UNIT_MM
     assert len(errors) == len(vertices)
-    np.testing.assert_allclose(errors, 3.0, atol=0.15)  # 2 voxels of 1.5 mm too far out
+    assert_same_gap(errors, 3.0)  # 2 voxels of 1.5 mm too far out
 
 
 def test_meshes_have_their_distance_to_the_ground_truth():
     mesh = mesh_from_sdf(ball(10.0), OBLIQUE)
     distance = distance_to_truth(mesh, {"sdf_vox": ball(8.0), "affine": OBLIQUE, "spacing": 1.5})
     assert distance.shape == (len(mesh.vertices),)
-    np.testing.assert_allclose(distance, 3.0, atol=0.15)  # 2 voxels of 1.5 mm too far out
+    assert_same_gap(distance, 3.0)  # 2 voxels of 1.5 mm too far out
 
 
 def test_a_field_without_surface_has_no_mesh():
