@@ -11,6 +11,7 @@ Plans of backend "triton":
     accumulate S by the same pass, one kernel that writes S Bᵀ and the bias, then cuBLAS, which adds the base product.
     in_place   S by the same pass, cuBLAS for the base, then one kernel that adds S Bᵀ into it.
     decode     for few rows: W is read once, split along K, in two launches.
+    grouped    for a bank of experts: one grouped base product, and the kernels of rows in groups for the low-rank products.
 dx has a separate plan, "split", "accumulate" or "in_place"; the rest of the backward pass is the same under every plan.
 """
 
@@ -26,7 +27,15 @@ from torch.autograd import forward_ad
 
 from fastlora.config import BACKENDS
 from fastlora.errors import BackendError, ConfigError
-from fastlora.kernels.config import MAX_RANK, Architecture, Problem, Tiles, architecture, tiles
+from fastlora.kernels.config import (
+    GROUPED_RANK,
+    MAX_RANK,
+    Architecture,
+    Problem,
+    Tiles,
+    architecture,
+    tiles,
+)
 from fastlora.ops import cost, tuning_file
 
 TRITON_PLANS = ("fused", "split", "accumulate", "in_place", "decode")
@@ -67,7 +76,9 @@ _TRANSFORMED = Choice(
     "torch", "composed", "a functorch transform (vmap, grad, jvp) or forward-mode AD is active"
 )
 _LATER = Choice("triton", "operator", "the operator chooses the plan at run time")
+_EMPTY = _torch("an empty tensor has nothing to launch")
 _WRAPPED = Choice("torch", "wrapped", "the wrapped layer has hooks or a custom forward")
+_GROUPED = Choice("triton", "grouped", "kernels for rows in groups, on one grouped base product")
 
 
 def choose(
@@ -105,6 +116,33 @@ def choose(
     if torch.compiler.is_compiling() or (wanted == "auto" and not with_plan):
         return _LATER
     return _or_raise(launch_choice(x, weight, rank, dropout), wanted)
+
+
+def choose_experts(
+    x: torch.Tensor, rank: int, *, weight: torch.Tensor | None = None, backend: str = "auto"
+) -> Choice:
+    """`choose` for a bank of experts. x: (M, K). rank: R of the adapters. weight: (G, N, K), if it may be of a subclass or empty.
+
+    Raises: ConfigError for an unknown backend, BackendError if "triton" is forced and cannot run.
+    """
+    wanted = resolve(backend)
+    if transformed():
+        return _or_raise(_TRANSFORMED, wanted)
+    if wanted == "torch":
+        return _CPU if x.device.type == "cpu" else _REQUESTED
+    if type(x) not in _PLAIN or (weight is not None and type(weight) not in _PLAIN):
+        return _or_raise(_SUBCLASS, wanted)
+    reason = why_not_triton(x.device.type, x.dtype, rank, forced=wanted == "triton")
+    if reason is None and rank > GROUPED_RANK:
+        highest = f"{GROUPED_RANK}, the highest that kernels for groups support"
+        reason = _torch(f"rank {rank} is above {highest}")
+    if reason is None and (x.numel() == 0 or (weight is not None and weight.numel() == 0)):
+        reason = _EMPTY
+    # A compiler cannot trace the look-up.
+    compiling = torch.compiler.is_compiling()
+    if reason is None and not compiling and device_architecture(x.device) is None:
+        reason = _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
+    return _GROUPED if reason is None else _or_raise(reason, wanted)
 
 
 def resolve(backend: str) -> str:
@@ -162,7 +200,7 @@ def launch_choice(
     n, k = weight.shape
     m = x.numel() // k if k else 0
     if m == 0 or n == 0 or k == 0:
-        return _torch("an empty tensor has nothing to launch")
+        return _EMPTY
     if device_architecture(x.device) is None:
         return _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
     # The main GEMM reads x or dy, and its output has rows of n or k elements.

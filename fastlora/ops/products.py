@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastlora.errors import ConfigError
 
 
 def add_forward(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -91,3 +94,70 @@ def stacked_columns(rank: int, places: Sequence[int | None], *matrices: Tensor) 
         if place is not None:
             found[group, :, : matrices[place].shape[1]] = matrices[place]
     return found
+
+
+def groups_of(offsets: Tensor, m: int) -> list[tuple[int, int, int]]:
+    """(group, first row, last + 1) of each group that has rows, of the m rows of x. Waits for the offsets' device.
+
+    Raises: ConfigError unless the offsets ascend from 0 to at most m.
+    """
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] > m or any(one > other for one, other in pairwise(bounds)):
+        raise ConfigError(
+            f"offsets: expected ascending numbers from 0 to at most {m}, got {bounds}"
+        )
+    pairs = enumerate(pairwise(bounds))
+    return [(group, start, stop) for group, (start, stop) in pairs if start < stop]
+
+
+def grouped_product(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    groups: Sequence[tuple[int, int, int]] | None = None,
+) -> Tensor:
+    """x W_gᵀ in the rows of each group, zeros in the rows of none: (M, N) for x (M, K) and weight (G, N, K), newly allocated.
+
+    One operation of torch that waits for nothing, where it has one (`has_grouped_mm`). Elsewhere one product for each group; without groups,
+    which `groups_of` finds, these wait for the device once.
+    """
+    m, n = x.shape[0], weight.shape[1]
+    if has_grouped_mm(x, weight):
+        y: Tensor = torch._grouped_mm(x, weight.mT, offs=offsets[1:])
+        rows = torch.arange(m, dtype=offsets.dtype, device=x.device)
+        return y.masked_fill_((rows >= offsets[-1])[:, None], 0)  # which it leaves undefined
+    y, end = x.new_empty(m, n), 0
+    for group, start, end in groups_of(offsets, m) if groups is None else groups:
+        torch.mm(x[start:end], weight[group].T, out=y[start:end])  # [rows, K] @ [K, N]
+    y[end:].zero_()
+    return y
+
+
+def has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch multiplies x (M, K) by weight (G, N, K) in one kernel: bfloat16 on sm_90, and on sm_100 since torch 2.10.
+
+    For other dtypes and devices `torch._grouped_mm` is a loop that waits for the device, or does not exist. Its matrices must have rows or
+    columns at multiples of 16 bytes.
+
+    Source: torch/nn/functional.py and aten/src/ATen/native/cuda/Blas.cpp of PyTorch 2.8 to 2.10.
+    """
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or torch.version.hip is not None:
+        return False
+    if not hasattr(torch, "_grouped_mm") or x.shape[0] == 0:
+        return False
+    major, _ = torch.cuda.get_device_capability(x.device)
+    if major != 9 and (major != 10 or not hasattr(F, "grouped_mm")):
+        return False
+    groups, n, k = weight.shape
+    return 0 < groups < 1024 and n % 8 == k % 8 == 0 and all(map(_is_multiplied, (x, weight)))
+
+
+def _is_multiplied(matrix: Tensor) -> bool:
+    """Whether `torch._grouped_mm` reads it: one of the last dimensions contiguous, everything else at multiples of 16 bytes."""
+    strides = matrix.stride()
+    contiguous = 1 in strides[-2:] and min(strides) > 0
+    return (
+        contiguous
+        and all(stride % 8 == 0 for stride in strides if stride != 1)
+        and matrix.data_ptr() % 16 == 0
+    )
