@@ -29,9 +29,11 @@ from fastlora.io.adapter_file import (
 )
 from fastlora.io.base_state import base_state_dict, load_base_state_dict
 from fastlora.io.exporter import export
+from fastlora.layers.banks import ExpertBank
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.conv import LoRAConv
 from fastlora.layers.embedding import LoRAEmbedding
+from fastlora.layers.experts import LoRAExperts, LoRATransposedExperts
 from fastlora.layers.linear import LoRALinear, LoRATransposedLinear
 from fastlora.model.activate import (
     active_adapter,
@@ -81,6 +83,7 @@ __all__ = [
     "Choice",
     "ConfigError",
     "DataError",
+    "ExpertBank",
     "ExportError",
     "FastLoRAError",
     "FastLoRAWarning",
@@ -90,8 +93,10 @@ __all__ = [
     "LayerTable",
     "LoRAConv",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALayer",
     "LoRALinear",
+    "LoRATransposedExperts",
     "LoRATransposedLinear",
     "LoadResult",
     "MemoryEstimate",

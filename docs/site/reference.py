@@ -64,6 +64,7 @@ TOPICS = {
         "One adapted layer, and the function that it computes.",
         [
             *("lora_linear", "LoRALinear", "LoRATransposedLinear", "LoRAConv", "LoRAEmbedding"),
+            *("LoRAExperts", "LoRATransposedExperts", "ExpertBank"),
             "LoRALayer",
         ],
     ),

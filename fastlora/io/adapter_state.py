@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, check_hyperparameters, computes_in, scaling_divisor
 from fastlora.errors import CheckpointError
+from fastlora.layers.banks import ExpertBank
 from fastlora.layers.base import (
     ADAPTER_TENSORS,
     LoRALayer,
@@ -30,7 +31,8 @@ from fastlora.model.sharded import in_parts, whole
 from fastlora.model.wrappers import plain_names
 
 _MATRICES = ("linear", "transposed")
-_KINDS = (*_MATRICES, "conv", "embedding")
+BANKS = ("experts", "transposed_experts")
+_KINDS = (*_MATRICES, *BANKS, "conv", "embedding")
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _SETTINGS = ("kind", "alpha", "use_rslora", "dropout")
 _CONV_SETTINGS = (*_SETTINGS, "dilation", "padding_mode")
@@ -42,9 +44,10 @@ PLACES = ("shared_with", "tied_to")
 class LayerState:
     """The adapter of one layer, ΔW = scaling · (B A − B₀ A₀); under DoRA the rows of W + ΔW are scaled to the norms `lora_magnitude`.
 
-    kind: "linear", "transposed" (the weight is stored as (K, N)), "conv" or "embedding"; a guess if the file does not store it.
-    tensors: by the names of `ADAPTER_TENSORS`. lora_A: (R, K); conv: (R, in_channels / groups, *kernel_size); embedding: (R, num_embeddings).
-        lora_B: (N, R); conv: (out_channels, R / groups, 1, …); embedding: (embedding_dim, R). lora_magnitude: (N,), the norms
+    kind: "linear", "transposed" (the weight is stored as (K, N)), "experts" (the weight is (G, N, K)), "transposed_experts" ((G, K, N)), "conv" or
+        "embedding"; a guess if the file does not store it.
+    tensors: by the names of `ADAPTER_TENSORS`. lora_A: (R, K); experts: (G, R, K); conv: (R, in_channels / groups, *kernel_size); embedding: (R, num_embeddings).
+        lora_B: (N, R); experts: (G, N, R); conv: (out_channels, R / groups, 1, …); embedding: (embedding_dim, R). lora_magnitude: (N,), experts: (G, N), the norms
         under DoRA. initial_A, initial_B: A₀ and B₀ of PiSSA and OLoRA, shaped as lora_A and lora_B.
     alpha: None if the file does not store it. use_rslora, dropout: as in `LoRALinear`.
     dilation, padding_mode: of a convolution; None if the file does not store them.
@@ -79,7 +82,7 @@ class LayerState:
 
         Raises: CheckpointError or ConfigError if shapes, dtypes or settings do not fit together.
         """
-        given = {"kind": "linear" if tensors["lora_A"].ndim == 2 else "conv"} | dict(settings or {})
+        given = {"kind": _guessed_kind(tensors["lora_A"], tensors["lora_B"])} | dict(settings or {})
         stored = {name: given[name] for name in (*_CONV_SETTINGS, *PLACES) if name in given}
         state = cls(tensors=tensors, **stored)
         state._check_tensors()
@@ -110,7 +113,7 @@ class LayerState:
     @property
     def rank(self) -> int:
         """R."""
-        return self.lora_a.shape[0]
+        return self.lora_a.shape[1 if self.kind in BANKS else 0]
 
     @property
     def groups(self) -> int:
@@ -127,6 +130,9 @@ class LayerState:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the weight that the adapter belongs to."""
+        if self.kind in BANKS:
+            (groups, n, _), k = self.lora_b.shape, self.lora_a.shape[2]
+            return (groups, n, k) if self.kind == "experts" else (groups, k, n)
         n, inside = self.lora_b.shape[0], tuple(self.lora_a.shape[1:])
         return (n, *inside) if self.kind in ("linear", "conv") else (*inside, n)
 
@@ -182,6 +188,9 @@ class LayerState:
             sizes = {"kernel_size": tuple(self.lora_a.shape[2:]), "groups": self.groups}
             convolution = _CONVOLUTIONS[self.lora_a.ndim]
             base = convolution(k * self.groups, n, **sizes, bias=False, device="meta")
+        elif self.kind in BANKS:
+            empty = nn.Parameter(torch.empty(self.weight_shape, device="meta"))
+            base = ExpertBank(empty, self.kind == "transposed_experts")
         elif self.kind == "embedding":
             base = nn.Embedding(k, n, device="meta")
         else:
@@ -207,6 +216,9 @@ class LayerState:
             form = "(R, C/groups, *kernel) and (N, R/groups, 1, …)"
             fits &= 3 <= len(a) == len(b) <= 5 and set(b[2:]) == {1}
             fits = fits and a[0] % b[1] == 0 and b[0] % self.groups == 0
+        elif self.kind in BANKS:
+            form = "(G, R, K) and (G, N, R)"
+            fits &= len(a) == len(b) == 3 and a[0] == b[0] and a[1] == b[2]
         else:
             form = "(R, K) and (N, R)"
             fits &= len(a) == len(b) == 2 and a[0] == b[1]
@@ -215,10 +227,13 @@ class LayerState:
         for name, tensor in self.tensors.items():
             if not computes_in(tensor.dtype):
                 raise CheckpointError(f"{name}: expected a float tensor, got {tensor.dtype}")
-        wanted = {"lora_magnitude": b[:1], "initial_A": a, "initial_B": b}
+        bank = self.kind in BANKS
+        wanted = {"lora_magnitude": b[: 2 if bank else 1], "initial_A": a, "initial_B": b}
         extra = {n: tuple(t.shape) for n, t in self.tensors.items() if n in wanted}
-        if extra and self.kind not in _MATRICES:
-            raise CheckpointError(f"{', '.join(extra)}: not supported for kind {self.kind!r}")
+        allowed = wanted if self.kind in _MATRICES else ["lora_magnitude"] * bank
+        refused = [name for name in extra if name not in allowed]
+        if refused:
+            raise CheckpointError(f"{', '.join(refused)}: not supported for kind {self.kind!r}")
         for name, shape in extra.items():
             if shape != wanted[name]:
                 raise CheckpointError(f"{name}: expected shape {wanted[name]}, got {shape}")
@@ -249,6 +264,14 @@ class LayerState:
                 f"dilation, padding_mode: expected {len(types)} integers and one of {', '.join(_PADDING_MODES)} "
                 f"for a convolution, got {self.dilation!r} and {self.padding_mode!r}"
             )
+
+
+def _guessed_kind(a: Tensor, b: Tensor) -> str:
+    """The kind of a layer whose file does not store it."""
+    if a.ndim == 2:
+        return "linear"
+    bank = a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2] > 1
+    return "experts" if bank else "conv"
 
 
 @dataclass(frozen=True, eq=False)

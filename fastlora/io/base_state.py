@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastlora.io.adapter_file import LoadResult, conflicts, match_keys, raise_or_warn
+from fastlora.layers.banks import ExpertBank
 from fastlora.layers.base import named_lora_layers
-from fastlora.layers.linear import LoRALinear
+from fastlora.layers.dora import DoRALayer
 from fastlora.layers.offload import loaded, offload_hook
 from fastlora.layers.several import SeveralAdapters
 from fastlora.model.frozen import was_frozen
@@ -68,7 +69,7 @@ def load_base_state_dict(
     result.missing.extend(absent)
     result.loaded.extend(key for key in extras if key in state)
     raise_or_warn("state", problems, result.loaded, strict)
-    fresh = [m for m in model.modules() if isinstance(m, LoRALinear) and m.scales_nothing()]
+    fresh = [m for m in model.modules() if isinstance(m, DoRALayer) and m.scales_nothing()]
     model.load_state_dict({keys[key]: state[key] for key in result.loaded}, strict=False)
     for layer in fresh:
         layer.reset_magnitude()
@@ -88,6 +89,12 @@ def _key_map(model: nn.Module) -> dict[str, str]:
         if isinstance(module, SeveralAdapters)
     }
     adapted |= several
+    # The weight of a bank is a parameter of the plain model.
+    banks = {
+        plain(path)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, ExpertBank)
+    }
     found = {}
     for key in model.state_dict():
         parts = plain(key).split(".")
@@ -95,7 +102,9 @@ def _key_map(model: nn.Module) -> dict[str, str]:
         if at is not None:
             del parts[at]  # the name of one of the wrappers, which have one wrapped layer
         depth = next((i for i in range(len(parts)) if ".".join(parts[:i]) in adapted), None)
-        if depth is None:
+        if ".".join(parts[:-1]) in banks:
+            found[".".join(parts[:-1] if depth is None else parts[:depth])] = key
+        elif depth is None:
             found[".".join(parts)] = key
         elif parts[depth] == adapted[".".join(parts[:depth])].wrapped_name:
             found[".".join(parts[:depth] + parts[depth + 1 :])] = key

@@ -236,6 +236,10 @@ class LoRALayer(nn.Module, ABC):
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         """A small random input for the wrapped layer, on the CPU."""
 
+    def sample_rest(self, x: Tensor) -> tuple[Any, ...]:
+        """What a call with the `sample_input` x needs after x."""
+        return ()
+
     def choose(self, x: Tensor) -> Choice:
         """The backend and plan that a call with the tensor `x` uses, and the reason."""
         if self.disabled:

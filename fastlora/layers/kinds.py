@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from fastlora.config import KINDS, LoRAConfig
+from fastlora.layers.banks import ExpertBank
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.conv import CONVOLUTIONS, LoRAConv
 from fastlora.layers.embedding import LoRAEmbedding
+from fastlora.layers.experts import LoRAExperts, LoRATransposedExperts
 from fastlora.layers.linear import LoRALinear, LoRATransposedLinear
 from fastlora.layers.plain import is_transposed_linear
 from fastlora.layers.quantised import why_unreadable
@@ -18,7 +20,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def kind_of(module: nn.Module) -> str | None:
     """The module's kind as in `LoRAConfig.kinds`, or None if it has none."""
-    if isinstance(module, nn.Linear) or is_transposed_linear(module):
+    if isinstance(module, (nn.Linear, ExpertBank)) or is_transposed_linear(module):
         return "linear"
     if isinstance(module, (*CONVOLUTIONS, *_TRANSPOSED)):
         return "conv"
@@ -46,6 +48,11 @@ def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | No
             return f"use_dora {only_linear}"
         if config.subtracts_init or config.init_lora_weights == "orthogonal":
             return f"init_lora_weights={config.init_lora_weights!r} {only_linear}"
+    of_weight = config.subtracts_init or config.init_lora_weights == "orthogonal"
+    if isinstance(module, ExpertBank) and of_weight:
+        return (
+            f"init_lora_weights={config.init_lora_weights!r} is not supported for a bank of experts"
+        )
     if kind == "conv" and config.rank % module.groups:  # type: ignore[operator]
         return f"rank {config.rank} is not a multiple of its groups={module.groups}"
     if kind == "linear" and config.subtracts_init:
@@ -57,13 +64,15 @@ def why_unsuitable(module: object, config: LoRAConfig | None = None) -> str | No
 
 def layer_class(
     module: nn.Module,
-) -> type[LoRALinear] | type[LoRAConv] | type[LoRAEmbedding]:
+) -> type[LoRALinear] | type[LoRAExperts] | type[LoRAConv] | type[LoRAEmbedding]:
     """The class of the layer that wraps `module`, which must have a kind."""
     kind = kind_of(module)
     if kind == "conv":
         return LoRAConv
     if kind == "embedding":
         return LoRAEmbedding
+    if isinstance(module, ExpertBank):
+        return LoRATransposedExperts if module.transposed else LoRAExperts
     return LoRATransposedLinear if is_transposed_linear(module) else LoRALinear
 
 

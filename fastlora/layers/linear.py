@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.layers.base import LoRALayer, Shape, wrapped_attribute
+from fastlora.layers.base import Shape, wrapped_attribute
+from fastlora.layers.dora import DoRALayer
 from fastlora.layers.nested import on_rows
 from fastlora.layers.offload import loaded
 from fastlora.layers.plain import attribute, has_hooks, is_plain, is_transposed_linear
@@ -24,7 +25,7 @@ from fastlora.ops.linear import autocast, autocasts, lora_linear, lora_update, n
 _NORM_ROWS = 1024
 
 
-class LoRALinear(LoRALayer):
+class LoRALinear(DoRALayer):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ around an `nn.Linear` or a subclass of it.
 
     The wrapped layer is kept as `original_linear`; its weight is shared and never changed. `lora_A` (rank, in_features)
@@ -90,24 +91,6 @@ class LoRALinear(LoRALayer):
             self.input_name = first.name
         if use_dora:
             self.lora_magnitude = nn.Parameter(self._row_norms().to(self.lora_A.dtype))
-
-    def reset_lora_parameters(self) -> None:
-        super().reset_lora_parameters()
-        if self.lora_magnitude is not None:
-            self.reset_magnitude()
-
-    def scales_nothing(self) -> bool:
-        """Whether DoRA's magnitudes equal the current norms of the rows, so that g is 1."""
-        magnitude = self.lora_magnitude
-        if magnitude is None or magnitude.is_meta:
-            return False
-        return torch.equal(magnitude, self._row_norms().to(magnitude.dtype))
-
-    @torch.no_grad()
-    def reset_magnitude(self) -> None:
-        """Set DoRA's magnitudes to the current norms of the rows."""
-        assert self.lora_magnitude is not None
-        self.lora_magnitude.copy_(self._row_norms())
 
     @classmethod
     def why_unsuitable(cls, layer: object) -> str | None:
@@ -198,16 +181,6 @@ class LoRALinear(LoRALayer):
         elif self.group is not None and (choice.backend, choice.plan) == ("torch", "in_place"):
             reason += f"; fused in a group of {len(self.group.layers)} layers with the same input"
         return replace(choice, reason=reason)
-
-    def delta(self, dtype: torch.dtype, *, magnitude: bool = False) -> Tensor:
-        update = super().delta(dtype, magnitude=magnitude)
-        if self.lora_magnitude is None:
-            return update
-        weight = self.wrapped_weight().to(dtype)
-        scale = self._as_weight_layout(self._dora_scale().to(dtype)[:, None])
-        if magnitude:
-            return (scale - 1).abs() * weight.abs() + scale.abs() * update
-        return (scale - 1) * weight + scale * update
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self._as_weight_layout(weight), bias)
@@ -317,12 +290,6 @@ class LoRALinear(LoRALayer):
         x = x.to(y.device)  # accelerate's hooks may move the base layer's input
         return lora_update(y, x, *self.factors(), self.scaling, self.dropout, self._draw_seed(x))
 
-    def _dora_scale(self) -> Tensor:
-        """g (N,), in float32 or wider."""
-        assert self.lora_magnitude is not None
-        norms = self._row_norms()
-        return self.lora_magnitude.to(norms.dtype) / norms
-
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
         """‖W + scaling · B A‖ of each of the N rows, of a block of rows at a time.
@@ -353,12 +320,6 @@ class LoRALinear(LoRALayer):
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         left, right = self._stored_factors(a, b)
         return left @ right
-
-    def _draw_seed(self, x: Tensor) -> Tensor | None:
-        # Drawn by torch's generator outside the operator, so `torch.manual_seed`, recomputation and compiled graphs apply to it.
-        if not self.training or self.dropout == 0.0:
-            return None
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
 
     def _choose(self, x: Tensor, dropout: bool, dequantised: Tensor | None = None) -> Choice:
         return choose(

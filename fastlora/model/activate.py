@@ -10,6 +10,7 @@ from torch import nn
 
 from fastlora.errors import ConfigError, InjectionError, nearest
 from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.experts import LoRAExperts
 from fastlora.layers.offload import execution_device
 from fastlora.layers.plain import has_hooks
 from fastlora.layers.several import SeveralAdapters
@@ -250,6 +251,8 @@ def _misfits(
             problems.append(f"{path}: the layer under {name!r} was replaced by {_describe(plain)}")
         elif (_device(layer).type == "meta") != (layer.wrapped_device.type == "meta"):
             problems.append(f"{path}: the layer or the adapter {name!r} is on meta")
+        elif together and isinstance(layer, LoRAExperts):
+            problems.append(f"{path}: a bank of experts has one active adapter at a time")
         elif together and has_hooks(layer):
             problems.append(f"{path}: the wrapper of {name!r} has hooks, which would not run")
     return problems

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets, check_hyperparameters, is_number
 from fastlora.errors import ConfigError, InjectionError
+from fastlora.layers.banks import restore_banks
 from fastlora.layers.base import LoRALayer, not_finite
+from fastlora.layers.experts import LoRAExperts
 from fastlora.model.activate import (
     check_exists,
     installed,
@@ -100,6 +102,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     del registry.adapters[name]
     registry.spare = {}
     if not registry.adapters:
+        restore_banks(owner)
         forget_heads(owner)
     set_registry(owner, registry)
 
@@ -181,6 +184,8 @@ def inject_as(model: nn.Module, name: str) -> Iterator[nn.Module]:
         uninstall(owner, installed(owner))
         set_registry(owner, registry)
         switch(owner, registry, before, several)
+        if not registry.adapters:
+            restore_banks(owner)
 
 
 def _check_new(registry: AdapterRegistry, name: str, argument: str = "name") -> None:
@@ -193,6 +198,8 @@ def _check_new(registry: AdapterRegistry, name: str, argument: str = "name") -> 
 def _why_not_combinable(layer: LoRALayer) -> str | None:
     if layer.lora_magnitude is not None:
         return "has DoRA, whose update is not a product of two factors"
+    if isinstance(layer, LoRAExperts):
+        return "adapts a bank of experts, which is not supported"
     if getattr(layer.wrapped, "groups", 1) != 1:
         return "wraps a convolution with groups, whose factors cannot be concatenated"
     return None

@@ -12,11 +12,13 @@ from torch import nn
 
 from fastlora.config import ALL_LINEAR, DEFAULT_TARGETS, LoRAConfig, Targets, check_hyperparameters
 from fastlora.errors import ConfigError, FastLoRAWarning, InjectionError, first_few
+from fastlora.layers.banks import install_banks
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.initialise import initialise
 from fastlora.layers.kinds import wrap
 from fastlora.layers.offload import offload_hook
 from fastlora.model.adapter_registry import none_active, record_peft
+from fastlora.model.experts import stacked_weights
 from fastlora.model.from_peft import PeftTargets
 from fastlora.model.heads import (
     adapter_parameters,
@@ -37,7 +39,6 @@ from fastlora.model.selection import (
     nearest_names,
     parameters_within,
     select_layers,
-    stacked_weights,
     suggest,
     to_config,
     unmatched_pattern,
@@ -384,3 +385,4 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for name, child in parent._modules.items():
             if child is not None and child in replacements and not isinstance(parent, LoRALayer):
                 setattr(parent, name, replacements[child])
+    install_banks(model, replacements)

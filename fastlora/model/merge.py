@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fastlora.config import computes_in
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
+from fastlora.layers.banks import restore_banks
 from fastlora.layers.base import ADAPTER_TENSORS, LoRALayer, named_lora_layers, not_finite
+from fastlora.layers.experts import LoRAExperts
 from fastlora.model.adapter_registry import (
     copy_active,
     drop_registries,
@@ -218,6 +220,7 @@ def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
             layer: layer.merge_weights(dtype) for _, layer in named_lora_layers(model)
         }
         replace_modules(model, merged)
+        restore_banks(model)
         drop_registries(model)
     forget_heads(model)
     return model if dtype is None else model.to(dtype)
@@ -289,7 +292,8 @@ def _compare(
         with eval_mode(layer, fresh):
             fresh.to(merged.dtype)  # a bias in a narrower dtype would not fit the weight
             try:
-                got, want = fresh(merged_rows), layer(rows)
+                rest = layer.sample_rest(rows)
+                got, want = fresh(merged_rows, *rest), layer(rows, *rest)
             except (AttributeError, TypeError):  # a layer that accepts token objects only
                 got, want = fresh(_tokens(merged_rows)).feats, layer(_tokens(rows)).feats
     except torch.OutOfMemoryError:
@@ -306,6 +310,8 @@ def _compare(
     if weight.device.type == "cuda" and want.dtype == torch.float32:
         summed = 2**-10  # TF32 may be allowed
     terms = layer.lora_A[0].numel() if floats else 1
+    if isinstance(layer, LoRAExperts):
+        terms = layer.in_features
     allowed = (16 * unit + 4 * terms**0.5 * summed) * magnitude
     difference = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=float("inf"))
     if difference.numel() == 0:

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from torch import nn
 
 from fastlora.config import ALL_LINEAR, PEFT_KEY, check_hyperparameters
+from fastlora.layers.banks import ExpertBank
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.kinds import kind_of
 from fastlora.model.wrappers import plain_names, unwrapped
@@ -170,7 +171,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if inside is not None and path.startswith(inside):
             continue
         inside = f"{path}." if isinstance(module, LoRALayer) else None
-        if plain(path) and unwrapped(module) is module:
+        bank = isinstance(module, ExpertBank)  # a parameter in the plain model
+        if plain(path) and unwrapped(module) is module and not bank:
             yield plain(path), module
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from fastlora.errors import InjectionError
+from fastlora.layers.banks import ExpertBank
 from fastlora.layers.base import LoRALayer
 from fastlora.layers.several import SeveralAdapters
 
@@ -74,19 +75,24 @@ def is_pretrained(module: nn.Module) -> bool:
 
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
-    """Context manager: the wrapped layers are in the module tree, in the places of the adapted ones."""
+    """Context manager: the wrapped layers are in the module tree, in the places of the adapted ones, and weights of banks are parameters."""
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if isinstance(child, _ADAPTED)
+        if isinstance(child, (*_ADAPTED, ExpertBank))
     ]
     for parent, name, layer in places:
-        parent._modules[name] = layer.wrapped
+        plain = layer if isinstance(layer, ExpertBank) else layer.wrapped
+        parent._modules[name] = plain
+        if isinstance(plain, ExpertBank):
+            del parent._modules[name]
+            parent._parameters[name] = plain.weight
     try:
         yield
     finally:
         for parent, name, layer in places:
+            parent._parameters.pop(name, None)
             parent._modules[name] = layer
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from fastlora.config import (
     ALL_LINEAR,
@@ -19,12 +18,14 @@ from fastlora.config import (
     layer_index,
 )
 from fastlora.errors import ConfigError, InjectionError, nearest
+from fastlora.layers.banks import named_layers, why_not_experts
 from fastlora.layers.base import named_lora_layers
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.offload import loaded_from_above, offload_hook
 from fastlora.layers.several import SeveralAdapters
 from fastlora.model.adapter_registry import inactive_adapters
 from fastlora.model.defaults import Rule, default_layers
+from fastlora.model.experts import routers, stacked_weights
 from fastlora.model.from_peft import PeftTargets, from_peft, is_pefts
 from fastlora.model.peft_rules import output_embeddings
 
@@ -93,7 +94,11 @@ def decide(model: nn.Module, config: LoRAConfig) -> list[Decision]:
 
     Raises: ConfigError if a callback returns neither a bool nor a LoRAConfig.
     """
-    head = output_embeddings(model) if ALL_LINEAR in config.targets else None
+    spared: dict[nn.Module, str] = {}
+    if ALL_LINEAR in config.targets:
+        spared = dict.fromkeys(routers(model), "routers of experts")
+        head = output_embeddings(model)
+        spared |= {} if head is None else {head: "the output embeddings"}
     defaults = default_layers(model) if config.target_modules is None else {}
     wrapped = {id(layer.wrapped) for _, layer in named_lora_layers(model)}
     decisions: list[Decision] = []
@@ -101,7 +106,7 @@ def decide(model: nn.Module, config: LoRAConfig) -> list[Decision]:
     for path, module in candidates(model, config):
         if module in taken or id(module) in wrapped:
             continue
-        decision = _decide_layer(config, path, module, head, defaults.get(module))
+        decision = _decide_layer(config, path, module, spared.get(module), defaults.get(module))
         decisions.append(decision)
         if decision.config is not None:
             taken.add(module)
@@ -268,7 +273,7 @@ def _unmatched_by_peft(model: nn.Module, targets: PeftTargets, selected: Selecti
 
 def candidates(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:
     """(path, layer) of every layer of the config's kinds under each of its names, also inside adapted layers."""
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_layers(model, remove_duplicate=False):
         if kind_of(module) in config.kinds:
             yield path, module
 
@@ -286,19 +291,10 @@ def _other_kind_hint(model: nn.Module, config: LoRAConfig, pattern: str | re.Pat
             return f"{name}, which is none of {', '.join(KINDS)}."
     for path in stacked_weights(model):
         if config.matches(pattern, path):
-            return f" It matches the parameter {path}, stacked matrices that are no layer and get no adapter."
+            owner = model.get_submodule(path.rpartition(".")[0])
+            why = why_not_experts(owner) or "it is not one of the projections of its experts"
+            return f" It matches the parameter {path}, stacked matrices that get no adapter: {why}."
     return ""
-
-
-def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that are stacks of matrices outside layers, such as those of the experts of transformers' mixtures of experts."""
-    return {
-        f"{path}.{name}".lstrip("."): parameter
-        for path, module in model.named_modules()
-        if kind_of(module) is None and not isinstance(module, (ParametrizationList, nn.Bilinear))
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim > 2 and parameter.is_floating_point() and min(parameter.shape) > 1
-    }
 
 
 def attention_projections(model: nn.Module) -> set[nn.Module]:
@@ -355,7 +351,7 @@ def nearest_names(wanted: str, paths: Iterable[str]) -> str:
 
 
 def _decide_layer(
-    config: LoRAConfig, path: str, module: nn.Module, head: nn.Module | None, rule: Rule | None
+    config: LoRAConfig, path: str, module: nn.Module, spared: str | None, rule: Rule | None
 ) -> Decision:
     named = config.match == "exact" and path in config.targets
     if config.indices and layer_index(path) not in config.indices and not named:
@@ -387,12 +383,12 @@ def _decide_layer(
         found = [
             pattern
             for pattern in config.targets
-            if (module is not head if pattern == ALL_LINEAR else config.matches(pattern, path))
+            if (spared is None if pattern == ALL_LINEAR else config.matches(pattern, path))
         ]
         if not found:
             reason = "no target matches its path"
-            if module is head and ALL_LINEAR in config.targets:
-                reason = "all-linear excludes the output embeddings"
+            if spared is not None:
+                reason = f"all-linear excludes {spared}"
             return Decision(path, module, "not targeted", reason)
         chosen = pattern_text(found[0])
         reason = f"matches {chosen!r}"

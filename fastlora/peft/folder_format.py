@@ -21,7 +21,7 @@ from torch import Tensor
 from fastlora.config import scaling_divisor
 from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.files import Content, write_files
-from fastlora.io.adapter_state import PLACES, AdapterState, LayerState
+from fastlora.io.adapter_state import BANKS, PLACES, AdapterState, LayerState
 from fastlora.io.safetensors_format import (
     PEFT_PREFIX,
     group_tensors,
@@ -45,7 +45,7 @@ from fastlora.peft.model_card import CARD_FILE, may_replace, model_card
 _EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 _LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _LINEAR["lora_magnitude"] = "lora_magnitude_vector"
-PEFT_NAMES = dict.fromkeys(("linear", "transposed", "conv"), _LINEAR) | {"embedding": _EMBEDDING}
+PEFT_NAMES = dict.fromkeys(("linear", "transposed", "conv", *BANKS), _LINEAR) | {"embedding": _EMBEDDING}
 _ADVICE = (
     "; freeze the parameter (freeze_base_params, bias='none') or save with include_trainable=False"
 )
@@ -179,6 +179,10 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
             reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
             if reason is not None:
                 raise CheckpointError(f"{path}: {reason}")
+        if layer.kind in BANKS:
+            raise CheckpointError(
+                f"{path}: is a bank of experts, which fastlora does not write in PEFT's format yet; use save_adapter"
+            )
     use_dora = {layer.use_dora for layer in layers.values()}
     if len(use_dora) > 1:
         raise CheckpointError(

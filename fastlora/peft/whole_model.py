@@ -19,6 +19,7 @@ from fastlora.files import write_files
 from fastlora.io.adapter_state import adapter_state
 from fastlora.io.safetensors_format import fastlora_bytes
 from fastlora.layers.base import ADAPTER_TENSORS, named_lora_layers
+from fastlora.layers.experts import LoRAExperts
 from fastlora.model.adapter_registry import why_not_one
 from fastlora.model.heads import adapter_parameters
 from fastlora.model.pretrained import METHODS, plain_layers
@@ -68,8 +69,10 @@ def save_whole_model(
     }
     if state_dict is not None:
         wrapped = {
-            f"{plain(path)}.{layer.wrapped_name}.": f"{plain(path)}." for path, layer in layers
-        }
+            f"{plain(path)}.{layer.wrapped_name}.weight": plain(path)
+            for path, layer in layers
+            if isinstance(layer, LoRAExperts)
+        } | {f"{plain(path)}.{layer.wrapped_name}.": f"{plain(path)}." for path, layer in layers}
         state_dict = {_base_key(key, wrapped): value for key, value in state_dict.items()}
     with plain_layers(model):
         # A hook, because some quantisers of transformers take the state dict themselves.

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets
 from fastlora.errors import BackendError, ConfigError, InjectionError
+from fastlora.layers.banks import ExpertBank, expert_banks, named_layers, why_not_experts
 from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.experts import LoRAExperts
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
@@ -208,7 +210,7 @@ def _table(
         for layer in module.layers
     }
     inside = {module for layer in adapters for module in layer.wrapped.modules()}
-    for path, module in model.named_modules():
+    for path, module in named_layers(model):
         if module in inside:
             continue
         if isinstance(module, LoRALayer):
@@ -220,7 +222,9 @@ def _table(
         elif kind_of(module) is not None:
             table.append(_plain(path, module, decisions.get(module), config, rows, module in read))
         elif _holds_a_matrix(module):
-            row = LayerRow(path, type(module).__name__, "unsuitable", str(why_unsuitable(module)))
+            stacked = any(p.ndim > 2 for p in module.parameters(recurse=False))
+            why = (why_not_experts(module) if stacked else None) or why_unsuitable(module)
+            row = LayerRow(path, type(module).__name__, "unsuitable", str(why))
             table.append(replace(row, trainable=_trainable(module)))
         elif config is not None and (name := _target(config, path.rpartition(".")[2])) is not None:
             below = sum(
@@ -242,7 +246,13 @@ def _adapted(
     path: str, layer: LoRALayer, config: LoRAConfig | None, rows: int | None, weight_read: bool
 ) -> LayerRow:
     choice, saved, reason = None, None, "has an adapter"
-    if not isinstance(layer, LoRALinear):
+    if isinstance(layer, LoRAExperts):
+        x = layer.lora_A.new_empty(
+            rows or 1, layer.in_features, dtype=layer.original_layer.weight.dtype
+        )
+        choice = layer.choose(x)
+        reason = str(choice)
+    elif not isinstance(layer, LoRALinear):
         reason = str(layer.choose(layer.lora_A))
     elif rows is not None:
         dtype = compute_dtype(layer.original_linear)
@@ -303,7 +313,7 @@ def _plain(
         dropout=own.dropout,
         trainable=sum(adapter_sizes(module, own)),
         saved_bytes=shape_after_injection(module, own, weight_read).saved_bytes(rows)
-        if rows is not None and kind == "linear"
+        if rows is not None and kind == "linear" and not isinstance(module, ExpertBank)
         else None,
     )
 
@@ -324,7 +334,8 @@ def _trainable(module: nn.Module) -> int:
 def _holds_a_matrix(module: nn.Module) -> bool:
     """Whether the module seems to own a weight matrix: a parameter of two or more dimensions, or a class named "linear"."""
     leaf_by_name = "linear" in type(module).__name__.lower() and not module._modules
-    own = module.parameters(recurse=False)
+    banks = expert_banks(module)  # which have rows of their own, and biases (G, N)
+    own = [] if banks else module.parameters(recurse=False)
     return leaf_by_name or any(nn.parameter.is_lazy(p) or p.ndim >= 2 for p in own)
 
 

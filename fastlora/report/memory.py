@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig, Targets
 from fastlora.errors import ConfigError, InjectionError
+from fastlora.layers.banks import ExpertBank
 from fastlora.layers.base import default_adapter_dtype, named_lora_layers
 from fastlora.layers.kinds import kind_of, layer_class
 from fastlora.layers.linear import LoRALinear
@@ -119,7 +120,7 @@ class MemoryEstimate:
     """The result of `estimate`, in bytes. `str(estimate)` is a small table.
 
     layers: number of adapted layers.
-    uncounted: how many of them are convolutions or embeddings, of which only the parameters are counted.
+    uncounted: how many of them are convolutions, embeddings or banks of experts, of which only the parameters are counted.
     saved_bytes: saved for the backward pass by the adapted linear layers, each with its own input: an upper bound, since layers
         that share their input (q, k and v) save it once, which shapes do not show.
     saved_beyond_input_bytes: the same without inputs: a lower bound, reached if other layers save every x anyway.
@@ -236,7 +237,7 @@ def _after_injection(model: nn.Module, config: LoRAConfig | Targets) -> _Counted
     shapes = [
         shape_after_injection(module, own, module in read)
         for module, (_, own) in selected.items()
-        if kind_of(module) == "linear"
+        if kind_of(module) == "linear" and not isinstance(module, ExpertBank)
     ]
     added = [
         size * (own.adapter_dtype or default_adapter_dtype(module)).itemsize
@@ -269,7 +270,9 @@ def shape_after_injection(
 def adapter_sizes(module: nn.Module, config: LoRAConfig) -> list[int]:
     """Number of elements of each parameter of the adapter that `module` gets with its own `config`."""
     shape_a, shape_b = layer_class(module).factor_shapes(module, config.rank)
-    return [math.prod(shape_a), math.prod(shape_b)] + [shape_b[0]] * config.use_dora
+    # B ends with the rank, and in a convolution with ones.
+    magnitudes = [math.prod(shape_b[:-1])] * config.use_dora
+    return [math.prod(shape_a), math.prod(shape_b), *magnitudes]
 
 
 def format_bytes(count: int) -> str:

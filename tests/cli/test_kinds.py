@@ -333,7 +333,7 @@ def test_an_old_file_of_a_convolution_merges_but_does_not_convert(tmp_path, monk
         ("conv1d", {"padding_mode": ["zeros"]}, "dilation, padding_mode: expected 1 integers"),
         ("conv1d", {"kind": "linear"}, "expected lora_A and lora_B as (R, K) and (N, R), got"),
         ("linear", {"kind": "conv"}, "expected lora_A and lora_B as (R, C/groups, *kernel)"),
-        ("linear", {"kind": ["linear"]}, "kind: expected one of linear, transposed, conv, embedd"),
+        ("linear", {"kind": ["linear"]}, "kind: expected one of linear, transposed, experts,"),
         ("linear", {"use_dora": True}, "use_dora is True in the settings, False in the tensors"),
         ("dora", {"use_dora": False}, "use_dora is False in the settings, True in the tensors"),
         ("dora", {"kind": "embedding"}, "lora_magnitude: not supported for kind 'embedding'"),

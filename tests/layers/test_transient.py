@@ -482,9 +482,10 @@ def test_eight_bits_are_llm_int8_outside_of_training_mode(counted):
     layer.eval()
     assert "outside of training mode LLM.int8() quantises its input too" in explain(layer, x).reason
     with torch.no_grad():
-        update = layer.scaling * x @ layer.lora_A.T @ layer.lora_B.T
-        want = layer.original_linear(x) + update
-    assert_close(layer(x), want, want.double())
+        base, a, b = layer.original_linear(x), layer.lora_A.T, layer.lora_B.T
+        want = base + layer.scaling * x @ a @ b
+        exact = base.double() + layer.scaling * x.double() @ a.double() @ b.double()
+    assert_close(layer(x), want, exact)
     assert len(counted) == 1 and not torch.equal(layer(x), trained)
     # A hundredth of the output: the input has 8 bits.
     assert (layer(x) - trained).abs().max() < 0.02 * trained.abs().max()
