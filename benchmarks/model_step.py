@@ -29,7 +29,6 @@ from step_models import (
     ALPHA,
     CONTESTANTS,
     CPU_CONTESTANTS,
-    DROPOUT,
     MODELS,
     RANK,
     adapted,
@@ -218,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         "settings": {
             "rank": RANK,
             "alpha": ALPHA,
-            "dropout": DROPOUT,
+            "dropout": MODELS[models[0]].dropout,
             "dtype": arguments.dtype,
             "sizes": {model: MODELS[model].size(device) for model in models},
         },

@@ -21,9 +21,10 @@ NAMES = {
 MODELS = {
     "vit-b": "ViT-B",
     "llama-1b": "a Llama of 1.2 billion parameters without embedding and output head",
+    "qwen3-moe": "a Qwen3-MoE of 4 blocks, hidden size 512, 32 experts of size 256, 4 for each token",
 }
 INPUTS = {
-    "cpu": {"vit-b": "4 images", "llama-1b": "128 tokens"},
+    "cpu": {"vit-b": "4 images", "llama-1b": "128 tokens", "qwen3-moe": "4 × 128 tokens"},
     "cuda": {"vit-b": "64 images", "llama-1b": "4 × 1024 tokens"},
 }
 EAGER_PEFT = ("peft", "peft-bf16")

@@ -23,6 +23,7 @@ class Model:
 
     make: builds the base model in float32. inputs: builds its keyword arguments for two sizes, which are `on_cpu` or `on_gpu`.
     targets: names of the adapted layers. full_on_cpu: whether full fine-tuning fits in a CPU's memory.
+    banks: names of adapted banks of experts, PEFT's `target_parameters`. dropout: of the adapters; PEFT allows none with banks.
     """
 
     make: Callable[[], nn.Module]
@@ -31,6 +32,8 @@ class Model:
     on_gpu: tuple[int, int]
     targets: tuple[str, ...]
     full_on_cpu: bool
+    banks: tuple[str, ...] = ()
+    dropout: float = DROPOUT
 
     def size(self, device: torch.device) -> tuple[int, int]:
         return self.on_gpu if device.type == "cuda" else self.on_cpu
@@ -74,6 +77,23 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, key_heads: in
     return LlamaModel(config)
 
 
+def qwen3_moe(hidden: int, intermediate: int, layers: int, heads: int, experts: int) -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeModel
+
+    config = Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        moe_intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        use_cache=False,
+    )
+    return Qwen3MoeModel(config)
+
+
 def vit_b() -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
@@ -89,6 +109,8 @@ def tokens(rows: int, length: int) -> dict[str, Tensor]:
 
 
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MOE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+BANKS = ("experts.gate_up_proj", "experts.down_proj")
 VIT_LAYERS = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
 MODELS = {
     "vit-b": Model(vit_b, images, (4, 224), (64, 224), VIT_LAYERS, True),
@@ -97,6 +119,19 @@ MODELS = {
     ),
     "llama-tiny": Model(
         lambda: llama(32, 64, 2, 4, 2), tokens, (1, 16), (1, 16), LLAMA_LAYERS, True
+    ),
+    "qwen3-moe": Model(
+        lambda: qwen3_moe(512, 256, 4, 8, 32),
+        tokens,
+        (4, 128),
+        (8, 1024),
+        MOE_LAYERS,
+        True,
+        BANKS,
+        0.0,
+    ),
+    "qwen3-moe-tiny": Model(
+        lambda: qwen3_moe(32, 16, 2, 4, 8), tokens, (1, 16), (1, 16), MOE_LAYERS, True, BANKS, 0.0
     ),
 }
 
@@ -145,7 +180,11 @@ def adapted(name: str, model: Model, base: nn.Module, inputs: dict[str, Tensor])
         import peft
 
         config = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=targets
+            r=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=model.dropout,
+            target_modules=targets,
+            target_parameters=list(model.banks) or None,
         )
         mine = peft.get_peft_model(mine, config, autocast_adapter_dtype=not narrow)
     else:
@@ -153,7 +192,12 @@ def adapted(name: str, model: Model, base: nn.Module, inputs: dict[str, Tensor])
         fastlora.inject_lora(
             mine,
             fastlora.LoRAConfig(
-                targets, RANK, ALPHA, DROPOUT, match="exact", adapter_dtype=adapters
+                [*targets, *model.banks],
+                RANK,
+                ALPHA,
+                model.dropout,
+                match="exact",
+                adapter_dtype=adapters,
             ),
         )
         fastlora.freeze_base_params(mine)

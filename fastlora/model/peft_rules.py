@@ -11,8 +11,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from torch import nn
 
 from fastlora.config import ALL_LINEAR, PEFT_KEY, check_hyperparameters
-from fastlora.layers.banks import ExpertBank
+from fastlora.layers.banks import ExpertBank, named_layers
 from fastlora.layers.base import LoRALayer
+from fastlora.layers.experts import LoRAExperts
 from fastlora.layers.kinds import kind_of
 from fastlora.model.wrappers import plain_names, unwrapped
 
@@ -36,6 +37,7 @@ class PeftConfig:
     """The fields of a `LoraConfig` that fastlora uses, under PEFT's names and with PEFT's defaults."""
 
     target_modules: str | list[str] = ""
+    target_parameters: list[str] | None = None
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -91,6 +93,21 @@ class PeftConfig:
                 found[path] = module
         return found
 
+    def banks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The banks of experts whose parameters PEFT would adapt, by path."""
+        plain = plain_names(model)
+        return {
+            plain(path): module
+            for path, module in named_layers(model)
+            if isinstance(module, ExpertBank) and self.names_parameter(plain(path))
+        }
+
+    def other_parameters(self, model: nn.Module) -> list[str]:
+        """The parameters that PEFT would adapt and that are no bank of experts, by name."""
+        plain, banks = plain_names(model), self.banks(model)
+        names = [plain(name) for name, _ in model.named_parameters()]
+        return [name for name in names if self.names_parameter(name) and name not in banks]
+
     def layer(self, path: str) -> dict[str, Any]:
         """Rank, alpha and the other settings of the layer at `path`, under the names of `LoRAConfig`."""
         return {
@@ -113,6 +130,11 @@ class PeftConfig:
             heads = (getattr(unwrapped(model), name, None) for name in _CLASSIFIERS)
             return next((head for head in heads if head is not None), None)
         return head
+
+    def names_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` has this name or a dotted suffix of it."""
+        wanted = self.target_parameters or ()
+        return any(name == target or name.endswith(f".{target}") for target in wanted)
 
     def _excludes(self, path: str) -> bool:
         heads = self.modules_to_save or []
@@ -148,8 +170,10 @@ class PeftConfig:
 
     def check_values(self) -> None:
         """Raises: ValueError for a value that PEFT or `LoRAConfig` does not accept, or an invalid regex."""
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules: expected a list or a regex, got none")
+        if self.target_parameters and (self.lora_dropout or self.use_dora):
+            raise ValueError("target_parameters: PEFT allows neither lora_dropout nor use_dora")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform: needs a list of target_modules")
         for rank in (self.r, *self.rank_pattern.values()):
@@ -171,7 +195,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if inside is not None and path.startswith(inside):
             continue
         inside = f"{path}." if isinstance(module, LoRALayer) else None
-        bank = isinstance(module, ExpertBank)  # a parameter in the plain model
+        bank = isinstance(module, (ExpertBank, LoRAExperts))  # a parameter in the plain model
         if plain(path) and unwrapped(module) is module and not bank:
             yield plain(path), module
 

@@ -35,6 +35,8 @@ def as_json(config: PeftConfig) -> dict[str, Any]:
 
     # Older versions of PEFT do not know ensure_weight_tying, which has no effect on what is saved.
     known = {name: value for name, value in vars(config).items() if name != "ensure_weight_tying"}
+    if not config.target_parameters:
+        del known["target_parameters"]  # which older versions of PEFT do not know
     return known | {
         "peft_type": "LORA",
         "inference_mode": True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -30,7 +30,9 @@ from fastlora.io.safetensors_format import (
     safetensors_bytes,
     settings_metadata,
 )
+from fastlora.layers.banks import PROJECTIONS
 from fastlora.model.peft_rules import PeftConfig
+from fastlora.peft.bank_format import from_peft, to_peft
 from fastlora.peft.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -45,7 +47,9 @@ from fastlora.peft.model_card import CARD_FILE, may_replace, model_card
 _EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 _LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _LINEAR["lora_magnitude"] = "lora_magnitude_vector"
-PEFT_NAMES = dict.fromkeys(("linear", "transposed", "conv", *BANKS), _LINEAR) | {"embedding": _EMBEDDING}
+PEFT_NAMES = dict.fromkeys(("linear", "transposed", "conv", *BANKS), _LINEAR) | {
+    "embedding": _EMBEDDING
+}
 _ADVICE = (
     "; freeze the parameter (freeze_base_params, bias='none') or save with include_trainable=False"
 )
@@ -68,6 +72,7 @@ def read_folder(folder: Path) -> AdapterState:
         raise CheckpointError(
             f"{file}: expected keys that start with {PEFT_PREFIX}, got {foreign[0]!r}"
         )
+    tensors = from_peft(config, tensors)
     plain = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
     # PEFT also writes the weight of an adapted output head or embedding, which replaces the base's.
     plain = {key.replace(".base_layer.", "."): value for key, value in plain.items()}
@@ -83,6 +88,8 @@ def read_folder(folder: Path) -> AdapterState:
         settings[path] |= places.get(path, {})
         if f"{path}.{_EMBEDDING['lora_A']}" in plain:
             settings[path] |= {"kind": "embedding", "dropout": 0.0}
+        elif config.names_parameter(path):
+            settings[path]["kind"] = "experts"
         elif sizes:
             settings[path] |= {"dilation": [1] * sizes, "padding_mode": "zeros"}
         elif config.fan_in_fan_out:
@@ -179,10 +186,7 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
             reason = why_peft_differs(layer.groups, layer.dilation, layer.padding_mode)
             if reason is not None:
                 raise CheckpointError(f"{path}: {reason}")
-        if layer.kind in BANKS:
-            raise CheckpointError(
-                f"{path}: is a bank of experts, which fastlora does not write in PEFT's format yet; use save_adapter"
-            )
+    banks = _banks(layers)
     use_dora = {layer.use_dora for layer in layers.values()}
     if len(use_dora) > 1:
         raise CheckpointError(
@@ -190,6 +194,13 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
         )
     # An embedding has no dropout even if the other layers do.
     dropouts = sorted({s.dropout for s in layers.values() if s.kind != "embedding"}) or [0.0]
+    if banks and dropouts != [0.0]:
+        warnings.warn(
+            f"layers have the dropouts {dropouts}, and PEFT allows none with experts; 0 is written",
+            FastLoRAWarning,
+            stacklevel=3,
+        )
+        dropouts = [0.0]
     if len(dropouts) > 1:
         warnings.warn(
             f"layers have the dropouts {dropouts}, PEFT's format stores one; {dropouts[-1]} is written",
@@ -207,8 +218,10 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
     alphas = {path: alpha_of(layer) for path, layer in layers.items()}
     ranks = {path: layer.rank for path, layer in layers.items()}
     rank, alpha = mode(ranks.values()), mode(alphas.values())
+    others = [path for path in layers if path not in banks]
     return PeftConfig(
-        "|".join(re.escape(path) for path in layers),
+        "|".join(map(re.escape, others)) if others else [],
+        banks or None,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropouts[-1],
@@ -219,6 +232,20 @@ def peft_config(state: AdapterState, heads: list[str]) -> PeftConfig:
         rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
         alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
     )
+
+
+def _banks(layers: Mapping[str, LayerState]) -> list[str]:
+    """The paths of the banks of experts. Raises: CheckpointError for one that PEFT's format cannot store."""
+    banks = [path for path, layer in layers.items() if layer.kind in BANKS]
+    for path in banks:
+        owner, _, name = path.rpartition(".")
+        if not owner or name not in PROJECTIONS:
+            raise CheckpointError(
+                f"{path}: is a bank of experts that PEFT's target_parameters cannot name"
+            )
+        if layers[path].use_dora:
+            raise CheckpointError(f"{path}: is a bank of experts, for which PEFT has no DoRA")
+    return banks
 
 
 def write_folder(folder: Path, state: AdapterState, config: PeftConfig) -> None:
@@ -237,6 +264,7 @@ def write_folder(folder: Path, state: AdapterState, config: PeftConfig) -> None:
             f"{state.base_name(name).removesuffix('.weight')}.base_layer.weight" if inside else name
         )
         tensors[PEFT_PREFIX + key] = tensor
+    tensors = to_peft(tensors, [p for p, layer in state.layers.items() if layer.kind in BANKS])
     text = json.dumps(as_json(config), indent=2, sort_keys=True) + "\n"
     # The weights are moved first: the new ones know whether the config is the old one.
     metadata = settings_metadata(

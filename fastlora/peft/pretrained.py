@@ -21,7 +21,9 @@ from fastlora.io.adapter_file import LoadResult, match_keys, raise_or_warn
 from fastlora.io.adapter_state import AdapterState, adapter_state
 from fastlora.io.base_state import base_state_dict
 from fastlora.io.safetensors_format import PEFT_PREFIX
+from fastlora.layers.banks import ExpertBank
 from fastlora.layers.base import LoRALayer, named_lora_layers
+from fastlora.layers.experts import LoRAExperts
 from fastlora.layers.kinds import kind_of, layer_class, why_unsuitable
 from fastlora.layers.offload import execution_device
 from fastlora.model.adapter_registry import (
@@ -37,6 +39,7 @@ from fastlora.model.peft_rules import TASK_TYPES, PeftConfig, base_modules
 from fastlora.model.selection import attention_projections, fast_path_layers, nearest_names
 from fastlora.model.sharded import copy_whole
 from fastlora.model.wrappers import plain_names, unwrapped
+from fastlora.peft.bank_format import from_peft, in_present_order
 from fastlora.peft.config import WEIGHTS_FILE, check_matching, overlap
 from fastlora.peft.folder_format import (
     PEFT_NAMES,
@@ -47,6 +50,7 @@ from fastlora.peft.folder_format import (
     write_folder,
 )
 from fastlora.peft.hub import local_folder
+from fastlora.peft.ties import check_ties, refuse_tied_targets
 
 
 def save_pretrained(
@@ -210,11 +214,12 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
                 )
     config, tensors, _ = read_tensors(folder)
     check_matching(config, [path for path, _ in base_modules(model)])
-    targets = config.targets(model)
+    files, targets = list(tensors), config.targets(model) | config.banks(model)
     layer_configs = {path: LoRAConfig(**config.layer(path)) for path in targets}
     _check_targets(model, config, targets, layer_configs)
+    tensors = in_present_order(from_peft(config, tensors), targets)
     if config.ensure_weight_tying:
-        _refuse_tied_targets(model, targets)
+        refuse_tied_targets(model, targets)
     heads = config.heads(model)
     for path in heads:
         adapted = overlap(path, layer_configs)
@@ -231,7 +236,7 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
         for path, module in targets.items()
         for name in module.state_dict()
     }
-    _check_ties(model, tensors, heads, bases)
+    check_ties(model, tensors, heads, bases)
     # PEFT writes the weight of an adapted head or embedding even if it did not change.
     unchanged = {k for k, n in bases.items() if k in tensors and torch.equal(own[n], tensors[k])}
     others = [key for key in tensors if key not in keys and key not in unchanged]
@@ -250,15 +255,20 @@ def _load(model: nn.Module, folder: Path, alone: bool) -> LoadResult:
         copy_whole(now[keys.get(key) or bases.get(key) or key.removeprefix(PEFT_PREFIX)], value)
     if alone:
         freeze_base_params(model)
-    return LoadResult(list(tensors), [], [])
+    return LoadResult(files, [], [])
 
 
 def _check_targets(
     model: nn.Module, config: PeftConfig, targets: Mapping[str, Any], configs: dict[str, LoRAConfig]
 ) -> None:
     """Raises: CheckpointError if there are no targets, or one cannot be adapted or has a different output in PEFT."""
+    foreign = config.other_parameters(model)
+    if foreign:
+        raise CheckpointError(
+            f"target_parameters: {foreign[0]} is no bank of experts that fastlora adapts"
+        )
     if not targets:
-        wanted = config.target_modules
+        wanted = config.target_modules or config.target_parameters or ""
         paths = [path for path, module in model.named_modules() if kind_of(module) is not None]
         first = wanted if isinstance(wanted, str) else wanted[0]
         raise CheckpointError(
@@ -303,11 +313,12 @@ def _check_keys(
         required += [f"{PEFT_PREFIX}{path}.{name}" for name in head.state_dict()]
     adapted = tuple(f"{path}." for path in layer_configs)
     for name, value in base.items():
-        if not name.startswith(adapted):
+        if not name.startswith(adapted) and name not in layer_configs:
             known[PEFT_PREFIX + name] = value
     for path, module in targets.items():
         for name, value in module.state_dict().items():
-            known[f"{PEFT_PREFIX}{path}.base_layer.{name}"] = value
+            if not isinstance(module, ExpertBank):  # whose weight PEFT never writes
+                known[f"{PEFT_PREFIX}{path}.base_layer.{name}"] = value
     result, problems = match_keys(tensors, required, known)
     raise_or_warn(WEIGHTS_FILE, problems, result.loaded, strict=True)
     return keys
@@ -317,61 +328,22 @@ def _with_short_targets(
     model: nn.Module, config: PeftConfig, layers: Mapping[str, LoRALayer]
 ) -> PeftConfig:
     """The config with the shortest targets by which PEFT's rules find exactly these layers: names, paths, or a regex of paths."""
-    names = sorted({path.rpartition(".")[2] for path in layers})
-    for targets in (names, sorted(layers), config.target_modules):
+    banks = {path for path, layer in layers.items() if isinstance(layer, LoRAExperts)}
+    if banks:
+        short = sorted({".".join(path.split(".")[-2:]) for path in banks})
+        shorter = replace(config, target_parameters=short)
+        if {name for name in base_state_dict(model) if shorter.names_parameter(name)} == banks:
+            config = shorter
+    wanted = layers.keys() - banks
+    names = sorted({path.rpartition(".")[2] for path in wanted})
+    for targets in (names, sorted(wanted), config.target_modules):
         chosen = replace(config, target_modules=targets)
-        if chosen.targets(model).keys() == layers.keys():
+        if chosen.targets(model).keys() == wanted:
             return chosen
-    missed = layers.keys() - config.targets(model).keys()
+    missed = wanted - config.targets(model).keys()
     raise CheckpointError(
         f"{min(missed)} is inside a module that is saved in full, which PEFT's format cannot store"
     )
-
-
-def _check_ties(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    heads: Mapping[str, nn.Module],
-    bases: Mapping[str, str],
-) -> None:
-    """Raises: CheckpointError if a head, or a base weight in the file, is tied in the model but was not when PEFT saved it.
-
-    bases: key in the file → name in the model, of the weights of adapted layers.
-    """
-    plain = plain_names(model)
-    own = {plain(name): value for name, value in model.state_dict(keep_vars=True).items()}
-    for name in (f"{path}.{key}" for path, head in heads.items() for key in head.state_dict()):
-        tied = [key for key, tensor in own.items() if tensor is own[name] and key != name]
-        for other in tied:
-            inside = ".base_layer.".join(other.rsplit(".", 1))  # of an adapted layer
-            value = tensors.get(PEFT_PREFIX + other, tensors.get(PEFT_PREFIX + inside))
-            if value is None or not torch.equal(value, tensors[PEFT_PREFIX + name]):
-                raise CheckpointError(
-                    f"modules_to_save: {name} is tied to {other}, which has a different value "
-                    "in the file; untie them in the model first"
-                )
-    for key, name in bases.items():
-        for other in (k for k, tensor in own.items() if key in tensors and tensor is own[name]):
-            value = tensors.get(PEFT_PREFIX + other, tensors[key])
-            if not torch.equal(value, tensors[key]):
-                raise CheckpointError(
-                    f"{key}: {name} is tied to {other}, which has a different value in the file; "
-                    "untie them in the model first"
-                )
-
-
-def _refuse_tied_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
-    """Raises: CheckpointError for a target whose weight is tied: under ensure_weight_tying PEFT ties adapters to those of the other layer."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for path, module in targets.items():
-        names = owners.get(id(module.weight), [])
-        if len(names) > 1:
-            raise CheckpointError(
-                f"ensure_weight_tying: {path} is tied ({', '.join(names)}), and PEFT adapts all of them with one adapter, "
-                "which fastlora does not support"
-            )
 
 
 def _trained_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:

@@ -41,6 +41,16 @@ def test_every_implementation_trains_the_model_and_fastlora_saves_less(bench, st
     assert bench.model_tables.model_table([]) == "No record: not measured."
 
 
+def test_experts_are_trained_by_both_libraries_without_dropout(bench, step):
+    status, record = step("--only=qwen3-moe-tiny")
+    rows = {row["backend"]: row for row in record["results"]}
+    assert status == 0 and record["absent"] == record["not_run"] == []
+    assert record["settings"]["dropout"] == 0.0
+    assert rows["fastlora"]["trainable"] == rows["peft"]["trainable"] < rows["full"]["trainable"]
+    # PEFT keeps W + ΔW of all experts.
+    assert rows["fastlora"]["saved_bytes"] < 0.6 * rows["peft"]["saved_bytes"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # Dynamo's
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

@@ -358,11 +358,8 @@ def test_bad_arguments_of_a_bank_are_named():
 def test_a_whole_model_is_saved_under_the_keys_of_the_plain_one(tmp_path):
     model = adapted("mixtral")
     want = model(IDS).logits
-    with pytest.warns(fastlora.FastLoRAWarning, match="bank of experts"):
-        model.save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m")
     assert torch.equal(model(IDS).logits, want)  # the adapters are in place again
     plain = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "m").eval()
-    assert_close(
-        plain(IDS).logits, build("mixtral")(IDS).logits, build("mixtral", torch.float64)(IDS).logits
-    )
-    assert_differs(plain(IDS).logits, want)
+    wide = adapted("mixtral", dtype=torch.float64)
+    assert_close(plain(IDS).logits, want, wide(IDS).logits)  # by PEFT

@@ -446,10 +446,6 @@ def refused(folder, message):
         ({"peft_type": "LOHA"}, "peft_type: expected 'LORA', got 'LOHA'"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
-        (
-            {"target_parameters": ["experts.w"]},
-            r"target_parameters=\['experts.w'\] is not supported",
-        ),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
         ({"layer_replication": [[0, 1]]}, "layer_replication=.* is not supported"),
         ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens=\[3\] is not supported"),
