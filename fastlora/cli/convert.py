@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlora.cli.base_files import layers_of_base
 from fastlora.errors import CheckpointError, FastLoRAWarning
 from fastlora.files import read_json_object, write_files
-from fastlora.io.adapter_state import AdapterState, LayerState
+from fastlora.io.adapter_state import BANKS, AdapterState, LayerState
 from fastlora.io.foreign_formats import Given, kohya_bytes, read_kohya, read_torchtune
 from fastlora.io.kohya_names import COMPONENTS
 from fastlora.io.recognise import format_of, read_contents, refuse_type
@@ -240,7 +240,8 @@ def difference_norm(one: LayerState, other: LayerState) -> float:
     Raises: CheckpointError if the layers' sizes differ or an alpha is unknown.
     """
     (b1, a1), (b2, a2) = _by_groups(one), _by_groups(other)
-    if b1.shape[:2] != b2.shape[:2] or one.lora_a.shape[1:] != other.lora_a.shape[1:]:
+    inside = 2 if one.kind in BANKS else 1  # after the dimensions of the rank and before
+    if b1.shape[:2] != b2.shape[:2] or one.lora_a.shape[inside:] != other.lora_a.shape[inside:]:
         raise CheckpointError("the layers have different sizes")
     return _product_norm(
         torch.cat([one.scaling * b1, -other.scaling * b2], 2), torch.cat([a1, a2], 1)
@@ -248,8 +249,10 @@ def difference_norm(one: LayerState, other: LayerState) -> float:
 
 
 def _by_groups(layer: LayerState) -> tuple[Tensor, Tensor]:
-    """The folded B as (groups, N / groups, R / groups) and A as (groups, R / groups, K), in float64."""
+    """The folded B as (groups, N / groups, R / groups) and A as (groups, R / groups, K), in float64; a group is an expert of a bank."""
     layer = layer.folded()
+    if layer.kind in BANKS:
+        return layer.lora_b.double(), layer.lora_a.double()
     a, b = layer.lora_a.double().flatten(1), layer.lora_b.double().flatten(1)
     return b.reshape(layer.groups, -1, b.shape[1]), a.reshape(layer.groups, -1, a.shape[1])
 

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,11 +20,12 @@ from fastlora.cli.base_files import Entry, find_base, read_header
 from fastlora.cli.convert import refuse_existing
 from fastlora.errors import CheckpointError, FastLoRAWarning, MergeError, first_few, nearest
 from fastlora.files import move_into_place, replaced_folder
-from fastlora.io.adapter_state import AdapterState, LayerState
+from fastlora.io.adapter_state import BANKS, AdapterState, LayerState
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _DTYPES = _FLOATS | {"I64": torch.int64}  # of heads: BatchNorm counts its batches
-_OTHER_ORIENTATION = {"linear": "transposed", "transposed": "linear"}
+_OTHER_ORIENTATION = {"linear": "transposed", "experts": "transposed_experts"}
+_OTHER_ORIENTATION |= {other: kind for kind, other in _OTHER_ORIENTATION.items()}
 
 
 class MergedLayer(NamedTuple):
@@ -129,7 +131,7 @@ def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterSt
     others = {state.base_name(n): head for n, head in state.others.items()}
     ties = state.ties and {state.base_name(n): state.base_name(t) for n, t in state.ties.items()}
     state = replace(state, others=others, ties=ties)
-    if any(_weight(path) in base for path in state.layers):
+    if any(_weight(path, layer) in base for path, layer in state.layers.items()):
         return state
     own = next(iter(state.layers)).partition(".")[0] + "."
     changes = [(own, ""), *(("", f"{n}.") for n in sorted({k.partition(".")[0] for k in base}))]
@@ -140,7 +142,9 @@ def _with_prefix_of(base: Mapping[str, Entry], state: AdapterState) -> AdapterSt
             )
             for path, layer in state.layers.items()
         }
-        if len(layers) == len(state.layers) and all(_weight(path) in base for path in layers):
+        if len(layers) == len(state.layers) and all(
+            _weight(*item) in base for item in layers.items()
+        ):
             renamed = {name: new + name.removeprefix(old) for name in state.others}
             names = {n: renamed[n] if renamed[n] in base else n for n in state.others}
             others = {names[n]: head for n, head in state.others.items()}
@@ -157,7 +161,7 @@ def _at_all_places(state: AdapterState, base: Mapping[str, Entry]) -> AdapterSta
     """`state` with each shared layer, and each tied head, under those of its names that the base has, or under one if it has none."""
     layers: dict[str, LayerState] = {}
     for path, layer in state.layers.items():
-        present = [p for p in (path, *layer.shared_with) if _weight(p) in base]
+        present = [p for p in (path, *layer.shared_with) if _weight(p, layer) in base]
         layers |= dict.fromkeys(present or [path], layer)
     twins = _twins(state)
     absent = [
@@ -198,7 +202,7 @@ def _refuse_tied(state: AdapterState, base: Mapping[str, Entry], config: Mapping
     untied = any(t is False for t in ties) and not any(t is True for t in ties)
     sizes = {c["vocab_size"] for c in configs if isinstance(c.get("vocab_size"), int)}
     words = {key for key, e in base.items() if len(e.shape) == 2 and e.shape[0] in sizes}
-    adapted = {_weight(p): layer for p, layer in state.layers.items()}
+    adapted = {_weight(p, layer): layer for p, layer in state.layers.items()}
     changed = {key for key, layer in adapted.items() if layer.tied_to and not untied}
     # An older config.json leaves a default out; a single matrix then is the one that is tied.
     if any(t is True for t in ties) or (not untied and len(words) == 1):
@@ -215,7 +219,7 @@ def _refuse_tied(state: AdapterState, base: Mapping[str, Entry], config: Mapping
 
 def _warn_of_equal_weights(state: AdapterState, files: Iterable[Path]) -> None:
     """Warn if a weight that changes has the values of one that does not: in a model that ties them, one of them would be lost."""
-    changed = {*map(_weight, state.layers), *state.others}
+    changed = {*starmap(_weight, state.layers.items()), *state.others}
     alike: dict[Any, list[tuple[str, Path, Entry]]] = {}  # by shape, dtype and first bytes
     for file in files:
         for key, entry in read_header(file).items():
@@ -269,18 +273,26 @@ def _fit(state: AdapterState, base: Mapping[str, Entry]) -> AdapterState:
         if abs(layer.scaling) > torch.finfo(torch.float32).max:
             raise CheckpointError(f"{path}: the scaling {layer.scaling:g} is too large for float32")
         if layer.kind in _OTHER_ORIENTATION:
-            entry, shape = base.get(_weight(path)), layer.weight_shape
-            if shape == shape[::-1]:
+            entry, shape = base.get(_weight(path, layer)), layer.weight_shape
+            turned = (*shape[:-2], shape[-1], shape[-2])
+            if shape == turned:
                 square.append(path)
-            elif entry is not None and entry.shape == shape[::-1]:
+            elif entry is not None and entry.shape == turned:
                 reoriented[path] = replace(layer, kind=_OTHER_ORIENTATION[layer.kind])
-    if square and reoriented:
-        raise CheckpointError(
-            f"{square[0]}: whether this square weight is stored transposed is unknown, since {min(reoriented)} is not stored "
-            "as the adapter's file states; merge in Python (merged_model)"
-        )
+    for path in square:
+        bank = state.layers[path].kind in BANKS
+        alike = [p for p, layer in state.layers.items() if (layer.kind in BANKS) == bank]
+        turned_too = next((p for p in alike if p in reoriented), None)
+        unknown = f"{path}: whether this square weight is stored transposed is unknown, since"
+        advice = "merge in Python (merged_model)"
+        if turned_too is not None:
+            raise CheckpointError(
+                f"{unknown} {turned_too} is not stored as the adapter's file states; {advice}"
+            )
+        if bank and state.format == "peft" and set(alike) <= set(square):
+            raise CheckpointError(f"{unknown} PEFT's folders do not store it; {advice}")
     layers = state.layers | reoriented
-    shapes = {_weight(path): layer.weight_shape for path, layer in layers.items()}
+    shapes = {_weight(path, layer): layer.weight_shape for path, layer in layers.items()}
     shapes |= {name: tuple(value.shape) for name, value in state.others.items()}
     problems = []
     for key, shape in shapes.items():
@@ -312,9 +324,10 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
                 )
             _write(opened, entry, head)
         for path, layer in state.layers.items():
-            if _weight(path) not in header:
+            key = _weight(path, layer)
+            if key not in header:
                 continue  # in another shard
-            entry = header[_weight(path)]
+            entry = header[key]
             dtype = _FLOATS[entry.dtype]
             opened.seek(entry.begin)
             data = bytearray(opened.read(entry.end - entry.begin))
@@ -326,7 +339,7 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
             spoiled = int((~base.isfinite()).sum())
             if spoiled:
                 warnings.warn(
-                    f"{_weight(path)}: {spoiled} values of the base are not finite, and stay so",
+                    f"{key}: {spoiled} values of the base are not finite, and stay so",
                     FastLoRAWarning,
                     stacklevel=3,
                 )
@@ -335,9 +348,9 @@ def _merge_into(file: Path, state: AdapterState) -> list[MergedLayer]:
     return merged
 
 
-def _weight(path: str) -> str:
-    """The key of the weight of the layer at `path`."""
-    return f"{path}.weight".lstrip(".")
+def _weight(path: str, layer: LayerState) -> str:
+    """The key of the weight of the layer at `path`; a bank of experts is a parameter itself."""
+    return path if layer.kind in BANKS else f"{path}.weight".lstrip(".")
 
 
 def _write(file: BinaryIO, entry: Entry, tensor: Tensor) -> None:

@@ -118,7 +118,7 @@ class LayerState:
     @property
     def groups(self) -> int:
         """The groups of the convolution, 1 for other kinds."""
-        return self.rank // self.lora_b.shape[1]
+        return self.rank // self.lora_b.shape[1] if self.kind == "conv" else 1
 
     @property
     def scaling(self) -> float:
