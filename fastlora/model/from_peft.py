@@ -47,19 +47,25 @@ class PeftTargets:
                 self.foreign[path] = str(why_unsuitable(layer))
             else:
                 self.layers[path] = LoRAConfig(**rules.layer(path), **shared)
+        banks = rules.banks(model)
+        self.foreign |= dict.fromkeys(rules.other_parameters(model), "is no bank of experts")
         self._configs = {every[path]: own for path, own in self.layers.items()}
+        for path, bank in banks.items():
+            self._configs[bank] = self.layers[path] = LoRAConfig(**rules.layer(path), **shared)
         self._configs |= {
             module.wrapped: self._configs[module]
             for module in list(self._configs)
             if isinstance(module, LoRALayer)
         }
-        self.unused = _unused(rules, list(every), list(self.layers))
+        self.unused = _unused(rules, [*every, *banks], list(self.layers))
 
     def __call__(self, path: str, module: nn.Module) -> bool | LoRAConfig:
         return self._configs.get(module, False)
 
     def __repr__(self) -> str:
-        return f"LoraConfig(target_modules={self.rules.target_modules!r})"
+        parameters = self.rules.target_parameters
+        also = f", target_parameters={parameters!r}" if parameters else ""
+        return f"LoraConfig(target_modules={self.rules.target_modules!r}{also})"
 
 
 def is_pefts(value: object) -> bool:
@@ -93,7 +99,7 @@ def from_peft(model: nn.Module, given: Any) -> LoRAConfig:
         raise ConfigError(
             f"target_modules: the LoraConfig has values that fastlora does not support: {', '.join(sorted(refused))}"
         )
-    if not raw["target_modules"]:
+    if not raw["target_modules"] and not raw.get("target_parameters"):
         raise ConfigError(
             "target_modules: the LoraConfig names no targets, and fastlora does not choose them by the model's type as PEFT "
             'does; set them, for example to "all-linear", or inject without a LoraConfig (docs/targets.md)'
@@ -168,11 +174,11 @@ def _refused(given: Any, raw: Mapping[str, Any]) -> list[str]:
 def _unused(rules: PeftConfig, every: list[str], adapted: list[str]) -> list[tuple[str, str]]:
     """(field, name) of each name in a list, and each key of a pattern, that matches nothing."""
     found = []
-    for name, paths in (("target_modules", every), ("exclude_modules", every)):
+    for name in ("target_modules", "exclude_modules", "target_parameters"):
         for wanted in getattr(rules, name) or ():
             if isinstance(getattr(rules, name), str):
                 break  # a regex, not a list of names
-            if not any(f".{path}".endswith(f".{wanted}") for path in paths):
+            if not any(f".{path}".endswith(f".{wanted}") for path in every):
                 found.append((name, wanted))
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(rules, name):

@@ -261,7 +261,7 @@ def _unmatched_by_peft(model: nn.Module, targets: PeftTargets, selected: Selecti
     """An error message if a LoraConfig selects nothing, or on the first of its names that matches nothing."""
     paths = [path for path, _ in model.named_modules()]
     if not selected:
-        wanted = targets.rules.target_modules
+        wanted = targets.rules.target_modules or targets.rules.target_parameters or ""
         first = wanted if isinstance(wanted, str) else wanted[0]
         return f"target_modules: {targets!r} selects no layer{nearest_names(first, paths)}"
     for name, pattern in targets.unused:

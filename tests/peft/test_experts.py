@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from fastlora import (
     CheckpointError,
+    ConfigError,
+    InjectionError,
     LoRAConfig,
     adapt,
     from_pretrained,
@@ -101,6 +103,30 @@ def test_what_peft_trains_fastlora_loads(name, parameters, tmp_path):
     )
     assert ours.keys() == again.keys()
     assert all(torch.equal(again[key], value) for key, value in ours.items())
+
+
+def test_a_lora_config_selects_the_banks_that_peft_adapts():
+    settings = {"r": 3, "lora_alpha": 5, "rank_pattern": {"layers.1.*down_proj": 2}}
+    for modules, parameters in ((["o_proj"], BOTH), ([], ["down_proj"])):
+        config = peft.LoraConfig(target_modules=modules, target_parameters=parameters, **settings)
+        model = build("mixtral")
+        adapt(model, config)
+        theirs = peft.get_peft_model(build("mixtral"), config)
+        trained = {n: p.numel() for n, p in theirs.named_parameters() if p.requires_grad}
+        layers = dict(named_lora_layers(model))
+        assert sum(trained.values()) == sum(p.numel() for p in get_lora_params(model))
+        assert layers["model.layers.1.mlp.experts.down_proj"].rank == 2
+        assert layers["model.layers.0.mlp.experts.down_proj"].rank == 3
+        assert len(layers) == 2 * (len(modules) + len(parameters))
+    other = peft.LoraConfig(target_modules=["o_proj"], target_parameters=["gate.weight"])
+    with pytest.raises(InjectionError, match=r"mlp.gate.weight: is no bank of experts"):
+        adapt(build("mixtral"), other)
+    dropped = peft.LoraConfig(target_modules=[], target_parameters=BOTH, lora_dropout=0.1)
+    with pytest.raises(ConfigError, match="PEFT allows neither lora_dropout nor use_dora"):
+        adapt(build("mixtral"), dropped)
+    missing = peft.LoraConfig(target_modules=[], target_parameters=["experts.up_proj"])
+    with pytest.raises(InjectionError, match="selects no layer"):
+        adapt(build("mixtral"), missing)
 
 
 def test_a_file_from_before_peft_knew_the_order_of_dimensions(tmp_path):
