@@ -27,7 +27,8 @@ from fastlora.layers.banks import ExpertBank
 from fastlora.layers.experts import LoRAExperts, LoRATransposedExperts
 from tests.support.experts import IDS, MODELS, build
 from tests.support.models import randomise_adapters
-from tests.support.tolerance import assert_close, assert_differs
+from tests.support.processes import run_processes
+from tests.support.tolerance import assert_close, assert_differs, assert_same_training
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -363,3 +364,35 @@ def test_a_whole_model_is_saved_under_the_keys_of_the_plain_one(tmp_path):
     plain = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "m").eval()
     wide = adapted("mixtral", dtype=torch.float64)
     assert_close(plain(IDS).logits, want, wide(IDS).logits)  # by PEFT
+
+
+def steps(name, rank, world):
+    """The losses of three steps on this process's part of the batch, and lora_B of one bank afterwards; float64."""
+    model = adapted(name, dtype=torch.float64).train()
+    layer = model.get_submodule(list(experts(model))[-1])
+    run = model if world == 1 else nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(get_lora_params(model), lr=0.1)
+    ids, losses = IDS.chunk(world)[rank], []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, layer.lora_B.tolist()
+
+
+def steps_of_a_rank(name):
+    return steps(name, torch.distributed.get_rank(), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_two_processes_train_as_one_does_on_the_whole_batch(name):
+    (losses, factor), *others = [steps(name, 0, 1), *run_processes(2, steps_of_a_rank, name)]
+    (one, first), (other, second) = others
+    assert first == second
+    assert_same_training(torch.tensor(first), torch.tensor(factor))
+    for whole, part, rest in zip(losses, one, other, strict=True):
+        assert_same_training(torch.tensor((part + rest) / 2), torch.tensor(whole))
+    assert losses[2] < losses[0]
