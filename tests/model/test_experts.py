@@ -396,3 +396,26 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(name):
     for whole, part, rest in zip(losses, one, other, strict=True):
         assert_same_training(torch.tensor((part + rest) / 2), torch.tensor(whole))
     assert losses[2] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # Dynamo's
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_blocks_compile_without_a_graph_break_and_drop_the_same_elements(name):
+    config = LoRAConfig("all-linear", rank=3, dropout=0.3)
+    model, results = adapted(name, config).train(), []
+    for compiled in (False, True):
+        if compiled:
+            for block in model.model.layers:
+                block.compile(backend="aot_eager", fullgraph=True)
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = loss_of(model, use_cache=False)
+        loss.backward()
+        results.append((loss.item(), get_lora_params(model)[-1].grad.clone()))
+    torch._dynamo.reset()
+    (eager, gradient), (other, compiled_gradient) = results
+    assert_same_training(torch.tensor(other), torch.tensor(eager))
+    assert_same_training(compiled_gradient, gradient)
+    assert gradient.abs().max() > 0
