@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from fastlora.errors import ConfigError
 
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def add_forward(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return y.addmm_(x, weight.T)  # [M, K] @ [K, N] -> [M, N]
@@ -118,14 +120,20 @@ def grouped_product(
 ) -> Tensor:
     """x W_gᵀ in the rows of each group, zeros in the rows of none: (M, N) for x (M, K) and weight (G, N, K), newly allocated.
 
-    One operation of torch that waits for nothing, where it has one (`has_grouped_mm`). Elsewhere one product for each group; without groups,
-    which `groups_of` finds, these wait for the device once.
+    One operation of torch, where it has one (`has_grouped_mm`); on a GPU it waits for nothing. Elsewhere one product for each group; without
+    groups, which `groups_of` finds, these wait for the device once.
     """
     m, n = x.shape[0], weight.shape[1]
+    if groups is None and x.device.type == "cpu":
+        groups = groups_of(offsets, m)
     if has_grouped_mm(x, weight):
         y: Tensor = torch._grouped_mm(x, weight.mT, offs=offsets[1:])
+        # It leaves the other rows undefined.
+        if groups is not None:
+            y[groups[-1][2] if groups else 0 :].zero_()
+            return y
         rows = torch.arange(m, dtype=offsets.dtype, device=x.device)
-        return y.masked_fill_((rows >= offsets[-1])[:, None], 0)  # which it leaves undefined
+        return y.masked_fill_((rows >= offsets[-1])[:, None], 0)
     y, end = x.new_empty(m, n), 0
     for group, start, end in groups_of(offsets, m) if groups is None else groups:
         torch.mm(x[start:end], weight[group].T, out=y[start:end])  # [rows, K] @ [K, N]
@@ -134,30 +142,35 @@ def grouped_product(
 
 
 def has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch multiplies x (M, K) by weight (G, N, K) in one kernel: bfloat16 on sm_90, and on sm_100 since torch 2.10.
+    """Whether torch multiplies x (M, K) by weight (G, N, K) faster than a loop over the groups.
 
-    For other dtypes and devices `torch._grouped_mm` is a loop that waits for the device, or does not exist. Its matrices must have rows or
-    columns at multiples of 16 bytes.
+    On a GPU in bfloat16 on sm_90, and on sm_100 since torch 2.10: one kernel. For other dtypes and GPUs `torch._grouped_mm` is a loop that
+    waits for the device, or does not exist. On a CPU since torch 2.10: a loop without Python. All matrices must have rows or columns at
+    multiples of 16 bytes.
 
-    Source: torch/nn/functional.py and aten/src/ATen/native/cuda/Blas.cpp of PyTorch 2.8 to 2.10.
+    Source: torch/nn/functional.py, aten/src/ATen/native/cuda/GroupedBlas.cpp and aten/src/ATen/native/GroupedMMUtils.h of PyTorch 2.10.
     """
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or torch.version.hip is not None:
-        return False
-    if not hasattr(torch, "_grouped_mm") or x.shape[0] == 0:
-        return False
-    major, _ = torch.cuda.get_device_capability(x.device)
-    if major != 9 and (major != 10 or not hasattr(F, "grouped_mm")):
+    if x.device.type == "cpu":
+        supported = hasattr(F, "grouped_mm") and x.dtype in _GROUPED_DTYPES
+    elif x.device.type == "cuda" and torch.version.hip is None and x.dtype == torch.bfloat16:
+        major, _ = torch.cuda.get_device_capability(x.device)
+        supported = hasattr(torch, "_grouped_mm") and (
+            major == 9 or (major == 10 and hasattr(F, "grouped_mm"))
+        )
+    else:
+        supported = False
+    if not supported or x.shape[0] == 0:
         return False
     groups, n, k = weight.shape
-    return 0 < groups < 1024 and n % 8 == k % 8 == 0 and all(map(_is_multiplied, (x, weight)))
+    unit = 16 // x.element_size()
+    return groups < 1024 and n % unit == k % unit == 0 and all(map(_is_multiplied, (x, weight)))
 
 
 def _is_multiplied(matrix: Tensor) -> bool:
     """Whether `torch._grouped_mm` reads it: one of the last dimensions contiguous, everything else at multiples of 16 bytes."""
-    strides = matrix.stride()
-    contiguous = 1 in strides[-2:] and min(strides) > 0
-    return (
-        contiguous
-        and all(stride % 8 == 0 for stride in strides if stride != 1)
-        and matrix.data_ptr() % 16 == 0
-    )
+    *others, pitch, stride = matrix.stride()
+    if stride != 1:
+        pitch, stride = stride, pitch
+    unit = 16 // matrix.element_size()
+    aligned = all(one > 0 and one % unit == 0 for one in (pitch, *others))
+    return stride == 1 and aligned and matrix.data_ptr() % 16 == 0
