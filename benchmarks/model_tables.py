@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from fastlora.benchmark.record import gpu_file_name
@@ -164,11 +166,10 @@ def _inputs(record: Record, model: str) -> str:
 
 def _file(record: Record) -> str:
     facts = record["environment"]
-    return (
-        f"model-step-{gpu_file_name(facts['gpu'])}"
-        if facts["device"] == "cuda"
-        else "model-step-cpu.json"
-    )
+    if facts["device"] == "cuda":
+        return f"model-step-{gpu_file_name(facts['gpu'])}"
+    written = re.search(r"--output[ =](\S+)", facts["command"])
+    return Path(written[1]).name if written else "model-step-cpu.json"
 
 
 def _origin(record: Record) -> str:
