@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.errors import BackendError, ConfigError
-from fastlora.ops import dispatch, experts, linear
+from fastlora.ops import dispatch, experts, linear, products
 from fastlora.ops.dropout import cpu_mask
 from fastlora.ops.experts import grouped_linear, lora_experts
 from fastlora.ops.reference import LowRank, forward
@@ -81,7 +81,10 @@ def assert_matches(function, tensors, offsets, p):
 @pytest.fixture(params=["slices", "few rows"])
 def form(request, monkeypatch):
     """Both forms of the torch path, whatever the sizes."""
-    monkeypatch.setattr(experts, "_FEW_ROWS", 0 if request.param == "slices" else 10**9)
+    few = request.param == "few rows"
+    monkeypatch.setattr(experts, "_FEW_ROWS", 10**9 if few else 0)
+    if not few:
+        monkeypatch.setattr(products, "has_grouped_mm", lambda *given: False)
 
 
 @pytest.mark.usefixtures("form")
@@ -103,7 +106,7 @@ def test_the_mask_is_that_of_the_sorted_rows():
     """A = I and W = 0: y shows which elements were kept."""
     _, offsets = make("mixed")
     m = int(offsets[-1]) + 3
-    x, weight, eye = torch.ones(m, K), torch.zeros(4, K, K), torch.eye(K).expand(4, K, K)
+    x, weight, eye = torch.ones(m, K), torch.zeros(4, K, K), torch.eye(K).repeat(4, 1, 1)
     y = lora_experts(x, weight, eye, eye, offsets, 1.0, 0.4, SEED)
     keep = cpu_mask(SEED, 0.4, m, K)
     keep[-3:] = False
@@ -220,7 +223,7 @@ def test_gradients_of_gradients_functorch_and_forward_mode():
         x, a, b = (t.clone().requires_grad_() for t in (tensors[0], tensors[2], tensors[3]))
 
         def loss(x, a, b, function=function):
-            return (function(x, weight, a, b, offsets, 0.3, SEED) * dy).mean().sin()
+            return (function(x, weight, a, b, offsets, 0.3, SEED).square() * dy).sum()
 
         first = torch.autograd.grad(loss(x, a, b), (x, a, b), create_graph=True)
         again = torch.autograd.grad(sum((g**2).sum() for g in first), (x, a, b))
@@ -370,7 +373,9 @@ def test_the_choice_and_its_reason(monkeypatch):
 
 def test_one_product_for_each_group_that_has_rows(monkeypatch):
     """No group without rows is multiplied, and without a gradient of the weights none is computed."""
-    tensors, offsets = make("mixed", torch.float64)  # of which torch has no grouped product
+    monkeypatch.setattr(experts, "_FEW_ROWS", 0)
+    monkeypatch.setattr(products, "has_grouped_mm", lambda *given: False)
+    tensors, offsets = make("mixed", torch.float32)
     calls, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *given, **named: calls.append(1) or mm(*given, **named))
     x, a, b = (tensors[at].requires_grad_() for at in (0, 2, 3))
@@ -380,3 +385,31 @@ def test_one_product_for_each_group_that_has_rows(monkeypatch):
     assert len(calls) == 6
     want = F.linear(x[:5], tensors[1][0]) + SCALING * (x[:5] @ a[0].T @ b[0].T)
     assert_close(y[:5], want, want.double())
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has no grouped product on a CPU")
+def test_few_rows_are_one_operation_for_all_groups_if_they_are_aligned(monkeypatch):
+    calls, product = [], torch._grouped_mm
+
+    def counted(x, other, *, offs):
+        calls.append(tuple(other.shape))
+        return product(x, other, offs=offs)
+
+    monkeypatch.setattr(torch, "_grouped_mm", counted)
+    tensors, offsets = make("one row each", torch.float32)
+    run(call, tensors, offsets, 0.3, SEED)
+    base, update, m = [(12, K, N), (12, N, K)], [(12, K, 8), (12, 8, N)], len(tensors[0])
+    assert calls[:3] == [base[0], *update]
+    assert sorted(calls[3:]) == sorted([base[1], (m, 8), (12, N, 8), (m, K), (12, 8, K)])
+    calls.clear()
+    run(call, make("mixed", torch.float32)[0], make("mixed")[1])  # 3 ranks of 4 bytes
+    assert calls == [(4, K, N), (4, N, K)]
+    calls.clear()
+    run(call, *make("one row each"))  # float64
+    weight = torch.zeros(12, N, K + 1)[..., 1:]
+    call(tensors[0], weight, *tensors[2:4], offsets)
+    assert calls == update
+    calls.clear()
+    monkeypatch.setattr(experts, "_FEW_ROWS", 1)  # more than one row for each group
+    call(*tensors[:4], offsets)
+    assert calls == base[:1]
