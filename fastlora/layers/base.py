@@ -236,6 +236,11 @@ class LoRALayer(nn.Module, ABC):
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         """A small random input for the wrapped layer, on the CPU."""
 
+    @property
+    def terms(self) -> int:
+        """How many products one output of the wrapped layer sums."""
+        return self.lora_A[0].numel()
+
     def sample_rest(self, x: Tensor) -> tuple[Any, ...]:
         """What a call with the `sample_input` x needs after x."""
         return ()
@@ -349,10 +354,6 @@ class LoRALayer(nn.Module, ABC):
         # A copy made inside disable_adapter would stay disabled.
         self.__dict__.pop("disabled", None)
         self.__dict__.setdefault("usage", Usage())  # of a pickle from before it existed
-
-    @abstractmethod
-    def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        """The layer's output for x, where y is the output of the wrapped layer, on y's device."""
 
     @abstractmethod
     def _product(self, a: Tensor, b: Tensor) -> Tensor:

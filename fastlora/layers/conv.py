@@ -79,6 +79,7 @@ class LoRAConv(LoRALayer):
         return self._update(y, input.to(y.device))  # accelerate's hooks may move its input
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output for x, where y is the output of the wrapped layer, on y's device."""
         conv = self.original_layer
         a, b = (factor.to(x.dtype) for factor in self.factors_on(y.device))
         if self.training and self.dropout:

@@ -69,6 +69,7 @@ class LoRAEmbedding(LoRALayer):
         return on_rows(self._update, y, ids) if ids.is_nested else self._update(y, ids)
 
     def _update(self, y: Tensor, ids: Tensor) -> Tensor:
+        """The layer's output for ids, where y is the output of the wrapped layer, on y's device."""
         embedding = self.original_layer
         a, b = (factor.to(y.dtype) for factor in self.factors_on(y.device))
         s = F.embedding(
@@ -78,6 +79,10 @@ class LoRAEmbedding(LoRALayer):
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(x, weight)
+
+    @property
+    def terms(self) -> int:
+        return 1
 
     def sample_input(self, rows: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.original_layer.num_embeddings, (rows,), generator=generator)

@@ -116,6 +116,10 @@ class LoRAExperts(DoRALayer):
         """(G · rows, K), `rows` for each expert."""
         return torch.randn(self.num_experts * rows, self.in_features, generator=generator)
 
+    @property
+    def terms(self) -> int:
+        return int(self.in_features)
+
     def sample_rest(self, x: Tensor) -> tuple[Any, ...]:
         """The offsets of equally many rows for each expert."""
         size = x.shape[0] // self.num_experts
@@ -134,9 +138,6 @@ class LoRAExperts(DoRALayer):
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         return self._as_weight_layout(b @ a)  # [G, N, R] @ [G, R, K] -> [G, N, K]
-
-    def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError("a bank of experts needs the offsets of its experts")
 
     def _scaled(self, y: Tensor, offsets: Tensor) -> Tensor:
         """DoRA's output for the output y (M, N) without its scale."""

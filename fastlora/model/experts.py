@@ -39,8 +39,9 @@ def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _has_stacks(module: nn.Module) -> bool:
-    installed = any(isinstance(child, ExpertBank) for child in module.modules())
-    return installed or bool(_stacks(module))
+    """Whether parameters of the module itself are stacks of matrices, or were before their banks were installed."""
+    below = [grandchild for child in module.children() for grandchild in (child, *child.children())]
+    return bool(_stacks(module)) or any(isinstance(layer, ExpertBank) for layer in below)
 
 
 def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,7 +15,6 @@ from fastlora.config import computes_in
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
 from fastlora.layers.banks import restore_banks
 from fastlora.layers.base import ADAPTER_TENSORS, LoRALayer, named_lora_layers, not_finite
-from fastlora.layers.experts import LoRAExperts
 from fastlora.model.adapter_registry import (
     copy_active,
     drop_registries,
@@ -309,10 +308,7 @@ def _compare(
     summed = torch.finfo(torch.promote_types(want.dtype, torch.float32)).eps
     if weight.device.type == "cuda" and want.dtype == torch.float32:
         summed = 2**-10  # TF32 may be allowed
-    terms = layer.lora_A[0].numel() if floats else 1
-    if isinstance(layer, LoRAExperts):
-        terms = layer.in_features
-    allowed = (16 * unit + 4 * terms**0.5 * summed) * magnitude
+    allowed = (16 * unit + 4 * layer.terms**0.5 * summed) * magnitude
     difference = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=float("inf"))
     if difference.numel() == 0:
         return 0.0, 0.0, None

@@ -36,6 +36,11 @@ def assert_differs(one: Tensor, other: Tensor) -> None:
     assert not torch.allclose(one, other, rtol=1e-5, atol=1e-4), "the two are the same"
 
 
+def assert_moved(one: Tensor, other: Tensor) -> None:
+    """Some |one − other| > 1e-3 + 1e-5·|other| voxels: outputs of a decoder that large changes of its adapters moved."""
+    assert not torch.allclose(one, other, rtol=1e-5, atol=1e-3), "the two are the same"
+
+
 def assert_same_training(got: Tensor, want: Tensor) -> None:
     """|got − want| ≤ 1e-5 + 1e-3·|want|: weights and optimizer moments after steps with a different order of summation."""
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
@@ -68,6 +73,11 @@ def assert_exact_geometry(got: NDArray[np.floating], want: NDArray[np.floating] 
 
 def assert_same_pixels(got: Tensor, want: Tensor) -> None:
     """|got − want| ≤ 1e-5 + 1e-6·|want|: float32 images and positions in mm that were only moved in memory."""
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+def assert_follows(got: Tensor, want: Tensor) -> None:
+    """|got − want| ≤ 1e-5 + 1e-6·|want|: float32 results of code, against the equation that it should follow."""
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
 
 

@@ -15,6 +15,7 @@ from fastlora.medical.sam3d.generator import flow_matching_loss
 from fastlora.medical.sam3d.loading import ENVIRONMENT, FlowSettings, load_part
 from tests.support.sam3d_folder import NAMES, TARGETS
 from tests.support.sam3d_package import forget_package
+from tests.support.tolerance import assert_follows
 
 pytest_plugins = "tests.support.sam3d_fixtures"
 
@@ -271,7 +272,7 @@ def test_the_flow_matching_loss_follows_its_equation():
         start = (x[name] - at * end) / (1 - 0.75 * at)  # the noise that it was drawn from
         assert 0.2 < start.std() < 2 and start.abs().max() < 5
         wanted = wanted + (0.5 * x[name] - (end - 0.75 * start)).square().mean()
-    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
+    assert_follows(loss, wanted)
     loss.backward()
     assert model.gain.grad is not None
     one, voxels = Flow(None), torch.zeros(5, 4, dtype=torch.int32)
