@@ -136,18 +136,19 @@ def _run(owner: Any) -> None:
     """Let `experts_forward` compute the module: transformers looks its implementation up by the name in the config."""
     if getattr(owner.config, "_experts_implementation", None) == _NAME:
         return
-    _register()
-    owner.register_load_state_dict_pre_hook(_name_weights)
     before = owner.config  # which all layers of a model share
-    owner.config = copy.copy(before)
+    own = copy.copy(before)
     # Not by the property, which sets it in the configs inside too: the copy shares those with the model.
-    owner.config._experts_implementation_internal = _NAME
-    owner.config._fastlora_before = (before, tuple(owner._parameters))
-    if owner.config._experts_implementation != _NAME:
+    own._experts_implementation_internal = _NAME
+    if own._experts_implementation != _NAME:
         name = type(before).__name__
         raise InjectionError(
             f"{name}: expected its _experts_implementation to choose the forward of experts"
         )
+    own._fastlora_before = (before, tuple(owner._parameters))
+    _register()
+    owner.register_load_state_dict_pre_hook(_name_weights)
+    owner.config = own
 
 
 def _name_weights(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
