@@ -15,6 +15,7 @@ from fastlora.errors import ConfigError, InjectionError
 from fastlora.layers.banks import restore_banks
 from fastlora.layers.base import LoRALayer, not_finite
 from fastlora.layers.experts import LoRAExperts
+from fastlora.layers.gated import restore_gated
 from fastlora.model.activate import (
     check_exists,
     installed,
@@ -103,6 +104,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     registry.spare = {}
     if not registry.adapters:
         restore_banks(owner)
+        restore_gated(owner)
         forget_heads(owner)
     set_registry(owner, registry)
 
@@ -186,6 +188,7 @@ def inject_as(model: nn.Module, name: str) -> Iterator[nn.Module]:
         switch(owner, registry, before, several)
         if not registry.adapters:
             restore_banks(owner)
+            restore_gated(owner)
 
 
 def _check_new(registry: AdapterRegistry, name: str, argument: str = "name") -> None:

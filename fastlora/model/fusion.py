@@ -1,12 +1,13 @@
-"""`fuse` and `unfuse`: adapted layers that share their input (q, k and v; gate and up) are computed in one pass over it."""
+"""`fuse` and `unfuse`: adapted layers that share their input (q, k and v) are computed in one pass over it, gated MLPs in one call."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import weakref
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FrameType
 from typing import Any
@@ -17,9 +18,11 @@ from torch.utils import checkpoint
 
 from fastlora.errors import InjectionError
 from fastlora.layers.base import named_lora_layers
+from fastlora.layers.gated import GatedBlock, install_gated, restore_gated
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.plain import is_plain
 from fastlora.model.adapter_registry import why_not_one
+from fastlora.model.gated import NotGated, candidates, find_block
 from fastlora.model.switch import eval_mode
 from fastlora.ops.dispatch import why_not_triton
 from fastlora.ops.group import lora_linear_group
@@ -29,36 +32,51 @@ from fastlora.ops.reference import Layer
 
 @dataclass(frozen=True)
 class FusionReport:
-    """The result of `fuse`. groups: the paths of each group in call order. alone: path → why it is not in a group."""
+    """The result of `fuse`.
+
+    groups: the paths of each group in call order. blocks: the paths of gate, up and down of each gated MLP.
+    alone: path → why a layer is in neither. refused: path → why a module that looks like a gated MLP is not computed as one.
+    """
 
     groups: tuple[tuple[str, ...], ...]
     alone: dict[str, str]
+    blocks: tuple[tuple[str, str, str], ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        fused = sum(map(len, self.groups))
+        layers = [*itertools.chain(*self.groups, *self.blocks), *self.alone]
         lines = [
-            f"{fused} of {fused + len(self.alone)} adapted layers in {len(self.groups)} groups"
+            f"{len(layers) - len(self.alone)} of {len(layers)} layers in {len(self.groups)} groups and {len(self.blocks)} gated MLPs"
         ]
-        lines += [f"together  {', '.join(group)}" for group in self.groups]
-        lines += [f"alone     {path}: {reason}" for path, reason in self.alone.items()]
+        lines += [f"together   {', '.join(group)}" for group in self.groups]
+        lines += [f"gated MLP  {', '.join(block)}" for block in self.blocks]
+        lines += [f"refused    {path}: {reason}" for path, reason in self.refused.items()]
+        lines += [f"alone      {path}: {reason}" for path, reason in self.alone.items()]
         return "\n  ".join(lines)
 
 
 def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
-    """Run `model(*args, **kwargs)` once, find adapted linear layers of one parent module that receive the same tensor, and fuse them.
+    """Run `model(*args, **kwargs)` once, find gated MLPs and adapted linear layers of one parent module that receive the same tensor, and fuse them.
 
-    Afterwards the first layer of a group that is called computes all of them by `lora_linear_group`: one pass over x for every
-    S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. Results are those of
-    separate calls up to rounding, except that the group has one mask; layers keep their parameters, state dicts and hooks. An output is
+    A gated MLP is a module whose forward is down(act(gate(x)) ∘ up(x)) of three linear layers, some of them adapted, with act SiLU or GELU (exact or
+    tanh), and nothing else. Afterwards its forward is one `gated_mlp`: of x, gate(x), act(gate(x)), up(x) and their product it keeps only x, gate(x)
+    and up(x) for the backward pass, which computes the others again. The module becomes an instance of a subclass of its class. It is run alone to
+    prove, bit for bit, that it does nothing else, in eval and in training mode; call `fuse` again after a change of such a module's own settings.
+
+    Of other layers with one input, the first that is called computes all of them by `lora_linear_group`: one pass over x for every
+    S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. An output is
     reused only in the thread and the checkpointed region that computed it, and each may have a backward pass of its own.
-    A layer runs separately if its input is not its group's, while the members differ in training mode or dropout or are disabled,
-    with Triton under the plan `decode` or with more than 256 ranks in total, and under torch.compile, functorch and inference mode.
-    On a CPU fusion is faster with dropout, whose mask is computed once for the group; without dropout it gains little, and below a
+
+    Results are those of separate calls up to rounding, except that layers with one input and one dropout probability have one mask; layers keep
+    their parameters, state dicts and hooks. A layer of a group runs separately if its input is not its group's, and all layers of a group or a gated MLP
+    do while members differ in training mode or dropout (groups) or are disabled (groups), while a layer has hooks (gated MLPs), with Triton under the plan `decode` or with more than
+    256 ranks in total, and under torch.compile and functorch; groups under inference mode too.
+    On a CPU groups are faster with dropout, whose mask is computed once for the group; without dropout they gain little, and below a
     few hundred rows the checks cost more than they save (docs/notebook.md has figures).
 
-    The sample run is in eval mode and without gradients; training modes are restored. Calling `fuse` again replaces the groups.
+    The sample run is in eval mode and without gradients; training modes are restored. Calling `fuse` again replaces groups and gated MLPs.
 
-    Raises: InjectionError if the model has no adapted linear layer or several active adapters; whatever the model raises, with the groups unchanged.
+    Raises: InjectionError if the model has no adapted linear layer or several active adapters; whatever the model raises, with the model unchanged.
     """
     several = why_not_one(model)
     if several is not None:
@@ -66,7 +84,43 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     layers = {path: la for path, la in named_lora_layers(model) if isinstance(la, LoRALinear)}
     if not layers:
         raise InjectionError("model: has no adapted linear layers, so there is nothing to fuse")
-    seen = _record_inputs(model, layers, args, kwargs)
+    modules = candidates(model)
+    seen, inputs = _record_inputs(model, layers, modules, args, kwargs)
+    blocks: dict[str, GatedBlock] = {}
+    refused: dict[str, str] = {}
+    for path, given in inputs.items():
+        try:
+            block = find_block(modules[path], *given)
+        except NotGated as reason:
+            refused[path] = str(reason)
+        else:
+            blocks |= {} if block is None else {path: block}
+    inside = {id(la) for path, block in blocks.items() for la in block.layers_of(modules[path])}
+    rest = {path: layer for path, layer in layers.items() if id(layer) not in inside}
+    groups, alone = _grouped(rest, seen)
+    unfuse(model)
+    for path, block in blocks.items():
+        install_gated(modules[path], block)
+    for group in groups:
+        members = _Group([layers[path] for path in group])
+        for layer in members.layers:
+            layer.group = members
+    named = tuple(block.paths(path) for path, block in blocks.items())
+    return FusionReport(tuple(groups), alone, named, refused)
+
+
+def unfuse(model: nn.Module) -> int:
+    """Undo `fuse`. Returns how many adapted layers were in a group or a gated MLP."""
+    fused = [la for _, la in named_lora_layers(model) if isinstance(la, LoRALinear) and la.group]
+    for layer in fused:
+        layer.group = None
+    return len(fused) + restore_gated(model)
+
+
+def _grouped(
+    layers: dict[str, LoRALinear], seen: dict[str, list[tuple[Tensor, int]]]
+) -> tuple[list[tuple[str, ...]], dict[str, str]]:
+    """The paths of each group, and path → why a layer is in none."""
     alone: dict[str, str] = {}
     by_input: dict[tuple[Any, ...], list[str]] = {}
     for path, layer in layers.items():
@@ -92,20 +146,7 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
             )
         else:
             groups.append(tuple(path for path in seen if path in paths))
-    unfuse(model)
-    for group in groups:
-        members = _Group([layers[path] for path in group])
-        for layer in members.layers:
-            layer.group = members
-    return FusionReport(tuple(groups), alone)
-
-
-def unfuse(model: nn.Module) -> int:
-    """Undo `fuse`. Returns how many layers were in a group."""
-    fused = [la for _, la in named_lora_layers(model) if isinstance(la, LoRALinear) and la.group]
-    for layer in fused:
-        layer.group = None
-    return len(fused)
+    return groups, alone
 
 
 @dataclass
@@ -246,10 +287,15 @@ def _why_not_fusable(layer: LoRALinear) -> str | None:
 
 
 def _record_inputs(
-    model: nn.Module, layers: dict[str, LoRALinear], args: Any, kwargs: Any
-) -> dict[str, list[tuple[Tensor, int]]]:
-    """For each layer that is called, in the order of first calls, its input tensors and their versions."""
+    model: nn.Module,
+    layers: dict[str, LoRALinear],
+    modules: dict[str, nn.Module],
+    args: Any,
+    kwargs: Any,
+) -> tuple[dict[str, list[tuple[Tensor, int]]], dict[str, tuple[Any, Any]]]:
+    """For each layer that is called, in the order of first calls, its input tensors and their versions; for each such module the arguments of its first call."""
     seen: dict[str, list[tuple[Tensor, int]]] = {}
+    arguments: dict[str, tuple[Any, Any]] = {}
 
     def note(path: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         names = ("input", layers[path].input_name)
@@ -257,9 +303,13 @@ def _record_inputs(
         x = given if isinstance(given, Tensor) else given.feats
         seen.setdefault(path, []).append((x, x._version))
 
+    def note_module(path: str, _: nn.Module, inputs: Any, named: Any) -> None:
+        arguments.setdefault(path, (inputs, named))
+
     with ExitStack() as hooks, eval_mode(model), torch.inference_mode(False), torch.no_grad():
-        for path, layer in layers.items():
-            handle = layer.register_forward_pre_hook(partial(note, path), with_kwargs=True)
-            hooks.enter_context(handle)
+        for noted, notes in ((layers, note), (modules, note_module)):
+            for path, module in noted.items():
+                handle = module.register_forward_pre_hook(partial(notes, path), with_kwargs=True)
+                hooks.enter_context(handle)
         model(*args, **kwargs)
-    return seen
+    return seen, arguments

@@ -15,6 +15,7 @@ from fastlora.config import computes_in
 from fastlora.errors import ConfigError, FastLoRAWarning, MergeError
 from fastlora.layers.banks import restore_banks
 from fastlora.layers.base import ADAPTER_TENSORS, LoRALayer, named_lora_layers, not_finite
+from fastlora.layers.gated import restore_gated
 from fastlora.model.adapter_registry import (
     copy_active,
     drop_registries,
@@ -220,6 +221,7 @@ def _merge(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         }
         replace_modules(model, merged)
         restore_banks(model)
+        restore_gated(model)
         drop_registries(model)
     forget_heads(model)
     return model if dtype is None else model.to(dtype)

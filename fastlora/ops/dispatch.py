@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,6 +144,33 @@ def choose_experts(
     if reason is None and not compiling and device_architecture(x.device) is None:
         reason = _torch(f"no kernel was compiled for compute capability {_capability(x.device)}")
     return _GROUPED if reason is None else _or_raise(reason, wanted)
+
+
+def choose_gated(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    ranks: Sequence[int],
+    *,
+    dropout: bool,
+    backend: str = "auto",
+) -> Choice | None:
+    """`choose` for a gated MLP in one call; None if its layers must run separately: few rows on a GPU, whose plan is `decode`, and what `choose` refuses.
+
+    x: (..., K). weights, ranks: of gate, up and down; rank 0 is no adapter.
+    """
+    wanted = resolve(backend)
+    if any(type(tensor) not in _PLAIN for tensor in (x, *weights)):
+        return None
+    if wanted == "torch":
+        return _CPU if x.device.type == "cpu" else _REQUESTED
+    gate, up, down = ranks
+    reason = why_not_triton(x.device.type, x.dtype, max(gate + up, down), forced=wanted == "triton")
+    if reason is None:
+        choice = launch_choice(x, weights[0], max(ranks), dropout)
+        if choice.config is not None:
+            return None if choice.plan == "decode" else choice
+        reason = choice
+    return None if wanted == "triton" else reason
 
 
 def resolve(backend: str) -> str:

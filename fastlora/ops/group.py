@@ -41,7 +41,8 @@ def lora_linear_group(
     scalings = tuple(layer.low.scaling for layer in layers)
     p, seed = layers[0].low.p, layers[0].low.seed
     if not torch.is_grad_enabled():
-        return _forward(x, _layers(tensors, scalings, p, seed), triton)[0]
+        rows, _ = forward_rows(linear.as_rows(x), _layers(tensors, scalings, p, seed), triton)
+        return [linear.shaped_as(x, y) for y in rows]
     return list(_Group.apply(x, seed, p, scalings, freed, triton, *tensors))  # type: ignore[no-untyped-call]
 
 
@@ -59,7 +60,9 @@ class _Group(torch.autograd.Function):
         triton: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs, s = _forward(x, _layers(tensors, scalings, p, seed), triton)
+        layers = _layers(tensors, scalings, p, seed)
+        rows, s = forward_rows(linear.as_rows(x), layers, triton)
+        outputs = [linear.shaped_as(x, y) for y in rows]
         ctx.save_for_backward(x, seed, *s, *tensors)
         ctx.p, ctx.scalings, ctx.freed, ctx.triton = p, scalings, freed, triton
         ctx.kept, ctx.waiting = None, set(range(len(outputs)))
@@ -98,18 +101,17 @@ class _Group(torch.autograd.Function):
         flat, layers = linear.as_rows(x), _layers(tensors, ctx.scalings, ctx.p, seed)
         rows = [linear.gradient_rows(dy) for dy in used.values()]
         needs_a, needs_b = ([needs[_TENSORS * i + at] for i in used] for at in (2, 3))
-        backward = linear.triton_group().group_backward if ctx.triton else _backward
         chosen = [layers[i] for i in used]
-        dx, das, dbs = backward(
-            rows, flat, chosen, [s[i] for i in used], (needs_x, any(needs_a)), needs_b
+        dx, das, dbs = backward_rows(
+            rows, flat, chosen, [s[i] for i in used], needs_x, needs_a, needs_b, ctx.triton
         )
         gradients = [None] * len(tensors)
         for i, dy, da, db in zip(used, rows, das, dbs, strict=True):
-            needs_weight, needs_bias, needed, _ = needs[_TENSORS * i : _TENSORS * (i + 1)]
+            needs_weight, needs_bias, *_ = needs[_TENSORS * i : _TENSORS * (i + 1)]
             gradients[_TENSORS * i : _TENSORS * (i + 1)] = (
                 dy.T @ flat if needs_weight else None,  # [N, M] @ [M, K] -> [N, K]
                 dy.sum(0) if needs_bias else None,
-                da if needed else None,
+                da,
                 db,
             )
         dx = None if dx is None else dx.view(x.shape)
@@ -146,48 +148,126 @@ def _layers(
     ]
 
 
-def _forward(
+def forward_rows(
     x: Tensor, layers: Sequence[Layer], triton: bool
-) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """y (..., N) and S (M, R) of each layer, S without a factor."""
-    flat = linear.as_rows(x)  # [M, K]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """y (M, N) and S (M, R), which includes no factor, of each layer, for x (M, K). Layers with one p and one seed tensor share a mask.
+
+    A layer of rank 0 has no adapter.
+    """
+    sets = _by_mask(layers)
     if triton:
-        results, s = linear.triton_group().group_forward(flat, layers)
-        return [linear.shaped_as(x, y) for y in results], s
-    lows = [layer.low for layer in layers]
-    s = torch.split(linear.down_project(flat, stacked(lows)), [low.rank() for low in lows], 1)
+        return _triton_forward(x, layers, together=sets == [[*range(len(layers))]])
+    s = [x.new_empty(x.shape[0], 0)] * len(layers)
+    for members in sets:
+        lows = [layers[i].low for i in members]
+        product = linear.down_project(x, stacked(lows))
+        parts = torch.split(product, [low.rank() for low in lows], 1)
+        for i, part in zip(members, parts, strict=True):
+            s[i] = part
     outputs = []
     for s_i, (weight, bias, low) in zip(s, layers, strict=True):
-        y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-        y.addmm_(s_i, low.b.T, alpha=low.scale())  # [M, R] @ [R, N]
-        outputs.append(linear.shaped_as(x, y))
+        y = F.linear(x, weight, bias)  # [M, K] @ [K, N] -> [M, N]
+        if low.rank():
+            y.addmm_(s_i, low.b.T, alpha=low.scale())  # [M, R] @ [R, N]
+        outputs.append(y)
     return outputs, s
 
 
-def _backward(
+def backward_rows(
     dys: Sequence[Tensor],
     x: Tensor,
     layers: Sequence[Layer],
     s: Sequence[Tensor],
-    needs: tuple[bool, bool],
+    needs_x: bool,
+    needs_a: Sequence[bool],
     needs_b: Sequence[bool],
-) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
-    """dx (M, K), [dA (R, K)] and [dB (N, R)], None for what is not needed. needs: of dx and of any dA."""
-    needs_x, needs_a = needs
+    triton: bool,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """dx (M, K), [dA (R, K)] and [dB (N, R)] for the gradients [dy (M, N)] of `forward_rows`, None for what is not needed."""
+    sets = _by_mask(layers)
+    if triton:
+        together = sets == [[*range(len(layers))]]
+        return _triton_backward(dys, x, layers, s, needs_x, needs_a, needs_b, together)
     dx: Tensor | None = None
-    das: Sequence[Tensor | None] = [None] * len(dys)
-    dbs: list[Tensor | None] = []
-    ds_t = []
-    for dy, (weight, _, low), s_i, needs_db in zip(dys, layers, s, needs_b, strict=True):
+    das: list[Tensor | None] = [None] * len(layers)
+    for dy, (weight, _, _) in zip(dys, layers, strict=True):
         if needs_x:
             # dx += dy @ weight  # [M, N] @ [N, K] -> [M, K]
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        dbs.append(linear.b_gradient(dy, s_i, low) if needs_db else None)
-        if needs_x or needs_a:
-            ds_t.append(low.scaling * (low.b.T.contiguous() @ dy.T))  # [R, N] @ [N, M] -> [R, M]
-    if ds_t:
-        lows = [layer.low for layer in layers]
-        da = linear.up_project(torch.cat(ds_t), x, stacked(lows), dx, needs_a)
+    for members in sets:
+        lows, wanted = [layers[i].low for i in members], any(needs_a[i] for i in members)
+        if not (needs_x or wanted):
+            continue
+        # [R, N] @ [N, M] -> [R, M]
+        ds_t = [layers[i].low.b.T.contiguous() @ dys[i].T for i in members]
+        scaled = [low.scaling * part for low, part in zip(lows, ds_t, strict=True)]
+        da = linear.up_project(torch.cat(scaled), x, stacked(lows), dx, wanted)
         if da is not None:
-            das = torch.split(da, [low.rank() for low in lows])
+            parts = torch.split(da, [low.rank() for low in lows])
+            for i, part in zip(members, parts, strict=True):
+                das[i] = part if needs_a[i] else None
+    dbs = [
+        linear.b_gradient(dy, s_i, layer.low) if needed else None
+        for dy, s_i, layer, needed in zip(dys, s, layers, needs_b, strict=True)
+    ]
+    return dx, das, dbs
+
+
+def _by_mask(layers: Sequence[Layer]) -> list[list[int]]:
+    """The numbers of the adapted layers, in a list for each mask."""
+    sets: dict[tuple[float, int], list[int]] = {}
+    for i, (_, _, low) in enumerate(layers):
+        if low.rank():
+            key = (0.0, 0) if low.seed is None else (low.p, id(low.seed))
+            sets.setdefault(key, []).append(i)
+    return [*sets.values()]
+
+
+def _triton_forward(
+    x: Tensor, layers: Sequence[Layer], together: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """`forward_rows` by kernels. together: whether the layers are one set of `_by_mask`."""
+    if together:
+        found: tuple[list[Tensor], list[Tensor]] = linear.triton_group().group_forward(x, layers)
+        return found
+    forward, none = linear.triton_ops().lora_forward(), x.new_empty(x.shape[0], 0)
+    pairs = [
+        forward(x, weight, bias, *low) if low.rank() else (F.linear(x, weight, bias), none)
+        for weight, bias, low in layers
+    ]
+    return [y for y, _ in pairs], [s for _, s in pairs]
+
+
+def _triton_backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    layers: Sequence[Layer],
+    s: Sequence[Tensor],
+    needs_x: bool,
+    needs_a: Sequence[bool],
+    needs_b: Sequence[bool],
+    together: bool,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """`backward_rows` by kernels. together: as in `_triton_forward`."""
+    if together:
+        needs = needs_x, any(needs_a)
+        dx, das, dbs = linear.triton_group().group_backward(dys, x, layers, s, needs, needs_b)
+        das = [da if needed else None for da, needed in zip(das, needs_a, strict=True)]
+        return dx, das, dbs
+    backward, dx = linear.triton_ops().lora_backward(), None
+    das, dbs = [], []
+    for dy, s_i, (weight, _, low), wants_a, wants_b in zip(
+        dys, s, layers, needs_a, needs_b, strict=True
+    ):
+        if not low.rank():
+            added = dy @ weight if needs_x else None
+            da = db = None
+        else:
+            wanted = (needs_x, wants_a, wants_b)
+            found = iter(backward(dy, x, weight, s_i, *low, *wanted))
+            added, da, db = (next(found) if one else None for one in wanted)
+        dx = added if dx is None else dx.add_(added)
+        das.append(da)
+        dbs.append(db)
     return dx, das, dbs

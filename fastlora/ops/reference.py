@@ -53,7 +53,7 @@ class LowRank(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer in a call. weight: (N, K). bias: (N,) or None. In a group every `low` has the same p and seed."""
+    """A layer in a call. weight: (N, K). bias: (N,) or None. A `low` of rank 0 is none."""
 
     weight: Tensor
     bias: Tensor | None

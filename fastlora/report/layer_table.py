@@ -15,6 +15,7 @@ from fastlora.errors import BackendError, ConfigError, InjectionError
 from fastlora.layers.banks import ExpertBank, expert_banks, named_layers, why_not_experts
 from fastlora.layers.base import LoRALayer, named_lora_layers
 from fastlora.layers.experts import LoRAExperts
+from fastlora.layers.gated import layers_in_blocks
 from fastlora.layers.kinds import kind_of, why_unsuitable
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.quantised import compute_dtype
@@ -209,6 +210,7 @@ def _table(
         if isinstance(module, SeveralAdapters)
         for layer in module.layers
     }
+    gated = layers_in_blocks(model)
     inside = {module for layer in adapters for module in layer.wrapped.modules()}
     for path, module in named_layers(model):
         if module in inside:
@@ -218,6 +220,8 @@ def _table(
             if module in together and module not in read:
                 choice = together[module].choose()
                 row = replace(row, choice=choice if rows is not None else None, reason=str(choice))
+            if module in gated:
+                row = replace(row, reason=f"{row.reason}; fused in a gated MLP")
             table.append(row)
         elif kind_of(module) is not None:
             table.append(_plain(path, module, decisions.get(module), config, rows, module in read))

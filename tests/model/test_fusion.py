@@ -188,8 +188,8 @@ def test_fuse_finds_the_groups_by_the_inputs_of_the_layers():
         "unused": "its forward is not called on this sample",
     }
     text = str(report)
-    assert text.startswith("8 of 13 adapted layers in 3 groups")
-    assert "together  gate, up" in text and "alone     unused: its forward" in text
+    assert text.startswith("8 of 13 layers in 3 groups and 0 gated MLPs")
+    assert "together   gate, up" in text and "alone      unused: its forward" in text
     assert explain(model.gate, X).reason.endswith(
         "fused in a group of 2 layers with the same input"
     )
