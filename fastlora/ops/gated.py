@@ -140,6 +140,13 @@ class _GatedMLP(torch.autograd.Function):
         return dx, None, None, None, None, *found
 
 
+def triton_gated() -> Any:
+    """The module that launches kernels for the middle of the MLP; Triton is imported at the first call."""
+    from fastlora.ops import triton_gated
+
+    return triton_gated
+
+
 def _layers(
     settings: _Settings, seeds: Sequence[Tensor | None], tensors: Sequence[Any]
 ) -> list[Layer]:
@@ -167,7 +174,7 @@ def _forward(
     """y (..., P), g and u (M, N), and S (M, R) of each layer, without a factor."""
     gate, up, down = _layers(settings, seeds, tensors)
     (g, u), s = forward_rows(linear.as_rows(x), [gate, up], settings.triton)
-    h = ACTIVATIONS[settings.activation].forward(g).mul_(u)
+    h = _product(g, u, settings)
     (y,), s_down = forward_rows(h, [down], settings.triton)
     return linear.shaped_as(x, y), g, u, [*s, *s_down]
 
@@ -184,39 +191,77 @@ def _backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx (M, K) and the gradient of each layer's tensors. needs: of x and of these."""
     gate, up, down = layers
-    needs_x, first, last = needs[0], needs[1 : 1 + 2 * _TENSORS], needs[1 + 2 * _TENSORS :]
-    needs_h = needs_x or any(first)
-    act, backward_ = ACTIVATIONS[settings.activation]
-    a = act(g)
-    h = a * u if last[0] or last[2] else u  # whose values are not read
-    dh, da, db = backward_rows(
-        [dy], h, [down], s[2:], needs_h, [last[2]], [last[3]], settings.triton
+    needs_x, *rest = needs
+    # Of the weight, the bias, A and B; of rank 0 there are none.
+    of_gate, of_up, of_down = (
+        [
+            needed and (layer.low.rank() > 0 or at < 2)
+            for at, needed in enumerate(rest[i : i + _TENSORS])
+        ]
+        for i, layer in zip((0, 4, 8), layers, strict=True)
     )
-    gradients = _of_layer(dy, h, last, da[0], db[0])
-    del h
-    if dh is None:
-        return None, [None] * 2 * _TENSORS + gradients
+    if not (needs_x or any(of_gate) or any(of_up)):
+        h = _product(g, u, settings)
+        _, (da,), (db,) = backward_rows(
+            [dy], h, [down], s[2:], False, of_down[2:3], of_down[3:], settings.triton
+        )
+        return None, [None] * 2 * _TENSORS + _of_layer(dy, h, of_down, da, db)
+    down_backward = triton_gated().down_backward if settings.triton else _down_backward
+    dg, du, product, da, db = down_backward(
+        dy, g, u, down, s[2], settings.activation, (of_down[0], of_down[2], of_down[3])
+    )
+    after = _of_layer(dy, product, of_down, da, db)
+    del product
+    dx, das, dbs = backward_rows(
+        [dg, du],
+        x,
+        [gate, up],
+        s[:2],
+        needs_x,
+        [of_gate[2], of_up[2]],
+        [of_gate[3], of_up[3]],
+        settings.triton,
+    )
+    before = _of_layer(dg, x, of_gate, das[0], dbs[0])
+    before += _of_layer(du, x, of_up, das[1], dbs[1])
+    return dx, before + after
+
+
+def _product(g: Tensor, u: Tensor, settings: _Settings) -> Tensor:
+    """h (M, N)."""
+    if settings.triton:
+        found: Tensor = triton_gated().product(g, u, settings.activation)
+        return found
+    return ACTIVATIONS[settings.activation].forward(g).mul_(u)
+
+
+def _down_backward(
+    dy: Tensor,
+    g: Tensor,
+    u: Tensor,
+    down: Layer,
+    s: Tensor,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dg, du and h (M, N), dA (R, N) and dB (P, R) of `down`, for dy (M, P). needs: of h by the caller, of dA and of dB."""
+    needs_h, needs_a, needs_b = needs
+    act, backward_ = ACTIVATIONS[activation]
+    a = act(g)
+    h = a * u if needs_h or needs_a else u  # u for its form; its values are not read
+    dh, (da,), (db,) = backward_rows([dy], h, [down], [s], True, [needs_a], [needs_b], False)
+    assert dh is not None
     du = a.mul_(dh)
     dg = backward_(dh.mul_(u), g)
-    rows = [dg, du]
-    needs_a, needs_b = [first[2], first[6]], [first[3], first[7]]
-    dx, das, dbs = backward_rows(
-        rows, x, [gate, up], s[:2], needs_x, needs_a, needs_b, settings.triton
-    )
-    before = [
-        gradient
-        for i, d in enumerate(rows)
-        for gradient in _of_layer(d, x, first[i * _TENSORS : (i + 1) * _TENSORS], das[i], dbs[i])
-    ]
-    return dx, before + gradients
+    return dg, du, h, da, db
 
 
 def _of_layer(
-    dy: Tensor, x: Tensor, needs: Sequence[bool], da: Tensor | None, db: Tensor | None
+    dy: Tensor, x: Tensor | None, needs: Sequence[bool], da: Tensor | None, db: Tensor | None
 ) -> list[Tensor | None]:
-    """The gradients of a layer's tensors, for x (M, K) and dy (M, N)."""
+    """The gradients of a layer's tensors, for x (M, K), if its weight needs one, and dy (M, N)."""
     return [
-        dy.T @ x if needs[0] else None,  # [N, M] @ [M, K] -> [N, K]
+        dy.T @ x if needs[0] and x is not None else None,  # [N, M] @ [M, K] -> [N, K]
         dy.sum(0) if needs[1] else None,
         da,
         db,

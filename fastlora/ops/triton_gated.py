@@ -1,0 +1,73 @@
+"""The middle of a gated MLP on the Triton path: h = act(g) ∘ u forward; backward from dy to dg and du, through the layer after h and its adapter.
+
+A repeated call takes the steps of an earlier one, as a single layer's does (`fastlora.kernels.recording`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlora.kernels.gated import gated_gradients_, gated_product
+from fastlora.kernels.recording import library, repeat
+from fastlora.kernels.reduce import sum_partials
+from fastlora.ops import dispatch
+from fastlora.ops.dispatch import product_precision
+from fastlora.ops.reference import Layer
+from fastlora.ops.triton_ops import a_product, current, dy_products
+
+
+def product(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    """h = act(g) ∘ u (M, N), for contiguous g and u."""
+    with current(g):
+        (h,) = repeat((), ("gated", activation), (g, u), lambda: [gated_product(g, u, activation)])
+    return h
+
+
+def down_backward(
+    dy: Tensor,
+    g: Tensor,
+    u: Tensor,
+    down: Layer,
+    s: Tensor,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dg, du and h (M, N), dA (R, N) and dB (P, R), for dy (M, P) and S (M, R) of `down`. needs: of h by the caller, of dA and of dB.
+
+    Raises: what `dispatch.launch_choice` raises.
+    """
+    weight, _, low = down
+    needs_h, needs_a, needs_b = needs
+    rank = low.rank()
+    choice = dispatch.launch_choice(g, weight, max(1, rank), low.seed is not None, None, dy)
+    assert choice.config is not None  # as in the forward pass
+    config = choice.config
+
+    def run() -> list[Tensor]:
+        ds = db = bits = da = None
+        if rank:
+            ds, db, bits = dy_products(config, dy, g, s, low, True, needs_b)
+        dh = library(torch.mm, dy, weight)
+        dg, du, h = gated_gradients_(
+            dh, g, u, activation, config.update,
+            ds=ds, lora_a=low.a if rank else None, scale=low.scale(), bits=bits,
+            needs_h=needs_h or needs_a, precision=product_precision(g),
+        )  # fmt: skip
+        if needs_a:
+            assert h is not None and ds is not None
+            da, _ = a_product(config, h, ds, low, bits, False)
+        sums = [
+            None if part is None else sum_partials(part, factor.dtype)
+            for part, factor in ((da, low.a), (db, low.b))
+        ]
+        found = [dg, du, h if needs_h else None, *sums]
+        return [tensor for tensor in found if tensor is not None]
+
+    with current(g):
+        settings = "gated", activation, low.scaling, low.p, needs
+        inputs = (dy, g, u, weight, s, low.a, low.b, low.seed)
+        found = iter(repeat((choice,), settings, inputs, run))
+    dg, du = next(found), next(found)
+    h, da, db = (next(found) if needed else None for needed in (needs_h, needs_a, needs_b))
+    return dg, du, h, da, db
