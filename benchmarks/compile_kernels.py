@@ -51,7 +51,8 @@ _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer whose kernels are compiled. groups: of rows with factors of their own, for the plan "grouped" only.
+    """A layer whose kernels are compiled. groups: of rows with factors of their own, for the plan "grouped" only. activation: of the gated MLP whose
+    last layer it is, for the plan "gated" only; rank 0 is no adapter.
 
     everywhere: compile for every architecture, not only sm_90. overlap: use programmatic dependent launches, which sm_90 and newer have.
     """
@@ -68,6 +69,7 @@ class Problem:
     everywhere: bool = False
     overlap: bool = False
     groups: int = 0
+    activation: str = ""
 
     @property
     def name(self) -> str:
@@ -76,6 +78,7 @@ class Problem:
         notes += [f"adapters {self.adapters}"] if self.adapters != "float32" else []
         notes += ["overlap"] if self.overlap else []
         notes += [f"{self.groups} groups"] if self.groups else []
+        notes += [self.activation] if self.activation else []
         return f"{self.plan} {self.m}x{self.k}->{self.n} r{self.rank} {' '.join(notes)}"
 
 
@@ -117,6 +120,17 @@ PROBLEMS = (
     Problem("grouped", 4096, 768, 2304, 8, "float32", p=0.1, everywhere=True, groups=8),
     Problem("grouped", 4096, 768, 2304, 64, "float32", p=0.1, everywhere=True, groups=8),
     Problem("grouped", 4096, 768, 2304, 64, "float32", p=0.1, precision="tf32", groups=8),
+    Problem("grouped", 4096, 2048, 1536, 8, p=0.1, everywhere=True, groups=128),
+    Problem("grouped", 4096, 2048, 1536, 16, everywhere=True, groups=128),
+    Problem("grouped", 4096, 2048, 1536, 64, p=0.1, everywhere=True, groups=128),
+    Problem("gated", 4096, 8192, 2048, 16, p=0.1, everywhere=True, activation="silu"),
+    Problem("gated", 4096, 8192, 2048, 16, everywhere=True, activation="gelu"),
+    Problem("gated", 4096, 8192, 2048, 64, p=0.1, everywhere=True, activation="gelu_tanh"),
+    Problem("gated", 4096, 8192, 2048, 256, "float16", p=0.1, everywhere=True, activation="gelu"),
+    Problem("gated", 4096, 8192, 2048, 0, everywhere=True, activation="silu"),
+    Problem("gated", 777, 1025, 1023, 12, p=0.1, everywhere=True, activation="gelu_tanh"),
+    Problem("gated", 4096, 2304, 768, 8, "float32", p=0.1, everywhere=True, activation="gelu"),
+    Problem("gated", 4096, 2304, 768, 64, "float32", p=0.1, precision="tf32", activation="silu"),
 )  # fmt: skip
 
 
@@ -140,6 +154,7 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
+    from fastlora.kernels import recording
     from fastlora.kernels.config import ARCHITECTURES
     from fastlora.ops import dispatch
 
@@ -151,7 +166,10 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
 
     driver.set_active(Named())
-    dispatch._plan.cache_clear()  # its keys do not hold the architecture
+    # Their keys do not hold the architecture.
+    dispatch._plan.cache_clear()
+    recording._recordings.clear()
+    recording._seen.clear()
     choose, launch = dispatch.launch_choice, JITFunction.run
     entries: dict[str, dict[str, Any]] = {}
 
@@ -180,7 +198,8 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
         mock.patch.object(dispatch, "launch_choice", choice_of),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
-        (launch_grouped if problem.groups else launch_layer)(problem)
+        launches = {"grouped": launch_grouped, "gated": launch_gated}
+        launches.get(problem.plan, launch_layer)(problem)
     return [{"kernel": name, **entry} for name, entry in entries.items()]
 
 
@@ -213,6 +232,22 @@ def launch_grouped(problem: Problem) -> None:
     ds, _ = ops.grouped_ds_db(dy, s, b, scale, offsets)
     assert ds is not None
     ops.grouped_da_dx_(torch.empty_like(x), x, ds, a, scale, offsets, **mask)
+
+
+def launch_gated(problem: Problem) -> None:
+    """The product and the gradients of the middle of a gated MLP, through its last layer, on tensors without storage."""
+    from fastlora.ops import triton_gated
+    from fastlora.ops.reference import Layer, LowRank
+
+    g, dy, lora_a, lora_b, seed = tensors_of(problem)
+    u, s = g.clone(), g.new_empty(problem.m, problem.rank)
+    low = LowRank(lora_a, lora_b, 2.0, problem.p, seed)
+    down = Layer(g.new_empty(problem.n, problem.k), None, low)
+    triton_gated.product(g, u, problem.activation)
+    adapted = problem.rank > 0
+    for needs_h in (True, False):
+        needs = needs_h, adapted and needs_h, adapted
+        triton_gated.down_backward(dy, g, u, down, s, problem.activation, needs)
 
 
 def tensors_of(problem: Problem) -> tuple[Any, ...]:
@@ -352,7 +387,9 @@ def failures(arch: int, problem: Problem, entry: dict[str, Any]) -> list[str]:
     if entry["serialised"]:
         found.append(f"{entry['serialised']} warnings of serialised matrix instructions")
     name, *flags = entry["kernel"].split()
-    if name not in ("sum", "mask", "group_sum") and not exact and not entry["tensor_core"]:
+    without = ("sum", "mask", "group_sum", "product")
+    plain = name in without or (name == "gradients" and problem.rank == 0)
+    if not plain and not exact and not entry["tensor_core"]:
         found.append("no tensor-core instruction")
     if ("OVERLAP" in flags) != bool(entry["dependencies"]):
         found.append(f"{entry['dependencies']} instructions for a dependent launch")

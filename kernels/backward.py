@@ -23,6 +23,8 @@ from fastlora.kernels.reduce import sum_partials
 from fastlora.kernels.tiles import overlaps
 
 _MASK_ROWS, _MASK_GROUPS = 64, 32  # a tile of `_mask_kernel`
+# A program of `_dy_kernel` computes at most so many groups of the mask: more would spill, and a loop over them would keep dy's from being prefetched.
+_MOST_GROUPS = 64
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -104,9 +106,13 @@ def dy_pass(
     db_dtype = lora_b.dtype if splits == 1 else torch.float32
     ds = empty(tiles, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
     db = empty(splits, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
-    bits = empty_bits(m, columns, dy.device) if mask.drops else None
     # Every tile of columns of dy writes an equal share of the columns of the mask, at least the 16 bytes of one store.
     groups = max(16, next_power_of_2(ceil_div(ceil_div(columns, 8), tiles)))
+    bits = None
+    if mask.drops and groups > _MOST_GROUPS:  # many more columns than dy's
+        bits, mask = mask_pass(m, columns, mask), NO_MASK
+    elif mask.drops:
+        bits = empty_bits(m, columns, dy.device)
     launch(
         _dy_kernel,
         (tiles, splits),

@@ -223,6 +223,11 @@ def update_config(q: Problem) -> GemmConfig:
     return GemmConfig(64, 128 if q.aligned else 64, 0, block_r, 8, 2)
 
 
+def gated_config(update: GemmConfig, itemsize: int) -> GemmConfig:
+    """Tiles of `gated.gated_gradients_`, from those of `rank_update_`: it holds five tiles in registers, not two."""
+    return update if itemsize == 4 else replace(update, block_n=update.block_n // 2)
+
+
 def down_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the S pass: enough programs to fill the GPU, split along K too when there are few rows."""
     block_r = rank_block(q.rank)

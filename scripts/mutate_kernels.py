@@ -61,6 +61,10 @@ TERM, UPDATE = "kernels/rank_term.py", "kernels/update.py"
 OPS, LINEAR = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
 GROUPED, GROUPED_BACKWARD = "kernels/grouped.py", "kernels/grouped_backward.py"
 GROUPED_OPS = "fastlora/ops/grouped_kernels.py"
+GATED, BLOCKS = "kernels/gated.py", "fastlora/layers/gated.py"
+GATED_OPS, TRITON_GATED = "fastlora/ops/gated.py", "fastlora/ops/triton_gated.py"
+SEARCH, ROWS = "fastlora/model/gated.py", "fastlora/ops/group.py"
+DISPATCH = "fastlora/ops/dispatch.py"
 PRODUCTS, GROUP = "fastlora/ops/products.py", "fastlora/ops/triton_group.py"
 REFERENCE, DEFINITION = "fastlora/ops/reference.py", "fastlora/ops/dropout.py"
 TUNE, BENCH = "fastlora/ops/tune.py", "fastlora/ops/bench.py"
@@ -78,6 +82,13 @@ TESTS = {
     GROUPED: ("tests/kernels/test_grouped.py",),
     GROUPED_BACKWARD: ("tests/kernels/test_grouped.py",),
     GROUPED_OPS: ("tests/kernels/test_grouped.py",),
+    GATED: ("tests/kernels/test_gated.py", "tests/ops/test_triton_gated.py"),
+    GATED_OPS: ("tests/ops/test_gated.py",),
+    TRITON_GATED: ("tests/ops/test_triton_gated.py",),
+    BLOCKS: ("tests/model/test_gated.py",),
+    SEARCH: ("tests/model/test_gated.py",),
+    ROWS: ("tests/ops/test_gated.py", "tests/ops/test_triton_gated.py"),
+    DISPATCH: (*KERNEL_TESTS, "tests/ops/test_triton_gated.py"),
     RECORDING: ("tests/kernels/test_recording.py", "tests/kernels/test_launch.py"),
     STEPS: (
         "tests/kernels/test_recording.py",
@@ -258,6 +269,44 @@ MUTANTS = (
     Mutant("grouped: outputs with any strides", GROUPED_OPS, "if (columns > 1 and out.stride(1) != 1) or", "if"),
     Mutant("config: one chunk of rows for all groups", CONFIG, "x = fitted(x_config(arch, q))", "x = replace(fitted(x_config(arch, q)), splits=1)"),
     Mutant("config: blocks of 64 rows for groups of one row", CONFIG, "most = max(16, next_power_of_2(ceil_div(q.m, groups)))", "most = 64"),
+    # gated MLPs
+    Mutant("gated: SiLU for GELU by tanh", GATED, 'if ACTIVATION == "gelu_tanh"', 'if ACTIVATION == "no"'),
+    Mutant("gated: the slope of GELU without its density", GATED, "cumulative + g * density", "cumulative"),
+    Mutant("gated: the slope of tanh's argument", GATED, "0.134145 * g", "0.044715 * g"),
+    Mutant("gated: the slope of the sigmoid", GATED, "(e * inverse * inverse)", "(e * inverse)"),
+    Mutant("gated: the sigmoid of negative numbers", GATED, "tl.where(z < 0, e, 1.0) * inverse", "inverse"),
+    Mutant("gated: dg without u", GATED, "dh * u * slope", "dh * slope"),
+    Mutant("gated: du without act", GATED, "(dh * act)", "dh"),
+    Mutant("gated: h without u", GATED, "(act * u).to(DTYPE)", "act.to(DTYPE)"),
+    Mutant("gated: the product without u", GATED, "(act * u).to(h_ptr.dtype.element_ty)", "act.to(h_ptr.dtype.element_ty)"),
+    Mutant("gated: dh without the adapter", GATED, "if R > 0:", "if R < 0:"),
+    Mutant("gated: dh without its mask", GATED, "R, DTYPE, DROPOUT, PRECISION, BLOCK_R,", "R, DTYPE, False, PRECISION, BLOCK_R,"),
+    Mutant("gated: the mask of the first rows", GATED, "stride_bits, first_m, first_n, BLOCK_M", "stride_bits, 0, first_n, BLOCK_M"),
+    Mutant("gated: A in the wrong order", GATED, "lora_a.stride(1)", "lora_a.stride(0)"),
+    Mutant("gated: rows beyond the last", GATED, "(o_m < M)[:, None] & (o_n < N)[None, :]", "(o_m < M + 1)[:, None] & (o_n < N)[None, :]"),
+    Mutant("gated: columns beyond the last", GATED, "(o_m < M)[:, None] & (o_n < N)[None, :]", "(o_m < M)[:, None] & (o_n < N + 1)[None, :]"),
+    Mutant("gated: dh without the factor", TRITON_GATED, "scale=low.scale(), bits=bits,", "scale=1.0, bits=bits,"),
+    Mutant("gated: one recording for all activations", TRITON_GATED, '"gated", activation, low.scaling', '"gated", low.scaling'),
+    Mutant("gated: one recording for all products", TRITON_GATED, '("gated", activation)', '("gated",)'),
+    Mutant("gated: dg without u in torch", GATED_OPS, "backward_(dh.mul_(u), g)", "backward_(dh, g)"),
+    Mutant("gated: du without act in torch", GATED_OPS, "du = a.mul_(dh)", "du = dh.clone()"),
+    Mutant("gated: GELU by tanh is exact", GATED_OPS, '_gelu("tanh")', '_gelu("none")'),
+    Mutant("gated: the seed of gate for down", GATED_OPS, "else seeds[1], seeds[2]]", "else seeds[1], seeds[0]]"),
+    Mutant("gated: one mask for all", ROWS, "(0.0, 0) if low.seed is None else (low.p, id(low.seed))", "(0.0, 0)"),
+    Mutant("gated: dx of the last layer only", ROWS, "dx = added if dx is None else dx.add_(added)", "dx = added"),
+    Mutant("gated: hooks of the layers are ignored", BLOCKS, "if any(why_not_gated(layer) is not None for layer in layers):", "if False:"),
+    Mutant("gated: hooks of the activation are ignored", BLOCKS, "any(map(has_hooks, _others(module, layers)))", "False"),
+    Mutant("gated: any input is taken", BLOCKS, "if _fit(x, weights) else None", ""),
+    Mutant("gated: masks of their own for gate and up", BLOCKS, "        second = first\n", "        second = up._draw_seed(x)\n"),
+    Mutant("gated: disabled adapters are used", BLOCKS, "and not la.disabled", ""),
+    Mutant("gated: no proof in training mode", SEARCH, "itertools.product((False, True), samples)", "itertools.product((False,), samples)"),
+    Mutant("gated: no proof on other inputs", SEARCH, "samples = [x, noise,", "samples = [x] or [x, noise,"),
+    Mutant("gated: any output", SEARCH, "if run.y is not down.y or down.y._version", "if down.y._version"),
+    Mutant("gated: any version of the output", SEARCH, "or down.y._version != down.versions[1]", ""),
+    Mutant("gated: layers in regions", SEARCH, "call.in_region for call", "False for call"),
+    Mutant("gated: up's input after a change", SEARCH, "or call.versions[0] for call", "for call"),
+    Mutant("gated: few rows by one call", DISPATCH, 'return None if choice.plan == "decode" else choice', "return choice"),
+    Mutant("gated: ranks of gate alone", DISPATCH, "max(gate + up, down), forced", "max(gate, down), forced"),
     # launches
     Mutant("launch: the grid's second dimension is lost", LAUNCH, "x, y, z = (*grid, 1, 1)[:3]", "x, y, z = grid[0], 1, 1"),
     Mutant("launch: alignment ignored", LAUNCH, "append(value.data_ptr() % 16 == 0)", "append(True)"),

@@ -200,6 +200,7 @@ def _backward(
         ]
         for i, layer in zip((0, 4, 8), layers, strict=True)
     )
+    h: Tensor | None
     if not (needs_x or any(of_gate) or any(of_up)):
         h = _product(g, u, settings)
         _, (da,), (db,) = backward_rows(
@@ -207,11 +208,11 @@ def _backward(
         )
         return None, [None] * 2 * _TENSORS + _of_layer(dy, h, of_down, da, db)
     down_backward = triton_gated().down_backward if settings.triton else _down_backward
-    dg, du, product, da, db = down_backward(
+    dg, du, h, da, db = down_backward(
         dy, g, u, down, s[2], settings.activation, (of_down[0], of_down[2], of_down[3])
     )
-    after = _of_layer(dy, product, of_down, da, db)
-    del product
+    after = _of_layer(dy, h, of_down, da, db)
+    del h
     dx, das, dbs = backward_rows(
         [dg, du],
         x,

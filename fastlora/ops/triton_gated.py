@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlora.kernels.config import gated_config
 from fastlora.kernels.gated import gated_gradients_, gated_product
 from fastlora.kernels.recording import library, repeat
 from fastlora.kernels.reduce import sum_partials
@@ -50,7 +51,7 @@ def down_backward(
             ds, db, bits = dy_products(config, dy, g, s, low, True, needs_b)
         dh = library(torch.mm, dy, weight)
         dg, du, h = gated_gradients_(
-            dh, g, u, activation, config.update,
+            dh, g, u, activation, gated_config(config.update, g.element_size()),
             ds=ds, lora_a=low.a if rank else None, scale=low.scale(), bits=bits,
             needs_h=needs_h or needs_a, precision=product_precision(g),
         )  # fmt: skip

@@ -186,8 +186,15 @@ def test_sums_of_parts_match_the_reference_in_bfloat16(plan, case, arch):
 
 @pytest.mark.parametrize("plan", ["split", "fused"])
 def test_sums_are_kept_in_float32(plan, arch):
-    """Sums over K, N and M are a thousand times as large in between as at their end, which 16 bits would lose."""
+    """Sums over K, N and M are a thousand times as large in between as at their end, which 16 bits would lose.
+
+    Of small whole numbers, so that float32 holds every sum of products exactly, in whatever order a library adds.
+    """
     t = make(Case((64,), 128, 64, 20))
+    whole = (
+        (1.5 * v).round().clamp(-3, 3) for v in (t.x, t.weight, t.bias, t.lora_a, t.lora_b, t.dy)
+    )
+    t = Tensors(*whole)
 
     def thrice(tensor, *dims):
         for dim in dims:
@@ -309,8 +316,8 @@ def test_every_kernel_with_dropout_uses_the_references_bits(p):
     rows = tiles(row, Problem(m, k, k, m, 4, True))
     bits = mask_pass(m, k, mask)
     assert torch.equal(_unpack(bits, k).float(), keep)
-    # All groups of a tile, a part of them, several blocks of groups, several tiles, and more tiles than the groups need.
-    for n, columns in ((8, k), (8, 20), (8, 520), (300, 520), (300, 128)):
+    # All groups of a tile, a part of them, several blocks of groups, a pass of its own, several tiles, and more tiles than the groups need.
+    for n, columns in ((8, k), (8, 20), (8, 504), (8, 520), (300, 520), (300, 128)):
         one_rank = tiles(row, Problem(m, n, columns, 1, 4, True)).dy
         named = {"scale": 1.0, "mask": mask, "columns": columns}
         *_, beside = dy_pass(_ones(m, n), _ones(n, 1), _ones(m, 1), one_rank, **named)

@@ -108,12 +108,16 @@ def test_outputs_and_gradients_are_those_of_the_models_own_code_with_w_plus_delt
     got = loss_of(model)
     got.backward()
     assert_close(got.detach(), rough.detach(), want.detach())
+    # All gradients as one, each relative to its largest value: the errors of two orders of summation are similar only over many numbers.
+    found = []
     for path, layer in named_lora_layers(model):
-        for own, exact, other in zip(
-            (layer.lora_A, layer.lora_B), leaves[path], rough_leaves[path], strict=True
+        for three in zip(
+            (layer.lora_A, layer.lora_B), rough_leaves[path], leaves[path], strict=True
         ):
-            assert_close(own.grad, other.grad, exact.grad, path)
-            assert exact.grad.abs().max() > 0, path
+            largest = three[2].grad.abs().max()
+            assert largest > 0, path
+            found.append([(t.grad / largest.to(t.dtype)).flatten() for t in three])
+    assert_close(*map(torch.cat, zip(*found, strict=True)))
 
 
 @every

@@ -106,6 +106,18 @@ def test_the_output_and_all_gradients(case, dtype, activation):
     assert torch.equal(again, got)
 
 
+def test_a_recording_serves_one_activation():
+    x, dy, parts = make("dropout", torch.float32)
+    want = {}
+    for _ in range(3):
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            y = gated_mlp(x, *layers_of("dropout", parts), activation, triton=True)
+            found = [y, *gradients(y, dy, x, parts)]
+            for one, other in zip(found, want.setdefault(activation, found), strict=True):
+                assert torch.equal(one, other)
+    assert len({y.sum().item() for y, *_ in want.values()}) == 3
+
+
 @pytest.mark.parametrize("trained", [[i] for i in range(12)] + [[2, 3, 10], [6, 11]])
 @pytest.mark.parametrize("with_x", [False, True])
 def test_only_what_is_needed_has_a_gradient(trained, with_x):
