@@ -235,9 +235,12 @@ def launch_grouped(problem: Problem) -> None:
 
 
 def launch_gated(problem: Problem) -> None:
-    """The product and the gradients of the middle of a gated MLP, through its last layer, on tensors without storage."""
-    from fastlora.ops import triton_gated
+    """The middle of a gated MLP, forward with S of its last layer and backward through it, on tensors without storage."""
+    from fastlora.kernels.config import gated_down_config
+    from fastlora.kernels.gated import gated_down
+    from fastlora.ops import dispatch, triton_gated
     from fastlora.ops.reference import Layer, LowRank
+    from fastlora.ops.triton_ops import mask_of
 
     g, dy, lora_a, lora_b, seed = tensors_of(problem)
     u, s = g.clone(), g.new_empty(problem.m, problem.rank)
@@ -245,6 +248,11 @@ def launch_gated(problem: Problem) -> None:
     down = Layer(g.new_empty(problem.n, problem.k), None, low)
     triton_gated.product(g, u, problem.activation)
     adapted = problem.rank > 0
+    if adapted:
+        config = dispatch.launch_choice(g, down.weight, low.rank(), seed is not None).config
+        precision = dispatch.product_precision(g)
+        tiles, mask = gated_down_config(config.down), mask_of(g, low)
+        gated_down(g, u, problem.activation, lora_a, tiles, mask=mask, precision=precision)
     for needs_h in (True, False):
         needs = needs_h, adapted and needs_h, adapted
         triton_gated.down_backward(dy, g, u, down, s, problem.activation, needs)

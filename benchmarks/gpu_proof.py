@@ -60,6 +60,7 @@ TUNE = (
 TESTS = (
     "tests/kernels",
     "tests/ops/test_triton_ops.py",
+    "tests/ops/test_triton_gated.py",
     "tests/ops/test_dispatch.py",
     "tests/ops/test_tune.py",
     "tests/ops/test_linear.py",

@@ -228,6 +228,13 @@ def gated_config(update: GemmConfig, itemsize: int) -> GemmConfig:
     return update if itemsize == 4 else replace(update, block_n=update.block_n // 2)
 
 
+def gated_down_config(down: PassConfig) -> PassConfig:
+    """Tiles of `gated.gated_down`, from those of the S pass: it loads two tiles for one."""
+    block_k = max(32, down.block_k // 2)
+    warps = 8 if down.block_m * block_k >= 4096 else down.num_warps
+    return replace(down, block_k=block_k, num_warps=warps, overlap=False)
+
+
 def down_config(arch: Architecture, q: Problem) -> PassConfig:
     """Tiles of the S pass: enough programs to fill the GPU, split along K too when there are few rows."""
     block_r = rank_block(q.rank)

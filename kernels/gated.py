@@ -1,9 +1,10 @@
-"""The elementwise part of a gated MLP, h = act(g) ∘ u, and its gradient.
+"""The middle of a gated MLP, h = act(g) ∘ u, and its gradient.
 
 gated_product      h = act(g) ∘ u
+gated_down         h, and S = (keep ∘ h) Aᵀ of the layer after it
 gated_gradients_   dg = dh ∘ u ∘ act'(g)  and  du = dh ∘ act(g)  for  dh = base + scale · keep ∘ (dS A); on request h again
 
-Both compute in float32 and round each result once. `dh` is never stored: the rank-R term that `update.rank_update_` would add to it in a pass of
+All compute in float32 and round each result once; the products of h are those of the rounded h. `dh` is never stored: the rank-R term that `update.rank_update_` would add to it in a pass of
 its own is added in registers.
 """
 
@@ -11,10 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.config import GemmConfig, ceil_div
+from fastlora.kernels.config import GemmConfig, PassConfig, ceil_div, chunks
+from fastlora.kernels.dropout import NO_MASK, Mask, drop
+from fastlora.kernels.forward import store_rows
 from fastlora.kernels.launch import launch
 from fastlora.kernels.rank_term import bits_tile, low_tile, rank_term, up_tile
 from fastlora.kernels.recording import empty
+from fastlora.kernels.reduce import sum_partials
 
 _BLOCK = 2048  # elements of a program of `_product_kernel`
 
@@ -62,6 +66,92 @@ def gated_product(g: torch.Tensor, u: torch.Tensor, activation: str) -> torch.Te
         num_warps=4,
     )
     return h
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _down_kernel(
+    g_ptr, u_ptr, h_ptr, a_ptr, s_ptr, seed_ptr, M, N, n_chunk, threshold, stride_ar, stride_an,
+    R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (m, split): one chunk of the columns of BLOCK_M rows of h, and their share of S. s_ptr: (splits, M, R)."""
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    first_m, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    first_n = split * n_chunk
+    last_n = min(first_n + n_chunk, N)
+    o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_R)
+    m_m = o_m < M
+    s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for n in range(first_n, last_n, BLOCK_N):
+        o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+        m_n = o_n < last_n
+        o = o_m[:, None] * N + o_n[None, :]
+        mask = m_m[:, None] if EVEN_N else m_m[:, None] & m_n[None, :]
+        g = tl.load(g_ptr + o, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + o, mask=mask, other=0.0).to(tl.float32)
+        act, _ = _activation(g, ACTIVATION)
+        h = (act * u).to(DTYPE)
+        tl.store(h_ptr + o, h, mask=mask)
+        if DROPOUT:
+            h = drop(h, tl.load(seed_ptr), threshold, first_m, n)
+        p_a = a_ptr + o_r.to(tl.int64)[None, :] * stride_ar + o_n[:, None] * stride_an
+        a = tl.load(p_a, mask=(o_r < R)[None, :] & m_n[:, None], other=0.0).to(DTYPE)
+        if tl.float32 == DTYPE:
+            # A sum for each block, as in `forward.times_rows`.
+            one = (last_n > first_n).to(tl.float32)
+            s += tl.dot(h, a, input_precision=PRECISION) * one
+        else:
+            s = tl.dot(h, a, s, input_precision=PRECISION)
+    store_rows(s_ptr + split.to(tl.int64) * M * R, s, M, R, first_m, 0)
+
+
+def gated_down(
+    g: torch.Tensor,
+    u: torch.Tensor,
+    activation: str,
+    lora_a: torch.Tensor,
+    config: PassConfig,
+    *,
+    mask: Mask = NO_MASK,
+    precision: str = "ieee",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h = act(g) ∘ u (M, N) and S = (keep ∘ h) Aᵀ (M, R), newly allocated, in one pass over g and u.
+
+    g, u, activation: as in `gated_product`. lora_a: (R, N), any strides, any float dtype, cast to g's. config.splits divides N. mask, precision: as
+    in `forward.down_project`.
+    """
+    (m, n), r = g.shape, lora_a.shape[0]
+    chunk, splits = chunks(n, config.splits, config.block_k)
+    h = empty(m, n, dtype=g.dtype, device=g.device)
+    s = empty(splits, m, r, dtype=g.dtype if splits == 1 else torch.float32, device=g.device)
+    launch(
+        _down_kernel,
+        (ceil_div(m, config.block_m), splits),
+        g_ptr=g,
+        u_ptr=u,
+        h_ptr=h,
+        a_ptr=lora_a,
+        s_ptr=s,
+        seed_ptr=g if mask.seed is None else mask.seed,
+        M=m,
+        N=n,
+        n_chunk=chunk,
+        threshold=mask.threshold,
+        stride_ar=lora_a.stride(0),
+        stride_an=lora_a.stride(1),
+        R=r,
+        DROPOUT=mask.drops,
+        EVEN_N=n % config.block_k == 0,
+        ACTIVATION=activation,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_k,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return h, s[0] if splits == 1 else sum_partials(s, g.dtype)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -65,6 +65,7 @@ GATED, BLOCKS = "kernels/gated.py", "fastlora/layers/gated.py"
 GATED_OPS, TRITON_GATED = "fastlora/ops/gated.py", "fastlora/ops/triton_gated.py"
 SEARCH, ROWS = "fastlora/model/gated.py", "fastlora/ops/group.py"
 DISPATCH = "fastlora/ops/dispatch.py"
+EXPERTS, TRITON_EXPERTS = "fastlora/ops/experts.py", "fastlora/ops/triton_experts.py"
 PRODUCTS, GROUP = "fastlora/ops/products.py", "fastlora/ops/triton_group.py"
 REFERENCE, DEFINITION = "fastlora/ops/reference.py", "fastlora/ops/dropout.py"
 TUNE, BENCH = "fastlora/ops/tune.py", "fastlora/ops/bench.py"
@@ -82,6 +83,9 @@ TESTS = {
     GROUPED: ("tests/kernels/test_grouped.py",),
     GROUPED_BACKWARD: ("tests/kernels/test_grouped.py",),
     GROUPED_OPS: ("tests/kernels/test_grouped.py",),
+    EXPERTS: ("tests/ops/test_experts.py",),
+    TRITON_EXPERTS: ("tests/ops/test_triton_experts.py",),
+    PRODUCTS: (*KERNEL_TESTS, "tests/ops/test_experts.py", "tests/ops/test_triton_experts.py"),
     GATED: ("tests/kernels/test_gated.py", "tests/ops/test_triton_gated.py"),
     GATED_OPS: ("tests/ops/test_gated.py",),
     TRITON_GATED: ("tests/ops/test_triton_gated.py",),
@@ -269,6 +273,21 @@ MUTANTS = (
     Mutant("grouped: outputs with any strides", GROUPED_OPS, "if (columns > 1 and out.stride(1) != 1) or", "if"),
     Mutant("config: one chunk of rows for all groups", CONFIG, "x = fitted(x_config(arch, q))", "x = replace(fitted(x_config(arch, q)), splits=1)"),
     Mutant("config: blocks of 64 rows for groups of one row", CONFIG, "most = max(16, next_power_of_2(ceil_div(q.m, groups)))", "most = 64"),
+    # banks of experts
+    Mutant("experts: the mask of the first rows for S", EXPERTS, "down_project(x[start:stop], own, start)", "down_project(x[start:stop], own, 0)"),
+    Mutant("experts: the mask of the first rows for dA", EXPERTS, "own, part, needs_a, start)", "own, part, needs_a, 0)"),
+    Mutant("experts: y without the factor of the mask", EXPERTS, "alpha=own.scale()", "alpha=own.scaling"),
+    Mutant("experts: y of few rows without the factor of the mask", EXPERTS, "alpha=low.scale()", "alpha=low.scaling"),
+    Mutant("experts: S of few rows without its mask", EXPERTS, "grouped_product(_kept(x, low), a, offsets, groups)", "grouped_product(x, a, offsets, groups)"),
+    Mutant("experts: dB of few rows without its factor", EXPERTS, "torch._grouped_mm(dy.T, s, offs=ends).mul_(scale)", "torch._grouped_mm(dy.T, s, offs=ends)"),
+    Mutant("experts: dA of few rows without its mask", EXPERTS, "torch._grouped_mm(ds.T, _kept(x, low), offs=ends)", "torch._grouped_mm(ds.T, x, offs=ends)"),
+    Mutant("experts: dx of few rows without its mask", EXPERTS, "dx.add_(_kept(update, low), alpha=scale)", "dx.add_(update, alpha=scale)"),
+    Mutant("experts: dW of the first expert", EXPERTS, "out=dweight[group]", "out=dweight[0]"),
+    Mutant("experts: rows of none are left by a loop", PRODUCTS, "    y[end:].zero_()\n", ""),
+    Mutant("experts: rows of none are left by one operation", PRODUCTS, "            y[groups[-1][2] if groups else 0 :].zero_()\n", ""),
+    Mutant("experts: kernels without the factor of the mask", TRITON_EXPERTS, "low.scale(), threshold", "low.scaling, threshold"),
+    Mutant("experts: one recording for all gradients", TRITON_EXPERTS, "repeat((), needs, inputs, run)", "repeat((), (), inputs, run)"),
+    Mutant("experts: no threshold", TRITON_EXPERTS, "threshold = dropout_threshold(low.p)", "threshold = 1"),
     # gated MLPs
     Mutant("gated: SiLU for GELU by tanh", GATED, 'if ACTIVATION == "gelu_tanh"', 'if ACTIVATION == "no"'),
     Mutant("gated: the slope of GELU without its density", GATED, "cumulative + g * density", "cumulative"),

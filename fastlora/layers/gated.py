@@ -6,11 +6,13 @@ names of the children in the module's `__dict__`: a copy reads its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastlora.layers.linear import LoRALinear
@@ -23,15 +25,25 @@ from fastlora.ops.reference import Layer, LowRank
 _BLOCK = "_fastlora_gated"
 _PLAIN = (torch.Tensor, nn.Parameter)
 
+Precision = tuple[torch.dtype, "torch.dtype | None"]  # of the input, and of autocast
+
 
 class GatedBlock(NamedTuple):
-    """How a module computes. gate, up, down: names of its children. activation: a key of `ACTIVATIONS`. argument: the name of its forward's input."""
+    """How a module computes.
+
+    gate, up, down: names of its children. up_first: whether it calls up before gate. others: the names and classes of its other children.
+    activation: a key of `ACTIVATIONS`. argument: the name of its forward's input, the first parameter.
+    precisions: those in which this was proved.
+    """
 
     gate: str
     up: str
     down: str
+    up_first: bool
+    others: tuple[tuple[str, type], ...]
     activation: str
     argument: str
+    precisions: frozenset[Precision]
 
     def paths(self, path: str) -> tuple[str, str, str]:
         """The paths of gate, up and down of the module at this path."""
@@ -42,19 +54,18 @@ class GatedBlock(NamedTuple):
         """Gate, up and down."""
         return [module._modules.get(name) for name in (self.gate, self.up, self.down)]
 
+    def input_of(self, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """The input of a call, or None if it has other arguments."""
+        if len(args) + len(named) != 1:
+            return None
+        return args[0] if args else named.get(self.argument)
+
 
 class _Gated(nn.Module):
     """The first base of the classes of `_gated_class`."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            block: GatedBlock | None = self.__dict__.get(_BLOCK)
-            if block is not None and len(args) + len(kwargs) == 1:
-                x = args[0] if args else kwargs.get(block.argument)
-                y = None if x is None else _output(self, block, x)
-                if y is not None:
-                    return y
-        return super().forward(*args, **kwargs)
+    def __init_subclass__(cls, **named: Any) -> None:
+        """Nothing: what a class does for its subclasses is not for this one."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -64,16 +75,28 @@ class _Gated(nn.Module):
         return _new, (_original(type(self)), *arguments), *rest
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}
 
 
 def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `kind` with the forward of `_Gated`, under the name of `kind`, by which other packages find modules."""
-    if kind not in _CLASSES:
-        names = ("__module__", "__qualname__", "__doc__")
-        own = {name: getattr(kind, name) for name in names}
-        _CLASSES[kind] = type(kind.__name__, (_Gated, kind), own)
-    return _CLASSES[kind]
+    """The subclass of `kind` that computes blocks, under the name of `kind`, by which other packages find modules."""
+    proved = kind.forward  # which another package may replace later
+    made = _CLASSES.get((kind, proved))
+    if made is None:
+
+        @functools.wraps(proved)
+        def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
+            block: GatedBlock | None = self.__dict__.get(_BLOCK)
+            if block is not None and kind.forward is proved and not torch.compiler.is_compiling():
+                y = _output(self, block, block.input_of(args, named))
+                if y is not None:
+                    return y
+            return kind.forward(self, *args, **named)
+
+        own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        made = type(kind.__name__, (_Gated, kind), own | {"forward": forward})
+        _CLASSES[kind, proved] = made
+    return made
 
 
 def _is_own(kind: type[nn.Module]) -> bool:
@@ -82,7 +105,9 @@ def _is_own(kind: type[nn.Module]) -> bool:
 
 
 def _original(kind: type[nn.Module]) -> type[nn.Module]:
-    return kind.__mro__[2]  # after itself and _Gated
+    """The class that a class of `_gated_class`, or a subclass of one, was made of; any other class itself."""
+    order = kind.__mro__
+    return order[order.index(_Gated) + 1] if _Gated in order else kind
 
 
 def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
@@ -91,9 +116,15 @@ def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
     return module
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without `install_gated`."""
+    return _original(type(module))
+
+
 def install_gated(module: nn.Module, block: GatedBlock) -> None:
     """Let the module compute the block by `gated_mlp` wherever that computes what its children do."""
-    module.__class__ = _gated_class(type(module))
+    if not isinstance(module, _Gated):
+        module.__class__ = _gated_class(type(module))
     module.__dict__[_BLOCK] = block
 
 
@@ -103,17 +134,12 @@ def layers_in_blocks(model: nn.Module) -> set[nn.Module]:
     return {la for module, block in blocks for la in block.layers_of(module) if la is not None}
 
 
-def restore_gated(model: nn.Module) -> int:
-    """Undo every `install_gated`. Returns how many adapted layers were in a block."""
-    count = 0
+def restore_gated(model: nn.Module) -> None:
+    """Undo every `install_gated`."""
     for module in model.modules():
-        block: GatedBlock | None = module.__dict__.pop(_BLOCK, None)
-        if block is None:
-            continue
-        count += sum(isinstance(layer, LoRALinear) for layer in block.layers_of(module))
+        module.__dict__.pop(_BLOCK, None)
         if _is_own(type(module)):
             module.__class__ = _original(type(module))
-    return count
 
 
 def why_not_gated(layer: nn.Module | None) -> str | None:
@@ -131,32 +157,60 @@ def why_not_gated(layer: nn.Module | None) -> str | None:
     return None
 
 
+def precision_of(x: Tensor) -> Precision:
+    return x.dtype, torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
+
+
 def _output(module: nn.Module, block: GatedBlock, x: Any) -> Tensor | None:
-    """The output for x (..., K); None if the children must run separately."""
+    """The output for x (..., K); None if the module's own forward must run."""
     if type(x) not in _PLAIN or x.is_nested or transformed() or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     layers = block.layers_of(module)
-    if any(why_not_gated(layer) is not None for layer in layers):
+    if precision_of(x) not in block.precisions or not _as_proved(module, block, layers):
         return None
-    if len(module._modules) > len(layers) and any(map(has_hooks, _others(module, layers))):
-        return None  # the hooks of an activation would not run
+    if torch.is_grad_enabled() and not (x.requires_grad or any(map(_trains, layers[:2]))):
+        return None  # what down needs is less than a block keeps
     adapted = [la if isinstance(la, LoRALinear) and not la.disabled else None for la in layers]
     bases = [_base(layer) for layer in layers]
     if autocasts(x):
         x, bases = autocast(x), [(autocast(weight), bias) for weight, bias in bases]
     weights = [weight for weight, _ in bases]
-    choice = _choose(x, weights, adapted) if _fit(x, weights) else None
+    if not _fit(x, weights):
+        return None
+    factors = [None if la is None else la.factors_on(x.device) for la in adapted]
+    choice = _choose(x, weights, adapted, factors)
     if choice is None:
         return None
     gate, up, down = (
-        _with_adapter(base, layer, x, seed)
-        for base, layer, seed in zip(bases, adapted, _seeds(adapted, x), strict=True)
+        _with_adapter(base, layer, pair, x, seed)
+        for base, layer, pair, seed in zip(
+            bases, adapted, factors, _seeds(block, adapted, x), strict=True
+        )
     )
     return gated_mlp(x, gate, up, down, block.activation, triton=choice.backend == "triton")
 
 
-def _others(module: nn.Module, layers: Sequence[nn.Module | None]) -> Iterator[nn.Module]:
-    return (m for m in module._modules.values() if m is not None and m not in layers)
+def _as_proved(module: nn.Module, block: GatedBlock, layers: Sequence[nn.Module | None]) -> bool:
+    """Whether the module has the children that were proved, none of which has hooks or drops anything."""
+    if any(why_not_gated(layer) is not None for layer in layers):
+        return False
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    if len(children) != len(layers) + len(block.others):
+        return False
+    for name, kind in block.others:
+        other = children.get(name)
+        if other is None or type(other) is not kind or any(map(_interferes, other.modules())):
+            return False
+    return True
+
+
+def _interferes(module: nn.Module) -> bool:
+    drops = isinstance(module, _DropoutNd) and module.training and module.p > 0
+    return drops or has_hooks(module)
+
+
+def _trains(layer: nn.Module | None) -> bool:
+    return layer is not None and any(p.requires_grad for p in layer.parameters())
 
 
 def _base(layer: nn.Module | None) -> tuple[Tensor, Tensor | None]:
@@ -175,35 +229,60 @@ def _fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def _choose(
-    x: Tensor, weights: Sequence[Tensor], adapted: Sequence[LoRALinear | None]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    adapted: Sequence[LoRALinear | None],
+    factors: Iterable[tuple[Tensor, Tensor] | None],
 ) -> Choice | None:
     """The backend of the block, as its adapted layers want it; None if they differ or none is adapted."""
     some = [layer for layer in adapted if layer is not None]
     if len({layer.backend for layer in some}) != 1:
         return None
-    ranks = [0 if layer is None else layer.factors()[0].shape[0] for layer in adapted]
+    ranks = [0 if pair is None else pair[0].shape[0] for pair in factors]
     dropout = any(layer.training and layer.dropout for layer in some)
     return choose_gated(x, weights, ranks, dropout=dropout, backend=some[0].backend)
 
 
-def _seeds(adapted: Sequence[LoRALinear | None], x: Tensor) -> list[Tensor | None]:
-    """The dropout seed of each layer. Gate and up with one probability have one mask."""
-    gate, up, down = adapted
-    first = None if gate is None else gate._draw_seed(x)
-    if gate and up and (gate.training, gate.dropout) == (up.training, up.dropout):
-        second = first
-    else:
-        second = None if up is None else up._draw_seed(x)
-    return [first, second, None if down is None else down._draw_seed(x)]
+def share_a_mask(gate: nn.Module | None, up: nn.Module | None) -> bool:
+    """Whether gate and up of a block have one mask, if they drop anything. Then `fuse` makes them a group too, so that the module's own forward draws
+    the same seeds: under checkpointing it may run for a call that the block computed.
+    """
+    return (
+        isinstance(gate, LoRALinear)
+        and isinstance(up, LoRALinear)
+        and gate.dropout == up.dropout
+        and gate.lora_A.dtype == up.lora_A.dtype
+        and gate.backend == up.backend
+    )
+
+
+def _seeds(
+    block: GatedBlock, adapted: Sequence[LoRALinear | None], x: Tensor
+) -> list[Tensor | None]:
+    """The dropout seed of gate, up and down, drawn in the order in which the module's own forward draws them."""
+    gate, up, _ = adapted
+    first, second = (1, 0) if block.up_first else (0, 1)
+    shared = gate and up and gate.training == up.training and share_a_mask(gate, up)
+    seeds: list[Tensor | None] = [None, None, None]
+    for i in (first, second, 2):
+        layer = adapted[i]
+        if i == second and shared:
+            seeds[i] = seeds[first]
+        elif layer is not None:
+            seeds[i] = layer._draw_seed(x)
+    return seeds
 
 
 def _with_adapter(
-    base: tuple[Tensor, Tensor | None], layer: LoRALinear | None, x: Tensor, seed: Tensor | None
+    base: tuple[Tensor, Tensor | None],
+    layer: LoRALinear | None,
+    factors: tuple[Tensor, Tensor] | None,
+    x: Tensor,
+    seed: Tensor | None,
 ) -> Layer:
     weight, bias = base
-    if layer is None:
+    if layer is None or factors is None:
         n, k = weight.shape
         return Layer(weight, bias, LowRank(x.new_empty(0, k), x.new_empty(n, 0), 1.0))
     layer.usage.called = True
-    factors = layer.factors_on(x.device)
     return Layer(weight, bias, low_rank(*factors, layer.scaling, layer.dropout, seed))

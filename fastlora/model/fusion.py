@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,17 @@ from torch.utils import checkpoint
 
 from fastlora.errors import InjectionError
 from fastlora.layers.base import named_lora_layers
-from fastlora.layers.gated import GatedBlock, install_gated, restore_gated
+from fastlora.layers.gated import (
+    GatedBlock,
+    install_gated,
+    layers_in_blocks,
+    restore_gated,
+    share_a_mask,
+)
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.plain import is_plain
 from fastlora.model.adapter_registry import why_not_one
-from fastlora.model.gated import NotGated, candidates, find_block
+from fastlora.model.gated import NotGated, candidates, find_block, why_no_block
 from fastlora.model.switch import eval_mode
 from fastlora.ops.dispatch import why_not_triton
 from fastlora.ops.group import lora_linear_group
@@ -85,36 +91,36 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     if not layers:
         raise InjectionError("model: has no adapted linear layers, so there is nothing to fuse")
     modules = candidates(model)
-    seen, inputs = _record_inputs(model, layers, modules, args, kwargs)
-    blocks: dict[str, GatedBlock] = {}
-    refused: dict[str, str] = {}
-    for path, given in inputs.items():
-        try:
-            block = find_block(modules[path], *given)
-        except NotGated as reason:
-            refused[path] = str(reason)
-        else:
-            blocks |= {} if block is None else {path: block}
+    seen, found = _run_sample(model, layers, modules, args, kwargs)
+    blocks = {path: block for path, block in found.items() if isinstance(block, GatedBlock)}
+    refused = {path: reason for path, reason in found.items() if isinstance(reason, str)}
     inside = {id(la) for path, block in blocks.items() for la in block.layers_of(modules[path])}
     rest = {path: layer for path, layer in layers.items() if id(layer) not in inside}
     groups, alone = _grouped(rest, seen)
     unfuse(model)
+    together = [[layers[path] for path in group] for group in groups]
     for path, block in blocks.items():
         install_gated(modules[path], block)
-    for group in groups:
-        members = _Group([layers[path] for path in group])
-        for layer in members.layers:
-            layer.group = members
+        gate, up, _ = block.layers_of(modules[path])
+        if share_a_mask(gate, up):
+            together.append([cast(LoRALinear, layer) for layer in (gate, up)])
+    for members in together:
+        group = _Group(members)
+        for layer in members:
+            layer.group = group
     named = tuple(block.paths(path) for path, block in blocks.items())
     return FusionReport(tuple(groups), alone, named, refused)
 
 
 def unfuse(model: nn.Module) -> int:
     """Undo `fuse`. Returns how many adapted layers were in a group or a gated MLP."""
-    fused = [la for _, la in named_lora_layers(model) if isinstance(la, LoRALinear) and la.group]
-    for layer in fused:
-        layer.group = None
-    return len(fused) + restore_gated(model)
+    fused = {layer for layer in layers_in_blocks(model) if isinstance(layer, LoRALinear)}
+    for _, layer in named_lora_layers(model):
+        if isinstance(layer, LoRALinear) and layer.group:
+            layer.group = None
+            fused.add(layer)
+    restore_gated(model)
+    return len(fused)
 
 
 def _grouped(
@@ -238,7 +244,7 @@ class _Group:
             and _why_not_fusable(m) is None
             for m in self.layers
         )
-        if not together:
+        if not together or not all(_fits(cast, m) for m in self.layers):
             return None
         choices = [m._choose(cast, m.dropout > 0) for m in self.layers]
         if all((choice.backend, choice.plan) == ("torch", "in_place") for choice in choices):
@@ -276,6 +282,13 @@ def _runs_region(code: CodeType) -> bool:
     return code.co_filename == checkpoint.__file__ or code.co_varnames[:1] == ("ctx",)
 
 
+def _fits(x: Tensor, layer: LoRALinear) -> bool:
+    """Whether the layer can multiply x, which autocast may have cast; otherwise it raises its own error."""
+    weight = layer.matrix
+    same = weight.dtype == x.dtype or autocasts(x)
+    return same and weight.device == x.device and weight.shape[1:] == x.shape[-1:]
+
+
 def _why_not_fusable(layer: LoRALinear) -> str | None:
     if layer.lora_magnitude is not None:
         return "it has DoRA"
@@ -286,30 +299,45 @@ def _why_not_fusable(layer: LoRALinear) -> str | None:
     return None
 
 
-def _record_inputs(
+def _run_sample(
     model: nn.Module,
     layers: dict[str, LoRALinear],
     modules: dict[str, nn.Module],
     args: Any,
     kwargs: Any,
-) -> tuple[dict[str, list[tuple[Tensor, int]]], dict[str, tuple[Any, Any]]]:
-    """For each layer that is called, in the order of first calls, its input tensors and their versions; for each such module the arguments of its first call."""
+) -> tuple[dict[str, list[tuple[Tensor, int]]], dict[str, GatedBlock | str | None]]:
+    """For each layer that is called, in the order of first calls, its input tensors and their versions; for each candidate that is called, its block,
+    or why it has none, or None if it does not look like one.
+    """
     seen: dict[str, list[tuple[Tensor, int]]] = {}
-    arguments: dict[str, tuple[Any, Any]] = {}
+    blocks: dict[str, GatedBlock | str | None] = {}
+    obstacles = {path: why_no_block(module) for path, module in modules.items()}
+    searching: set[str] = set()
 
     def note(path: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if searching:
+            return
         names = ("input", layers[path].input_name)
         given = inputs[0] if inputs else next(named[name] for name in names if name in named)
         x = given if isinstance(given, Tensor) else given.feats
         seen.setdefault(path, []).append((x, x._version))
 
-    def note_module(path: str, _: nn.Module, inputs: Any, named: Any) -> None:
-        arguments.setdefault(path, (inputs, named))
+    def search(path: str, module: nn.Module, inputs: Any, named: Any) -> None:
+        # In the model's own call: there its weights are where and as they are used (gathered, on a device, under autocast).
+        if path in blocks or searching:
+            return
+        searching.add(path)
+        try:
+            blocks[path] = find_block(module, inputs, named, obstacles[path])
+        except NotGated as reason:
+            blocks[path] = str(reason)
+        finally:
+            searching.clear()
 
     with ExitStack() as hooks, eval_mode(model), torch.inference_mode(False), torch.no_grad():
-        for noted, notes in ((layers, note), (modules, note_module)):
+        for noted, notes in ((layers, note), (modules, search)):
             for path, module in noted.items():
                 handle = module.register_forward_pre_hook(partial(notes, path), with_kwargs=True)
                 hooks.enter_context(handle)
         model(*args, **kwargs)
-    return seen, arguments
+    return seen, blocks

@@ -1,4 +1,4 @@
-"""Context managers: `disable_adapter` turns the adapters off, `eval_mode` and `train_mode` switch the mode; all restore the model afterwards."""
+"""Context managers: `disable_adapter` turns the adapters off, `eval_mode` switches to eval mode; both restore the model afterwards."""
 
 from __future__ import annotations
 
@@ -46,13 +46,6 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Context manager: every module of `models` is in eval mode, without a call of `eval()`, which may be overridden."""
     with _attribute_set((m for model in models for m in model.modules()), "training", False):
-        yield
-
-
-@contextmanager
-def train_mode(*models: nn.Module) -> Iterator[None]:
-    """`eval_mode` for training mode."""
-    with _attribute_set((m for model in models for m in model.modules()), "training", True):
         yield
 
 

@@ -73,7 +73,7 @@ class Bench:
         self.problem = problem_of(shape, dtype)
         self.precision = self.problem.precision
         self.eps = 2.0**-10 if self.precision == "tf32" else torch.finfo(dtype).eps
-        self.mask = triton_ops._mask(self.x, self.low)
+        self.mask = triton_ops.mask_of(self.x, self.low)
         self.keep = kernel_mask(seed, shape.p, m, k, device=device) if dropout else None  # type: ignore[arg-type]
         self.exact, self.plain = self._results(torch.float64), self._results(dtype)
         self.bits = mask_pass(m, k, self.mask)

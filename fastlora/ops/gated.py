@@ -174,9 +174,11 @@ def _forward(
     """y (..., P), g and u (M, N), and S (M, R) of each layer, without a factor."""
     gate, up, down = _layers(settings, seeds, tensors)
     (g, u), s = forward_rows(linear.as_rows(x), [gate, up], settings.triton)
-    h = _product(g, u, settings)
-    (y,), s_down = forward_rows(h, [down], settings.triton)
-    return linear.shaped_as(x, y), g, u, [*s, *s_down]
+    if settings.triton:
+        y, s_down = triton_gated().down_forward(g, u, down, settings.activation)
+    else:
+        (y,), (s_down,) = forward_rows(_product(g, u, settings), [down], False)
+    return linear.shaped_as(x, y), g, u, [*s, s_down]
 
 
 def _backward(

@@ -5,17 +5,21 @@ A repeated call takes the steps of an earlier one, as a single layer's does (`fa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fastlora.kernels.config import gated_config
-from fastlora.kernels.gated import gated_gradients_, gated_product
+from fastlora.kernels.config import gated_config, gated_down_config
+from fastlora.kernels.gated import gated_down, gated_gradients_, gated_product
 from fastlora.kernels.recording import library, repeat
 from fastlora.kernels.reduce import sum_partials
 from fastlora.ops import dispatch
 from fastlora.ops.dispatch import product_precision
 from fastlora.ops.reference import Layer
-from fastlora.ops.triton_ops import a_product, current, dy_products
+from fastlora.ops.triton_ops import a_product, current, dy_products, mask_of, run_forward
 
 
 def product(g: Tensor, u: Tensor, activation: str) -> Tensor:
@@ -23,6 +27,31 @@ def product(g: Tensor, u: Tensor, activation: str) -> Tensor:
     with current(g):
         (h,) = repeat((), ("gated", activation), (g, u), lambda: [gated_product(g, u, activation)])
     return h
+
+
+def down_forward(g: Tensor, u: Tensor, down: Layer, activation: str) -> tuple[Tensor, Tensor]:
+    """y (M, P) and S (M, R) of `down` for h = act(g) ∘ u; where its plan has a pass for S, that pass computes h too."""
+    weight, bias, low = down
+    if not low.rank():
+        h = product(g, u, activation)
+        return F.linear(h, weight, bias), low.a.new_empty(g.shape[0], 0)
+    choice = dispatch.launch_choice(g, weight, low.rank(), low.seed is not None)
+    config = choice.config
+    assert config is not None  # as `choose_gated` has found for gate
+
+    def run() -> Sequence[Tensor]:
+        if choice.plan in ("fused", "decode"):  # which compute S themselves
+            return run_forward(choice, gated_product(g, u, activation), weight, bias, low)
+        tiles = gated_down_config(config.down)
+        named: Any = {"mask": mask_of(g, low), "precision": product_precision(g)}
+        h, s = gated_down(g, u, activation, low.a, tiles, **named)
+        return run_forward(choice, h, weight, bias, low, s)
+
+    with current(g):
+        settings = "gated", activation, low.scaling, low.p
+        inputs = (g, u, weight, bias, low.a, low.b, low.seed)
+        y, s = repeat((choice,), settings, inputs, run)
+    return y, s
 
 
 def down_backward(

@@ -110,7 +110,7 @@ def run_forward(
     if choice.plan == "decode":
         y, s = decode(
             x, weight, bias, low.a, low.b, config.decode,
-            scale=low.scale(), mask=_mask(x, low), precision=precision,
+            scale=low.scale(), mask=mask_of(x, low), precision=precision,
         )  # fmt: skip
         return y, s
     if choice.plan == "fused":
@@ -125,7 +125,7 @@ def run_forward(
     if choice.plan == "accumulate" and s is None and low.rank() <= START_RANK:
         y, s = start(
             x, low.a, low.b, bias, config.start,
-            scale=low.scale(), mask=_mask(x, low), precision=precision,
+            scale=low.scale(), mask=mask_of(x, low), precision=precision,
         )  # fmt: skip
         return library(add_forward, y, x, weight), s
     if s is None:
@@ -211,7 +211,7 @@ def run_backward(
 def s_product(x: Tensor, low: LowRank, config: Tiles) -> Tensor:
     """S = (keep ∘ x) Aᵀ (M, R)."""
     s: Tensor = down_project(
-        x, low.a, config.down, mask=_mask(x, low), precision=product_precision(x)
+        x, low.a, config.down, mask=mask_of(x, low), precision=product_precision(x)
     )
     return s
 
@@ -227,7 +227,7 @@ def dy_products(
     needs_bits: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dS = dy B (M, R), parts of dB = scale · dyᵀ S (splits, N, R), and the mask of x in bits; None for what is not needed. The mask goes with dS."""
-    mask = _mask(x, low) if needs_ds and needs_bits else NO_MASK
+    mask = mask_of(x, low) if needs_ds and needs_bits else NO_MASK
     if low.rank() <= DY_RANK:
         found: tuple[Tensor | None, Tensor | None, Tensor | None] = dy_pass(
             dy, low.b, s, config.dy,
@@ -300,7 +300,8 @@ def current(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
-def _mask(x: Tensor, low: LowRank) -> Mask:
+def mask_of(x: Tensor, low: LowRank) -> Mask:
+    """The mask of x (M, K) as the kernels take it."""
     if low.seed is None:
         return NO_MASK
     return Mask(low.seed.to(x.device), dropout_threshold(low.p))

@@ -6,8 +6,16 @@ from torch.nn import functional as F
 
 from fastlora.kernels import gated, recording
 from fastlora.kernels.backward import mask_pass
-from fastlora.kernels.config import GemmConfig, Problem, gated_config, update_config
-from fastlora.kernels.dropout import Mask
+from fastlora.kernels.config import (
+    GemmConfig,
+    PassConfig,
+    Problem,
+    gated_config,
+    gated_down_config,
+    next_power_of_2,
+    update_config,
+)
+from fastlora.kernels.dropout import NO_MASK, Mask
 from fastlora.ops.dropout import kernel_mask
 from tests.support.tolerance import assert_close
 
@@ -75,6 +83,14 @@ def test_the_kernels_equal_the_formula(case, dtype, activation):
     same = formula(*tensors, activation, scale, keep)
     h = gated.gated_product(g, u, activation)
     adapter = {"ds": ds, "lora_a": a, "scale": scale, "bits": bits} if rank else {}
+    if rank:
+        mask = Mask(torch.tensor(SEED, device=DEVICE), round(p * 65536)) if p else NO_MASK
+        tiles = gated_down_config(PassConfig(16, 0, 64, next_power_of_2(max(16, rank)), 4, 2, 2))
+        found = gated.gated_down(g, u, activation, a, tiles, mask=mask)
+        kept = h if keep is None else torch.where(keep, h, 0.0)
+        s = kept.double() @ a.double().T
+        assert torch.equal(found[0], h)
+        assert_close(found[1], s.to(dtype), s)
     dh = base.clone()
     dg, du, again = gated.gated_gradients_(dh, g, u, activation, SMALL, **adapter)
     assert dg is dh and torch.equal(again, h)

@@ -1,4 +1,4 @@
-"""`fuse` finds gated MLPs by running them, and a fused one computes and behaves as its own forward does."""
+"""A gated MLP that `fuse` found computes and behaves as its own forward does. `test_gated_search.py` has what is found."""
 
 import copy
 import inspect
@@ -12,73 +12,21 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora.layers.gated as module
 from fastlora import (
-    LoRAConfig,
     add_adapter,
     delete_adapter,
     disable_adapter,
     explain,
-    freeze_base_params,
     fuse,
     get_lora_params,
-    inject_lora,
     merge_lora_weights,
     merged_model,
     set_adapter,
     unfuse,
 )
+from tests.support.gated import BLOCKS, MLP, K, N, Net, X, net, step
 from tests.support.models import randomise_adapters
-from tests.support.tolerance import assert_close, assert_differs
-
-K, N = 16, 24
-
-
-class MLP(nn.Module):
-    def __init__(self, act=None, bias=False):
-        super().__init__()
-        self.gate_proj = nn.Linear(K, N, bias=bias)
-        self.up_proj = nn.Linear(K, N, bias=bias)
-        self.down_proj = nn.Linear(N, K, bias=bias)
-        self.act_fn = nn.SiLU() if act is None else act
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Net(nn.Module):
-    def __init__(self, kind=MLP, blocks=2, **settings):
-        super().__init__()
-        self.blocks = nn.ModuleList(kind(**settings) for _ in range(blocks))
-        self.head = nn.Linear(K, 4)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
-X = torch.randn(2, 40, K, generator=torch.Generator().manual_seed(0))
-BLOCKS = tuple(
-    tuple(f"blocks.{i}.{name}_proj" for name in ("gate", "up", "down")) for i in range(2)
-)
-
-
-def net(kind=MLP, targets="all-linear", *, model=None, **settings):
-    torch.manual_seed(0)
-    model = Net(kind) if model is None else model
-    inject_lora(model, LoRAConfig(targets, rank=3, **settings))
-    randomise_adapters(model)
-    freeze_base_params(model)
-    return model
-
-
-def step(model, x=X, seed=3):
-    """The output and the gradients of x and of the trainable parameters."""
-    torch.manual_seed(seed)
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    y = model(x)
-    y.sin().sum().backward()  # reentrant checkpointing allows no torch.autograd.grad
-    return y, x.grad, *(p.grad for p in get_lora_params(model))
+from tests.support.processes import run_processes
+from tests.support.tolerance import assert_close, assert_differs, assert_same_training
 
 
 def assert_same_step(fused, plain, x=X):
@@ -187,165 +135,10 @@ def test_a_fused_mlp_keeps_half_of_the_wide_tensors():
     assert kept_bytes(model.blocks[0], X) == 4 * rows * (2 * N + K + ranks)
 
 
-class Clamped(MLP):
-    def forward(self, x):
-        gate = self.gate_proj(x).clamp(max=50.0)
-        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
-
-
-class Dropping(MLP):
-    def forward(self, x):
-        h = F.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x), 0.1, self.training)
-        return self.down_proj(h)
-
-
-class DroppingLast(MLP):
-    def forward(self, x):
-        return F.dropout(super().forward(x), 0.1, self.training)
-
-
-class Scaled(MLP):
-    def forward(self, x):
-        return 1.5 * super().forward(x)
-
-
-class ScaledInPlace(MLP):
-    def forward(self, x):
-        return super().forward(x).mul_(1.5)
-
-
-class ScaledGate(MLP):
-    def forward(self, x):
-        return self.down_proj(self.act_fn(2 * self.gate_proj(x)) * self.up_proj(x))
-
-
-class Shifted(MLP):
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
-
-
-class Parallel(MLP):
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x) * self.up_proj(x)))
-
-
-class ReLU(MLP):
-    def __init__(self):
-        super().__init__(nn.ReLU())
-
-
-class Identity(MLP):
-    def __init__(self):
-        super().__init__(nn.Identity())
-
-
-class WrittenGELU(MLP):
-    def forward(self, x):
-        g = self.gate_proj(x)
-        gelu = 0.5 * g * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)))
-        return self.down_proj(gelu * self.up_proj(x))
-
-
-class Checkpointed(MLP):
-    def forward(self, x):
-        run = super().forward
-        if self.training and torch.is_grad_enabled():
-            return checkpoint(run, x, use_reentrant=False)
-        return run(x)
-
-
-class Reentrant(MLP):
-    def forward(self, x):
-        run = super().forward
-        if self.training and torch.is_grad_enabled():
-            return checkpoint(run, x, use_reentrant=True)
-        return run(x)
-
-
-class OnlyInTraining(MLP):
-    def forward(self, x):
-        if self.training:
-            x = x * 0.5
-        return super().forward(x)
-
-
-class InPlaceInput(MLP):
-    def forward(self, x):
-        gate = self.gate_proj(x)
-        if not torch.is_grad_enabled():
-            x.mul_(0.5)
-        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
-
-
-RECEIVES = "down_proj does not receive the product of SiLU or GELU of gate_proj and up_proj"
-REFUSED = {
-    Clamped: f"in eval mode {RECEIVES}",
-    Dropping: f"in training mode {RECEIVES}",
-    DroppingLast: "in training mode its output is not that of down_proj",
-    ScaledInPlace: "in eval mode its output is not that of down_proj",
-    ScaledGate: f"in eval mode {RECEIVES}",
-    Shifted: f"in eval mode {RECEIVES}",
-    Parallel: f"in eval mode {RECEIVES}",
-    ReLU: f"in eval mode {RECEIVES}",
-    Identity: f"in eval mode {RECEIVES}",
-    WrittenGELU: f"in eval mode {RECEIVES}",
-    Checkpointed: "its forward checkpoints a layer",
-    Reentrant: "its forward checkpoints a layer",
-    OnlyInTraining: "in training mode gate_proj and up_proj do not both receive its input",
-    InPlaceInput: "in eval mode gate_proj and up_proj do not both receive its input",
-}
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
-def test_a_module_that_does_more_is_refused(kind, calls):
-    model = net(kind)
-    before = step(model)
-    report = fuse(model, X.clone())
-    assert report.blocks == () and report.refused == {
-        f"blocks.{i}": REFUSED[kind] for i in range(2)
-    }
-    assert f"refused    blocks.0: {REFUSED[kind]}" in str(report)
-    shared = () if kind is InPlaceInput else tuple(block[:2] for block in BLOCKS)
-    assert report.groups == shared  # gate and up still share their input
-    assert type(model.blocks[0]) is kind and not calls
-    unfuse(model)
-    for got, want in zip(step(model), before, strict=True):
-        assert torch.equal(got, want)
-
-
-def test_a_module_with_another_output_is_not_taken_for_one():
-    report = fuse(net(Scaled), X)
-    assert not report.blocks and not report.refused and report.groups[0] == BLOCKS[0][:2]
-
-
-class Extra(MLP):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(N)
-
-    def forward(self, x):
-        return self.down_proj(self.norm(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
-
-
 class Two(MLP):
     def forward(self, x, scale=None):
         y = super().forward(x)
         return y if scale is None else scale * y
-
-
-class WithScale(Net):
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x, scale=torch.ones(()))
-        return self.head(x)
-
-
-def test_other_modules_are_left_alone():
-    report = fuse(net(Extra), X)
-    assert not report.blocks and not report.refused
-    report = fuse(net(model=WithScale(Two)), X)
-    assert not report.blocks and not report.refused
 
 
 def test_an_optional_argument_runs_the_modules_own_forward(calls):
@@ -353,49 +146,16 @@ def test_an_optional_argument_runs_the_modules_own_forward(calls):
     plain = copy.deepcopy(model)
     assert fuse(model, X).blocks == BLOCKS
     own = plain.blocks[0]
-    assert torch.equal(model.blocks[0](X, scale=2.0), own(X, scale=2.0)) and not calls
-    assert torch.equal(model.blocks[0](X, 2.0), own(X, 2.0)) and not calls
-    assert_close(model.blocks[0](x=X), own(X), copy.deepcopy(own).double()(X.double()))
+    wide = copy.deepcopy(own).double()(X.double())
+    assert_close(model.blocks[0](X, scale=2.0), own(X, scale=2.0), 2 * wide)
+    assert_close(model.blocks[0](X, 2.0), own(X, 2.0), 2 * wide)
+    assert not calls
+    assert_close(model.blocks[0](x=X), own(X), wide)
     assert len(calls) == 1
     with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
         model.blocks[0](y=X)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
         model.blocks[0]()
-
-
-def test_zero_weights_prove_nothing():
-    model = net()
-    with torch.no_grad():
-        for block in model.blocks:
-            for layer in (block.gate_proj, block.up_proj):
-                layer.original_linear.weight.zero_()
-                layer.lora_B.zero_()
-    report = fuse(model, X)
-    assert (
-        report.refused["blocks.0"]
-        == "SiLU and GELU have the same values for all inputs that were tried"
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_blocks_are_found_in_other_dtypes(dtype):
-    for act, name in ((nn.SiLU(), "silu"), (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh")):
-        model = net(model=Net(act=act).to(dtype))
-        assert fuse(model, X.to(dtype)).blocks == BLOCKS
-        assert model.blocks[0].__dict__["_fastlora_gated"].activation == name
-
-
-def test_the_search_leaves_modes_random_numbers_and_gradients_as_they_were():
-    model = net(dropout=0.3)
-    model.blocks[1].eval()
-    torch.manual_seed(7)
-    fuse(model, X)
-    drawn = torch.rand(3)
-    torch.manual_seed(7)
-    assert torch.equal(drawn, torch.rand(3))
-    assert model.blocks[0].up_proj.training and not model.blocks[1].up_proj.training
-    assert all(p.grad is None for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_second_fuse_finds_the_same(calls):
@@ -609,22 +369,6 @@ def test_explain_names_the_layers_of_a_block():
     assert "gated" not in rows["head"]
 
 
-def test_what_a_block_cannot_compute_is_refused():
-    report = fuse(net(use_dora=True), X)
-    assert report.refused["blocks.0"] == "gate_proj: it has DoRA"
-    model = net()
-    model.blocks[0].down_proj.original_linear.register_forward_hook(lambda *_: None)
-    nn.utils.parametrizations.weight_norm(model.blocks[1].up_proj.original_linear)
-    refused = fuse(model, X).refused
-    assert refused["blocks.0"].startswith("down_proj: it has hooks, a custom forward or")
-    assert refused["blocks.1"].startswith("up_proj: its weight is recomputed at each access")
-    model = net()
-    own = model.blocks[0].forward
-    model.blocks[0].forward = lambda x: own(x)
-    assert fuse(model, X).refused == {"blocks.0": "another package has set its forward"}
-    assert "forward" in model.blocks[0].__dict__
-
-
 def test_initial_factors_and_a_trainable_base(calls):
     plain = net(init_lora_weights="olora")
     for p in plain.parameters():
@@ -660,3 +404,187 @@ def test_inputs_that_a_block_does_not_take(calls):
     calls.clear()
     nested = torch.nested.nested_tensor([X[0, :3], X[0]], layout=torch.jagged)
     assert mlp(nested).is_nested and not calls
+
+
+def train(rank, world):
+    """The losses of three steps on a half of X for each of two processes, or on all of it."""
+    model = net()
+    fuse(model, X)
+    run = model if world == 1 else nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(get_lora_params(model), 0.05)
+    rows = X if world == 1 else X[rank : rank + 1]
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = run(rows).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train_of_a_rank():
+    return train(torch.distributed.get_rank(), 2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_on_the_whole_batch():
+    whole, (one, other) = train(0, 1), run_processes(2, train_of_a_rank)
+    for loss, first, second in zip(whole, one, other, strict=True):
+        assert_same_training(torch.tensor((first + second) / 2), torch.tensor(loss))
+    assert whole[2] < whole[0]
+
+
+@pytest.mark.parametrize("again", ["unfuse", "merge", "fuse"])
+def test_a_forward_that_another_package_keeps_runs_without_the_block(again):
+    """As accelerate's hooks, which keep the bound forward."""
+    model = net(model=Net(blocks=1))
+    want = model(X)
+    wide = copy.deepcopy(model).double()(X.double())
+    fuse(model, X)
+    mlp = model.blocks[0]
+    own = mlp.forward
+    mlp.forward = lambda x: own(x)
+    if again == "unfuse":
+        unfuse(model)
+    elif again == "merge":
+        merge_lora_weights(model)
+    else:
+        assert fuse(model, X).refused == {"blocks.0": "another package has set its forward"}
+    assert_close(model(X), want, wide)
+
+
+def test_a_class_whose_forward_is_replaced_runs_that(calls, monkeypatch):
+    """As Liger's patches of transformers' classes."""
+    model = net()
+    fuse(model, X)
+    monkeypatch.setattr(MLP, "forward", lambda self, x: torch.zeros_like(x))
+    assert not model.blocks[0](X).any() and not calls
+    assert fuse(model, X).blocks == ()
+
+
+class Nested(MLP):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.SiLU(), nn.Dropout(0.0)))
+
+
+def test_other_children_that_changed_run_the_modules_own_forward(calls):
+    model = net()
+    fuse(model, X)
+    model.blocks[0].act_fn = nn.ReLU()
+    model.blocks[1].extra = nn.Dropout(0.5)
+    model(X)
+    assert not calls
+    model = net(Nested)
+    assert fuse(model, X).blocks == BLOCKS
+    seen = []
+    model.blocks[0].act_fn[0].register_forward_hook(lambda *_: seen.append(1))
+    model(X)
+    assert seen == [1] and len(calls) == 1
+    model.blocks[1].act_fn[1].p = 0.5
+    assert_differs(step(model, seed=1)[0], step(model, seed=2)[0])
+    assert len(calls) == 1
+
+
+def test_the_signature_is_the_modules_and_the_argument_stays_known(calls):
+    model = net()
+    fuse(model, X)
+    fuse(model, X)
+    mlp = model.blocks[0]
+    assert list(inspect.signature(mlp.forward).parameters) == ["x"]
+    mlp(x=X)
+    assert len(calls) == 1
+
+
+class Registering(MLP):
+    """A base class that its subclasses must call with an argument."""
+
+    def __init_subclass__(cls, *, name):
+        raise AssertionError("a subclass was made")
+
+
+def test_what_a_class_does_for_its_subclasses_is_not_done():
+    model = net(Registering)
+    assert fuse(model, X).blocks == BLOCKS
+
+
+def test_a_frozen_start_keeps_what_down_needs(calls):
+    """gate(x) and up(x) need no gradient, so nothing but h is kept."""
+    model = net(targets=["down_proj"], model=Net(blocks=1))
+    plain = copy.deepcopy(model)
+    fuse(model, X)
+    assert kept_bytes(model.blocks[0], X) == kept_bytes(plain.blocks[0], X)
+    assert not calls
+    with torch.no_grad():
+        model(X)
+    assert len(calls) == 1
+
+
+class UpFirst(MLP):
+    def forward(self, x):
+        up = self.up_proj(x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+
+
+def test_masks_are_drawn_in_the_modules_order(calls):
+    plain = net(UpFirst, dropout=0.5)
+    for block in plain.blocks:
+        block.up_proj.dropout = 0.25
+    fused = copy.deepcopy(plain)
+    assert fuse(fused, X).blocks == BLOCKS
+    assert_same_step(fused, plain)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_region_that_is_recomputed_by_the_modules_own_forward(first, calls):
+    """A global hook, as of a counter of operations, is there in one of the two passes."""
+    model = net(dropout=0.4)
+    fuse(model, X)
+    want = step(model)
+    calls.clear()
+
+    def run(hooked, function):
+        if not hooked:
+            return function()
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        try:
+            return function()
+        finally:
+            handle.remove()
+
+    x = X.clone().requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(3)
+    y = run(first, lambda: checkpoint(model, x, use_reentrant=True))
+    run(not first, lambda: y.sin().sum().backward())
+    found = [y, x.grad, *(p.grad for p in get_lora_params(model))]
+    assert len(calls) == 2
+    for got, same in zip(found, want, strict=True):
+        assert_same_training(got, same)
+
+
+def test_dtensors_of_a_sharded_model_are_gathered_where_the_block_is_found():
+    for found in run_processes(2, fuse_sharded):
+        blocks, errors = found
+        assert blocks == [list(block) for block in BLOCKS]
+        for got, want in errors:
+            assert_same_training(torch.tensor(got), torch.tensor(want))
+
+
+def fuse_sharded():
+    """The blocks that `fuse` finds in a model sharded before, and gradients of it and of the plain model."""
+    model, plain = net(), net()
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        torch.distributed.fsdp.fully_shard(block, mesh=mesh)
+    torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    report = fuse(model, X)
+    pairs = []
+    for each in (model, plain):
+        each(X).sin().sum().backward()
+    for got, want in zip(get_lora_params(model), get_lora_params(plain), strict=True):
+        pairs.append((got.grad.full_tensor().tolist(), want.grad.tolist()))
+    again = fuse(model, X)
+    assert again.blocks == report.blocks
+    return [list(block) for block in report.blocks], pairs
