@@ -24,6 +24,7 @@ from fastlora.ops.reference import Layer, LowRank
 
 _BLOCK = "_fastlora_gated"
 _PLAIN = (torch.Tensor, nn.Parameter)
+_NO_SETTINGS = frozenset({*nn.Module().__dict__, "_is_replica"})
 
 Precision = tuple[torch.dtype, "torch.dtype | None"]  # of the input, and of autocast
 
@@ -32,7 +33,7 @@ class GatedBlock(NamedTuple):
     """How a module computes.
 
     gate, up, down: names of its children. up_first: whether it calls up before gate. others: the names and classes of its other children.
-    activation: a key of `ACTIVATIONS`. argument: the name of its forward's input, the first parameter.
+    settings: its attributes that are numbers, strings or None. activation: a key of `ACTIVATIONS`. argument: the name of its forward's input, the first parameter.
     precisions: those in which this was proved.
     """
 
@@ -41,6 +42,7 @@ class GatedBlock(NamedTuple):
     down: str
     up_first: bool
     others: tuple[tuple[str, type], ...]
+    settings: tuple[tuple[str, Any], ...]
     activation: str
     argument: str
     precisions: frozenset[Precision]
@@ -157,6 +159,15 @@ def why_not_gated(layer: nn.Module | None) -> str | None:
     return None
 
 
+def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The module's own attributes that are numbers, strings or None, except its mode."""
+    return tuple(
+        pair
+        for pair in module.__dict__.items()
+        if isinstance(pair[1], (bool, int, float, str, type(None))) and pair[0] not in _NO_SETTINGS
+    )
+
+
 def precision_of(x: Tensor) -> Precision:
     return x.dtype, torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
 
@@ -191,7 +202,9 @@ def _output(module: nn.Module, block: GatedBlock, x: Any) -> Tensor | None:
 
 
 def _as_proved(module: nn.Module, block: GatedBlock, layers: Sequence[nn.Module | None]) -> bool:
-    """Whether the module has the children that were proved, none of which has hooks or drops anything."""
+    """Whether the module has the settings and children that were proved, and none of these has hooks or drops anything."""
+    if settings_of(module) != block.settings:
+        return False
     if any(why_not_gated(layer) is not None for layer in layers):
         return False
     children = {name: child for name, child in module._modules.items() if child is not None}

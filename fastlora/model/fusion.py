@@ -65,18 +65,18 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     """Run `model(*args, **kwargs)` once, find gated MLPs and adapted linear layers of one parent module that receive the same tensor, and fuse them.
 
     A gated MLP is a module whose forward is down(act(gate(x)) ∘ up(x)) of three linear layers, some of them adapted, with act SiLU or GELU (exact or
-    tanh), and nothing else. Afterwards its forward is one `gated_mlp`: of x, gate(x), act(gate(x)), up(x) and their product it keeps only x, gate(x)
-    and up(x) for the backward pass, which computes the others again. The module becomes an instance of a subclass of its class. It is run alone to
-    prove, bit for bit, that it does nothing else, in eval and in training mode; call `fuse` again after a change of such a module's own settings.
+    tanh), and nothing else. Afterwards its forward is one call that keeps only x, gate(x) and up(x) for the backward pass, not act(gate(x)) and the product
+    too. The module becomes an instance of a subclass of its class. Before that its own forward is run some twenty times, to prove bit for bit that it does nothing
+    else, in eval and in training mode, with and without gradients. In another dtype and after a change of its settings its own forward runs, until `fuse` is called again.
 
     Of other layers with one input, the first that is called computes all of them by `lora_linear_group`: one pass over x for every
     S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. An output is
     reused only in the thread and the checkpointed region that computed it, and each may have a backward pass of its own.
 
     Results are those of separate calls up to rounding, except that layers with one input and one dropout probability have one mask; layers keep
-    their parameters, state dicts and hooks. A layer of a group runs separately if its input is not its group's, and all layers of a group or a gated MLP
-    do while members differ in training mode or dropout (groups) or are disabled (groups), while a layer has hooks (gated MLPs), with Triton under the plan `decode` or with more than
-    256 ranks in total, and under torch.compile and functorch; groups under inference mode too.
+    their parameters, state dicts and hooks. Layers run separately if the input is not their group's, while those of a group differ in training mode or dropout or are
+    disabled, while a layer of a gated MLP has hooks, with Triton under the plan `decode` or with more than 256 ranks in total, and under torch.compile and
+    functorch; groups under inference mode too.
     On a CPU groups are faster with dropout, whose mask is computed once for the group; without dropout they gain little, and below a
     few hundred rows the checks cost more than they save (docs/notebook.md has figures).
 

@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlora.layers.gated import GatedBlock, Precision, own_class, precision_of, why_not_gated
+from fastlora.layers.gated import (
+    GatedBlock,
+    Precision,
+    own_class,
+    precision_of,
+    settings_of,
+    why_not_gated,
+)
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.plain import is_transposed_linear
 from fastlora.ops.gated import ACTIVATIONS
@@ -158,6 +165,7 @@ def _search(module: nn.Module, x: Tensor, argument: str, obstacle: str | None) -
         roles[2],
         up_first=numbers[up] < numbers[gate],
         others=tuple((name, type(child)) for name, child in others),
+        settings=settings_of(module),
         activation=activation,
         argument=argument,
         precisions=frozenset(_precisions(module, noise, roles, found)),

@@ -95,7 +95,7 @@ def gated_mlp(
     seeds = [low.seed for low in lows]
     if not torch.is_grad_enabled():
         return _forward(x, settings, seeds, tensors)[0]
-    y: Tensor = _GatedMLP.apply(x, settings, *seeds, *tensors)  # type: ignore[no-untyped-call]
+    y: Tensor = _APPLY(x, settings, *seeds, *tensors)
     return y
 
 
@@ -138,6 +138,10 @@ class _GatedMLP(torch.autograd.Function):
             dx, found = _backward(rows, linear.as_rows(x), g, u, s, settings, layers, needs)
             dx = None if dx is None else linear.shaped_as(x, dx)
         return dx, None, None, None, None, *found
+
+
+# As in `fastlora.ops.linear`: the callers exclude functorch's transforms.
+_APPLY: Callable[..., Any] = super(torch.autograd.Function, _GatedMLP).apply
 
 
 def triton_gated() -> Any:

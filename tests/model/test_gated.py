@@ -463,6 +463,28 @@ def test_a_class_whose_forward_is_replaced_runs_that(calls, monkeypatch):
     assert fuse(model, X).blocks == ()
 
 
+class Checkpointing(MLP):
+    def __init__(self):
+        super().__init__()
+        self.checkpointing = False
+
+    def forward(self, x):
+        if self.checkpointing:
+            return checkpoint(super().forward, x, use_reentrant=False)
+        return super().forward(x)
+
+
+def test_settings_that_changed_run_the_modules_own_forward(calls):
+    model = net(Checkpointing)
+    fuse(model, X)
+    model.blocks[1].checkpointing = True
+    step(model)
+    assert len(calls) == 1
+    model.blocks[1].checkpointing = False
+    step(model)
+    assert len(calls) == 3
+
+
 class Nested(MLP):
     def __init__(self):
         super().__init__(nn.Sequential(nn.SiLU(), nn.Dropout(0.0)))
