@@ -12,12 +12,12 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora.errors import InjectionError
 from fastlora.ops.experts import grouped_linear
+from fastlora.ops.routing import Routing, routing_of, rows_by_expert, sums_by_token
 
 _INTERFACE = "transformers.integrations.moe"
 _NAME = "fastlora"  # of the implementation of experts that is registered in transformers
@@ -173,38 +173,32 @@ def experts_forward(
 
     Rows are sorted by expert once. An expert's number from G on marks a row that no expert of this process computes.
     """
-    tokens, k = top_k_index.shape
-    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    numbers = torch.arange(owner.num_experts + 1, device=ids.device, dtype=ids.dtype)
-    offsets = torch.searchsorted(ids, numbers, out_int32=True)
-    # index_select, whose backward pass adds rows; that of indexing is slower
-    x = hidden_states.index_select(0, order // k)
+    routing = routing_of(top_k_index, owner.num_experts)
+    x = rows_by_expert(hidden_states, routing)
     has_gate = getattr(owner, "has_gate", True)
-    rows = _project(owner, "gate_up_proj" if has_gate else "up_proj", x, offsets, ids)
+    rows = _project(owner, "gate_up_proj" if has_gate else "up_proj", x, routing)
     rows = owner._apply_gate(rows) if has_gate else owner.act_fn(rows)
-    rows = _project(owner, "down_proj", rows, offsets, ids)
+    rows = _project(owner, "down_proj", rows, routing)
     if getattr(owner, "has_post_expert_norm", False):
         rows = owner.post_expert_norm(rows)
-    weights = top_k_weights.reshape(-1).index_select(0, order)
+    weights = routing.in_rows(top_k_weights)
     if getattr(owner, "_is_expert_parallel", False):
-        outside = ids >= owner.num_experts
+        outside = routing.ids >= owner.num_experts
         rows, weights = rows.masked_fill(outside[:, None], 0.0), weights.masked_fill(outside, 0.0)
-    rows = rows * weights[:, None]
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    return rows.index_select(0, place).view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+    y = sums_by_token(rows * weights[:, None], routing, hidden_states.shape[0])
+    return y.to(hidden_states.dtype)
 
 
-def _project(owner: Any, name: str, x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+def _project(owner: Any, name: str, x: Tensor, routing: Routing) -> Tensor:
     """The output (M, N) of the stacked projection `name`, adapted or not, with its bias."""
     layer = owner._modules.get(name)
     if layer is not None:
-        y: Tensor = layer(x, offsets)
+        y: Tensor = layer(x, routing.offsets)
     else:
         weight = getattr(owner, name)
         transposed = getattr(owner, "is_transposed", False)
-        y = grouped_linear(x, weight.mT if transposed else weight, offsets)
+        y = grouped_linear(x, weight.mT if transposed else weight, routing.offsets)
     if not getattr(owner, "has_bias", False):
         return y
     bias: Tensor = getattr(owner, f"{name}_bias")
-    return y + bias.to(y.dtype)[ids.clamp(max=bias.shape[0] - 1)]
+    return y + bias.to(y.dtype)[routing.ids.clamp(max=bias.shape[0] - 1)]
