@@ -188,7 +188,7 @@ def test_sums_of_parts_match_the_reference_in_bfloat16(plan, case, arch):
 def test_sums_are_kept_in_float32(plan, arch):
     """Sums over K, N and M are a thousand times as large in between as at their end, which 16 bits would lose.
 
-    Of small whole numbers, so that float32 holds every sum of products exactly, in whatever order a library adds.
+    Of whole numbers of four bits: float32 holds the sums over K and N exactly, in whatever order a library adds, and 16 bits do not.
     """
     t = make(Case((64,), 128, 64, 20))
     whole = (

@@ -81,6 +81,17 @@ def test_forward_and_backward_match_the_formula(case, dtype):
         assert_matches(run(call, tensors, settings), tensors, settings)
 
 
+def test_a_recording_serves_the_same_gradients_only():
+    tensors, settings = make("mixed", torch.float32)
+    wanted = run(call, tensors, settings)[1:]
+    for _ in range(3):
+        for trained in ([0], [2], [3], [2, 3], [0, 3], [0, 2, 3]):
+            leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(tensors[:4])]
+            call(*leaves, *settings).backward(tensors[4])
+            for i, leaf in enumerate(leaves):
+                assert leaf.grad is None if i not in trained else torch.equal(leaf.grad, wanted[i])
+
+
 def test_factors_in_float32_keep_their_dtype():
     tensors, settings = make("mixed", torch.float16, torch.float32)
     got, same = run(call, tensors, settings), run(formula, tensors, settings)
