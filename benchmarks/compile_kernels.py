@@ -395,8 +395,8 @@ def failures(arch: int, problem: Problem, entry: dict[str, Any]) -> list[str]:
     if entry["serialised"]:
         found.append(f"{entry['serialised']} warnings of serialised matrix instructions")
     name, *flags = entry["kernel"].split()
-    without = ("sum", "mask", "group_sum", "product")
-    plain = name in without or (name == "gradients" and problem.rank == 0)
+    without = ("sum", "mask", "group_sum", "gated_product")
+    plain = name in without or (name == "gated_gradients" and problem.rank == 0)
     if not plain and not exact and not entry["tensor_core"]:
         found.append("no tensor-core instruction")
     if ("OVERLAP" in flags) != bool(entry["dependencies"]):

@@ -1,7 +1,7 @@
 """The small kernels of the backward pass; its main GEMM is `gemm.rank_gemm`.
 
     dy_pass    dS = dy B   and   dB = scale · dyᵀ S       one pass over dy, which also computes the dropout mask, in bits
-    mask_pass  the mask alone                             where no pass over dy runs
+    mask_pass  the mask alone                             where no pass over dy runs, or x has many more columns than dy
     x_pass     dA = scale · dSᵀ (keep ∘ x)                one pass over x; on request also dx₀ = scale · keep ∘ (dS A),
                                                           for a library that adds dy W to it
 
@@ -106,13 +106,7 @@ def dy_pass(
     db_dtype = lora_b.dtype if splits == 1 else torch.float32
     ds = empty(tiles, m, r, dtype=ds_dtype, device=dy.device) if needs_ds else None
     db = empty(splits, n, r, dtype=db_dtype, device=dy.device) if needs_db else None
-    # Every tile of columns of dy writes an equal share of the columns of the mask, at least the 16 bytes of one store.
-    groups = max(16, next_power_of_2(ceil_div(ceil_div(columns, 8), tiles)))
-    bits = None
-    if mask.drops and groups > _MOST_GROUPS:  # many more columns than dy's
-        bits, mask = mask_pass(m, columns, mask), NO_MASK
-    elif mask.drops:
-        bits = empty_bits(m, columns, dy.device)
+    groups, bits, mask = _mask_of_tiles(m, columns, tiles, mask, dy.device)
     launch(
         _dy_kernel,
         (tiles, splits),
@@ -150,6 +144,17 @@ def dy_pass(
         num_stages=config.num_stages,
     )
     return None if ds is None else sum_partials(ds, dy.dtype), db, bits
+
+
+def _mask_of_tiles(
+    rows: int, columns: int, tiles: int, mask: Mask, device: torch.device
+) -> tuple[int, torch.Tensor | None, Mask]:
+    """How many groups of the mask's columns each tile of `_dy_kernel` writes, the bits, and the mask that it computes: none if `mask_pass` did."""
+    # Every tile of columns of dy writes an equal share of the columns of the mask, at least the 16 bytes of one store.
+    groups = max(16, next_power_of_2(ceil_div(ceil_div(columns, 8), tiles)))
+    if mask.drops and groups > _MOST_GROUPS:
+        return groups, mask_pass(rows, columns, mask), NO_MASK
+    return groups, empty_bits(rows, columns, device) if mask.drops else None, mask
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

@@ -60,7 +60,7 @@ def architecture(capability: tuple[int, int]) -> Architecture | None:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tiles of `gemm.rank_gemm` and `gemm.rank_update_`.
+    """Tiles of `gemm.rank_gemm`, `update.rank_update_` and `gated.gated_gradients_`.
 
     overlap: by programmatic dependent launch (sm_90 and newer, with descriptors) the product of x and W begins while the previous
     pass is running, and waits for it before reading S, dS or the mask. x and W must be complete before the launch.
@@ -224,13 +224,18 @@ def update_config(q: Problem) -> GemmConfig:
 
 
 def gated_config(update: GemmConfig, itemsize: int) -> GemmConfig:
-    """Tiles of `gated.gated_gradients_`, from those of `rank_update_`: it holds five tiles in registers, not two."""
-    return update if itemsize == 4 else replace(update, block_n=update.block_n // 2)
+    """Tiles of `gated.gated_gradients_`, from those of `rank_update_`: it holds five tiles in registers, not two.
+
+    With 8 warps a thread has 8 elements in 16 bits, one vector of each matrix, and four programs of a tile of 32 × 64 fit an SM.
+    """
+    if itemsize == 4:
+        return update
+    return replace(update, block_m=32, block_n=64, num_warps=8)
 
 
 def gated_down_config(down: PassConfig) -> PassConfig:
-    """Tiles of `gated.gated_down`, from those of the S pass: it loads two tiles for one."""
-    block_k = max(32, down.block_k // 2)
+    """Tiles of `gated.gated_down`, from those of the S pass: it loads two wide tiles for one."""
+    block_k = max(min(64, down.block_k), down.block_k // 2)
     warps = 8 if down.block_m * block_k >= 4096 else down.num_warps
     return replace(down, block_k=block_k, num_warps=warps, overlap=False)
 

@@ -3,7 +3,7 @@
     keep(i, j) = lane j % 8 of Philox(seed; j // 8, i, 0, 0) ≥ threshold,   lane 4 h + w: half h of word w
 
 is the mask of `fastlora.ops.dropout.kernel_mask`, bit for bit. One Philox call serves eight neighbouring columns. The forward
-pass computes the mask where it reads x; the backward pass computes it once, in bits (`store_bits`), while it reads dy.
+pass computes the mask where it reads x; the backward pass computes it once, in bits (`store_bits`), mostly while it reads dy.
 """
 
 from typing import NamedTuple

@@ -4,8 +4,8 @@ gated_product      h = act(g) ∘ u
 gated_down         h, and S = (keep ∘ h) Aᵀ of the layer after it
 gated_gradients_   dg = dh ∘ u ∘ act'(g)  and  du = dh ∘ act(g)  for  dh = base + scale · keep ∘ (dS A); on request h again
 
-All compute in float32 and round each result once; the products of h are those of the rounded h. `dh` is never stored: the rank-R term that `update.rank_update_` would add to it in a pass of
-its own is added in registers.
+All compute in float32 and round each result once; S is that of the rounded h. Of dh only the base is stored: the rank-R term, which `update.rank_update_`
+would add to it in a pass of its own, is added in registers.
 """
 
 import torch
@@ -20,7 +20,7 @@ from fastlora.kernels.rank_term import bits_tile, low_tile, rank_term, up_tile
 from fastlora.kernels.recording import empty
 from fastlora.kernels.reduce import sum_partials
 
-_BLOCK = 2048  # elements of a program of `_product_kernel`
+_BLOCK = 2048  # elements of a program of `_gated_product_kernel`
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _activation(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _product_kernel(g_ptr, u_ptr, h_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_product_kernel(g_ptr, u_ptr, h_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
     g = tl.load(g_ptr + o, mask=mask, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def gated_product(g: torch.Tensor, u: torch.Tensor, activation: str) -> torch.Te
     """h = act(g) ∘ u, newly allocated (M, N). g, u: (M, N), contiguous. activation: a key of `fastlora.ops.gated.ACTIVATIONS`."""
     h = empty(*g.shape, dtype=g.dtype, device=g.device)
     launch(
-        _product_kernel,
+        _gated_product_kernel,
         (ceil_div(g.numel(), _BLOCK),),
         g_ptr=g,
         u_ptr=u,
@@ -69,7 +69,7 @@ def gated_product(g: torch.Tensor, u: torch.Tensor, activation: str) -> torch.Te
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
-def _down_kernel(
+def _gated_down_kernel(
     g_ptr, u_ptr, h_ptr, a_ptr, s_ptr, seed_ptr, M, N, n_chunk, threshold, stride_ar, stride_an,
     R: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -118,15 +118,19 @@ def gated_down(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h = act(g) ∘ u (M, N) and S = (keep ∘ h) Aᵀ (M, R), newly allocated, in one pass over g and u.
 
-    g, u, activation: as in `gated_product`. lora_a: (R, N), any strides, any float dtype, cast to g's. config.splits divides N. mask, precision: as
-    in `forward.down_project`.
+    g, u, activation: as in `gated_product`. lora_a: (R, N), any strides, any float dtype, cast to g's. config.block_k is the tile of N, which
+    config.splits divides. mask, precision: as in `forward.down_project`.
+
+    Raises: ValueError for more ranks than the tiles support.
     """
     (m, n), r = g.shape, lora_a.shape[0]
+    if r > config.block_r:
+        raise ValueError(f"lora_a: expected at most {config.block_r} ranks, got {r}")
     chunk, splits = chunks(n, config.splits, config.block_k)
     h = empty(m, n, dtype=g.dtype, device=g.device)
     s = empty(splits, m, r, dtype=g.dtype if splits == 1 else torch.float32, device=g.device)
     launch(
-        _down_kernel,
+        _gated_down_kernel,
         (ceil_div(m, config.block_m), splits),
         g_ptr=g,
         u_ptr=u,
@@ -155,19 +159,24 @@ def gated_down(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _gradients_kernel(
+def _gated_gradients_kernel(
     dh_ptr, g_ptr, u_ptr, du_ptr, h_ptr, low_ptr, up_ptr, bits_ptr, M, N, scale, stride_un, stride_ur, stride_bits,
     R: tl.constexpr, NEEDS_H: tl.constexpr, DROPOUT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile. dh_ptr: read as the base of dh, written as dg."""
     DTYPE: tl.constexpr = dh_ptr.dtype.element_ty
-    first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    # Tiles that run together cover whole rows, which lie together in memory.
+    tile, tiles_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    first_m, first_n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
     o_m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = first_n + tl.arange(0, BLOCK_N)
     o = o_m[:, None] * N + o_n[None, :]
     mask = (o_m < M)[:, None] & (o_n < N)[None, :]
     dh = tl.load(dh_ptr + o, mask=mask, other=0.0).to(tl.float32)
+    # Before the rank-R term, whose product waits.
+    g = tl.load(g_ptr + o, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + o, mask=mask, other=0.0).to(tl.float32)
     if R > 0:
         low = low_tile(low_ptr, M, first_m, 0, R, BLOCK_M, BLOCK_R)
         up = up_tile(up_ptr, N, stride_un, stride_ur, first_n, 0, R, DTYPE, BLOCK_R, BLOCK_N)
@@ -178,8 +187,6 @@ def _gradients_kernel(
             dh, low, up, bits, low_ptr, up_ptr, M, N, scale, stride_un, stride_ur, first_m, first_n,
             R, DTYPE, DROPOUT, PRECISION, BLOCK_R,
         )  # fmt: skip
-    g = tl.load(g_ptr + o, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + o, mask=mask, other=0.0).to(tl.float32)
     act, slope = _activation(g, ACTIVATION)
     tl.store(dh_ptr + o, (dh * u * slope).to(DTYPE), mask=mask)
     tl.store(du_ptr + o, (dh * act).to(DTYPE), mask=mask)
@@ -205,6 +212,7 @@ def gated_gradients_(
 
     dh: (M, N), contiguous, the gradient of h without the adapter; changed. g, u: (M, N), contiguous. activation: as in `gated_product`.
     ds: dS (M, R), contiguous, dh's dtype, and lora_a: (R, N), any strides, any float dtype, of the adapter of the layer after h; None without one.
+    scale: every factor of that adapter's path.
     config: block_m, block_n, block_r, num_warps and num_stages. bits, precision: as in `rank_gemm`.
     """
     m, n = g.shape
@@ -212,8 +220,8 @@ def gated_gradients_(
     h = empty(m, n, dtype=g.dtype, device=g.device) if needs_h else None
     rank = 0 if ds is None else ds.shape[1]
     launch(
-        _gradients_kernel,
-        (ceil_div(m, config.block_m), ceil_div(n, config.block_n)),
+        _gated_gradients_kernel,
+        (ceil_div(m, config.block_m) * ceil_div(n, config.block_n),),
         dh_ptr=dh,
         g_ptr=g,
         u_ptr=u,

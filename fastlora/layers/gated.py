@@ -6,8 +6,10 @@ names of the children in the module's `__dict__`: a copy reads its own.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +26,32 @@ from fastlora.ops.reference import Layer, LowRank
 
 _BLOCK = "_fastlora_gated"
 _PLAIN = (torch.Tensor, nn.Parameter)
-_NO_SETTINGS = frozenset({*nn.Module().__dict__, "_is_replica"})
+_NO_SETTINGS = frozenset(nn.Module().__dict__)
+_SETTINGS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    FunctionType,
+    BuiltinFunctionType,
+    type,
+)
+_MISSING = object()
 
 Precision = tuple[torch.dtype, "torch.dtype | None"]  # of the input, and of autocast
 
 
 class GatedBlock(NamedTuple):
-    """How a module computes.
+    """What was found of a module that computes a gated MLP.
 
     gate, up, down: names of its children. up_first: whether it calls up before gate. others: the names and classes of its other children.
-    settings: its attributes that are numbers, strings or None. activation: a key of `ACTIVATIONS`. argument: the name of its forward's input, the first parameter.
-    precisions: those in which this was proved.
+    settings: as `settings_of`. activation: a key of `ACTIVATIONS`. argument: the name of its forward's input, the first parameter.
+    precisions: those in which it was checked.
     """
 
     gate: str
@@ -42,7 +59,7 @@ class GatedBlock(NamedTuple):
     down: str
     up_first: bool
     others: tuple[tuple[str, type], ...]
-    settings: tuple[tuple[str, Any], ...]
+    settings: dict[tuple[str, str], Any]
     activation: str
     argument: str
     precisions: frozenset[Precision]
@@ -82,14 +99,14 @@ _CLASSES: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}
 
 def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `kind` that computes blocks, under the name of `kind`, by which other packages find modules."""
-    proved = kind.forward  # which another package may replace later
-    made = _CLASSES.get((kind, proved))
+    checked = kind.forward  # which another package may replace later
+    made = _CLASSES.get((kind, checked))
     if made is None:
 
-        @functools.wraps(proved)
+        @functools.wraps(checked)
         def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
             block: GatedBlock | None = self.__dict__.get(_BLOCK)
-            if block is not None and kind.forward is proved and not torch.compiler.is_compiling():
+            if block is not None and kind.forward is checked and not torch.compiler.is_compiling():
                 y = _output(self, block, block.input_of(args, named))
                 if y is not None:
                     return y
@@ -97,7 +114,7 @@ def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
 
         own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         made = type(kind.__name__, (_Gated, kind), own | {"forward": forward})
-        _CLASSES[kind, proved] = made
+        _CLASSES[kind, checked] = made
     return made
 
 
@@ -159,13 +176,38 @@ def why_not_gated(layer: nn.Module | None) -> str | None:
     return None
 
 
-def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The module's own attributes that are numbers, strings or None, except its mode."""
-    return tuple(
-        pair
-        for pair in module.__dict__.items()
-        if isinstance(pair[1], (bool, int, float, str, type(None))) and pair[0] not in _NO_SETTINGS
-    )
+def settings_of(module: nn.Module, others: Iterable[str]) -> dict[tuple[str, str], Any]:
+    """(name of the child, or "", and path below it, name) → the attributes of the module and of its other children that are plain values or functions."""
+    children = [("", module)]
+    for name in others:
+        child = module._modules.get(name)
+        if child is not None:
+            children += child.named_modules(prefix=name)
+    return {
+        (path, name): value
+        for path, one in children
+        for name, value in one.__dict__.items()
+        if name not in _NO_SETTINGS and _is_setting(value)
+    }
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, _SETTINGS)
+
+
+def _has_settings(module: nn.Module, settings: Mapping[tuple[str, str], Any]) -> bool:
+    """Whether each of the settings has its value; others may have been added."""
+    at = ""
+    one = module
+    for (path, name), value in settings.items():
+        if path != at:
+            at, one = path, module.get_submodule(path)
+        now = one.__dict__.get(name, _MISSING)
+        if now is not value and now != value:
+            return False
+    return True
 
 
 def precision_of(x: Tensor) -> Precision:
@@ -177,7 +219,7 @@ def _output(module: nn.Module, block: GatedBlock, x: Any) -> Tensor | None:
     if type(x) not in _PLAIN or x.is_nested or transformed() or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     layers = block.layers_of(module)
-    if precision_of(x) not in block.precisions or not _as_proved(module, block, layers):
+    if precision_of(x) not in block.precisions or not _as_checked(module, block, layers):
         return None
     if torch.is_grad_enabled() and not (x.requires_grad or any(map(_trains, layers[:2]))):
         return None  # what down needs is less than a block keeps
@@ -201,10 +243,8 @@ def _output(module: nn.Module, block: GatedBlock, x: Any) -> Tensor | None:
     return gated_mlp(x, gate, up, down, block.activation, triton=choice.backend == "triton")
 
 
-def _as_proved(module: nn.Module, block: GatedBlock, layers: Sequence[nn.Module | None]) -> bool:
-    """Whether the module has the settings and children that were proved, and none of these has hooks or drops anything."""
-    if settings_of(module) != block.settings:
-        return False
+def _as_checked(module: nn.Module, block: GatedBlock, layers: Sequence[nn.Module | None]) -> bool:
+    """Whether the module has the children and settings that were checked, and no child has hooks or drops anything."""
     if any(why_not_gated(layer) is not None for layer in layers):
         return False
     children = {name: child for name, child in module._modules.items() if child is not None}
@@ -214,7 +254,7 @@ def _as_proved(module: nn.Module, block: GatedBlock, layers: Sequence[nn.Module 
         other = children.get(name)
         if other is None or type(other) is not kind or any(map(_interferes, other.modules())):
             return False
-    return True
+    return _has_settings(module, block.settings)
 
 
 def _interferes(module: nn.Module) -> bool:

@@ -217,7 +217,7 @@ def _backward(
     dg, du, h, da, db = down_backward(
         dy, g, u, down, s[2], settings.activation, (of_down[0], of_down[2], of_down[3])
     )
-    after = _of_layer(dy, h, of_down, da, db)
+    of_end = _of_layer(dy, h, of_down, da, db)
     del h
     dx, das, dbs = backward_rows(
         [dg, du],
@@ -229,9 +229,9 @@ def _backward(
         [of_gate[3], of_up[3]],
         settings.triton,
     )
-    before = _of_layer(dg, x, of_gate, das[0], dbs[0])
-    before += _of_layer(du, x, of_up, das[1], dbs[1])
-    return dx, before + after
+    of_start = _of_layer(dg, x, of_gate, das[0], dbs[0])
+    of_start += _of_layer(du, x, of_up, das[1], dbs[1])
+    return dx, of_start + of_end
 
 
 def _product(g: Tensor, u: Tensor, settings: _Settings) -> Tensor:
@@ -260,7 +260,7 @@ def _down_backward(
     assert dh is not None
     du = a.mul_(dh)
     dg = backward_(dh.mul_(u), g)
-    return dg, du, h, da, db
+    return dg, du, h if needs_h else None, da, db
 
 
 def _of_layer(

@@ -6,6 +6,7 @@ A repeated call takes the steps of an earlier one, as a single layer's does (`fa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ def down_forward(g: Tensor, u: Tensor, down: Layer, activation: str) -> tuple[Te
         tiles = gated_down_config(config.down)
         named: Any = {"mask": mask_of(g, low), "precision": product_precision(g)}
         h, s = gated_down(g, u, activation, low.a, tiles, **named)
-        return run_forward(choice, h, weight, bias, low, s)
+        # An overlapping product would read h before it is complete.
+        after = replace(choice, config=replace(config, split=replace(config.split, overlap=False)))
+        return run_forward(after, h, weight, bias, low, s)
 
     with current(g):
         settings = "gated", activation, low.scaling, low.p

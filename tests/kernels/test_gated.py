@@ -7,9 +7,11 @@ from torch.nn import functional as F
 from fastlora.kernels import gated, recording
 from fastlora.kernels.backward import mask_pass
 from fastlora.kernels.config import (
+    ARCHITECTURES,
     GemmConfig,
     PassConfig,
     Problem,
+    down_config,
     gated_config,
     gated_down_config,
     next_power_of_2,
@@ -137,3 +139,23 @@ def test_the_tables_tiles_are_powers_of_two(itemsize, rank, aligned):
     config = gated_config(update, itemsize)
     for size in (config.block_m, config.block_n, config.block_r):
         assert size & (size - 1) == 0 and size >= 16
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("rank", [1, 16, 32, 64, 256])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_tiles_of_the_pass_for_s_hold_all_ranks(arch, itemsize, rank, aligned):
+    q = Problem(4096, 2048, 8192, rank, itemsize, True, aligned=aligned)
+    config = gated_down_config(down_config(ARCHITECTURES[arch], q))
+    assert config.block_r >= rank and not config.overlap
+    assert config.block_k >= 16 and config.block_k & (config.block_k - 1) == 0
+    assert config.block_m * config.block_k <= 16 * 32 * config.num_warps  # elements of a thread
+
+
+def test_more_ranks_than_the_tiles_hold_are_refused():
+    g = torch.randn(16, 32, device=DEVICE)
+    with pytest.raises(ValueError, match="lora_a: expected at most 16 ranks, got 17"):
+        gated.gated_down(
+            g, g, "silu", torch.randn(17, 32, device=DEVICE), PassConfig(16, 0, 32, 16, 4, 2)
+        )

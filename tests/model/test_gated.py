@@ -485,6 +485,48 @@ def test_settings_that_changed_run_the_modules_own_forward(calls):
     assert len(calls) == 3
 
 
+class Beta(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.beta = 1.0
+
+    def forward(self, g):
+        return F.silu(g) if self.beta == 1.0 else g * torch.sigmoid(self.beta * g)
+
+
+class ByFunction(MLP):
+    def __init__(self):
+        super().__init__(Beta())
+        self.inner, self.sizes = F.silu, (1, 2)
+
+    def forward(self, x):
+        g = self.gate_proj(x)
+        act = self.act_fn(g) if self.inner is F.silu else self.inner(g)
+        return self.down_proj(act * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.act_fn, "beta", 2.0),
+        lambda m: setattr(m, "inner", F.gelu),
+        lambda m: setattr(m, "sizes", (3, 4)),
+        lambda m: delattr(m, "sizes") or setattr(m, "sizes", [1, 2]),
+    ],
+)
+def test_settings_of_any_plain_kind_that_changed_are_noticed(change, calls):
+    model = net(ByFunction)
+    assert fuse(model, X).blocks == BLOCKS
+    model.blocks[0]._is_initialised = True  # a new attribute changes nothing
+    model(X)
+    assert len(calls) == 2
+    change(model.blocks[0])
+    own = copy.deepcopy(model)
+    unfuse(own)
+    assert_close(model(X), own(X), own.double()(X.double()))
+    assert len(calls) == 3
+
+
 class Nested(MLP):
     def __init__(self):
         super().__init__(nn.Sequential(nn.SiLU(), nn.Dropout(0.0)))

@@ -1,6 +1,8 @@
 """A gated MLP in one call through the kernels against float64, in Triton's interpreter or on a GPU."""
 
 import copy
+import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ import fastlora.layers.gated as module
 from fastlora import LoRAConfig, freeze_base_params, fuse, get_lora_params, inject_lora
 from fastlora.errors import BackendError
 from fastlora.kernels import recording
+from fastlora.ops import dispatch, triton_gated
 from fastlora.ops.dispatch import choose_gated
 from fastlora.ops.dropout import kernel_mask
 from fastlora.ops.gated import gated_mlp
 from fastlora.ops.linear import low_rank
 from fastlora.ops.reference import Layer, forward
+from fastlora.ops.triton_ops import run_forward
 from tests.support.models import randomise_adapters
 from tests.support.tolerance import assert_close
 
@@ -50,7 +54,7 @@ def make(case, dtype, factors=None):
         parts += [draw(n, k, size=k**-0.5), draw(n)]
         parts += [draw(rank, k, size=k**-0.5, dtype=factors or dtype)]
         parts += [draw(n, rank, dtype=factors or dtype)]
-    return draw(2, 17, K), draw(2, 17, P).detach(), parts
+    return draw(2, 40, K), draw(2, 40, P).detach(), parts  # with fewer rows the plan is `decode`
 
 
 def layers_of(case, parts):
@@ -104,6 +108,65 @@ def test_the_output_and_all_gradients(case, dtype, activation):
     with torch.no_grad():
         again = gated_mlp(x, *layers_of(case, parts), activation, triton=True)
     assert torch.equal(again, got)
+
+
+def force(monkeypatch, change):
+    """Let `change` replace the choice for down: change(launch_choice, arguments)."""
+    original = dispatch.launch_choice
+
+    def forced(x, weight, *rest):
+        return (
+            change(original, x, weight, *rest)
+            if weight.shape == (P, N)
+            else original(x, weight, *rest)
+        )
+
+    monkeypatch.setattr(dispatch, "launch_choice", forced)
+
+
+@pytest.mark.parametrize("plan", ["split", "in_place", "accumulate", "fused", "decode"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_plan_of_down(plan, dtype, monkeypatch):
+    case = "plain" if plan == "fused" else "dropout"
+    x, dy, parts = make(case, dtype)
+    if plan == "decode":
+        x, dy = x.detach()[:, :20].requires_grad_(), dy[:, :20]
+    wide_x, *wide = (t.detach().double().requires_grad_() for t in (x, *parts))
+    want, same = formula(case, wide_x, wide, "silu"), formula(case, x, parts, "silu")
+    wants, sames = gradients(want, dy, wide_x, wide), gradients(same, dy, x, parts)
+
+    def change(original, x, weight, rank, dropout, _=None, *dy):
+        return original(x, weight, rank, dropout, plan, *dy)
+
+    force(monkeypatch, change)
+    passes = mock.Mock(wraps=triton_gated.gated_down)
+    monkeypatch.setattr(triton_gated, "gated_down", passes)
+    got = gated_mlp(x, *layers_of(case, parts), "silu", triton=True)
+    assert passes.call_count == (plan not in ("fused", "decode"))
+    assert_close(got, same, want)
+    found = gradients(got, dy, x, parts)
+    for name, g, s, w in zip(["x", *NAMES], found, sames, wants, strict=True):
+        assert_close(g, s, w, name)
+
+
+def test_the_product_does_not_overlap_the_pass_that_computes_its_input(monkeypatch):
+    """A launch that overlaps the one before it reads x at once."""
+    x, _, parts = make("dropout", torch.float16)
+
+    def change(original, x, weight, rank, dropout, *_):
+        choice = original(x, weight, rank, dropout, "split")
+        return dataclasses.replace(choice, config=choice.config.overlapped())
+
+    force(monkeypatch, change)
+    used = []
+
+    def run(choice, *arguments):
+        used.append(choice)
+        return run_forward(choice, *arguments)
+
+    monkeypatch.setattr(triton_gated, "run_forward", run)
+    gated_mlp(x, *layers_of("dropout", parts), "silu", triton=True)
+    assert [choice.config.split.overlap for choice in used] == [False]
 
 
 @pytest.mark.parametrize("case", ["dropout", "up"])
