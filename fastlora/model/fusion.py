@@ -40,7 +40,7 @@ from fastlora.ops.reference import Layer
 class FusionReport:
     """The result of `fuse`.
 
-    groups: the paths of each group in call order. blocks: the paths of gate, up and down of each gated MLP.
+    groups: the paths of each group outside of gated MLPs, in call order. blocks: the paths of gate, up and down of each gated MLP.
     alone: path → why a layer is in neither. refused: path → why a module that looks like a gated MLP is not computed as one.
     """
 
@@ -65,22 +65,24 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> FusionReport:
     """Run `model(*args, **kwargs)` once, find gated MLPs and adapted linear layers of one parent module that receive the same tensor, and fuse them.
 
     A gated MLP is a module whose forward is down(act(gate(x)) ∘ up(x)) of three linear layers, some of them adapted, with act SiLU or GELU (exact or
-    tanh), and nothing else. Afterwards its forward is one call that keeps only x, gate(x) and up(x) for the backward pass, not act(gate(x)) and the product
-    too. The module becomes an instance of a subclass of its class. Before that its own forward is run some twenty times, to prove bit for bit that it does nothing
-    else, in eval and in training mode, with and without gradients. In another dtype and after a change of its settings its own forward runs, until `fuse` is called again.
+    tanh), and nothing else. Afterwards it is computed by one call that keeps x, gate(x) and up(x) for the backward pass, and not act(gate(x)) and the product
+    too. The module becomes an instance of a subclass of its class.
 
-    Of other layers with one input, the first that is called computes all of them by `lora_linear_group`: one pass over x for every
-    S, one for every dA, one dropout mask, and dx summed in place. The others return the cached output. An output is
-    reused only in the thread and the checkpointed region that computed it, and each may have a backward pass of its own.
+    Of other layers of one parent with one input, the first that is called computes all of them by `lora_linear_group`: one pass over x for every S, one for
+    every dA, one dropout mask, and dx summed in place. The others return the cached output. An output is reused only in the thread and the checkpointed
+    region that computed it, and each may have a backward pass of its own.
 
-    Results are those of separate calls up to rounding, except that layers with one input and one dropout probability have one mask; layers keep
-    their parameters, state dicts and hooks. Layers run separately if the input is not their group's, while those of a group differ in training mode or dropout or are
-    disabled, while a layer of a gated MLP has hooks, with Triton under the plan `decode` or with more than 256 ranks in total, and under torch.compile and
-    functorch; groups under inference mode too.
-    On a CPU groups are faster with dropout, whose mask is computed once for the group; without dropout they gain little, and below a
-    few hundred rows the checks cost more than they save (docs/notebook.md has figures).
+    Results are those of separate calls up to rounding, except that layers with one input and one dropout probability have one mask. Layers keep their
+    parameters, state dicts and hooks. They run separately where one call cannot compute the same:
+    a group, if the input is not its own or its layers differ in training mode or dropout, one of them is disabled, and under inference mode;
+    a gated MLP, while one of its layers has hooks, in a dtype that was not tried, and after a change of its settings, until `fuse` is called again;
+    both, with Triton under the plan `decode` or with more than 256 ranks in total, and under torch.compile and functorch.
 
-    The sample run is in eval mode and without gradients; training modes are restored. Calling `fuse` again replaces groups and gated MLPs.
+    On a CPU groups are faster with dropout, whose mask is computed once for the group; without dropout they gain little, and below a few hundred rows the checks
+    cost more than they save (docs/notebook.md has figures). Gated MLPs save memory; a call costs some tens of microseconds more.
+
+    The model runs once, in eval mode and without gradients. Within that call each candidate for a gated MLP also runs alone, about thirty times, in both
+    modes, with and without gradients. Modes, attributes and random states are restored. Calling `fuse` again replaces groups and gated MLPs.
 
     Raises: InjectionError if the model has no adapted linear layer or several active adapters; whatever the model raises, with the model unchanged.
     """

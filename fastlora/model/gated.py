@@ -110,9 +110,9 @@ def find_block(
 ) -> GatedBlock | None:
     """The block that a candidate computes, from a call of its forward with these arguments; None if it does not look like a gated MLP.
 
-    The module's own forward is run in eval and in training mode, with and without gradients, on its input and on random ones of the same shape: moderate, large,
-    and with an infinite number. Each time the input of down must be act(gate(x)) ∘ up(x), bit for bit, with its gradients, and down's output what
-    the module returns. Modes, attributes and random states are restored. obstacle: what `why_no_block` said.
+    The module's own forward is run in eval and in training mode, with and without gradients, on its input and on random ones: moderate, large, with an infinite
+    number, and with other numbers of rows. Each time the input of down must equal act(gate(x)) ∘ up(x) exactly, with its gradients, and the module must
+    return down's output. Modes, attributes and random states are restored. obstacle: what `why_no_block` said.
 
     Raises: NotGated if it looks like one, but does more than a block computes, cannot become one or cannot be run so.
     """
@@ -403,7 +403,7 @@ def _matches(run: _Run, roles: Roles) -> set[Match]:
 
 
 def _equal(one: Tensor | None, other: Tensor) -> bool:
-    """Whether two tensors have the same bits, or both are NaN."""
+    """Whether two tensors are equal, NaN to NaN, in one dtype and on one device."""
     return (
         one is not None
         and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)

@@ -154,9 +154,10 @@ def choose_gated(
     dropout: bool,
     backend: str = "auto",
 ) -> Choice | None:
-    """`choose` for a gated MLP in one call; None if its layers must run separately: few rows on a GPU, whose plan is `decode`, and what `choose` refuses.
+    """`choose` for a gated MLP in one call, or None if its layers must run separately.
 
-    x: (..., K). weights, ranks: of gate, up and down; rank 0 is no adapter.
+    None: for tensor subclasses, where the plan of gate is `decode`, and where Triton was requested and cannot run, so that the layers raise.
+    x: (..., K). weights, ranks: of gate, up and down; rank 0 is no adapter. The ranks of gate and up together are limited as those of one layer.
     """
     wanted = resolve(backend)
     if any(type(tensor) not in _PLAIN for tensor in (x, *weights)):
