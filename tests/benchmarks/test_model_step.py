@@ -32,7 +32,11 @@ def test_every_implementation_trains_the_model_and_fastlora_saves_less(bench, st
     assert status == 0 and record["absent"] == record["not_run"] == []
     assert tuple(rows) == bench.step_models.CPU_CONTESTANTS
     assert all(row["ms_p50"] > 0 for row in rows.values())
-    assert rows["fastlora-fused"]["saved_bytes"] <= rows["fastlora"]["saved_bytes"]
+    # Of each of two gated MLPs neither the activation nor the product: 2 × 64 numbers for each of 16 tokens.
+    assert (
+        rows["fastlora"]["saved_bytes"] - rows["fastlora-fused"]["saved_bytes"]
+        >= 2 * 2 * 64 * 16 * 4
+    )
     assert rows["fastlora"]["saved_bytes"] < rows["peft"]["saved_bytes"]
     assert rows["fastlora"]["trainable"] == rows["peft"]["trainable"] < rows["full"]["trainable"]
     table = bench.model_tables.model_table([record])
