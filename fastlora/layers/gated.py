@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastlora.layers.linear import LoRALinear
@@ -244,7 +243,7 @@ def _output(module: nn.Module, block: GatedBlock, x: Any) -> Tensor | None:
 
 
 def _as_checked(module: nn.Module, block: GatedBlock, layers: Sequence[nn.Module | None]) -> bool:
-    """Whether the module has the children and settings that were checked, and no child has hooks or drops anything."""
+    """Whether the module has the children and settings that were checked, and no child has hooks."""
     if any(why_not_gated(layer) is not None for layer in layers):
         return False
     children = {name: child for name, child in module._modules.items() if child is not None}
@@ -252,14 +251,9 @@ def _as_checked(module: nn.Module, block: GatedBlock, layers: Sequence[nn.Module
         return False
     for name, kind in block.others:
         other = children.get(name)
-        if other is None or type(other) is not kind or any(map(_interferes, other.modules())):
+        if other is None or type(other) is not kind or any(map(has_hooks, other.modules())):
             return False
     return _has_settings(module, block.settings)
-
-
-def _interferes(module: nn.Module) -> bool:
-    drops = isinstance(module, _DropoutNd) and module.training and module.p > 0
-    return drops or has_hooks(module)
 
 
 def _trains(layer: nn.Module | None) -> bool:
