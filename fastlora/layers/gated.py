@@ -25,7 +25,7 @@ from fastlora.ops.reference import Layer, LowRank
 
 _BLOCK = "_fastlora_gated"
 _PLAIN = (torch.Tensor, nn.Parameter)
-_NO_SETTINGS = frozenset(nn.Module().__dict__)
+_NO_SETTINGS = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})
 _SETTINGS = (
     bool,
     int,

@@ -326,7 +326,7 @@ def _run_sample(
 
     def search(path: str, module: nn.Module, inputs: Any, named: Any) -> None:
         # In the model's own call: there its weights are where and as they are used (gathered, on a device, under autocast).
-        if path in blocks or searching:
+        if path in blocks or searching or torch.compiler.is_compiling():
             return
         searching.add(path)
         try:

@@ -161,7 +161,7 @@ def _search(module: nn.Module, x: Tensor, argument: str, obstacle: str | None) -
         raise NotGated("SiLU and GELU have the same values for all inputs that were tried")
     (((gate, up), activation),) = found
     numbers = {name: calls[0].number for name, calls in run.calls.items()}
-    others = [(n, c) for n, c in module.named_children() if n not in roles]
+    others = [(n, c) for n, c in module._modules.items() if c is not None and n not in roles]
     return GatedBlock(
         gate,
         up,

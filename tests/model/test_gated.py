@@ -485,6 +485,32 @@ def test_settings_that_changed_run_the_modules_own_forward(calls):
     assert len(calls) == 3
 
 
+class Twice(MLP):
+    """Its activation and one of its layers have two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = self.act_fn
+        self.w1 = self.gate_proj
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, while it traces
+def test_children_with_two_names_and_a_module_that_was_compiled(calls):
+    model = net(Twice)
+    model.blocks[0].compile(backend="eager")
+    assert [block[0] for block in fuse(model, X).blocks] == ["blocks.1.gate_proj"]
+    model.blocks[0]._compiled_call_impl = None
+    assert fuse(model, X).blocks == BLOCKS
+    model.blocks[0].compile(backend="eager")
+    model(X)
+    assert len(calls) == 1
+    copy.deepcopy(model)(X)  # torch compiles no copy
+    assert len(calls) == 3
+
+
 class Beta(nn.Module):
     def __init__(self):
         super().__init__()
