@@ -250,6 +250,7 @@ def launch_gated(problem: Problem) -> None:
     adapted = problem.rank > 0
     if adapted:
         config = dispatch.launch_choice(g, down.weight, low.rank(), seed is not None).config
+        assert config is not None  # the table has this architecture
         precision = dispatch.product_precision(g)
         tiles, mask = gated_down_config(config.down), mask_of(g, low)
         gated_down(g, u, problem.activation, lora_a, tiles, mask=mask, precision=precision)
