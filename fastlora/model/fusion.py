@@ -28,7 +28,7 @@ from fastlora.layers.gated import (
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.plain import is_plain
 from fastlora.model.adapter_registry import why_not_one
-from fastlora.model.gated import NotGated, candidates, find_block, why_no_block
+from fastlora.model.gated import TOP_HOOKS, NotGated, candidates, find_block, why_no_block
 from fastlora.model.switch import eval_mode
 from fastlora.ops.dispatch import why_not_triton
 from fastlora.ops.group import lora_linear_group
@@ -258,20 +258,15 @@ class _Group:
         return "triton"
 
 
-_TOP_HOOKS = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", None
-)  # not in torch 2.6
-
-
 def _region(random: bool) -> tuple[Any, ...]:
     """What identifies the checkpointed region of a call: its saved-tensor hooks and, if `random`, the frame that runs it.
 
     A region is recomputed alone, from its own random state, so it must not use an output or a seed of another one.
     """
-    hooks = None if _TOP_HOOKS is None else _TOP_HOOKS(True)
+    hooks = None if TOP_HOOKS is None else TOP_HOOKS(True)
     # Reentrant checkpointing runs a region without gradients, or within a backward pass, and sets no hooks.
     plain = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
-    if _TOP_HOOKS is not None and (plain or not random):
+    if TOP_HOOKS is not None and (plain or not random):
         return (hooks,)
     frame: FrameType | None = sys._getframe()
     while frame is not None and not _runs_region(frame.f_code):

@@ -31,8 +31,8 @@ from fastlora.ops.gated import ACTIVATIONS
 # Root mean squares of gate(x) or up(x) for the random inputs that are tried, and that of the gradients.
 _SIZES, _GRADIENT = (2.0, 200.0, 1e4), 100.0
 _AUTOCASTS = (None, torch.bfloat16, torch.float16)
-# Not in torch 2.6.
-_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+# Torch's function for the innermost saved-tensor hooks; not in torch 2.6.
+TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 Roles = tuple[str, str, str]
 Match = tuple[tuple[str, str], str]  # (gate, up), activation
@@ -281,7 +281,7 @@ def _same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    hooks = None if _TOP_HOOKS is None else _TOP_HOOKS(True)
+    hooks = None if TOP_HOOKS is None else TOP_HOOKS(True)
     return precision_of(x)[1], torch.is_grad_enabled(), hooks
 
 

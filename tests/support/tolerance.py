@@ -118,3 +118,13 @@ def assert_near(
 ) -> None:
     """|got − want| ≤ 1.5 voxels + 1e-7·|want|, in mm: the centre of a surface, against that of the voxels inside it."""
     np.testing.assert_allclose(got, want, atol=1.5 * voxel)
+
+
+def assert_same_affine(got: NDArray[np.floating], want: NDArray[np.floating]) -> None:
+    """|got − want| ≤ 1e-4 + 1e-7·|want| mm: affine maps, and positions by them, of which a file stores one in float32."""
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def assert_same_intensities(got: NDArray[np.floating], want: NDArray[np.floating]) -> None:
+    """|got − want| ≤ the eps of float32: intensities in [0, 1], resampled in two ways."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=np.finfo(np.float32).eps)

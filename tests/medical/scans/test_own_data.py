@@ -34,7 +34,7 @@ from fastlora.medical.scans.volumes import (
 from fastlora.medical.scans.windows import check_hounsfield, window_limits, windowed
 from tests.support.layouts import Scan as Written
 from tests.support.layouts import write_dicom_scan
-from tests.support.tolerance import assert_same_geometry
+from tests.support.tolerance import assert_same_affine, assert_same_geometry
 
 HAS_DICOM = importlib.util.find_spec("highdicom") is not None
 NEEDS_DICOM = pytest.mark.skipif(not HAS_DICOM, reason="needs highdicom")
@@ -321,7 +321,7 @@ def test_every_format_gives_the_voxels_and_positions_of_nifti(ending, tmp_path):
     for compress in (True, False):
         found = load_volume(write_as(tmp_path / f"b{ending}", image, affine, compress))
         np.testing.assert_array_equal(found.array, expected.array)
-        np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)  # mm; MGH has float32
+        assert_same_affine(found.affine, expected.affine)  # MGH has float32
     labels = load_labels(write_as(tmp_path / f"l{ending}", np.abs(image) // 300, affine))
     np.testing.assert_array_equal(labels.array, np.abs(expected.array) // 300)
 
@@ -868,7 +868,7 @@ def test_an_enhanced_multi_frame_file_is_a_volume(series):
     volume = load_volume(root / "frames.dcm")
     np.testing.assert_array_equal(volume.array, expected_in_ras(written))
     (case,) = find_cases(root)
-    np.testing.assert_allclose(volume.affine, case.load_image().affine, atol=1e-4)
+    assert_same_affine(volume.affine, case.load_image().affine)
 
 
 @NEEDS_DICOM
