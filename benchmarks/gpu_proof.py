@@ -8,6 +8,8 @@ file after every case, so that a stage that is stopped leaves what it has. The s
 
     facts     versions, clocks, the memory bandwidth and the speed of a matrix product
     smoke     every kernel at several shapes in every dtype against float64
+    gated     gated MLPs in every dtype against float64, and their times beside separate layers
+    experts   banks of experts in every dtype against float64, and their times beside what adds W and dW
     grouped   the kernels of rows in groups in every dtype against float64, and their times beside torch's products
     tests     the tests of the kernels, operators, dispatch and tuner, in several processes
     tune      for each target shape: the base products of cuBLAS, every kernel alone with several tiles, every plan
@@ -15,11 +17,13 @@ file after every case, so that a stage that is stopped leaves what it has. The s
     targets   `run.py --quick`, with the tiles that `tune` found if it ran
     calls     `eager_calls.py`: the CPU's time of a call, in autograd's thread and in one
     models    `model_step.py`: training steps of whole models, with the same tiles
+    moe       the same of a mixture of experts
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import math
@@ -36,8 +40,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 # Share of the minutes that a stage may take at most.
 STAGES = {
-    **{"facts": 0.12, "smoke": 0.2, "grouped": 0.12, "tests": 0.4, "tune": 0.6},
-    **{"profile": 0.2, "calls": 0.12, "targets": 0.7, "models": 0.3},
+    **{"facts": 0.12, "smoke": 0.2, "gated": 0.12, "experts": 0.12, "grouped": 0.12},
+    **{"tests": 0.4, "tune": 0.6, "profile": 0.2, "calls": 0.12, "targets": 0.7},
+    **{"models": 0.3, "moe": 0.2},
 }
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 SMOKE = (  # M, K, N, R, p: several tiles, odd sizes, many ranks, few rows
@@ -59,13 +64,17 @@ TUNE = (
 )
 TESTS = (
     "tests/kernels",
-    "tests/ops/test_triton_ops.py",
     "tests/ops/test_triton_gated.py",
+    "tests/ops/test_triton_experts.py",
+    "tests/ops/test_triton_mixed.py",
+    "tests/ops/test_triton_ops.py",
     "tests/ops/test_dispatch.py",
     "tests/ops/test_tune.py",
     "tests/ops/test_linear.py",
     "tests/ops/test_dropout.py",
+    "tests/ops/test_routing.py",
     "tests/layers/test_linear.py",
+    "tests/layers/test_kinds_on_device.py",
     "tests/model/test_fusion.py",
     "tests/model/test_on_device.py",
     "tests/model/test_adapters.py",
@@ -219,32 +228,49 @@ def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
 
 
 def _grouped(arguments: argparse.Namespace) -> None:
-    import grouped_proof
+    _prove("grouped", arguments)
+
+
+def _gated(arguments: argparse.Namespace) -> None:
+    _prove("gated", arguments)
+
+
+def _experts(arguments: argparse.Namespace) -> None:
+    _prove("experts", arguments)
+
+
+def _prove(stage: str, arguments: argparse.Namespace) -> None:
+    """Check the cases of `<stage>_proof.py` in every dtype, and time what it names."""
     import torch
 
     from fastlora.ops.tune import cuda_seconds
 
-    cases = grouped_proof.REHEARSED if arguments.rehearse else grouped_proof.CASES
+    proof = importlib.import_module(f"{stage}_proof")
+    cases = proof.REHEARSED if arguments.rehearse else proof.CASES
     dtypes = ("float16", "float32") if arguments.rehearse else DTYPES
     jobs = [(dtype, case) for case in cases for dtype in dtypes]
     if not arguments.rehearse:  # first, since they compile what is timed
-        jobs = [("bfloat16", case) for case in grouped_proof.TIMED] + jobs
+        jobs = [("bfloat16", case) for case in proof.TIMED] + jobs
     content: dict[str, Any] = {"results": [], "times": []}
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
-        for row in pool.map(grouped_proof.check, *zip(*jobs, strict=True)):
+        for row in pool.map(proof.check, *zip(*jobs, strict=True)):
             content["results"].append(row)
-            _write(arguments.out / "grouped.json", content)
+            _write(arguments.out / f"{stage}.json", content)
     timer = (lambda call: _seconds(call, 1)) if arguments.rehearse else cuda_seconds
     dtype = torch.float32 if arguments.rehearse else torch.bfloat16
-    for case in cases if arguments.rehearse else grouped_proof.TIMED:
-        for what, call in grouped_proof.timed(case, dtype, _device(arguments)).items():
-            row = {"shape": case.name, "what": what, "us": round(1e6 * timer(call), 2)}
-            if not arguments.rehearse:  # from Python, one call after another
-                row["us_called"] = round(1e6 * _seconds(call, 50), 2)
+    for case in cases if arguments.rehearse else proof.TIMED:
+        for what, call in proof.timed(case, dtype, _device(arguments)).items():
+            row = {"shape": case.name, "what": what}
+            try:
+                row["us"] = round(1e6 * timer(call), 2)
+                if not arguments.rehearse:  # from Python, one call after another
+                    row["us_called"] = round(1e6 * _seconds(call, 50), 2)
+            except Exception as error:  # the others are still worth their time
+                row["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
             content["times"].append(row)
-            _write(arguments.out / "grouped.json", content)
-    if any(map(is_wrong, content["results"])):
-        raise SystemExit("not every result is right: see grouped.json")
+            _write(arguments.out / f"{stage}.json", content)
+    if any(map(is_wrong, content["results"])) or any("failed" in t for t in content["times"]):
+        raise SystemExit(f"not every result is right: see {stage}.json")
 
 
 def _tests(arguments: argparse.Namespace) -> None:
@@ -402,6 +428,13 @@ def _models(arguments: argparse.Namespace) -> None:
     _benchmark("model_step.py", options, arguments)
 
 
+def _moe(arguments: argparse.Namespace) -> None:
+    options = ["--device", "cuda", "--only", "qwen3-moe-2b"]
+    if arguments.rehearse:
+        options = ["--only", "qwen3-moe-tiny", "--reps", "1"]
+    _benchmark("model_step.py", options, arguments)
+
+
 def _benchmark(program: str, options: list[str], arguments: argparse.Namespace) -> None:
     """Run it with the tiles that `tune` found; its record has the stage's name."""
     command = [sys.executable, f"benchmarks/{program}", *options]
@@ -433,17 +466,8 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
     for row in bad[:8]:
         found = row.get("failed") or row["errors"]
         lines.append(f"  {row['dtype']} {row['shape']} {row['what']}: {str(found)[:150]}")
-    grouped = _read(out / "grouped.json", {"results": [], "times": []})
-    bad = list(filter(is_wrong, grouped["results"]))
-    if grouped["results"]:
-        right = len(grouped["results"]) - len(bad)
-        lines.append(f"grouped: {right} of {len(grouped['results'])} correct")
-    for row in bad[:8]:
-        found = row.get("failed") or row["errors"]
-        lines.append(f"  {row['dtype']} {row['shape']}: {str(found)[:150]}")
-    for shape in dict.fromkeys(row["shape"] for row in grouped["times"]):
-        cells = [f"{r['what']} {r['us']:.1f}" for r in grouped["times"] if r["shape"] == shape]
-        lines.append(f"{shape} us: " + ", ".join(cells))
+    for stage in ("gated", "experts", "grouped"):
+        lines += _proof_lines(stage, _read(out / f"{stage}.json", {"results": [], "times": []}))
     tests = _read(out / "tests.json", None)
     if tests is not None:
         lines.append(f"tests: {tests['passed']} passed, {len(tests['failed'])} failed")
@@ -469,15 +493,35 @@ def _summary(out: Path, outcomes: dict[str, Any]) -> str:
         lines.append(
             f"{row['case']} {row['backend']} {row['what']} {thread}: {row['us']} us a call"
         )
-    models = _read(out / "models.json", {"results": [], "absent": []})
-    for row in models["absent"]:
-        if row["kind"] != "absent":
-            lines.append(f"{row['model']} {row['backend']}: {row['kind']}: {row['reason'][:120]}")
-    for row in models["results"]:
-        cell = f"{row['backend']} {row['ms_p50']:.1f}"
-        timed.setdefault((row["model"], f"{row['timing']} ms"), []).append(cell)
+    for stage in ("models", "moe"):
+        models = _read(out / f"{stage}.json", {"results": [], "absent": []})
+        for row in models["absent"]:
+            if row["kind"] != "absent":
+                found = f"{row['kind']}: {row['reason'][:120]}"
+                lines.append(f"{row['model']} {row['backend']}: {found}")
+        for row in models["results"]:
+            cell = f"{row['backend']} {row['ms_p50']:.1f}"
+            timed.setdefault((row["model"], f"{row['timing']} ms"), []).append(cell)
     lines += [f"{case} {mode}: {', '.join(cells)}" for (case, mode), cells in timed.items()]
     return "\n".join(lines[:60])
+
+
+def _proof_lines(stage: str, content: dict[str, Any]) -> list[str]:
+    rows, lines = content["results"], []
+    bad = list(filter(is_wrong, rows))
+    if rows:
+        lines.append(f"{stage}: {len(rows) - len(bad)} of {len(rows)} correct")
+    for row in bad[:8]:
+        found = row.get("failed") or row["errors"]
+        lines.append(f"  {row['dtype']} {row['shape']}: {str(found)[:150]}")
+    for shape in dict.fromkeys(row["shape"] for row in content["times"]):
+        cells = [
+            f"{row['what']} " + (f"{row['us']:.1f}" if "us" in row else row["failed"][:60])
+            for row in content["times"]
+            if row["shape"] == shape
+        ]
+        lines.append(f"{shape} us: " + ", ".join(cells))
+    return lines
 
 
 def _read(path: Path, otherwise: Any) -> Any:

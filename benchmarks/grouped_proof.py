@@ -6,23 +6,20 @@ the same by a loop of torch's products over the groups, whose sizes it knows and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import proofs
 import torch
+from proofs import SEED, Results
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora.ops import dispatch
 from fastlora.ops.dropout import dropout_threshold, keep_scale, kernel_mask
 from fastlora.ops.graph import capture
 from fastlora.ops.grouped_kernels import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
-
-SEED = 1234567
-Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -123,23 +120,16 @@ class Groups:
         return {"s": s, "y": y, "ds": ds, "db": db, "da": da, "dx": dx}
 
     def errors(self, eps: float) -> dict[str, float]:
-        """For each result its largest error against float64, in units of the one that the tests allow; for a second run, the rows without a
-        group, and a graph whose offsets change 0, or infinity if something is not the same.
-        """
+        """Of each result, of a second run, of the rows without a group, and of a graph whose offsets change."""
         got, again = self.run(), self.run()
         plain, exact = self.expected(self.dtype), self.expected(torch.float64)
-        found = {}
-        for name, mine in got.items():
-            error = largest(mine.double() - exact[name])
-            allowed = 2 * largest(plain[name].double() - exact[name])
-            found[name] = error / (allowed + 4 * eps * largest(exact[name]))
-        pairs = {"again": [(got[name], again[name]) for name in got]}
+        found = proofs.units(got, plain, exact, eps)
         outside = ~self.inside
+        pairs = {"again": [(got[name], again[name]) for name in got]}
         pairs["outside"] = [(got["y"][outside], self.y[outside]), (got["dx"][outside], self.dx[outside])]  # fmt: skip
         if self.x.is_cuda:
             pairs["graph"] = [self._replayed()]
-        same = {name: all(torch.equal(*pair) for pair in these) for name, these in pairs.items()}
-        return found | {name: 0.0 if equal else math.inf for name, equal in same.items()}
+        return found | proofs.same(pairs)
 
     def _replayed(self) -> tuple[Tensor, Tensor]:
         """y of a CUDA graph that was captured under other offsets, and y of a call."""
@@ -154,22 +144,9 @@ class Groups:
         return y, wanted
 
 
-def largest(t: Tensor) -> float:
-    return t.abs().max().item() if t.numel() else 0.0
-
-
 def check(dtype: str, case: Case) -> dict[str, Any]:
-    """A row with the errors of a case. dtype: "tf32" too."""
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    row: dict[str, Any] = {"dtype": dtype, "shape": case.name, "what": "grouped"}
-    try:
-        of = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-        eps = 2.0**-10 if dispatch.product_precision(torch.empty(0, dtype=of)) == "tf32" else torch.finfo(of).eps  # fmt: skip
-        row["errors"] = Groups(case, of, device).errors(eps)
-    except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
-    return row
+    """A row with the errors of a case."""
+    return proofs.check("grouped", dtype, case, Groups)
 
 
 def timed(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:

@@ -4,8 +4,8 @@
     python benchmarks/model_step.py --device cuda [--budget-seconds 80]    # writes benchmarks/results/model-step-<gpu>.json
 
 The models are transformers' own, with random weights: ViT-B (12 blocks; 4 images of 197 tokens on a CPU, 64 on a GPU), a Llama of 1.2 billion
-parameters without its vocabulary (16 blocks, hidden size 2048, MLP size 8192; 128 tokens on a CPU, 4 × 1024 on a GPU), and a tiny Llama for
-the tests. Weights are float32 on a CPU and bfloat16 on a GPU. A step is forward, the mean square of the output, backward, AdamW on the trainable
+parameters without its vocabulary (16 blocks, hidden size 2048, MLP size 8192; 128 tokens on a CPU, 4 × 1024 on a GPU), mixtures of experts (`step_models.py`),
+and tiny models for the tests. Weights are float32 on a CPU and bfloat16 on a GPU. A step is forward, the mean square of the output, backward, AdamW on the trainable
 parameters. Steps are interleaved; implementations that freeze the base share its weights. On a GPU a step is also timed as a CUDA graph.
 
 Every implementation is checked first: untrained adapters must leave the model's output as it is. One that fails is recorded as absent.

@@ -24,10 +24,15 @@ MODELS = {
     "vit-b": "ViT-B",
     "llama-1b": "a Llama of 1.2 billion parameters without embedding and output head",
     "qwen3-moe": "a Qwen3-MoE of 4 blocks, hidden size 512, 32 experts of size 256, 4 for each token",
+    "qwen3-moe-2b": "4 blocks of Qwen3-30B-A3B, which have 128 experts of size 768, 8 for each token",
 }
 INPUTS = {
     "cpu": {"vit-b": "4 images", "llama-1b": "128 tokens", "qwen3-moe": "4 × 128 tokens"},
-    "cuda": {"vit-b": "64 images", "llama-1b": "4 × 1024 tokens"},
+    "cuda": {
+        "vit-b": "64 images",
+        "llama-1b": "4 × 1024 tokens",
+        "qwen3-moe-2b": "4 × 1024 tokens",
+    },
 }
 EAGER_PEFT = ("peft", "peft-bf16")
 SHORT = ("fastlora", "fastlora-fused", "peft-bf16", "peft", "full")

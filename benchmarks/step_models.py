@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -77,7 +77,14 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, key_heads: in
     return LlamaModel(config)
 
 
-def qwen3_moe(hidden: int, intermediate: int, layers: int, heads: int, experts: int) -> nn.Module:
+def qwen3_moe(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: tuple[int, int, int],
+    experts: tuple[int, int],
+) -> nn.Module:
+    """heads: those of queries, those of keys and values, and their size. experts: all, and those of a token."""
     from transformers import Qwen3MoeConfig, Qwen3MoeModel
 
     config = Qwen3MoeConfig(
@@ -85,10 +92,11 @@ def qwen3_moe(hidden: int, intermediate: int, layers: int, heads: int, experts: 
         hidden_size=hidden,
         moe_intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        num_experts=experts,
-        num_experts_per_tok=4,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=heads[2],
+        num_experts=experts[0],
+        num_experts_per_tok=experts[1],
         use_cache=False,
     )
     return Qwen3MoeModel(config)
@@ -121,7 +129,7 @@ MODELS = {
         lambda: llama(32, 64, 2, 4, 2), tokens, (1, 16), (1, 16), LLAMA_LAYERS, True
     ),
     "qwen3-moe": Model(
-        lambda: qwen3_moe(512, 256, 4, 8, 32),
+        lambda: qwen3_moe(512, 256, 4, (8, 4, 64), (32, 4)),
         tokens,
         (4, 128),
         (8, 1024),
@@ -130,8 +138,26 @@ MODELS = {
         BANKS,
         0.0,
     ),
+    # blocks of Qwen3-30B-A3B
+    "qwen3-moe-2b": Model(
+        lambda: qwen3_moe(2048, 768, 4, (32, 4, 128), (128, 8)),
+        tokens,
+        (1, 64),
+        (4, 1024),
+        MOE_LAYERS,
+        False,
+        BANKS,
+        0.0,
+    ),
     "qwen3-moe-tiny": Model(
-        lambda: qwen3_moe(32, 16, 2, 4, 8), tokens, (1, 16), (1, 16), MOE_LAYERS, True, BANKS, 0.0
+        lambda: qwen3_moe(32, 16, 2, (4, 2, 8), (8, 4)),
+        tokens,
+        (1, 16),
+        (1, 16),
+        MOE_LAYERS,
+        True,
+        BANKS,
+        0.0,
     ),
 }
 
@@ -140,12 +166,16 @@ MODELS = {
 def without_dense_masks() -> Iterator[None]:
     """Leave masks to the attention itself; within a CUDA graph transformers would build and use dense ones."""
     from transformers.models.llama import modeling_llama
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
     from transformers.models.vit import modeling_vit
 
-    with (
-        mock.patch.object(modeling_llama, "create_causal_mask", lambda *args, **kwargs: None),
-        mock.patch.object(modeling_vit, "create_bidirectional_mask", lambda *args, **kwargs: None),
-    ):
+    with ExitStack() as stack:
+        for module, name in (
+            (modeling_llama, "create_causal_mask"),
+            (modeling_qwen3_moe, "create_causal_mask"),
+            (modeling_vit, "create_bidirectional_mask"),
+        ):
+            stack.enter_context(mock.patch.object(module, name, lambda *args, **kwargs: None))
         yield
 
 

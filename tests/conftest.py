@@ -30,6 +30,7 @@ except ImportError:
         *("ops/test_tune.py", "kernels/test_kernels.py", "kernels/test_interpreter.py"),
         *("kernels/test_launch.py", "kernels/test_recording.py", "kernels/test_driver.py"),
         *("kernels/test_grouped.py", "ops/test_triton_mixed.py", "ops/test_triton_experts.py"),
+        *("kernels/test_gated.py", "ops/test_triton_gated.py"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Every kind of layer on a GPU, by the path that fastlora chooses there, against the same layer on the CPU."""
+"""Every kind of layer, banks of experts and gated MLPs on a GPU, by the path that fastlora chooses there, against the same on the CPU."""
 
 import copy
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import LoRAConfig, inject_lora
+from fastlora import LoRAConfig, fuse, inject_lora
+from tests.support import gated
+from tests.support.experts import MODELS, build
 from tests.support.models import randomise_adapters
 from tests.support.tolerance import assert_close
 
@@ -31,7 +33,10 @@ CASES = {  # a layer, the shape of its input, options
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+in_both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@in_both
 @pytest.mark.parametrize("case", CASES)
 def test_a_layer_computes_what_it_does_on_the_cpu(case, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -41,19 +46,52 @@ def test_a_layer_computes_what_it_does_on_the_cpu(case, dtype, monkeypatch):
     inject_lora(model, LoRAConfig(["0"], 8, 16.0, kinds=KINDS, adapter_dtype=dtype, **options))
     randomise_adapters(model)
     x = IDS if shape is None else torch.randn(shape).to(dtype)
-    want, exact = _step(model, x), _step(copy.deepcopy(model).double(), x)
-    got = _step(copy.deepcopy(model).cuda(), x.cuda())
-    assert got.keys() == want.keys() and len(got) >= 3
+    _compare(model, x, at_least=3)
+
+
+@in_both
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_compute_what_they_do_on_the_cpu(name, dtype):
+    """With a routing that is given, since rounding can change one that is computed."""
+    model = build(name)
+    inject_lora(model, LoRAConfig("all-linear", 4, 8.0, adapter_dtype=dtype))
+    randomise_adapters(model)
+    experts = next(m for m in model.modules() if type(m).__name__.endswith("Experts")).to(dtype)
+    count = experts.down_proj.weight.shape[0]
+    chosen = torch.rand(40, count).argsort(1)[:, :2]
+    chosen[chosen == 1] = 0  # one without rows
+    _compare(experts, torch.randn(40, 32).to(dtype), chosen, torch.rand(40, 2).to(dtype))
+
+
+@in_both
+def test_gated_mlps_compute_what_separate_layers_do_on_the_cpu(dtype):
+    model = gated.net(adapter_dtype=dtype).to(dtype)
+
+    def fused(model: nn.Module) -> nn.Module:
+        assert fuse(model, gated.X.to(dtype).cuda()).blocks == gated.BLOCKS
+        return model
+
+    _compare(model, gated.X.to(dtype), prepare=fused)
+
+
+def _compare(model, x, *others, prepare=lambda model: model, at_least=5) -> None:
+    """The output and the gradients on the GPU, of a copy that is prepared there, with those on the CPU."""
+    want = _step(model, x, *others)
+    exact = _step(copy.deepcopy(model).double(), x, *others)
+    on_gpu = [x.cuda(), *(t.cuda() for t in others)]
+    got = _step(prepare(copy.deepcopy(model).cuda()), *on_gpu)
+    assert got.keys() == want.keys() and len(got) >= at_least
     for name, value in got.items():
         assert_close(value.cpu(), want[name], exact[name], name)
 
 
-def _step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def _step(model: nn.Module, x: torch.Tensor, *others: torch.Tensor) -> dict[str, torch.Tensor]:
     """The output and the gradients of its mean square, that of x too where there is one."""
     model.zero_grad(set_to_none=True)
+    dtype = next(model.parameters()).dtype
     if x.is_floating_point():
-        x = x.detach().to(next(model.parameters()).dtype).requires_grad_()
-    y = model(x)
+        x = x.detach().to(dtype).requires_grad_()
+    y = model(x, *(t.to(dtype) if t.is_floating_point() else t for t in others))
     y.double().square().mean().backward()
     found = {"y": y.detach()} | ({"x": x.grad} if x.is_floating_point() else {})
     return found | {name: p.grad for name, p in model.named_parameters() if "lora" in name}
