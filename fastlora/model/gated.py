@@ -125,16 +125,8 @@ def find_block(
         return None
     if x.numel() == 0:
         return None
-    try:
-        with torch.inference_mode(False), _undisturbed(module):
-            return _search(module, x.detach().clone(), argument, obstacle)
-    except NotGated:
-        raise
-    except Exception as error:
-        line = next(iter(str(error).splitlines()), "")
-        raise NotGated(
-            f"its forward raises {type(error).__name__} for an input that was tried: {line}"
-        ) from error
+    with torch.inference_mode(False), _undisturbed(module):
+        return _search(module, x.detach().clone(), argument, obstacle)
 
 
 def _search(module: nn.Module, x: Tensor, argument: str, obstacle: str | None) -> GatedBlock | None:
@@ -175,6 +167,18 @@ def _search(module: nn.Module, x: Tensor, argument: str, obstacle: str | None) -
     )
 
 
+@contextmanager
+def _or_not_gated(direction: str) -> Iterator[None]:
+    """Around the module's own code, which may raise anything for an input that it was not written for."""
+    try:
+        yield
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise NotGated(
+            f"its {direction} raises {type(error).__name__} for an input that was tried: {line}"
+        ) from error
+
+
 def _precisions(
     module: nn.Module, x: Tensor, roles: Roles, found: set[Match]
 ) -> Iterator[Precision]:
@@ -189,7 +193,7 @@ def _precisions(
                     for mode in (_EVAL, _TRAINING)
                 ):
                     yield precision
-        except (NotGated, RuntimeError):  # there the module's own forward will run
+        except NotGated:  # there the module's own forward will run
             continue
 
 
@@ -309,7 +313,8 @@ def _run(module: nn.Module, x: Tensor, mode: _Mode, copied: Sequence[str] = ()) 
 
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_hook(partial(note, name)))
-        run.y = own_class(module).forward(module, x)
+        with _or_not_gated("forward"):
+            run.y = own_class(module).forward(module, x)
     if not _same_random_state(states, _random_state()):
         raise NotGated("its forward draws random numbers")
     if _contents(attributes) != contents:
@@ -382,7 +387,8 @@ def _matches(run: _Run, roles: Roles) -> set[Match]:
     v = _GRADIENT * torch.randn_like(down.x)
     received: Sequence[Tensor | None] = [None, None]
     if mode.gradients and down.x.requires_grad:
-        received = torch.autograd.grad(down.x, (one.y, other.y), v, allow_unused=True)
+        with _or_not_gated("backward"):
+            received = torch.autograd.grad(down.x, (one.y, other.y), v, allow_unused=True)
     for (gate, up), activation in itertools.product(_orders(roles), ACTIVATIONS):
         leaves = {n: run.calls[n][0].y.detach().requires_grad_(mode.gradients) for n in roles[:2]}
         h = ACTIVATIONS[activation].forward(leaves[gate]) * leaves[up]

@@ -1,6 +1,9 @@
 """The proof on a GPU, rehearsed on the CPU: its stages, what a stopped stage leaves, and the summary."""
 
+import functools
+import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -30,7 +33,9 @@ def _rehearse(out, *arguments):
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
     run = _rehearse(
-        tmp_path, "--stages", "facts,smoke,grouped,tune,profile,calls,models", "--candidates", "2"
+        tmp_path,
+        *("--stages", "facts,smoke,gated,experts,grouped,tune,profile,calls,models,moe"),
+        *("--candidates", "2"),
     )
     assert run.returncode == 0, run.stdout + run.stderr
     smoke = json.loads((tmp_path / "smoke.json").read_text())
@@ -43,7 +48,19 @@ def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
     for row in grouped["results"]:
         assert {"s", "y", "ds", "db", "da", "dx", "again", "outside"} == row["errors"].keys()
         assert max(row["errors"].values()) <= 1
-    assert "grouped: 2 of 2 correct" in run.stdout
+    of_a_layer = {"y", "dx", "da", "db", "again"}
+    of_a_block = {f"{part} {layer}" for part in ("da", "db") for layer in ("gate", "up", "down")}
+    for stage, names in (
+        ("gated", {"y", "dx", "again"} | of_a_block),
+        ("experts", of_a_layer),
+    ):
+        content = json.loads((tmp_path / f"{stage}.json").read_text())
+        assert [row["dtype"] for row in content["results"]] == ["float16", "float32"]
+        for row in content["results"]:
+            assert row["errors"].keys() == names and max(row["errors"].values()) <= 1
+        assert all(row["us"] > 0 for row in content["times"])
+    for stage in ("gated", "experts", "grouped"):
+        assert f"{stage}: 2 of 2 correct" in run.stdout
     timed = {row["what"]: row["us"] for row in grouped["times"]}
     assert {"linear", "linear, then grouped", "linear, then a loop", "grouped backward"} <= {*timed}
     assert min(timed.values()) > 0
@@ -52,7 +69,8 @@ def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
     (entry,) = json.loads((tmp_path / "tuning.json").read_text()).values()
     assert entry["plan"] and entry["config"]["dy"]["block_n"] > 0
     assert f"smoke: {len(smoke)} of {len(smoke)} correct" in run.stdout
-    assert "llama-tiny eager ms: fastlora " in run.stdout
+    for model in ("llama-tiny", "qwen3-moe-tiny"):
+        assert f"{model} eager ms: fastlora " in run.stdout
     calls = json.loads((tmp_path / "calls.json").read_text())
     assert calls["not_run"] == [] and len(calls["results"]) == 3 * 3
     rows = [row for row in calls["results"] if row["backend"] == "fastlora-bf16"]
@@ -64,8 +82,9 @@ def test_the_rehearsal_runs_every_kernel_and_plan(tmp_path):
     assert len(run.stdout.splitlines()) <= 60 + 5
 
 
+# The kernels need this part of Triton.
 def test_what_is_timed_for_groups_computes_the_same():
-    pytest.importorskip("triton.tools.tensor_descriptor")  # which the kernels need
+    pytest.importorskip("triton.tools.tensor_descriptor")
     import grouped_proof
 
     case = grouped_proof.Case((3, 0, 5), 16, 24, 4)
@@ -76,6 +95,82 @@ def test_what_is_timed_for_groups_computes_the_same():
     pairs = zip(("da", "db"), named["grouped backward"](), named["loop backward"](), strict=True)
     for name, one, other in pairs:
         assert_close(one, other, wide[name], name)
+
+
+def test_what_is_timed_for_gated_mlps_computes_the_same():
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    import gated_proof
+
+    case = gated_proof.Case(40, 32, 48, (4, 2, 3), 0.3, "gelu", bias=True)
+    block = gated_proof.Block(case, torch.float32, torch.device("cpu"))
+    named = gated_proof.timed(case, torch.float32, torch.device("cpu"))
+    by_torch = functools.partial(block.by, gated_proof._reference)
+    plain, wide = (block.results(by_torch, dtype) for dtype in (torch.float32, torch.float64))
+    gradients = [name for name in wide if name != "y"]
+    for calls in ("three layers", "one call"):
+        assert_close(named[calls](), plain["y"], wide["y"])
+        found = named[f"{calls}, forward + backward"]()
+        for name, gradient in zip(gradients, found, strict=True):
+            assert_close(gradient, plain[name], wide[name], name)
+    h, s = named["h and S"]()
+    assert torch.equal(named["h"](), h) and s.shape == (40, 3)
+    _, _, again = named["dg, du and h"]()
+    assert torch.equal(again, h)
+    assert named["frozen"]().shape == (40, 32)
+
+
+def test_what_is_timed_for_experts_computes_the_same():
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    import experts_proof
+
+    case = experts_proof.Case((3, 0, 13), 32, 16, 4)
+    bank = experts_proof.Bank(case, torch.float32, torch.device("cpu"))
+    named = experts_proof.timed(case, torch.float32, torch.device("cpu"))
+    plain, wide = (bank.results(bank.by_torch, d) for d in (torch.float32, torch.float64))
+    for calls in ("adapted", "W + ΔW"):
+        assert_close(named[calls](), plain["y"], wide["y"])
+        found = named[f"{calls}, forward + backward"]()
+        for name, gradient in zip(("dx", "da", "db"), found, strict=True):
+            assert_close(gradient, plain[name], wide[name], name)
+
+
+@pytest.mark.parametrize(
+    ("module", "class_name", "wrong"),
+    [
+        ("gated_proof", "Block", ("da down", "dx")),
+        ("experts_proof", "Bank", ("db", "y")),
+    ],
+)
+def test_a_proof_notices_a_wrong_result(module, class_name, wrong, monkeypatch):
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    proof = importlib.import_module(module)
+    (case,) = proof.REHEARSED
+    kind = getattr(proof, class_name)
+    results = kind.results
+
+    def changed(self, run, dtype):
+        found = results(self, run, dtype)
+        if dtype is None:  # by the kernels
+            for name in wrong:
+                found[name].view(-1)[0] += 0.05
+        return found
+
+    monkeypatch.setattr(kind, "results", changed)
+    row = proof.check("float32", case)
+    assert {name for name, error in row["errors"].items() if error > 1} == {*wrong}
+    assert gpu_proof.is_wrong(row)
+    calls = iter(range(9))
+
+    def drifting(self, run, dtype):
+        found = results(self, run, dtype)
+        found["dx"].view(-1)[0] += 1e-6 * next(calls)
+        return found
+
+    monkeypatch.setattr(kind, "results", drifting)
+    assert proof.check("float32", case)["errors"]["again"] == math.inf
+    monkeypatch.setattr(kind, "results", lambda *_: 1 // 0)
+    row = proof.check("float32", case)
+    assert row["failed"].startswith("ZeroDivisionError") and gpu_proof.is_wrong(row)
 
 
 @pytest.mark.slow

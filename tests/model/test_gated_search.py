@@ -226,6 +226,24 @@ class Asserting(MLP):
         return super().forward(x)
 
 
+class BoundedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, dh):
+        if dh.abs().max() > 50:
+            raise OverflowError("gradient out of range")
+        return dh
+
+
+class AssertingBackward(MLP):
+    def forward(self, x):
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(BoundedGradient.apply(h))
+
+
 class OtherForm(MLP):
     def forward(self, x):
         if self.training:
@@ -275,6 +293,7 @@ REFUSED = {
     OnlyInEvalWithGradients: "in eval mode with gradients its output is not that of down_proj",
     Autocasting: f"in eval mode {STATE}",
     Asserting: "its forward raises AssertionError for an input that was tried: out of range",
+    AssertingBackward: "its backward raises OverflowError for an input that was tried: gradient out of range",
     OtherForm: "in training mode its output is not that of down_proj",
     PicklesItself: "its class has a way of its own to be pickled",
 }
@@ -328,6 +347,17 @@ def test_other_modules_are_left_alone():
     assert not report.blocks and not report.refused
     report = fuse(net(model=WithScale(Two)), X)
     assert not report.blocks and not report.refused
+
+
+def test_a_fault_of_the_search_is_not_the_modules(monkeypatch):
+    model = net(dropout=0.3)
+    before = step(model)
+    monkeypatch.setattr("fastlora.model.gated._size", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        fuse(model, X)
+    assert model.training and model.blocks[0].gate_proj.dropout == 0.3
+    for got, want in zip(step(model), before, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_zero_weights_prove_nothing():
