@@ -205,22 +205,22 @@ def compile_problem(arch: int, problem: Problem) -> list[dict[str, Any]]:
 
 def launch_layer(problem: Problem) -> None:
     """One forward and backward pass of a layer, on tensors without storage."""
-    from fastlora.ops import triton_ops
     from fastlora.ops.reference import LowRank
+    from fastlora.ops.triton import linear as triton_linear
 
     x, dy, lora_a, lora_b, seed = tensors_of(problem)
     n, k = problem.n, problem.k
     weight, bias = x.new_empty(n, k), x.new_empty(n)
     low = LowRank(lora_a, lora_b, 2.0, problem.p, seed)
-    _, s = triton_ops._forward(x, weight, bias, *low, problem.plan)
-    triton_ops._backward(dy, x, weight, s, *low, True, True, True, problem.plan)
+    _, s = triton_linear._forward(x, weight, bias, *low, problem.plan)
+    triton_linear._backward(dy, x, weight, s, *low, True, True, True, problem.plan)
 
 
 def launch_grouped(problem: Problem) -> None:
     """The low-rank products of one forward and backward pass of a batch in groups, on tensors without storage."""
     import torch
 
-    from fastlora.ops import grouped_kernels as ops
+    from fastlora.ops.triton import grouped as ops
 
     x, dy, a, b, seed = tensors_of(problem)
     groups = problem.groups
@@ -238,9 +238,10 @@ def launch_gated(problem: Problem) -> None:
     """The middle of a gated MLP, forward with S of its last layer and backward through it, on tensors without storage."""
     from fastlora.kernels.config import gated_down_config
     from fastlora.kernels.gated import gated_down
-    from fastlora.ops import dispatch, triton_gated
+    from fastlora.ops import dispatch
     from fastlora.ops.reference import Layer, LowRank
-    from fastlora.ops.triton_ops import mask_of
+    from fastlora.ops.triton import gated as triton_gated
+    from fastlora.ops.triton.linear import mask_of
 
     g, dy, lora_a, lora_b, seed = tensors_of(problem)
     u, s = g.clone(), g.new_empty(problem.m, problem.rank)

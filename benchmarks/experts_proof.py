@@ -125,7 +125,8 @@ def check(dtype: str, case: Case) -> dict[str, Any]:
 def timed(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     bank = Bank(case, dtype, device)
-    factors, calls = [bank.a, bank.b], {}
+    factors = [bank.a, bank.b]
+    calls: dict[str, Callable[[], object]] = {}
     for name, run, trained in (
         ("frozen", bank.frozen, []),
         ("adapted", bank.call, factors),

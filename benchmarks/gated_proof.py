@@ -24,7 +24,7 @@ from fastlora.ops.dropout import kernel_mask
 from fastlora.ops.gated import ACTIVATIONS, gated_mlp
 from fastlora.ops.linear import lora_linear
 from fastlora.ops.reference import Layer, LowRank, forward
-from fastlora.ops.triton_ops import dy_products, mask_of
+from fastlora.ops.triton.linear import dy_products, mask_of
 
 SCALING = 2.0
 
@@ -101,8 +101,8 @@ class Block:
         return found
 
     def call(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
-        layers = self.layers(factors, x.dtype)
-        return gated_mlp(x, *layers, self.case.activation, triton=True)
+        gate, up, down = self.layers(factors, x.dtype)
+        return gated_mlp(x, gate, up, down, self.case.activation, triton=True)
 
     def by(
         self, linear: Callable[[Layer, Tensor], Tensor], x: Tensor, factors: Mapping[str, Tensor]
@@ -135,7 +135,7 @@ class Block:
 def _reference(layer: Layer, x: Tensor) -> Tensor:
     low, keep = layer.low, None
     if low.seed is not None:
-        keep = kernel_mask(low.seed, low.p, *x.shape, device=x.device)
+        keep = kernel_mask(low.seed, low.p, x.shape[0], x.shape[1], device=x.device)
     return forward(x, layer.weight, layer.bias, low, keep)[0]
 
 
@@ -158,7 +158,8 @@ def check(dtype: str, case: Case) -> dict[str, Any]:
 def timed(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     block = Block(case, dtype, device)
-    factors, calls = [*block.factors.values()], {}
+    factors = [*block.factors.values()]
+    calls: dict[str, Callable[[], object]] = {}
     for name, run, trained in (
         ("frozen", partial(block.by, _frozen), []),
         ("three layers", partial(block.by, _adapted), factors),

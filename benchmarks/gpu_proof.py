@@ -64,10 +64,10 @@ TUNE = (
 )
 TESTS = (
     "tests/kernels",
-    "tests/ops/test_triton_gated.py",
-    "tests/ops/test_triton_experts.py",
-    "tests/ops/test_triton_mixed.py",
-    "tests/ops/test_triton_ops.py",
+    "tests/ops/triton/test_gated.py",
+    "tests/ops/triton/test_experts.py",
+    "tests/ops/triton/test_mixed.py",
+    "tests/ops/triton/test_linear.py",
     "tests/ops/test_dispatch.py",
     "tests/ops/test_tune.py",
     "tests/ops/test_linear.py",

@@ -1,4 +1,4 @@
-"""The products of rows in groups (`fastlora.ops.grouped_kernels`) against float64 and in time: the stage `grouped` of `gpu_proof.py`.
+"""The products of rows in groups (`fastlora.ops.triton.grouped`) against float64 and in time: the stage `grouped` of `gpu_proof.py`.
 
 Timed beside each other, in bfloat16 with float32 factors: the base product of the whole batch, the low-rank products by the kernels, and
 the same by a loop of torch's products over the groups, whose sizes it knows and whose factors are bfloat16 already.
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastlora.ops.dropout import dropout_threshold, keep_scale, kernel_mask
 from fastlora.ops.graph import capture
-from fastlora.ops.grouped_kernels import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
+from fastlora.ops.triton.grouped import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
 
 
 @dataclass(frozen=True)

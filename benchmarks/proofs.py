@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -58,7 +58,7 @@ def units(got: Results, plain: Results, exact: Results, eps: float) -> dict[str,
     return found
 
 
-def same(pairs: dict[str, Iterable[tuple[Tensor, Tensor]]]) -> dict[str, float]:
+def same(pairs: Mapping[str, Iterable[tuple[Tensor, Tensor]]]) -> dict[str, float]:
     """0 where both tensors of every pair are equal bit for bit, otherwise infinity."""
     equal = {name: all(torch.equal(*pair) for pair in these) for name, these in pairs.items()}
     return {name: 0.0 if found else math.inf for name, found in equal.items()}

@@ -94,11 +94,11 @@ def qwen3_moe(
         num_hidden_layers=layers,
         num_attention_heads=heads[0],
         num_key_value_heads=heads[1],
-        head_dim=heads[2],
         num_experts=experts[0],
         num_experts_per_tok=experts[1],
         use_cache=False,
     )
+    config.head_dim = heads[2]
     return Qwen3MoeModel(config)
 
 

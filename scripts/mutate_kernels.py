@@ -58,42 +58,42 @@ BACKWARD, REDUCE, CONFIG = "kernels/backward.py", "kernels/reduce.py", "kernels/
 LAUNCH, RECORDING, STEPS = "kernels/launch.py", "kernels/recording.py", "kernels/steps.py"
 NATIVE, STARTS = "kernels/native.py", "kernels/launches.c"
 TERM, UPDATE = "kernels/rank_term.py", "kernels/update.py"
-OPS, LINEAR = "fastlora/ops/triton_ops.py", "fastlora/ops/linear.py"
+OPS, LINEAR = "fastlora/ops/triton/linear.py", "fastlora/ops/linear.py"
 GROUPED, GROUPED_BACKWARD = "kernels/grouped.py", "kernels/grouped_backward.py"
-GROUPED_OPS = "fastlora/ops/grouped_kernels.py"
+GROUPED_OPS = "fastlora/ops/triton/grouped.py"
 GATED, BLOCKS = "kernels/gated.py", "fastlora/layers/gated.py"
-GATED_OPS, TRITON_GATED = "fastlora/ops/gated.py", "fastlora/ops/triton_gated.py"
+GATED_OPS, TRITON_GATED = "fastlora/ops/gated.py", "fastlora/ops/triton/gated.py"
 SEARCH, ROWS = "fastlora/model/gated.py", "fastlora/ops/group.py"
 DISPATCH, FUSION = "fastlora/ops/dispatch.py", "fastlora/model/fusion.py"
-EXPERTS, TRITON_EXPERTS = "fastlora/ops/experts.py", "fastlora/ops/triton_experts.py"
-PRODUCTS, GROUP = "fastlora/ops/products.py", "fastlora/ops/triton_group.py"
+EXPERTS, TRITON_EXPERTS = "fastlora/ops/experts.py", "fastlora/ops/triton/experts.py"
+PRODUCTS, GROUP = "fastlora/ops/products.py", "fastlora/ops/triton/group.py"
 REFERENCE, DEFINITION = "fastlora/ops/reference.py", "fastlora/ops/dropout.py"
 TUNE, BENCH = "fastlora/ops/tune.py", "fastlora/ops/bench.py"
 
 # The tests that must detect a mutant, by the file that it changes; for every other file the tests of the kernels.
 KERNEL_TESTS = (
     "tests/kernels/test_kernels.py",
-    "tests/ops/test_triton_ops.py",
+    "tests/ops/triton/test_linear.py",
     "tests/ops/test_dispatch.py",
 )
 TESTS = {
     LAUNCH: ("tests/kernels/test_launch.py",),  # the interpreter does not use the table
-    GROUP: ("tests/ops/test_triton_ops.py", "tests/kernels/test_recording.py"),
+    GROUP: ("tests/ops/triton/test_linear.py", "tests/kernels/test_recording.py"),
     CONFIG: (*KERNEL_TESTS, "tests/kernels/test_grouped.py"),
     GROUPED: ("tests/kernels/test_grouped.py",),
     GROUPED_BACKWARD: ("tests/kernels/test_grouped.py",),
     GROUPED_OPS: ("tests/kernels/test_grouped.py",),
     EXPERTS: ("tests/ops/test_experts.py",),
-    TRITON_EXPERTS: ("tests/ops/test_triton_experts.py",),
-    PRODUCTS: (*KERNEL_TESTS, "tests/ops/test_experts.py", "tests/ops/test_triton_experts.py"),
-    GATED: ("tests/kernels/test_gated.py", "tests/ops/test_triton_gated.py"),
+    TRITON_EXPERTS: ("tests/ops/triton/test_experts.py",),
+    PRODUCTS: (*KERNEL_TESTS, "tests/ops/test_experts.py", "tests/ops/triton/test_experts.py"),
+    GATED: ("tests/kernels/test_gated.py", "tests/ops/triton/test_gated.py"),
     GATED_OPS: ("tests/ops/test_gated.py",),
-    TRITON_GATED: ("tests/ops/test_triton_gated.py",),
+    TRITON_GATED: ("tests/ops/triton/test_gated.py",),
     BLOCKS: ("tests/model/test_gated.py", "tests/model/test_gated_search.py"),
     SEARCH: ("tests/model/test_gated_search.py", "tests/model/test_gated.py"),
     FUSION: ("tests/model/test_gated.py",),
-    ROWS: ("tests/ops/test_gated.py", "tests/ops/test_triton_gated.py"),
-    DISPATCH: (*KERNEL_TESTS, "tests/ops/test_triton_gated.py"),
+    ROWS: ("tests/ops/test_gated.py", "tests/ops/triton/test_gated.py"),
+    DISPATCH: (*KERNEL_TESTS, "tests/ops/triton/test_gated.py"),
     RECORDING: ("tests/kernels/test_recording.py", "tests/kernels/test_launch.py"),
     STEPS: (
         "tests/kernels/test_recording.py",

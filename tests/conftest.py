@@ -26,7 +26,7 @@ try:
     import triton.tools.tensor_descriptor  # noqa: F401
 except ImportError:
     collect_ignore_glob = [
-        *("kernels/*", "ops/test_triton_*", "ops/test_compile.py", "ops/test_dispatch.py"),
+        *("kernels/*", "ops/triton/*", "ops/test_compile.py", "ops/test_dispatch.py"),
         *("ops/test_tune.py", "model/test_on_device.py"),
     ]
 

@@ -184,6 +184,15 @@ def test_packages_import_only_earlier_packages(folder, allowed):
             assert not above, f"{file.relative_to(ROOT)} imports {above}"
 
 
+def test_no_private_name_of_torch_is_imported():
+    """Read where it is used, one that a version of torch lacks does not break the import of fastlora."""
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private, f"{name} imports {private} of {node.module}"
+
+
 def modules() -> dict[str, ast.Module]:
     """The syntax tree of each module of the library except the kernels, by its path below fastlora/."""
     folder = ROOT / "fastlora"

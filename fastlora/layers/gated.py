@@ -14,10 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastlora.layers.linear import LoRALinear
-from fastlora.layers.plain import attribute, has_hooks, is_plain, is_transposed_linear
+from fastlora.layers.plain import (
+    attribute,
+    has_global_hooks,
+    has_hooks,
+    is_plain,
+    is_transposed_linear,
+)
 from fastlora.ops.dispatch import Choice, choose_gated, transformed
 from fastlora.ops.gated import gated_mlp
 from fastlora.ops.linear import autocast, autocasts, low_rank
@@ -215,7 +220,7 @@ def precision_of(x: Tensor) -> Precision:
 
 def _output(module: nn.Module, block: GatedBlock, x: Any) -> Tensor | None:
     """The output for x (..., K); None if the module's own forward must run."""
-    if type(x) not in _PLAIN or x.is_nested or transformed() or _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if type(x) not in _PLAIN or x.is_nested or transformed() or has_global_hooks():
         return None
     layers = block.layers_of(module)
     if precision_of(x) not in block.precisions or not _as_checked(module, block, layers):

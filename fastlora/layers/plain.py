@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 from torch import nn
+from torch.nn.modules import module as _modules
 
 from fastlora.layers.quantised import quantisation
 
@@ -44,6 +45,16 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks of every module's calls are registered."""
+    return bool(
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
     )
 
 

@@ -55,9 +55,9 @@ class Bench:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         from fastlora.kernels.backward import mask_pass  # imports Triton, as the next line
-        from fastlora.ops import triton_ops
+        from fastlora.ops.triton import linear as triton_linear
 
-        self.ops, self.shape, self.dtype = triton_ops, shape, dtype
+        self.ops, self.shape, self.dtype = triton_linear, shape, dtype
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*size: int, scale: float = 1.0) -> Tensor:
@@ -73,7 +73,7 @@ class Bench:
         self.problem = problem_of(shape, dtype)
         self.precision = self.problem.precision
         self.eps = 2.0**-10 if self.precision == "tf32" else torch.finfo(dtype).eps
-        self.mask = triton_ops.mask_of(self.x, self.low)
+        self.mask = triton_linear.mask_of(self.x, self.low)
         self.keep = kernel_mask(seed, shape.p, m, k, device=device) if dropout else None  # type: ignore[arg-type]
         self.exact, self.plain = self._results(torch.float64), self._results(dtype)
         self.bits = mask_pass(m, k, self.mask)

@@ -1,7 +1,7 @@
 """Autograd function of a bank of experts: rows sorted by group, each group with its own weight and factors.
 
 For y = x W_gᵀ + scaling · (D(x) A_gᵀ) B_gᵀ in the rows of each group g. On the torch path every group is a slice, so nothing is gathered
-and the offsets are read once; kernels for rows in groups leave the offsets on the device (`fastlora.ops.triton_experts`). Saved for the
+and the offsets are read once; kernels for rows in groups leave the offsets on the device (`fastlora.ops.triton.experts`). Saved for the
 backward pass: x, S (M, R), the seed, the offsets and the parameters. No ΔW and no copy of W is made. The dropout mask of an element depends
 on its row in the whole x. To torch.compile and to dispatch modes each direction is one operator, which they cannot see into.
 """
@@ -321,9 +321,9 @@ def _kept(x: Tensor, low: LowRank) -> Tensor:
 
 def _triton_experts() -> Any:
     """The module that launches kernels; Triton is imported at the first call."""
-    from fastlora.ops import triton_experts
+    from fastlora.ops.triton import experts
 
-    return triton_experts
+    return experts
 
 
 def _composed(

@@ -146,9 +146,9 @@ _APPLY: Callable[..., Any] = super(torch.autograd.Function, _GatedMLP).apply
 
 def triton_gated() -> Any:
     """The module that launches kernels for the middle of the MLP; Triton is imported at the first call."""
-    from fastlora.ops import triton_gated
+    from fastlora.ops.triton import gated
 
-    return triton_gated
+    return gated
 
 
 def _layers(

@@ -2,7 +2,7 @@
 
 For layers i with y_i = x W_iᵀ + bias_i + scaling_i · (D(x) A_iᵀ) B_iᵀ, separate calls read x once for each S_i and once for each dA_i, compute
 the mask twice for each, and let autograd sum the dx. Here S is one product with the stacked A_i, dA one with the stacked dS_i, and
-every dx is added in place. With Triton the kernels are those of single layers (`fastlora.ops.triton_ops`).
+every dx is added in place. With Triton the kernels are those of single layers (`fastlora.ops.triton.linear`).
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _triton_forward(
     if together:
         found: tuple[list[Tensor], list[Tensor]] = linear.triton_group().group_forward(x, layers)
         return found
-    forward, none = linear.triton_ops().lora_forward(), x.new_empty(x.shape[0], 0)
+    forward, none = linear.triton_linear().lora_forward(), x.new_empty(x.shape[0], 0)
     pairs = [
         forward(x, weight, bias, *low) if low.rank() else (F.linear(x, weight, bias), none)
         for weight, bias, low in layers
@@ -255,7 +255,7 @@ def _triton_backward(
         dx, das, dbs = linear.triton_group().group_backward(dys, x, layers, s, needs, needs_b)
         das = [da if needed else None for da, needed in zip(das, needs_a, strict=True)]
         return dx, das, dbs
-    backward, dx = linear.triton_ops().lora_backward(), None
+    backward, dx = linear.triton_linear().lora_backward(), None
     das, dbs = [], []
     for dy, s_i, (weight, _, low), wants_a, wants_b in zip(
         dys, s, layers, needs_a, needs_b, strict=True

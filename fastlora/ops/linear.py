@@ -166,7 +166,7 @@ class _LoRALinear(torch.autograd.Function):
             low, flat, rows = LowRank(a, b, scaling, p, seed), as_rows(x), gradient_rows(dy)
             if triton:
                 wanted = (needs_x, needs_a, needs_b)
-                found = iter(triton_ops().lora_backward()(rows, flat, weight, s, *low, *wanted))
+                found = iter(triton_linear().lora_backward()(rows, flat, weight, s, *low, *wanted))
                 dx, da, db = (next(found) if one else None for one in wanted)
             else:
                 dx = da = db = None
@@ -247,7 +247,7 @@ def _forward(
     """y (..., N) and S (M, R), which includes no factor."""
     flat = as_rows(x)  # [M, K]
     if triton:
-        y, s = triton_ops().lora_forward()(flat, weight, bias, *low)
+        y, s = triton_linear().lora_forward()(flat, weight, bias, *low)
         return shaped_as(x, y), s
     s = down_project(flat, low)  # [M, R]
     if base is not None:
@@ -261,16 +261,16 @@ def _forward(
 
 def triton_group() -> Any:
     """The module that launches kernels for a group of layers."""
-    from fastlora.ops import triton_group
+    from fastlora.ops.triton import group
 
-    return triton_group
+    return group
 
 
-def triton_ops() -> Any:
+def triton_linear() -> Any:
     """The module that launches kernels; Triton is imported at the first call."""
-    from fastlora.ops import triton_ops
+    from fastlora.ops.triton import linear
 
-    return triton_ops
+    return linear
 
 
 def down_project(x: Tensor, low: LowRank, first_row: int = 0) -> Tensor:

@@ -142,9 +142,9 @@ def _by_kernels(
 
 def _triton_mixed() -> Any:
     """The module that launches kernels; Triton is imported at the first call."""
-    from fastlora.ops import triton_mixed
+    from fastlora.ops.triton import mixed
 
-    return triton_mixed
+    return mixed
 
 
 def _check(low: LowRank, n: int, k: int, device: torch.device) -> None:

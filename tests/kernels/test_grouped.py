@@ -20,9 +20,10 @@ from fastlora.kernels.config import (
     grouped_tiles,
 )
 from fastlora.kernels.grouped import block_of
-from fastlora.ops import dispatch, grouped_kernels
+from fastlora.ops import dispatch
 from fastlora.ops.dropout import kernel_mask
-from fastlora.ops.grouped_kernels import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
+from fastlora.ops.triton import grouped as triton_grouped
+from fastlora.ops.triton.grouped import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
 from tests.support.tolerance import assert_close
 
 GPU = torch.cuda.is_available()
@@ -91,10 +92,10 @@ def _poisoned(monkeypatch):
 def small(monkeypatch):
     """Small tiles, so that few rows are many blocks and chunks."""
 
-    monkeypatch.setattr(grouped_kernels, "grouped_tiles", lambda *_: SMALL)
-    grouped_kernels._cached_tiles.cache_clear()
+    monkeypatch.setattr(triton_grouped, "grouped_tiles", lambda *_: SMALL)
+    triton_grouped._cached_tiles.cache_clear()
     yield
-    grouped_kernels._cached_tiles.cache_clear()
+    triton_grouped._cached_tiles.cache_clear()
 
 
 class Batch:

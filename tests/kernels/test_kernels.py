@@ -20,10 +20,11 @@ from fastlora.kernels.forward import decode, down_project, start
 from fastlora.kernels.gemm import rank_gemm
 from fastlora.kernels.reduce import sum_both, sum_partials
 from fastlora.kernels.update import rank_product, rank_update_
-from fastlora.ops import dispatch, reference, triton_ops
+from fastlora.ops import dispatch, reference
 from fastlora.ops.dispatch import TRITON_PLANS
 from fastlora.ops.dropout import dropout_threshold, kernel_mask, philox_4x32
 from fastlora.ops.reference import LowRank
+from fastlora.ops.triton import linear as triton_linear
 from tests.support.cases import CASES, Case, Tensors, formula, make
 from tests.support.tolerance import TF32_EPS, assert_close
 
@@ -93,8 +94,8 @@ def _by_plan(plan, case):
     def run(x, dy, t, seed):
         # Adapters of another dtype, cast inside the kernels.
         low = LowRank(t.lora_a.float(), t.lora_b.float(), t.scaling, case.p, seed)
-        y, s = triton_ops._forward(x, t.weight, t.bias, *low, plan=plan)
-        return [y, *triton_ops._backward(dy, x, t.weight, s, *low, True, True, True, plan=plan)]
+        y, s = triton_linear._forward(x, t.weight, t.bias, *low, plan=plan)
+        return [y, *triton_linear._backward(dy, x, t.weight, s, *low, True, True, True, plan=plan)]
 
     return run
 
@@ -428,7 +429,7 @@ def test_an_infinity_stays_in_its_row_and_column(plan, arch):
     half, wide = t.to(torch.float16), t.to(torch.float64)
     t.lora_b[column, 0] = 1e6
     low = LowRank(t.lora_a, t.lora_b, t.scaling)
-    y, s = triton_ops._forward(half.x, half.weight, half.bias, *low, plan=plan)
+    y, s = triton_linear._forward(half.x, half.weight, half.bias, *low, plan=plan)
     assert s[row, 0] == float("inf") and torch.isfinite(s[:row]).all()
     others = [n for n in range(32) if n != column]
     assert (y[row, others] == float("inf")).all()
@@ -495,9 +496,9 @@ def test_adapters_may_have_any_layout_beside_aligned_matrices(plan, layout, arch
 
     def run(a, b):
         low = LowRank(a, b, t.scaling)
-        y, s = triton_ops._forward(t.x, t.weight, t.bias, *low, plan=plan)
+        y, s = triton_linear._forward(t.x, t.weight, t.bias, *low, plan=plan)
         needs = (True, True, True)
-        return [y, *triton_ops._backward(t.dy, t.x, t.weight, s, *low, *needs, plan=plan)]
+        return [y, *triton_linear._backward(t.dy, t.x, t.weight, s, *low, *needs, plan=plan)]
 
     wide = t.to(torch.float64)
     low = LowRank(wide.lora_a, wide.lora_b, t.scaling)
@@ -515,8 +516,8 @@ def test_each_adapter_gradient_has_its_adapters_dtype(rows, arch):
     low = LowRank(t.lora_a.float(), t.lora_b, t.scaling)
     choice = dispatch.launch_choice(t.x, t.weight, 8, False, "split", t.dy)
     assert (min(choice.config.x.splits, choice.config.dy.splits) > 1) == (rows == 520)
-    _, s = triton_ops._forward(t.x, t.weight, t.bias, *low, plan="split")
-    found = triton_ops._backward(t.dy, t.x, t.weight, s, *low, True, True, True, plan="split")
+    _, s = triton_linear._forward(t.x, t.weight, t.bias, *low, plan="split")
+    found = triton_linear._backward(t.dy, t.x, t.weight, s, *low, True, True, True, plan="split")
     assert [g.dtype for g in found] == [torch.float16, torch.float32, torch.float16]
 
 
@@ -595,19 +596,19 @@ def test_only_what_is_needed_is_computed(needs, arch, monkeypatch):
     t = _on_device(make(case))
     launched = []
     for name in ("dy_pass", "x_pass", "rank_gemm", "rank_update_"):
-        function = getattr(triton_ops, name)
+        function = getattr(triton_linear, name)
 
         def spy(*args, _name=name, _function=function, **named):
             launched.append((_name, named))
             return _function(*args, **named)
 
-        monkeypatch.setattr(triton_ops, name, spy)
+        monkeypatch.setattr(triton_linear, name, spy)
     low = LowRank(t.lora_a, t.lora_b, 1.0, case.p, SEED)
-    _, s = triton_ops._forward(t.x, t.weight, t.bias, *low)
+    _, s = triton_linear._forward(t.x, t.weight, t.bias, *low)
     arguments = (t.dy, t.x, t.weight, s, *low)
-    everything = triton_ops._backward(*arguments, True, True, True, "split")
+    everything = triton_linear._backward(*arguments, True, True, True, "split")
     launched.clear()
-    some = triton_ops._backward(*arguments, *needs, "split")
+    some = triton_linear._backward(*arguments, *needs, "split")
     assert len(some) == sum(needs)
     for one, other in zip(
         some, [g for g, n in zip(everything, needs, strict=True) if n], strict=True
@@ -629,7 +630,7 @@ def test_an_expanded_dy_is_read_without_a_copy(arch):
     low = LowRank(t.lora_a, t.lora_b, 1.0)
 
     def run(dy):
-        return triton_ops._backward(dy, t.x, t.weight, s, *low, True, True, True, "split")
+        return triton_linear._backward(dy, t.x, t.weight, s, *low, True, True, True, "split")
 
     wide = t.to(torch.float64)
     exact = reference.backward(dy.double(), wide.x, wide.weight, low.to(torch.float64), s.double())

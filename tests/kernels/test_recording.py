@@ -12,9 +12,11 @@ from fastlora.kernels import recording
 from fastlora.kernels.config import DY_RANK
 from fastlora.kernels.recording import Recorder, empty, library, repeat
 from fastlora.kernels.steps import Address, Descriptor
-from fastlora.ops import dispatch, triton_group, triton_ops
+from fastlora.ops import dispatch
 from fastlora.ops.dispatch import TRITON_PLANS
 from fastlora.ops.reference import Layer, LowRank
+from fastlora.ops.triton import group as triton_group
+from fastlora.ops.triton import linear as triton_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M, K, N = 40, 48, 32
@@ -32,15 +34,15 @@ def _tensors(rank=4, adapters=torch.float32, dtype=torch.float16, rows=M, drops=
 def _call(tensors, plan=None, needs=(True, True, True), scaling=0.5, p=0.25):
     """y, S and the gradients by the operators."""
     x, weight, bias, a, b, seed = tensors
-    y, s = triton_ops._forward(x, weight, bias, a, b, scaling, p, seed, plan)
+    y, s = triton_linear._forward(x, weight, bias, a, b, scaling, p, seed, plan)
     dy = torch.ones_like(y) + y
-    return [y, s, *triton_ops._backward(dy, x, weight, s, a, b, scaling, p, seed, *needs, plan)]
+    return [y, s, *triton_linear._backward(dy, x, weight, s, a, b, scaling, p, seed, *needs, plan)]
 
 
 def _unrecorded(*arguments, **named):
     """`_call` without repetitions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_ops, "repeat", lambda choices, settings, inputs, run: run())
+        patch.setattr(triton_linear, "repeat", lambda choices, settings, inputs, run: run())
         return _call(*arguments, **named)
 
 
@@ -56,13 +58,13 @@ def launches(monkeypatch):
     """The names of the passes that Python launches; a repeated call launches none by name."""
     names: list[str] = []
     for name in ("decode", "down_project", "start", "rank_gemm", "dy_pass", "x_pass"):
-        function = getattr(triton_ops, name)
+        function = getattr(triton_linear, name)
 
         def spy(*arguments, _name=name, _function=function, **named):
             names.append(_name)
             return _function(*arguments, **named)
 
-        monkeypatch.setattr(triton_ops, name, spy)
+        monkeypatch.setattr(triton_linear, name, spy)
     return names
 
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from fastlora import BackendError, ConfigError, LoRALinear, explain
 from fastlora.kernels.config import ARCHITECTURES, DY_RANK, Problem, architecture, rank_block, tiles
-from fastlora.ops import cost, dispatch, triton_ops, tuning_file
+from fastlora.ops import cost, dispatch, tuning_file
 from fastlora.ops.reference import LowRank
+from fastlora.ops.triton import linear as triton_linear
 from tests.support.cases import CASES, Case, make
 from tests.support.paths import ROOT
 from tests.support.processes import TIME_LIMIT_S
@@ -40,7 +41,7 @@ def _spy(monkeypatch) -> list[tuple[str, object]]:
     launched: list[tuple[str, object]] = []
     names = ("decode", "down_project", "start", "rank_gemm", "rank_update_", "dy_pass", "x_pass")
     for name in (*names, "mask_pass"):
-        function = getattr(triton_ops, name)
+        function = getattr(triton_linear, name)
 
         def spy(*arguments, _name=name, _function=function, **named):
             named_configs = ("GemmConfig", "PassConfig")
@@ -48,7 +49,7 @@ def _spy(monkeypatch) -> list[tuple[str, object]]:
             launched.append((_name, config))
             return _function(*arguments, **named)
 
-        monkeypatch.setattr(triton_ops, name, spy)
+        monkeypatch.setattr(triton_linear, name, spy)
     return launched
 
 
@@ -144,8 +145,8 @@ def test_the_operators_compute_the_same_where_there_is_no_kernel(p, monkeypatch)
     low = LowRank(lora_a, lora_b, 2.0, p, seed)
 
     def run():
-        y, s = triton_ops._forward(x, weight, bias, *low)
-        return [y, s, *triton_ops._backward(dy, x, weight, s, *low, True, True, True)]
+        y, s = triton_linear._forward(x, weight, bias, *low)
+        return [y, s, *triton_linear._backward(dy, x, weight, s, *low, True, True, True)]
 
     kernels = run()
     monkeypatch.setattr(

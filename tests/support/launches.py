@@ -19,8 +19,10 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
 from fastlora.kernels import backward, forward, gemm, launch, recording
-from fastlora.ops import dispatch, triton_mixed, triton_ops
+from fastlora.ops import dispatch
 from fastlora.ops.reference import LowRank
+from fastlora.ops.triton import linear as triton_linear
+from fastlora.ops.triton import mixed as triton_mixed
 
 MOST_LAUNCHES, MOST_ARGUMENTS, MOST_HANDLES = 256, 64, 4096
 SIZES = {"i32": 4, "fp32": 4, "i64": 8, "*": 8, "map": 128}  # of arguments, in bytes
@@ -176,7 +178,7 @@ class Call:
         x, weight, bias, a, b, seed = map(
             self.tensors.get, ("x", "weight", "bias", "a", "b", "seed")
         )
-        y, s = triton_ops._forward(x, weight, bias, a, b, 0.5, 0.1, seed, self.plan)
+        y, s = triton_linear._forward(x, weight, bias, a, b, 0.5, 0.1, seed, self.plan)
         self.tensors.setdefault("s", s)
         return y, s
 
@@ -185,7 +187,7 @@ class Call:
             self.tensors.get, ("dy", "x", "weight", "s", "a", "b", "seed")
         )
         needs = (True, True, True)
-        return triton_ops._backward(dy, x, weight, s, a, b, 0.5, 0.1, seed, *needs, self.plan)
+        return triton_linear._backward(dy, x, weight, s, a, b, 0.5, 0.1, seed, *needs, self.plan)
 
 
 class MixedCall:
@@ -268,7 +270,7 @@ def main() -> None:
         for plan in dispatch.TRITON_PLANS:
             if (plan == "fused" and case[4]) or (plan == "decode" and case[0] > 64):
                 continue
-            launched, differing = compare(triton_ops, Call, case, plan)
+            launched, differing = compare(triton_linear, Call, case, plan)
             compared += launched
             found += [f"{case} {plan}: {one}" for one in differing]
     for mixed in MIXED:

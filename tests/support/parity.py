@@ -183,7 +183,7 @@ def check_call(number: int) -> None:
 
 def check_kernels(number: int) -> None:
     """Check one forward and backward pass of the Triton kernels (interpreted without a GPU) with a random plan."""
-    from fastlora.ops import triton_ops  # needs Triton 3.4
+    from fastlora.ops.triton import linear as triton_linear  # needs Triton 3.4
     from tests.support import interpreter
 
     rng, generator = random.Random(number), torch.Generator().manual_seed(number)
@@ -206,8 +206,8 @@ def check_kernels(number: int) -> None:
     scaling, seed = 1.75, torch.tensor(number) if p else None
     low = LowRank(a, b, scaling, p, seed)
     with interpreter.bfloat16():
-        y, s = triton_ops._forward(x, weight, bias, *low, plan=plan)
-        grads = triton_ops._backward(dy, x, weight, s, *low, True, True, True, plan=plan)
+        y, s = triton_linear._forward(x, weight, bias, *low, plan=plan)
+        grads = triton_linear._backward(dy, x, weight, s, *low, True, True, True, plan=plan)
 
     def plain(kind: torch.dtype) -> list[Tensor]:
         x_, w, b_, d = (v.to(kind) for v in (x, weight, bias, dy))

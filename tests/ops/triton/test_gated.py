@@ -13,13 +13,14 @@ import fastlora.layers.gated as module
 from fastlora import LoRAConfig, freeze_base_params, fuse, get_lora_params, inject_lora
 from fastlora.errors import BackendError
 from fastlora.kernels import recording
-from fastlora.ops import dispatch, triton_gated
+from fastlora.ops import dispatch
 from fastlora.ops.dispatch import choose_gated
 from fastlora.ops.dropout import kernel_mask
 from fastlora.ops.gated import gated_mlp
 from fastlora.ops.linear import low_rank
 from fastlora.ops.reference import Layer, forward
-from fastlora.ops.triton_ops import run_forward
+from fastlora.ops.triton import gated as triton_gated
+from fastlora.ops.triton.linear import run_forward
 from tests.support.models import randomise_adapters
 from tests.support.tolerance import assert_close
 

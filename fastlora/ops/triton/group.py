@@ -18,7 +18,7 @@ from fastlora.ops import dispatch
 from fastlora.ops.dispatch import Choice
 from fastlora.ops.products import add_backward, columns, in_columns, in_rows, times
 from fastlora.ops.reference import Layer, LowRank
-from fastlora.ops.triton_ops import (
+from fastlora.ops.triton.linear import (
     a_product,
     current,
     dy_products,

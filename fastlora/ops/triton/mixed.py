@@ -16,7 +16,6 @@ from torch import Tensor
 from fastlora.kernels.config import GROUPED_RANK
 from fastlora.kernels.recording import library, repeat
 from fastlora.ops.dropout import dropout_threshold
-from fastlora.ops.grouped_kernels import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
 from fastlora.ops.products import (
     output_without_adapters,
     stacked_columns,
@@ -24,7 +23,8 @@ from fastlora.ops.products import (
     without_adapters,
 )
 from fastlora.ops.reference import LowRank
-from fastlora.ops.triton_ops import current
+from fastlora.ops.triton.grouped import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
+from fastlora.ops.triton.linear import current
 
 HIGHEST_RANK = GROUPED_RANK
 Segments = Sequence[tuple[int, int, int]]

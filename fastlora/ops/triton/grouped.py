@@ -40,7 +40,7 @@ from fastlora.kernels.grouped import GroupMask, group_down, group_up_
 from fastlora.kernels.grouped_backward import group_dy, group_x
 from fastlora.kernels.recording import empty
 from fastlora.ops import dispatch
-from fastlora.ops.triton_ops import current
+from fastlora.ops.triton.linear import current
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

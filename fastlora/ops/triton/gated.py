@@ -20,7 +20,7 @@ from fastlora.kernels.reduce import sum_partials
 from fastlora.ops import dispatch
 from fastlora.ops.dispatch import product_precision
 from fastlora.ops.reference import Layer
-from fastlora.ops.triton_ops import a_product, current, dy_products, mask_of, run_forward
+from fastlora.ops.triton.linear import a_product, current, dy_products, mask_of, run_forward
 
 
 def product(g: Tensor, u: Tensor, activation: str) -> Tensor:

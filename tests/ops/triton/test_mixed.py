@@ -6,10 +6,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import BackendError, explain, use_adapter, use_adapters
 from fastlora.kernels import recording
-from fastlora.ops import mixed, triton_mixed
+from fastlora.ops import mixed
 from fastlora.ops.dropout import kernel_mask
 from fastlora.ops.mixed import Segment, lora_linear_mixed, lora_update_mixed
 from fastlora.ops.reference import LowRank, apply_dropout
+from fastlora.ops.triton import mixed as triton_mixed
 from tests.support.tolerance import assert_close
 
 GPU = torch.cuda.is_available()

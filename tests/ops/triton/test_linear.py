@@ -210,7 +210,8 @@ def test_a_model_trains_as_by_the_reference(monkeypatch):
 @pytest.mark.parametrize(("plan", "rows"), [("split", 200), ("split", 2100), ("decode", 7)])
 def test_overlapping_launches_change_no_bit(plan, rows, monkeypatch):
     """On a device thirty times, with NaN in the memory that S, dS and the mask reuse; the interpreter runs launches one by one."""
-    from fastlora.ops import dispatch, triton_ops
+    from fastlora.ops import dispatch
+    from fastlora.ops.triton import linear as triton_linear
 
     if not GPU and rows > 1000:
         pytest.skip("one size is enough for the interpreter")
@@ -228,9 +229,9 @@ def test_overlapping_launches_change_no_bit(plan, rows, monkeypatch):
 
     def step():
         low = LowRank(t.lora_a, t.lora_b, t.scaling, 0.1, SEED.to(DEVICE))
-        y, s = triton_ops._forward(t.x, t.weight, t.bias, *low, plan)
+        y, s = triton_linear._forward(t.x, t.weight, t.bias, *low, plan)
         needs, dx_plan = (True, True, True), plan if plan == "split" else None
-        return [y, s, *triton_ops._backward(t.dy, t.x, t.weight, s, *low, *needs, dx_plan)]
+        return [y, s, *triton_linear._backward(t.dy, t.x, t.weight, s, *low, *needs, dx_plan)]
 
     apart = step()
     recorded = True
@@ -290,7 +291,7 @@ def test_inductor_gives_the_eager_result(p):
 @pytest.mark.parametrize("plan", ["split", "in_place"])
 def test_offsets_beyond_32_bits(plan):
     """x has more than 2³¹ elements: its last rows must be as in a separate call."""
-    from fastlora.ops import triton_ops
+    from fastlora.ops.triton import linear as triton_linear
 
     m, k, n, r = 2**31 // 4096 + 1024, 4096, 64, 8
     x = torch.randn(1024, k, dtype=torch.bfloat16, device="cuda").repeat(m // 1024 + 1, 1)[:m]
@@ -298,10 +299,10 @@ def test_offsets_beyond_32_bits(plan):
     a = torch.randn(r, k, dtype=torch.bfloat16, device="cuda") / 64
     b = torch.randn(n, r, dtype=torch.bfloat16, device="cuda")
     low = LowRank(a, b, 1.0, 0.1, SEED.cuda())
-    y, s = triton_ops._forward(x, weight, None, *low, plan)
+    y, s = triton_linear._forward(x, weight, None, *low, plan)
     dy = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")
     dy[-128:] = torch.randn(128, n, device="cuda")
-    dx, da, _ = triton_ops._backward(dy, x, weight, s, *low, True, True, True, plan)
+    dx, da, _ = triton_linear._backward(dy, x, weight, s, *low, True, True, True, plan)
     tail = slice(m - 128, m)
     keep = dropout.kernel_mask(SEED, 0.1, 128, k, first_row=m - 128).cuda()
     kept = torch.where(keep, x[tail], 0.0) * dropout.keep_scale(0.1)
@@ -379,7 +380,7 @@ def test_a_group_equals_its_separate_layers_in_16_bits(dtype):
 
 @pytest.mark.parametrize("plan", ["split", "accumulate", "in_place"])
 def test_a_group_computes_no_dx_that_is_not_needed(plan, monkeypatch):
-    from fastlora.ops import triton_group
+    from fastlora.ops.triton import group as triton_group
 
     _force(plan, monkeypatch)
     x, members, dys = _group()
@@ -470,7 +471,8 @@ def _projections(ranks, backend="triton", dropout=0.25):
     ids=["one pass over x", "too many ranks", "decode"],
 )
 def test_a_fused_model_launches_one_pass_over_x(rows, ranks, passes, monkeypatch):
-    from fastlora.ops import triton_group, triton_ops
+    from fastlora.ops.triton import group as triton_group
+    from fastlora.ops.triton import linear as triton_linear
 
     counts = {"down_project": 0, "start": 0, "x_pass": 0}
 
@@ -482,9 +484,9 @@ def test_a_fused_model_launches_one_pass_over_x(rows, ranks, passes, monkeypatch
         return call
 
     for name in counts:
-        monkeypatch.setattr(triton_ops, name, counted(name, getattr(triton_ops, name)))
+        monkeypatch.setattr(triton_linear, name, counted(name, getattr(triton_linear, name)))
     monkeypatch.setattr(triton_group, "repeat", lambda choices, settings, inputs, run: run())
-    monkeypatch.setattr(triton_ops, "repeat", lambda choices, settings, inputs, run: run())
+    monkeypatch.setattr(triton_linear, "repeat", lambda choices, settings, inputs, run: run())
     model = _projections(ranks)
     x = torch.randn(rows, 32, device=DEVICE)
     assert len(fuse(model, x).groups) == 1

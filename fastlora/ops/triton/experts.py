@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastlora.kernels.recording import library, repeat
 from fastlora.ops.dropout import dropout_threshold
-from fastlora.ops.grouped_kernels import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
 from fastlora.ops.products import grouped_product
 from fastlora.ops.reference import LowRank
-from fastlora.ops.triton_ops import current
+from fastlora.ops.triton.grouped import grouped_add_, grouped_da_dx_, grouped_ds_db, grouped_s
+from fastlora.ops.triton.linear import current
 
 
 def experts_forward(x: Tensor, weight: Tensor, offsets: Tensor, low: LowRank) -> list[Tensor]:
