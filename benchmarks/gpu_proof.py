@@ -32,7 +32,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -253,8 +253,8 @@ def _prove(stage: str, arguments: argparse.Namespace) -> None:
         jobs = [("bfloat16", case) for case in proof.TIMED] + jobs
     content: dict[str, Any] = {"results": [], "times": []}
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
-        for row in pool.map(proof.check, *zip(*jobs, strict=True)):
-            content["results"].append(row)
+        for done in as_completed([pool.submit(proof.check, *job) for job in jobs]):
+            content["results"].append(done.result())
             _write(arguments.out / f"{stage}.json", content)
     timer = (lambda call: _seconds(call, 1)) if arguments.rehearse else cuda_seconds
     dtype = torch.float32 if arguments.rehearse else torch.bfloat16

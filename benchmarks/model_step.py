@@ -148,9 +148,10 @@ class ModelRun:
         }
         self.steps[contestant] = step
 
-    def time_all(self, reps: int) -> None:
-        """Time the steps eagerly and, on a GPU, also as CUDA graphs."""
+    def time_all(self, reps: int, save: Callable[[], None]) -> None:
+        """Time the steps eagerly and, on a GPU, also as CUDA graphs; save what there is in between."""
         self._time(self.steps, "eager", reps)
+        save()
         if self.device.type != "cuda":
             return
         torch.cuda.empty_cache()
@@ -159,10 +160,12 @@ class ModelRun:
         graphs: dict[str, Round] = {}
         for contestant, step in self.steps.items():
 
-            def keep(contestant: str = contestant, step: Round = step) -> None:
+            def keep(contestant: str = contestant, step: Round = step, pool: Any = pool) -> None:
                 graphs[contestant] = capture(step, pool)
 
             self._keep(contestant, keep, "graph")
+            if contestant not in graphs:
+                pool = torch.cuda.graph_pool_handle()
         self._time(graphs, "graph", reps)
 
     def _time(self, runs: dict[str, Round], timing: str, reps: int) -> None:
@@ -229,6 +232,11 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output
     if output is None and device.type == "cuda":
         output = RESULTS / f"model-step-{gpu_file_name(record['environment']['gpu'])}"
+
+    def save() -> None:
+        if output is not None:
+            write(record, output)
+
     budget = Budget(arguments.budget_seconds)
     for label, model, contestants in parts:
         if not budget.begin_case():
@@ -236,15 +244,14 @@ def main(argv: list[str] | None = None) -> int:
             break
         before = len(record["results"])
         with without_dense_masks():
-            ModelRun(model, contestants, device, dtype, record).time_all(arguments.reps)
+            ModelRun(model, contestants, device, dtype, record).time_all(arguments.reps, save)
         torch.compiler.reset()
         gc.collect()  # a compiled module refers to itself
         if device.type == "cuda":
             torch.cuda.empty_cache()
         record["seconds"][label] = round(budget.end_case(), 1)
         record["not_run"].remove(label)
-        if output is not None:
-            write(record, output)
+        save()
         print_rows(record["results"][before:])
     failed = [a for a in record["absent"] if a["backend"].startswith("fastlora")]
     return int(any(a["kind"] != "absent" for a in failed))

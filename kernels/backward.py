@@ -215,7 +215,9 @@ def _x_kernel(
         a = tl.load(p_a, mask=m_rk, other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_K]
     da = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     first_m = split * m_chunk
-    for m in range(first_m, min(first_m + m_chunk, M), BLOCK_M):
+    last_m = min(first_m + m_chunk, M)
+    tl.assume(first_m < last_m)
+    for m in range(first_m, last_m, BLOCK_M):
         o_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
         m_m = o_m < M
         p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 from fastlora.errors import InjectionError
 from fastlora.layers.base import named_lora_layers
@@ -28,7 +25,8 @@ from fastlora.layers.gated import (
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.plain import is_plain
 from fastlora.model.adapter_registry import why_not_one
-from fastlora.model.gated import TOP_HOOKS, NotGated, candidates, find_block, why_no_block
+from fastlora.model.gated import NotGated, candidates, find_block, why_no_block
+from fastlora.model.region import region
 from fastlora.model.switch import eval_mode
 from fastlora.ops.dispatch import why_not_triton
 from fastlora.ops.group import lora_linear_group
@@ -232,8 +230,8 @@ class _Group:
         ]
         modes = [(m.training, m.disabled, m.dropout, m.scaling) for m in self.layers]
         dtype = autocasts(x) and torch.get_autocast_dtype(x.device.type)
-        region = _region(any(m.training and m.dropout for m in self.layers))
-        return torch.is_grad_enabled(), dtype, versions, modes, region
+        where = region(any(m.training and m.dropout for m in self.layers))
+        return torch.is_grad_enabled(), dtype, versions, modes, where
 
     def _backend(self, layer: LoRALinear, x: Tensor) -> str | None:
         """The backend of the group for x, "torch" or "triton"; None if `layer` must run separately."""
@@ -256,27 +254,6 @@ class _Group:
         if not launched or why_not_triton(x.device.type, cast.dtype, ranks, forced=True):
             return None
         return "triton"
-
-
-def _region(random: bool) -> tuple[Any, ...]:
-    """What identifies the checkpointed region of a call: its saved-tensor hooks and, if `random`, the frame that runs it.
-
-    A region is recomputed alone, from its own random state, so it must not use an output or a seed of another one.
-    """
-    hooks = None if TOP_HOOKS is None else TOP_HOOKS(True)
-    # Reentrant checkpointing runs a region without gradients, or within a backward pass, and sets no hooks.
-    plain = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
-    if TOP_HOOKS is not None and (plain or not random):
-        return (hooks,)
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and not _runs_region(frame.f_code):
-        frame = frame.f_back
-    return hooks, frame
-
-
-def _runs_region(code: CodeType) -> bool:
-    """Whether it is torch's checkpointing or an autograd function, as other packages' checkpointing is."""
-    return code.co_filename == checkpoint.__file__ or code.co_varnames[:1] == ("ctx",)
 
 
 def _fits(x: Tensor, layer: LoRALinear) -> bool:

@@ -26,13 +26,12 @@ from fastlora.layers.gated import (
 )
 from fastlora.layers.linear import LoRALinear
 from fastlora.layers.plain import is_transposed_linear
+from fastlora.model.region import region
 from fastlora.ops.gated import ACTIVATIONS
 
 # Root mean squares of gate(x) or up(x) for the random inputs that are tried, and that of the gradients.
 _SIZES, _GRADIENT = (2.0, 200.0, 1e4), 100.0
 _AUTOCASTS = (None, torch.bfloat16, torch.float16)
-# Torch's function for the innermost saved-tensor hooks; not in torch 2.6.
-TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 Roles = tuple[str, str, str]
 Match = tuple[tuple[str, str], str]  # (gate, up), activation
@@ -285,8 +284,7 @@ def _same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    hooks = None if TOP_HOOKS is None else TOP_HOOKS(True)
-    return precision_of(x)[1], torch.is_grad_enabled(), hooks
+    return precision_of(x)[1], torch.is_grad_enabled(), region(random=False)
 
 
 def _run(module: nn.Module, x: Tensor, mode: _Mode, copied: Sequence[str] = ()) -> _Run:

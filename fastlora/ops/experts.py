@@ -232,7 +232,7 @@ def _backward(
     """dx (M, K), dW (G, N, K), dA (G, R, K) and dB (G, N, R), those that are needed."""
     dx = da = db = dweight = groups = None
     low = None if a is None or b is None else LowRank(a, b, scaling, p, seed)
-    if not triton or needs_w:
+    if needs_w or (low is not None and not triton):  # which waits for the offsets
         groups = groups_of(offsets, x.shape[0])
     if triton:
         needs = (needs_x, needs_a, needs_b)

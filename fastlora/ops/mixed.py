@@ -126,7 +126,7 @@ def _by_kernels(
     ascending = all(one.stop <= other.start for one, other in pairwise(segments))
     if not ascending or not segments or x.numel() == 0:
         reason = "there is no kernel for the sum of several adapters, nor for no rows"
-    elif len({id(low.seed) for low in lows if low.seed is not None}) > 1:
+    elif _have_several_seeds(lows):
         reason = "the adapters have seeds of their own"
     elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         reason = (
@@ -138,6 +138,11 @@ def _by_kernels(
     if reason is not None and forced:
         raise BackendError(f"backend='triton' cannot run: {reason}")
     return reason is None
+
+
+def _have_several_seeds(lows: Sequence[LowRank]) -> bool:
+    seeds = [low.seed for low in lows if low.seed is not None]
+    return any(seed is not seeds[0] for seed in seeds)  # compiled code has no id() of a tensor
 
 
 def _triton_mixed() -> Any:

@@ -81,6 +81,7 @@ def _compare(model, x, *others, prepare=lambda model: model, at_least=5) -> None
     on_gpu = [x.cuda(), *(t.cuda() for t in others)]
     got = _step(prepare(copy.deepcopy(model).cuda()), *on_gpu)
     assert got.keys() == want.keys() and len(got) >= at_least
+    assert all(value.any() for value in exact.values())  # what is zero would show nothing
     for name, value in got.items():
         assert_close(value.cpu(), want[name], exact[name], name)
 

@@ -29,6 +29,7 @@ from tests.support.experts import IDS, MODELS, build
 from tests.support.models import randomise_adapters
 from tests.support.processes import run_processes
 from tests.support.tolerance import assert_close, assert_differs, assert_same_training
+from tests.support.versions import needs_torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -47,6 +48,11 @@ def adapted(name, config=CONFIG, dtype=torch.float32):
 
 def experts(model):
     return {p: layer for p, layer in named_lora_layers(model) if isinstance(layer, LoRAExperts)}
+
+
+def _has_bank(module):
+    down = module._parameters.get("down_proj")
+    return down is not None and down.ndim == 3
 
 
 def loss_of(model, weights=None, **kwargs):
@@ -156,7 +162,7 @@ def test_a_merge_gives_the_models_own_class_parameters_and_code(name):
     for merged in (model, copied):
         assert list(merged.state_dict()) == names
         assert not any(isinstance(module, ExpertBank) for module in merged.modules())
-        module = next(m for m in merged.modules() if type(m).__name__.endswith("Experts"))
+        module = next(m for m in merged.modules() if _has_bank(m))
         assert isinstance(module._parameters["down_proj"], nn.Parameter)
         assert module.config is merged.config
         assert_close(merged(IDS).logits, want, wide(IDS).logits)
@@ -405,6 +411,7 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(name):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # Dynamo's
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@needs_torch((2, 7), "transformers' choice of an attention is not traced")
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
 def test_blocks_compile_without_a_graph_break_and_drop_the_same_elements(name):
     config = LoRAConfig("all-linear", rank=3, dropout=0.3)

@@ -27,6 +27,7 @@ from tests.support.gated import BLOCKS, MLP, K, N, Net, X, net, step
 from tests.support.models import randomise_adapters
 from tests.support.processes import run_processes
 from tests.support.tolerance import assert_close, assert_differs, assert_same_training
+from tests.support.versions import needs_torch
 
 
 def assert_same_step(fused, plain, x=X):
@@ -240,11 +241,20 @@ def test_hooks_of_the_layers_and_of_the_module_run(calls):
         handle.remove()
         assert seen == [1] and len(calls) == (2 if layer is mlp else 1)
         assert_close(y, expected, wide)
-    calls.clear()
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
-    model(X)
-    handle.remove()
-    assert not calls
+    hooks = nn.modules.module
+    for register in (
+        hooks.register_module_forward_pre_hook,
+        hooks.register_module_forward_hook,
+        hooks.register_module_full_backward_pre_hook,
+        hooks.register_module_full_backward_hook,
+    ):
+        calls.clear()
+        handle = register(lambda *_: None)
+        model(X)
+        handle.remove()
+        assert not calls
+        model(X)
+        assert len(calls) == 2
 
 
 def test_layers_that_changed_run_separately(calls):
@@ -654,6 +664,7 @@ def test_a_region_that_is_recomputed_by_the_modules_own_forward(first, calls):
         assert_same_training(got, same)
 
 
+@needs_torch((2, 7), "FSDP2 needs a GPU")
 def test_dtensors_of_a_sharded_model_are_gathered_where_the_block_is_found():
     for found in run_processes(2, fuse_sharded):
         blocks, errors = found

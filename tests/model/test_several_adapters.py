@@ -33,6 +33,7 @@ from fastlora import (
 from fastlora.layers.several import SeveralAdapters
 from tests.support.models import Tokens
 from tests.support.tolerance import assert_close, assert_differs
+from tests.support.versions import needs_torch
 
 NAMES = ["a", "a", None, "b", "c", "a"]
 RUNS = ["a", "a", "a", "b", "b", "c"]
@@ -778,7 +779,10 @@ def test_a_language_model_generates_with_an_adapter_for_each_prompt(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # Dynamo's
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "dropout",
+    [0.0, pytest.param(0.5, marks=needs_torch((2, 7), "one tensor is passed on only once"))],
+)
 def test_compiled_code_computes_the_same(dropout):
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).double()
     for seed, name in enumerate("ab"):

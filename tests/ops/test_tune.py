@@ -13,6 +13,7 @@ from fastlora import BackendError, ConfigError
 from fastlora.kernels.config import ARCHITECTURES, Problem, tiles
 from fastlora.ops import dispatch, tune, tuning_file
 from fastlora.ops.bench import Bench, Shape
+from fastlora.ops.graph import capture
 from fastlora.ops.tune import _sensible, neighbours, search
 
 H100 = ARCHITECTURES[90]
@@ -212,6 +213,19 @@ def test_without_a_device_it_exits_with_the_reason(capsys):
         capsys.readouterr().err
         == "fastlora.tune: fastlora.tune measures on a CUDA device, and there is none\n"
     )
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_stream_and_the_random_numbers_as_they_were():
+    before, x = torch.cuda.current_stream(), torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        capture(lambda: x.sum().item())
+    assert torch.cuda.current_stream() == before
+    assert torch.rand(3, device="cuda").lt(1).all()
+    replay = capture(lambda: x.mul_(2))
+    x.fill_(1)
+    replay()
+    assert x.tolist() == [2, 2, 2]
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from fastlora import (
 from fastlora.peft import layer as peft_layer
 from tests.support.models import randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
+from tests.support.versions import installed
 
 transformers = pytest.importorskip("transformers")
 
@@ -370,7 +371,8 @@ def saved_base(make, folder):
     model, inputs = build(make)
     if not hasattr(type(model), "from_pretrained"):
         return model, inputs
-    model.save_pretrained(folder)
+    if not folder.exists():  # its weights may be mapped into a model that was loaded from it
+        model.save_pretrained(folder)
     return type(model).from_pretrained(folder).eval(), inputs
 
 
@@ -400,7 +402,8 @@ def test_a_saved_folder_is_the_same_to_every_loader(make, targets, heads, tmp_pa
     assert_differs(expected, logits(saved_base(make, tmp_path / "base")[0], inputs))
     if (tmp_path / "base").exists():
         exactly(peft.AutoPeftModel.from_pretrained(tmp_path / "ours"), inputs, expected)
-    if make in CLASSES:
+    # Before 5.13 transformers loads the adapters of a folder without its heads.
+    if make in CLASSES and (not heads or installed("transformers") >= (5, 13)):
         name, task = CLASSES[make]
         auto = getattr(transformers, f"AutoModelFor{name}" if name else "AutoModel")
         exactly(auto.from_pretrained(tmp_path / "ours"), inputs, expected)

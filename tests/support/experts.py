@@ -1,5 +1,6 @@
 """Small, randomly initialised mixtures of experts of transformers 5."""
 
+import pytest
 import torch
 
 _TEXT = {
@@ -71,6 +72,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
         for path, parameter in model.named_parameters():  # gpt-oss leaves some uninitialised
             if "norm" not in path:
                 parameter.normal_(std=0.2)
+    banks = [n for n, p in model.named_parameters() if p.ndim == 3 and n.endswith("down_proj")]
+    if not banks:
+        pytest.skip(f"transformers {transformers.__version__} has no banks of experts in {name}")
     if dtype == torch.float64:  # which transformers' grouped products do not take
         model.set_experts_implementation("eager")
     return model.to(dtype).eval()

@@ -94,9 +94,10 @@ class Reader(nn.Module):
 
 
 def randomise_adapters(model: nn.Module, seed: int = 1) -> None:
-    """Set lora_B to random values, so that the adapters have an effect."""
+    """Set what is zero initially, lora_B or an embedding's lora_A, to random values, so that the adapters have an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
+            starts_at_zero = name.endswith("lora_A") and not parameter.any()
+            if name.endswith("lora_B") or starts_at_zero:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

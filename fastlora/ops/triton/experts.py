@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.recording import library, repeat
+from fastlora.ops.dispatch import product_precision
 from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.products import grouped_product
 from fastlora.ops.reference import LowRank
@@ -30,7 +31,8 @@ def experts_forward(x: Tensor, weight: Tensor, offsets: Tensor, low: LowRank) ->
         return [y, s]
 
     with current(x):
-        return [*repeat((), (), (x, weight, offsets, low.a, low.b, scale, *mask.values()), run)]
+        inputs = (x, weight, offsets, low.a, low.b, scale, *mask.values())
+        return [*repeat((), product_precision(x), inputs, run)]
 
 
 def experts_backward(
@@ -62,7 +64,7 @@ def experts_backward(
 
     inputs = (dy, x, weight, offsets, s, low.a, low.b, scale, *mask.values())
     with current(x):
-        found = iter(repeat((), needs, inputs, run))
+        found = iter(repeat((), (product_precision(x), *needs), inputs, run))
     return [next(found) if needed else None for needed in needs]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastlora.kernels.config import GROUPED_RANK
 from fastlora.kernels.recording import library, repeat
+from fastlora.ops.dispatch import product_precision
 from fastlora.ops.dropout import dropout_threshold
 from fastlora.ops.products import (
     output_without_adapters,
@@ -68,7 +69,8 @@ def mixed_forward(
         return [y, s]
 
     with current(x):
-        y, s = repeat((), groups.places, (x, weight, bias, base, *_tensors(groups, lows)), run)
+        settings = product_precision(x), groups.places
+        y, s = repeat((), settings, (x, weight, bias, base, *_tensors(groups, lows)), run)
     return y, s
 
 
@@ -104,7 +106,7 @@ def mixed_backward(
 
     if not (needs_x or needs_a or needs_b):
         return None, [None] * len(needs)
-    settings = groups.places, needs_x, needs_a, needs_b
+    settings = product_precision(x), groups.places, needs_x, needs_a, needs_b
     with current(x):
         found = iter(repeat((), settings, (dy, x, weight, s, *_tensors(groups, lows)), run))
     dx = next(found) if needs_x else None

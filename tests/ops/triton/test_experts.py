@@ -5,10 +5,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.kernels import recording
-from fastlora.ops import products
+from fastlora.ops import dispatch, experts, products
 from fastlora.ops.dropout import kernel_mask
 from fastlora.ops.experts import grouped_linear, lora_experts
 from fastlora.ops.reference import LowRank, forward
+from fastlora.ops.triton import experts as triton_experts
+from fastlora.ops.triton import grouped as grouped_kernels
 from tests.support.tolerance import assert_close
 
 GPU = torch.cuda.is_available()
@@ -176,6 +178,23 @@ def test_a_compiled_call_is_one_graph_with_the_same_results(backend):
         assert torch.equal(one, other)
 
 
+def test_a_recording_serves_one_precision(monkeypatch):
+    tensors, settings = make("mixed", torch.float32)
+    launched, kernel = [], grouped_kernels.grouped_s
+
+    def spy(*arguments, **named):
+        launched.append(dispatch.float32_precision())
+        return kernel(*arguments, **named)
+
+    monkeypatch.setattr(triton_experts, "grouped_s", spy)
+    for precision in ("ieee", "tf32", "ieee", "tf32"):
+        monkeypatch.setattr(dispatch, "float32_precision", lambda precision=precision: precision)
+        for _ in range(3):
+            run(call, tensors, settings)
+    assert launched == ["ieee"] * 2 + ["tf32"] * 2  # the third call repeats the second
+    assert len(recording._recordings) == 4
+
+
 class Call:
     """`torch._grouped_mm` as it is on a GPU: rows after the last offset are undefined."""
 
@@ -204,5 +223,9 @@ def test_the_grouped_product_of_torch_gives_the_same(monkeypatch):
     y = grouped_linear(x, weight, settings[0])
     y.backward(dy)
     assert product.count == 8
+    monkeypatch.setattr(experts, "groups_of", lambda *_: pytest.fail("the offsets are waited for"))
+    again = grouped_linear(x, weight.detach(), settings[0])
+    again.backward(dy)
+    assert product.count == 10 and torch.equal(again, y)
     want = run(formula, tensors, (settings[0], 0.0, None))
     assert not y[-3:].any() and not x.grad[-3:].any() and y.shape == want[0].shape

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import BackendError, explain, use_adapter, use_adapters
 from fastlora.kernels import recording
-from fastlora.ops import mixed
+from fastlora.ops import dispatch, mixed
 from fastlora.ops.dropout import kernel_mask
 from fastlora.ops.mixed import Segment, lora_linear_mixed, lora_update_mixed
 from fastlora.ops.reference import LowRank, apply_dropout
@@ -109,6 +109,23 @@ def test_factors_in_float32_keep_their_dtype_and_a_repetition_follows_its_own_ro
             want = formula(x.double(), weight.double(), bias.double(), low64, segments)
             assert_close(y, formula(x, weight, bias, lows, segments), want)
     assert len(recording._recordings) == recorded + 1
+
+
+def test_a_recording_serves_one_precision(monkeypatch):
+    tensors, launched = make(ADAPTERS, torch.float32), []
+    kernel = triton_mixed.grouped_s
+
+    def spy(*arguments, **named):
+        launched.append(dispatch.float32_precision())
+        return kernel(*arguments, **named)
+
+    monkeypatch.setattr(triton_mixed, "grouped_s", spy)
+    for precision in ("ieee", "tf32", "ieee", "tf32"):
+        monkeypatch.setattr(dispatch, "float32_precision", lambda precision=precision: precision)
+        for _ in range(3):
+            run(lora_linear_mixed, "mixed", tensors, backend="triton")
+    assert launched == ["ieee"] * 2 + ["tf32"] * 2  # the third call repeats the second
+    assert len(recording._recordings) == 4
 
 
 def test_an_update_of_another_modules_output_and_only_what_is_needed():
