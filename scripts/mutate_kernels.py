@@ -66,6 +66,7 @@ GATED_OPS, TRITON_GATED = "fastlora/ops/gated.py", "fastlora/ops/triton/gated.py
 SEARCH, ROWS = "fastlora/model/gated.py", "fastlora/ops/group.py"
 DISPATCH, FUSION = "fastlora/ops/dispatch.py", "fastlora/model/fusion.py"
 EXPERTS, TRITON_EXPERTS = "fastlora/ops/experts.py", "fastlora/ops/triton/experts.py"
+MIXED, TRITON_MIXED = "fastlora/ops/mixed.py", "fastlora/ops/triton/mixed.py"
 PRODUCTS, GROUP = "fastlora/ops/products.py", "fastlora/ops/triton/group.py"
 REFERENCE, DEFINITION = "fastlora/ops/reference.py", "fastlora/ops/dropout.py"
 TUNE, BENCH = "fastlora/ops/tune.py", "fastlora/ops/bench.py"
@@ -83,7 +84,9 @@ TESTS = {
     GROUPED: ("tests/kernels/test_grouped.py",),
     GROUPED_BACKWARD: ("tests/kernels/test_grouped.py",),
     GROUPED_OPS: ("tests/kernels/test_grouped.py",),
-    EXPERTS: ("tests/ops/test_experts.py",),
+    EXPERTS: ("tests/ops/test_experts.py", "tests/ops/triton/test_experts.py"),
+    MIXED: ("tests/ops/triton/test_mixed.py", "tests/ops/test_mixed.py"),
+    TRITON_MIXED: ("tests/ops/triton/test_mixed.py",),
     TRITON_EXPERTS: ("tests/ops/triton/test_experts.py",),
     PRODUCTS: (*KERNEL_TESTS, "tests/ops/test_experts.py", "tests/ops/triton/test_experts.py"),
     GATED: ("tests/kernels/test_gated.py", "tests/ops/triton/test_gated.py"),
@@ -287,7 +290,13 @@ MUTANTS = (
     Mutant("experts: rows of none are left by a loop", PRODUCTS, "    y[end:].zero_()\n", ""),
     Mutant("experts: rows of none are left by one operation", PRODUCTS, "            y[groups[-1][2] if groups else 0 :].zero_()\n", ""),
     Mutant("experts: kernels without the factor of the mask", TRITON_EXPERTS, "low.scale(), threshold", "low.scaling, threshold"),
-    Mutant("experts: one recording for all gradients", TRITON_EXPERTS, "repeat((), needs, inputs, run)", "repeat((), (), inputs, run)"),
+    Mutant("experts: one recording for all gradients", TRITON_EXPERTS, "(product_precision(x), *needs)", "(product_precision(x),)"),
+    Mutant("experts: one recording for both precisions, forward", TRITON_EXPERTS, "repeat((), product_precision(x), inputs, run)", "repeat((), (), inputs, run)"),
+    Mutant("experts: one recording for both precisions, backward", TRITON_EXPERTS, "(product_precision(x), *needs)", "(*needs,)"),
+    Mutant("experts: the frozen bank waits for the offsets", EXPERTS, "if needs_w or (low is not None and not triton):", "if needs_w or not triton:"),
+    Mutant("mixed: one recording for both precisions, forward", TRITON_MIXED, "settings = product_precision(x), groups.places\n", "settings = groups.places\n"),
+    Mutant("mixed: one recording for both precisions, backward", TRITON_MIXED, "product_precision(x), groups.places, needs_x", "groups.places, needs_x"),
+    Mutant("mixed: kernels with several seeds", MIXED, "any(seed is not seeds[0] for seed in seeds)", "False"),
     Mutant("experts: no threshold", TRITON_EXPERTS, "threshold = dropout_threshold(low.p)", "threshold = 1"),
     # gated MLPs
     Mutant("gated: SiLU for GELU by tanh", GATED, 'if ACTIVATION == "gelu_tanh"', 'if ACTIVATION == "no"'),

@@ -249,6 +249,8 @@ def reload_adapter(names):
 
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate(tmp_path, monkeypatch):
+    # TRL's trainer leaves its mixed precision in the process.
+    pytest.importorskip("accelerate").state.AcceleratorState._reset_state(reset_partial_state=True)
     reload_adapter(train("Hugging Face Accelerate", tmp_path, monkeypatch))
 
 
