@@ -239,11 +239,12 @@ def test_a_recording_keeps_no_tensor():
 
 def test_threads_record_beside_each_other():
     """Each thread has a recorder of its own: a step of one call is none of another's."""
-    meeting, failures = threading.Barrier(2), []
+    meeting, failures, recorders = threading.Barrier(2), [], {2.0: [], 3.0: []}
 
     def work(factor: float) -> None:
         def run(x):
             meeting.wait(60)
+            recorders[factor].append(recording.active())
             y = library(lambda t: factor * t, x)
             meeting.wait(60)
             return [library(torch.Tensor.copy_, empty(3, dtype=x.dtype, device=x.device), y)]
@@ -259,6 +260,8 @@ def test_threads_record_beside_each_other():
     for thread in threads:
         thread.join()
     assert failures == []
+    (first, one), (other, two) = recorders.values()  # the second call is recorded
+    assert first is other is None and one is not None and two not in (None, one)
 
 
 @pytest.mark.parametrize("form", ["contiguous", "transposed", "double"])
