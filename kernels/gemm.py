@@ -57,6 +57,7 @@ def _pointer_kernel(
     step = tl.full([], BLOCK_K, tl.int64)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    # Otherwise Triton 3.6 sets the sums to zero in a path around the loop, for which ptxas serialises the loop's matrix instructions.
     tl.assume(K > 0)
     for first_k in range(0, K, BLOCK_K):
         m_k = o_k < K - first_k
