@@ -8,7 +8,7 @@ WORKERS ?= 2
 pip = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 pytest = $(VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo docs test quick soak lint dist clean
+.PHONY: demo docs test quick soak gate lint dist clean
 
 demo: $(VENV)/.demo  ## fine-tune on the bundled medical data and write a report
 	PYTHON=$(VENV)/bin/python bash scripts/run_medical_pipeline.sh --out $(OUT)
@@ -24,6 +24,9 @@ quick: lint  ## style, types and the tests that take less than 1.5 s each
 
 soak: $(VENV)/.test  ## the long forms of the reliability tests, and the table of docs/reliability.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.support.soak
+
+gate: $(VENV)/.test build/triton-3.6/.installed  ## the compile gate of sm_90 under Triton 3.6, which torch 2.11 brings along
+	PYTHONPATH=build/triton-3.6:. $(VENV)/bin/python benchmarks/compile_kernels.py --arch 90
 
 lint: $(VENV)/.test  ## style and types
 	$(VENV)/bin/ruff check .
@@ -47,6 +50,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt .ci/locks/demo.txt .ci/locks/data.
 $(VENV)/.test: $(VENV)/.demo .ci/locks/test.txt
 	$(pip) --require-hashes --no-deps --requirement .ci/locks/test.txt
 	$(pip) --no-build-isolation --editable '.[medical,dicom,itk,dev,docs]'
+	touch $@
+
+build/triton-3.6/.installed:
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
 	touch $@
 
 clean:

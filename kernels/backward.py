@@ -216,7 +216,9 @@ def _x_kernel(
     da = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     first_m = split * m_chunk
     last_m = min(first_m + m_chunk, M)
-    if tl.float32 != DTYPE:  # see `gemm._pointer_kernel`; without matrix instructions it costs registers
+    if (
+        tl.float32 != DTYPE
+    ):  # see `gemm._pointer_kernel`; without matrix instructions it costs registers
         tl.assume(first_m < last_m)
     for m in range(first_m, last_m, BLOCK_M):
         o_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
