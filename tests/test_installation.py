@@ -141,3 +141,30 @@ def test_the_kernels_of_another_package_are_not_taken(monkeypatch, tmp_path):
     before = sys.modules["fastlora.kernels"]
     provide_kernels(tmp_path / "fastlora")
     assert sys.modules["fastlora.kernels"] is before
+
+
+PARTS = ("kernels", "ops", "model", "layers", "benchmark")  # those that need no medical packages
+
+
+@pytest.mark.slow
+def test_the_tests_are_collected_under_a_triton_without_descriptors(tmp_path):
+    """As Triton before 3.4 is: the files that import kernels are left out."""
+    (tmp_path / "without_descriptors.py").write_text(
+        "import sys\n\n\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'triton.tools.tensor_descriptor':\n"
+        "            raise ModuleNotFoundError(name)\n\n\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    options = ["-q", "-p", "without_descriptors", "-p", "no:cacheprovider", "--collect-only"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *(f"tests/{part}" for part in PARTS)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT_S,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr
+    assert "tests/ops/test_linear.py" in run.stdout and "tests/kernels" not in run.stdout
