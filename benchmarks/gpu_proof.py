@@ -242,6 +242,7 @@ def _experts(arguments: argparse.Namespace) -> None:
 def _prove(stage: str, arguments: argparse.Namespace) -> None:
     """Check the cases of `<stage>_proof.py` in every dtype, and time what it names."""
     import torch
+    from proofs import reason
 
     from fastlora.ops.tune import cuda_seconds
 
@@ -266,7 +267,7 @@ def _prove(stage: str, arguments: argparse.Namespace) -> None:
                 if not arguments.rehearse:  # from Python, one call after another
                     row["us_called"] = round(1e6 * _seconds(call, 50), 2)
             except Exception as error:  # the others are still worth their time
-                row["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
+                row["failed"] = reason(error)
             content["times"].append(row)
             _write(arguments.out / f"{stage}.json", content)
     if any(map(is_wrong, content["results"])) or any("failed" in t for t in content["times"]):

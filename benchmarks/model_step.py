@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_tables import gpu_record_name
 from step_models import (
     ALPHA,
     CONTESTANTS,
@@ -44,7 +45,6 @@ from fastlora.benchmark.record import (
     Budget,
     Record,
     environment,
-    gpu_file_name,
     without_folders,
     write,
 )
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     output = arguments.output
     if output is None and device.type == "cuda":
-        output = RESULTS / f"model-step-{gpu_file_name(record['environment']['gpu'])}"
+        output = RESULTS / gpu_record_name(record["environment"]["gpu"], models)
 
     def save() -> None:
         if output is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,16 @@ def _inputs(record: Record, model: str) -> str:
     return f"{model}, {found}"
 
 
+def gpu_record_name(gpu: str, models: Iterable[str]) -> str:
+    """The name of the file of these models: that of mixtures of experts has `moe` in it."""
+    moe = "moe-" * all("moe" in model for model in models)
+    return f"model-step-{moe}{gpu_file_name(gpu)}"
+
+
 def _file(record: Record) -> str:
     facts = record["environment"]
     if facts["device"] == "cuda":
-        return f"model-step-{gpu_file_name(facts['gpu'])}"
+        return gpu_record_name(facts["gpu"], [row["model"] for row in record["results"]])
     written = re.search(r"--output[ =](\S+)", facts["command"])
     return Path(written[1]).name if written else "model-step-cpu.json"
 

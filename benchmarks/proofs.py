@@ -64,11 +64,16 @@ def same(pairs: Mapping[str, Iterable[tuple[Tensor, Tensor]]]) -> dict[str, floa
     return {name: 0.0 if found else math.inf for name, found in equal.items()}
 
 
-def repeated(run: Callable[[], Results]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """The results of a call beside those of later ones, which repeat its launches, and, on a GPU, beside those of a CUDA graph."""
+def repeated(
+    run: Callable[[], Results], graph: bool = True
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """The results of a call beside those of later ones, which repeat its launches, and, on a GPU, beside those of a CUDA graph.
+
+    graph: whether there can be one.
+    """
     first = run()
     pairs = {"again": [(first[name], t) for _ in range(3) for name, t in run().items()]}
-    if device().type == "cuda":
+    if graph and device().type == "cuda":
         kept: Results = {}
         replay = capture(lambda: kept.update(run()))
         for t in kept.values():

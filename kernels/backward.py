@@ -216,9 +216,8 @@ def _x_kernel(
     da = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     first_m = split * m_chunk
     last_m = min(first_m + m_chunk, M)
-    if (
-        tl.float32 != DTYPE
-    ):  # see `gemm._pointer_kernel`; without matrix instructions it costs registers
+    # See `gemm._pointer_kernel`. Exact float32 spilled with it, and TF32 is not serialised without.
+    if tl.float32 != DTYPE:
         tl.assume(first_m < last_m)
     for m in range(first_m, last_m, BLOCK_M):
         o_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)

@@ -7,7 +7,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class _Call(NamedTuple):
     """A call of a linear layer.
 
     x: the input. y: the output. given: what the module received for it: y, or a copy. versions: of x and `given` at the call.
-    state: of autocast, gradients and saved-tensor hooks. number: in the order of all calls.
+    state: of autocast, gradients and checkpointing. number: in the order of all calls.
     """
 
     x: Any
@@ -120,9 +120,8 @@ def find_block(
     if argument is None or len(given) != 1 or len(args) + len(named) != 1:
         return None
     x = given[0]
-    if type(x) is not Tensor or not x.is_floating_point() or x.is_nested or x.is_meta:
-        return None
-    if x.numel() == 0:
+    plain = type(x) is Tensor and x.is_floating_point() and not (x.is_nested or x.is_meta)
+    if not plain or x.numel() == 0:
         return None
     with torch.inference_mode(False), _undisturbed(module):
         return _search(module, x.detach().clone(), argument, obstacle)
@@ -137,7 +136,7 @@ def _search(module: nn.Module, x: Tensor, argument: str, obstacle: str | None) -
         raise NotGated(obstacle)
     found: set[Match] = set(itertools.product(_orders(roles), ACTIVATIONS))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
-    size = _size(_run(module, noise, _EVAL), roles)
+    size = _size(_called_once(_run(module, noise, _EVAL)), roles)
     infinite = noise.clone()
     infinite.view(-1)[0] = torch.inf
     # Other numbers of rows.
@@ -148,6 +147,10 @@ def _search(module: nn.Module, x: Tensor, argument: str, obstacle: str | None) -
         itertools.product([infinite, *resized], (_EVAL, _TRAINING)),
     ):
         found &= _matches(_run(module, sample, mode, copied=roles[:2]), roles)
+    if not found:
+        raise NotGated(
+            "it computes one product for some inputs that were tried, another for others"
+        )
     if len(found) > 1:
         raise NotGated("SiLU and GELU have the same values for all inputs that were tried")
     (((gate, up), activation),) = found
@@ -185,15 +188,13 @@ def _precisions(
     yield precision_of(x)
     device = x.device.type
     for dtype in _AUTOCASTS if torch.amp.is_autocast_available(device) else ():
-        try:
-            with torch.autocast(device, dtype, enabled=dtype is not None):
-                if (precision := precision_of(x)) and all(
-                    found <= _matches(_run(module, x, mode, copied=roles[:2]), roles)
-                    for mode in (_EVAL, _TRAINING)
-                ):
-                    yield precision
-        except NotGated:  # there the module's own forward will run
-            continue
+        # Where it is no gated MLP, the module's own forward will run.
+        with suppress(NotGated), torch.autocast(device, dtype, enabled=dtype is not None):
+            if (precision := precision_of(x)) and all(
+                found <= _matches(_run(module, x, mode, copied=roles[:2]), roles)
+                for mode in (_EVAL, _TRAINING)
+            ):
+                yield precision
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -256,7 +257,7 @@ def _contents(attributes: Sequence[tuple[nn.Module, dict[str, Any]]]) -> list[tu
         now = one.__dict__
         found.append((now.keys() == held.keys(), *(now.get(name) is held[name] for name in held)))
         for value in held.values():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not value.is_inference():
                 found.append((value._version,))
             elif isinstance(value, (list, set, dict, deque)):
                 found.append((len(value), *map(id, value)))
@@ -360,14 +361,18 @@ def _size(run: _Run, roles: Roles) -> Tensor:
     return torch.stack([value.square().mean().sqrt() for value in values]).max()
 
 
+def _called_once(run: _Run) -> _Run:
+    if any(len(calls) != 1 for calls in run.calls.values()):
+        raise NotGated(f"in {run.mode} its forward does not call each layer once")
+    return run
+
+
 def _matches(run: _Run, roles: Roles) -> set[Match]:
     """What explains the input of down and its gradients.
 
     Raises: NotGated if there is nothing.
     """
-    mode = run.mode
-    if any(len(calls) != 1 for calls in run.calls.values()):
-        raise NotGated(f"in {mode} its forward does not call each layer once")
+    mode = _called_once(run).mode
     one, other, down = (run.calls[name][0] for name in roles)
     if any(call.state != run.state for call in (one, other, down)):
         raise NotGated(

@@ -14,7 +14,9 @@ _TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 
 def region(random: bool) -> tuple[Any, ...]:
-    """What identifies the checkpointed region of a call: its saved-tensor hooks and, if `random`, the frame that runs it.
+    """What identifies the checkpointed region of a call: its saved-tensor hooks, and where they do not tell the frame that runs it.
+
+    They do not under torch 2.6, nor, which matters if the call is `random`, in reentrant checkpointing.
 
     A region is recomputed alone, from its own random state, so it must not use an output or a seed of another one.
     """

@@ -73,6 +73,9 @@ def lora_experts(
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """y = x W_gᵀ in the rows of each group g, differentiable in x and weight; arguments and autocast as in `lora_experts`.
 
+    On a GPU where torch has a grouped product (`products.has_grouped_mm`) nothing waits for the offsets unless weight needs a gradient, and their values are
+    not checked.
+
     Raises: ConfigError if shapes, dtypes or devices do not fit.
     """
     if linear.autocasts(x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,9 +29,16 @@ def capture(run: Callable[[], object], pool: Any = None) -> Callable[[], None]:
         with torch.cuda.graph(graph, pool=pool):
             run()
     except Exception:
-        torch.cuda.set_stream(before)  # torch leaves that of the capture
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # and its random generator in the capture
-            torch.zeros(1, device="cuda")
+        _leave_capture(before)
         raise
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def _leave_capture(stream: torch.cuda.Stream) -> None:
+    """After a capture that failed: torch's random generator and present stream are still those of the capture."""
+    torch.cuda.set_stream(stream)
+    # A capture that succeeds leaves the generator as it should be. The caller must see why the first one failed.
+    with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
+    torch.cuda.set_stream(stream)

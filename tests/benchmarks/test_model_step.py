@@ -178,6 +178,11 @@ def test_a_record_of_a_gpu_has_a_table_of_its_own(bench):
     assert "| vit-b | fastlora, compiled | 3.0 ms | – | 2.00× | 1 MiB | 2 MiB | 4 MiB |" in table
     assert "| vit-b | PEFT | 8.0 ms | 6.0 ms | 0.75×, 1.00× |" in table
     assert "results/model-step-invented-gpu.json" in table
+    experts = invented_record()
+    for row in experts["results"]:
+        row["model"] = "qwen3-moe-2b"
+    experts["absent"] = []
+    assert "results/model-step-moe-invented-gpu.json" in bench.model_tables.model_table([experts])
     assert "Not run: full fine-tuning of vit-b (out of memory)." in table
 
 

@@ -25,7 +25,7 @@ from fastlora import (
 )
 from fastlora.layers.banks import ExpertBank
 from fastlora.layers.experts import LoRAExperts, LoRATransposedExperts
-from tests.support.experts import IDS, MODELS, build
+from tests.support.experts import IDS, MODELS, build, has_bank
 from tests.support.models import randomise_adapters
 from tests.support.processes import run_processes
 from tests.support.tolerance import assert_close, assert_differs, assert_same_training
@@ -48,11 +48,6 @@ def adapted(name, config=CONFIG, dtype=torch.float32):
 
 def experts(model):
     return {p: layer for p, layer in named_lora_layers(model) if isinstance(layer, LoRAExperts)}
-
-
-def _has_bank(module):
-    down = module._parameters.get("down_proj")
-    return down is not None and down.ndim == 3
 
 
 def loss_of(model, weights=None, **kwargs):
@@ -162,7 +157,7 @@ def test_a_merge_gives_the_models_own_class_parameters_and_code(name):
     for merged in (model, copied):
         assert list(merged.state_dict()) == names
         assert not any(isinstance(module, ExpertBank) for module in merged.modules())
-        module = next(m for m in merged.modules() if _has_bank(m))
+        module = next(m for m in merged.modules() if has_bank(m))
         assert isinstance(module._parameters["down_proj"], nn.Parameter)
         assert module.config is merged.config
         assert_close(merged(IDS).logits, want, wide(IDS).logits)

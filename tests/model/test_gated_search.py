@@ -244,6 +244,24 @@ class AssertingBackward(MLP):
         return self.down_proj(BoundedGradient.apply(h))
 
 
+class OtherActivationInTraining(MLP):
+    def forward(self, x):
+        act = F.silu if self.training else F.gelu
+        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Swapping(MLP):
+    def forward(self, x):
+        layers = (self.gate_proj, self.up_proj)
+        gate, up = layers[::-1] if self.training else layers
+        return self.down_proj(self.act_fn(gate(x)) * up(x))
+
+
+class Returning(MLP):
+    def forward(self, x):
+        return x if x.flatten()[0] > 1.0 else super().forward(x)
+
+
 class OtherForm(MLP):
     def forward(self, x):
         if self.training:
@@ -257,6 +275,7 @@ class PicklesItself(MLP):
         return type(self), ()
 
 
+OTHER = "it computes one product for some inputs that were tried, another for others"
 RECEIVES = "down_proj does not receive the product of SiLU or GELU of gate_proj and up_proj"
 GRADIENTS = "in training mode the gradients of gate_proj or up_proj are not the product's"
 STATE = "its forward checkpoints a layer or changes autocast or gradients"
@@ -294,6 +313,9 @@ REFUSED = {
     Autocasting: f"in eval mode {STATE}",
     Asserting: "its forward raises AssertionError for an input that was tried: out of range",
     AssertingBackward: "its backward raises OverflowError for an input that was tried: gradient out of range",
+    OtherActivationInTraining: OTHER,
+    Swapping: OTHER,
+    Returning: "in eval mode its forward does not call each layer once",
     OtherForm: "in training mode its output is not that of down_proj",
     PicklesItself: "its class has a way of its own to be pickled",
 }
@@ -347,6 +369,13 @@ def test_other_modules_are_left_alone():
     assert not report.blocks and not report.refused
     report = fuse(net(model=WithScale(Two)), X)
     assert not report.blocks and not report.refused
+
+
+def test_an_attribute_that_is_an_inference_tensor_is_no_obstacle():
+    model = net()
+    with torch.inference_mode():
+        model.blocks[0].cache = torch.ones(3)
+    assert fuse(model, X).blocks == BLOCKS[:2]
 
 
 def test_a_fault_of_the_search_is_not_the_modules(monkeypatch):

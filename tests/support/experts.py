@@ -62,6 +62,12 @@ def granite(transformers):
 MODELS = {make.__name__: make for make in (mixtral, qwen3, gpt_oss, deepseek, granite)}
 
 
+def has_bank(module) -> bool:
+    """Whether it is a module of experts with stacked weights, not yet adapted or merged."""
+    down = module._parameters.get("down_proj")
+    return down is not None and down.ndim == 3
+
+
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     """The model `name` of `MODELS` in eval mode, with weights of a size that lets every expert matter."""
     import transformers

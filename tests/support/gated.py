@@ -1,5 +1,7 @@
 """A small model of gated MLPs."""
 
+import random
+
 import torch
 from torch import nn
 
@@ -51,6 +53,7 @@ def net(kind=MLP, targets="all-linear", *, model=None, **settings):
 def step(model, x=X, seed=3):
     """The output and the gradients of x and of the trainable parameters."""
     torch.manual_seed(seed)
+    random.seed(seed)
     x = x.clone().requires_grad_()
     model.zero_grad()
     y = model(x)
