@@ -22,6 +22,7 @@ from fastlora.layers.experts import LoRAExperts
 from tests.support.experts import IDS, MODELS, build
 from tests.support.models import randomise_adapters
 from tests.support.tolerance import assert_close, assert_differs
+from tests.support.versions import installed
 
 pytest.importorskip("transformers", minversion="5.0")
 pytestmark = [
@@ -29,7 +30,13 @@ pytestmark = [
     # PEFT looks for the keys among modules only, and applies them to parameters too.
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),
 ]
-every = pytest.mark.parametrize("name", MODELS)
+# Older versions replace a method of PEFT in the whole process, which then exchanges the dimensions of every bank.
+patched = pytest.mark.skipif(
+    installed("transformers") < (5, 13), reason="transformers before 5.13 changes PEFT"
+)
+every = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[patched] * (name == "gpt_oss")) for name in MODELS]
+)
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
