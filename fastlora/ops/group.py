@@ -169,7 +169,7 @@ def forward_rows(
     for s_i, (weight, bias, low) in zip(s, layers, strict=True):
         y = F.linear(x, weight, bias)  # [M, K] @ [K, N] -> [M, N]
         if low.rank():
-            y.addmm_(s_i, low.b.T, alpha=low.scale())  # [M, R] @ [R, N]
+            y = linear.with_product(y, s_i, low.b.T, low.scale())
         outputs.append(y)
     return outputs, s
 

@@ -255,8 +255,18 @@ def _forward(
     else:
         assert weight is not None
         y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-        y.addmm_(s, low.b.T, alpha=low.scale())  # [M, R] @ [R, N] -> [M, N]
+        y = with_product(y, s, low.b.T, low.scale())
     return shaped_as(x, y), s
+
+
+def with_product(y: Tensor, one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """y + scale · one @ other, (M, N) + (M, R) @ (R, N), in y's memory.
+
+    New in compiled code: torch 2.11 gives no gradient to a result that the forward pass of an autograd function changed in place.
+    """
+    if torch.compiler.is_compiling():
+        return torch.addmm(y, one, other, alpha=scale)
+    return y.addmm_(one, other, alpha=scale)
 
 
 def triton_group() -> Any:

@@ -65,6 +65,7 @@ def runner(path, format):
     return call
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch's export
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("merged", [True, False])
 def test_a_file_computes_what_the_model_computes_for_any_batch(tmp_path, format, merged):
