@@ -432,6 +432,6 @@ def test_triton_encodes_our_descriptors(monkeypatch):
         Descriptor(x, (16, 32)),
         Descriptor(Address(4096), (16, 32), (64, 32), (32, 1)),
     ):
-        assert [*nvidia.make_tensordesc_arg(described, metadata)] == ["map", 64, 32, 32, 1]
+        assert [*native._described(described, metadata)] == ["map", 64, 32, 32, 1]
     assert seen[0][0] == x.data_ptr() and seen[1][0] == 4096
     assert seen[0][1:] == seen[1][1:]
