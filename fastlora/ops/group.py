@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.ops import linear
+from fastlora.ops.products import with_product
 from fastlora.ops.reference import Layer, LowRank, stacked
 
 _TENSORS = 4  # of a layer
@@ -169,7 +170,7 @@ def forward_rows(
     for s_i, (weight, bias, low) in zip(s, layers, strict=True):
         y = F.linear(x, weight, bias)  # [M, K] @ [K, N] -> [M, N]
         if low.rank():
-            y = linear.with_product(y, s_i, low.b.T, low.scale())
+            y = with_product(y, s_i, low.b.T, low.scale())
         outputs.append(y)
     return outputs, s
 

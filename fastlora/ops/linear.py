@@ -26,6 +26,7 @@ from fastlora.ops.dropout import (
     keep_mask,
     zero_dropped,
 )
+from fastlora.ops.products import with_product
 from fastlora.ops.reference import LowRank
 
 Gradients = tuple[Tensor | None, ...]
@@ -250,23 +251,12 @@ def _forward(
         y, s = triton_linear().lora_forward()(flat, weight, bias, *low)
         return shaped_as(x, y), s
     s = down_project(flat, low)  # [M, R]
-    if base is not None:
-        y = torch.addmm(as_rows(base), s, low.b.T, alpha=low.scale())  # [M, N] + [M, R] @ [R, N]
-    else:
-        assert weight is not None
-        y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
-        y = with_product(y, s, low.b.T, low.scale())
+    if base is not None:  # [M, N] + [M, R] @ [R, N]
+        return shaped_as(x, torch.addmm(as_rows(base), s, low.b.T, alpha=low.scale())), s
+    assert weight is not None
+    y = F.linear(flat, weight, bias)  # [M, K] @ [K, N] -> [M, N]
+    y = with_product(y, s, low.b.T, low.scale())
     return shaped_as(x, y), s
-
-
-def with_product(y: Tensor, one: Tensor, other: Tensor, scale: float) -> Tensor:
-    """y + scale · one @ other, (M, N) + (M, R) @ (R, N), in y's memory.
-
-    New in compiled code: torch 2.11 gives no gradient to a result that the forward pass of an autograd function changed in place.
-    """
-    if torch.compiler.is_compiling():
-        return torch.addmm(y, one, other, alpha=scale)
-    return y.addmm_(one, other, alpha=scale)
 
 
 def triton_group() -> Any:

@@ -1,4 +1,4 @@
-"""What torch computes in a call of the Triton path: functions of tensors for `fastlora.kernels.recording.library`, which a repeated call calls again."""
+"""Products and other functions of tensors that torch computes, most of them in a call of the Triton path: `fastlora.kernels.recording.library` calls them again."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def add_backward(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
 
 def contiguous(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
+
+
+def with_product(y: Tensor, one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """y + scale · one @ other, (M, N) + (M, R) @ (R, N), in y's memory.
+
+    New in compiled code: torch 2.11 gives no gradient to a result that the forward pass of an autograd function changed in place.
+    """
+    if torch.compiler.is_compiling():
+        return torch.addmm(y, one, other, alpha=scale)
+    return y.addmm_(one, other, alpha=scale)
 
 
 def is_loadable(matrix: Tensor, dtype: torch.dtype) -> bool:

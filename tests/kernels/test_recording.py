@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from fastlora.kernels import recording
+from fastlora.kernels import native, recording
 from fastlora.kernels.config import DY_RANK
 from fastlora.kernels.recording import Recorder, empty, library, repeat
 from fastlora.kernels.steps import Address, Descriptor
@@ -410,7 +410,6 @@ def test_arrays_that_follow_each_other_share_their_memory():
 
 def test_triton_encodes_our_descriptors(monkeypatch):
     """Triton's launcher reads attributes of a descriptor; which ones depends on its version."""
-    from triton.backends.nvidia import driver as nvidia
     from triton.runtime.driver import driver
 
     seen = []
