@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +12,8 @@ import fastlora
 from fastlora.ops import reference
 from tests.support import endurance
 from tests.support.parity import check_call, check_extreme, check_gradients, check_kernels
+from tests.support.paths import ROOT
+from tests.support.processes import TIME_LIMIT_S
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -66,9 +69,14 @@ def test_repeated_merges_do_not_drift(dtype):
 @pytest.mark.slow
 @linux
 def test_steps_injections_and_files_leak_nothing(tmp_path):
-    assert endurance.training_steps(100) == []
-    assert endurance.injections(30) == []
-    assert endurance.file_rounds(tmp_path, 20) == []
+    """In a process of its own: the memory of one that has run other tests also grows by what they left to be done."""
+    program = (
+        "import sys; from pathlib import Path; from tests.support.endurance import *; "
+        "print(training_steps(100), injections(30), file_rounds(Path(sys.argv[1]), 20))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S)
+    assert run.stdout.strip() == "[] [] []", run.stdout + run.stderr
 
 
 @pytest.mark.slow
