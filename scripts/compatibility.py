@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 SHOWN = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
 # Those of the GPU machine whose records are in benchmarks/results/, but for NumPy, which Triton 3.6's interpreter needs older.
 MIDDLE = {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.3.5"}
-TOOLS = ("pytest", "hypothesis", "setuptools", "transformers")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "setuptools", "transformers")
 
 
 def requirements(row: str) -> list[str]:
@@ -77,13 +77,13 @@ def versions(interpreter: Path) -> dict[str, str]:
     return found
 
 
-def run_tests(interpreter: Path, report: Path) -> tuple[dict[str, int], list[str]]:
-    """Run the tests; return how many passed, failed and were skipped, and the names of those that failed.
+def run_tests(interpreter: Path, report: Path, jobs: int) -> tuple[dict[str, int], list[str]]:
+    """Run the tests in `jobs` processes; return how many passed, failed and were skipped, and the names of those that failed.
 
     Raises: SystemExit if pytest wrote no result.
     """
     command = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    command += [f"--ignore={file}" for file in excluded()]
+    command += ["-n", str(jobs), *(f"--ignore={file}" for file in excluded())]
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     report.unlink(missing_ok=True)  # from an earlier run
     subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=surroundings, check=False)
@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--oldest_python", default="python3.10", help="default: %(default)s")
     parser.add_argument("--middle_python", default="python3.12", help="default: %(default)s")
     parser.add_argument("--newest_python", default="python3.13", help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -156,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("oldest", "middle", "newest"):
         python = getattr(arguments, f"{name}_python")
         interpreter = environment(arguments.folder / name, python, name)
-        counts, failed[name] = run_tests(interpreter, arguments.folder / f"{name}.xml")
+        counts, failed[name] = run_tests(
+            interpreter, arguments.folder / f"{name}.xml", arguments.jobs
+        )
         rows.append({"": name, **versions(interpreter), **counts})
         print(rows[-1], flush=True)
     PAGE.write_text(page(rows, failed), encoding="utf-8")
