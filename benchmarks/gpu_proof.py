@@ -194,6 +194,7 @@ def is_wrong(row: dict[str, Any]) -> bool:
 def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
     """A row for each kernel, and for forward and backward by each plan: its error over the allowed one."""
     import torch
+    from proofs import reason
 
     from fastlora.ops import cost, dispatch
     from fastlora.ops.bench import Bench, Shape
@@ -217,7 +218,7 @@ def _smoke_case(dtype: str, text: str) -> list[dict[str, Any]]:
         try:
             row["errors"] = bench.errors(run())
         except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
+            row["failed"] = reason(error)
         rows.append(row)
 
     for kernel in kernels_of(bench.shape, plans):

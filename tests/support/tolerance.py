@@ -103,6 +103,21 @@ def assert_same_centre(got: NDArray[np.floating], want: NDArray[np.floating]) ->
     np.testing.assert_allclose(got, want, atol=1.0)
 
 
+def assert_same_window(got: NDArray[np.floating], want: NDArray[np.floating]) -> None:
+    """|got − want| ≤ 1e-6 + 1e-7·|want|: intensities in float32, scaled to 0 … 1 in two orders."""
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def assert_same_gradient(got: Tensor, want: Tensor) -> None:
+    """|got − want| ≤ 1e-6 + 1e-4·|want|: float32 gradients of a model from two orders of summation."""
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def assert_same_product(got: Tensor, want: Tensor) -> None:
+    """|got − want| ≤ 1e-5 + 1e-5·|want|: small products in float32, in two orders."""
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def assert_same_units(got: NDArray[np.floating], want: NDArray[np.floating], unit: float) -> None:
     """|got − want| ≤ one unit + 1e-7·|want|: values that a page stores as whole numbers of this unit."""
     np.testing.assert_allclose(got, want, atol=unit)

@@ -22,7 +22,7 @@ from fastlora.medical.scans.volumes import (
 )
 from fastlora.medical.scans.windows import window_limits, windowed
 from tests.medical.scans.test_geometry import oblique
-from tests.support.tolerance import assert_same_affine
+from tests.support.tolerance import assert_same_affine, assert_same_window
 
 
 def blank(value=0, dtype=np.uint8, shape=(4, 5, 6)):
@@ -206,14 +206,9 @@ def test_folders_that_hold_no_cases_are_refused(tmp_path):
 
 def test_window_by_tissue_and_percentile():
     hu = np.array([[[-2000.0, -500, -160, 40, 240, 1300, 3000]]], dtype=np.float32)
-    np.testing.assert_allclose(
-        windowed(hu, window_limits(hu, "ct", "vertebra_L3")),
-        ((hu + 500) / 1800).clip(0, 1),
-        atol=1e-6,
-    )
-    np.testing.assert_allclose(
-        windowed(hu, window_limits(hu, "ct", "liver")), ((hu + 160) / 400).clip(0, 1), atol=1e-6
-    )
+    bone, soft = (windowed(hu, window_limits(hu, "ct", name)) for name in ("vertebra_L3", "liver"))
+    assert_same_window(bone, ((hu + 500) / 1800).clip(0, 1))
+    assert_same_window(soft, ((hu + 160) / 400).clip(0, 1))
     assert windowed(hu, window_limits(hu, "ct", "lung_upper_lobe_left"))[0, 0, 2] > 0.5
     mr = np.arange(1001, dtype=np.float32).reshape(7, 11, 13)
     scaled = windowed(mr, window_limits(mr, "mr"))
